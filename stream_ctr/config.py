@@ -1,0 +1,288 @@
+"""Configuration: CLI > environment > file > default; an unknown key is an error that shows the nearest match.
+
+Only the command line knows that a configuration exists. Below it everything takes keyword arguments.
+
+>>> config = load(environ={"STREAM_CTR_MODEL__EMBEDDING_DIM": "16"}, overrides={"join": {"label_window": "90s"}})
+>>> config.model.embedding_dim, config.join.label_window.total_seconds()
+(16, 90.0)
+>>> load(environ={}, overrides={"modle": {"name": "deepfm"}})
+Traceback (most recent call last):
+stream_ctr.errors.ConfigError: unknown key 'modle'; did you mean 'model'?
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field as key, PlainSerializer, ValidationError, field_validator
+
+from stream_ctr.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "STREAM_CTR_"
+# Environment names of the project that are not configuration keys.
+ENVIRONMENT_OTHERS = {"STREAM_CTR_DATA", "STREAM_CTR_FAILPOINT", "STREAM_CTR_SNAPSHOT", "STREAM_CTR_SNAPSHOT_ID"}
+_UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A column of an impression's features. `kind` says how its values become table rows (see `features.Hasher`)."""
+
+    name: str
+    kind: Literal["categorical", "numeric"]
+
+
+def duration(text: object) -> timedelta:
+    """A length of time such as "500ms", "10s", "1h30m"; a bare number has no unit and is refused.
+
+    >>> duration("1h30m")
+    datetime.timedelta(seconds=5400)
+    >>> duration("10")
+    Traceback (most recent call last):
+    ValueError: a duration needs a unit (ms, s, m, h, d), got '10'
+    """
+    if isinstance(text, timedelta):
+        return text
+    parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", str(text))
+    if not parts or "".join(number + unit for number, unit in parts) != str(text).strip():
+        raise ValueError(f"a duration needs a unit (ms, s, m, h, d), got {text!r}")
+    return timedelta(seconds=sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts))
+
+
+def format_duration(length: timedelta) -> str:
+    """The shortest text that `duration` reads back.
+
+    >>> format_duration(timedelta(minutes=90)), format_duration(timedelta(milliseconds=1500))
+    ('90m', '1500ms')
+    """
+    milliseconds = round(length.total_seconds() * 1000)
+    for unit in ("d", "h", "m", "s"):
+        size = round(_UNIT_SECONDS[unit] * 1000)
+        if milliseconds and milliseconds % size == 0:
+            return f"{milliseconds // size}{unit}"
+    return f"{milliseconds}ms"
+
+
+Duration = Annotated[timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Input(Section):
+    """Where events come from."""
+
+    topic: str = "clicks"
+    click_topic: str = ""
+    """A second topic, for producers that keep clicks apart. Empty: one topic holds both."""
+    bootstrap_servers: str = "localhost:9092"
+    group: str = "stream-ctr"
+    """Consumer group of the advisory offset commits that lag tools read."""
+    max_record_bytes: int = key(1 << 20, ge=1)
+    max_bad_share: float = key(0.5, gt=0, le=1)
+    """Stop with exit code 5 when more than this share of at least 1,000 records is bad."""
+
+
+class Features(Section):
+    """The fields of an impression, in the order of the model's input. With none given they are inferred from the first impressions."""
+
+    categorical: tuple[str, ...] = ()
+    numeric: tuple[str, ...] = ()
+    numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
+    """buckets: one table row per logarithmic bucket. value: one row per field, times the value. log_value: times sign(x) log(1+|x|)."""
+    buckets_per_octave: float = key(2.0, gt=0, le=64)
+    hash_seed: int = key(0, ge=0, lt=1 << 32)
+
+    @field_validator("numeric")
+    @classmethod
+    def _one_kind_each(cls, numeric: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        names = [*info.data.get("categorical", ()), *numeric]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"a field is listed twice: {', '.join(twice)}")
+        return numeric
+
+    def fields(self) -> tuple[Field, ...]:
+        return (*(Field(name, "categorical") for name in self.categorical), *(Field(name, "numeric") for name in self.numeric))
+
+
+class Join(Section):
+    """How impressions wait for their clicks."""
+
+    label_window: Duration = timedelta(minutes=10)
+    allowed_lateness: Duration = timedelta(seconds=30)
+    early_click_wait: Duration = timedelta(seconds=30)
+    """How much earlier than its impression, in event time, a click may be."""
+    duplicate_horizon: Duration = timedelta(hours=1)
+    idle_timeout: Duration = timedelta(seconds=30)
+    """A partition with nothing new for this long no longer holds the watermark back."""
+
+    @field_validator("label_window")
+    @classmethod
+    def _positive(cls, length: timedelta) -> timedelta:
+        if length <= timedelta(0):
+            raise ValueError(f"label window must be positive, got {format_duration(length)}")
+        return length
+
+
+class Model(Section):
+    """The network and its table. The defaults are the paper's, with no dropout: a stream is seen once."""
+
+    name: Literal["deepfm"] = "deepfm"
+    embedding_dim: int = key(10, ge=1, le=512)
+    hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = (400, 400, 400)
+    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    dropout: float = key(0.0, ge=0, lt=1)
+    """Share of activations dropped while learning. (The paper gives the share that is kept.)"""
+    table_bits: int = key(20, ge=4, le=31)
+    """The table has 2 ** table_bits rows."""
+    initial_scale: float = key(0.01, ge=0)
+
+
+class Learn(Section):
+    batch_size: int = key(1024, ge=1)
+    table_optimizer: Literal["adagrad", "sgd"] = "adagrad"
+    table_learning_rate: float = key(0.05, gt=0)
+    dense_learning_rate: float = key(0.001, gt=0)
+    dense_weight_decay: float = key(0.0, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int = key(0, ge=0)
+    """CPU threads of the dense part; 0: as many as the machine has. Part of what makes two runs equal bit for bit."""
+    seed: int = key(0, ge=0)
+
+
+class Baseline(Section):
+    enabled: bool = True
+    sample_rate: float = key(1.0, gt=0, le=1)
+    """Share of impressions, chosen by a hash of their id, that the baseline learns and that paired figures are computed on."""
+    alpha: float = key(0.05, gt=0)
+    beta: float = key(1.0, ge=0)
+    l1: float = key(0.0, ge=0)
+    l2: float = key(1.0, ge=0)
+    intercept_learning_rate: float = key(0.01, ge=0)
+
+
+class Metrics(Section):
+    window: Duration = timedelta(minutes=10)
+    rolling_windows: int = key(6, ge=1, le=1000)
+    topic: str = "stream-ctr.metrics"
+    """Reports go here too when the input is Kafka; empty: nowhere but the state directory."""
+
+
+class Schedule(Section):
+    report_every: Duration = timedelta(seconds=10)
+    snapshot_every: Duration = timedelta(minutes=10)
+    snapshot_examples: int = key(0, ge=0)
+    """Also take a snapshot each time this many examples were learned; 0: by the clock only."""
+
+
+class Snapshots(Section):
+    keep: int = key(3, ge=1)
+    topic: str = "stream-ctr.snapshots"
+    model_name: str = "default"
+    """Key of this model's pointer on the snapshot topic."""
+
+
+class Config(Section):
+    """Everything that can be set. `stream-ctr config` prints it with the values in force."""
+
+    input: Input = Input()
+    features: Features = Features()
+    join: Join = Join()
+    model: Model = Model()
+    learn: Learn = Learn()
+    baseline: Baseline = Baseline()
+    metrics: Metrics = Metrics()
+    schedule: Schedule = Schedule()
+    snapshots: Snapshots = Snapshots()
+
+
+def load(
+    path: Path | None = None, *, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ, base: Mapping[str, Any] | None = None
+) -> Config:
+    """The configuration in force: `overrides` over `environ` over the TOML file at `path` over `base` over the defaults.
+
+    Raises `ConfigError` that names each wrong key, the nearest match and the value.
+    """
+    layers = [base or {}, _read_toml(path) if path else {}, _from_environment(environ), overrides or {}]
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            if isinstance(values, Mapping):
+                merged[section] = {**merged.get(section, {}), **values}
+            else:
+                merged[section] = values
+    try:
+        return Config(**merged)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(error))) from None
+
+
+def known_keys() -> Iterator[str]:
+    """Every `section.key` that can be set."""
+    for section, info in Config.model_fields.items():
+        assert isinstance(info.annotation, type)
+        for name in info.annotation.model_fields:
+            yield f"{section}.{name}"
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the word most like `word`, or nothing."""
+    match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """STREAM_CTR_SECTION__KEY=value; lists are written a,b,c."""
+    names = {f"{ENVIRONMENT_PREFIX}{dotted.replace('.', '__').upper()}": dotted for dotted in known_keys()}
+    layer: dict[str, Any] = {}
+    for name, value in environ.items():
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHERS:
+            continue
+        if name not in names:
+            raise ConfigError(f"unknown environment variable {name!r}{nearest(name, names)}")
+        section, option = names[name].split(".")
+        layer.setdefault(section, {})[option] = parse_text(section, option, value)
+    return layer
+
+
+def parse_text(section: str, option: str, value: str) -> object:
+    """The text of an environment variable or of `-X section.key=value`: a list where the key holds one."""
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    if isinstance(annotation.model_fields[option].default, tuple):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _explain(error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"]]
+        if problem["type"] == "extra_forbidden":
+            owner = Config.model_fields[where[0]].annotation if len(where) > 1 else Config
+            assert isinstance(owner, type)
+            words = owner.model_fields if len(where) == 1 else [f"{where[0]}.{name}" for name in owner.model_fields]
+            name = ".".join(where[:2])
+            yield f"unknown key {name!r}{nearest(name, words)}"
+        else:
+            reason = problem["msg"].removeprefix("Value error, ")
+            yield f"{'.'.join(where)}: {reason}" + ("" if repr(problem["input"]) in reason else f", got {problem['input']!r}")

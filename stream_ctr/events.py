@@ -1,0 +1,372 @@
+"""Events on the wire: JSON bytes in, columns out, and back.
+
+    {"kind": "impression", "impression_id": "a1", "time": 1735689600000, "features": {"app": "maps", "age": 31}}
+    {"kind": "click", "impression_id": "a1", "time": "2025-01-01T00:00:04.200Z"}
+
+`time` is epoch milliseconds or RFC 3339. A categorical value is a string, an integer or a boolean; a numeric value is a finite number;
+null or absent is missing. `true_probability`, on impressions of simulated streams, is the probability that the label was drawn with.
+
+Good records are parsed a block at a time by Arrow's JSON reader. Only records of a block that it refuses are looked at one by one
+(msgspec, a strict parser), so one bad record costs its neighbours time and nothing else. Both ways accept exactly the same records.
+
+>>> values = pa.array([b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}', b"oops"], pa.large_binary())
+>>> events, rejects = Decoder([Field("app", "categorical")]).decode(values)
+>>> events.impressions.impression_id.to_pylist(), events.impressions.features["app"].to_pylist(), rejects.reason, rejects.row.tolist()
+(['a'], ['maps'], ['not_json'], [1])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json
+
+from stream_ctr.config import Field
+
+# Epoch milliseconds of 1973-03-03 and 2100-01-01: a time outside is seconds taken for milliseconds, zero, or a broken clock.
+EARLIEST_MS, LATEST_MS = 100_000_000_000, 4_102_444_800_000
+_BLOCK_ROWS = 8192
+_NEWLINE = pa.scalar(b"\n", pa.large_binary())
+_SMALLEST_BLOCK_ROWS = 32
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_INT64 = range(-(1 << 63), 1 << 63)
+
+
+@dataclass(frozen=True, slots=True)
+class Clicks:
+    """n clicks; `row` is the index of the record that each came in."""
+
+    row: npt.NDArray[np.int64]
+    impression_id: pa.StringArray
+    time: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class Impressions:
+    """n impressions; features by field name (string arrays for categorical, float64 for numeric fields, null: missing)."""
+
+    row: npt.NDArray[np.int64]
+    impression_id: pa.StringArray
+    time: npt.NDArray[np.int64]
+    features: Mapping[str, pa.Array]
+    true_probability: npt.NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    impressions: Impressions
+    clicks: Clicks
+
+
+@dataclass(frozen=True, slots=True)
+class Rejects:
+    """Records that are no events: their rows, a reason code each (a small fixed set, fit for a counter) and what was seen."""
+
+    row: npt.NDArray[np.int64]
+    reason: list[str]
+    message: list[str]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+
+class Decoder:
+    """Event bytes -> columns, for the given fields."""
+
+    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int = 1 << 20) -> None:
+        self.fields = tuple(fields)
+        self.max_record_bytes = max_record_bytes
+        # JSON type of the fields that producers may write in several ways. Learned from what came, so that the fast way fits; it never
+        # changes what is decoded, only how fast.
+        self._time_type: pa.DataType = pa.int64()
+        self._types: dict[str, pa.DataType] = {
+            field.name: pa.string() if field.kind == "categorical" else pa.float64() for field in self.fields
+        }
+
+    def decode(self, values: pa.LargeBinaryArray) -> tuple[Events, Rejects]:
+        """`values` [n] -> the events and the rejects among them. A null value is rejected as `tombstone`."""
+        tables: list[pa.Table] = []
+        bad: list[tuple[int, str, str]] = []
+        fast, slow = self._sort_out(values)
+        for start in range(0, len(fast), _BLOCK_ROWS):
+            tables += self._decode_block(values, fast[start : start + _BLOCK_ROWS], bad)
+        if len(slow):
+            tables.append(self._decode_one_by_one(values, slow, bad))
+        table = pa.concat_tables(tables) if tables else self._table([], [])
+        rows = table["row"].to_numpy()
+        if len(tables) > 1 and np.any(np.diff(rows) < 0):
+            table = table.take(pa.array(np.argsort(rows, kind="stable")))
+        return self._checked(table.combine_chunks(), bad)
+
+    # -- the fast way -------------------------------------------------------------------------------------------------------------
+
+    def _sort_out(self, values: pa.LargeBinaryArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Rows that may be parsed together, and rows that must be looked at alone.
+
+        A record that starts with { and ends with } cannot merge with its neighbours into fewer documents: a raw newline is not allowed
+        inside a string, and { may not follow }. So when n such records parse to n rows, each record is exactly one row.
+        """
+        sizes = np.asarray(pc.fill_null(pc.binary_length(values), 0))
+        data = np.frombuffer(values.buffers()[2] or b"", np.uint8)
+        offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1] if len(values) else sizes
+        plain = (sizes > 1) & (sizes <= self.max_record_bytes)
+        at = np.flatnonzero(plain)
+        plain[at] = (data[offsets[at]] == ord("{")) & (data[offsets[at] + sizes[at] - 1] == ord("}"))
+        return np.flatnonzero(plain), np.flatnonzero(~plain)
+
+    def _decode_block(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]]) -> list[pa.Table]:
+        table = self._parse(values, rows)
+        if table is not None:
+            return [table]
+        if len(rows) <= _SMALLEST_BLOCK_ROWS:
+            return [self._decode_one_by_one(values, rows, bad, learn_types=True)]
+        half = len(rows) // 2
+        return [*self._decode_block(values, rows[:half], bad), *self._decode_block(values, rows[half:], bad)]
+
+    def _parse(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]) -> pa.Table | None:
+        contiguous = rows[-1] - rows[0] + 1 == len(rows)
+        block = values.slice(int(rows[0]), len(rows)) if contiguous else values.take(pa.array(rows))
+        text = pc.binary_join(pa.LargeListArray.from_arrays(pa.array([0, len(block)], pa.int64()), block), _NEWLINE)[0].as_buffer()
+        features = pa.struct([(field.name, self._types[field.name]) for field in self.fields])
+        schema = pa.schema(
+            [
+                ("kind", pa.string()),
+                ("impression_id", pa.string()),
+                ("time", self._time_type),
+                ("features", features),
+                ("true_probability", pa.float64()),
+            ]
+        )
+        try:
+            table = pa.json.read_json(
+                pa.BufferReader(text),
+                read_options=pa.json.ReadOptions(use_threads=False, block_size=max(text.size + 1, 1 << 16)),
+                parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+            ).combine_chunks()
+            if len(table) != len(rows):
+                return None
+            table.validate(full=True)  # Arrow's parser lets invalid UTF-8 through
+            return self._table_of(rows, table)
+        except pa.ArrowInvalid:
+            return None
+
+    def _table_of(self, rows: npt.NDArray[np.int64], parsed: pa.Table) -> pa.Table:
+        time = parsed["time"]
+        if pa.types.is_string(time.type):
+            time = pc.cast(pc.floor_temporal(pc.cast(time, pa.timestamp("ns", "UTC")), unit="millisecond"), pa.timestamp("ms", "UTC")).cast(pa.int64())
+        features = parsed["features"].combine_chunks()
+        columns = {field.name: pc.struct_field(features, [index]) for index, field in enumerate(self.fields)}
+        numbers = [pc.all(pc.is_finite(columns[field.name])).as_py() for field in self.fields if field.kind == "numeric"]
+        if False in numbers:  # NaN is no JSON, but Arrow reads it
+            raise pa.ArrowInvalid("not finite")
+        arrays = [pa.array(rows), parsed["kind"], parsed["impression_id"], time, pc.is_valid(features), parsed["true_probability"]]
+        arrays += [column.cast(pa.string()) if field.kind == "categorical" else column for field, column in self._with(columns)]
+        return pa.table(arrays, schema=self._schema())
+
+    def _with(self, columns: Mapping[str, pa.Array]) -> list[tuple[Field, pa.Array]]:
+        return [(field, columns[field.name]) for field in self.fields]
+
+    def _schema(self) -> pa.Schema:
+        head = [
+            ("row", pa.int64()),
+            ("kind", pa.string()),
+            ("impression_id", pa.string()),
+            ("time", pa.int64()),
+            ("has_features", pa.bool_()),
+            ("true_probability", pa.float64()),
+        ]
+        return pa.schema(head + [(f"f.{f.name}", pa.string() if f.kind == "categorical" else pa.float64()) for f in self.fields])
+
+    # -- one by one ---------------------------------------------------------------------------------------------------------------
+
+    def _decode_one_by_one(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]], *, learn_types: bool = False) -> pa.Table:
+        good_rows, documents = [], []
+        for row in rows.tolist():
+            try:
+                documents.append(self._read_one(values[row].as_py()))
+                good_rows.append(row)
+            except _Bad as reason:
+                bad.append((row, reason.code, reason.message))
+        if learn_types:
+            self._learn_types(documents)
+        return self._table(good_rows, documents)
+
+    def _read_one(self, value: bytes | None) -> dict[str, Any]:
+        if value is None:
+            raise _Bad("tombstone", "null value")
+        if not value.strip():
+            raise _Bad("empty", "no bytes")
+        if len(value) > self.max_record_bytes:
+            raise _Bad("too_large", f"{len(value)} bytes, more than {self.max_record_bytes}")
+        try:
+            document = msgspec.json.decode(value)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise _Bad("not_json", str(error)) from None
+        if not isinstance(document, dict):
+            raise _Bad("not_an_object", f"a JSON {type(document).__name__}")
+        for name in ("kind", "impression_id"):
+            if not isinstance(document.get(name), (str, type(None))):
+                raise _Bad("wrong_type", f"{name} must be a string, got {document[name]!r:.80}")
+        features = document.get("features")
+        if not isinstance(features, (dict, type(None))):
+            raise _Bad("wrong_type", f"features must be an object, got {features!r:.80}")
+        read = {field.name: _read_feature(field, (features or {}).get(field.name)) for field in self.fields}
+        probability = document.get("true_probability")
+        if isinstance(probability, bool) or not isinstance(probability, (int, float, type(None))):
+            raise _Bad("wrong_type", f"true_probability must be a number, got {probability!r:.80}")
+        return {**document, "time": _read_time(document.get("time")), "features": features, "read": read, "raw_time": document.get("time")}
+
+    def _learn_types(self, documents: Sequence[Mapping[str, Any]]) -> None:
+        """When all values of a block had one other JSON type, expect that type from now on."""
+        known = {str: pa.string(), int: pa.int64(), bool: pa.bool_()}
+        for field in self.fields:
+            seen = {type(value) for d in documents if (value := (d["features"] or {}).get(field.name)) is not None}
+            if field.kind == "categorical" and len(seen) == 1:
+                self._types[field.name] = known[seen.pop()]
+        times = {type(d["raw_time"]) for d in documents if d["raw_time"] is not None}
+        if len(times) == 1:
+            self._time_type = known[times.pop()]
+
+    def _table(self, rows: Sequence[int], documents: Sequence[Mapping[str, Any]]) -> pa.Table:
+        columns: list[list[Any]] = [
+            list(rows),
+            [d.get("kind") for d in documents],
+            [d.get("impression_id") for d in documents],
+            [d["time"] for d in documents],
+            [d["features"] is not None for d in documents],
+            [d.get("true_probability") for d in documents],
+            *([d["read"][field.name] for d in documents] for field in self.fields),
+        ]
+        schema = self._schema()
+        return pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema=schema)
+
+    # -- what holds for both ------------------------------------------------------------------------------------------------------
+
+    def _checked(self, table: pa.Table, bad: list[tuple[int, str, str]]) -> tuple[Events, Rejects]:
+        n = len(table)
+        kind, identity = table["kind"], table["impression_id"]
+        impression = np.asarray(pc.fill_null(pc.equal(kind, "impression"), False))
+        click = np.asarray(pc.fill_null(pc.equal(kind, "click"), False))
+        time = np.asarray(pc.fill_null(table["time"], 0))
+        probability = np.asarray(table["true_probability"].to_numpy(), np.float64)
+        # The first rule that a record breaks names it.
+        rules = [
+            ("unknown_kind", ~(impression | click), "kind must be impression or click, got {kind}"),
+            ("missing_id", np.asarray(pc.fill_null(pc.equal(pc.binary_length(identity), 0), True)), "impression_id is missing or empty"),
+            ("missing_time", np.asarray(pc.is_null(table["time"])), "time is missing"),
+            ("time_out_of_range", (time < EARLIEST_MS) | (time >= LATEST_MS), "time {time} ms is not between 1973 and 2100 (seconds?)"),
+            ("missing_features", impression & ~np.asarray(table["has_features"]), "an impression needs features"),
+            ("wrong_probability", ~(np.isnan(probability) | ((probability >= 0) & (probability <= 1))), "true_probability is not in [0, 1]"),
+        ]
+        fine = np.ones(n, bool)
+        for code, broken, message in rules:
+            for at in np.flatnonzero(broken & fine).tolist():
+                seen = message.format(kind=repr(kind[at].as_py())[:80], time=int(time[at]))
+                bad.append((table["row"][at].as_py(), code, seen))
+            fine &= ~broken
+        bad.sort()
+        rejects = Rejects(np.array([row for row, _, _ in bad], np.int64), [code for _, code, _ in bad], [message for _, _, message in bad])
+        return Events(self._impressions(table, impression & fine), self._clicks(table, click & fine)), rejects
+
+    def _impressions(self, table: pa.Table, keep: npt.NDArray[np.bool_]) -> Impressions:
+        kept = (table if keep.all() else table.filter(pa.array(keep))).combine_chunks()
+        features = {field.name: _one_chunk(kept[f"f.{field.name}"]) for field in self.fields}
+        probability = np.asarray(kept["true_probability"].to_numpy(), np.float64)
+        return Impressions(kept["row"].to_numpy(), _one_chunk(kept["impression_id"]), kept["time"].to_numpy(), features, probability)
+
+    def _clicks(self, table: pa.Table, keep: npt.NDArray[np.bool_]) -> Clicks:
+        kept = table.select(["row", "impression_id", "time"]).filter(pa.array(keep)).combine_chunks()
+        return Clicks(kept["row"].to_numpy(), _one_chunk(kept["impression_id"]), kept["time"].to_numpy())
+
+
+class _Bad(Exception):
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+
+
+def _read_feature(field: Field, value: object) -> str | float | None:
+    if value is None:
+        return None
+    if field.kind == "numeric":
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise _Bad("wrong_type", f"{field.name} is numeric, got {value!r:.80}")
+        return float(value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str) or (isinstance(value, int) and value in _INT64):
+        return str(value)
+    raise _Bad("wrong_type", f"{field.name} is categorical (a string, a 64-bit integer or a boolean), got {value!r:.80}")
+
+
+def _read_time(value: object) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value in _INT64):
+        return value
+    if isinstance(value, str):
+        try:
+            moment = datetime.fromisoformat(value)
+        except ValueError:
+            raise _Bad("wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}") from None
+        if moment.tzinfo is None:
+            raise _Bad("wrong_time", f"time has no zone offset: {value!r:.80}")
+        return (moment - _EPOCH) // timedelta(milliseconds=1)
+    raise _Bad("wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}")
+
+
+# -- back to bytes ------------------------------------------------------------------------------------------------------------------
+
+
+def encode_impressions(
+    impression_id: pa.Array,
+    time: npt.NDArray[np.int64],
+    features: Mapping[str, pa.Array],
+    true_probability: npt.NDArray[np.float64] | None = None,
+) -> pa.LargeBinaryArray:
+    """JSON bytes [n] of n impressions: ids, epoch milliseconds, features by name (string, int64, float64, bool; nulls are left out).
+
+    >>> encode_impressions(pa.array(["a"]), np.array([1735689600000]), {"app": pa.array(["maps"]), "age": pa.array([None], pa.int64())})[0].as_py()
+    b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}'
+    """
+    pairs = [pc.binary_join_element_wise(json.dumps(name) + ":", _json(column), "") for name, column in features.items()]
+    joined = pc.binary_join_element_wise(*pairs, ",", null_handling="skip") if pairs else pa.array([""] * len(time))
+    parts = ['{"kind":"impression","impression_id":', _json(impression_id), ',"time":', _json(pa.array(time)), ',"features":{', joined, "}"]
+    if true_probability is not None:
+        parts += [',"true_probability":', _json(pa.array(true_probability))]
+    return pc.binary_join_element_wise(*parts, "}", "").cast(pa.large_binary())
+
+
+def encode_clicks(impression_id: pa.Array, time: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:
+    """JSON bytes [n] of n clicks."""
+    parts = ['{"kind":"click","impression_id":', _json(impression_id), ',"time":', _json(pa.array(time)), "}"]
+    return pc.binary_join_element_wise(*parts, "").cast(pa.large_binary())
+
+
+def _json(column: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The JSON text of each value, null where it is null."""
+    if not (pa.types.is_string(column.type) or pa.types.is_large_string(column.type)):
+        return column.cast(pa.string())
+    text = column.cast(pa.string())
+    if pc.any(pc.match_substring_regex(text, r'["\\\x00-\x1f]')).as_py():
+        quoted = pc.dictionary_encode(text.combine_chunks() if isinstance(text, pa.ChunkedArray) else text)
+        words = pa.array([json.dumps(word, ensure_ascii=False) for word in quoted.dictionary.to_pylist()], pa.string())
+        return words.take(quoted.indices)
+    return pc.binary_join_element_wise('"', text, '"', "")

@@ -1,0 +1,196 @@
+"""Features to table rows: a stable, published hash that a server in any language can reproduce.
+
+    field_seed = low 32 bits of murmur3_x64_128(field name, hash_seed).h1
+    row        = murmur3_x64_128(value as UTF-8, field_seed).h1 & (2 ** table_bits - 1)
+
+MurmurHash3 x64 128 is Austin Appleby's, public domain; `h1` is its first 64 bits. A missing value hashes the single byte 0xff, which
+occurs in no UTF-8 text, so it has a row of its own. A number hashes the decimal text of its logarithmic bucket
+`sign(x) * floor(r * log2(1 + |x|))` with r buckets an octave; with the encodings `value` and `log_value` (the paper's other way, "the value itself")
+the field has one row, that of the text "value", and its embedding is multiplied by the number.
+
+>>> hasher = Hasher([Field("app", "categorical"), Field("age", "numeric")], table_bits=20)
+>>> ids, values = hasher.rows({"app": pa.array(["maps", None]), "age": pa.array([31.0, None])})
+>>> ids.tolist(), values.shape
+([[364942, 493789], [946155, 387895]], (2, 0))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numba
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stream_ctr.config import Field
+
+_MISSING = np.array([0xFF], np.uint8)
+_C1, _C2 = np.uint64(0x87C37B91114253D5), np.uint64(0x4CF5AD432745937F)
+_M1, _M2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
+
+
+class Hasher:
+    """Feature columns -> `ids` int32 [n, F], rows of the embedding table, and `values` float32 [n, V], the multipliers of the V fields
+    that have one (`value_fields` are their indices among the F)."""
+
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        *,
+        table_bits: int,
+        hash_seed: int = 0,
+        numeric_encoding: str = "buckets",
+        buckets_per_octave: float = 2.0,
+    ) -> None:
+        self.fields = tuple(fields)
+        self.table_bits = table_bits
+        self.numeric_encoding = numeric_encoding
+        self.buckets_per_octave = buckets_per_octave
+        self._mask = np.uint64((1 << table_bits) - 1)
+        self._seeds = [np.uint64(murmur3(field.name.encode(), hash_seed) & 0xFFFFFFFF) for field in self.fields]
+        self.value_fields = (
+            [] if numeric_encoding == "buckets" else [index for index, field in enumerate(self.fields) if field.kind == "numeric"]
+        )
+
+    def rows(self, features: Mapping[str, pa.Array]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        n = len(next(iter(features.values()))) if features else 0
+        ids = np.empty((n, len(self.fields)), np.int32)
+        values = np.ones((n, len(self.value_fields)), np.float32)
+        for index, field in enumerate(self.fields):
+            column = features[field.name]
+            if field.kind == "categorical":
+                _hash_into(*string_buffers(column), self._seeds[index], self._mask, ids, index)
+            elif self.numeric_encoding == "buckets":
+                ids[:, index] = self._buckets(column, self._seeds[index])
+            else:
+                ids[:, index] = self._one_row(column, self._seeds[index])
+                values[:, self.value_fields.index(index)] = self._multipliers(column)
+        return ids, values
+
+    def _buckets(self, column: pa.Array, seed: np.uint64) -> npt.NDArray[np.int32]:
+        x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)  # null becomes NaN
+        bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
+        distinct, inverse = np.unique(bucket, return_inverse=True, equal_nan=True)
+        texts = pa.array([None if np.isnan(number) else str(int(number)) for number in distinct], pa.string())
+        return self._hash(texts, seed)[inverse]
+
+    def _one_row(self, column: pa.Array, seed: np.uint64) -> npt.NDArray[np.int32]:
+        present, missing = self._hash(pa.array(["value", None], pa.string()), seed)
+        return np.where(np.asarray(column.is_valid()), present, missing).astype(np.int32)
+
+    def _multipliers(self, column: pa.Array) -> npt.NDArray[np.float32]:
+        x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
+        scaled = np.sign(x) * np.log1p(np.abs(x)) if self.numeric_encoding == "log_value" else x
+        return np.where(np.isnan(x), 1.0, scaled).astype(np.float32)
+
+    def _hash(self, texts: pa.StringArray, seed: np.uint64) -> npt.NDArray[np.int32]:
+        out = np.empty((len(texts), 1), np.int32)
+        _hash_into(*string_buffers(texts), seed, self._mask, out, 0)
+        return out[:, 0]
+
+
+def hash_ids(impression_id: pa.StringArray) -> npt.NDArray[np.uint64]:
+    """64-bit hash [n] of impression ids; among a million ids two collide with probability 3e-8.
+
+    >>> hash_ids(pa.array(["a1"])).tolist()
+    [5693669818594506317]
+    """
+    out = np.empty(len(impression_id), np.uint64)
+    _hash_all(*string_buffers(impression_id), out)
+    return out
+
+
+def murmur3(value: bytes, seed: int = 0) -> int:
+    """The first 64 bits of MurmurHash3 x64 128.
+
+    >>> hex(murmur3(b"hello"))
+    '0xcbd8a7b341bd9b02'
+    """
+    return int(_murmur3(np.frombuffer(value, np.uint8), 0, len(value), np.uint64(seed)))
+
+
+def mix64(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """MurmurHash3's 64-bit finaliser, element by element: a bijection that spreads every bit."""
+    with np.errstate(over="ignore"):
+        x = (x ^ (x >> np.uint64(33))) * _M1
+        x = (x ^ (x >> np.uint64(33))) * _M2
+    return x ^ (x >> np.uint64(33))
+
+
+def string_buffers(column: pa.StringArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
+    """(data, offsets [n + 1], valid [n]) of a string array, without copying the text."""
+    _, offsets, data = column.buffers()
+    n = len(column)
+    valid = np.asarray(column.is_valid()) if column.null_count else np.ones(n, np.bool_)
+    at = np.frombuffer(offsets, np.int32)[column.offset : column.offset + n + 1] if n else np.zeros(1, np.int32)
+    return np.frombuffer(data or b"", np.uint8), at, valid
+
+
+@numba.njit(cache=True, inline="always")
+def _rotate(x: np.uint64, bits: int) -> np.uint64:
+    return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
+
+
+@numba.njit(cache=True, inline="always")
+def _finalise(k: np.uint64) -> np.uint64:
+    k = (k ^ (k >> np.uint64(33))) * _M1
+    k = (k ^ (k >> np.uint64(33))) * _M2
+    return k ^ (k >> np.uint64(33))
+
+
+@numba.njit(cache=True, inline="always")
+def _word(data: npt.NDArray[np.uint8], start: int, size: int) -> np.uint64:
+    """`size` (at most 8) bytes, little-endian."""
+    k = np.uint64(0)
+    for i in range(size):
+        k |= np.uint64(data[start + i]) << np.uint64(8 * i)
+    return k
+
+
+@numba.njit(cache=True)
+def _murmur3(data: npt.NDArray[np.uint8], start: int, size: int, seed: np.uint64) -> np.uint64:
+    h1 = h2 = np.uint64(seed)
+    blocks = size // 16
+    for block in range(blocks):
+        at = start + 16 * block
+        h1 ^= _rotate(_word(data, at, 8) * _C1, 31) * _C2
+        h1 = (_rotate(h1, 27) + h2) * np.uint64(5) + np.uint64(0x52DCE729)
+        h2 ^= _rotate(_word(data, at + 8, 8) * _C2, 33) * _C1
+        h2 = (_rotate(h2, 31) + h1) * np.uint64(5) + np.uint64(0x38495AB5)
+    tail, rest = start + 16 * blocks, size - 16 * blocks
+    if rest > 8:
+        h2 ^= _rotate(_word(data, tail + 8, rest - 8) * _C2, 33) * _C1
+    if rest > 0:
+        h1 ^= _rotate(_word(data, tail, min(rest, 8)) * _C1, 31) * _C2
+    h1 ^= np.uint64(size)
+    h2 ^= np.uint64(size)
+    h1 += h2
+    h2 += h1
+    return _finalise(h1) + _finalise(h2)
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_into(
+    data: npt.NDArray[np.uint8],
+    offsets: npt.NDArray[np.int32],
+    valid: npt.NDArray[np.bool_],
+    seed: np.uint64,
+    mask: np.uint64,
+    out: npt.NDArray[np.int32],
+    column: int,
+) -> None:
+    missing = np.int32(_murmur3(_MISSING, 0, 1, seed) & mask)
+    for i in range(len(valid)):
+        if valid[i]:
+            out[i, column] = np.int32(_murmur3(data, offsets[i], offsets[i + 1] - offsets[i], seed) & mask)
+        else:
+            out[i, column] = missing
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_all(
+    data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int32], valid: npt.NDArray[np.bool_], out: npt.NDArray[np.uint64]
+) -> None:
+    for i in range(len(valid)):
+        out[i] = _murmur3(data, offsets[i], offsets[i + 1] - offsets[i], np.uint64(0))

@@ -1,0 +1,167 @@
+"""The learner: any model of the zoo over the embedding table, one step per batch.
+
+`learn` returns the logits from before the update, so every example is predicted before it is learned from: progressive validation is
+not an extra pass but what learning yields.
+
+>>> learner = Learner("deepfm", fields=2, embedding_dim=4, hidden=[8], table_bits=8, batch_size=4, device="cpu")
+>>> ids, labels = np.array([[1, 2], [3, 4]], np.int32), np.array([1, 0], np.uint8)
+>>> before = learner.predict(ids)
+>>> bool(np.array_equal(learner.learn(ids, labels).numpy(), before)), bool(np.array_equal(learner.predict(ids), before))
+(True, False)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from stream_ctr.errors import ConfigError
+from stream_ctr.models import MODELS
+from stream_ctr.models.layers import Dropout
+from stream_ctr.table import Table
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is the GPU where there is one. Raises `ConfigError` when "cuda" is asked for and absent."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device cuda: no CUDA GPU is available here; use --device cpu or auto")
+    return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+class Learner:
+    """Batches are padded to `batch_size` with examples of weight zero: with one shape throughout, an example's logit does not depend
+    on how many others were scored with it."""
+
+    def __init__(
+        self,
+        model: str = "deepfm",
+        *,
+        fields: int,
+        value_fields: Sequence[int] = (),
+        embedding_dim: int = 10,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
+        table_bits: int = 20,
+        initial_scale: float = 0.01,
+        batch_size: int = 1024,
+        table_optimizer: str = "adagrad",
+        table_learning_rate: float = 0.05,
+        dense_learning_rate: float = 0.001,
+        dense_weight_decay: float = 0.0,
+        precision: str = "fp32",
+        device: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        self.device = choose_device(device)
+        self.fields, self.value_fields = fields, list(value_fields)
+        self.batch_size, self.precision, self.seed = batch_size, precision, seed
+        self.steps = 0
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.model: nn.Module = MODELS[model](
+                fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout
+            ).to(self.device)
+        self.table = Table(
+            bits=table_bits, embedding_dim=embedding_dim, optimizer=table_optimizer, learning_rate=table_learning_rate,
+            initial_scale=initial_scale, seed=seed, device=self.device,
+        )  # fmt: skip
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=dense_learning_rate, weight_decay=dense_weight_decay, fused=True)
+        self._dropouts = [module for module in self.model.modules() if isinstance(module, Dropout) and module.rate > 0]
+        self._generator = torch.Generator(self.device)
+        for dropout_layer in self._dropouts:
+            dropout_layer.generator = self._generator
+
+    def learn(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None) -> Tensor:
+        """One step on n <= batch_size examples; their logits [n] from before it (on the device: reading them waits for the step)."""
+        n = len(ids)
+        padded, multipliers = self._padded(ids, values)
+        target = torch.zeros(self.batch_size, dtype=torch.float32)
+        target[:n] = torch.from_numpy(labels)
+        target = target.to(self.device, non_blocking=True)
+        weight = (torch.arange(self.batch_size, device=self.device) < n).float()
+
+        leaf = self.table.gather(padded).requires_grad_()  # [B, F, K + 1]
+        if self._dropouts:
+            with torch.no_grad():
+                progressive = self._forward(leaf, multipliers, training=False)
+            self._generator.manual_seed((self.seed << 40) + self.steps)
+        logits = self._forward(leaf, multipliers, training=True)
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, target, weight, reduction="sum") / n
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert leaf.grad is not None
+        self.optimizer.step()
+        self.table.update(padded, leaf.grad)
+        self.steps += 1
+        return (progressive if self._dropouts else logits.detach())[:n]
+
+    def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
+        """`ids` [n, F] -> logits [n], without dropout; any n."""
+        parts = []
+        with torch.no_grad():
+            for start in range(0, len(ids), self.batch_size):
+                rows = slice(start, start + self.batch_size)
+                padded, multipliers = self._padded(ids[rows], None if values is None else values[rows])
+                logits = self._forward(self.table.gather(padded), multipliers, training=False)
+                parts.append(logits[: len(ids[rows])].cpu().numpy())
+        return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+    def _padded(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None) -> tuple[Tensor, Tensor | None]:
+        padded = torch.zeros(self.batch_size, self.fields, dtype=torch.int32)
+        padded[: len(ids)] = torch.from_numpy(ids)
+        if not self.value_fields:
+            return padded.to(self.device, non_blocking=True), None
+        multipliers = torch.ones(self.batch_size, self.fields)
+        assert values is not None
+        multipliers[: len(ids), self.value_fields] = torch.from_numpy(values)
+        return padded.to(self.device, non_blocking=True), multipliers.to(self.device, non_blocking=True)
+
+    def _forward(self, gathered: Tensor, multipliers: Tensor | None, *, training: bool) -> Tensor:
+        scaled = gathered if multipliers is None else gathered * multipliers.unsqueeze(2)
+        k = self.table.embedding_dim
+        self.model.train(training)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            logits: Tensor = self.model(scaled[..., k], scaled[..., :k])
+        return logits.float()
+
+    # -- state ------------------------------------------------------------------------------------------------------------------------
+
+    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
+        """All that serving needs, copied to the host: the table's rows and the dense parameters."""
+        dense = {f"dense.{name}": _host(tensor) for name, tensor in self.model.state_dict().items()}
+        return {"table": _host(self.table.rows), **dense}
+
+    def optimizer_state(self) -> dict[str, npt.NDArray[np.generic]]:
+        state: dict[str, npt.NDArray[np.generic]] = {"steps": np.array([self.steps])}
+        for name, parameter in self.model.named_parameters():
+            for key, tensor in self.optimizer.state.get(parameter, {}).items():
+                state[f"{name}.{key}"] = _host(tensor)
+        return state
+
+    def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Raises `ValueError` when a tensor is missing or has another shape."""
+        table = torch.from_numpy(weights["table"])
+        if table.shape != self.table.rows.shape:
+            raise ValueError(f"the table has shape {tuple(table.shape)}, expected {tuple(self.table.rows.shape)}")
+        self.table.rows.copy_(table)
+        dense = {name.removeprefix("dense."): torch.from_numpy(array) for name, array in weights.items() if name.startswith("dense.")}
+        try:
+            self.model.load_state_dict(dense)
+        except RuntimeError as error:
+            raise ValueError(str(error)) from None
+
+    def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        self.steps = int(state["steps"][0])
+        for name, parameter in self.model.named_parameters():
+            loaded = {key: torch.from_numpy(state[f"{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+            if loaded:
+                self.optimizer.state[parameter] = {key: tensor.to(self.device) for key, tensor in loaded.items()}
+
+
+def _host(tensor: Tensor) -> npt.NDArray[np.float32]:
+    return tensor.detach().to("cpu", copy=True).contiguous().numpy()

@@ -1,0 +1,61 @@
+"""The embedding table: one row of 4-byte floats per feature bucket, [ V x K | w | state | padding to 64 bytes ], on the device.
+
+Weights, first-order weight and optimiser state of a feature lie side by side, so a gather brings them in one cache line and the update
+touches it while it is hot. The gradient never becomes table-sized: the ids of a batch are sorted, the gradients of each distinct
+row summed in batch order (which is why two runs are equal bit for bit), and the optimiser works in place on those rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LINE = 16  # floats in 64 bytes
+_EPSILON = 1e-10
+
+
+class Table:
+    """2 ** `bits` rows of width `embedding_dim` + 1: the embedding V and, last, the first-order weight w.
+
+    optimizer "adagrad" is Adagrad with one accumulator for the K coordinates of V (of their mean squared gradient) and one for w;
+    "sgd" keeps no state.
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        embedding_dim: int,
+        optimizer: str = "adagrad",
+        learning_rate: float = 0.05,
+        initial_scale: float = 0.01,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.embedding_dim = embedding_dim
+        self.optimizer = optimizer
+        self.learning_rate = learning_rate
+        width = embedding_dim + 1 + 2
+        self.rows = torch.zeros(1 << bits, -(-width // _LINE) * _LINE, dtype=torch.float32)
+        self.rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
+        self.rows = self.rows.to(device)
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """`ids` [B, F] -> [B, F, K + 1]."""
+        rows = self.rows.index_select(0, ids.reshape(-1))
+        return rows[:, : self.embedding_dim + 1].reshape(*ids.shape, self.embedding_dim + 1)
+
+    def update(self, ids: Tensor, gradient: Tensor) -> None:
+        """One optimiser step in place; `gradient` [B, F, K + 1] of the loss by what `gather(ids)` returned."""
+        ordered, order = torch.sort(ids.reshape(-1), stable=True)
+        touched, counts = torch.unique_consecutive(ordered, return_counts=True)
+        summed = torch.segment_reduce(gradient.reshape(len(order), -1).index_select(0, order), "sum", lengths=counts, unsafe=True)
+        rows = self.rows.index_select(0, touched)  # [U, width]
+        k = self.embedding_dim
+        if self.optimizer == "adagrad":
+            rows[:, k + 1] += summed[:, :k].square().mean(dim=1)
+            rows[:, k + 2] += summed[:, k].square()
+            summed[:, :k] /= rows[:, k + 1 : k + 2].sqrt() + _EPSILON
+            summed[:, k] /= rows[:, k + 2].sqrt() + _EPSILON
+        rows[:, : k + 1] -= self.learning_rate * summed
+        self.rows.index_copy_(0, touched, rows)
