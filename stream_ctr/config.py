@@ -22,7 +22,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field as key, PlainSerializer, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, field_validator
+from pydantic import Field as key
 
 from stream_ctr.errors import ConfigError
 
@@ -208,7 +209,11 @@ class Config(Section):
 
 
 def load(
-    path: Path | None = None, *, overrides: Mapping[str, Any] | None = None, environ: Mapping[str, str] = os.environ, base: Mapping[str, Any] | None = None
+    path: Path | None = None,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    base: Mapping[str, Any] | None = None,
 ) -> Config:
     """The configuration in force: `overrides` over `environ` over the TOML file at `path` over `base` over the defaults.
 

@@ -168,7 +168,9 @@ class Decoder:
     def _table_of(self, rows: npt.NDArray[np.int64], parsed: pa.Table) -> pa.Table:
         time = parsed["time"]
         if pa.types.is_string(time.type):
-            time = pc.cast(pc.floor_temporal(pc.cast(time, pa.timestamp("ns", "UTC")), unit="millisecond"), pa.timestamp("ms", "UTC")).cast(pa.int64())
+            time = pc.cast(pc.floor_temporal(pc.cast(time, pa.timestamp("ns", "UTC")), unit="millisecond"), pa.timestamp("ms", "UTC")).cast(
+                pa.int64()
+            )
         features = parsed["features"].combine_chunks()
         columns = {field.name: pc.struct_field(features, [index]) for index, field in enumerate(self.fields)}
         numbers = [pc.all(pc.is_finite(columns[field.name])).as_py() for field in self.fields if field.kind == "numeric"]
@@ -194,7 +196,9 @@ class Decoder:
 
     # -- one by one ---------------------------------------------------------------------------------------------------------------
 
-    def _decode_one_by_one(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]], *, learn_types: bool = False) -> pa.Table:
+    def _decode_one_by_one(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]], *, learn_types: bool = False
+    ) -> pa.Table:
         good_rows, documents = [], []
         for row in rows.tolist():
             try:
@@ -271,7 +275,11 @@ class Decoder:
             ("missing_time", np.asarray(pc.is_null(table["time"])), "time is missing"),
             ("time_out_of_range", (time < EARLIEST_MS) | (time >= LATEST_MS), "time {time} ms is not between 1973 and 2100 (seconds?)"),
             ("missing_features", impression & ~np.asarray(table["has_features"]), "an impression needs features"),
-            ("wrong_probability", ~(np.isnan(probability) | ((probability >= 0) & (probability <= 1))), "true_probability is not in [0, 1]"),
+            (
+                "wrong_probability",
+                ~(np.isnan(probability) | ((probability >= 0) & (probability <= 1))),
+                "true_probability is not in [0, 1]",
+            ),
         ]
         fine = np.ones(n, bool)
         for code, broken, message in rules:
@@ -301,7 +309,9 @@ class _Bad(Exception):
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
-    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    return (
+        column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
+    )
 
 
 def _read_feature(field: Field, value: object) -> str | float | None:
@@ -370,3 +380,27 @@ def _json(column: pa.Array | pa.ChunkedArray) -> pa.Array:
         words = pa.array([json.dumps(word, ensure_ascii=False) for word in quoted.dictionary.to_pylist()], pa.string())
         return words.take(quoted.indices)
     return pc.binary_join_element_wise('"', text, '"', "")
+
+
+# -- fields nobody named ------------------------------------------------------------------------------------------------------------
+
+
+def infer_fields(values: pa.LargeBinaryArray) -> tuple[Field, ...]:
+    """The fields of these impressions: numeric where every value is a number, categorical otherwise; sorted by kind and name.
+
+    >>> infer_fields(pa.array([b'{"kind":"impression","features":{"age":31,"app":"maps"}}'], pa.large_binary()))
+    (Field(name='app', kind='categorical'), Field(name='age', kind='numeric'))
+    """
+    kinds: dict[str, set[type]] = {}
+    for value in values.to_pylist():
+        try:
+            document = msgspec.json.decode(value or b"")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            continue
+        features = document.get("features") if isinstance(document, dict) else None
+        for name, feature in (features if isinstance(features, dict) else {}).items():
+            if isinstance(feature, (str, bool, int, float)):
+                kinds.setdefault(name, set()).add(type(feature))
+    numeric = {name for name, types in kinds.items() if types <= {int, float}}
+    names = [*sorted(kinds.keys() - numeric), *sorted(numeric)]
+    return tuple(Field(name, "numeric" if name in numeric else "categorical") for name in names)

@@ -21,7 +21,8 @@ duplicate horizon, and the clicks that wait for their impression.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields as dataclass_fields
+from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 
 import numba
 import numpy as np

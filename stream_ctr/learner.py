@@ -26,7 +26,7 @@ from stream_ctr.table import Table
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" is the GPU where there is one. Raises `ConfigError` when "cuda" is asked for and absent."""
+    """ "auto" is the GPU where there is one. Raises `ConfigError` when "cuda" is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: no CUDA GPU is available here; use --device cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
@@ -158,7 +158,9 @@ class Learner:
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])
         for name, parameter in self.model.named_parameters():
-            loaded = {key: torch.from_numpy(state[f"{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state}
+            loaded = {
+                key: torch.from_numpy(state[f"{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state
+            }
             if loaded:
                 self.optimizer.state[parameter] = {key: tensor.to(self.device) for key, tensor in loaded.items()}
 

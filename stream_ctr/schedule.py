@@ -37,10 +37,11 @@ class Schedule:
                 raise ConfigError(f"interval of {name!r} must be a positive number of seconds, got {seconds}")
         self._intervals = dict(interval_seconds)
         self._flags = {name: Event() for name in interval_seconds}
-        self._scheduler = BackgroundScheduler(timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1})
+        self._scheduler: BackgroundScheduler | None = None
         self._clock = time() - monotonic()
 
     def start(self) -> None:
+        self._scheduler = BackgroundScheduler(timezone=UTC, job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1})
         self._clock = time() - monotonic()
         for name, seconds in self._intervals.items():
             self._scheduler.add_job(self._flags[name].set, "interval", seconds=seconds, id=name)
@@ -56,19 +57,20 @@ class Schedule:
         return True
 
     def stop(self) -> None:
-        if self._scheduler.running:
+        """End the thread. What is due already stays due."""
+        if self._scheduler is not None:
             self._scheduler.shutdown()
-        self._scheduler.remove_all_jobs()
+            self._scheduler = None
 
     def _follow_clock(self) -> None:
         """Keep the cadence when the wall clock, which APScheduler plans by, is set back: else nothing is due until it has caught up."""
         moved = time() - monotonic() - self._clock
-        if moved < -_CLOCK_SLACK:
-            self._clock += moved
+        if abs(moved) < _CLOCK_SLACK:
+            return
+        self._clock += moved
+        if moved < 0 and self._scheduler is not None:  # set forward, it raises at once whatever is due by the new time: early, never lost
             for job in self._scheduler.get_jobs():
                 job.modify(next_run_time=job.next_run_time + timedelta(seconds=moved))
-        elif moved > _CLOCK_SLACK:  # set forward: whatever is due by the new time is raised at once, which is early and harmless
-            self._clock += moved
 
     def __enter__(self) -> Self:
         self.start()

@@ -58,4 +58,4 @@ class Table:
             summed[:, :k] /= rows[:, k + 1 : k + 2].sqrt() + _EPSILON
             summed[:, k] /= rows[:, k + 2].sqrt() + _EPSILON
         rows[:, : k + 1] -= self.learning_rate * summed
-        self.rows.index_copy_(0, touched, rows)
+        self.rows.index_copy_(0, touched.long(), rows)

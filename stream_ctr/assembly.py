@@ -1,0 +1,92 @@
+"""From configuration to a trainer: the one place below the command line that reads a `Config`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stream_ctr.baseline import BaselineProcess
+from stream_ctr.config import Config, Field
+from stream_ctr.events import Decoder
+from stream_ctr.features import Hasher
+from stream_ctr.join import LabelJoiner
+from stream_ctr.learner import Learner
+from stream_ctr.outlet import Outlet
+from stream_ctr.trainer import Flags, Source, Trainer
+
+# Sections that a state directory keeps: a later run on it starts from these.
+KEPT_SECTIONS = ("features", "join", "model", "learn", "baseline", "metrics")
+
+
+def build_trainer(
+    config: Config,
+    *,
+    fields: Sequence[Field],
+    source: Source,
+    outlet: Outlet,
+    directory: Path,
+    flags: Flags | None = None,
+    show: Callable[[Mapping[str, Any]], None] = lambda report: None,
+) -> Trainer:
+    """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
+    torch.set_num_threads(config.learn.threads or os.cpu_count() or 1)
+    hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}
+    hasher = Hasher(fields, **hashing)
+    learning = _learner_options(config, hasher)
+    joining = {
+        "label_window_ms": _milliseconds(config.join.label_window),
+        "early_click_wait_ms": _milliseconds(config.join.early_click_wait),
+        "duplicate_horizon_ms": _milliseconds(config.join.duplicate_horizon),
+    }
+    lateness_ms = _milliseconds(config.join.allowed_lateness)
+    ftrl = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {"value_fields": hasher.value_fields}
+    features = {
+        "categorical": [f.name for f in fields if f.kind == "categorical"],
+        "numeric": [f.name for f in fields if f.kind == "numeric"],
+    }
+    kept = config.model_dump(mode="json", include=set(KEPT_SECTIONS))
+    identity = {
+        "model": config.snapshots.model_name,
+        "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
+        "learner": learning,
+        "join": {**joining, "allowed_lateness_ms": lateness_ms},
+        "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
+        "config": {**kept, "features": {**kept["features"], **features}},
+    }
+    return Trainer(
+        source=source,
+        outlet=outlet,
+        decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes),
+        hasher=hasher,
+        joiner=LabelJoiner(fields=len(fields), value_fields=len(hasher.value_fields), **joining),
+        learner=Learner(**learning, device=config.learn.device),
+        directory=directory,
+        identity=identity,
+        baseline=BaselineProcess(**ftrl) if config.baseline.enabled else None,
+        baseline_share=config.baseline.sample_rate,
+        lateness_ms=lateness_ms,
+        idle_seconds=config.join.idle_timeout.total_seconds(),
+        window_ms=_milliseconds(config.metrics.window),
+        rolling_windows=config.metrics.rolling_windows,
+        snapshot_examples=config.schedule.snapshot_examples,
+        keep_snapshots=config.snapshots.keep,
+        max_bad_share=config.input.max_bad_share,
+        flags=flags,
+        show=show,
+    )
+
+
+def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
+    """What rebuilds the learner, on any device."""
+    model = config.model.model_dump(exclude={"name"}) | {"hidden": list(config.model.hidden)}
+    learn = config.learn.model_dump(exclude={"device", "threads"})
+    return {"model": config.model.name, "fields": len(hasher.fields), "value_fields": hasher.value_fields, **model, **learn}
+
+
+def _milliseconds(length: timedelta) -> int:
+    return round(length.total_seconds() * 1000)

@@ -1,0 +1,200 @@
+"""Serving side: follow published snapshots, verify each before it is loaded, predict with the newest.
+
+    with Subscriber("state") as model:
+        model.wait(30)
+        p = model.predict([{"app": "maps", "age": 31}])
+
+A pointer names a snapshot directory and the SHA-256 of its manifest, which holds those of the files. A snapshot that does not verify, or that comes from an
+older epoch than the one in use, is refused and the old one goes on serving.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from stream_ctr import metrics, snapshot
+from stream_ctr.config import Field
+from stream_ctr.errors import SnapshotError
+from stream_ctr.features import Hasher
+from stream_ctr.learner import Learner
+from stream_ctr.snapshot import Pointer
+
+_log = logging.getLogger(__name__)
+_FILE_POLL_SECONDS = 0.1
+
+
+class Scorer:
+    """The model of one snapshot, ready to predict.
+
+    Raises `SnapshotError` when the snapshot does not verify or its tensors do not fit its manifest.
+    """
+
+    def __init__(self, path: Path, *, manifest_sha256: str | None = None, device: str = "cpu") -> None:
+        self.manifest, tensors = snapshot.load(path, files=["model"], manifest_sha256=manifest_sha256)
+        try:
+            schema = dict(self.manifest["schema"])
+            self.fields = tuple(Field(*pair) for pair in schema.pop("fields"))
+            self.hasher = Hasher(self.fields, **schema)
+            self.learner = Learner(**self.manifest["learner"], device=device)
+            self.learner.load_weights(tensors["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {error}") from None
+
+    def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
+        """Click probabilities [n] of n impressions, each a mapping from field name to value; absent or None is missing."""
+        columns = {
+            field.name: pa.array([_text(row.get(field.name)) for row in rows], pa.string())
+            if field.kind == "categorical"
+            else pa.array([row.get(field.name) for row in rows], pa.float64())
+            for field in self.fields
+        }
+        return self.predict_columns(columns)
+
+    def predict_columns(self, features: Mapping[str, pa.Array]) -> npt.NDArray[np.float64]:
+        """The same from columns: string arrays for categorical fields, float64 for numeric ones."""
+        ids, values = self.hasher.rows(features)
+        return metrics.probabilities(self.learner.predict(ids, values).astype(np.float64))
+
+
+def _text(value: object) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class Pointers(Protocol):
+    """Where pointers come from."""
+
+    def poll(self, timeout_seconds: float) -> list[Pointer]: ...
+
+
+class FilePointers:
+    """`latest.json` in a state directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / "latest.json"
+        self._seen: tuple[int, int] | None = None
+
+    def poll(self, timeout_seconds: float) -> list[Pointer]:
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            try:
+                status = self._path.stat()
+            except FileNotFoundError:
+                status = None
+            if status and (status.st_mtime_ns, status.st_ino) != self._seen:
+                self._seen = (status.st_mtime_ns, status.st_ino)
+                pointer = snapshot.read_pointer(self._path)
+                return [pointer] if pointer else []
+            if time.monotonic() >= deadline:
+                return []
+            time.sleep(_FILE_POLL_SECONDS)
+
+
+class TopicPointers:
+    """The snapshot topic. `reader.poll(seconds)` yields (key, value) pairs of a compacted topic, value None for a withdrawn pointer."""
+
+    def __init__(self, reader: Any, *, model_name: str = "default") -> None:
+        self._reader, self._model_name = reader, model_name
+
+    def poll(self, timeout_seconds: float) -> list[Pointer]:
+        pointers = []
+        for key, value in self._reader.poll(timeout_seconds):
+            if key != self._model_name:
+                continue
+            if value is None:
+                _log.warning("the pointer of model %r was withdrawn; the snapshot in use stays", key)
+                continue
+            try:
+                pointers.append(snapshot.verify_pointer(json.loads(value)))
+            except (ValueError, SnapshotError) as error:
+                _log.warning("ignored a pointer of model %r: %s", key, error)
+        return pointers[-1:]  # only the newest counts
+
+
+class Subscriber:
+    """Predicts with the newest published snapshot, swapped in whole while calls go on.
+
+    `source` is a state directory, or anything with `poll` like `TopicPointers`. `predict` raises `SnapshotError` before the first one.
+    """
+
+    def __init__(self, source: str | Path | Pointers, *, device: str = "cpu", on_snapshot: Callable[[Pointer], None] | None = None) -> None:
+        self._pointers: Pointers = FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
+        self._device, self._on_snapshot = device, on_snapshot
+        self.pointer: Pointer | None = None
+        self._scorer: Scorer | None = None
+        self._loaded, self._closing = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def next(self, timeout_seconds: float) -> Pointer | None:
+        """Wait for a newer snapshot, load it, and return its pointer; None when none came in time."""
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            for pointer in self._poll(max(0.0, min(1.0, deadline - time.monotonic()))):
+                if self._load(pointer):
+                    return pointer
+            if time.monotonic() >= deadline or self._closing.is_set():
+                return None
+
+    def _poll(self, timeout_seconds: float) -> list[Pointer]:
+        try:
+            return self._pointers.poll(timeout_seconds)
+        except SnapshotError as error:
+            _log.warning("ignored a pointer: %s", error)
+            return []
+
+    def _load(self, pointer: Pointer) -> bool:
+        if self.pointer and (pointer["epoch"], pointer["sequence"]) < (self.pointer["epoch"], self.pointer["sequence"]):
+            _log.warning("ignored snapshot %s of epoch %d: older than the one in use", pointer["snapshot"], pointer["epoch"])
+            return False
+        try:
+            self._scorer = Scorer(Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"], device=self._device)
+        except SnapshotError as error:
+            _log.warning("ignored snapshot %s: %s", pointer["snapshot"], error)
+            return False
+        self.pointer = pointer
+        self._loaded.set()
+        if self._on_snapshot:
+            self._on_snapshot(pointer)
+        return True
+
+    @property
+    def scorer(self) -> Scorer:
+        if self._scorer is None:
+            raise SnapshotError("no snapshot was published yet; wait(seconds) waits for the first")
+        return self._scorer
+
+    def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
+        """See `Scorer.predict`."""
+        return self.scorer.predict(rows)
+
+    def wait(self, timeout_seconds: float | None = None) -> bool:
+        """Until the first snapshot is loaded; whether it is."""
+        return self._loaded.wait(timeout_seconds)
+
+    def __enter__(self) -> Subscriber:
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._closing.set()
+        if self._thread:
+            self._thread.join()
+
+    def _follow(self) -> None:
+        while not self._closing.is_set():
+            self.next(0.5)

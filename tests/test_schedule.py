@@ -1,0 +1,133 @@
+"""The schedule: flags come late from a busy or stopped process, and they come once."""
+
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime, timedelta, tzinfo
+
+import apscheduler.schedulers.base
+import pytest
+
+from stream_ctr import schedule
+from stream_ctr.errors import ConfigError
+from stream_ctr.schedule import Schedule
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.005)
+    return False
+
+
+def test_a_flag_comes_one_interval_after_the_start_and_is_taken_once() -> None:
+    began = time.monotonic()
+    with Schedule({"report": 0.3, "snapshot": 60.0}) as due:
+        assert not due.due("report")
+        assert wait_until(lambda: due.due("report"))
+        assert time.monotonic() - began >= 0.3
+        assert not due.due("report")
+        assert not due.due("snapshot")
+
+
+def test_flags_keep_coming() -> None:
+    with Schedule({"report": 0.1}) as due:
+        began = time.monotonic()
+        for _ in range(5):
+            assert wait_until(lambda: due.due("report"))
+        assert 0.35 < time.monotonic() - began < 2.0
+
+
+def test_a_loop_that_is_busy_over_several_intervals_finds_one_flag_and_not_several() -> None:
+    with Schedule({"report": 0.3}) as due:
+        time.sleep(1.0)  # three intervals pass while nobody looks
+        assert [due.due("report") for _ in range(3)] == [True, False, False]
+
+
+STOPPED_CHILD = """
+import sys, time
+from stream_ctr.schedule import Schedule
+with Schedule({"report": 2.0}) as due:
+    time.sleep(0.2)  # the scheduler's thread has looked at its calendar and waits
+    print("started", flush=True)
+    while not due.due("report"):
+        time.sleep(0.005)
+    print("due", flush=True)
+"""
+
+
+@pytest.mark.timeout(20)
+def test_a_process_stopped_for_longer_than_the_default_grace_still_gets_its_flag_late() -> None:
+    child = subprocess.Popen([sys.executable, "-c", STOPPED_CHILD], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "started\n"
+        child.send_signal(signal.SIGSTOP)
+        time.sleep(3.0)  # 1.2 s late when it goes on, which is over APScheduler's default grace of 1 s
+        child.send_signal(signal.SIGCONT)
+        began = time.monotonic()
+        assert child.stdout.readline() == "due\n"
+        assert time.monotonic() - began < 0.5  # the missed one, not the next one 0.8 s from now
+        assert child.wait(5) == 0
+    finally:
+        child.kill()
+        child.wait()
+
+
+class MovedClock(datetime):
+    """The wall clock as APScheduler reads it, `moved` seconds from the true one."""
+
+    moved = 0.0
+
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]
+        return datetime.now(tz) + timedelta(seconds=cls.moved)
+
+
+@pytest.mark.parametrize("moved", [-3600.0, +3600.0])
+def test_the_cadence_holds_when_the_wall_clock_is_set_by_an_hour(monkeypatch: pytest.MonkeyPatch, moved: float) -> None:
+    monkeypatch.setattr(apscheduler.schedulers.base, "datetime", MovedClock)
+    monkeypatch.setattr(schedule, "time", lambda: time.time() + MovedClock.moved)
+    with Schedule({"report": 0.2}) as due:
+        assert wait_until(lambda: due.due("report"))
+        monkeypatch.setattr(MovedClock, "moved", moved)
+        began = time.monotonic()
+        for _ in range(4):
+            assert wait_until(lambda: due.due("report"), seconds=1.0)
+        assert time.monotonic() - began >= 0.4  # at a forward step one comes early
+
+
+def test_stopping_ends_the_thread_and_a_schedule_can_start_again() -> None:
+    before = threading.active_count()
+    due = Schedule({"report": 0.05})
+    for _ in range(2):
+        due.start()
+        assert wait_until(lambda: due.due("report"))
+        due.stop()
+        assert threading.active_count() == before
+    due.due("report")
+    time.sleep(0.15)
+    assert not due.due("report")
+    due.stop()
+
+
+@pytest.mark.parametrize("seconds", [0.0, -5.0, float("nan"), float("inf")])
+def test_an_interval_that_is_no_positive_time_is_refused_by_name(seconds: float) -> None:
+    with pytest.raises(ConfigError, match=f"interval of 'report' must be a positive number of seconds, got {seconds}"):
+        Schedule({"report": seconds})
+
+
+def test_an_unknown_name_is_an_error() -> None:
+    with Schedule({"report": 60.0}) as due, pytest.raises(KeyError, match="reports"):
+        due.due("reports")
+
+
+def test_nothing_is_due_before_the_start() -> None:
+    due = Schedule({"report": 0.01})
+    time.sleep(0.05)
+    assert not due.due("report")
