@@ -18,6 +18,8 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
 
+from connectors.errors import EmbeddedUnavailable
+
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0
 
@@ -32,10 +34,6 @@ if os.getppid() != int(sys.argv[1]):
     sys.exit("the parent died first")
 os.execv(sys.argv[2], sys.argv[2:])
 """
-
-
-class EmbeddedUnavailable(Exception):
-    """There is no embedded broker on this machine, or it did not start."""
 
 
 def dies_with_parent(command: Sequence[str]) -> list[str]:

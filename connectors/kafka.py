@@ -56,51 +56,6 @@ PROBE_SECONDS = 2.0  # for finding out why nobody answered
 IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowledged
 
 
-# KafkaFailure
-#   KafkaOptionError       an option that does not exist, cannot be read or would break exactness
-#   KafkaCodecMissing      a library for compressed records is not installed
-#   KafkaUnreachable       no broker answers
-#     KafkaRefused         one does, but does not let us in
-#   KafkaTopicMissing
-#   KafkaPositionLost      the records to continue with are not in the log
-#   KafkaReadFailed        the broker or the bytes say no, and trying again would not help
-#   KafkaDeliveryFailed    records were not acknowledged
-class KafkaFailure(Exception):
-    """What went wrong with Kafka, in words for the person who runs the program."""
-
-
-class KafkaOptionError(KafkaFailure):
-    """A Kafka option that does not exist, cannot be read or would break exactness."""
-
-
-class KafkaCodecMissing(KafkaFailure):
-    """A library that compressed records need is not installed."""
-
-
-class KafkaUnreachable(KafkaFailure):
-    """No broker answers."""
-
-
-class KafkaRefused(KafkaUnreachable):
-    """Something accepts connections, but does not let us in: login, TLS, or it is no Kafka broker."""
-
-
-class KafkaTopicMissing(KafkaFailure):
-    """The topic does not exist."""
-
-
-class KafkaPositionLost(KafkaFailure):
-    """The log does not hold the records that were to be read next."""
-
-
-class KafkaReadFailed(KafkaFailure):
-    """Reading failed for a reason that trying again does not cure."""
-
-
-class KafkaDeliveryFailed(KafkaFailure):
-    """Records were not acknowledged; the message has how many and the first reason."""
-
-
 class KafkaSource:
     """All partitions of the topics as columns, from the beginning unless told otherwise by `seek`.
 
@@ -135,7 +90,7 @@ class KafkaSource:
     def poll(self, timeout_seconds: float) -> Records:
         """The next records, in order within each partition; empty when none came in time.
 
-        Raises `KafkaPositionLost` when retention removed what comes next, `KafkaReadFailed` for what trying again does not cure.
+        Raises `PositionLost` when retention removed what comes next, `KafkaReadFailed` for what trying again does not cure.
         """
         if self.finished:
             return Records.empty()
@@ -163,13 +118,13 @@ class KafkaSource:
     def seek(self, positions: Mapping[int, int]) -> None:
         """Read on at these offsets; partitions not named stay where they are.
 
-        Raises `KafkaPositionLost` when the log does not hold such a position.
+        Raises `PositionLost` when the log does not hold such a position.
         """
         wanted = self._position.copy()
         wanted[list(positions)] = list(positions.values())
         lost = self._what_is_lost(wanted)
         if lost:
-            raise KafkaPositionLost("; ".join(lost))
+            raise PositionLost("; ".join(lost))
         self._position = wanted
         self._seek(positions)
 
@@ -254,7 +209,7 @@ class KafkaSource:
 
     def _read_failure(self, error: KafkaError) -> KafkaFailure:
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
-            return KafkaPositionLost("; ".join(self._what_is_lost(self._position)) or str(error))
+            return PositionLost("; ".join(self._what_is_lost(self._position)) or str(error))
         return KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}")
 
     def _what_is_lost(self, wanted: npt.NDArray[np.int64]) -> list[str]:
@@ -443,89 +398,6 @@ def topic_partitions(client: Mapping[str, object], topic: str) -> int | None:
     return None if found is None else len(found["partitions"])
 
 
-def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dict[str, object]:
-    """The options of kafka-python for a broker and for the keys of a Java `client.properties` or of librdkafka.
-
-    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer knows is
-    kept apart when the client is made. Passwords show as `***` when the result is printed.
-
-    Raises `KafkaOptionError` for a key that does not exist (with the nearest that does), a value that cannot be read, a key that would break
-    exactness, and a login that would not be used.
-
-    >>> client_options("localhost:9092", {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u",
-    ...                                   "sasl.password": "geheim", "linger.ms": "20"})  # doctest: +NORMALIZE_WHITESPACE
-    {'bootstrap_servers': ['localhost:9092'], 'security_protocol': 'SASL_SSL', 'sasl_mechanism': 'PLAIN', 'sasl_plain_username': 'u',
-     'sasl_plain_password': '***', 'linger_ms': 20}
-    >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})
-    Traceback (most recent call last):
-    connectors.kafka.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
-    """
-    rest = dict(properties)
-    servers = bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
-    rest.pop("bootstrap.servers", None)
-    rest.pop("metadata.broker.list", None)
-    options: dict[str, object] = {"bootstrap_servers": _server_list(servers)}
-    for key, value in rest.items():
-        if key in _REFUSED:
-            raise KafkaOptionError(f"Kafka option {key!r} cannot be set: {_REFUSED[key]}")
-        if key == "sasl.jaas.config":
-            options |= _jaas_login(value)
-        elif key in _OPTIONS:
-            name, read = _OPTIONS[key]
-            options[name] = _read_value(key, value, read)
-        else:
-            near = difflib.get_close_matches(key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1)
-            raise KafkaOptionError(f"Kafka option {key!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
-    _check_login(options)
-    return options
-
-
-def read_properties(path: Path) -> dict[str, str]:
-    """The keys and values of a Java properties file (UTF-8); the last of a repeated key counts.
-
-    Raises `KafkaOptionError` when the file cannot be read.
-    """
-    try:
-        text = path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise KafkaOptionError(f"cannot read the Kafka options in {path}: {error}") from error
-    return parse_properties(text)
-
-
-def parse_properties(text: str) -> dict[str, str]:
-    r"""The keys and values in the text of a Java properties file: `=`, `:` or a blank separates them, `#` and `!` begin a comment.
-
-    >>> parse_properties("# who\nacks = all\nsasl.jaas.config: Plain \\\n   required;\nssl.key.password=a\\=b")
-    {'acks': 'all', 'sasl.jaas.config': 'Plain required;', 'ssl.key.password': 'a=b'}
-    """
-    pairs: dict[str, str] = {}
-    for line in _logical_lines(text):
-        split = _PROPERTY.match(line)
-        assert split is not None, "the pattern matches every line"
-        pairs[_unescape(split["key"])] = _unescape(split["value"])
-    return pairs
-
-
-class Secret(str):
-    """A string that prints and logs as `***`; its characters are there for those who encode or join it.
-
-    >>> password = Secret("geheim")
-    >>> print(password, repr(password), f"{password}", "".join([password]))
-    *** '***' *** geheim
-    """
-
-    __slots__ = ()
-
-    def __repr__(self) -> str:
-        return "'***'"
-
-    def __str__(self) -> str:
-        return "***"
-
-    def __format__(self, form: str) -> str:
-        return format("***", form)
-
-
 _MARK_BYTES = 256 << 10
 
 # Tuned by measurement on two cores; every one can be set by the user.
@@ -555,216 +427,6 @@ _CONSUMER_RULES: dict[str, object] = {
     "isolation_level": "read_committed",
     "check_crcs": True,
 }
-
-
-def _text(value: str) -> object:
-    return value
-
-
-def _secret(value: str) -> object:
-    return Secret(value)
-
-
-def _whole(value: str) -> object:
-    if not re.fullmatch(r"\s*-?\d+\s*", value):
-        raise ValueError("a whole number")
-    return int(value)
-
-
-def _truth(value: str) -> object:
-    if value.strip().lower() not in ("true", "false"):
-        raise ValueError("true or false")
-    return value.strip().lower() == "true"
-
-
-def _one_of(*choices: str) -> Callable[[str], object]:
-    def read(value: str) -> object:
-        chosen = {choice.lower(): choice for choice in choices}.get(value.strip().lower())
-        if chosen is None:
-            raise ValueError(f"one of {', '.join(choices)}")
-        return chosen
-
-    return read
-
-
-def _mechanism(value: str) -> object:
-    if value.strip().upper() == "OAUTHBEARER":
-        raise ValueError("another mechanism than OAUTHBEARER, whose tokens need code of their own")
-    return _one_of("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "AWS_MSK_IAM")(value)
-
-
-def _compression(value: str) -> object:
-    chosen = _one_of("none", "gzip", "snappy", "lz4", "zstd")(value)
-    return None if chosen == "none" else chosen
-
-
-def _acks(value: str) -> object:
-    chosen = _one_of("all", "-1", "0", "1")(value)
-    return "all" if chosen in ("all", "-1") else int(str(chosen))
-
-
-def _host_check(value: str) -> object:
-    chosen = _one_of("https", "none", "")(value)
-    return chosen == "https"
-
-
-def _pem_file(value: str) -> object:
-    try:
-        content = Path(value).read_bytes()
-    except OSError as error:
-        raise ValueError(f"a PEM file that can be read ({error.strerror})") from error
-    if b"-----BEGIN" not in content:
-        raise ValueError("a PEM file, which a JKS or PKCS12 store is not: keytool -exportcert -rfc or openssl pkcs12 -nodes makes one from it")
-    return value
-
-
-_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
-    # both clients
-    "client.id": ("client_id", _text),
-    "client.dns.lookup": ("client_dns_lookup", _one_of("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only")),
-    "connections.max.idle.ms": ("connections_max_idle_ms", _whole),
-    "max.in.flight.requests.per.connection": ("max_in_flight_requests_per_connection", _whole),
-    "metadata.max.age.ms": ("metadata_max_age_ms", _whole),
-    "receive.buffer.bytes": ("receive_buffer_bytes", _whole),
-    "reconnect.backoff.ms": ("reconnect_backoff_ms", _whole),
-    "reconnect.backoff.max.ms": ("reconnect_backoff_max_ms", _whole),
-    "request.timeout.ms": ("request_timeout_ms", _whole),
-    "retry.backoff.ms": ("retry_backoff_ms", _whole),
-    "send.buffer.bytes": ("send_buffer_bytes", _whole),
-    "security.protocol": ("security_protocol", _one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")),
-    "sasl.mechanism": ("sasl_mechanism", _mechanism),
-    "sasl.mechanisms": ("sasl_mechanism", _mechanism),
-    "sasl.username": ("sasl_plain_username", _text),
-    "sasl.password": ("sasl_plain_password", _secret),
-    "sasl.kerberos.service.name": ("sasl_kerberos_service_name", _text),
-    "ssl.ca.location": ("ssl_cafile", _pem_file),
-    "ssl.truststore.location": ("ssl_cafile", _pem_file),
-    "ssl.truststore.type": ("", _one_of("PEM")),
-    "ssl.certificate.location": ("ssl_certfile", _pem_file),
-    "ssl.keystore.location": ("ssl_certfile", _pem_file),
-    "ssl.keystore.type": ("", _one_of("PEM")),
-    "ssl.key.location": ("ssl_keyfile", _pem_file),
-    "ssl.key.password": ("ssl_password", _secret),
-    "ssl.crl.location": ("ssl_crlfile", _pem_file),
-    "ssl.cipher.suites": ("ssl_ciphers", _text),
-    "ssl.endpoint.identification.algorithm": ("ssl_check_hostname", _host_check),
-    # the consumer
-    "client.rack": ("client_rack", _text),
-    "group.id": ("group_id", _text),
-    "fetch.max.bytes": ("fetch_max_bytes", _whole),
-    "fetch.max.wait.ms": ("fetch_max_wait_ms", _whole),
-    "fetch.wait.max.ms": ("fetch_max_wait_ms", _whole),
-    "fetch.message.max.bytes": ("max_partition_fetch_bytes", _whole),
-    "fetch.min.bytes": ("fetch_min_bytes", _whole),
-    "max.partition.fetch.bytes": ("max_partition_fetch_bytes", _whole),
-    "max.poll.records": ("max_poll_records", _whole),
-    # the producer
-    "acks": ("acks", _acks),
-    "request.required.acks": ("acks", _acks),
-    "batch.size": ("batch_size", _whole),
-    "compression.codec": ("compression_type", _compression),
-    "compression.type": ("compression_type", _compression),
-    "delivery.timeout.ms": ("delivery_timeout_ms", _whole),
-    "enable.idempotence": ("enable_idempotence", _truth),
-    "linger.ms": ("linger_ms", _whole),
-    "queue.buffering.max.ms": ("linger_ms", _whole),
-    "max.block.ms": ("max_block_ms", _whole),
-    "max.request.size": ("max_request_size", _whole),
-    "message.max.bytes": ("max_request_size", _whole),
-    "message.timeout.ms": ("delivery_timeout_ms", _whole),
-    "retries": ("retries", _whole),
-}
-
-_NO_GROUP = "all partitions are read by one consumer without group membership; remove the key"
-_RAW_BYTES = "records are read and written as raw bytes, since a failure inside a (de)serializer loses its neighbours; remove the key"
-_REFUSED: dict[str, str] = {
-    "auto.offset.reset": "a new run begins at the beginning and a resumed one at its positions; a jump would lose or repeat records",
-    "enable.auto.commit": "the positions in the snapshot count, and committed offsets follow them",
-    "auto.commit.interval.ms": "the positions in the snapshot count, and committed offsets follow them",
-    "isolation.level": "it is always read_committed, so that no record of an aborted transaction is seen",
-    "check.crcs": "checksums are always verified",
-    "key.deserializer": _RAW_BYTES,
-    "value.deserializer": _RAW_BYTES,
-    "key.serializer": _RAW_BYTES,
-    "value.serializer": _RAW_BYTES,
-    "group.instance.id": _NO_GROUP,
-    "heartbeat.interval.ms": _NO_GROUP,
-    "max.poll.interval.ms": _NO_GROUP,
-    "partition.assignment.strategy": _NO_GROUP,
-    "session.timeout.ms": _NO_GROUP,
-    "transactional.id": "nothing is written in transactions",
-    "buffer.memory": f"what waits for its acknowledgement is bounded at {IN_FLIGHT_BYTES >> 20} MiB",
-    "enable.ssl.certificate.verification": "certificates are always verified; ssl.ca.location names the authority of a self-signed one",
-    "ssl.keystore.password": "a PEM key takes ssl.key.password",
-    "ssl.truststore.password": "a PEM file of certificates has no password",
-    "sasl.client.callback.handler.class": "it names a Java class",
-    "sasl.login.callback.handler.class": "it names a Java class",
-}
-
-_PROPERTY = re.compile(r"(?P<key>(?:[^\\=:\s]|\\.)*)\s*[=:]?\s*(?P<value>.*)", re.DOTALL)
-_ESCAPED = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
-_CONTROL = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
-_JAAS_OPTION = re.compile(r"""(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([^\s;"']+))""")
-
-
-def _read_value(key: str, value: str, read: Callable[[str], object]) -> object:
-    try:
-        return read(value)
-    except ValueError as error:
-        shown = "***" if read is _secret else repr(value)
-        raise KafkaOptionError(f"Kafka option {key!r} must be {error}, got {shown}") from error
-
-
-def _server_list(servers: str) -> list[str]:
-    listed = [server.strip() for server in servers.split(",") if server.strip()]
-    for server in listed:
-        if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):\d{1,5}", server):
-            raise KafkaOptionError(f"a bootstrap server must be host:port, such as localhost:9092, got {server!r}")
-    if not listed:
-        raise KafkaOptionError("no bootstrap server is given: host:port, such as localhost:9092")
-    return listed
-
-
-def _jaas_login(value: str) -> dict[str, object]:
-    found = {name: re.sub(r"\\(.)", r"\1", double) or single or bare for name, double, single, bare in _JAAS_OPTION.findall(value)}
-    if "username" not in found or "password" not in found:
-        raise KafkaOptionError('Kafka option \'sasl.jaas.config\' must hold username="..." and password="..." (the value is not shown)')
-    return {"sasl_plain_username": found["username"], "sasl_plain_password": Secret(found["password"])}
-
-
-def _check_login(options: dict[str, object]) -> None:
-    options.pop("", None)
-    protocol = str(options.get("security_protocol", "PLAINTEXT"))
-    mechanism = options.get("sasl_mechanism")
-    login = sorted(name for name in options if name.startswith("sasl_"))
-    if login and not protocol.startswith("SASL_"):
-        raise KafkaOptionError(f"a login is given, but 'security.protocol' is {protocol}: set it to SASL_SSL (or SASL_PLAINTEXT)")
-    if protocol.startswith("SASL_") and mechanism is None:
-        raise KafkaOptionError(f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 ...")
-    if str(mechanism).startswith(("PLAIN", "SCRAM")) and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys():
-        raise KafkaOptionError(f"'sasl.mechanism' is {mechanism}, so 'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed")
-    if any(name.startswith("ssl_") for name in options) and not protocol.endswith("SSL"):
-        raise KafkaOptionError(f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL")
-
-
-def _logical_lines(text: str) -> Iterator[str]:
-    begun = ""
-    for line in text.split("\n"):
-        line = line.removesuffix("\r").lstrip(" \t\f")
-        if not begun and (not line or line[0] in "#!"):
-            continue
-        trailing = len(line) - len(line.rstrip("\\"))
-        if trailing % 2:
-            begun += line[:-1]
-            continue
-        yield begun + line
-        begun = ""
-    if begun:
-        yield begun
-
-
-def _unescape(text: str) -> str:
-    return _ESCAPED.sub(lambda found: chr(int(found[1][1:], 16)) if len(found[1]) == 5 else _CONTROL.get(found[1], found[1]), text)
 
 
 def _check_codecs() -> None:

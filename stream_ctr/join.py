@@ -275,7 +275,9 @@ class _Pool:
         self.time = np.empty(0, np.int64)
         self.partition = np.empty(0, np.int32)
         self.offset = np.empty(0, np.int64)
-        self.click = np.empty(0, np.int64)  # time of the first click, _NEVER: none yet
+        # When the window must have been open for its click to count: the later of the click's time and its partition's watermark; the
+        # least over all clicks, _NEVER without one. Kept because an earlier impression of the same id may still take this one's place.
+        self.click = np.empty(0, np.int64)
         self.truth = np.empty(0, np.float64)
         self.ids = np.empty((0, fields), np.int32)
         self.values = np.empty((0, value_fields), np.float32)
@@ -482,13 +484,13 @@ def _count_delay(delays, row, delay):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _click(slot, impression_time, time, p_click, counters, delays):  # type: ignore[no-untyped-def]
+def _click(slot, impression_time, time, limit, p_click, counters, delays):  # type: ignore[no-untyped-def]
     """A click inside the window of a pending impression."""
     if p_click[slot] != _NEVER:
         counters[_DUPLICATE] += 1
-        p_click[slot] = min(p_click[slot], time)
+        p_click[slot] = min(p_click[slot], max(time, limit))
         return
-    p_click[slot] = time
+    p_click[slot] = max(time, limit)
     counters[_JOINED] += 1
     if time < impression_time:
         counters[_EARLY] += 1
@@ -516,6 +518,10 @@ def _push_impressions(  # type: ignore[no-untyped-def]
             # The first in (time, partition, offset) stays, whichever was read first.
             if slot < 0 or (t, partition[i], offset[i]) >= (p_time[slot], p_partition[slot], p_offset[slot]):
                 continue
+            if p_click[slot] != _NEVER and p_click[slot] > t + window:
+                p_click[slot] = _NEVER
+                counters[_JOINED] -= 1
+                counters[_LATE] += 1
         else:
             if p_sizes[1] > 0:
                 p_sizes[1] -= 1
@@ -541,7 +547,7 @@ def _push_impressions(  # type: ignore[no-untyped-def]
                     counters[_LATE] += 1
                     _count_delay(delays, 1, c_time[row] - t)
                 else:
-                    _click(slot, t, c_time[row], p_click, counters, delays)
+                    _click(slot, t, c_time[row], c_limit[row], p_click, counters, delays)
             row = c_next[row]
 
 
@@ -564,4 +570,4 @@ def _push_clicks(  # type: ignore[no-untyped-def]
             counters[_LATE] += 1
             _count_delay(delays, 1, time[i] - impression_time)
         else:
-            _click(slot, impression_time, time[i], p_click, counters, delays)
+            _click(slot, impression_time, time[i], limit[i], p_click, counters, delays)

@@ -178,6 +178,10 @@ class Subscriber:
         """See `Scorer.predict`."""
         return self.scorer.predict(rows)
 
+    @property
+    def closing(self) -> bool:
+        return self._closing.is_set()
+
     def wait(self, timeout_seconds: float | None = None) -> bool:
         """Until the first snapshot is loaded; whether it is."""
         return self._loaded.wait(timeout_seconds)

@@ -230,6 +230,13 @@ def test_a_snapshot_is_never_written_twice(tmp_path: Path) -> None:
     assert same(snapshot.load(path)[1], TENSORS)
 
 
+def test_what_a_crash_left_under_the_same_id_is_no_obstacle(tmp_path: Path) -> None:
+    left = tmp_path / f"tmp-{snapshot.new_id(1, 0)}"
+    left.mkdir()
+    (left / "old.safetensors").write_bytes(b"half")
+    assert same(snapshot.load(write(tmp_path))[1], TENSORS)
+
+
 def test_too_little_room_is_said_with_the_path_and_the_free_space_before_anything_is_written(tmp_path: Path) -> None:
     huge = np.broadcast_to(np.zeros(1, np.float32), 2**48)
     with pytest.raises(SnapshotError, match=rf"needs 1,073,741,824\.0 MiB, {tmp_path} has [\d,.]+ MiB free"):

@@ -1,0 +1,411 @@
+"""The command line. Click is used here and nowhere else: commands nest, help is the docstring, and errors become messages at this edge.
+
+Only what `--help` needs is imported at the top; a command imports what it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from stream_ctr import __version__
+from stream_ctr.errors import BrokerError, ConfigError, DataError, SnapshotError, StreamCtrError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stream_ctr.config import Config
+    from stream_ctr.logs import Log
+
+
+class _Group(click.Group):
+    """Errors that stream_ctr raises on purpose become a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except StreamCtrError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except BrokenPipeError:  # `stream-ctr ... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(0)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="stream-ctr")
+@click.option("-v", "--verbose", count=True, help="Say more on standard error: -v progress, -vv everything.")
+def main(verbose: int) -> None:
+    """Learn to predict clicks while they happen.
+
+    \b
+    stream-ctr demo                                   everything on this machine, in about a minute
+    stream-ctr run --topic clicks                     learn from Kafka
+    stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
+    stream-ctr subscribe --state state                follow the snapshots that a run publishes
+
+    Exit codes: 0 fine, 2 usage, 3 configuration, 4 broker, 5 the data policy stopped the run, 6 no valid snapshot.
+    """
+    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+# -- options that several commands share --------------------------------------------------------------------------------------------
+
+
+def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option(
+            "-X",
+            "extra",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="A Kafka client property, or any key of the configuration such as learn.batch_size.",
+        ),
+        click.option("--kafka-config", type=click.Path(path_type=Path), help="A Java client.properties file."),
+        click.option("--config", "config_path", type=click.Path(path_type=Path), help="A TOML file; see configs/ and `stream-ctr config`."),
+        click.option("--bootstrap-servers", metavar="HOST:PORT,...", help="Kafka brokers.  [default: localhost:9092]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _log_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--log-seed", type=int, default=0, show_default=True, help="Seed of what the log lacks and replay invents."),
+        click.option("--format", "log_format", metavar="NAME", help="events, parquet, arrow, criteo, avazu or obd.  [default: sniffed]"),
+    ):
+        command = option(command)
+    return command
+
+
+def _load_config(
+    config_path: Path | None, extra: tuple[str, ...], *, base: Mapping[str, Any] | None = None, **inputs: str | None
+) -> tuple[Config, dict[str, str]]:
+    """The configuration in force, and the Kafka client properties among `extra`."""
+    from stream_ctr import config
+
+    overrides: dict[str, dict[str, Any]] = {"input": {name: value for name, value in inputs.items() if value is not None}}
+    properties: dict[str, str] = {}
+    known = set(config.known_keys())
+    for pair in extra:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"-X takes KEY=VALUE, got {pair!r}")
+        section, _, option = name.partition(".")
+        if name in known:
+            overrides.setdefault(section, {})[option] = config.parse_text(section, option, value)
+        elif section in config.Config.model_fields:
+            raise ConfigError(f"unknown key {name!r}{config.nearest(name, known)}")
+        else:
+            properties[name] = value
+    return config.load(config_path, overrides=overrides, base=base), properties
+
+
+# -- run ----------------------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--topic", help="Topic with impressions and clicks.  [default: clicks]")
+@click.option("--click-topic", help="A second topic that holds the clicks.")
+@click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of Kafka.")
+@_log_options
+@_settings
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("state"),
+    show_default=True,
+    help="Everything that the run writes; an existing one is resumed.",
+)
+@click.option("--until-end", is_flag=True, help="Stop when all that was there at the start is learned. (A --source always ends.)")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
+def run(
+    topic: str | None, click_topic: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
+    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, device: str | None,
+) -> None:  # fmt: skip
+    """Learn from impressions and clicks; report, snapshot, publish.
+
+    \b
+    stream-ctr run --topic clicks --state state
+    stream-ctr run --topic impressions --click-topic clicks --config my.toml
+    stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
+    """
+    from stream_ctr import runs
+
+    extra = (*extra, f"learn.device={device}") if device else extra
+    with runs.state_directory(state):
+        kept = runs.kept_config(state)
+        config, properties = _load_config(
+            config_path, extra, base=kept, topic=topic, click_topic=click_topic, bootstrap_servers=bootstrap_servers
+        )
+        if source:
+            log = _open_log(source, log_format, log_seed)
+            for note in log.notes:
+                click.echo(f"note: {note}", err=True)
+            runs.train_on_log(log, config, state)
+        else:
+            client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
+            with runs.kafka_errors():
+                runs.train_on_kafka(client, config, state, until_end=until_end)
+
+
+# -- logs and streams ---------------------------------------------------------------------------------------------------------------
+
+
+def _open_log(path: Path, log_format: str | None, seed: int) -> Log:
+    from stream_ctr.logs import open_log
+
+    return open_log(path, format=log_format, seed=seed)
+
+
+@main.command()
+@click.argument("log", type=click.Path(path_type=Path))
+@click.option("--topic", default="clicks", show_default=True)
+@click.option("--partitions", type=click.IntRange(1), default=1, show_default=True, help="Of the topic, when it has to be created.")
+@click.option("--speed", default="max", show_default=True, metavar="max|N", help="As fast as possible, or N times real time.")
+@_log_options
+@_settings
+def replay(
+    log: Path, topic: str, partitions: int, speed: str, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
+    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Produce the events of LOG to a topic, in event-time order.
+
+    LOG is JSON lines, Parquet or Arrow of events, or a Criteo, Avazu or Open Bandit log.
+
+    \b
+    stream-ctr replay train.tsv --format criteo --topic clicks
+    stream-ctr replay events.jsonl --speed 60
+    """
+    from connectors import kafka
+    from stream_ctr import runs
+
+    factor = _speed(speed)
+    config, properties = _load_config(config_path, extra, bootstrap_servers=bootstrap_servers)
+    client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
+    opened = _open_log(log, log_format, log_seed)
+    with runs.kafka_errors():
+        if kafka.ensure_topic(client, topic, partitions=partitions):
+            click.echo(f"created topic {topic} with {partitions} partition{'s' * (partitions > 1)}", err=True)
+        sink = kafka.KafkaSink(client)
+        try:
+            count, seconds = runs.produce(opened, sink, topic, factor)
+        finally:
+            sink.close()
+    for note in opened.notes:
+        click.echo(f"note: {note}", err=True)
+    click.echo(f"{count:,} events to {topic} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)", err=True)
+
+
+def _speed(text: str) -> float | None:
+    if text == "max":
+        return None
+    try:
+        factor = float(text)
+    except ValueError:
+        factor = 0.0
+    if factor <= 0:
+        raise click.BadParameter(f"--speed is max or a positive number, got {text!r}")
+    return factor
+
+
+@main.command()
+@click.option("--impressions", type=click.IntRange(1), default=1_000_000, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="A JSON lines file of events.")
+def simulate(impressions: int, seed: int, out: Path) -> None:
+    """Write a seeded stream whose true click probabilities are known, so that the best possible logloss is too.
+
+    \b
+    stream-ctr simulate --impressions 200000 --seed 1 --out clicks.jsonl
+    """
+    from stream_ctr.simulate import Simulation
+
+    started = time.monotonic()
+    try:
+        count = Simulation(impressions, seed=seed).write_jsonl(out)
+    except OSError as error:
+        raise DataError(f"cannot write {out}: {error.strerror}") from None
+    click.echo(f"{count:,} events ({impressions:,} impressions) to {out} in {time.monotonic() - started:.1f} s", err=True)
+
+
+# -- snapshots and serving ----------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Follow the state directory of a run.")
+@click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
+@click.option("--model-name", default="default", show_default=True, help="Whose pointer on the topic.")
+@click.option("--once", is_flag=True, help="Load one snapshot and stop; exit code 6 when there is none in time.")
+@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds that --once waits.")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@click.option("--exec", "command", metavar="COMMAND", help="Run this for each snapshot; {path} stands for its directory. No shell.")
+@_settings
+def subscribe(
+    state: Path | None, topic: str | None, model_name: str, once: bool, timeout: float, as_json: bool, command: str | None,
+    bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Follow published snapshots; verify and load each, print a line.
+
+    \b
+    stream-ctr subscribe --state state
+    stream-ctr subscribe --bootstrap-servers localhost:9092 --json --exec 'reload-model {path}'
+    """
+    from stream_ctr import runs
+    from stream_ctr.subscribe import Subscriber, TopicPointers
+
+    if state and topic:
+        raise click.UsageError("--state and --topic are two ways to follow; give one")
+    with contextlib.ExitStack() as stack:
+        if state:
+            subscriber = Subscriber(state)
+        else:
+            from connectors import kafka
+
+            config, properties = _load_config(config_path, extra, bootstrap_servers=bootstrap_servers)
+            client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
+            stack.enter_context(runs.kafka_errors())
+            reader = kafka.PointerReader(client, topic or config.snapshots.topic)
+            stack.callback(reader.close)
+            subscriber = Subscriber(TopicPointers(reader, model_name=model_name))
+        stack.enter_context(runs.signals(subscriber.close))
+        _follow(subscriber, once=once, timeout=timeout, as_json=as_json, command=command)
+
+
+def _follow(subscriber: Any, *, once: bool, timeout: float, as_json: bool, command: str | None) -> None:
+    while not subscriber.closing:
+        pointer = subscriber.next(timeout if once else 1.0)
+        if pointer:
+            delay = round(time.time() - pointer["created_ms"] / 1000, 3)
+            line = json.dumps({**pointer, "verified": True, "delay_seconds": delay})
+            if not as_json:
+                line = (
+                    f"{pointer['snapshot']}  {pointer['examples']:,} examples  loaded {delay:.2f} s after it was taken  {pointer['path']}"
+                )
+            click.echo(line)
+            sys.stdout.flush()
+            if command:
+                _run_hook(command, pointer)
+        if once:
+            if pointer is None:
+                raise SnapshotError(f"no valid snapshot was published within {timeout:g} s")
+            return
+
+
+def _run_hook(command: str, pointer: Mapping[str, Any]) -> None:
+    arguments = [part.replace("{path}", pointer["path"]) for part in shlex.split(command)]
+    environment = {**os.environ, "STREAM_CTR_SNAPSHOT": pointer["path"], "STREAM_CTR_SNAPSHOT_ID": pointer["snapshot"]}
+    try:
+        done = subprocess.run(arguments, env=environment, check=False)
+    except OSError as error:
+        raise ConfigError(f"cannot run --exec {command!r}: {error.strerror}") from None
+    if done.returncode:
+        click.echo(f"warning: {command!r} ended with status {done.returncode} for {pointer['snapshot']}", err=True)
+
+
+@main.command()
+@click.argument("log", metavar="EVENTS", type=click.Path(path_type=Path))
+@click.option(
+    "--snapshot",
+    "path",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="A snapshot directory, or a state directory for its newest.",
+)
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@_log_options
+def score(log: Path, path: Path, as_json: bool, log_format: str | None, log_seed: int) -> None:
+    """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
+
+    \b
+    stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
+    """
+    from stream_ctr import snapshot
+    from stream_ctr.events import Decoder
+    from stream_ctr.subscribe import Scorer
+
+    if (path / "snapshots").is_dir():
+        newest = snapshot.newest(path / "snapshots")
+        if newest is None:
+            raise SnapshotError(f"{path} has no snapshot yet")
+        path = newest
+    scorer = Scorer(path)
+    decoder = Decoder(scorer.fields)
+    rejected = 0
+    for batch in _open_log(log, log_format, log_seed).batches():
+        events, rejects = decoder.decode(batch.value)
+        rejected += len(rejects)
+        identities = events.impressions.impression_id.to_pylist()
+        probabilities = scorer.predict_columns(events.impressions.features).tolist() if identities else []
+        if as_json:
+            lines = [json.dumps({"impression_id": name, "probability": p}) for name, p in zip(identities, probabilities, strict=True)]
+        else:
+            lines = [f"{name}\t{p!r}" for name, p in zip(identities, probabilities, strict=True)]
+        if lines:
+            click.echo("\n".join(lines))
+    if rejected:
+        click.echo(f"warning: {rejected} records are no events and were not scored", err=True)
+
+
+# -- configuration, broker, demo ----------------------------------------------------------------------------------------------------
+
+
+@main.command("config")
+@_settings
+def show_config(bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...]) -> None:
+    """Print the configuration in force as JSON: flags over environment over file over defaults."""
+    from stream_ctr import runs
+
+    config, properties = _load_config(config_path, extra, bootstrap_servers=bootstrap_servers)
+    runs.client(config.input.bootstrap_servers, kafka_config, properties)  # wrong ones are errors here too
+    click.echo(json.dumps(config.model_dump(mode="json"), indent=2))
+
+
+@main.command()
+@click.option("--port", type=click.IntRange(0, 65535), default=9092, show_default=True, help="On loopback; 0 picks a free one.")
+def broker(port: int) -> None:
+    """Run the embedded Kafka-compatible broker (Tansu, in memory) until Ctrl-C. Not for production."""
+    from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
+    from stream_ctr import runs
+
+    try:
+        with EmbeddedBroker(port=port or None) as embedded:
+            click.echo(f"listening on {embedded.bootstrap_servers}; what it holds is gone when it stops", err=True)
+            stopped: list[int] = []
+            with runs.signals(lambda: stopped.append(1)):
+                while not stopped:
+                    time.sleep(0.2)
+    except EmbeddedUnavailable as error:
+        raise BrokerError(str(error)) from None
+
+
+@main.command()
+@click.option("--impressions", type=click.IntRange(1000), default=200_000, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Where to keep it.  [default: a temporary directory]")
+@_settings
+def demo(
+    impressions: int, seed: int, state: Path | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...]
+) -> None:  # fmt: skip
+    """All of it on this machine: an embedded broker, a simulated stream, the trainer, a subscriber. About a minute on two cores."""
+    import tempfile
+
+    from stream_ctr.demo import run_demo
+
+    if bootstrap_servers or kafka_config:
+        raise click.UsageError("the demo brings a broker of its own; use `run` with yours")
+    config, _ = _load_config(config_path, extra)
+    state = state or Path(tempfile.mkdtemp(prefix="stream-ctr-demo-"))
+    run_demo(config, impressions=impressions, seed=seed, state=state)

@@ -1,0 +1,245 @@
+"""What the commands do between their options and the trainer: open sources, hold the state directory, run, replay.
+
+With the command line, the only place where the trainer meets `connectors`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import Progress
+
+from connectors import kafka
+from connectors.memory import BatchSource
+from stream_ctr import snapshot
+from stream_ctr.assembly import build_trainer
+from stream_ctr.config import Config, Field
+from stream_ctr.display import LiveTable
+from stream_ctr.errors import BrokerError, ConfigError, DataError
+from stream_ctr.events import infer_fields
+from stream_ctr.outlet import Outlet
+from stream_ctr.schedule import Schedule
+
+_INFER_IMPRESSIONS = 1000
+_INFER_SECONDS = 10.0
+_THREE_WAYS = """No Kafka broker. Three ways to get one:
+  stream-ctr broker                         an embedded one, in another terminal (pip install 'stream-ctr[embedded]')
+  docker compose -f deploy/compose.yaml up  Apache Kafka and a trainer
+  --bootstrap-servers HOST:PORT             the one you have
+Or do without: stream-ctr run --source LOG reads a file through the same code."""
+
+
+class _Batch(Protocol):
+    """Events in event-time order: `time` int64 ms [n], JSON bytes `value` [n], and the impression ids as Kafka keys."""
+
+    @property
+    def time(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def value(self) -> pa.LargeBinaryArray: ...
+    @property
+    def key(self) -> pa.Array: ...
+    def __len__(self) -> int: ...
+
+
+class Stream(Protocol):
+    """History that can be read as a stream, more than once: `logs.Log`, `simulate.Simulation`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def fields(self) -> tuple[Field, ...] | None: ...
+    def batches(self) -> Iterator[_Batch]: ...
+
+
+def say(text: str) -> None:
+    """To the person at the terminal; standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def client(bootstrap_servers: str, kafka_config: Path | None, properties: Mapping[str, str]) -> dict[str, object]:
+    with kafka_errors():
+        return dict(
+            kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties})
+        )
+
+
+@contextlib.contextmanager
+def kafka_errors() -> Iterator[None]:
+    try:
+        yield
+    except (kafka.KafkaOptionError, kafka.KafkaCodecMissing) as error:
+        raise ConfigError(str(error)) from None
+    except kafka.KafkaRefused as error:
+        raise BrokerError(str(error)) from None
+    except kafka.KafkaUnreachable as error:
+        raise BrokerError(f"{error}\n\n{_THREE_WAYS}") from None
+    except kafka.KafkaFailure as error:
+        raise BrokerError(str(error)) from None
+
+
+@contextlib.contextmanager
+def state_directory(state: Path) -> Iterator[None]:
+    """The directory, there, ours alone, and without what a crash left unfinished."""
+    try:
+        state.mkdir(parents=True, exist_ok=True)
+        lock = (state / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"cannot write in the state directory {state}: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise ConfigError(f"the state directory {state} is in use by process {lock.read().strip() or 'unknown'}") from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        snapshot.clean(state / "snapshots")
+        yield
+
+
+def kept_config(state: Path) -> dict[str, Any] | None:
+    """What an earlier run on this directory was configured with."""
+    newest = snapshot.newest(state / "snapshots")
+    return cast("dict[str, Any]", snapshot.verify(newest)["config"]) if newest else None
+
+
+def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
+    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.name)
+    fields = config.features.fields() or log.fields
+    return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields)
+
+
+def train_on_kafka(client: dict[str, object], config: Config, state: Path, *, until_end: bool) -> dict[str, Any]:
+    topics = [config.input.topic, *([config.input.click_topic] if config.input.click_topic else [])]
+    with contextlib.ExitStack() as stack:
+        source = kafka.KafkaSource(topics, client=client, group=config.input.group, until_end=until_end)
+        stack.callback(source.close)
+        sink = kafka.KafkaSink(client)
+        stack.callback(sink.close)
+        for topic in topics:
+            kafka.ensure_topic(client, f"{topic}.dlq")
+        if config.metrics.topic:
+            kafka.ensure_topic(client, config.metrics.topic)
+        if config.snapshots.topic:
+            kafka.ensure_topic(client, config.snapshots.topic, compacted=True)
+        outlet = Outlet(
+            state,
+            sink=sink,
+            metrics_topic=config.metrics.topic,
+            snapshot_topic=config.snapshots.topic,
+            model_name=config.snapshots.model_name,
+        )
+        return _train(source, outlet, config, state, config.features.fields())
+
+
+def _train(
+    source: kafka.KafkaSource | BatchSource, outlet: Any, config: Config, state: Path, fields: tuple[Field, ...] | None
+) -> dict[str, Any]:
+    fields = fields or _inferred_fields(source)
+    schedule = Schedule(
+        {"report": config.schedule.report_every.total_seconds(), "snapshot": config.schedule.snapshot_every.total_seconds()}
+    )
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        table = stack.enter_context(LiveTable(console if console.is_terminal else None))
+        trainer = build_trainer(config, fields=fields, source=source, outlet=outlet, directory=state, flags=schedule, show=table.update)
+        if trainer.baseline:
+            stack.callback(trainer.baseline.close)
+        newest = snapshot.newest(state / "snapshots")
+        if newest:
+            trainer.restore(newest)
+            say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
+        stack.enter_context(signals(trainer.stop))
+        stack.enter_context(schedule)
+        report = trainer.run()
+    say(_summary(report, state))
+    return report
+
+
+def _summary(report: Mapping[str, Any], state: Path) -> str:
+    parts = [f"{report['examples']:,} examples"]
+    parts += [f"{name}: logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" for name, score in report["models"].items() if score["auc"]]
+    if report.get("best_possible_logloss"):
+        parts.append(f"best possible logloss {report['best_possible_logloss']:.5f}")
+    return f"{report['kind']}: {'; '.join(parts)}; snapshot {state / 'snapshots' / report['snapshot']}"
+
+
+@contextlib.contextmanager
+def signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGTERM and Ctrl-C finish cleanly; a second one ends at once."""
+
+    def handle(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _inferred_fields(source: kafka.KafkaSource | BatchSource) -> tuple[Field, ...]:
+    """From the first impressions; then the source is where it was. Waits for them when there are none yet."""
+    start = source.positions()
+    values: list[pa.LargeBinaryArray] = []
+    fields: tuple[Field, ...] = ()
+    waiting = False
+    deadline = time.monotonic() + _INFER_SECONDS
+    while not fields or (sum(map(len, values)) < _INFER_IMPRESSIONS and not source.caught_up().all() and time.monotonic() < deadline):
+        if source.finished and not fields:
+            raise DataError(
+                f"no impression with features in {', '.join(sorted({topic for topic, _ in source.partitions}))}: nothing to learn from"
+            )
+        records = source.poll(0.25)
+        if len(records):
+            values.append(records.value.slice(0, 4 * _INFER_IMPRESSIONS))
+            fields = infer_fields(pa.concat_arrays(values))
+        elif not waiting:
+            waiting = True
+            say("waiting for the first impressions, to infer their fields (or name them in a --config)")
+    source.seek(start)
+    listed = ", ".join(f"{field.name} ({field.kind})" for field in fields)
+    say(f"note: no fields configured; inferred from the first impressions: {listed}")
+    return fields
+
+
+def produce(log: Stream, sink: kafka.KafkaSink, topic: str, factor: float | None) -> tuple[int, float]:
+    """All events of a log to a topic, as fast as possible or `factor` times as fast as they happened; how many, and in how many seconds."""
+    count, started, first = 0, time.monotonic(), None
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        task = progress.add_task(f"replaying {log.name}", total=None)
+        for batch in log.batches():
+            first = int(batch.time[0]) if first is None else first
+            for rows in _paced(batch.time - first, factor, started) if factor else (slice(0, len(batch)),):
+                sink.send_batch(topic, batch.value[rows], batch.time[rows], batch.key[rows])
+                progress.update(task, description=f"replaying {log.name}: {count + rows.stop:,} events")
+            count += len(batch)
+        sink.flush(120.0)
+    return count, time.monotonic() - started
+
+
+def _paced(elapsed_ms: npt.NDArray[np.int64], factor: float, started: float) -> Iterator[slice]:
+    """Runs of rows, each when its time has come."""
+    done = 0
+    while done < len(elapsed_ms):
+        due = int(np.searchsorted(elapsed_ms, (time.monotonic() - started) * 1000 * factor, side="right"))
+        if due > done:
+            yield slice(done, due)
+            done = due
+        else:
+            time.sleep(min(0.05, max(0.001, float(elapsed_ms[done]) / 1000 / factor - (time.monotonic() - started))))

@@ -1,0 +1,216 @@
+"""The table: what it says, that it fits, and that it is silent when nobody watches."""
+
+import copy
+import io
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from stream_ctr.display import LiveTable, final_table
+
+
+def metrics(logloss: float, auc: float, count: int) -> dict[str, Any]:
+    return {
+        "auc": auc,
+        "auc_error_bound": 0.0002,
+        "logloss": logloss,
+        "ne": 0.8634,
+        "pred_over_actual": 1.012,
+        "ctr": 0.0312,
+        "count": count,
+    }
+
+
+REPORT: dict[str, Any] = {
+    "kind": "report",
+    "examples": 1234567,
+    "events": 1300000,
+    "events_per_second": 15210.4,
+    "event_time": "2025-01-01T10:15:00Z",
+    "watermark": "2025-01-01T10:13:00Z",
+    "pending": 12345,
+    "lag": 7,
+    "snapshot": "00000012-20250101T101500Z",
+    "counters": {"impressions": 1250000, "clicks": 39012, "clicks_late": 12, "duplicates": 3, "rejected": 0},
+    "click_coverage": 0.9987,
+    "constant_logloss": 0.14,
+    "best_possible_logloss": 0.10,
+    "models": {"deepfm": metrics(0.11, 0.7612, 1234567), "river_ftrl": metrics(0.13, 0.7412, 1234567)},
+    "rolling": {
+        "models": {"deepfm": metrics(0.11812, 0.7812, 60000), "river_ftrl": metrics(0.12312, 0.7512, 60000)},
+        "start": "2025-01-01T10:05:00Z",
+        "end": "2025-01-01T10:15:00Z",
+        "provisional": True,
+    },
+    "paired": {"models": ["deepfm", "river_ftrl"], "logloss_difference": -0.0040, "low": -0.0044, "high": -0.0036, "count": 1234567},
+}
+
+
+def drawn(report: Mapping[str, Any], width: int = 120) -> list[str]:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(final_table(report))
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def row(lines: list[str], name: str) -> str:
+    return next(line for line in lines if line.startswith(name))
+
+
+def test_a_row_of_a_model_has_its_rolling_numbers_and_then_those_of_the_whole_run() -> None:
+    assert row(drawn(REPORT), "deepfm ").split() == [
+        "deepfm", "0.11812", "0.7812", "0.8634", "1.012", "60,000", "0.0312", "0.11000", "0.7612", "0.8634", "1.012", "1,234,567", "0.0312",
+    ]  # fmt: skip
+
+
+def test_the_constant_and_the_best_possible_stand_under_the_models_in_the_logloss_column_of_the_whole_run() -> None:
+    lines = drawn(REPORT)
+    order = [lines.index(row(lines, name)) for name in ("deepfm", "river_ftrl", "constant", "best possible")]
+    assert order == list(range(order[0], order[0] + 4))
+    where = row(lines, "deepfm ").rindex("0.11000")
+    assert row(lines, "constant").index("0.14000") == where
+    assert row(lines, "best possible").index("0.10000") == where
+    assert not any(line.startswith(("constant", "best")) for line in drawn({"models": REPORT["models"]}))
+
+
+def test_a_final_report_shows_the_last_half_in_place_of_the_rolling_window() -> None:
+    last_half = {"models": {"deepfm": metrics(0.105, 0.79, 617000)}, "constant_logloss": 0.145, "best_possible_logloss": 0.095}
+    lines = drawn({**REPORT, "kind": "final", "last_half": last_half})
+    assert "last half" in "\n".join(lines)
+    assert "rolling window" not in "\n".join(lines)
+    assert row(lines, "deepfm ").split()[1] == "0.10500"
+    assert row(lines, "constant").split() == ["constant", "0.14500", "0.14000"]
+    assert row(lines, "gap to best possible") == "gap to best possible closed (last half): deepfm 80%"  # (145 - 105) / (145 - 95)
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
+def test_no_line_is_wider_than_the_terminal_and_no_number_is_cut(width: int) -> None:
+    lines = drawn(REPORT, width)
+    assert max(len(line) for line in lines) <= width
+    assert "…" not in "\n".join(lines)
+    assert "0.11812" in row(lines, "deepfm ")
+    assert "0.11000" in row(lines, "deepfm ")
+
+
+def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration() -> None:
+    counts = [len(row(drawn(REPORT, width), "deepfm ").split()) for width in (40, 60, 80, 120)]
+    assert counts == [3, 5, 9, 13]
+
+
+@pytest.mark.parametrize(
+    ("difference", "low", "high", "words"),
+    [
+        (-0.0040, -0.0044, -0.0036, "deepfm beats river_ftrl by 0.00400 ± 0.00040 nats per impression (95 % interval excludes zero)"),
+        (0.0040, 0.0036, 0.0044, "river_ftrl beats deepfm by 0.00400 ± 0.00040 nats per impression (95 % interval excludes zero)"),
+        (-0.0010, -0.0030, 0.0010, "deepfm and river_ftrl cannot be told apart: logloss differs by -0.00100 ± 0.00200 nats per impression"),
+        (-0.0010, -0.0020, 0.0, "deepfm and river_ftrl cannot be told apart: logloss differs by -0.00100 ± 0.00100 nats per impression"),
+    ],
+)
+def test_the_paired_difference_is_said_in_words(difference: float, low: float, high: float, words: str) -> None:
+    paired = {"models": ["deepfm", "river_ftrl"], "logloss_difference": difference, "low": low, "high": high, "count": 9}
+    assert words in " ".join(drawn({"paired": paired}, 200))
+
+
+def test_the_share_of_the_gap_that_each_model_closed_is_said() -> None:
+    assert "gap to best possible closed (whole run): deepfm 75%, river_ftrl 25%" in drawn(REPORT)  # (14 - 11) / (14 - 10)
+
+
+def test_progress_and_counters_are_said_with_their_units() -> None:
+    text = " ".join(drawn(REPORT, 300))
+    for piece in ["1,234,567 examples", "15,210 events/s", "event time 2025-01-01T10:15:00Z", "12,345 pending", "7 lag", "12 clicks late",
+                  "snapshot 00000012-20250101T101500Z", "99.87% of clicks joined", "AUC exact to ±0.0002",
+                  "window 2025-01-01T10:05:00Z to 2025-01-01T10:15:00Z (provisional)"]:  # fmt: skip
+        assert piece in text
+    assert "(provisional)" not in " ".join(drawn({**REPORT, "rolling": {**REPORT["rolling"], "provisional": False}}))
+
+
+def test_unknown_numbers_are_dashes() -> None:
+    report = {"models": {"deepfm": {"logloss": None, "auc": float("nan"), "count": 0}}}
+    assert row(drawn(report), "deepfm").split() == ["deepfm", "–", "–", "–", "–", "0", "–"]
+
+
+def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    if not isinstance(value, dict):
+        return [prefix]
+    return [prefix, *(path for key in value for path in paths(value[key], (*prefix, key)))]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lost=st.lists(st.sampled_from([path for path in paths(REPORT) if path]), max_size=4),
+    put=st.sampled_from([None, "absent", float("nan"), True, "text", [], {}, -1]),
+    width=st.integers(20, 160),
+)
+def test_no_missing_or_odd_value_stops_the_drawing(lost: list[tuple[str, ...]], put: object, width: int) -> None:
+    report = copy.deepcopy(REPORT)
+    for path in lost:
+        *parents, last = path
+        where: Any = report
+        for key in parents:
+            where = where.get(key) if isinstance(where, dict) else None
+        if isinstance(where, dict) and put == "absent":
+            where.pop(last, None)
+        elif isinstance(where, dict):
+            where[last] = put
+    assert max(map(len, drawn(report, width)), default=0) <= width
+
+
+def test_an_empty_report_can_be_drawn() -> None:
+    assert "whole run" in " ".join(drawn({}))
+
+
+def test_a_name_that_looks_like_markup_is_shown_as_it_is() -> None:
+    assert row(drawn({"models": {"[red]x[/red]": metrics(0.1, 0.5, 1)}}), "[red]x[/red]")
+
+
+def test_a_terminal_that_is_not_utf8_gets_plain_signs_and_no_encoding_error() -> None:
+    raw = io.BytesIO()
+    console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=120)
+    console.print(final_table(REPORT))
+    console.file.flush()
+    assert b"by 0.00400 +- 0.00040 nats" in raw.getvalue()
+
+
+def terminal(no_color: bool = False) -> Console:
+    return Console(
+        file=io.StringIO(), width=100, force_terminal=True, color_system="standard", no_color=no_color, _environ={"TERM": "xterm"}
+    )
+
+
+def written(console: Console) -> str:
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_on_a_terminal_each_update_is_drawn_over_the_last_and_the_end_clears_it() -> None:
+    console = terminal()
+    with LiveTable(console) as table:
+        table.update(REPORT)
+        before = len(written(console))
+        table.update({**REPORT, "examples": 7654321})
+        update = written(console)[before:]
+        assert "7,654,321" in update
+        height = written(console)[:before].count("\n")
+        assert update.count("\x1b[1A") == height  # the cursor goes up over all that was drawn
+        end = len(written(console))
+    assert written(console)[end:].count("\x1b[2K") >= height
+
+
+def test_no_color_leaves_out_colours() -> None:
+    colour = re.compile(r"\x1b\[[\d;]*3[0-7]")
+    for no_color in (False, True):
+        console = terminal(no_color)
+        with LiveTable(console) as table:
+            table.update(REPORT)
+        assert bool(colour.search(written(console))) is not no_color
+
+
+def test_nothing_is_written_when_the_output_is_piped() -> None:
+    program = "from stream_ctr.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("end\n", "")
