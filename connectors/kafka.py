@@ -20,12 +20,14 @@ import itertools
 import logging
 import re
 import socket
+import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 import kafka.codec
@@ -37,6 +39,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import (
     IncompatibleBrokerVersion,
     InvalidReplicationFactorError,
+    KafkaConfigurationError,
     KafkaError,
     KafkaTimeoutError,
     LogTruncationError,
@@ -46,14 +49,45 @@ from kafka.errors import (
 )
 from kafka.structs import OffsetAndMetadata
 
+from connectors.errors import (
+    KafkaCodecMissing,
+    KafkaDeliveryFailed,
+    KafkaFailure,
+    KafkaOptionError,
+    KafkaReadFailed,
+    KafkaRefused,
+    KafkaTopicMissing,
+    KafkaUnreachable,
+    PositionLost,
+)
+from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
 from connectors.records import Records
+
+__all__ = [
+    "KafkaCodecMissing",
+    "KafkaDeliveryFailed",
+    "KafkaFailure",
+    "KafkaOptionError",
+    "KafkaReadFailed",
+    "KafkaRefused",
+    "KafkaSink",
+    "KafkaSource",
+    "KafkaTopicMissing",
+    "KafkaUnreachable",
+    "PointerReader",
+    "PositionLost",
+    "client_options",
+    "ensure_topic",
+    "parse_properties",
+    "read_properties",
+    "topic_partitions",
+]
 
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_SECONDS = 5.0  # for the first answer of a broker
 ANSWER_SECONDS = 5.0  # for what is asked of a broker that answered before
 PROBE_SECONDS = 2.0  # for finding out why nobody answered
-IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowledged
 
 
 class KafkaSource:
@@ -175,7 +209,9 @@ class KafkaSource:
         records = list(itertools.chain.from_iterable(polled.values()))
         count = len(records)
         return Records(
-            partition=np.repeat(np.array([self._index[partition] for partition in polled], np.int32), [len(some) for some in polled.values()]),
+            partition=np.repeat(
+                np.array([self._index[partition] for partition in polled], np.int32), [len(some) for some in polled.values()]
+            ),
             offset=np.fromiter(map(attrgetter("offset"), records), np.int64, count),
             time=np.fromiter(map(attrgetter("timestamp"), records), np.int64, count),
             value=pa.array(list(map(attrgetter("value"), records)), pa.large_binary()),
@@ -201,13 +237,13 @@ class KafkaSource:
         try:
             offsets = ask(self._assigned, timeout_ms=int(ANSWER_SECONDS * 1000))
         except KafkaError as error:
-            raise _leaders_silent(self._assigned, self._client, error) from error
+            raise _leaders_silent(self._consumer, self._client, error) from error
         return {index: offsets[partition] for index, partition in enumerate(self._assigned)}
 
     def _offsets(self, by_partition: Mapping[int, int]) -> npt.NDArray[np.int64]:
         return np.array([by_partition[index] for index in range(len(self._assigned))], np.int64)
 
-    def _read_failure(self, error: KafkaError) -> KafkaFailure:
+    def _read_failure(self, error: KafkaError) -> PositionLost | KafkaReadFailed:
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
             return PositionLost("; ".join(self._what_is_lost(self._position)) or str(error))
         return KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}")
@@ -219,7 +255,9 @@ class KafkaSource:
         for index, ((topic, partition), offset) in enumerate(zip(self.partitions, wanted.tolist(), strict=True)):
             where = f"partition {partition} of topic {topic!r}"
             if offset < beginning[index]:
-                lost.append(f"{where} begins at offset {beginning[index]}, but {offset} comes next: {beginning[index] - offset} were deleted")
+                lost.append(
+                    f"{where} begins at offset {beginning[index]}, but {offset} comes next: {beginning[index] - offset} were deleted"
+                )
             elif offset > ends[index]:
                 lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic deleted and created again?")
         return lost
@@ -241,7 +279,8 @@ class KafkaSink:
         self._in_flight: deque[tuple[Any, int]] = deque()
         self._in_flight_bytes = 0
         self._unmarked_bytes = 0
-        self._topics: set[str] = set()
+        self._partitions: dict[str, int] = {}
+        self._sent_in_batches = 0
         self._producer = _connect(KafkaProducer, client, {**_PRODUCER_DEFAULTS, "compression_type": compression})
 
     def send(
@@ -272,18 +311,21 @@ class KafkaSink:
         self._raise_failures()
         self._know(topic)
         count = len(values)
-        all_times = itertools.repeat(None, count) if times is None else times.tolist()
-        all_keys = itertools.repeat(None, count) if keys is None else keys.cast(pa.large_binary()).to_pylist()
+        partitions = [None] * count if keys is not None else self._in_blocks(count, self._partitions[topic])
+        all_times = [None] * count if times is None else times.tolist()
+        all_keys = [None] * count if keys is None else keys.cast(pa.large_binary()).to_pylist()
         no_headers: list[tuple[str, bytes]] = []
-        for value, time_, key in zip(values.to_pylist(), all_times, all_keys, strict=True):
-            self._send(topic, value, key, no_headers, time_, None)
+        for value, key, time_, partition in zip(values.to_pylist(), all_keys, all_times, partitions, strict=True):
+            self._send(topic, value, key, no_headers, time_, partition)
 
     def flush(self, timeout_seconds: float) -> None:
         """Wait until all is acknowledged; `KafkaDeliveryFailed` when that takes longer or some was not taken."""
         try:
             self._producer.flush(timeout_seconds)
         except KafkaTimeoutError as error:
-            raise KafkaDeliveryFailed(f"not all records were acknowledged within {timeout_seconds:g} s by {_servers(self._client)}") from error
+            raise KafkaDeliveryFailed(
+                f"not all records were acknowledged within {timeout_seconds:g} s by {_servers(self._client)}"
+            ) from error
         finally:
             self._raise_failures()
         self._in_flight.clear()
@@ -321,17 +363,26 @@ class KafkaSink:
             with suppress(KafkaError):
                 oldest.get()
 
+    def _in_blocks(self, count: int, partitions: int) -> list[int]:
+        # The client would choose partitions in blocks too, one record at a time and for a fifth of the cost of sending.
+        first, self._sent_in_batches = self._sent_in_batches, self._sent_in_batches + count
+        blocks: list[int] = (np.arange(first, first + count) // _BLOCK % partitions).tolist()
+        return blocks
+
     def _know(self, topic: str) -> None:
-        if topic in self._topics:
+        if topic in self._partitions:
             return
-        if topic_partitions(self._client, topic) is None:
-            raise _topic_missing(topic, _topic_names(self._client), self._client)
-        self._topics.add(topic)
+        existing = _all_topics(self._client)
+        if topic not in existing:
+            raise _topic_missing(topic, existing, self._client)
+        self._partitions[topic] = existing[topic]
 
     def _raise_failures(self) -> None:
         if self._failures:
             failures, self._failures[:] = list(self._failures), []
-            raise KafkaDeliveryFailed(f"{len(failures)} records were not acknowledged by {_servers(self._client)}; the first: {failures[0]}")
+            raise KafkaDeliveryFailed(
+                f"{len(failures)} records were not acknowledged by {_servers(self._client)}; the first: {failures[0]}"
+            )
 
 
 class PointerReader:
@@ -392,19 +443,22 @@ def ensure_topic(client: Mapping[str, object], topic: str, *, partitions: int = 
 
 def topic_partitions(client: Mapping[str, object], topic: str) -> int | None:
     """How many partitions the topic has; None when it does not exist."""
+    return _all_topics(client).get(topic)
+
+
+def _all_topics(client: Mapping[str, object]) -> dict[str, int]:
     with _admin(client) as admin:
         # Asked for all topics: naming one would create it where the broker creates topics by itself.
-        found = next((described for described in admin.describe_topics() if described["name"] == topic), None)
-    return None if found is None else len(found["partitions"])
+        return {described["name"]: len(described["partitions"]) for described in admin.describe_topics()}
 
 
-_MARK_BYTES = 256 << 10
+_MARK_BYTES = 256 << 10  # of values between two of the records whose acknowledgement is waited for
+_BLOCK = 1024  # records without a key that go to one partition before it is the next one's turn
 
 # Tuned by measurement on two cores; every one can be set by the user.
 _CONSUMER_DEFAULTS: dict[str, object] = {
     "client_id": "stream-ctr",
     "fetch_max_wait_ms": 100,
-    "max_partition_fetch_bytes": 4 << 20,
     "max_poll_records": 5000,
     "metrics_enabled": False,
     "reconnect_backoff_max_ms": 1000,
@@ -412,7 +466,7 @@ _CONSUMER_DEFAULTS: dict[str, object] = {
 _PRODUCER_DEFAULTS: dict[str, object] = {
     "client_id": "stream-ctr",
     "batch_size": 256 << 10,
-    "linger_ms": 5,
+    "linger_ms": 20,
     "max_block_ms": int(ANSWER_SECONDS * 1000),
     "metrics_enabled": False,
     "reconnect_backoff_max_ms": 1000,
@@ -451,7 +505,7 @@ def _admin(client: Mapping[str, object]) -> Iterator[Any]:
     try:
         yield admin
     except RetriableError as error:
-        raise KafkaUnreachable(f"{_servers(client)} answered and then did not: {error}{_ADVERTISED}") from error
+        raise KafkaUnreachable(f"{_servers(client)} answered, but what it advertises (advertised.listeners) did not: {error}") from error
     except KafkaError as error:
         raise KafkaFailure(f"{_servers(client)} refused: {error}") from error
     finally:
@@ -463,20 +517,178 @@ def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, obj
     _silence_secrets()
     opened: list[Any] = []
 
-    def net_client(**options: object) -> Any:
-        opened.append(make.DEFAULT_CONFIG["kafka_client"](**options))
+    def open_network(**network: object) -> Any:
+        opened.append(make.DEFAULT_CONFIG["kafka_client"](**network))
         return opened[-1]
 
     known = {name: value for name, value in client.items() if name in make.DEFAULT_CONFIG}
-    timeout = {"bootstrap_timeout_ms": int(BOOTSTRAP_SECONDS * 1000), "kafka_client": net_client}
-    started = time.monotonic()
-    with _heard() as reasons:
+    bounds = {"bootstrap_timeout_ms": int(BOOTSTRAP_SECONDS * 1000), "kafka_client": open_network}
+    options = {**defaults, **known, **(rules or {}), **bounds}
+    with _listening_to_bootstrap() as heard:
         try:
-            return make(**{**defaults, **known, **(rules or {}), **timeout})
-        except KafkaTimeoutError as error:
-            failure = _explain(client, time.monotonic() - started, reasons)
-            raise failure from error
-        except (KafkaError, ValueError, OSError) as error:
-            raise KafkaOptionError(f"the Kafka client does not take its options: {error}") from error
-        finally:
-            pass
+            # A TLS handshake with a silent peer outlasts the client's own timeout.
+            return _in_time(lambda: make(**options), BOOTSTRAP_SECONDS + 0.5)
+        except (KafkaTimeoutError, TimeoutError) as error:
+            failure: KafkaFailure = _explain_silence(client, list(heard.reasons))
+            cause: BaseException = error
+        except KafkaConfigurationError as error:
+            failure, cause = KafkaOptionError(f"the Kafka client does not take its options: {error}"), error
+        except KafkaError as error:
+            failure, cause = KafkaRefused(f"{_servers(client)} accepts connections, but answers: {error}"), error
+    for network in opened:
+        network.close()
+    raise failure from cause
+
+
+def _in_time(call: Callable[[], Any], seconds: float) -> Any:
+    """What the call returns or raises; `TimeoutError` when it does not come back, and then a daemon thread is left with it."""
+    outcome: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001 - raised again by whoever waits for the outcome
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="kafka-connect", daemon=True).start()
+    return outcome.result(seconds)
+
+
+class _BootstrapListener(logging.Handler):
+    """Keeps the reasons of failed attempts, which kafka-python tells to its log only."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.reasons: dict[str, None] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        found = re.match(r"Bootstrap (?:connection|attempt) to \S+ failed: (.+?)(?: \(backoff .*)?$", record.getMessage())
+        if found:
+            self.reasons[found[1]] = None
+
+
+@contextmanager
+def _listening_to_bootstrap() -> Iterator[_BootstrapListener]:
+    listener = _BootstrapListener()
+    logger = logging.getLogger("kafka.net.manager")
+    logger.addHandler(listener)
+    try:
+        yield listener
+    finally:
+        logger.removeHandler(listener)
+
+
+def _explain_silence(client: Mapping[str, object], reasons: Sequence[str]) -> KafkaUnreachable:
+    servers = _server_names(client)
+    closed = {server: _why_closed(server, PROBE_SECONDS / len(servers)) for server in servers}
+    if all(closed.values()):
+        each = "; ".join(f"{server}: {why}" for server, why in closed.items())
+        return KafkaUnreachable(f"no Kafka broker answered within {BOOTSTRAP_SECONDS:g} s ({each})")
+    accepting = ", ".join(server for server, why in closed.items() if not why)
+    # A refused login is told once; the attempts after it only see a closed connection.
+    hint, reason = next((hint, reason) for pattern, hint in _REFUSAL_HINTS for reason in [*reasons, ""] if re.search(pattern, reason))
+    told = f" ({reason})" if reason else ""
+    return KafkaRefused(f"{accepting} accepts connections, but let nobody in within {BOOTSTRAP_SECONDS:g} s: {hint}{told}")
+
+
+_REFUSAL_HINTS = (
+    ("SaslAuthenticationFailed", "the login was refused, check sasl.username and sasl.password"),
+    ("UnsupportedSaslMechanism", "the broker does not offer this sasl.mechanism"),
+    ("IllegalSaslState", "this listener wants no login, check security.protocol"),
+    ("SSL|Handshake|certificate", "TLS failed, is this the TLS port and does ssl.ca.location hold its authority?"),
+    ("", "is it a Kafka broker, and does it want TLS or a login (security.protocol)?"),
+)
+
+
+def _why_closed(server: str, seconds: float) -> str:
+    """Why nothing accepts a connection there; empty when something does."""
+    host, port = server.rsplit(":", 1)
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
+    except TimeoutError:
+        return "no answer"
+    except (OSError, OverflowError) as error:
+        return str(getattr(error, "strerror", None) or error).lower()
+    return ""
+
+
+def _leaders_silent(consumer: Any, client: Mapping[str, object], error: KafkaError) -> KafkaUnreachable:
+    # The client has no public way to name what the broker advertises.
+    advertised = ", ".join(f"{broker.host}:{broker.port}" for broker in consumer._cluster.brokers())
+    return KafkaUnreachable(
+        f"{_servers(client)} answered, but the brokers it advertises ({advertised}) did not within {ANSWER_SECONDS:g} s: check that these "
+        f"addresses can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
+    )
+
+
+def _assign_all(consumer: Any, topics: Sequence[str], client: Mapping[str, object]) -> list[TopicPartition]:
+    try:
+        # Asked for all topics: naming one would create it where the broker creates topics by itself.
+        existing = _in_time(consumer.topics, ANSWER_SECONDS)
+    except (KafkaError, TimeoutError) as error:
+        raise _leaders_silent(consumer, client, error) from error
+    assigned = []
+    for topic in dict.fromkeys(topics):
+        if topic not in existing:
+            raise _topic_missing(topic, existing, client)
+        assigned += [TopicPartition(topic, partition) for partition in sorted(consumer.partitions_for_topic(topic))]
+    consumer.assign(assigned)
+    return assigned
+
+
+def _find_ends(consumer: Any, assigned: Sequence[TopicPartition], client: Mapping[str, object]) -> npt.NDArray[np.int64]:
+    """The end of each partition's log [P]: where fetching at the listed end leads to. The consumer is left there."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    try:
+        for partition, end in consumer.end_offsets(assigned, timeout_ms=int(ANSWER_SECONDS * 1000)).items():
+            consumer.seek(partition, end)
+        # A high watermark is known as soon as the partition was fetched from.
+        while any(consumer.highwater(partition) is None for partition in assigned):
+            if time.monotonic() > deadline:
+                raise KafkaTimeoutError("no answer to fetching")
+            consumer.poll(timeout_ms=100, max_records=sys.maxsize)
+        return np.array([consumer.position(partition, timeout_ms=0) for partition in assigned], np.int64)
+    except KafkaError as error:
+        raise _leaders_silent(consumer, client, error) from error
+
+
+def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
+    keep = records.offset < ends[records.partition]
+    if keep.all():
+        return records
+    return Records(records.partition[keep], records.offset[keep], records.time[keep], records.value.filter(pa.array(keep)))
+
+
+def _topic_missing(topic: str, existing: Collection[str], client: Mapping[str, object]) -> KafkaTopicMissing:
+    near = difflib.get_close_matches(topic, existing, n=3)
+    others = f"near it: {', '.join(near)}" if near else f"{len(existing)} other topics exist, none with a name near it"
+    create = f"kafka-topics.sh --bootstrap-server {_server_names(client)[0]} --create --topic {topic} --partitions 4"
+    return KafkaTopicMissing(f"topic {topic!r} does not exist on {_servers(client)} ({others}); to create it: {create}")
+
+
+def _servers(client: Mapping[str, object]) -> str:
+    return ", ".join(_server_names(client))
+
+
+def _server_names(client: Mapping[str, object]) -> list[str]:
+    servers = client["bootstrap_servers"]
+    assert isinstance(servers, list)
+    return servers
+
+
+def _names(assigned: Sequence[TopicPartition]) -> str:
+    return ", ".join(f"topic {topic!r}" for topic in dict.fromkeys(partition.topic for partition in assigned))
+
+
+class _NoDebug(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.DEBUG
+
+
+_NO_DEBUG = _NoDebug()
+
+
+def _silence_secrets() -> None:
+    # At DEBUG these write out the options of a client and the bytes of a login. They lose that level; all others keep it.
+    for name in ("kafka.admin.client", "kafka.net.connection", "kafka.protocol.parser"):
+        logging.getLogger(name).addFilter(_NO_DEBUG)

@@ -30,7 +30,7 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
      'sasl_plain_password': '***', 'linger_ms': 20}
     >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})
     Traceback (most recent call last):
-    connectors.kafka.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
+    connectors.errors.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
     """
     rest = dict(properties)
     servers = bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
@@ -155,7 +155,9 @@ def _pem_file(value: str) -> object:
     except OSError as error:
         raise ValueError(f"a PEM file that can be read ({error.strerror})") from error
     if b"-----BEGIN" not in content:
-        raise ValueError("a PEM file, which a JKS or PKCS12 store is not: keytool -exportcert -rfc or openssl pkcs12 -nodes makes one from it")
+        raise ValueError(
+            "a PEM file, which a JKS or PKCS12 store is not: keytool -exportcert -rfc or openssl pkcs12 -nodes makes one from it"
+        )
     return value
 
 
@@ -283,7 +285,9 @@ def _check_login(options: dict[str, object]) -> None:
     if protocol.startswith("SASL_") and mechanism is None:
         raise KafkaOptionError(f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 ...")
     if str(mechanism).startswith(("PLAIN", "SCRAM")) and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys():
-        raise KafkaOptionError(f"'sasl.mechanism' is {mechanism}, so 'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed")
+        raise KafkaOptionError(
+            f"'sasl.mechanism' is {mechanism}, so 'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed"
+        )
     if any(name.startswith("ssl_") for name in options) and not protocol.endswith("SSL"):
         raise KafkaOptionError(f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL")
 

@@ -377,7 +377,8 @@ def show_config(bootstrap_servers: str | None, config_path: Path | None, kafka_c
 @click.option("--port", type=click.IntRange(0, 65535), default=9092, show_default=True, help="On loopback; 0 picks a free one.")
 def broker(port: int) -> None:
     """Run the embedded Kafka-compatible broker (Tansu, in memory) until Ctrl-C. Not for production."""
-    from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
+    from connectors.embedded import EmbeddedBroker
+    from connectors.errors import EmbeddedUnavailable
     from stream_ctr import runs
 
     try:

@@ -9,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from connectors import kafka
-from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
+from connectors.embedded import EmbeddedBroker
+from connectors.errors import EmbeddedUnavailable
 from stream_ctr import runs
 from stream_ctr.config import Config
 from stream_ctr.display import final_table

@@ -24,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
+import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -37,6 +38,8 @@ EARLIEST_MS, LATEST_MS = 100_000_000_000, 4_102_444_800_000
 _BLOCK_ROWS = 8192
 _NEWLINE = pa.scalar(b"\n", pa.large_binary())
 _SMALLEST_BLOCK_ROWS = 32
+# Deeper than any event; the strict parser stops at about a thousand, depending on the stack it stands on.
+_DEEPEST_NESTING = 256
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -127,6 +130,8 @@ class Decoder:
         plain = (sizes > 1) & (sizes <= self.max_record_bytes)
         at = np.flatnonzero(plain)
         plain[at] = (data[offsets[at]] == ord("{")) & (data[offsets[at] + sizes[at] - 1] == ord("}"))
+        large = np.flatnonzero(plain & (sizes > 2 * _DEEPEST_NESTING))
+        plain[large] = _nesting(data, offsets, large) <= _DEEPEST_NESTING
         return np.flatnonzero(plain), np.flatnonzero(~plain)
 
     def _decode_block(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]]) -> list[pa.Table]:
@@ -217,6 +222,8 @@ class Decoder:
             raise _Bad("empty", "no bytes")
         if len(value) > self.max_record_bytes:
             raise _Bad("too_large", f"{len(value)} bytes, more than {self.max_record_bytes}")
+        if _nesting(np.frombuffer(value, np.uint8), np.array([0, len(value)]), np.zeros(1, np.int64))[0] > _DEEPEST_NESTING:
+            raise _Bad("too_deep", f"nested more than {_DEEPEST_NESTING} deep")
         try:
             document = msgspec.json.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -308,6 +315,29 @@ class _Bad(Exception):
         self.code, self.message = code, message
 
 
+@numba.njit(cache=True, nogil=True)
+def _nesting(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """How deep the brackets of each of these records nest; brackets inside strings do not count."""
+    deepest = np.zeros(len(rows), np.int64)
+    for i in range(len(rows)):
+        depth, quoted, escaped = 0, False, False
+        for at in range(offsets[rows[i]], offsets[rows[i] + 1]):
+            byte = data[at]
+            if escaped:
+                escaped = False
+            elif quoted:
+                escaped = byte == 92  # backslash
+                quoted = byte != 34
+            elif byte == 34:  # "
+                quoted = True
+            elif byte == 123 or byte == 91:  # { [
+                depth += 1
+                deepest[i] = max(deepest[i], depth)
+            elif byte == 125 or byte == 93:  # } ]
+                depth -= 1
+    return deepest
+
+
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
     return (
         column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
@@ -356,8 +386,11 @@ def encode_impressions(
     >>> encode_impressions(pa.array(["a"]), np.array([1735689600000]), {"app": pa.array(["maps"]), "age": pa.array([None], pa.int64())})[0].as_py()
     b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}'
     """
-    pairs = [pc.binary_join_element_wise(json.dumps(name) + ":", _json(column), "") for name, column in features.items()]
-    joined = pc.binary_join_element_wise(*pairs, ",", null_handling="skip") if pairs else pa.array([""] * len(time))
+    # Each pair brings its comma and a missing one is nothing: Arrow 26 drops rows in which null_handling="skip" leaves nothing to join.
+    pairs = [
+        pc.fill_null(pc.binary_join_element_wise(json.dumps(name) + ":", _json(column), ",", ""), "") for name, column in features.items()
+    ]
+    joined = pc.utf8_rtrim(pc.binary_join_element_wise(*pairs, ""), ",") if pairs else pa.array([""] * len(time))
     parts = ['{"kind":"impression","impression_id":', _json(impression_id), ',"time":', _json(pa.array(time)), ',"features":{', joined, "}"]
     if true_probability is not None:
         parts += [',"true_probability":', _json(pa.array(true_probability))]

@@ -15,7 +15,6 @@ the same bytes: a run that resumes finds every event where it was.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -82,8 +81,9 @@ class Log:
 
     format: ClassVar[str]
 
-    def __init__(self, path: Path | None, fields: tuple[Field, ...] | None, invented: Iterable[str] = ()) -> None:
+    def __init__(self, path: Path | None, fields: tuple[Field, ...] | None, invented: Iterable[str] = (), *, name: str = "") -> None:
         self.path = path
+        self.name = name or str(path)
         self.fields = fields
         self.rejected = Rejected()
         self.out_of_order = 0
@@ -611,7 +611,7 @@ def _epoch_ms(column: pa.Array) -> pa.Array:
 class EventLog(_TextLog):
     """JSON lines. Each line passes through byte for byte, also one that is no event: whoever decodes it shall see it and set it aside.
 
-    A line whose time cannot be read takes the time of the line before. Lines that are out of order are sorted as far as a bounded buffer reaches.
+    A line whose time cannot be read takes the time of the line before. Lines out of order are sorted as far as a bounded buffer reaches.
     """
 
     format = "events"

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import os
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from connectors.embedded import answers_metadata, dies_with_parent, free_port
 
@@ -41,15 +40,6 @@ class Installation:
         return [self.java, *_JAVA_OPTIONS, "-cp", f"{self.home}/libs/*", main, *arguments]
 
 
-@dataclass(frozen=True, slots=True)
-class ApacheBroker:
-    """A running broker: a plain listener, and one where clients log in (SASL_PLAINTEXT, PLAIN, `SASL_USER` and `SASL_PASSWORD`)."""
-
-    bootstrap_servers: str
-    sasl_servers: str
-    process: subprocess.Popen[bytes]
-
-
 def find_kafka() -> Installation:
     """The installation in `KAFKA_HOME`, else in `../shared/kafka` beside the checkout; `KafkaMissing` says what is lacking."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "kafka"
@@ -64,70 +54,85 @@ def find_kafka() -> Installation:
     return Installation(home, java, version[1] if version else "of unknown version")
 
 
-@contextlib.contextmanager
-def apache_broker(kafka: Installation, directory: Path | None = None) -> Iterator[ApacheBroker]:
-    """A broker on free ports with its data in `directory` (a temporary one unless given), killed at the end or when this process dies."""
-    with contextlib.ExitStack() as stack:
-        home = directory or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="kafka-")))
-        plain, sasl, controller = free_port(), free_port(), free_port()
-        configuration = home / "server.properties"
-        configuration.write_text(_server_properties(home / "data", plain, sasl, controller))
-        _format(kafka, configuration)
-        with open(home / "server.log", "ab") as log:
-            process = subprocess.Popen(
-                dies_with_parent(kafka.command("kafka.Kafka", str(configuration))),
+class ApacheBroker:
+    """A broker on free ports with its data in `directory`, as a context manager: formatted and started, and killed at the end.
+
+    It has a plain listener, and one where clients log in (SASL_PLAINTEXT, PLAIN, `SASL_USER` and `SASL_PASSWORD`). `kill` and `start` restart it on
+    the same data and ports. It dies with this process.
+    """
+
+    def __init__(self, kafka: Installation, directory: Path) -> None:
+        self._kafka = kafka
+        self._directory = directory
+        self._plain, self._sasl, self._controller = free_port(), free_port(), free_port()
+        self.bootstrap_servers = f"127.0.0.1:{self._plain}"
+        self.sasl_servers = f"127.0.0.1:{self._sasl}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self._format()
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        log = self._directory / "server.log"
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(
+                dies_with_parent(self._kafka.command("kafka.Kafka", str(self._configuration))),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
+                stdout=output,
+                stderr=output,
                 start_new_session=True,
             )
-        stack.callback(_kill, process)
-        _wait_until_ready(process, plain, home / "server.log")
-        yield ApacheBroker(f"127.0.0.1:{plain}", f"127.0.0.1:{sasl}", process)
+        deadline = time.monotonic() + START_SECONDS
+        while not answers_metadata(self._plain):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.kill()
+                raise KafkaMissing(f"{self._kafka} did not start: {log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.05)
 
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
 
-def _server_properties(data: Path, plain: int, sasl: int, controller: int) -> str:
-    login = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";'
-    properties = {
-        "process.roles": "broker,controller",
-        "node.id": 1,
-        "log.dirs": data,
-        "controller.quorum.voters": f"1@127.0.0.1:{controller}",
-        "listeners": f"PLAIN://127.0.0.1:{plain},LOGIN://127.0.0.1:{sasl},CONTROLLER://127.0.0.1:{controller}",
-        "advertised.listeners": f"PLAIN://127.0.0.1:{plain},LOGIN://127.0.0.1:{sasl}",
-        "listener.security.protocol.map": "PLAIN:PLAINTEXT,LOGIN:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
-        "inter.broker.listener.name": "PLAIN",
-        "controller.listener.names": "CONTROLLER",
-        "sasl.enabled.mechanisms": "PLAIN",
-        "listener.name.login.plain.sasl.jaas.config": login,
-        "auto.create.topics.enable": "false",
-        "offsets.topic.replication.factor": 1,
-        "offsets.topic.num.partitions": 1,
-        "transaction.state.log.replication.factor": 1,
-        "transaction.state.log.min.isr": 1,
-        "transaction.state.log.num.partitions": 1,
-        "group.initial.rebalance.delay.ms": 0,
-        "log.cleaner.dedupe.buffer.size": 4 << 20,
-    }
-    return "".join(f"{key}={value}\n" for key, value in properties.items())
+    @property
+    def _configuration(self) -> Path:
+        return self._directory / "server.properties"
 
+    def _format(self) -> None:
+        self._configuration.write_text(self._properties())
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        command = self._kafka.command("kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(self._configuration))
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False)
+        if done.returncode:
+            raise KafkaMissing(f"{self._kafka} cannot format its storage: {done.stderr or done.stdout}")
 
-def _format(kafka: Installation, configuration: Path) -> None:
-    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-    command = kafka.command("kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(configuration))
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False)
-    if done.returncode:
-        raise KafkaMissing(f"{kafka} cannot format its storage: {done.stderr or done.stdout}")
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while not answers_metadata(port):
-        if process.poll() is not None or time.monotonic() > deadline:
-            raise KafkaMissing(f"Apache Kafka did not start: {log.read_text(errors='replace')[-2000:]}")
-        time.sleep(0.05)
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    process.wait()
+    def _properties(self) -> str:
+        login = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";'
+        properties = {
+            "process.roles": "broker,controller",
+            "node.id": 1,
+            "log.dirs": self._directory / "data",
+            "controller.quorum.voters": f"1@127.0.0.1:{self._controller}",
+            "listeners": f"PLAIN://127.0.0.1:{self._plain},LOGIN://127.0.0.1:{self._sasl},CONTROLLER://127.0.0.1:{self._controller}",
+            "advertised.listeners": f"PLAIN://127.0.0.1:{self._plain},LOGIN://127.0.0.1:{self._sasl}",
+            "listener.security.protocol.map": "PLAIN:PLAINTEXT,LOGIN:SASL_PLAINTEXT,CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "PLAIN",
+            "controller.listener.names": "CONTROLLER",
+            "sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.login.plain.sasl.jaas.config": login,
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": 1,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": 1,
+            "transaction.state.log.min.isr": 1,
+            "transaction.state.log.num.partitions": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "log.cleaner.dedupe.buffer.size": 4 << 20,
+        }
+        return "".join(f"{key}={value}\n" for key, value in properties.items())

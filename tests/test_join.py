@@ -242,3 +242,11 @@ def test_idle_partitions_do_not_hold_the_watermark_but_silent_ones_do():
     assert marks.overall(excused=np.array([False, False, True])) == 90
     assert marks.overall(excused=np.array([True, False, True])) == 490
     assert marks.ahead(90, 300) == frozenset({1})
+
+
+def test_a_click_waits_for_an_impression_that_is_out_of_order_but_not_late():
+    target, marks = joiner(), Watermarks(partitions=1, lateness_ms=LATENESS)
+    push(target, marks, [(0, 0, Event("click", 7, 1000)), (0, 1, Event("click", 8, 1000 + LATENESS + EARLY + 20))])
+    target.advance(marks.overall(excused=np.array([False])))  # past click 7 and its early wait, not past the window of an impression at 990
+    push(target, marks, [(0, 2, Event("impression", 7, 990))])
+    assert target.drain().label.tolist() == [1]

@@ -1,0 +1,33 @@
+# One verb each. An active virtual environment is used as it is; otherwise `make install` makes .venv.
+VENV ?= $(or $(VIRTUAL_ENV),.venv)
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.DEFAULT_GOAL = help
+.PHONY: help install test quick lint fmt demo
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+install: ## the package, editable, and all it is developed with, in the tested versions
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+
+test: ## every test and every example in a docstring
+	$(BIN)/python -m pytest
+
+quick: ## the inner loop: all but the slow tests, under two minutes
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: ## style, form and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fmt: ## put the form right
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+demo: ## broker, simulated stream, trainer and subscriber on this machine, about a minute
+	$(BIN)/stream-ctr demo

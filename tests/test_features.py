@@ -1,0 +1,82 @@
+"""Hashing against an independent MurmurHash3, and the published recipe for ids."""
+
+from __future__ import annotations
+
+import math
+
+import mmh3
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stream_ctr.config import Field
+from stream_ctr.features import Hasher, hash_ids, murmur3
+
+FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
+
+
+def published_id(field: str, value: bytes, *, hash_seed: int = 0, bits: int = 20) -> int:
+    """The README's recipe, with another implementation of the hash."""
+    field_seed = mmh3.hash64(field.encode(), hash_seed, signed=False)[0] & 0xFFFFFFFF
+    return mmh3.hash64(value, field_seed, signed=False)[0] & ((1 << bits) - 1)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=80), st.integers(0, 2**32 - 1))
+def test_murmur3_equals_another_implementation(value, seed):
+    assert murmur3(value, seed) == mmh3.hash64(value, seed, signed=False)[0]
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.none(), st.text(max_size=40)), min_size=1, max_size=20), st.integers(0, 2**32 - 1))
+def test_a_server_in_another_language_can_reproduce_an_id(values, seed):
+    hasher = Hasher(FIELDS[:1], table_bits=20, hash_seed=seed)
+    try:
+        column = pa.array(values, pa.string())
+    except UnicodeEncodeError:  # a lone surrogate is no UTF-8 and does not come out of the decoder
+        return
+    ids, _ = hasher.rows({"app": column})
+    expected = [published_id("app", b"\xff" if v is None else v.encode(), hash_seed=seed) for v in values]
+    assert ids[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize(("x", "bucket"), [(0.0, 0), (1.0, 2), (3.0, 4), (-3.0, -4), (1e6, 39), (0.3, 0), (-0.0, 0), (1e300, 1993)])
+def test_a_number_hashes_the_text_of_its_logarithmic_bucket(x, bucket):
+    assert math.copysign(1, x) * math.floor(2 * math.log2(1 + abs(x))) == bucket
+    ids, _ = Hasher(FIELDS[1:], table_bits=20).rows({"age": pa.array([x])})
+    assert ids[0, 0] == published_id("age", str(bucket).encode())
+
+
+def test_a_missing_number_has_a_row_of_its_own():
+    ids, _ = Hasher(FIELDS[1:], table_bits=20).rows({"age": pa.array([None, 0.0, 5.0], pa.float64())})
+    assert ids[0, 0] == published_id("age", b"\xff")
+    assert len(set(ids[:, 0].tolist())) == 3
+
+
+@pytest.mark.parametrize(("encoding", "expected"), [("value", [2.5, -3.0, 1.0]), ("log_value", [math.log1p(2.5), -math.log1p(3.0), 1.0])])
+def test_the_value_encodings_multiply_one_row_by_the_number(encoding, expected):
+    hasher = Hasher(FIELDS, table_bits=20, numeric_encoding=encoding)
+    ids, values = hasher.rows({"app": pa.array(["a", "a", "a"]), "age": pa.array([2.5, -3.0, None], pa.float64())})
+    assert hasher.value_fields == [1]
+    assert ids[:2, 1].tolist() == [published_id("age", b"value")] * 2
+    assert ids[2, 1] == published_id("age", b"\xff")
+    assert np.allclose(values[:, 0], expected)
+
+
+def test_the_same_value_in_two_fields_has_two_rows():
+    ids, _ = Hasher([Field("a", "categorical"), Field("b", "categorical")], table_bits=20).rows(
+        {"a": pa.array(["x"]), "b": pa.array(["x"])}
+    )
+    assert ids[0, 0] != ids[0, 1]
+
+
+def test_slices_and_empty_columns_hash_like_their_copies():
+    column = pa.array(["zero", "one", None, "three", ""])
+    assert hash_ids(column[1:].drop_null()).tolist() == hash_ids(pa.array(["one", "three", ""])).tolist()
+    hasher = Hasher(FIELDS[:1], table_bits=12)
+    sliced, _ = hasher.rows({"app": column.slice(2, 3)})
+    copied, _ = hasher.rows({"app": pa.array([None, "three", ""], pa.string())})
+    assert sliced.tolist() == copied.tolist()
+    assert hasher.rows({"app": pa.array([], pa.string())})[0].shape == (0, 1)
