@@ -39,8 +39,8 @@ os.execv(sys.argv[2], sys.argv[2:])
 def dies_with_parent(command: Sequence[str]) -> list[str]:
     """The command line that runs `command` (an absolute path and its arguments) and has Linux kill it when the parent dies.
 
-    The kernel ties the child to the *thread* that starts it: start it from one that lives on. Elsewhere than on Linux the command comes back
-    as it is.
+    The kernel ties the child to the *thread* that starts it: start it from one that lives on. Elsewhere than on Linux the command comes
+    back as it is.
 
     >>> dies_with_parent(["/bin/true"])[-1]
     '/bin/true'
@@ -61,8 +61,8 @@ def free_port() -> int:
 class EmbeddedBroker:
     """A running broker as a context manager: `with EmbeddedBroker() as broker: ... broker.bootstrap_servers`.
 
-    `port` is a free one unless given; `log` takes the broker's output (appended), which is otherwise dropped. The broker has a process group
-    of its own, so that Ctrl-C does not reach it, and dies with this process.
+    `port` is a free one unless given; `log` takes the broker's output (appended), which is otherwise dropped. The broker has a process
+    group of its own, so that Ctrl-C does not reach it, and dies with this process.
 
     Raises `EmbeddedUnavailable` when the wheel is missing, the port is taken or the broker does not answer within `START_SECONDS`.
     """

@@ -272,13 +272,15 @@ class KafkaSink:
     def __init__(self, client: Mapping[str, object], *, compression: str | None = "lz4") -> None:
         _check_codecs()
         self._client = client
+        self._compression = compression
         self._failures: deque[BaseException] = deque()
         self._in_flight: deque[tuple[Any, int]] = deque()
         self._in_flight_bytes = 0
         self._unmarked_bytes = 0
         self._partitions: dict[str, int] = {}
         self._sent_in_batches = 0
-        self._producer = _connect(KafkaProducer, client, {**_PRODUCER_DEFAULTS, "compression_type": compression})
+        self._producer: Any = None
+        self._open()
 
     def send(
         self,
@@ -317,6 +319,8 @@ class KafkaSink:
 
     def flush(self, timeout_seconds: float) -> None:
         """Wait until all is acknowledged; `KafkaDeliveryFailed` when that takes longer or some was not taken."""
+        if self._producer is None:
+            return
         try:
             self._producer.flush(timeout_seconds)
         except KafkaTimeoutError as error:
@@ -324,23 +328,32 @@ class KafkaSink:
             raise KafkaDeliveryFailed(silent) from error
         finally:
             self._raise_failures()
-        self._in_flight.clear()
-        self._in_flight_bytes = 0
 
     def close(self) -> None:
         """Deliver what is on its way, for `ANSWER_SECONDS`, and close; `KafkaDeliveryFailed` as in `flush`."""
         try:
             self.flush(ANSWER_SECONDS)
-        except KafkaDeliveryFailed:
-            # Closing flushes again; what was given up on would hold it up and leave its thread behind. There is no public way to drop it.
-            self._producer._sender.force_close()
-            raise
         finally:
-            self._producer.close(timeout=1.0)
+            self._abandon()
+
+    def _open(self) -> None:
+        self._producer = _connect(KafkaProducer, self._client, {**_PRODUCER_DEFAULTS, "compression_type": self._compression})
+
+    def _abandon(self) -> None:
+        """Close the producer without waiting for what is on its way."""
+        producer, self._producer = self._producer, None
+        if producer is not None:
+            # Closing flushes, fails at what cannot be delivered and leaves its thread behind. There is no public way to drop it.
+            producer._sender.force_close()
+            producer.close(timeout=1.0)
+        self._in_flight.clear()
+        self._in_flight_bytes = 0
 
     def _send(
         self, topic: str, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]], time: int | None, partition: int | None
     ) -> None:
+        if self._producer is None:
+            self._open()
         try:
             sent = self._producer.send(topic, value, key, headers, partition, time)
         except (KafkaError, ValueError) as error:
@@ -376,11 +389,13 @@ class KafkaSink:
         self._partitions[topic] = existing[topic]
 
     def _raise_failures(self) -> None:
-        failures = []
-        while self._failures:  # the sender's thread may be adding to them
-            failures.append(self._failures.popleft())
-        if failures:
-            raise KafkaDeliveryFailed(f"{_servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
+        if not self._failures:
+            return
+        # One record that the broker refuses makes the idempotent producer fail for good: the next record gets a new one.
+        self._abandon()
+        failures = list(self._failures)
+        self._failures.clear()
+        raise KafkaDeliveryFailed(f"{_servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
 
 
 class PointerReader:
@@ -402,7 +417,10 @@ class PointerReader:
         self._caught_up = False
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, bytes | None]]:
-        """The next (key, value) pairs, in order within each partition; a null value withdraws its key. Records without a key are left out."""
+        """The next (key, value) pairs, in order within each partition; a null value withdraws its key.
+
+        Records without a key are left out. Raises `KafkaReadFailed` for what trying again does not cure.
+        """
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
         except RetriableError:
@@ -534,7 +552,9 @@ def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, obj
         except KafkaError as error:
             failure, cause = KafkaRefused(f"{_servers(client)} accepts connections, but answers: {error}"), error
     for network in opened:
-        network.close()
+        # A producer's network cannot be closed while the thread that was given up on is in it.
+        with suppress(RuntimeError):
+            network.close()
     raise failure from cause
 
 
@@ -583,19 +603,26 @@ def _explain_silence(client: Mapping[str, object], reasons: Sequence[str]) -> Ka
         each = "; ".join(f"{server}: {why}" for server, why in closed.items())
         return KafkaUnreachable(f"no Kafka broker answered within {BOOTSTRAP_SECONDS:g} s ({each})")
     accepting = ", ".join(server for server, why in closed.items() if not why)
-    # A refused login is told once; the attempts after it only see a closed connection.
-    hint, reason = next((hint, reason) for pattern, hint in _REFUSAL_HINTS for reason in [*reasons, ""] if re.search(pattern, reason))
+    hints = (*_REFUSAL_HINTS, ("", _HINT_BY_PROTOCOL[str(client.get("security_protocol", "PLAINTEXT"))]))
+    hint, reason = next((hint, reason) for pattern, hint in hints for reason in [*reasons, ""] if re.search(pattern, reason))
     told = f" ({reason})" if reason else ""
     return KafkaRefused(f"{accepting} accepts connections, but let nobody in within {BOOTSTRAP_SECONDS:g} s: {hint}{told}")
 
 
 _REFUSAL_HINTS = (
     ("SaslAuthenticationFailed", "the login was refused, check sasl.username and sasl.password"),
-    ("UnsupportedSaslMechanism", "the broker does not offer this sasl.mechanism"),
+    ("UnsupportedSaslMechanism", "the login was refused, the broker does not offer this sasl.mechanism"),
     ("IllegalSaslState", "this listener wants no login, check security.protocol"),
     ("SSL|Handshake|certificate", "TLS failed, is this the TLS port and does ssl.ca.location hold its authority?"),
-    ("", "is it a Kafka broker, and does it want TLS or a login (security.protocol)?"),
 )
+# kafka-python often loses the answer of a broker that refuses a login and hangs up.
+_LOGIN_CUT = "the login failed, check sasl.username, sasl.password and sasl.mechanism, and security.protocol for this listener"
+_HINT_BY_PROTOCOL = {
+    "PLAINTEXT": "is it a Kafka broker, and does it want TLS or a login (security.protocol)?",
+    "SSL": "is it a Kafka broker, and is this the TLS port without a login (security.protocol)?",
+    "SASL_PLAINTEXT": _LOGIN_CUT,
+    "SASL_SSL": _LOGIN_CUT,
+}
 
 
 def _why_closed(server: str, seconds: float) -> str:
@@ -614,8 +641,8 @@ def _leaders_silent(consumer: Any, client: Mapping[str, object], error: KafkaErr
     # The client has no public way to name what the broker advertises.
     advertised = ", ".join(f"{broker.host}:{broker.port}" for broker in consumer._cluster.brokers())
     return KafkaUnreachable(
-        f"the brokers of {_servers(client)} ({advertised}) did not answer within {ANSWER_SECONDS:g} s: check that they run, that the addresses they "
-        f"advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
+        f"the brokers of {_servers(client)} ({advertised}) did not answer within {ANSWER_SECONDS:g} s: check that they run, that what "
+        f"they advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
     )
 
 

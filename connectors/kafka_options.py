@@ -18,14 +18,14 @@ IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowle
 def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dict[str, object]:
     """The options of kafka-python for a broker and for the keys of a Java `client.properties` or of librdkafka.
 
-    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer knows
-    is kept apart when a client is made. Passwords show as `***` when the result is printed.
+    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer
+    knows is kept apart when a client is made. Passwords show as `***` when the result is printed.
 
     Raises `KafkaOptionError` for a key that does not exist (with the nearest that does), a value that cannot be read, a key that would
     break exactness, and a login that would not be used.
 
     >>> client_options("localhost:9092", {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u",
-    ...                                   "sasl.password": "geheim", "linger.ms": "20"})  # doctest: +NORMALIZE_WHITESPACE
+    ...                                   "sasl.password": "hidden", "linger.ms": "20"})  # doctest: +NORMALIZE_WHITESPACE
     {'bootstrap_servers': ['localhost:9092'], 'security_protocol': 'SASL_SSL', 'sasl_mechanism': 'PLAIN', 'sasl_plain_username': 'u',
      'sasl_plain_password': '***', 'linger_ms': 20}
     >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})
@@ -36,19 +36,9 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
     servers = bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
     rest.pop("bootstrap.servers", None)
     rest.pop("metadata.broker.list", None)
-    options: dict[str, object] = {"bootstrap_servers": _server_list(servers), _CHECKED_ONLY: None}
+    options: dict[str, object] = {"bootstrap_servers": _server_list(servers)}
     for key, value in rest.items():
-        if key in _REFUSED:
-            raise KafkaOptionError(f"Kafka option {key!r} cannot be set: {_REFUSED[key]}")
-        if key == "sasl.jaas.config":
-            options |= _jaas_login(value)
-        elif key in _OPTIONS:
-            name, read = _OPTIONS[key]
-            options[name] = _read_value(key, value, read)
-        else:
-            near = difflib.get_close_matches(key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1)
-            raise KafkaOptionError(f"Kafka option {key!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
-    del options[_CHECKED_ONLY]
+        options |= _translate(key, value)
     _check_login(options)
     return options
 
@@ -82,9 +72,9 @@ def parse_properties(text: str) -> dict[str, str]:
 class Secret(str):
     """A string that prints and logs as `***`; its characters are there for those who encode or join it.
 
-    >>> password = Secret("geheim")
+    >>> password = Secret("hidden")
     >>> print(password, repr(password), f"{password}", "".join([password]))
-    *** '***' *** geheim
+    *** '***' *** hidden
     """
 
     __slots__ = ()
@@ -97,6 +87,22 @@ class Secret(str):
 
     def __format__(self, form: str) -> str:
         return format("***", form)
+
+
+def _translate(key: str, value: str) -> dict[str, object]:
+    if key in _REFUSED:
+        raise KafkaOptionError(f"Kafka option {key!r} cannot be set: {_REFUSED[key]}")
+    if key == "sasl.jaas.config":
+        return _jaas_login(value)
+    if key not in _OPTIONS:
+        near = difflib.get_close_matches(key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1)
+        raise KafkaOptionError(f"Kafka option {key!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+    name, read = _OPTIONS[key]
+    try:
+        translated = read(value)
+    except ValueError as error:
+        raise KafkaOptionError(f"Kafka option {key!r} must be {error}, got {value!r}") from error
+    return {name: translated} if name else {}
 
 
 def _text(value: str) -> object:
@@ -160,9 +166,8 @@ def _pem_file(value: str) -> object:
     return value
 
 
-_CHECKED_ONLY = ""  # in place of the client's option, for keys that have only one good value
-
-_OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
+# Key: (option of kafka-python, how to read its value). None: the value is checked and goes no further.
+_OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     # both clients
     "client.id": ("client_id", _text),
     "client.dns.lookup": ("client_dns_lookup", _one_of("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only")),
@@ -183,10 +188,10 @@ _OPTIONS: dict[str, tuple[str, Callable[[str], object]]] = {
     "sasl.kerberos.service.name": ("sasl_kerberos_service_name", _text),
     "ssl.ca.location": ("ssl_cafile", _pem_file),
     "ssl.truststore.location": ("ssl_cafile", _pem_file),
-    "ssl.truststore.type": (_CHECKED_ONLY, _one_of("PEM")),
+    "ssl.truststore.type": (None, _one_of("PEM")),
     "ssl.certificate.location": ("ssl_certfile", _pem_file),
     "ssl.keystore.location": ("ssl_certfile", _pem_file),
-    "ssl.keystore.type": (_CHECKED_ONLY, _one_of("PEM")),
+    "ssl.keystore.type": (None, _one_of("PEM")),
     "ssl.key.location": ("ssl_keyfile", _pem_file),
     "ssl.key.password": ("ssl_password", _secret),
     "ssl.crl.location": ("ssl_crlfile", _pem_file),
@@ -249,14 +254,6 @@ _PROPERTY = re.compile(r"(?P<key>(?:[^\\=:\s]|\\.)*)\s*[=:]?\s*(?P<value>.*)", r
 _ESCAPED = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _CONTROL = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
 _JAAS_OPTION = re.compile(r"""(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([^\s;"']+))""")
-
-
-def _read_value(key: str, value: str, read: Callable[[str], object]) -> object:
-    try:
-        return read(value)
-    except ValueError as error:
-        shown = "***" if read is _secret else repr(value)
-        raise KafkaOptionError(f"Kafka option {key!r} must be {error}, got {shown}") from error
 
 
 def _server_list(servers: str) -> list[str]:

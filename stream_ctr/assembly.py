@@ -34,7 +34,7 @@ def build_trainer(
     show: Callable[[Mapping[str, Any]], None] = lambda report: None,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
-    torch.set_num_threads(config.learn.threads or os.cpu_count() or 1)
+    torch.set_num_threads(config.learn.threads or _default_threads(config))
     hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}
     hasher = Hasher(fields, **hashing)
     learning = _learner_options(config, hasher)
@@ -90,3 +90,8 @@ def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
 
 def _milliseconds(length: timedelta) -> int:
     return round(length.total_seconds() * 1000)
+
+
+def _default_threads(config: Config) -> int:
+    """All processors but the one that the baseline's process keeps busy: threads that wait for each other lose more than they bring."""
+    return max(1, (os.cpu_count() or 1) - config.baseline.enabled)

@@ -13,7 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -152,13 +152,19 @@ def run(
         )
         if source:
             log = _open_log(source, log_format, log_seed)
-            for note in log.notes:
-                click.echo(f"note: {note}", err=True)
+            invented = log.notes
+            _tell(invented)
             runs.train_on_log(log, config, state)
+            _tell([note for note in log.notes if note not in invented])  # what reading it has shown
         else:
             client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
             with runs.kafka_errors():
                 runs.train_on_kafka(client, config, state, until_end=until_end)
+
+
+def _tell(notes: Sequence[str]) -> None:
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
 
 
 # -- logs and streams ---------------------------------------------------------------------------------------------------------------
@@ -204,8 +210,7 @@ def replay(
             count, seconds = runs.produce(opened, sink, topic, factor)
         finally:
             sink.close()
-    for note in opened.notes:
-        click.echo(f"note: {note}", err=True)
+    _tell(opened.notes)
     click.echo(f"{count:,} events to {topic} in {seconds:.1f} s ({count / max(seconds, 1e-9):,.0f}/s)", err=True)
 
 

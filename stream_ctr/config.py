@@ -150,15 +150,20 @@ class Model(Section):
 
 
 class Learn(Section):
-    batch_size: int = key(1024, ge=1)
+    batch_size: int = key(512, ge=1)
     table_optimizer: Literal["adagrad", "sgd"] = "adagrad"
-    table_learning_rate: float = key(0.05, gt=0)
+    table_learning_rate: float = key(1.0, gt=0)
+    """Of the embeddings; divided by the number of fields, which step together. With adagrad a step is rate / (beta + sqrt(n)) gradients."""
+    table_beta: float = key(3.0, gt=0)
+    linear_learning_rate: float = key(2.0, gt=0)
+    """Of the first-order weights; likewise."""
+    linear_beta: float = key(1.0, gt=0)
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = key(0, ge=0)
-    """CPU threads of the dense part; 0: as many as the machine has. Part of what makes two runs equal bit for bit."""
+    """CPU threads of the dense part; 0: as many as the machine has, less one for the baseline. Two runs are equal bit for bit with one number of threads."""
     seed: int = key(0, ge=0)
 
 

@@ -28,21 +28,18 @@ class LiveTable:
     """
 
     def __init__(self, console: Console | None = None) -> None:
-        console = console or Console()
-        self._live = Live(console=console, auto_refresh=False, transient=True) if console.is_interactive else None
+        # Transient, so that a file never gets the last table either.
+        self._live = Live(console=console, auto_refresh=False, transient=True)
 
     def update(self, report: Report) -> None:
-        if self._live is not None:
-            self._live.update(_View(report), refresh=True)
+        self._live.update(_View(report), refresh=True)
 
     def __enter__(self) -> Self:
-        if self._live is not None:
-            self._live.start()
+        self._live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live is not None:
-            self._live.stop()
+        self._live.stop()
 
 
 def final_table(report: Report) -> RenderableType:

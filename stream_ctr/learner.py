@@ -34,7 +34,11 @@ def choose_device(name: str) -> torch.device:
 
 class Learner:
     """Batches are padded to `batch_size` with examples of weight zero: with one shape throughout, an example's logit does not depend
-    on how many others were scored with it."""
+    on how many others were scored with it.
+
+    The table's rates are divided by the number of fields: all fields of an example step together, so its logit moves F times as far as
+    each row does, and hot rows would overshoot in the first batches of a model with many fields. The dense part has Adam.
+    """
 
     def __init__(
         self,
@@ -48,9 +52,12 @@ class Learner:
         dropout: float = 0.0,
         table_bits: int = 20,
         initial_scale: float = 0.01,
-        batch_size: int = 1024,
+        batch_size: int = 512,
         table_optimizer: str = "adagrad",
-        table_learning_rate: float = 0.05,
+        table_learning_rate: float = 1.0,
+        table_beta: float = 3.0,
+        linear_learning_rate: float = 2.0,
+        linear_beta: float = 1.0,
         dense_learning_rate: float = 0.001,
         dense_weight_decay: float = 0.0,
         precision: str = "fp32",
@@ -67,8 +74,9 @@ class Learner:
                 fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout
             ).to(self.device)
         self.table = Table(
-            bits=table_bits, embedding_dim=embedding_dim, optimizer=table_optimizer, learning_rate=table_learning_rate,
-            initial_scale=initial_scale, seed=seed, device=self.device,
+            bits=table_bits, embedding_dim=embedding_dim, optimizer=table_optimizer, learning_rate=table_learning_rate / fields, beta=table_beta,
+            linear_learning_rate=linear_learning_rate / fields, linear_beta=linear_beta, initial_scale=initial_scale, seed=seed,
+            device=self.device,
         )  # fmt: skip
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=dense_learning_rate, weight_decay=dense_weight_decay, fused=True)
         self._dropouts = [module for module in self.model.modules() if isinstance(module, Dropout) and module.rate > 0]
@@ -96,7 +104,7 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
         self.optimizer.step()
-        self.table.update(padded, leaf.grad)
+        self.table.update(padded, leaf.grad * n)  # of the sum, so that rates do not depend on the size of the batch
         self.steps += 1
         return (progressive if self._dropouts else logits.detach())[:n]
 

@@ -45,6 +45,7 @@ _BATCH_ROWS = 16_384
 # A log may be out of order by half as many events as are held back, or by half as many bytes: memory stays bounded either way.
 _HELD_EVENTS, _HELD_BYTES = 1_000_000, 256 << 20
 _NAMED_REJECTS = 100
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -62,7 +63,7 @@ class EventBatch:
 
 @dataclass(slots=True)
 class Rejected:
-    """Lines that hold no event: how many, and (line number, reason) of the first hundred."""
+    """Lines (of column formats: rows) that hold no event: how many, and the line number and reason of the first hundred found."""
 
     count: int = 0
     first: list[tuple[int, str]] = field(default_factory=list)
@@ -95,7 +96,7 @@ class Log:
         """What was invented, then what the latest pass found wrong: one sentence each."""
         found = []
         if self.rejected.count:
-            line, reason = self.rejected.first[0]
+            line, reason = min(self.rejected.first)
             found.append(f"{self.rejected.count} lines cannot be read, the first is {self.path}:{line}: {reason}")
         if self.out_of_order:
             found.append(f"{self.out_of_order} events are older than events before them, by more than the reorder buffer holds")
@@ -114,7 +115,7 @@ class Log:
             yield batch
         self.progress = 1.0
         if latest == np.iinfo(np.int64).min:
-            line, reason = self.rejected.first[0] if self.rejected.count else (1, "no events")
+            line, reason = min(self.rejected.first, default=(1, "no events"))
             raise DataError(f"nothing in {self.path} can be read as {self.format}; {self.path}:{line}: {reason}")
 
     def write_jsonl(self, path: Path | str) -> int:
@@ -151,8 +152,10 @@ def open_log(
     if sniffed not in FORMATS:
         raise ConfigError(f"unknown log format {sniffed!r}{nearest(sniffed, FORMATS)}; known are {', '.join(FORMATS)}")
     _head(path)
-    if rate <= 0 or click_delay_seconds <= 0:
-        raise ConfigError(f"rate and click delay must be positive, got {rate} a second and {click_delay_seconds} s")
+    if not (rate > 0 and click_delay_seconds > 0 and seed >= 0):
+        raise ConfigError(
+            f"rate and click delay must be positive, a seed at least 0, got {rate:g} a second, {click_delay_seconds:g} s and {seed}"
+        )
     return FORMATS[sniffed](path, Invention(seed, click_delay_seconds, rate, start_ms))
 
 
@@ -386,7 +389,7 @@ class _TextLog(Log):
         except OSError as error:
             self.rejected.add(number, f"the rest cannot be read: {error}")
             return b""
-        return chunk.removeprefix(b"\xef\xbb\xbf") if number == 1 else chunk
+        return chunk.removeprefix(_BYTE_ORDER_MARK) if number == 1 else chunk
 
     def _rows(self, columns: Sequence[str], delimiter: str, *, header: bytes | None, only: Sequence[str] = ()) -> Iterator[_Rows]:
         """Rows of a file whose cells are not quoted; a first line equal to `header` is left out. `only`: the columns wanted."""
@@ -668,6 +671,11 @@ def _event_batch(batch: pa.RecordBatch) -> EventBatch:
     return EventBatch(batch["time"].to_numpy(), batch["key"], batch["value"])
 
 
+_NO_EVENTS = pa.RecordBatch.from_pydict(
+    {"time": pa.array([], pa.int64()), "key": pa.array([], pa.large_binary()), "value": pa.array([], pa.large_binary())}
+)
+
+
 class _ColumnLog(Log):
     """Events in columns. Features are a struct `features`, or all columns that are nothing else. Numbers are numeric fields, text,
     booleans and unsigned 64-bit integers categorical; NaN and infinities, which JSON lacks, are missing.
@@ -720,7 +728,9 @@ class _ColumnLog(Log):
         if "true_probability" in rows.columns.column_names:
             known = _mask(pc.is_finite(rows.columns["true_probability"].cast(pa.float64())))
         encoders = ((impression & known, self._impressions_of_known), (impression & ~known, self._impressions), (~impression, _clicks))
-        parts = [(np.flatnonzero(mask), encode(rows.columns.filter(pa.array(mask)))) for mask, encode in encoders]
+        parts = [(np.flatnonzero(mask), encode(rows.columns.filter(pa.array(mask)))) for mask, encode in encoders if mask.any()]
+        if not parts:
+            return _NO_EVENTS
         order = pa.array(np.argsort(np.concatenate([at for at, _ in parts])))
         value = pa.concat_arrays([values for _, values in parts]).take(order)
         key = _one_array(rows.columns["impression_id"]).cast(pa.large_binary())
@@ -836,7 +846,7 @@ def sniff(path: Path | str) -> str:
     for magic, name in ((_PARQUET, "parquet"), (_ARROW_FILE, "arrow"), (_ARROW_STREAM, "arrow")):
         if head.startswith(magic):
             return name
-    for line in head.removeprefix(b"\xef\xbb\xbf").splitlines():
+    for line in head.splitlines():
         told = _format_of_line(line)
         if told:
             return told
@@ -862,7 +872,7 @@ def _head(path: Path) -> bytes:
         if not path.is_file():
             raise DataError(f"{path} is a directory, not a log" if path.is_dir() else f"{path} does not exist or is no regular file")
         with pa.OSFile(str(path)) as file, _decompressed(file, path) as text:
-            head: bytes = text.read(_HEAD_BYTES)
+            head: bytes = text.read(_HEAD_BYTES).removeprefix(_BYTE_ORDER_MARK)
     except OSError as error:
         raise DataError(f"cannot read {path}: {error}") from None
     if not head.strip():

@@ -69,10 +69,9 @@ def say(text: str) -> None:
 
 
 def client(bootstrap_servers: str, kafka_config: Path | None, properties: Mapping[str, str]) -> dict[str, object]:
+    """Kafka client options from a properties file and -X pairs."""
     with kafka_errors():
-        return dict(
-            kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties})
-        )
+        return dict(kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties}))
 
 
 @contextlib.contextmanager
@@ -117,7 +116,7 @@ def kept_config(state: Path) -> dict[str, Any] | None:
 
 
 def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
-    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.name)
+    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=Path(log.name).name)
     fields = config.features.fields() or log.fields
     return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields)
 
@@ -152,9 +151,8 @@ def _train(
     schedule = Schedule(
         {"report": config.schedule.report_every.total_seconds(), "snapshot": config.schedule.snapshot_every.total_seconds()}
     )
-    console = Console()
     with contextlib.ExitStack() as stack:
-        table = stack.enter_context(LiveTable(console if console.is_terminal else None))
+        table = stack.enter_context(LiveTable(Console()))
         trainer = build_trainer(config, fields=fields, source=source, outlet=outlet, directory=state, flags=schedule, show=table.update)
         if trainer.baseline:
             stack.callback(trainer.baseline.close)

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 _LINE = 16  # floats in 64 bytes
-_EPSILON = 1e-10
 
 
 class Table:
     """2 ** `bits` rows of width `embedding_dim` + 1: the embedding V and, last, the first-order weight w.
 
-    optimizer "adagrad" is Adagrad with one accumulator for the K coordinates of V (of their mean squared gradient) and one for w;
-    "sgd" keeps no state.
+    optimizer "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients that came before
+    (the per-coordinate rate of McMahan et al. 2013, section 3.1): one n for the K coordinates of V, of their mean square, and one for w.
+    beta keeps a feature's first steps short, which plain Adagrad makes as long as any. "sgd" steps by the rate.
     """
 
     def __init__(
@@ -28,13 +28,17 @@ class Table:
         embedding_dim: int,
         optimizer: str = "adagrad",
         learning_rate: float = 0.05,
+        beta: float = 3.0,
+        linear_learning_rate: float = 0.1,
+        linear_beta: float = 1.0,
         initial_scale: float = 0.01,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
         self.embedding_dim = embedding_dim
         self.optimizer = optimizer
-        self.learning_rate = learning_rate
+        self.learning_rate, self.beta = learning_rate, beta
+        self.linear_learning_rate, self.linear_beta = linear_learning_rate, linear_beta
         width = embedding_dim + 1 + 2
         self.rows = torch.zeros(1 << bits, -(-width // _LINE) * _LINE, dtype=torch.float32)
         self.rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
@@ -46,7 +50,7 @@ class Table:
         return rows[:, : self.embedding_dim + 1].reshape(*ids.shape, self.embedding_dim + 1)
 
     def update(self, ids: Tensor, gradient: Tensor) -> None:
-        """One optimiser step in place; `gradient` [B, F, K + 1] of the loss by what `gather(ids)` returned."""
+        """One optimiser step in place; `gradient` [B, F, K + 1] of the batch's summed loss by what `gather(ids)` returned."""
         ordered, order = torch.sort(ids.reshape(-1), stable=True)
         touched, counts = torch.unique_consecutive(ordered, return_counts=True)
         summed = torch.segment_reduce(gradient.reshape(len(order), -1).index_select(0, order), "sum", lengths=counts, unsafe=True)
@@ -55,7 +59,8 @@ class Table:
         if self.optimizer == "adagrad":
             rows[:, k + 1] += summed[:, :k].square().mean(dim=1)
             rows[:, k + 2] += summed[:, k].square()
-            summed[:, :k] /= rows[:, k + 1 : k + 2].sqrt() + _EPSILON
-            summed[:, k] /= rows[:, k + 2].sqrt() + _EPSILON
-        rows[:, : k + 1] -= self.learning_rate * summed
+            summed[:, :k] /= self.beta + rows[:, k + 1 : k + 2].sqrt()
+            summed[:, k] /= self.linear_beta + rows[:, k + 2].sqrt()
+        rows[:, :k] -= self.learning_rate * summed[:, :k]
+        rows[:, k] -= self.linear_learning_rate * summed[:, k]
         self.rows.index_copy_(0, touched.long(), rows)

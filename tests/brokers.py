@@ -57,8 +57,8 @@ def find_kafka() -> Installation:
 class ApacheBroker:
     """A broker on free ports with its data in `directory`, as a context manager: formatted and started, and killed at the end.
 
-    It has a plain listener, and one where clients log in (SASL_PLAINTEXT, PLAIN, `SASL_USER` and `SASL_PASSWORD`). `kill` and `start` restart it on
-    the same data and ports. It dies with this process.
+    It has a plain listener, and one where clients log in (SASL_PLAINTEXT, PLAIN, `SASL_USER`, `SASL_PASSWORD`). `kill` and `start` restart
+    it on the same data and ports. It dies with this process.
     """
 
     def __init__(self, kafka: Installation, directory: Path) -> None:
@@ -91,7 +91,7 @@ class ApacheBroker:
         while not answers_metadata(self._plain):
             if self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise KafkaMissing(f"{self._kafka} did not start: {log.read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(f"{self._kafka} did not start: {log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.05)
 
     def kill(self) -> None:
@@ -110,7 +110,7 @@ class ApacheBroker:
         command = self._kafka.command("kafka.tools.StorageTool", "format", "--cluster-id", cluster, "--config", str(self._configuration))
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=START_SECONDS, check=False)
         if done.returncode:
-            raise KafkaMissing(f"{self._kafka} cannot format its storage: {done.stderr or done.stdout}")
+            raise RuntimeError(f"{self._kafka} cannot format its storage: {done.stderr or done.stdout}")
 
     def _properties(self) -> str:
         login = f'org.apache.kafka.common.security.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";'
@@ -133,6 +133,8 @@ class ApacheBroker:
             "transaction.state.log.min.isr": 1,
             "transaction.state.log.num.partitions": 1,
             "group.initial.rebalance.delay.ms": 0,
+            "broker.session.timeout.ms": 2000,  # a killed broker may register again after that long
+            "broker.heartbeat.interval.ms": 500,
             "log.cleaner.dedupe.buffer.size": 4 << 20,
         }
         return "".join(f"{key}={value}\n" for key, value in properties.items())

@@ -144,8 +144,12 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
         describe = kafka.command("org.apache.kafka.tools.TopicCommand", "--bootstrap-server", f"127.0.0.1:{ports['9092']}", "--describe")
         described = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=60).stdout
     finally:
-        broker.kill()
-        broker.wait()
+        broker.terminate()
+        try:
+            broker.wait(30)
+        except subprocess.TimeoutExpired:
+            broker.kill()
+            broker.wait()
     found = dict(re.findall(r"Topic: (\S+)\tTopicId: \S+\tPartitionCount: (\d+)", described))
     assert found == {name: arguments[arguments.index("--partitions") + 1] for name, arguments in created_topics().items()}
     assert re.search(r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact", described)

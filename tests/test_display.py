@@ -197,8 +197,15 @@ def test_on_a_terminal_each_update_is_drawn_over_the_last_and_the_end_clears_it(
         assert "7,654,321" in update
         height = written(console)[:before].count("\n")
         assert update.count("\x1b[1A") == height  # the cursor goes up over all that was drawn
-        end = len(written(console))
-    assert written(console)[end:].count("\x1b[2K") >= height
+    last_drawn = written(console).rpartition("7,654,321")[2]
+    assert last_drawn.count("\x1b[2K") >= height  # and erases each line of it
+
+
+def test_a_terminal_that_cannot_move_its_cursor_gets_nothing() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, _environ={"TERM": "dumb"})
+    with LiveTable(console) as table:
+        table.update(REPORT)
+    assert written(console) == ""
 
 
 def test_no_color_leaves_out_colours() -> None:
