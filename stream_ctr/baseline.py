@@ -22,7 +22,7 @@ import sys
 import threading
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,7 +69,7 @@ class RiverFTRL:
         multipliers = np.ones(ids.shape)
         multipliers[:, self._value_fields] = values
         probabilities = np.empty(len(ids))
-        for row, (features, scales, label) in enumerate(zip(ids.tolist(), multipliers.tolist(), labels.tolist(), strict=True)):
+        for row, (features, scales, label) in enumerate(zip(*(array.tolist() for array in (ids, multipliers, labels)), strict=True)):
             x = dict(zip(features, scales, strict=True))
             probabilities[row] = predict(x)[True]
             learn(x, label)
@@ -193,7 +193,7 @@ class BaselineProcess:
 
     def _receive(self) -> None:
         assert self._process.stdout
-        while (header := _read_header(self._process.stdout)) is not None:
+        while (header := _read_header(cast(BinaryIO, self._process.stdout))) is not None:
             kind, first, second, _ = header
             if kind == b"P":
                 self._received.put(np.frombuffer(self._process.stdout.read(8 * first), np.float64))

@@ -1,0 +1,463 @@
+"""The commands as a person uses them, through the embedded broker and real Apache Kafka."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+
+from connectors import kafka
+from stream_ctr import Scorer, Subscriber, snapshot
+from stream_ctr.cli import main
+from stream_ctr.events import Decoder
+from stream_ctr.logs import open_log
+from stream_ctr.simulate import Simulation
+from stream_ctr.subscribe import TopicPointers
+
+QUICK = [
+    part
+    for pair in ("model.hidden=16,16", "model.embedding_dim=4", "model.table_bits=14", "learn.batch_size=128", "learn.threads=1")
+    for part in ("-X", pair)
+]
+IMPRESSIONS = 4000
+
+
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def succeed(*arguments: object) -> Result:
+    result = command(*arguments)
+    assert result.exit_code == 0, result.output + (repr(result.exception) if result.exception else "")
+    return result
+
+
+def reports(state: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (state / "reports.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "sim.jsonl"
+    succeed("simulate", "--impressions", IMPRESSIONS, "--seed", 5, "--out", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("trained") / "state"
+    succeed("run", "--source", log, "--state", state, "--until-end", *QUICK)
+    return state
+
+
+def own_topics(topic: str) -> list[str]:
+    """Metrics and snapshots on topics of this test alone."""
+    return ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
+
+
+# -- the main job -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("partitions", [1, 3])
+def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions):
+    succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker)
+    args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic)]
+    succeed("run", *args)
+    final, from_file = reports(tmp_path)[-1], reports(trained)[-1]
+    assert final["kind"] == "final"
+    assert final["ledger"] == from_file["ledger"]  # the same labels for the same impressions
+    assert final["counters"]["clicks"] == from_file["counters"]["clicks"]
+    if partitions == 1:
+        assert final["models"] == from_file["models"]  # and the same order of learning: the same model
+
+    manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
+    ends = {f"{topic}:{p}": end for p, end in ends_of(broker, topic).items()}
+    assert manifest["positions"] == ends
+    assert committed(broker, topic) == {p: ends[f"{topic}:{p}"] for p in range(partitions)}
+    written = [json.loads(value) for _, value in read_all(broker, f"{topic}.metrics")]
+    assert written == reports(tmp_path)
+    key, pointer = read_all(broker, f"{topic}.snapshots")[-1]
+    assert key == b"default"
+    assert json.loads(pointer) == json.loads((tmp_path / "latest.json").read_text())
+
+
+def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(broker, topic, log, trained, tmp_path):
+    values = pa.concat_arrays([batch.value for batch in open_log(log).batches()])
+    client = kafka.client_options(broker, {})
+    kafka.ensure_topic(client, topic)
+    args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, *QUICK, *own_topics(topic)]
+    sink = kafka.KafkaSink(client)
+    # An --until-end closes every window at the end of what it saw; a run that is stopped does not. So the first part is stopped.
+    sink.send_batch(topic, values.slice(0, 2500), np.full(2500, -1), None)
+    sink.flush(30)
+    process = start(*args)
+    wait_for(lambda: b"examples" not in b"" and (tmp_path / "lock").exists() and committed_or_learned(tmp_path, process))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert reports(tmp_path)[-1]["kind"] == "stopped"
+    sink.send_batch(topic, values.slice(2500), np.full(len(values) - 2500, -1), None)
+    sink.flush(30)
+    sink.close()
+    result = succeed("run", *args, "--until-end")
+    assert "resumed from snapshot" in result.output
+    final, whole = reports(tmp_path)[-1], reports(trained)[-1]
+    assert final["ledger"] == whole["ledger"]
+    assert final["models"] == whole["models"]
+
+
+def test_impressions_and_clicks_may_have_a_topic_each(broker, topic, log, trained, tmp_path):
+    client = kafka.client_options(broker, {})
+    decoder = Decoder(Simulation(1).fields)
+    sink = kafka.KafkaSink(client)
+    for batch in open_log(log).batches():
+        events, _ = decoder.decode(batch.value)
+        for name, rows in ((topic, events.impressions.row), (f"{topic}-clicks", events.clicks.row)):
+            kafka.ensure_topic(client, name)
+            sink.send_batch(name, batch.value.take(pa.array(rows)), batch.time[rows], None)
+    sink.flush(30)
+    sink.close()
+    succeed(
+        "run", "--topic", topic, "--click-topic", f"{topic}-clicks", "--state", tmp_path, "--bootstrap-servers", broker, "--until-end",
+        *QUICK, *own_topics(topic),
+    )  # fmt: skip
+    assert reports(tmp_path)[-1]["ledger"] == reports(trained)[-1]["ledger"]
+
+
+def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(broker, topic, log, trained, tmp_path):
+    client = kafka.client_options(broker, {})
+    kafka.ensure_topic(client, topic)
+    sink = kafka.KafkaSink(client)
+    sink.send(topic, b"\xff\x00junk")
+    for batch in open_log(log).batches():
+        sink.send_batch(topic, batch.value, batch.time, batch.key)
+    sink.send(topic, b'{"kind":"impression"}')
+    sink.flush(30)
+    sink.close()
+    succeed("run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic))
+    final = reports(tmp_path)[-1]
+    assert final["ledger"] == reports(trained)[-1]["ledger"]
+    assert final["counters"]["rejected"] == 2
+    letters = read_headers(broker, f"{topic}.dlq")
+    assert [(value, headers["__stream_ctr.errors.reason"]) for value, headers in letters] == [
+        (b"\xff\x00junk", b"not_json"),
+        (b'{"kind":"impression"}', b"missing_id"),
+    ]
+    assert letters[0][1]["__stream_ctr.errors.topic"] == topic.encode()
+    assert letters[1][1]["__stream_ctr.errors.offset"] == str(final["counters"]["records"] - 1).encode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number):
+    succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
+    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    wait_for(lambda: committed_or_learned(tmp_path, process))
+    process.send_signal(number)
+    assert process.wait(60) == 0
+    last = reports(tmp_path)[-1]
+    assert last["kind"] == "stopped"
+    assert last["pending"] > 0  # their windows are still open, and the snapshot keeps them
+    snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
+
+
+def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embedded_broker, topic, log, tmp_path):
+    succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
+    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    try:
+        wait_for(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip() != "")
+        result = command("run", "--source", log, "--state", tmp_path)
+        assert result.exit_code == 3
+        assert f"in use by process {process.pid}" in result.output
+    finally:
+        process.kill()
+        process.wait()
+
+
+# -- serving ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_score_prints_the_trainers_own_probabilities(log, trained, tmp_path):
+    path = snapshot.newest(trained / "snapshots")
+    printed = succeed("score", "--snapshot", path, log).stdout.splitlines()
+    ids, probabilities = zip(*(line.split("\t") for line in printed), strict=True)
+    assert len(printed) == IMPRESSIONS
+    scorer = Scorer(path)
+    events = [Decoder(scorer.fields).decode(batch.value)[0].impressions for batch in open_log(log).batches()]
+    assert list(ids) == [name for part in events for name in part.impression_id.to_pylist()]
+
+    # A trainer that goes on from this snapshot predicts its next batch with the same weights, before it learns from it.
+    first = Simulation(IMPRESSIONS + 2000, seed=5)
+    longer = tmp_path / "longer.jsonl"
+    first.write_jsonl(longer)
+    ids_rows, values = scorer.hasher.rows({name: column.slice(0, 128) for name, column in events[0].features.items()})
+    own = scorer.learner.learn(ids_rows, np.zeros(128, np.uint8), values).double().numpy()
+    assert np.array_equal(1 / (1 + np.exp(-own)), np.array([float(p) for p in probabilities[:128]]))
+    as_json = [json.loads(line) for line in succeed("score", "--snapshot", trained, log, "--json").stdout.splitlines()]
+    assert as_json[7] == {"impression_id": ids[7], "probability": float(probabilities[7])}
+
+
+def test_predict_in_python_equals_score(log, trained):
+    scorer = Scorer(snapshot.newest(trained / "snapshots"))
+    rows = [json.loads(line)["features"] for line in log.read_text().splitlines() if '"impression"' in line][:50]
+    printed = succeed("score", "--snapshot", trained, log).stdout.splitlines()[:50]
+    assert scorer.predict(rows).tolist() == [float(line.split("\t")[1]) for line in printed]
+
+
+def test_subscribe_once_prints_a_verified_snapshot_and_runs_the_hook(trained, tmp_path):
+    marker = tmp_path / "hook"
+    hook = f"{sys.executable} -c \"import os,sys; open('{marker}','w').write(sys.argv[1] + os.environ['STREAM_CTR_SNAPSHOT_ID'])\" {{path}}"
+    line = json.loads(succeed("subscribe", "--state", trained, "--once", "--json", "--exec", hook).stdout)
+    assert line["verified"] is True
+    assert line["examples"] == IMPRESSIONS
+    assert marker.read_text() == line["path"] + line["snapshot"]
+    assert line["snapshot"] in succeed("subscribe", "--state", trained, "--once").stdout
+
+
+def test_subscribe_once_without_any_snapshot_exits_6(tmp_path):
+    result = command("subscribe", "--state", tmp_path, "--once", "--timeout", "0.3")
+    assert result.exit_code == 6
+    assert "no valid snapshot was published within 0.3 s" in result.output
+
+
+def test_a_subscriber_refuses_a_flipped_byte_and_keeps_the_model_it_has(log, tmp_path):
+    args = ["run", "--source", log, "--state", tmp_path, *QUICK, "-X", "schedule.snapshot_examples=1500"]
+    succeed(*args)
+    subscriber = Subscriber(tmp_path)
+    assert subscriber.next(5.0)
+    newest = snapshot.newest(tmp_path / "snapshots")
+    before = subscriber.predict([{"app_id": "a1"}])
+    model = newest / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[-100] ^= 1
+    model.write_bytes(data)
+    (tmp_path / "latest.json").write_text((tmp_path / "latest.json").read_text() + " ")  # published again
+    assert subscriber.next(1.0) is None
+    assert subscriber.predict([{"app_id": "a1"}]) == before
+    result = command("score", "--snapshot", newest, log)
+    assert result.exit_code == 6
+    assert "model.safetensors" in result.output
+
+
+def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(broker, topic, log, tmp_path):
+    succeed("replay", log, "--topic", topic, "--bootstrap-servers", broker)
+    client = kafka.client_options(broker, {})
+    snapshots = f"{topic}.snapshots"
+    kafka.ensure_topic(client, snapshots, compacted=True)
+    seen: list[str] = []
+    reader = kafka.PointerReader(client, snapshots)
+    with Subscriber(TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer["snapshot"])) as subscriber:
+        succeed(
+            "run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic),
+            "-X", "schedule.snapshot_examples=1500", "-X", "snapshots.keep=10",
+        )  # fmt: skip
+        newest = snapshot.snapshot_ids(tmp_path / "snapshots")[-1]
+        wait_for(lambda: seen[-1:] == [newest])
+        assert subscriber.predict([{}]).shape == (1,)
+    reader.close()
+    line = succeed("subscribe", "--topic", snapshots, "--bootstrap-servers", broker, "--once", "--json").stdout
+    assert json.loads(line)["snapshot"] == newest
+
+
+@pytest.mark.slow
+def test_a_subscriber_in_another_process_sees_a_snapshot_within_two_seconds(log, tmp_path):
+    """Of its publication, at the size that users have: 2^20 rows."""
+    tmp_path.joinpath("state").mkdir()
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(tmp_path / "state"), "--json"], stdout=subprocess.PIPE, text=True
+    )
+    delays = []
+
+    def read() -> None:
+        for line in follower.stdout:
+            published = (tmp_path / "state" / "latest.json").stat().st_mtime
+            delays.append(time.time() - published)
+            assert json.loads(line)["verified"]
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    time.sleep(6)  # let it start: what is measured is the way of a snapshot
+    succeed("run", "--source", log, "--state", tmp_path / "state", "-X", "model.hidden=400,400,400", "-X", "learn.threads=1")
+    wait_for(lambda: delays)
+    follower.send_signal(signal.SIGTERM)
+    assert follower.wait(20) == 0
+    reader.join()
+    assert delays[-1] < 2.0
+
+
+# -- history ------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_open_bandit_log_joins_to_the_last_impression(tmp_path):
+    path = Path(__file__).parent / "data" / "obd" / "impressions.csv"
+    result = succeed("run", "--source", path, "--state", tmp_path, *QUICK, "--config", Path(__file__).parents[1] / "configs" / "obd.toml")
+    rows = path.read_text().splitlines()[1:]
+    clicked = sum(row.split(",")[5] == "1" for row in rows)
+    final = reports(tmp_path)[-1]
+    assert final["examples"] == final["counters"]["impressions"] == len(rows)
+    assert final["counters"]["clicks"] == clicked
+    assert final["counters"]["clicks_joined"] + final["counters"]["clicks_late"] == clicked
+    assert "no click times" in result.output
+
+
+def test_simulate_writes_the_same_bytes_for_the_same_seed(log, tmp_path):
+    succeed("simulate", "--impressions", IMPRESSIONS, "--seed", 5, "--out", tmp_path / "again.jsonl")
+    assert (tmp_path / "again.jsonl").read_bytes() == log.read_bytes()
+
+
+def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic, tmp_path):
+    values = [
+        json.dumps({"kind": "impression", "impression_id": str(i), "time": 1735689600000 + 1000 * i, "features": {"a": "x"}})
+        for i in range(21)
+    ]
+    path = tmp_path / "slow.jsonl"
+    path.write_text("\n".join(values))
+    started = time.monotonic()
+    succeed("replay", path, "--topic", topic, "--bootstrap-servers", embedded_broker, "--speed", "10")
+    assert time.monotonic() - started >= 2.0  # 20 s of events at ten times real time
+    assert len(read_all(embedded_broker, topic)) == 21
+
+
+# -- mistakes -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_no_broker_exits_4_within_ten_seconds_and_says_three_ways(tmp_path):
+    started = time.monotonic()
+    result = command("run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path)
+    assert time.monotonic() - started < 10
+    assert result.exit_code == 4
+    for way in ("stream-ctr broker", "deploy/compose.yaml", "--bootstrap-servers", "--source"):
+        assert way in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "-X", "learn.bach_size=3"], 3, "did you mean 'learn.batch_size'"),
+        (["run", "-X", "securty.protocol=SSL"], 3, "did you mean 'security.protocol'"),
+        (["run", "-X", "novalue"], 2, "KEY=VALUE"),
+        (["run", "--config", "missing.toml"], 3, "cannot read missing.toml"),
+        (["run", "--source", "missing.csv"], 5, "missing.csv"),
+        (["run", "--source", "."], 5, "."),
+        (["run", "--device", "tpu"], 2, "tpu"),
+        (["replay", "x.tsv", "--speed", "fast"], 2, "--speed is max or a positive number"),
+        (["score", "--snapshot", ".", "x"], 6, "manifest"),
+        (["runn"], 2, "runn"),
+    ],
+)
+def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequence[str], code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments)
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_topic_that_does_not_exist_is_said_so(embedded_broker, tmp_path):
+    missing = f"missing-{uuid.uuid4().hex}"
+    result = command("run", "--topic", missing, "--bootstrap-servers", embedded_broker, "--state", tmp_path)
+    assert result.exit_code == 4
+    assert missing in result.output
+
+
+def test_every_command_says_what_it_does_and_help_is_quick():
+    for name, sub in main.commands.items():
+        assert sub.help, name
+        assert "stream-ctr" in sub.help or name in ("config", "broker", "demo"), name
+        for parameter in sub.params:
+            if isinstance(parameter, __import__("click").Option):
+                assert parameter.help or parameter.show_default, f"{name} {parameter.name}"
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sys, stream_ctr.cli; print([m for m in ('torch', 'river', 'pyarrow', 'numba', 'kafka') if m in sys.modules])"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.slow
+def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(embedded_broker, tmp_path):
+    result = succeed("demo", "--impressions", 5000, "--seed", 1, "--state", tmp_path, *QUICK)
+    for part in ("deepfm", "river_ftrl", "best possible", "subscriber: loaded", "reports.jsonl"):
+        assert part in result.stdout
+    assert reports(tmp_path)[-1]["best_possible_logloss"] < reports(tmp_path)[-1]["constant_logloss"]
+
+
+# -- what the tests need ------------------------------------------------------------------------------------------------------------------
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    """`stream-ctr run` as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)], env={**os.environ, "STREAM_CTR_SCHEDULE__REPORT_EVERY": "500ms"}
+    )
+
+
+def wait_for(condition, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def committed_or_learned(state: Path, process: subprocess.Popen[bytes]) -> bool:
+    assert process.poll() is None
+    return (state / "reports.jsonl").exists() and any(line["kind"] == "report" and line["examples"] for line in reports(state))
+
+
+def consumer(servers: str, **options: Any):
+    from kafka import KafkaConsumer
+
+    return KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False, **options)
+
+
+def ends_of(servers: str, topic: str) -> dict[int, int]:
+    from kafka import TopicPartition
+
+    reader = consumer(servers)
+    partitions = [TopicPartition(topic, p) for p in sorted(reader.partitions_for_topic(topic))]
+    ends = {tp.partition: end for tp, end in reader.end_offsets(partitions).items()}
+    reader.close()
+    return ends
+
+
+def committed(servers: str, topic: str) -> dict[int, int]:
+    from kafka import TopicPartition
+
+    reader = consumer(servers, group_id="stream-ctr")
+    offsets = {p: reader.committed(TopicPartition(topic, p)) for p in sorted(reader.partitions_for_topic(topic))}
+    reader.close()
+    return offsets
+
+
+def read_records(servers: str, topic: str) -> list[Any]:
+    from kafka import TopicPartition
+
+    reader = consumer(servers)
+    partitions = [TopicPartition(topic, p) for p in sorted(reader.partitions_for_topic(topic))]
+    reader.assign(partitions)
+    ends = reader.end_offsets(partitions)
+    records = []
+    while any(reader.position(tp) < end for tp, end in ends.items()):
+        for some in reader.poll(500).values():
+            records += some
+    reader.close()
+    return records
+
+
+def read_all(servers: str, topic: str) -> list[tuple[bytes, bytes]]:
+    return [(record.key, record.value) for record in read_records(servers, topic)]
+
+
+def read_headers(servers: str, topic: str) -> list[tuple[bytes, dict[str, bytes]]]:
+    return [(record.value, dict(record.headers)) for record in read_records(servers, topic)]
