@@ -224,7 +224,8 @@ def produce(log: Stream, sink: kafka.KafkaSink, topic: str, factor: float | None
         for batch in log.batches():
             first = int(batch.time[0]) if first is None else first
             for rows in _paced(batch.time - first, factor, started) if factor else (slice(0, len(batch)),):
-                sink.send_batch(topic, batch.value[rows], batch.time[rows], batch.key[rows])
+                # No record times: with the events' own, a broker would delete a log that is older than its retention as soon as it has it.
+                sink.send_batch(topic, batch.value[rows], keys=batch.key[rows])
                 progress.update(task, description=f"replaying {log.name}: {count + rows.stop:,} events")
             count += len(batch)
         sink.flush(120.0)

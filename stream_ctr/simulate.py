@@ -38,7 +38,7 @@ import pyarrow.compute as pc
 
 from stream_ctr.config import Field
 from stream_ctr.errors import ConfigError
-from stream_ctr.logs import DEFAULT_START_MS, ClickDelays, EventBatch, Log, impression_batch, merge_clicks
+from stream_ctr.history import DEFAULT_START_MS, ClickDelays, EventBatch, Log, impression_batch, merge_clicks
 
 START_MS = DEFAULT_START_MS
 IMPRESSIONS_PER_DAY = 1_000_000

@@ -20,10 +20,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stream_ctr import logs
+from stream_ctr import text
 from stream_ctr.config import Field
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.logs import DEFAULT_START_MS, EventBatch, Log, impression_batch, in_time_order, merge_clicks, open_log, sniff
+from stream_ctr.history import DEFAULT_START_MS, EventBatch, Log, impression_batch, in_time_order, merge_clicks
+from stream_ctr.logs import open_log, sniff
 
 OBD = Path(__file__).parent / "data" / "obd" / "impressions.csv"
 AVAZU_HEADER = (
@@ -115,7 +116,7 @@ BAD_CRITEO: dict[int, tuple[str | bytes, str]] = {
 def test_bad_criteo_rows_are_named_by_line_and_cost_their_neighbours_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(logs, "_BLOCK_BYTES", block)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", block)
     lines = [BAD_CRITEO[at][0] if at in BAD_CRITEO else "" if at == 5 else criteo_line() for at in range(1, 13)]
     log = open_log(write(tmp_path / "day.tsv", *lines))
     assert [event["impression_id"] for event in read(log)] == ["criteo-1", "criteo-10", "criteo-12"]
@@ -315,7 +316,7 @@ def test_every_format_is_sniffed_and_two_passes_give_the_same_bytes(tmp_path: Pa
         first = [(batch.time.tolist(), batch.key.to_pylist(), batch.value.to_pylist()) for batch in log.batches()]
         assert first == [(batch.time.tolist(), batch.key.to_pylist(), batch.value.to_pylist()) for batch in log.batches()], name
         assert log.progress == 1.0
-        monkeypatch.setattr(logs, "_BLOCK_BYTES", 5_000)
+        monkeypatch.setattr(text, "_BLOCK_BYTES", 5_000)
         assert read(open_log(path, seed=5)) == read(log), f"{name} in other blocks"
         monkeypatch.undo()
 
@@ -381,8 +382,8 @@ def test_events_that_stay_out_of_order_pass_and_are_counted() -> None:
 
 
 def test_a_line_without_end_is_skipped_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "_BLOCK_BYTES", 1000)
-    monkeypatch.setattr(logs, "_LONGEST_LINE_BYTES", 4000)
+    monkeypatch.setattr(text, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(text, "_LONGEST_LINE_BYTES", 4000)
     good = [json.dumps(impression(str(i), T + i)) for i in range(3)]
     log = open_log(write(tmp_path / "events.jsonl", good[0], b'{"x":"' + b"x" * 20_000 + b'"}', *good[1:], criteo_line("2") * 100))
     assert b"".join(b"".join(batch.value.to_pylist()) for batch in log.batches()).decode() == "".join(good)
@@ -396,7 +397,7 @@ def test_a_cut_off_gzip_file_gives_what_is_whole_and_says_where_it_stops(tmp_pat
     path.write_bytes(whole[: len(whole) // 2])
     log = open_log(path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logs, "_BLOCK_BYTES", 10_000)
+        patch.setattr(text, "_BLOCK_BYTES", 10_000)
         *lines, _half = [value for batch in log.batches() for value in batch.value.to_pylist()]
     assert 500 < len(lines) < 1500
     assert [json.loads(line)["time"] - T for line in lines] == list(range(len(lines)))

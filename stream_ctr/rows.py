@@ -1,0 +1,105 @@
+"""Rows of a file in columns, each with the line that it stands on. A row that holds no event is rejected by name; its neighbours stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+_NAMED_REJECTS = 100
+
+
+@dataclass(slots=True)
+class Rejected:
+    """Lines (of column formats: rows) that hold no event: how many, and the line number and reason of the first hundred found."""
+
+    count: int = 0
+    first: list[tuple[int, str]] = field(default_factory=list)
+
+    def add(self, line: int, reason: str) -> None:
+        self.count += 1
+        if len(self.first) < _NAMED_REJECTS:
+            self.first.append((line, reason))
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """n rows in columns (null: missing, in a text file blank), and the line that each stands on, from 1; in a column file, its number."""
+
+    line: npt.NDArray[np.int64]
+    columns: pa.Table
+    rejected: Rejected
+
+    def only(self, good: npt.NDArray[np.bool_], name: str, expected: str) -> Rows:
+        """The rows that are `good`. The others are rejected: "`name` must be `expected`, got ..."."""
+        if good.all():
+            return self
+        for at in np.flatnonzero(~good).tolist():
+            self.rejected.add(int(self.line[at]), f"{name} must be {expected}, got {_shown(self.columns[name][at].as_py())}")
+        return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
+
+    def labelled(self, name: str) -> Rows:
+        """The rows whose label is 0 or 1, nothing else."""
+        return self.only(mask(pc.is_in(self.columns[name], pa.array(["0", "1"]))), name, "0 or 1")
+
+    def identified(self, name: str) -> Rows:
+        return self.only(mask(pc.is_valid(self.columns[name])), name, "an id")
+
+    def parsed(self, name: str, parse: Callable[[pa.Array], pa.Array], expected: str) -> Rows:
+        """Column `name` put through `parse`, without the rows that it refuses by raising `pa.ArrowInvalid`."""
+        column, rows = one_array(self.columns[name]), self
+        try:
+            values = parse(column)
+        except pa.ArrowInvalid:
+            good = np.ones(len(column), bool)
+            good[_refused(column, parse)] = False
+            rows = self.only(good, name, expected)
+            values = parse(one_array(rows.columns[name]))
+        at = rows.columns.schema.get_field_index(name)
+        return Rows(rows.line, rows.columns.set_column(at, name, values), rows.rejected)
+
+    def equal(self, name: str, value: str) -> npt.NDArray[np.bool_]:
+        return mask(pc.equal(self.columns[name], value))
+
+    def features(self, names: Iterable[str]) -> dict[str, pa.Array]:
+        return {name: one_array(self.columns[name]) for name in names}
+
+
+def _refused(column: pa.Array, parse: Callable[[pa.Array], pa.Array], first: int = 0) -> list[int]:
+    """Indices of the values that `parse` refuses, found by halving."""
+    try:
+        parse(column)
+    except pa.ArrowInvalid:
+        half = len(column) // 2
+        return [first] if not half else _refused(column[:half], parse, first) + _refused(column[half:], parse, first + half)
+    return []
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else f"{value!r:.80}"
+
+
+def epoch_ms(column: pa.Array) -> pa.Array:
+    """Whole milliseconds, rounded down, of integers (taken as they are), timestamps (UTC unless they name a zone) or RFC 3339 text.
+
+    >>> epoch_ms(pa.array(["2025-01-01T01:00:00.0019+01:00"])).to_pylist()
+    [1735689600001]
+    """
+    if pa.types.is_integer(column.type):
+        return column.cast(pa.int64())
+    if not pa.types.is_timestamp(column.type):
+        column = column.cast(pa.string()).cast(pa.timestamp("ns", "UTC"))
+    return pc.floor_temporal(column, unit="millisecond").cast(pa.timestamp("ms", column.type.tz)).cast(pa.int64())
+
+
+def mask(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
+    """Booleans, False where they are null."""
+    return np.asarray(pc.fill_null(column, False).to_numpy(), bool)
+
+
+def one_array(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
