@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stream_ctr.subscribe import Scorer as Scorer, Subscriber as Subscriber
+    from stream_ctr.subscribe import Scorer as Scorer
+    from stream_ctr.subscribe import Subscriber as Subscriber
 
 __version__ = "0.1.0"
 __all__ = ["Scorer", "Subscriber", "__version__"]

@@ -27,7 +27,6 @@ DELAY_SIGMA = 1.3
 _HOUR_MS = 3_600_000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-
 _CRITEO_INTEGERS = tuple(f"I{i}" for i in range(1, 14))
 _CRITEO_CATEGORIES = tuple(f"C{i}" for i in range(1, 27))
 CRITEO_COLUMNS = ("label", *_CRITEO_INTEGERS, *_CRITEO_CATEGORIES)

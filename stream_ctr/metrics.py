@@ -204,7 +204,7 @@ class WholeRun:
 
     def __init__(self, models: Sequence[str]) -> None:
         self.models = tuple(models)
-        self.length = 1024
+        self.length = 64
         self.blocks: list[Tally] = []
         self.counts: list[int] = []
 

@@ -71,7 +71,9 @@ def say(text: str) -> None:
 def client(bootstrap_servers: str, kafka_config: Path | None, properties: Mapping[str, str]) -> dict[str, object]:
     """Kafka client options from a properties file and -X pairs."""
     with kafka_errors():
-        return dict(kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties}))
+        return dict(
+            kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties})
+        )
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from stream_ctr import metrics, snapshot
 from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
-from stream_ctr.errors import ConfigError, DataError
+from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.events import Decoder, Rejects
 from stream_ctr.features import Hasher, hash_ids, mix64
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
@@ -138,6 +138,7 @@ class Trainer:
         self._stopping = False
         self._started = self._clock()
         self._heard = np.full(len(source.partitions), self._started)
+        self._unwritten: SnapshotError | None = None
         self._read_now = self._bad_now = self._examples_at_snapshot = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------------
@@ -158,6 +159,8 @@ class Trainer:
         self._settle(wait=True)
         report = self._report("final" if finished else "stopped")
         self.outlet.flush()
+        if self._unwritten:
+            raise self._unwritten
         return report
 
     def stop(self) -> None:
@@ -363,7 +366,14 @@ class Trainer:
         manifest = {**cut.manifest, "parent": self.parent, "created_ms": int(self._clock() * 1000), "metrics": self.whole.summary()}
         root = self.directory / "snapshots"
         name = snapshot.new_id(manifest["sequence"], manifest["event_time_ms"])
-        path = snapshot.write(root, tensors=cut.tensors, manifest=manifest, snapshot_id=name)
+        try:
+            path = snapshot.write(root, tensors=cut.tensors, manifest=manifest, snapshot_id=name)
+        except SnapshotError as error:  # a full disk: learning goes on, the next try may succeed, and only the last one ends the run
+            _log.error("%s", error)
+            self.counters["snapshots_failed"] += 1
+            self._unwritten = error
+            return
+        self._unwritten = None
         self.parent = name
         self.source.commit(cut.positions)
         self.outlet.publish(path, manifest)

@@ -411,7 +411,7 @@ COLUMNS = {
     "app": ["maps", None, None, "x", "x", "x", "x"],
     "age": [31, None, 32, 1, 1, 1, 1],
     "score": [float("nan"), None, 0.5, 1.0, 1.0, 1.0, 1.0],
-    "true_probability": [0.25, None, None, 0.5, 0.5, 0.5, 0.5],
+    "true_probability": [0.25, None, float("nan"), 0.5, 0.5, 0.5, 0.5],
 }
 
 
@@ -425,7 +425,14 @@ def with_timestamps(table: pa.Table) -> pa.Table:
     return table.set_column(2, "time", table["time"].cast(pa.timestamp("ms", "UTC")).cast(pa.timestamp("us", "Europe/Berlin")))
 
 
-@pytest.mark.parametrize("shape", [lambda table: table, nested, with_timestamps, lambda table: nested(with_timestamps(table))])
+def with_dictionary(table: pa.Table) -> pa.Table:
+    return table.set_column(3, "app", table["app"].dictionary_encode())
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [lambda table: table, nested, with_timestamps, with_dictionary, lambda table: nested(with_timestamps(with_dictionary(table)))],
+)
 def test_columns_become_events_and_bad_rows_are_named(tmp_path: Path, shape: Any) -> None:
     path = tmp_path / "log.parquet"
     pa.parquet.write_table(shape(pa.table(COLUMNS)), path)
@@ -443,6 +450,15 @@ def test_columns_become_events_and_bad_rows_are_named(tmp_path: Path, shape: Any
         (7, "kind must be impression or click, got nothing"),
     ]
     assert log.rejected.first[1][1].startswith("time must be between 1973 and 2100")
+
+
+def test_booleans_and_unsigned_64_bit_numbers_are_categories(tmp_path: Path) -> None:
+    events = {"kind": ["impression"] * 2, "impression_id": [1, 2], "time": [T, T + 1]}
+    features = {"user": pa.array([2**63, 7], pa.uint64()), "new": [True, None], "age": pa.array([None, 3], pa.int8())}
+    pa.parquet.write_table(pa.table({**events, **features}), tmp_path / "log.parquet")
+    log = open_log(tmp_path / "log.parquet")
+    assert read(log) == [impression("1", T, user=str(2**63), new=True), impression("2", T + 1, user="7", age=3)]
+    assert log.fields == (Field("user", "categorical"), Field("new", "categorical"), Field("age", "numeric"))
 
 
 def test_columns_that_hold_no_events_are_refused_by_name(tmp_path: Path) -> None:

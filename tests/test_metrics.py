@@ -94,7 +94,7 @@ def test_the_whole_run_and_its_tail_are_what_a_list_of_all_examples_says():
     run, data = whole_run(sizes=[700] * 1000, n=300_000)  # enough for the blocks to double
     summary = run.summary()
     assert run.count == 300_000
-    assert run.length > 1024
+    assert run.length > 64
     chosen = data.chosen["river_ftrl"]
     assert summary["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"].mean(), rel=1e-12)
     assert summary["models"]["river_ftrl"]["count"] == chosen.sum()

@@ -15,7 +15,7 @@ from connectors import Records
 from stream_ctr import snapshot
 from stream_ctr.assembly import build_trainer
 from stream_ctr.config import load
-from stream_ctr.errors import ConfigError, DataError
+from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.outlet import Outlet
 from stream_ctr.simulate import Simulation
 from stream_ctr.trainer import Trainer
@@ -264,3 +264,14 @@ def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
     report = finish(built)
     assert report["examples"] > 3000  # though partition 1 never spoke
     assert report["pending"] > 0  # nothing says yet that their clicks will not come
+
+
+def test_a_snapshot_that_cannot_be_written_does_not_stop_learning_but_the_last_one_must_succeed(tmp_path, stream):
+    built = trainer(tmp_path, Partitions([stream]), schedule={"snapshot_examples": 1000})
+    (tmp_path / "snapshots").write_text("in the way")
+    with pytest.raises(SnapshotError, match="cannot write snapshot"):
+        finish(built)
+    last = json.loads((tmp_path / "reports.jsonl").read_text().splitlines()[-1])
+    assert last["examples"] == 6000
+    assert last["snapshot"] is None
+    assert last["counters"]["snapshots_failed"] >= 6

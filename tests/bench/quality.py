@@ -61,6 +61,7 @@ def kafka(directory: Path) -> Iterator[tuple[str, str]]:
         with EmbeddedBroker() as embedded:
             yield embedded.bootstrap_servers, f"embedded Tansu {embedded_version()}"
         return
+    directory.mkdir()
     with ApacheBroker(installation, directory) as broker:
         yield broker.bootstrap_servers, f"Apache Kafka {installation.version}"
 
@@ -89,7 +90,9 @@ def simulated(arguments: argparse.Namespace) -> None:
         closed = {name: (constant - score["logloss"]) / (constant - best) for name, score in models.items()}
         losses = [f"{half[name]['logloss']:.5f} ({closed[name]:.1%})" for name in ("river_ftrl", "deepfm")]
         rows.append([seed, f"{constant:.5f}", *losses, f"{best:.5f}", f"{models['deepfm']['auc']:.4f}", interval(half["paired"])])
-    print(f"{arguments.impressions:,} simulated impressions, one pass; logloss over the last half (share of the gap from constant to best possible)\n")
+    print(
+        f"{arguments.impressions:,} simulated impressions, one pass; logloss over the last half (share of the gap from constant to best possible)\n"
+    )
     table(["seed", "constant", "River FTRL", "DeepFM", "best possible", "DeepFM AUC", "DeepFM - River [95 %]"], rows)
 
 
@@ -107,7 +110,9 @@ def samples(arguments: argparse.Namespace) -> None:
                 report = final(state)
                 quarter = report["last_quarter"]
                 scores = [f"{quarter[m]['logloss']:.4f} / {quarter[m]['auc']:.4f}" for m in ("river_ftrl", "deepfm")]
-                rows.append([log_format, report["examples"], seed, f"{quarter['constant_logloss']:.4f}", *scores, interval(quarter["paired"])])
+                rows.append(
+                    [log_format, report["examples"], seed, f"{quarter['constant_logloss']:.4f}", *scores, interval(quarter["paired"])]
+                )
     print(f"samples through {broker}, one pass, logloss / AUC over the last quarter; options {' '.join(SAMPLE_OPTIONS)}\n")
     table(["log", "impressions", "seed", "constant", "River FTRL", "DeepFM", "DeepFM - River logloss [95 %]"], rows)
 
@@ -153,7 +158,9 @@ def freshness(arguments: argparse.Namespace) -> None:
         log, state = Path(name) / "sim.jsonl", Path(name) / "state"
         state.mkdir()
         stream_ctr("simulate", "--impressions", 50_000, "--seed", 0, "--out", log)
-        follower = subprocess.Popen([sys.executable, "-m", "stream_ctr", "subscribe", "--state", state, "--json"], stdout=subprocess.PIPE, text=True)
+        follower = subprocess.Popen(
+            [sys.executable, "-m", "stream_ctr", "subscribe", "--state", state, "--json"], stdout=subprocess.PIPE, text=True
+        )
 
         def read() -> None:
             assert follower.stdout
@@ -175,7 +182,9 @@ def freshness(arguments: argparse.Namespace) -> None:
 
 
 def machine() -> str:
-    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?")
+    model = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?"
+    )
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
 
