@@ -1,4 +1,4 @@
-"""From configuration to a trainer: the one place below the command line that reads a `Config`."""
+"""From configuration to a trainer: the one place below the commands that reads a `Config`."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ from river import linear_model, optim, utils
 from stream_ctr.errors import StreamCtrError
 
 DEVIATIONS = (
-    "River refreshes a weight before it adds the new gradient to z, does not zero weights with |z| <= l1, and updates the intercept by plain SGD; "
-    "so its FTRL differs from FTRL-Proximal as published."
+    "River refreshes a weight before it adds the new gradient to z, does not zero weights with |z| <= l1, and updates the intercept "
+    "by plain SGD; so its FTRL differs from FTRL-Proximal as published."
 )
 State = dict[str, npt.NDArray[np.generic]]
 _HEADER = struct.Struct("<cqqq")  # kind, three sizes
@@ -111,8 +111,8 @@ class Marker(NamedTuple):
 class BaselineProcess:
     """`RiverFTRL` in a process of its own: batches go in, their probabilities come out later, in order.
 
-    Two threads move bytes so that neither side ever waits for a full pipe; the trainer waits only when more than a fixed amount of memory is
-    queued (`waited_seconds` says how long in all).
+    Two threads move bytes so that neither side ever waits for a full pipe. The trainer has to wait only when it is `full`: when more
+    than a fixed number of bytes is queued.
     """
 
     name = "river_ftrl"
@@ -154,7 +154,10 @@ class BaselineProcess:
         return len(self._outstanding)
 
     def take(self, *, wait: bool) -> npt.NDArray[np.float64] | Marker | None:
-        """The next answer in order: probabilities [n] of a batch, or a `Marker`. None: nothing yet (never when `wait` and something is out)."""
+        """The next answer in order: probabilities [n] of a batch, or a `Marker`.
+
+        None: nothing yet (never when `wait` and something is out). Raises `BaselineFailed` when the process has ended.
+        """
         if not self._outstanding:
             return None
         try:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stream_ctr.config import Config
-    from stream_ctr.logs import Log
+    from stream_ctr.history import Log
 
 
 class _Group(click.Group):
@@ -405,7 +405,8 @@ def broker(port: int) -> None:
 @click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Where to keep it.  [default: a temporary directory]")
 @_settings
 def demo(
-    impressions: int, seed: int, state: Path | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...]
+    impressions: int, seed: int, state: Path | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None,
+    extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """All of it on this machine: an embedded broker, a simulated stream, the trainer, a subscriber. About a minute on two cores."""
     import tempfile

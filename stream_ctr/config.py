@@ -1,6 +1,6 @@
 """Configuration: CLI > environment > file > default; an unknown key is an error that shows the nearest match.
 
-Only the command line knows that a configuration exists. Below it everything takes keyword arguments.
+Only the commands and `assembly` know that a configuration exists. Below them everything takes keyword arguments.
 
 >>> config = load(environ={"STREAM_CTR_MODEL__EMBEDDING_DIM": "16"}, overrides={"join": {"label_window": "90s"}})
 >>> config.model.embedding_dim, config.join.label_window.total_seconds()
@@ -163,7 +163,10 @@ class Learn(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = key(0, ge=0)
-    """CPU threads of the dense part; 0: as many as the machine has, less one for the baseline. Two runs are equal bit for bit with one number of threads."""
+    """CPU threads of the dense part; 0: as many as the machine has, less one for the baseline.
+
+    Two runs are equal bit for bit with one number of threads.
+    """
     seed: int = key(0, ge=0)
 
 

@@ -56,4 +56,4 @@ def _through_kafka(servers: str, simulation: Simulation, config: Config, state: 
         finally:
             sink.close()
         runs.say(f"replayed {count:,} simulated events into topic {config.input.topic!r} on {servers} in {seconds:.1f} s; learning")
-        return runs.train_on_kafka(client, config, state, until_end=True)
+        return runs.train_on_kafka(client, config, state, until_end=True, fields=simulation.fields)

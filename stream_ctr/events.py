@@ -9,8 +9,8 @@ null or absent is missing. `true_probability`, on impressions of simulated strea
 Good records are parsed a block at a time by Arrow's JSON reader. Only records of a block that it refuses are looked at one by one
 (msgspec, a strict parser), so one bad record costs its neighbours time and nothing else. Both ways accept exactly the same records.
 
->>> values = pa.array([b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}', b"oops"], pa.large_binary())
->>> events, rejects = Decoder([Field("app", "categorical")]).decode(values)
+>>> impression = b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}'
+>>> events, rejects = Decoder([Field("app", "categorical")]).decode(pa.array([impression, b"oops"], pa.large_binary()))
 >>> events.impressions.impression_id.to_pylist(), events.impressions.features["app"].to_pylist(), rejects.reason, rejects.row.tolist()
 (['a'], ['maps'], ['not_json'], [1])
 """

@@ -5,8 +5,8 @@
 
 MurmurHash3 x64 128 is Austin Appleby's, public domain; `h1` is its first 64 bits. A missing value hashes the single byte 0xff, which
 occurs in no UTF-8 text, so it has a row of its own. A number hashes the decimal text of its logarithmic bucket
-`sign(x) * floor(r * log2(1 + |x|))` with r buckets an octave; with the encodings `value` and `log_value` (the paper's other way, "the value itself")
-the field has one row, that of the text "value", and its embedding is multiplied by the number.
+`sign(x) * floor(r * log2(1 + |x|))` with r buckets an octave; with the encodings `value` and `log_value` (the paper's other way, "the
+value itself") the field has one row, that of the text "value", and its embedding is multiplied by the number.
 
 >>> hasher = Hasher([Field("app", "categorical"), Field("age", "numeric")], table_bits=20)
 >>> ids, values = hasher.rows({"app": pa.array(["maps", None]), "age": pa.array([31.0, None])})

@@ -5,7 +5,8 @@ impression at t is [t - early_click_wait, t + label_window], both ends included,
 
 An event is late when the watermark *of its own partition* had already passed the end of the window it belongs to. The global
 watermark is the least of the partitions' and so never ahead of that; hence which events are late, which example has which label
-and the order of examples - by (event time, partition, offset) of the impression - depend on the log alone, not on how polls interleaved.
+and the order of examples - by (event time, partition, offset) of the impression - depend on the log alone, not on how polls
+interleaved. The exception is a partition that was idle, no longer held the global watermark back, and comes back behind it.
 
 State is arrays: a pool of fixed-width rows for pending impressions, a hash index over their ids and over those that left within the
 duplicate horizon, and the clicks that wait for their impression.
@@ -42,7 +43,7 @@ COUNTERS = (
     "clicks_joined",
     "clicks_early",  # joined, and before their impression in event time
     "clicks_duplicate",  # a second click of the same impression
-    "clicks_late",  # their impression is known, but its window had closed
+    "clicks_late",  # their impression is known, but they were made or came after its window
     "clicks_unmatched",  # no impression came while they waited
 )
 _N = {name: index for index, name in enumerate(COUNTERS)}
@@ -168,7 +169,8 @@ class LabelJoiner:
         waiting = self._clicks
         waiting.reserve(len(arrivals))
         _push_clicks(
-            arrivals.id_hash, arrivals.time, arrivals.limit, self.label_window_ms, self.early_click_wait_ms, self.duplicate_horizon_ms, self.watermark,
+            arrivals.id_hash, arrivals.time, arrivals.limit,
+            self.label_window_ms, self.early_click_wait_ms, self.duplicate_horizon_ms, self.watermark,
             self._pending.click, *self._index.arrays(), *waiting.arrays(), waiting.sizes, self.counters, self.delays,
         )  # fmt: skip
 
@@ -201,7 +203,7 @@ class LabelJoiner:
         return examples
 
     def _forget(self) -> None:
-        """Drop ids beyond the duplicate horizon and clicks that no impression can want any more; each pass costs what it frees."""
+        """Drop ids beyond the duplicate horizon and clicks that no impression can want any more."""
         self._index.expire(self.watermark, self.duplicate_horizon_ms)
         # An impression that is not late has t + label_window >= watermark, and wants clicks from t - early_click_wait on.
         self.counters[_UNMATCHED] += self._clicks.expire(self.watermark - self.label_window_ms - self.early_click_wait_ms)
@@ -268,7 +270,10 @@ class LabelJoiner:
 
 
 class _Pool:
-    """Rows of pending impressions; a freed row is used again. `time` is _NEVER in free rows. sizes: [rows used, length of the free list]."""
+    """Rows of pending impressions; a freed row is used again.
+
+    `time` is _NEVER in free rows. sizes: [rows used, length of the free list].
+    """
 
     def __init__(self, fields: int, value_fields: int) -> None:
         self.id_hash = np.empty(0, np.uint64)

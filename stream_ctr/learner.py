@@ -74,9 +74,10 @@ class Learner:
                 fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout
             ).to(self.device)
         self.table = Table(
-            bits=table_bits, embedding_dim=embedding_dim, optimizer=table_optimizer, learning_rate=table_learning_rate / fields, beta=table_beta,
-            linear_learning_rate=linear_learning_rate / fields, linear_beta=linear_beta, initial_scale=initial_scale, seed=seed,
-            device=self.device,
+            bits=table_bits, embedding_dim=embedding_dim, optimizer=table_optimizer,
+            learning_rate=table_learning_rate / fields, beta=table_beta,
+            linear_learning_rate=linear_learning_rate / fields, linear_beta=linear_beta,
+            initial_scale=initial_scale, seed=seed, device=self.device,
         )  # fmt: skip
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=dense_learning_rate, weight_decay=dense_weight_decay, fused=True)
         self._dropouts = [module for module in self.model.modules() if isinstance(module, Dropout) and module.rate > 0]

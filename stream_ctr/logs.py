@@ -25,7 +25,7 @@ from stream_ctr.history import DEFAULT_START_MS, Log
 from stream_ctr.labelled_logs import AVAZU_COLUMNS, CRITEO_COLUMNS, AvazuLog, CriteoLog, Invention, OpenBanditLog
 from stream_ctr.text import head
 
-__all__ = ["FORMATS", "Log", "open_log", "sniff"]
+__all__ = ["FORMATS", "open_log", "sniff"]
 
 _EVENT_LOGS: Mapping[str, type[EventLog | ParquetLog | ArrowLog]] = {log.format: log for log in (EventLog, ParquetLog, ArrowLog)}
 _LABELLED_LOGS: Mapping[str, type[CriteoLog | AvazuLog | OpenBanditLog]] = {log.format: log for log in (CriteoLog, AvazuLog, OpenBanditLog)}

@@ -1,8 +1,8 @@
 """Honest online metrics: mergeable, in constant memory, keyed by the event time of the impression.
 
-AUC comes from a histogram over the *logit*: 4096 equal bins over [-16, 16], the outermost take what lies beyond. Two examples in different bins are ordered
-exactly; a positive and a negative of one bin count one half. So the error is at most 1/2 sum_b pos_b neg_b / (P N), which is reported as
-`auc_error_bound`.
+AUC comes from a histogram over the *logit*: 4096 equal bins over [-16, 16], the outermost take what lies beyond. Two examples in
+different bins are ordered exactly; a positive and a negative of one bin count one half. So the error is at most
+1/2 sum_b pos_b neg_b / (P N), which is reported as `auc_error_bound`.
 
 >>> score = Score()
 >>> score.add(np.array([2.0, -1.0, 0.5, -3.0]), np.array([1, 0, 1, 0], np.uint8))
@@ -73,9 +73,9 @@ class Score:
         self.histogram += other.histogram
 
     def summary(self) -> dict[str, float | int | None]:
-        """auc, auc_error_bound, logloss, ne, pred_over_actual, ctr, count. `ne` is the logloss over the entropy of this set's own CTR.
+        """auc, auc_error_bound, logloss, ne, pred_over_actual, ctr, count.
 
-        A figure without meaning (the AUC of one class) is None.
+        `ne` is the logloss over the entropy of this set's own CTR. A figure without meaning (the AUC of one class) is None.
         """
         count, clicks, sum_p, sum_loss = self.sums.tolist()
         auc, bound = self._auc()
@@ -102,9 +102,10 @@ class Score:
 
 
 def paired_interval(blocks: Floats) -> dict[str, float | int | None]:
-    """Mean difference in loss per impression and its 95 % interval, from blocks [n, 2] of neighbouring examples: (sum of differences, count).
+    """Mean difference in loss per impression and its 95 % interval.
 
-    A bootstrap over the blocks (2,000 draws, fixed seed), since examples close in time are not independent. No bounds below ten blocks.
+    `blocks` [n, 2] are of neighbouring examples: (sum of differences, count). The interval is a bootstrap over the blocks (2,000 draws,
+    fixed seed), since examples close in time are not independent. No bounds below ten blocks.
     """
     total, count = blocks.sum(axis=0).tolist() if len(blocks) else (0.0, 0.0)
     if not count:
@@ -199,8 +200,11 @@ class Scored:
 
 
 class WholeRun:
-    """The tally of everything, in at most 128 runs of neighbouring examples of equal length, which double when they are too many: so the last half (and any
-    other tail) can be told at the end of a run whose length nobody knew, and the runs are the blocks of the bootstrap."""
+    """The tally of everything, in at most 128 blocks of neighbouring examples.
+
+    The blocks are of equal length (the last may still be filling), which doubles when they are too many: so the last half, and any other
+    tail, can be told at the end of a run whose length nobody knew. They are the blocks of the bootstrap too.
+    """
 
     def __init__(self, models: Sequence[str]) -> None:
         self.models = tuple(models)
@@ -255,10 +259,10 @@ class WholeRun:
 
 
 class Windows:
-    """Tumbling windows of event time; the last few together are the rolling window. The blocks of their bootstrap are panes of a twentieth of a window.
+    """Tumbling windows of event time; the last few together are the rolling window.
 
-    Examples come in event-time order, so a window is final once every label window that began in it is closed and learned (`close`); until then it
-    is provisional.
+    The blocks of their bootstrap are panes of a twentieth of a window. Examples come in event-time order, so a window is final once every
+    label window that began in it is closed and learned (`close`); until then it is provisional.
     """
 
     _PANES = 20

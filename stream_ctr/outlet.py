@@ -22,8 +22,10 @@ class Sink(Protocol):
 
 
 class Outlet:
-    """Reports to `DIR/reports.jsonl`, dead letters to `DIR/dead_letters.jsonl` or `<topic>.dlq`, the pointer to `DIR/latest.json`; with a `sink` also
-    to the metrics and snapshot topics."""
+    """Reports to `DIR/reports.jsonl`, the pointer to the newest snapshot to `DIR/latest.json`; with a `sink` also to their topics.
+
+    Dead letters go to `<topic>.dlq` with a `sink`, else to `DIR/dead_letters.jsonl`.
+    """
 
     def __init__(
         self, directory: Path, *, sink: Sink | None = None, metrics_topic: str = "", snapshot_topic: str = "", model_name: str = "default"

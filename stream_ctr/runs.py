@@ -54,7 +54,7 @@ class _Batch(Protocol):
 
 
 class Stream(Protocol):
-    """History that can be read as a stream, more than once: `logs.Log`, `simulate.Simulation`."""
+    """History that can be read as a stream, more than once: `history.Log`, `simulate.Simulation`."""
 
     @property
     def name(self) -> str: ...
@@ -123,7 +123,10 @@ def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
     return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields)
 
 
-def train_on_kafka(client: dict[str, object], config: Config, state: Path, *, until_end: bool) -> dict[str, Any]:
+def train_on_kafka(
+    client: dict[str, object], config: Config, state: Path, *, until_end: bool, fields: tuple[Field, ...] | None = None
+) -> dict[str, Any]:
+    """`fields` where the configuration names none; without either they are inferred."""
     topics = [config.input.topic, *([config.input.click_topic] if config.input.click_topic else [])]
     with contextlib.ExitStack() as stack:
         source = kafka.KafkaSource(topics, client=client, group=config.input.group, until_end=until_end)
@@ -143,7 +146,7 @@ def train_on_kafka(client: dict[str, object], config: Config, state: Path, *, un
             snapshot_topic=config.snapshots.topic,
             model_name=config.snapshots.model_name,
         )
-        return _train(source, outlet, config, state, config.features.fields())
+        return _train(source, outlet, config, state, config.features.fields() or fields)
 
 
 def _train(

@@ -4,8 +4,8 @@
         model.wait(30)
         p = model.predict([{"app": "maps", "age": 31}])
 
-A pointer names a snapshot directory and the SHA-256 of its manifest, which holds those of the files. A snapshot that does not verify, or that comes from an
-older epoch than the one in use, is refused and the old one goes on serving.
+A pointer names a snapshot directory and the SHA-256 of its manifest, which holds those of the files. A snapshot that does not verify,
+or that is older than the one in use (by epoch, then by sequence), is refused and the one in use goes on serving.
 """
 
 from __future__ import annotations

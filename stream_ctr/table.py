@@ -1,8 +1,9 @@
 """The embedding table: one row of 4-byte floats per feature bucket, [ V x K | w | state | padding to 64 bytes ], on the device.
 
-Weights, first-order weight and optimiser state of a feature lie side by side, so a gather brings them in one cache line and the update
-touches it while it is hot. The gradient never becomes table-sized: the ids of a batch are sorted, the gradients of each distinct
-row summed in batch order (which is why two runs are equal bit for bit), and the optimiser works in place on those rows.
+Weights, first-order weight and optimiser state of a feature lie side by side, so a gather brings them together (in one cache line, for
+K up to 13) and the update touches them while they are hot. The gradient never becomes table-sized: the ids of a batch are sorted, the
+gradients of each distinct row summed in batch order (which is why two runs are equal bit for bit), and the optimiser reads and writes
+those rows alone.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ _LINE = 16  # floats in 64 bytes
 
 
 class Table:
-    """2 ** `bits` rows of width `embedding_dim` + 1: the embedding V and, last, the first-order weight w.
+    """2 ** `bits` rows that begin with the embedding V, `embedding_dim` wide, and the first-order weight w; these are what is gathered.
 
-    optimizer "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients that came before
+    optimizer "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients up to this one
     (the per-coordinate rate of McMahan et al. 2013, section 3.1): one n for the K coordinates of V, of their mean square, and one for w.
     beta keeps a feature's first steps short, which plain Adagrad makes as long as any. "sgd" steps by the rate.
     """

@@ -1,8 +1,8 @@
-"""The trainer: one loop that owns all state. It polls, decodes, hashes, joins, cuts batches, learns, and between two batches serves the flags that
-the schedule raised.
+"""The trainer: one loop that owns all state.
 
-Batches are cut from the sequence of examples, exactly `batch_size` each, never at the boundary of a poll; that sequence depends on the log
-alone (see `join`), and so does the model.
+It polls, decodes, hashes, joins, cuts batches, learns, and between two batches serves the flags that the schedule raised.
+Batches are cut from the sequence of examples, exactly `batch_size` each, never at the boundary of a poll; that sequence depends on the
+log alone (see `join`), and so does the model.
 """
 
 from __future__ import annotations
@@ -89,7 +89,11 @@ class _Cut:
 
 
 class Trainer:
-    """`identity` goes into every snapshot: what a server needs to rebuild the model (`schema`, `learner`), and what a resumed run must agree with."""
+    """Learns from `source`, whose records it turns into examples, and tells `outlet` and `show` how it goes.
+
+    `identity` goes into every snapshot: what a server needs to rebuild the model (`schema`, `learner`), and what a resumed run must
+    agree with.
+    """
 
     def __init__(
         self,
@@ -207,8 +211,8 @@ class Trainer:
         self._read_now += len(records)
         if self._read_now >= _BAD_SHARE_RECORDS and self._bad_now > self.max_bad_share * self._read_now:
             raise DataError(
-                f"{self._bad_now} of {self._read_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; the last: "
-                f"{rejects.reason[-1]}: {rejects.message[-1]}. Is this the right topic, and are these its fields?"
+                f"{self._bad_now} of {self._read_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; "
+                f"the last: {rejects.reason[-1]}: {rejects.message[-1]}. Is this the right topic, and are these its fields?"
             )
 
     def _watermark(self, records: RecordColumns) -> int:

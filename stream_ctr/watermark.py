@@ -16,7 +16,10 @@ NOT_YET = -(1 << 62)
 
 
 class Watermarks:
-    """The greatest event time seen in each partition, in epoch milliseconds. The watermark of a partition lags behind it by `lateness_ms`."""
+    """`latest` is the greatest event time seen in each partition, in epoch milliseconds.
+
+    The watermark of a partition lags behind it by `lateness_ms`.
+    """
 
     def __init__(self, *, partitions: int, lateness_ms: int) -> None:
         self.lateness_ms = lateness_ms

@@ -106,10 +106,8 @@ def logs_with_polls(draw: st.DrawFn) -> tuple[Log, list[list[tuple[int, int, Eve
     for p in turns:
         arrivals.append((p, at[p], log[p][at[p]]))
         at[p] += 1
-    chunks, size = [], draw(st.integers(1, 9))
-    for start in range(0, len(arrivals), size):
-        chunks.append(arrivals[start : start + size])
-    return log, chunks
+    size = draw(st.integers(1, 9))
+    return log, [arrivals[start : start + size] for start in range(0, len(arrivals), size)]
 
 
 @settings(max_examples=400, deadline=None)

@@ -91,7 +91,8 @@ def simulated(arguments: argparse.Namespace) -> None:
         losses = [f"{half[name]['logloss']:.5f} ({closed[name]:.1%})" for name in ("river_ftrl", "deepfm")]
         rows.append([seed, f"{constant:.5f}", *losses, f"{best:.5f}", f"{models['deepfm']['auc']:.4f}", interval(half["paired"])])
     print(
-        f"{arguments.impressions:,} simulated impressions, one pass; logloss over the last half (share of the gap from constant to best possible)\n"
+        f"{arguments.impressions:,} simulated impressions, one pass; "
+        "logloss over the last half (share of the gap from constant to best possible)\n"
     )
     table(["seed", "constant", "River FTRL", "DeepFM", "best possible", "DeepFM AUC", "DeepFM - River [95 %]"], rows)
 
