@@ -32,6 +32,7 @@ def build_trainer(
     directory: Path,
     flags: Flags | None = None,
     show: Callable[[Mapping[str, Any]], None] = lambda report: None,
+    notes: Callable[[], Sequence[str]] = tuple,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
     torch.set_num_threads(config.learn.threads or _default_threads(config))
@@ -78,6 +79,7 @@ def build_trainer(
         max_bad_share=config.input.max_bad_share,
         flags=flags,
         show=show,
+        notes=notes,
     )
 
 

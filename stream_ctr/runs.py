@@ -11,7 +11,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -60,6 +60,8 @@ class Stream(Protocol):
     def name(self) -> str: ...
     @property
     def fields(self) -> tuple[Field, ...] | None: ...
+    @property
+    def notes(self) -> tuple[str, ...]: ...
     def batches(self) -> Iterator[_Batch]: ...
 
 
@@ -120,7 +122,7 @@ def kept_config(state: Path) -> dict[str, Any] | None:
 def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
     source = BatchSource(lambda: (batch.value for batch in log.batches()), name=Path(log.name).name)
     fields = config.features.fields() or log.fields
-    return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields)
+    return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields, notes=lambda: log.notes)
 
 
 def train_on_kafka(
@@ -150,7 +152,13 @@ def train_on_kafka(
 
 
 def _train(
-    source: kafka.KafkaSource | BatchSource, outlet: Any, config: Config, state: Path, fields: tuple[Field, ...] | None
+    source: kafka.KafkaSource | BatchSource,
+    outlet: Outlet,
+    config: Config,
+    state: Path,
+    fields: tuple[Field, ...] | None,
+    *,
+    notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
     fields = fields or _inferred_fields(source)
     schedule = Schedule(
@@ -158,7 +166,9 @@ def _train(
     )
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(LiveTable(Console()))
-        trainer = build_trainer(config, fields=fields, source=source, outlet=outlet, directory=state, flags=schedule, show=table.update)
+        trainer = build_trainer(
+            config, fields=fields, source=source, outlet=outlet, directory=state, flags=schedule, show=table.update, notes=notes
+        )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
         newest = snapshot.newest(state / "snapshots")

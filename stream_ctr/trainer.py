@@ -117,6 +117,7 @@ class Trainer:
         max_bad_share: float = 0.5,
         flags: Flags | None = None,
         show: Callable[[Mapping[str, Any]], None] = lambda report: None,
+        notes: Callable[[], Sequence[str]] = tuple,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.source, self.outlet, self.decoder, self.hasher, self.joiner, self.learner = source, outlet, decoder, hasher, joiner, learner
@@ -125,7 +126,7 @@ class Trainer:
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
         self.idle_seconds = idle_seconds
-        self._flags, self._show, self._clock = flags, show, clock
+        self._flags, self._show, self._notes, self._clock = flags, show, notes, clock
         models = [identity["learner"]["model"], *([baseline.name] if baseline else [])]
         self.watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=lateness_ms)
         self.whole = metrics.WholeRun(models)
@@ -283,8 +284,10 @@ class Trainer:
         scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, chosen)
         self.whole.add(scored)
         self.windows.add(scored)
-        # Examples come in event-time order: windows before this one are complete.
-        for window in self.windows.close(int(examples.time[-1])):
+        self._close_windows(int(examples.time[-1]))  # examples come in event-time order
+
+    def _close_windows(self, before_ms: int) -> None:
+        for window in self.windows.close(before_ms):
             self.outlet.report({"kind": "window", **_readable(window)})
 
     # -- reports ----------------------------------------------------------------------------------------------------------------------
@@ -297,6 +300,8 @@ class Trainer:
             self.cut()
 
     def _report(self, kind: str) -> dict[str, Any]:
+        if not self._in_flight and not any(map(len, self._ready)):  # all whose label window is closed is scored, also when nothing follows
+            self._close_windows(self.joiner.watermark - self.joiner.label_window_ms)
         seconds = max(self._clock() - self._started, 1e-9)
         whole = self.whole.summary()
         report: dict[str, Any] = {
@@ -322,6 +327,7 @@ class Trainer:
         if kind != "report":
             report |= {name: _tail(self.whole.summary(last=share)) for name, share in (("last_half", 0.5), ("last_quarter", 0.25))}
             report["window_curve"] = self.joiner.window_curve()
+            report["notes"] = list(self._notes())
         self.outlet.report(report)
         self._show(report)
         return report

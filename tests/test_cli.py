@@ -315,6 +315,7 @@ def test_the_open_bandit_log_joins_to_the_last_impression(tmp_path):
     assert final["counters"]["clicks"] == clicked
     assert final["counters"]["clicks_joined"] + final["counters"]["clicks_late"] == clicked
     assert "no click times" in result.output
+    assert any("no click times" in note for note in final["notes"])
 
 
 def test_simulate_writes_the_same_bytes_for_the_same_seed(log, tmp_path):
