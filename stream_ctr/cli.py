@@ -58,9 +58,11 @@ def main(verbose: int) -> None:
     Exit codes: 0 fine, 2 usage, 3 configuration, 4 broker, 5 the data policy stopped the run, 6 no valid snapshot.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    # kafka-python reports each lost connection at ERROR and goes on; what stops a command is told by the command itself.
-    logging.getLogger("kafka").setLevel(level if verbose else logging.CRITICAL)
-    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    if not verbose:
+        # kafka-python reports each lost connection at ERROR and goes on; what stops a command is told by the command itself.
+        handler.addFilter(lambda record: not record.name.startswith("kafka"))
+    logging.basicConfig(level=level, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 # -- options that several commands share --------------------------------------------------------------------------------------------

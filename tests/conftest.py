@@ -72,7 +72,7 @@ def kafka_broker(apache: ApacheBroker) -> str:
     return apache.bootstrap_servers
 
 
-@pytest.fixture(params=["embedded", "apache"])
+@pytest.fixture(params=["embedded", pytest.param("apache", marks=pytest.mark.slow)])
 def broker(request: pytest.FixtureRequest) -> str:
     """The bootstrap servers of the embedded broker and of a real one, in turn."""
     servers: str = request.getfixturevalue({"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param])

@@ -101,6 +101,7 @@ def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
     assert json.loads(pointer) == json.loads((tmp_path / "latest.json").read_text())
 
 
+@pytest.mark.slow
 def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(broker, topic, log, trained, tmp_path):
     values = pa.concat_arrays([batch.value for batch in open_log(log).batches()])
     client = kafka.client_options(broker, {})
@@ -166,6 +167,7 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
     assert letters[1][1]["__stream_ctr.errors.offset"] == str(final["counters"]["records"] - 1).encode()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
@@ -181,6 +183,7 @@ def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, 
     assert waiting > 0
 
 
+@pytest.mark.slow
 def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embedded_broker, topic, log, tmp_path):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
     process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
