@@ -13,6 +13,7 @@ not an extra pass but what learning yields.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -79,11 +80,16 @@ class Learner:
             linear_learning_rate=linear_learning_rate / fields, linear_beta=linear_beta,
             initial_scale=initial_scale, seed=seed, device=self.device,
         )  # fmt: skip
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=dense_learning_rate, weight_decay=dense_weight_decay, fused=True)
+        self._adam = {"lr": dense_learning_rate, "weight_decay": dense_weight_decay}
         self._dropouts = [module for module in self.model.modules() if isinstance(module, Dropout) and module.rate > 0]
         self._generator = torch.Generator(self.device)
         for dropout_layer in self._dropouts:
             dropout_layer.generator = self._generator
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Adam over the dense part. Made when it is first needed: a server never does, and the import behind it takes a second."""
+        return torch.optim.Adam(self.model.parameters(), fused=True, **self._adam)
 
     def learn(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None) -> Tensor:
         """One step on n <= batch_size examples; their logits [n] from before it (on the device: reading them waits for the step)."""
