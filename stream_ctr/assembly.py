@@ -59,13 +59,15 @@ def build_trainer(
         "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
         "config": {**kept, "features": {**kept["features"], **features}},
     }
+    learner = Learner(**learning, device=config.learn.device)
+    learner.optimizer.zero_grad()  # make it now, not within the first batch
     return Trainer(
         source=source,
         outlet=outlet,
         decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes),
         hasher=hasher,
         joiner=LabelJoiner(fields=len(fields), value_fields=len(hasher.value_fields), **joining),
-        learner=Learner(**learning, device=config.learn.device),
+        learner=learner,
         directory=directory,
         identity=identity,
         baseline=BaselineProcess(**ftrl) if config.baseline.enabled else None,

@@ -80,7 +80,7 @@ class Learner:
             linear_learning_rate=linear_learning_rate / fields, linear_beta=linear_beta,
             initial_scale=initial_scale, seed=seed, device=self.device,
         )  # fmt: skip
-        self._adam = {"lr": dense_learning_rate, "weight_decay": dense_weight_decay}
+        self._dense_learning_rate, self._dense_weight_decay = dense_learning_rate, dense_weight_decay
         self._dropouts = [module for module in self.model.modules() if isinstance(module, Dropout) and module.rate > 0]
         self._generator = torch.Generator(self.device)
         for dropout_layer in self._dropouts:
@@ -88,8 +88,8 @@ class Learner:
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
-        """Adam over the dense part. Made when it is first needed: a server never does, and the import behind it takes a second."""
-        return torch.optim.Adam(self.model.parameters(), fused=True, **self._adam)
+        """Adam over the dense part. Made when first needed: a server never needs it, and torch's imports behind it take a second."""
+        return torch.optim.Adam(self.model.parameters(), lr=self._dense_learning_rate, weight_decay=self._dense_weight_decay, fused=True)
 
     def learn(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None) -> Tensor:
         """One step on n <= batch_size examples; their logits [n] from before it (on the device: reading them waits for the step)."""
