@@ -81,6 +81,11 @@ class EmbeddedBroker:
         """The broker's process id; None when it does not run."""
         return None if self._process is None else self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether its process is still there."""
+        return self._process is not None and self._process.poll() is None
+
     def __enter__(self) -> Self:
         binary = _tansu()
         if self.port is None:

@@ -28,6 +28,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -77,10 +78,12 @@ __all__ = [
     "KafkaUnreachable",
     "PointerReader",
     "PositionLost",
+    "StoredRecord",
     "client_options",
     "ensure_topic",
     "parse_properties",
     "read_properties",
+    "stored_records",
     "topic_partitions",
 ]
 
@@ -440,6 +443,49 @@ class PointerReader:
 
     def close(self) -> None:
         self._consumer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class StoredRecord:
+    """One record as a topic holds it."""
+
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...]
+
+
+def stored_records(client: Mapping[str, object], topic: str) -> Iterator[StoredRecord]:
+    """All records that the topic holds at the start, in order within each partition; an object each, so for small topics.
+
+    Raises `KafkaUnreachable`, also when nothing more comes before the end, `KafkaTopicMissing`, `KafkaCodecMissing` and `KafkaReadFailed`.
+    """
+    _check_codecs()
+    consumer = _open_consumer(client, auto_offset_reset="earliest")
+    try:
+        assigned = _assign_all(consumer, [topic], client)
+        ends = dict(zip(assigned, _find_ends(consumer, assigned, client).tolist(), strict=True))
+        consumer.seek_to_beginning()
+        progress, heard = None, time.monotonic()
+        while any((consumer.position(partition, timeout_ms=0) or 0) < end for partition, end in ends.items()):
+            try:
+                polled = consumer.poll(timeout_ms=250)
+            except RetriableError:
+                polled = {}
+            except KafkaError as error:
+                raise KafkaReadFailed(f"reading {_names(assigned)} failed: {error}") from error
+            for partition, records in polled.items():
+                for record in records:
+                    if record.offset < ends[partition]:
+                        yield StoredRecord(record.partition, record.offset, record.key, record.value, tuple(record.headers))
+            before, progress = progress, [consumer.position(partition, timeout_ms=0) for partition in assigned]
+            if progress != before:
+                heard = time.monotonic()
+            elif time.monotonic() - heard > ANSWER_SECONDS:
+                raise _leaders_silent(consumer, client, KafkaTimeoutError("no answer to fetching"))
+    finally:
+        consumer.close()
 
 
 def ensure_topic(client: Mapping[str, object], topic: str, *, partitions: int = 1, compacted: bool = False) -> bool:

@@ -64,7 +64,7 @@ def build_trainer(
     return Trainer(
         source=source,
         outlet=outlet,
-        decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes),
+        decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)),
         hasher=hasher,
         joiner=LabelJoiner(fields=len(fields), value_fields=len(hasher.value_fields), **joining),
         learner=learner,

@@ -1,4 +1,4 @@
-"""The command line. Click is used here and nowhere else: commands nest, help is the docstring, and errors become messages at this edge.
+"""The command line. Click is used here and in `inspection`: commands nest, help is the docstring, and errors become messages at this edge.
 
 Only what `--help` needs is imported at the top; a command imports what it runs.
 """
@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ import click
 
 from stream_ctr import __version__
 from stream_ctr.errors import BrokerError, ConfigError, DataError, SnapshotError, StreamCtrError
+from stream_ctr.inspection import dlq, snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +156,7 @@ def run(
         config, properties = _load_config(
             config_path, extra, base=kept, topic=topic, click_topic=click_topic, bootstrap_servers=bootstrap_servers
         )
+        client = runs.client(config.input.bootstrap_servers, kafka_config, properties)  # a wrong property is an error with --source too
         if source:
             log = _open_log(source, log_format, log_seed)
             invented = log.notes
@@ -161,8 +164,7 @@ def run(
             runs.train_on_log(log, config, state)
             _tell([note for note in log.notes if note not in invented])  # what reading it has shown
         else:
-            client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
-            with runs.kafka_errors():
+            with runs.connector_errors():
                 runs.train_on_kafka(client, config, state, until_end=until_end)
 
 
@@ -206,7 +208,7 @@ def replay(
     config, properties = _load_config(config_path, extra, bootstrap_servers=bootstrap_servers)
     client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
     opened = _open_log(log, log_format, log_seed)
-    with runs.kafka_errors():
+    with runs.connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             click.echo(f"created topic {topic} with {partitions} partition{'s' * (partitions > 1)}", err=True)
         sink = kafka.KafkaSink(client)
@@ -258,7 +260,7 @@ def simulate(impressions: int, seed: int, out: Path) -> None:
 @click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
 @click.option("--model-name", default="default", show_default=True, help="Whose pointer on the topic.")
 @click.option("--once", is_flag=True, help="Load one snapshot and stop; exit code 6 when there is none in time.")
-@click.option("--timeout", type=float, default=30.0, show_default=True, help="Seconds that --once waits.")
+@click.option("--timeout", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds that --once waits.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
 @click.option("--exec", "command", metavar="COMMAND", help="Run this for each snapshot; {path} stands for its directory. No shell.")
 @_settings
@@ -275,6 +277,12 @@ def subscribe(
     from stream_ctr import runs
     from stream_ctr.subscribe import Subscriber, TopicPointers
 
+    try:
+        hook = shlex.split(command or "")
+    except ValueError as error:
+        raise click.BadParameter(f"--exec {command!r} cannot be split into words: {error}") from None
+    if hook and not shutil.which(hook[0]):
+        raise click.BadParameter(f"--exec {command!r}: there is no program {hook[0]!r}")
     if state and topic:
         raise click.UsageError("--state and --topic are two ways to follow; give one")
     with contextlib.ExitStack() as stack:
@@ -285,15 +293,15 @@ def subscribe(
 
             config, properties = _load_config(config_path, extra, bootstrap_servers=bootstrap_servers)
             client = runs.client(config.input.bootstrap_servers, kafka_config, properties)
-            stack.enter_context(runs.kafka_errors())
+            stack.enter_context(runs.connector_errors())
             reader = kafka.PointerReader(client, topic or config.snapshots.topic)
             stack.callback(reader.close)
             subscriber = Subscriber(TopicPointers(reader, model_name=model_name))
         stack.enter_context(runs.signals(subscriber.close))
-        _follow(subscriber, once=once, timeout=timeout, as_json=as_json, command=command)
+        _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
 
-def _follow(subscriber: Any, *, once: bool, timeout: float, as_json: bool, command: str | None) -> None:
+def _follow(subscriber: Any, *, once: bool, timeout: float, as_json: bool, hook: Sequence[str]) -> None:
     while not subscriber.closing:
         pointer = subscriber.next(timeout if once else 1.0)
         if pointer:
@@ -305,23 +313,23 @@ def _follow(subscriber: Any, *, once: bool, timeout: float, as_json: bool, comma
                 )
             click.echo(line)
             sys.stdout.flush()
-            if command:
-                _run_hook(command, pointer)
+            if hook:
+                _run_hook(hook, pointer)
         if once:
             if pointer is None:
                 raise SnapshotError(f"no valid snapshot was published within {timeout:g} s")
             return
 
 
-def _run_hook(command: str, pointer: Mapping[str, Any]) -> None:
-    arguments = [part.replace("{path}", pointer["path"]) for part in shlex.split(command)]
+def _run_hook(hook: Sequence[str], pointer: Mapping[str, Any]) -> None:
+    arguments = [part.replace("{path}", pointer["path"]) for part in hook]
     environment = {**os.environ, "STREAM_CTR_SNAPSHOT": pointer["path"], "STREAM_CTR_SNAPSHOT_ID": pointer["snapshot"]}
     try:
         done = subprocess.run(arguments, env=environment, check=False)
     except OSError as error:
-        raise ConfigError(f"cannot run --exec {command!r}: {error.strerror}") from None
+        raise ConfigError(f"cannot run {arguments[0]!r} of --exec: {error.strerror}") from None
     if done.returncode:
-        click.echo(f"warning: {command!r} ended with status {done.returncode} for {pointer['snapshot']}", err=True)
+        click.echo(f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer['snapshot']}", err=True)
 
 
 @main.command()
@@ -352,11 +360,13 @@ def score(log: Path, path: Path, as_json: bool, log_format: str | None, log_seed
         path = newest
     scorer = Scorer(path)
     decoder = Decoder(scorer.fields)
-    rejected = 0
+    rejected = scored = unknown = 0
     for batch in _open_log(log, log_format, log_seed).batches():
         events, rejects = decoder.decode(batch.value)
         rejected += len(rejects)
         identities = events.impressions.impression_id.to_pylist()
+        scored += len(identities)
+        unknown += len(identities) * all(column.null_count == len(column) for column in events.impressions.features.values())
         probabilities = scorer.predict_columns(events.impressions.features).tolist() if identities else []
         if as_json:
             lines = [json.dumps({"impression_id": name, "probability": p}) for name, p in zip(identities, probabilities, strict=True)]
@@ -364,6 +374,8 @@ def score(log: Path, path: Path, as_json: bool, log_format: str | None, log_seed
             lines = [f"{name}\t{p!r}" for name, p in zip(identities, probabilities, strict=True)]
         if lines:
             click.echo("\n".join(lines))
+    if scored and unknown == scored:
+        click.echo("warning: no impression has any of the fields that this snapshot was trained on", err=True)
     if rejected:
         click.echo(f"warning: {rejected} records are no events and were not scored", err=True)
 
@@ -397,6 +409,8 @@ def broker(port: int) -> None:
             with runs.signals(lambda: stopped.append(1)):
                 while not stopped:
                     time.sleep(0.2)
+                    if not embedded.alive:
+                        raise BrokerError("the embedded broker has ended by itself")
     except EmbeddedUnavailable as error:
         raise BrokerError(str(error)) from None
 
@@ -417,6 +431,13 @@ def demo(
 
     if bootstrap_servers or kafka_config:
         raise click.UsageError("the demo brings a broker of its own; use `run` with yours")
-    config, _ = _load_config(config_path, extra)
+    # A demo is short: report often enough to be watched.
+    config, properties = _load_config(config_path, extra, base={"schedule": {"report_every": "1s", "snapshot_every": "10s"}})
+    if properties:
+        raise click.UsageError(f"the demo brings a broker of its own; it has no use for {', '.join(properties)}")
     state = state or Path(tempfile.mkdtemp(prefix="stream-ctr-demo-"))
     run_demo(config, impressions=impressions, seed=seed, state=state)
+
+
+main.add_command(snapshots)
+main.add_command(dlq)

@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, field_validator
 from pydantic import Field as key
 
 from stream_ctr.errors import ConfigError
@@ -72,11 +72,19 @@ def format_duration(length: timedelta) -> str:
     return f"{milliseconds}ms"
 
 
+def _positive(length: timedelta) -> timedelta:
+    if length < timedelta(milliseconds=1):
+        raise ValueError(f"must be at least 1ms, got {format_duration(length)!r}")
+    return length
+
+
 Duration = Annotated[timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)]
+Period = Annotated[timedelta, BeforeValidator(duration), AfterValidator(_positive), PlainSerializer(format_duration, return_type=str)]
+"""A duration of at least a millisecond."""
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Input(Section):
@@ -85,10 +93,13 @@ class Input(Section):
     topic: str = "clicks"
     click_topic: str = ""
     """A second topic, for producers that keep clicks apart. Empty: one topic holds both."""
-    bootstrap_servers: str = "localhost:9092"
+    bootstrap_servers: str = ""
+    """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092."""
     group: str = "stream-ctr"
     """Consumer group of the advisory offset commits that lag tools read."""
     max_record_bytes: int = key(1 << 20, ge=1)
+    max_ahead: Duration = timedelta(days=1)
+    """How far an event's time may be ahead of the broker's time of its record; beyond it is a dead letter."""
     max_bad_share: float = key(0.5, gt=0, le=1)
     """Stop with exit code 5 when more than this share of at least 1,000 records is bad."""
 
@@ -119,20 +130,13 @@ class Features(Section):
 class Join(Section):
     """How impressions wait for their clicks."""
 
-    label_window: Duration = timedelta(minutes=10)
+    label_window: Period = timedelta(minutes=10)
     allowed_lateness: Duration = timedelta(seconds=30)
     early_click_wait: Duration = timedelta(seconds=30)
     """How much earlier than its impression, in event time, a click may be."""
     duplicate_horizon: Duration = timedelta(hours=1)
     idle_timeout: Duration = timedelta(seconds=30)
     """A partition with nothing new for this long no longer holds the watermark back."""
-
-    @field_validator("label_window")
-    @classmethod
-    def _positive(cls, length: timedelta) -> timedelta:
-        if length <= timedelta(0):
-            raise ValueError(f"label window must be positive, got {format_duration(length)}")
-        return length
 
 
 class Model(Section):
@@ -182,15 +186,15 @@ class Baseline(Section):
 
 
 class Metrics(Section):
-    window: Duration = timedelta(minutes=10)
+    window: Period = timedelta(minutes=10)
     rolling_windows: int = key(6, ge=1, le=1000)
     topic: str = "stream-ctr.metrics"
     """Reports go here too when the input is Kafka; empty: nowhere but the state directory."""
 
 
 class Schedule(Section):
-    report_every: Duration = timedelta(seconds=10)
-    snapshot_every: Duration = timedelta(minutes=10)
+    report_every: Period = timedelta(seconds=10)
+    snapshot_every: Period = timedelta(minutes=10)
     snapshot_examples: int = key(0, ge=0)
     """Also take a snapshot each time this many examples were learned; 0: by the clock only."""
 

@@ -39,7 +39,8 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
             report = runs.train_on_log(simulation, config, state)
         subscriber.wait(10.0)
         pointer = subscriber.pointer
-    Console().print(final_table(report))
+    if not Console().is_terminal:  # there the run has shown it
+        Console().print(final_table(report))
     if pointer:
         print(f"subscriber: loaded {pointer['snapshot']} {delays[-1]:.2f} s after it was taken, verified")
     print(f"reports:    {state / 'reports.jsonl'}")
@@ -48,7 +49,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
 
 def _through_kafka(servers: str, simulation: Simulation, config: Config, state: Path) -> dict[str, Any]:
     client = runs.client(servers, None, {})
-    with runs.kafka_errors():
+    with runs.connector_errors():
         kafka.ensure_topic(client, config.input.topic)
         sink = kafka.KafkaSink(client)
         try:

@@ -185,27 +185,28 @@ def _models(scope: _Scope) -> list[str]:
 
 def _verdicts(report: Report) -> Iterator[Text]:
     """In words: who beats whom, and how far the models came from the constant to the best possible."""
-    paired = _mapping(report, "paired")
+    half = _mapping(report, "last_half")
+    paired = _mapping(half or report, "paired")
     numbers = [_number(paired.get(key)) for key in ("logloss_difference", "low", "high")]
     names = paired.get("models")
     if isinstance(names, Sequence) and len(names) == 2 and all(number is not None for number in numbers):
         difference, low, high = (float(number) for number in numbers if number is not None)
-        yield _paired_words(str(names[0]), str(names[1]), difference, low, high)
+        yield _paired_words(str(names[0]), str(names[1]), difference, low, high, "last half" if half else "whole run")
     for scope in _scopes(report):
         if shares := list(_shares_of_gap(scope)):
             yield Text(f"gap to best possible closed ({scope.title}): {', '.join(shares)}")
             return
 
 
-def _paired_words(first: str, second: str, difference: float, low: float, high: float) -> Text:
+def _paired_words(first: str, second: str, difference: float, low: float, high: float, scope: str) -> Text:
     """`difference` is the logloss of `first` minus that of `second`, so the smaller it is the better for `first`."""
-    margin = (high - low) / 2
     if low <= 0.0 <= high:
-        words = f"{first} and {second} cannot be told apart: logloss differs by {difference:+.5f} ± {margin:.5f} nats per impression"
-        return Text(f"{words} (95 % interval includes zero)", "yellow")
+        words = f"{first} and {second} cannot be told apart: logloss differs by {difference:+.5f} nats per impression"
+        return Text(f"{words} ({scope}, 95 % interval {low:+.5f} to {high:+.5f})", "yellow")
     better, worse = (first, second) if difference < 0 else (second, first)
-    words = f"{better} beats {worse} by {abs(difference):.5f} ± {margin:.5f} nats per impression"
-    return Text(f"{words} (95 % interval excludes zero)", "green")
+    least, most = sorted((abs(low), abs(high)))
+    words = f"{better} beats {worse} by {abs(difference):.5f} nats per impression"
+    return Text(f"{words} ({scope}, 95 % interval {least:.5f} to {most:.5f})", "green")
 
 
 def _shares_of_gap(scope: _Scope) -> Iterator[str]:

@@ -93,9 +93,10 @@ class Rejects:
 class Decoder:
     """Event bytes -> columns, for the given fields."""
 
-    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int = 1 << 20) -> None:
+    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int = 1 << 20, max_ahead_ms: int = 86_400_000) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
+        self.max_ahead_ms = max_ahead_ms
         # JSON type of the fields that producers may write in several ways. Learned from what came, so that the fast way fits; it never
         # changes what is decoded, only how fast.
         self._time_type: pa.DataType = pa.int64()
@@ -103,8 +104,12 @@ class Decoder:
             field.name: pa.string() if field.kind == "categorical" else pa.float64() for field in self.fields
         }
 
-    def decode(self, values: pa.LargeBinaryArray) -> tuple[Events, Rejects]:
-        """`values` [n] -> the events and the rejects among them. A null value is rejected as `tombstone`."""
+    def decode(self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None) -> tuple[Events, Rejects]:
+        """`values` [n] -> the events and the rejects among them. A null value is rejected as `tombstone`.
+
+        `received` [n] is the broker's time of each record in epoch milliseconds (-1: unknown). An event more than `max_ahead_ms` after
+        it is rejected: one producer's wrong clock would close the windows of everybody else.
+        """
         tables: list[pa.Table] = []
         bad: list[tuple[int, str, str]] = []
         fast, slow = self._sort_out(values)
@@ -116,7 +121,7 @@ class Decoder:
         rows = table["row"].to_numpy()
         if len(tables) > 1 and np.any(np.diff(rows) < 0):
             table = table.take(pa.array(np.argsort(rows, kind="stable")))
-        return self._checked(table.combine_chunks(), bad)
+        return self._checked(table.combine_chunks(), bad, received)
 
     # -- the fast way -------------------------------------------------------------------------------------------------------------
 
@@ -239,10 +244,16 @@ class Decoder:
         if not isinstance(features, (dict, type(None))):
             raise _Bad("wrong_type", f"features must be an object, got {features!r:.80}")
         read = {field.name: _read_feature(field, (features or {}).get(field.name)) for field in self.fields}
-        probability = document.get("true_probability")
-        if isinstance(probability, bool) or not isinstance(probability, (int, float, type(None))):
-            raise _Bad("wrong_type", f"true_probability must be a number, got {probability!r:.80}")
-        return {**document, "time": _read_time(document.get("time")), "features": features, "read": read, "raw_time": document.get("time")}
+        if (probability := document.get("true_probability")) is not None:
+            probability = _read_number("true_probability", probability)
+        return {
+            **document,
+            "true_probability": probability,
+            "time": _read_time(document.get("time")),
+            "features": features,
+            "read": read,
+            "raw_time": document.get("time"),
+        }
 
     def _learn_types(self, documents: Sequence[Mapping[str, Any]]) -> None:
         """When all values of a block had one other JSON type, expect that type from now on."""
@@ -270,19 +281,21 @@ class Decoder:
 
     # -- what holds for both ------------------------------------------------------------------------------------------------------
 
-    def _checked(self, table: pa.Table, bad: list[tuple[int, str, str]]) -> tuple[Events, Rejects]:
+    def _checked(self, table: pa.Table, bad: list[tuple[int, str, str]], received: npt.NDArray[np.int64] | None) -> tuple[Events, Rejects]:
         n = len(table)
         kind, identity = table["kind"], table["impression_id"]
         impression = np.asarray(pc.fill_null(pc.equal(kind, "impression"), False))
         click = np.asarray(pc.fill_null(pc.equal(kind, "click"), False))
         time = np.asarray(pc.fill_null(table["time"], 0))
         probability = np.asarray(table["true_probability"].to_numpy(), np.float64)
+        known = np.full(n, -1) if received is None else received[table["row"].to_numpy()]
         # The first rule that a record breaks names it.
         rules = [
             ("unknown_kind", ~(impression | click), "kind must be impression or click, got {kind}"),
             ("missing_id", np.asarray(pc.fill_null(pc.equal(pc.binary_length(identity), 0), True)), "impression_id is missing or empty"),
             ("missing_time", np.asarray(pc.is_null(table["time"])), "time is missing"),
             ("time_out_of_range", (time < EARLIEST_MS) | (time >= LATEST_MS), "time {time} ms is not between 1973 and 2100 (seconds?)"),
+            ("time_in_future", (known >= 0) & (time > known + self.max_ahead_ms), "time {time} ms is too far ahead of the broker's"),
             ("missing_features", impression & ~np.asarray(table["has_features"]), "an impression needs features"),
             (
                 "wrong_probability",
@@ -350,14 +363,21 @@ def _read_feature(field: Field, value: object) -> str | float | None:
     if value is None:
         return None
     if field.kind == "numeric":
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise _Bad("wrong_type", f"{field.name} is numeric, got {value!r:.80}")
-        return float(value)
+        return _read_number(field.name, value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str) or (isinstance(value, int) and value in _INT64):
         return str(value)
     raise _Bad("wrong_type", f"{field.name} is categorical (a string, a 64-bit integer or a boolean), got {value!r:.80}")
+
+
+def _read_number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return float(value)
+    except OverflowError:
+        pass
+    raise _Bad("wrong_type", f"{name} must be a number, got {value!r:.80}")
 
 
 def _read_time(value: object) -> int | None:

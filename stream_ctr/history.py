@@ -6,6 +6,7 @@ simulated streams true_probability float64.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from stream_ctr.rows import Rejected, one_array
 DEFAULT_START_MS = 1_735_689_600_000
 """2025-01-01T00:00:00Z: where time begins in logs that have none."""
 BATCH_ROWS = 16_384
+_IDENTITY_BYTES = 4096
 
 # A log may be out of order by half as many events as are held back, or by half as many bytes: memory stays bounded either way.
 _HELD_EVENTS, _HELD_BYTES = 1_000_000, 256 << 20
@@ -57,6 +59,15 @@ class Log:
         self.out_of_order = 0
         self.progress = 0.0
         self._invented = tuple(invented)
+
+    @property
+    def identity(self) -> str:
+        """Name and beginning of the log: what tells it from another that happens to have the same name, wherever it lies."""
+        if self.path is None:
+            return self.name
+        with self.path.open("rb") as file:
+            beginning = file.read(_IDENTITY_BYTES).partition(b"\n")[0]
+        return f"{self.path.name}#{hashlib.sha256(beginning).hexdigest()[:12]}"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -69,7 +69,7 @@ def sniff(path: Path | str) -> str:
     for magic, name in MAGIC.items():
         if first.startswith(magic):
             return name
-    for line in first.splitlines():
+    for line in first.splitlines() if b"\0" not in first else ():
         told = _format_of_line(line)
         if told:
             return told

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -22,18 +23,20 @@ from rich.console import Console
 from rich.progress import Progress
 
 from connectors import kafka
+from connectors.errors import PositionLost
 from connectors.memory import BatchSource
 from stream_ctr import snapshot
 from stream_ctr.assembly import build_trainer
 from stream_ctr.config import Config, Field
-from stream_ctr.display import LiveTable
+from stream_ctr.display import LiveTable, final_table
 from stream_ctr.errors import BrokerError, ConfigError, DataError
 from stream_ctr.events import infer_fields
 from stream_ctr.outlet import Outlet
 from stream_ctr.schedule import Schedule
 
-_INFER_IMPRESSIONS = 1000
+_INFER_RECORDS = 1000
 _INFER_SECONDS = 10.0
+_LOCAL_BROKER = "localhost:9092"
 _THREE_WAYS = """No Kafka broker. Three ways to get one:
   stream-ctr broker                         an embedded one, in another terminal (pip install 'stream-ctr[embedded]')
   docker compose -f deploy/compose.yaml up  Apache Kafka and a trainer
@@ -59,6 +62,8 @@ class Stream(Protocol):
     @property
     def name(self) -> str: ...
     @property
+    def identity(self) -> str: ...
+    @property
     def fields(self) -> tuple[Field, ...] | None: ...
     @property
     def notes(self) -> tuple[str, ...]: ...
@@ -71,17 +76,21 @@ def say(text: str) -> None:
 
 
 def client(bootstrap_servers: str, kafka_config: Path | None, properties: Mapping[str, str]) -> dict[str, object]:
-    """Kafka client options from a properties file and -X pairs."""
-    with kafka_errors():
-        return dict(
-            kafka.client_options(bootstrap_servers, {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties})
-        )
+    """Kafka client options from a properties file and -X pairs; without any servers in them, those of a broker on this machine."""
+    with connector_errors():
+        given = {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties}
+        if not given.keys() & {"bootstrap.servers", "metadata.broker.list"}:
+            bootstrap_servers = bootstrap_servers or _LOCAL_BROKER
+        return dict(kafka.client_options(bootstrap_servers, given))
 
 
 @contextlib.contextmanager
-def kafka_errors() -> Iterator[None]:
+def connector_errors() -> Iterator[None]:
+    """What `connectors` raise, in the terms of this package: with an exit code, and a way out where there is one."""
     try:
         yield
+    except PositionLost as error:
+        raise DataError(f"{error}. To begin anew use another --state directory; what was learned stays in this one") from None
     except (kafka.KafkaOptionError, kafka.KafkaCodecMissing) as error:
         raise ConfigError(str(error)) from None
     except kafka.KafkaRefused as error:
@@ -103,13 +112,14 @@ def state_directory(state: Path) -> Iterator[None]:
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
+            snapshot.clean(state / "snapshots")
         except BlockingIOError:
             lock.seek(0)
             raise ConfigError(f"the state directory {state} is in use by process {lock.read().strip() or 'unknown'}") from None
-        lock.truncate(0)
-        lock.write(f"{os.getpid()}\n")
-        lock.flush()
-        snapshot.clean(state / "snapshots")
+        except OSError as error:
+            raise ConfigError(f"cannot write in the state directory {state}: {error.strerror}") from None
         yield
 
 
@@ -120,9 +130,11 @@ def kept_config(state: Path) -> dict[str, Any] | None:
 
 
 def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
-    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=Path(log.name).name)
+    """Learn from all of a log. Raises `DataError` when a state directory was begun with another one."""
+    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
     fields = config.features.fields() or log.fields
-    return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields, notes=lambda: log.notes)
+    with connector_errors():
+        return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields, notes=lambda: log.notes)
 
 
 def train_on_kafka(
@@ -144,6 +156,7 @@ def train_on_kafka(
         outlet = Outlet(
             state,
             sink=sink,
+            unavailable=(kafka.KafkaFailure,),
             metrics_topic=config.metrics.topic,
             snapshot_topic=config.snapshots.topic,
             model_name=config.snapshots.model_name,
@@ -160,7 +173,12 @@ def _train(
     *,
     notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
-    fields = fields or _inferred_fields(source)
+    stopping = Event()
+    with signals(stopping.set):
+        fields = fields or _inferred_fields(source, stopping)
+    if not fields:
+        say("stopped before the first impression; nothing was learned")
+        return {}
     schedule = Schedule(
         {"report": config.schedule.report_every.total_seconds(), "snapshot": config.schedule.snapshot_every.total_seconds()}
     )
@@ -176,8 +194,12 @@ def _train(
             trainer.restore(newest)
             say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
         stack.enter_context(signals(trainer.stop))
+        if stopping.is_set():
+            trainer.stop()
         stack.enter_context(schedule)
         report = trainer.run()
+    if Console().is_terminal:
+        Console().print(final_table(report))
     say(_summary(report, state))
     return report
 
@@ -187,6 +209,13 @@ def _summary(report: Mapping[str, Any], state: Path) -> str:
     parts += [f"{name}: logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" for name, score in report["models"].items() if score["auc"]]
     if report.get("best_possible_logloss"):
         parts.append(f"best possible logloss {report['best_possible_logloss']:.5f}")
+    paired = report["paired"]
+    if paired["low"] is not None:
+        first, second = paired["models"]
+        interval = f"[{paired['low']:+.5f}, {paired['high']:+.5f}]"
+        parts.append(f"{first} - {second} on the same {paired['count']:,}: {paired['logloss_difference']:+.5f} {interval}")
+    lost = {name: report["counters"].get(name, 0) for name in ("rejected", "impressions_late", "clicks_late", "clicks_unmatched")}
+    parts += [f"{count:,} {name.replace('_', ' ')}" for name, count in lost.items() if count]
     return f"{report['kind']}: {'; '.join(parts)}; snapshot {state / 'snapshots' / report['snapshot']}"
 
 
@@ -206,28 +235,35 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _inferred_fields(source: kafka.KafkaSource | BatchSource) -> tuple[Field, ...]:
-    """From the first impressions; then the source is where it was. Waits for them when there are none yet."""
+def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Event) -> tuple[Field, ...]:
+    """From the first thousand records, or those of ten seconds from the first impression on; then the source is where it was.
+
+    Waits for impressions when there are none yet; nothing when told to stop meanwhile.
+    """
     start = source.positions()
     values: list[pa.LargeBinaryArray] = []
     fields: tuple[Field, ...] = ()
-    waiting = False
-    deadline = time.monotonic() + _INFER_SECONDS
-    while not fields or (sum(map(len, values)) < _INFER_IMPRESSIONS and not source.caught_up().all() and time.monotonic() < deadline):
-        if source.finished and not fields:
-            raise DataError(
-                f"no impression with features in {', '.join(sorted({topic for topic, _ in source.partitions}))}: nothing to learn from"
-            )
+    deadline = waiting_since = 0.0
+    while not source.finished and not stopping.is_set():
+        if fields and (sum(map(len, values)) >= _INFER_RECORDS or time.monotonic() > deadline):
+            break
         records = source.poll(0.25)
         if len(records):
-            values.append(records.value.slice(0, 4 * _INFER_IMPRESSIONS))
+            values.append(records.value.slice(0, 4 * _INFER_RECORDS))
+            deadline = deadline if fields else time.monotonic() + _INFER_SECONDS
             fields = infer_fields(pa.concat_arrays(values))
-        elif not waiting:
-            waiting = True
+        elif not source.until_end and not waiting_since:
+            waiting_since = time.monotonic()
             say("waiting for the first impressions, to infer their fields (or name them in a --config)")
+    if stopping.is_set():
+        return ()
+    if not fields:
+        where = ", ".join(sorted({topic for topic, _ in source.partitions}))
+        raise DataError(f"no impression with features in {where}: nothing to learn from")
     source.seek(start)
-    listed = ", ".join(f"{field.name} ({field.kind})" for field in fields)
-    say(f"note: no fields configured; inferred from the first impressions: {listed}")
+    for kind, remark in (("categorical", ""), ("numeric", " - numbers are taken as quantities; list ids in features.categorical")):
+        if names := [field.name for field in fields if field.kind == kind]:
+            say(f"note: no fields configured; inferred as {kind}: {', '.join(names)}{remark}")
     return fields
 
 

@@ -26,6 +26,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from stream_ctr.errors import SnapshotError
+from stream_ctr.failpoint import failpoint
 
 FORMAT = 1
 DTYPES = {"bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64", "complex64"}
@@ -86,9 +87,12 @@ def write(root: Path, *, tensors: Mapping[str, Mapping[str, Array]], manifest: M
         _remove(temporary)
         temporary.mkdir()
         described["files"] = {f"{stem}{_SUFFIX}": _write_tensors(temporary / f"{stem}{_SUFFIX}", named) for stem, named in tensors.items()}
+        failpoint("snapshot.files")
         _write_bytes(temporary / _MANIFEST, _json(described))
         _sync_directory(temporary)
+        failpoint("snapshot.manifest")
         os.rename(temporary, final)
+        failpoint("snapshot.rename")
         _sync_directory(root)
     except (OSError, SafetensorError) as reason:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -166,6 +170,7 @@ def retain(root: Path, keep: int, protect: Collection[str] = ()) -> list[str]:
             _remove(doomed)
             os.rename(root / name, doomed)
             _sync_directory(root)  # gone from sight before the first of its files is
+            failpoint("retain.hidden")
             _remove(doomed)
     return old
 
@@ -179,11 +184,16 @@ def clean(root: Path) -> list[str]:
     return left
 
 
-def pointer_for(path: Path, manifest: Mapping[str, Any]) -> Pointer:
-    """The pointer to the snapshot at `path`, whose manifest tells the model's name, epoch, sequence, examples and times."""
+def pointer_for(path: Path, manifest: Mapping[str, Any], *, epoch: int | None = None) -> Pointer:
+    """The pointer to the snapshot at `path`, whose manifest tells the model's name, epoch, sequence, examples and times.
+
+    `epoch` is another one than the manifest's when a snapshot is published after one of a later epoch.
+    """
     with _reading(path / _MANIFEST) as fd:
         digest = hashlib.sha256(_read_all(fd)).hexdigest()
     described = {name: manifest.get(name) for name in ("model", "epoch", "sequence", "examples", "event_time_ms", "created_ms")}
+    if epoch is not None:
+        described["epoch"] = epoch
     located = {"format": FORMAT, "snapshot": path.name, "path": str(path.absolute()), "manifest_sha256": digest}
     return verify_pointer({**located, **described})
 
@@ -193,7 +203,9 @@ def write_pointer(path: Path, pointer: Mapping[str, object]) -> None:
     temporary = path.with_name(f"{_TEMPORARY}{path.name}")
     with _named(path, "cannot write pointer"):
         _write_bytes(temporary, _json(pointer))
+        failpoint("pointer.before")
         os.replace(temporary, path)
+        failpoint("pointer.after")
         _sync_directory(path.parent)
 
 
@@ -287,7 +299,9 @@ def _write_tensors(path: Path, named: Mapping[str, Array]) -> dict[str, object]:
     with open(path, "rb+") as file:  # hashed as it stands in the page cache: no second copy of a large table in memory
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
-        return {"sha256": digest, "bytes": os.fstat(file.fileno()).st_size}
+        size = os.fstat(file.fileno()).st_size
+    failpoint("snapshot.file")
+    return {"sha256": digest, "bytes": size}
 
 
 def _write_bytes(path: Path, data: bytes) -> None:

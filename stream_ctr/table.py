@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stream_ctr.errors import ConfigError
+
 _LINE = 16  # floats in 64 bytes
 
 
@@ -41,7 +43,11 @@ class Table:
         self.learning_rate, self.beta = learning_rate, beta
         self.linear_learning_rate, self.linear_beta = linear_learning_rate, linear_beta
         width = embedding_dim + 1 + 2
-        self.rows = torch.zeros(1 << bits, -(-width // _LINE) * _LINE, dtype=torch.float32)
+        columns = -(-width // _LINE) * _LINE
+        try:
+            self.rows = torch.zeros(1 << bits, columns, dtype=torch.float32)
+        except RuntimeError:
+            raise ConfigError(f"no memory for a table of 2^{bits} rows of {4 * columns} bytes; lower model.table_bits") from None
         self.rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
         self.rows = self.rows.to(device)
 

@@ -14,6 +14,7 @@ from stream_ctr.history import Log
 from stream_ctr.rows import Rows
 
 _BLOCK_BYTES = 4 << 20
+_PIECE_BYTES = 1 << 16
 _LONGEST_LINE_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -28,8 +29,13 @@ class TextLog(Log):
         """Whole lines, some megabytes at a time: the number of the first, and the lines, each ended by a newline."""
         size = max(1, self.path.stat().st_size)
         number, rest, skipping = 1, b"", False
+        damage: OSError | None = None
         with pa.OSFile(str(self.path)) as file, _decompressed(file, self.path) as text:
-            while chunk := self._read_chunk(text, number):
+            while damage is None:
+                chunk, damage = _read_chunk(text)
+                if not chunk:
+                    break
+                chunk = chunk.removeprefix(_BYTE_ORDER_MARK) if number == 1 else chunk
                 self.progress = min(1.0, file.tell() / size)
                 if skipping:
                     _, newline, chunk = chunk.partition(b"\n")
@@ -41,16 +47,10 @@ class TextLog(Log):
                 if len(rest) > _LONGEST_LINE_BYTES:
                     self.rejected.add(number, f"the line is longer than {_LONGEST_LINE_BYTES >> 20} MiB")
                     rest, skipping = b"", True
-        if rest:
+        if damage:
+            self.rejected.add(number, f"the file is damaged here, what comes after is lost: {damage}")
+        elif rest:
             yield number, rest + b"\n"
-
-    def _read_chunk(self, text: pa.NativeFile, number: int) -> bytes:
-        try:
-            chunk: bytes = text.read(_BLOCK_BYTES)
-        except OSError as error:
-            self.rejected.add(number, f"the rest cannot be read: {error}")
-            return b""
-        return chunk.removeprefix(_BYTE_ORDER_MARK) if number == 1 else chunk
 
     def rows(self, columns: Sequence[str], delimiter: str, *, header: bytes | None, only: Sequence[str] = ()) -> Iterator[Rows]:
         """Rows of text cells, none of them quoted. A first line equal to `header` is left out. `only`: the columns wanted.
@@ -107,6 +107,19 @@ class TextLog(Log):
                 self.rejected.add(number + at, f"no text: {error}")
                 lines[at] = b""
         return b"\n".join(lines)
+
+
+def _read_chunk(text: pa.NativeFile) -> tuple[bytes, OSError | None]:
+    """Some megabytes, in small reads: what a damaged file yields before the damage is not lost with it."""
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while size < _BLOCK_BYTES and (piece := text.read(min(_PIECE_BYTES, _BLOCK_BYTES - size))):
+            pieces.append(piece)
+            size += len(piece)
+    except OSError as error:
+        return b"".join(pieces), error
+    return b"".join(pieces), None
 
 
 def _decompressed(file: pa.OSFile, path: Path) -> pa.NativeFile:

@@ -25,6 +25,7 @@ from stream_ctr import metrics, snapshot
 from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.events import Decoder, Rejects
+from stream_ctr.failpoint import failpoint
 from stream_ctr.features import Hasher, hash_ids, mix64
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
@@ -33,6 +34,7 @@ from stream_ctr.watermark import NOT_YET, Watermarks
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
+_FIELDS_SEEN_IN = 1000  # impressions
 _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
 State = dict[str, npt.NDArray[Any]]
 
@@ -42,6 +44,8 @@ class RecordColumns(Protocol):
     def partition(self) -> npt.NDArray[np.int32]: ...
     @property
     def offset(self) -> npt.NDArray[np.int64]: ...
+    @property
+    def time(self) -> npt.NDArray[np.int64]: ...
     @property
     def value(self) -> pa.LargeBinaryArray: ...
     def __len__(self) -> int: ...
@@ -144,6 +148,8 @@ class Trainer:
         self._started = self._clock()
         self._heard = np.full(len(source.partitions), self._started)
         self._unwritten: SnapshotError | None = None
+        self._unseen_fields = {field.name for field in decoder.fields}
+        self._fields_seen_in = 0
         self._read_now = self._bad_now = self._examples_at_snapshot = 0
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------------
@@ -157,11 +163,14 @@ class Trainer:
             self._take(self.source.poll(_POLL_SECONDS))
         finished = not self._stopping
         if finished:
-            self._ready.append(self.joiner.drain())
+            # A run that began at the very end has not polled: its watermark becomes that of one that came here by reading.
+            self._ready += [self.joiner.advance(self.watermarks.overall(excused=self.source.caught_up())), self.joiner.drain()]
             self._learn_ready(partial=True)
         self._settle(wait=True)
-        self.cut()
-        self._settle(wait=True)
+        learned = self.ledger.count - self._examples_at_snapshot
+        if self._read_now or learned or self.parent is None:  # else the snapshot that this run began with says it all
+            self.cut()
+            self._settle(wait=True)
         report = self._report("final" if finished else "stopped")
         self.outlet.flush()
         if self._unwritten:
@@ -174,7 +183,9 @@ class Trainer:
 
     def _take(self, records: RecordColumns) -> None:
         if len(records):
+            failpoint("poll.after")
             self._join(records)
+            failpoint("join.after")
         self._ready.append(self.joiner.advance(self._watermark(records)))
         self._align()
         self._learn_ready()
@@ -184,7 +195,7 @@ class Trainer:
         self._serve_flags()
 
     def _join(self, records: RecordColumns) -> None:
-        events, rejects = self.decoder.decode(records.value)
+        events, rejects = self.decoder.decode(records.value, records.time)
         self.counters["records"] += len(records)
         self._reject(records, rejects)
         impressions, clicks = events.impressions, events.clicks
@@ -196,10 +207,23 @@ class Trainer:
         # A partition that was excused and comes back may be behind what has been closed meanwhile.
         limit = np.maximum(limit, self.joiner.watermark)
         n = len(impressions)
+        self._look_for_fields(impressions.features, n)
         ids, values = self.hasher.rows(impressions.features)
         arrivals = _arrivals(hash_ids(impressions.impression_id), impressions.time, records, impressions.row, limit[:n])
         self.joiner.push_impressions(arrivals, ids, values, impressions.true_probability)
         self.joiner.push_clicks(_arrivals(hash_ids(clicks.impression_id), clicks.time, records, clicks.row, limit[n:]))
+
+    def _look_for_fields(self, features: Mapping[str, pa.Array], impressions: int) -> None:
+        """Warn of fields that the first impressions of a run never had: a wrong name teaches the model nothing, and says nothing."""
+        if self._unseen_fields and self._fields_seen_in < _FIELDS_SEEN_IN:
+            self._unseen_fields -= {name for name, column in features.items() if column.null_count < len(column)}
+            self._fields_seen_in += impressions
+            if self._fields_seen_in >= _FIELDS_SEEN_IN and self._unseen_fields:
+                _log.warning(
+                    "in the first %d impressions these fields were always missing: %s; are they spelled as in the events?",
+                    self._fields_seen_in,
+                    ", ".join(sorted(self._unseen_fields)),
+                )
 
     def _reject(self, records: RecordColumns, rejects: Rejects) -> None:
         for row, reason, message in zip(rejects.row.tolist(), rejects.reason, rejects.message, strict=True):
@@ -250,6 +274,7 @@ class Trainer:
             yield batch
 
     def _learn(self, batch: Examples) -> None:
+        failpoint("learn.before")
         logits = self.learner.learn(batch.ids, batch.label, batch.values)
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         self.first_event_ms = int(batch.time[0]) if self.first_event_ms is None else self.first_event_ms
@@ -258,6 +283,7 @@ class Trainer:
         if self.baseline:
             self.baseline.submit(batch.ids[chosen], batch.values[chosen], batch.label[chosen])
         self._in_flight.append(_Learned(batch, logits, chosen))
+        failpoint("learn.after")
 
     def _settle(self, *, wait: bool) -> None:
         """Score the batches that every model has predicted, in order; finish the snapshots that they were waiting for."""
@@ -281,6 +307,11 @@ class Trainer:
         chosen = {deep: np.ones(len(examples), np.bool_)}
         if baseline is not None:
             logits[others[0]], chosen[others[0]] = metrics.logits(baseline), learned.chosen
+        if not np.isfinite(logits[deep]).all():
+            raise DataError(
+                f"the model diverged before event time {_iso(int(examples.time[0]))}: it predicts values that are not finite; the last "
+                f"good snapshot is {self.parent}. Lower the learning rates, or use log_value rather than value for large numbers"
+            )
         scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, chosen)
         self.whole.add(scored)
         self.windows.add(scored)
@@ -339,6 +370,7 @@ class Trainer:
 
     def cut(self) -> None:
         """Copy all state as it is between two batches; the snapshot is written when the baseline has answered up to here."""
+        failpoint("cut.before")
         self._examples_at_snapshot = self.ledger.count
         self.sequence += 1
         positions = self.source.positions()
@@ -351,6 +383,10 @@ class Trainer:
             "joiner": joiner,
             "examples": {name: np.ascontiguousarray(array) for name, array in ready.arrays().items()} if ready else {},
         }
+        if not all(np.isfinite(array).all() for array in tensors["model"].values()):
+            raise DataError(
+                f"the model's weights are not finite at event time {_iso(self.last_event_ms)}; the last good snapshot is {self.parent}"
+            )
         manifest = {
             **self.identity,
             "sequence": self.sequence,
@@ -367,6 +403,7 @@ class Trainer:
         self._in_flight.append(_Cut(tensors, manifest, positions))
         if self.baseline:
             self.baseline.mark()
+        failpoint("cut.after")
 
     def _write(self, cut: _Cut, baseline: Mapping[str, npt.NDArray[Any]]) -> None:
         cut.tensors["metrics"] = {f"whole.{name}": array for name, array in self.whole.state_dict().items()}
@@ -376,6 +413,7 @@ class Trainer:
         manifest = {**cut.manifest, "parent": self.parent, "created_ms": int(self._clock() * 1000), "metrics": self.whole.summary()}
         root = self.directory / "snapshots"
         name = snapshot.new_id(manifest["sequence"], manifest["event_time_ms"])
+        self.outlet.deliver_dead_letters()
         try:
             path = snapshot.write(root, tensors=cut.tensors, manifest=manifest, snapshot_id=name)
         except SnapshotError as error:  # a full disk: learning goes on, the next try may succeed, and only the last one ends the run
@@ -385,15 +423,29 @@ class Trainer:
             return
         self._unwritten = None
         self.parent = name
+        failpoint("commit.before")
         self.source.commit(cut.positions)
-        self.outlet.publish(path, manifest)
+        failpoint("commit.after")
+        self._publish(path, manifest)
+        failpoint("retain.before")
         snapshot.retain(root, self.keep_snapshots)
+        failpoint("retain.after")
+
+    def _publish(self, path: Path, manifest: Mapping[str, Any]) -> None:
+        if not manifest["examples"]:  # random weights serve nobody
+            return
+        try:
+            self.outlet.publish(path, manifest)
+        except (OSError, SnapshotError) as error:
+            _log.error("snapshot %s is not published: %s", path.name, error)
+            self.counters["publications_failed"] += 1
+            self._unwritten = SnapshotError(f"snapshot {path.name} is written but not published: {error}")
 
     def restore(self, path: Path) -> None:
         """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
         manifest, tensors = snapshot.load(path)
         for section in ("schema", "learner", "join", "baseline"):
-            _require_same(section, manifest[section], self.identity[section], path)
+            _require_same(manifest[section], self.identity[section], path)
         names = [f"{topic}:{partition}" for topic, partition in self.source.partitions]
         if set(names) != set(manifest["positions"]):
             raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
@@ -409,7 +461,9 @@ class Trainer:
         self.ledger = Ledger(**manifest["ledger"])
         self.counters = Counter(manifest["counters"])
         self.first_event_ms, self.last_event_ms = manifest["first_event_ms"], manifest["event_time_ms"] or None
-        self.epoch, self.sequence, self.parent = manifest["epoch"] + 1, manifest["sequence"], path.name
+        published = self.outlet.published()  # by a rollback, it may be of a later epoch than any snapshot
+        self.epoch = max(manifest["epoch"], published["epoch"] if published else 0) + 1
+        self.sequence, self.parent = manifest["sequence"], path.name
         self._examples_at_snapshot = self.ledger.count
         self.source.seek({index: manifest["positions"][name] for index, name in enumerate(names)})
         _log.info("resumed from snapshot %s: %d examples, positions %s", path.name, self.ledger.count, manifest["positions"])
@@ -430,11 +484,11 @@ def _share_threshold(share: float) -> np.uint64 | None:
     return None if share >= 1 else np.uint64(int(share * 2.0**64))
 
 
-def _require_same(section: str, saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+def _require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
     for name in sorted({*saved, *wanted}):
         if saved.get(name) != wanted.get(name):
             raise ConfigError(
-                f"snapshot {path.name} was made with {section}.{name} = {saved.get(name)!r}, not {wanted.get(name)!r}; "
+                f"snapshot {path.name} was made with {name} = {saved.get(name)!r:.200}, not {wanted.get(name)!r:.200}; "
                 "use another --state directory for another configuration"
             )
 

@@ -345,6 +345,11 @@ def test_no_broker_exits_4_within_ten_seconds_and_says_three_ways(tmp_path):
         (["run", "-X", "learn.bach_size=3"], 3, "did you mean 'learn.batch_size'"),
         (["run", "-X", "securty.protocol=SSL"], 3, "did you mean 'security.protocol'"),
         (["run", "-X", "novalue"], 2, "KEY=VALUE"),
+        (["run", "--source", "x.jsonl", "-X", "ssl.cafil=x"], 3, "ssl.cafil"),
+        (["run", "-X", "metrics.window=0s"], 3, "metrics.window: must be at least 1ms"),
+        (["run", "-X", "learn.dense_learning_rate=inf"], 3, "learn.dense_learning_rate"),
+        (["subscribe", "--state", ".", "--exec", "echo '{path"], 2, "--exec"),
+        (["subscribe", "--state", ".", "--exec", "nosuchprogram {path}"], 2, "nosuchprogram"),
         (["run", "--config", "missing.toml"], 3, "cannot read missing.toml"),
         (["run", "--source", "missing.csv"], 5, "missing.csv"),
         (["run", "--source", "."], 5, "."),
@@ -360,6 +365,62 @@ def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequ
     assert result.exit_code == code, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path):
+    properties = tmp_path / "client.properties"
+    properties.write_text("bootstrap.servers=127.0.0.1:2\n")
+    result = command("run", "--kafka-config", properties, "--state", tmp_path / "a")
+    assert (result.exit_code, "127.0.0.1:2" in result.output) == (4, True)
+    result = command("run", "--kafka-config", properties, "--bootstrap-servers", "127.0.0.1:3", "--state", tmp_path / "b")
+    assert (result.exit_code, "127.0.0.1:3" in result.output) == (4, True)
+
+
+def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path):
+    state = tmp_path / "state"
+    succeed("run", "--source", log, "--state", state, *QUICK)
+    other = tmp_path / log.name
+    Simulation(3000, seed=6).write_jsonl(other)
+    result = command("run", "--source", other, "--state", state, *QUICK)
+    assert result.exit_code == 3
+    assert "was made from" in result.output
+    moved = tmp_path / "moved" / log.name  # the same log elsewhere is the same log; a shorter one lacks what comes next
+    moved.parent.mkdir()
+    moved.write_bytes(log.read_bytes())
+    succeed("run", "--source", moved, "--state", state, *QUICK)
+    moved.write_text("".join(line + "\n" for line in log.read_text().splitlines()[:100]))
+    result = command("run", "--source", moved, "--state", state, *QUICK)
+    assert result.exit_code == 5
+    assert "another --state directory" in result.output
+
+
+@pytest.mark.slow
+def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(embedded_broker, topic, tmp_path):
+    client = kafka.client_options(embedded_broker, {})
+    kafka.ensure_topic(client, topic)
+    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    sink = kafka.KafkaSink(client)
+    time.sleep(6)
+    for i in range(30):
+        features = {"app": "x"} if i == 0 else {"app": "x", "campaign": "c", "price": 1.5}
+        event = {"kind": "impression", "impression_id": str(i), "time": int(time.time() * 1000), "features": features}
+        sink.send(topic, json.dumps(event).encode())
+        sink.flush(10)
+    time.sleep(14)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+    manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
+    assert manifest["schema"]["fields"] == [["app", "categorical"], ["campaign", "categorical"], ["price", "numeric"]]
+
+
+@pytest.mark.slow
+def test_a_signal_while_waiting_for_impressions_ends_with_0(embedded_broker, topic, tmp_path):
+    kafka.ensure_topic(kafka.client_options(embedded_broker, {}), topic)
+    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    wait_for(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text())
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 0
 
 
 def test_a_topic_that_does_not_exist_is_said_so(embedded_broker, tmp_path):

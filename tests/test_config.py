@@ -34,7 +34,7 @@ def test_flags_go_before_environment_before_file_before_default(tmp_path):
         ("[join]\nlabel_window='10'", "join.label_window: a duration needs a unit (ms, s, m, h, d), got '10'"),
         ("[join]\nlabel_window=10", "a duration needs a unit"),
         ("[join]\nlabel_window='-5s'", "a duration needs a unit"),
-        ("[join]\nlabel_window='0s'", "label window must be positive, got 0ms"),
+        ("[join]\nlabel_window='0s'", "join.label_window: must be at least 1ms, got '0ms'"),
         ("[features]\ncategorical=['a','b']\nnumeric=['b']", "a field is listed twice: b"),
         ("[model]\nname='deepfn'", "model.name"),
         ("[model]\ntable_bits=40", "model.table_bits"),

@@ -106,10 +106,24 @@ def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration
 @pytest.mark.parametrize(
     ("difference", "low", "high", "words"),
     [
-        (-0.0040, -0.0044, -0.0036, "deepfm beats river_ftrl by 0.00400 ± 0.00040 nats per impression (95 % interval excludes zero)"),
-        (0.0040, 0.0036, 0.0044, "river_ftrl beats deepfm by 0.00400 ± 0.00040 nats per impression (95 % interval excludes zero)"),
-        (-0.0010, -0.0030, 0.0010, "deepfm and river_ftrl cannot be told apart: logloss differs by -0.00100 ± 0.00200 nats per impression"),
-        (-0.0010, -0.0020, 0.0, "deepfm and river_ftrl cannot be told apart: logloss differs by -0.00100 ± 0.00100 nats per impression"),
+        (-0.0040, -0.0044, -0.0036, "deepfm beats river_ftrl by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)"),
+        (0.0040, 0.0036, 0.0044, "river_ftrl beats deepfm by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)"),
+        (
+            -0.0010,
+            -0.0030,
+            0.0010,
+            "deepfm and river_ftrl cannot be told apart: "
+            "logloss differs by -0.00100 "
+            "nats per impression (whole run, 95 % interval -0.00300 to +0.00100)",
+        ),
+        (
+            -0.0010,
+            -0.0020,
+            0.0,
+            "deepfm and river_ftrl cannot be told apart: "
+            "logloss differs by -0.00100 "
+            "nats per impression (whole run, 95 % interval -0.00200 to +0.00000)",
+        ),
     ],
 )
 def test_the_paired_difference_is_said_in_words(difference: float, low: float, high: float, words: str) -> None:
@@ -174,7 +188,7 @@ def test_a_terminal_that_is_not_utf8_gets_plain_signs_and_no_encoding_error() ->
     console = Console(file=io.TextIOWrapper(raw, encoding="ascii"), width=120)
     console.print(final_table(REPORT))
     console.file.flush()
-    assert b"by 0.00400 +- 0.00040 nats" in raw.getvalue()
+    assert b"AUC exact to +-" in raw.getvalue()
 
 
 def terminal(no_color: bool = False) -> Console:

@@ -260,3 +260,11 @@ def test_fields_are_inferred_from_what_the_impressions_hold():
     assert [(f.name, f.kind) for f in fields] == [
         ("app", "categorical"), ("flag", "categorical"), ("mixed", "categorical"), ("age", "numeric"), ("price", "numeric"),
     ]  # fmt: skip
+
+
+def test_an_event_far_ahead_of_its_record_is_rejected_and_one_without_a_record_time_is_not():
+    ahead = record(time=T + 86_400_001)
+    values = pa.array([ahead, ahead, record(time=T + 86_400_000), record(time=T - 10**10)], pa.large_binary())
+    events, rejects = Decoder(FIELDS).decode(values, np.array([T, -1, T, T]))
+    assert (rejects.row.tolist(), rejects.reason) == ([0], ["time_in_future"])
+    assert events.impressions.row.tolist() == [1, 2, 3]

@@ -14,8 +14,9 @@ import pytest
 from connectors import Records
 from stream_ctr import snapshot
 from stream_ctr.assembly import build_trainer
-from stream_ctr.config import load
+from stream_ctr.config import Field, load
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
+from stream_ctr.events import Decoder
 from stream_ctr.outlet import Outlet
 from stream_ctr.simulate import Simulation
 from stream_ctr.trainer import Trainer
@@ -209,7 +210,7 @@ def test_a_flood_of_bad_records_stops_the_run_instead_of_training_on_the_rest(tm
 def test_a_snapshot_of_another_configuration_is_refused_by_name(tmp_path, stream):
     finish(trainer(tmp_path, Partitions([stream.slice(0, 500)])))
     other = trainer(tmp_path, Partitions([stream]), model={**SMALL["model"], "embedding_dim": 5})
-    with pytest.raises(ConfigError, match=r"learner.embedding_dim = 4, not 5"):
+    with pytest.raises(ConfigError, match=r"embedding_dim = 4, not 5"):
         other.restore(snapshot.newest(tmp_path / "snapshots"))
     other.baseline.close()
 
@@ -275,3 +276,40 @@ def test_a_snapshot_that_cannot_be_written_does_not_stop_learning_but_the_last_o
     assert last["examples"] == 6000
     assert last["snapshot"] is None
     assert last["counters"]["snapshots_failed"] >= 6
+
+
+def test_a_model_that_diverges_stops_the_run_and_is_never_published(tmp_path, stream):
+    wild = {"learn": {**SMALL["learn"], "table_optimizer": "sgd", "table_learning_rate": 1e30}, "schedule": {"snapshot_examples": 500}}
+    with pytest.raises(DataError, match=r"not finite.*the last good snapshot is"):
+        finish(trainer(tmp_path, Partitions([stream]), **wild))
+    for name in snapshot.snapshot_ids(tmp_path / "snapshots"):
+        _, tensors = snapshot.load(tmp_path / "snapshots" / name)
+        assert all(np.isfinite(array).all() for array in tensors["model"].values())
+
+
+def test_a_model_that_has_learned_nothing_is_kept_but_not_published(tmp_path, stream):
+    source = Partitions([stream.slice(0, 300)])
+    built = trainer(tmp_path, source)
+    built.stop()
+    built._take(source.poll(0))
+    assert finish(built)["examples"] == 0
+    assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
+    assert not (tmp_path / "latest.json").exists()
+
+
+def test_a_resumed_run_with_nothing_new_writes_no_further_snapshot(tmp_path, stream):
+    finish(trainer(tmp_path, Partitions([stream])))
+    again = trainer(tmp_path, Partitions([stream]))
+    again.restore(snapshot.newest(tmp_path / "snapshots"))
+    assert finish(again)["examples"] == 6000
+    assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
+
+
+def test_a_field_that_no_impression_has_is_warned_of_by_name(tmp_path, stream, caplog):
+    built = trainer(tmp_path, Partitions([stream]))
+    built.decoder = Decoder([*built.decoder.fields, Field("pubisher", "categorical")])
+    built._unseen_fields.add("pubisher")
+    with caplog.at_level("WARNING"):
+        finish(built)
+    assert [record.getMessage() for record in caplog.records if "pubisher" in record.getMessage()]
+    assert "user_id" not in caplog.text

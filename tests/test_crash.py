@@ -1,0 +1,248 @@
+"""Dying anywhere and going on leaves what a run that was not disturbed leaves, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner, Result
+from faults.kill_rounds import kill_rounds
+from lineage import SMALL, Fingerprint, last_report, newest, published
+from test_trainer import Partitions, assert_equal_states, finish, split, trainer
+
+from connectors import Records, kafka
+from stream_ctr import snapshot
+from stream_ctr.assembly import build_trainer
+from stream_ctr.cli import main
+from stream_ctr.config import load
+from stream_ctr.errors import ConfigError
+from stream_ctr.failpoint import EXIT_CODE, FAILPOINTS, VARIABLE, parse
+from stream_ctr.outlet import Outlet
+from stream_ctr.simulate import Simulation
+
+ROOT = Path(__file__).parents[1]
+# Snapshots at 1024, 2048 and 3072 examples and at the end; one is kept, so that each publication removes another.
+OPTIONS = [*SMALL, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
+IMPRESSIONS = 4000
+
+# Four different kinds of wreck; the other failpoints, and other times of some, are slow.
+QUICK = ["learn.after:20", "snapshot.file:9", "snapshot.rename:2", "retain.hidden:2"]
+ONCE = ("poll.after", "join.after")  # a log this short is read by one poll
+MORE = [
+    *(name if name in ONCE else f"{name}:2" for name in FAILPOINTS if not name.startswith("announce.")),
+    *("learn.after:32", "snapshot.file:1", "snapshot.rename:1", "snapshot.rename:4", "commit.before:4"),
+]
+EVERYWHERE = [*QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in MORE if text not in QUICK)]
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, ["run", *map(str, arguments)])
+    assert result.exit_code == 0, result.output + (repr(result.exception) if result.exception else "")
+    return result
+
+
+def die(failpoint: str, *arguments: object) -> None:
+    """`stream-ctr run` in a process of its own that ends at the failpoint."""
+    command = [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, VARIABLE: failpoint}, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == EXIT_CODE, done.stderr
+
+
+def end(state: Path) -> Fingerprint:
+    taken = newest(state)
+    assert taken
+    return taken
+
+
+def assert_went_on_as_if_nothing_had_happened(state: Path, clean: Path) -> None:
+    assert end(state) == end(clean)
+    ours, theirs = last_report(state), last_report(clean)
+    for name in ("kind", "examples", "ledger", "models", "counters", "window_curve"):
+        assert ours[name] == theirs[name], name
+    assert not list((state / "snapshots").glob("tmp-*"))
+    pointed = published(state)
+    assert pointed is not None
+    assert pointed["examples"] == end(state).examples
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "sim.jsonl"
+    Simulation(IMPRESSIONS, seed=5).write_jsonl(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("clean") / "state"
+    run("--source", log, "--state", state, "--until-end", *OPTIONS)
+    return state
+
+
+@pytest.mark.parametrize("failpoint", EVERYWHERE)
+def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log, clean, tmp_path, failpoint):
+    arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
+    die(failpoint, *arguments)
+    published(tmp_path)  # whoever reads the pointer now finds a snapshot that is whole, or none yet
+    left = newest(tmp_path)
+    result = run(*arguments)
+    assert ("resumed from snapshot" in result.output) == (left is not None)
+    assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp_path):
+    arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
+    for failpoint in ("snapshot.rename", "pointer.before", "snapshot.files", "learn.after:9", "pointer.after"):
+        die(failpoint, *arguments)
+        published(tmp_path)
+    run(*arguments)
+    assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("failpoint", ["announce.before:2", "announce.after:2", "commit.before:2", "commit.after:2", "pointer.after:2"])
+def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, log, clean, tmp_path, failpoint):
+    client = kafka.client_options(broker, {})
+    kafka.ensure_topic(client, topic)
+    sink = kafka.KafkaSink(client)
+    for batch in Simulation(IMPRESSIONS, seed=5).batches():
+        sink.send_batch(topic, batch.value)
+    sink.flush(30)
+    sink.close()
+    own = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
+    arguments = ["--topic", topic, "--bootstrap-servers", broker, "--state", tmp_path, "--until-end", *OPTIONS, *own]
+    die(failpoint, *arguments)
+    run(*arguments)
+    ours, theirs = end(tmp_path), end(clean)
+    assert (ours.examples, ours.ledger, ours.tensors) == (theirs.examples, theirs.ledger, theirs.tensors)
+    reader = kafka.PointerReader(client, f"{topic}.snapshots")
+    pointers: Sequence[tuple[str, bytes | None]] = []
+    while polled := reader.poll(2.0):
+        pointers = [*pointers, *polled]
+    reader.close()
+    assert pointers[-1] == ("default", pointers[-1][1])
+    assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(json.loads(pointers[-1][1] or b""))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_kill_9_at_random_moments_while_a_producer_goes_on(broker, topic, tmp_path, partitions):
+    """Three rounds; `tests/faults/kill_rounds.py --rounds 50` does fifty."""
+    lineage = kill_rounds(broker, topic, tmp_path, partitions=partitions, rounds=3, rng=random.Random(partitions))
+    assert len(lineage.rounds) == 3
+    assert lineage.equal(), [(r.killed_after, r.left) for r in lineage.rounds]
+    assert lineage.last.examples > 3 * 1024
+
+
+# -- holes that the rounds, or a look for them, have found --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stream() -> pa.LargeBinaryArray:
+    return pa.concat_arrays([batch.value for batch in Simulation(6000, seed=3).batches()])
+
+
+class StoppedAtTheEnd(Partitions):
+    """A topic that may grow, and a trainer that is stopped when it has read all there is."""
+
+    until_end = False
+    finished = False
+
+    def poll(self, timeout_seconds: float) -> Records:
+        records = super().poll(timeout_seconds)
+        if self.caught_up().all():
+            assert self.trainer
+            self.trainer.stop()
+        return records
+
+
+def test_a_run_with_nothing_left_to_read_still_learns_what_waited_and_keeps_it(tmp_path, stream):
+    finish(trainer(tmp_path / "whole", Partitions(split(stream, 4))))
+    stopped = finish(trainer(tmp_path / "parts", StoppedAtTheEnd(split(stream, 4))))
+    resumed = trainer(tmp_path / "parts", Partitions(split(stream, 4)))
+    resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))
+    assert resumed.source.finished
+    assert finish(resumed)["examples"] == 6000 > stopped["examples"]
+    assert_equal_states(tmp_path / "whole", tmp_path / "parts")
+
+
+class Unreliable:
+    """A producer that has sent nothing before it is flushed; `at_flush` is called first, with what waits."""
+
+    def __init__(self, at_flush) -> None:
+        self.waiting: list[str] = []
+        self.delivered: list[str] = []
+        self._at_flush = at_flush
+
+    def send(self, topic: str, value: bytes, *, key: bytes | None = None, headers: Sequence[tuple[str, bytes]] = (), time=None) -> None:
+        if topic.endswith(".dlq"):
+            self.waiting.append(dict(headers)["__stream_ctr.errors.offset"].decode())
+
+    def flush(self, timeout_seconds: float) -> None:
+        self._at_flush(self.waiting)
+        self.delivered += self.waiting
+        self.waiting = []
+
+
+def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_letter(tmp_path, stream):
+    def nothing_waits_behind_a_snapshot(waiting: list[str]) -> None:
+        left = newest(tmp_path)
+        past = left.positions["clicks:0"] if left else 0
+        assert not [offset for offset in waiting if int(offset) < past]
+
+    values = pa.concat_arrays([stream.slice(0, 4000), pa.array([b"junk"], pa.large_binary()), stream.slice(4000)])
+    sink = Unreliable(nothing_waits_behind_a_snapshot)
+    source = Partitions([values])
+    config = load(
+        environ={},
+        overrides={
+            "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
+            "learn": {"batch_size": 128, "threads": 1},
+            "join": {"label_window": "60s"},
+            "schedule": {"snapshot_examples": 1024},
+            "baseline": {"enabled": False},
+        },
+    )
+    outlet = Outlet(tmp_path, sink=sink, snapshot_topic="snapshots")
+    finish(build_trainer(config, fields=Simulation(1, seed=0).fields, source=source, outlet=outlet, directory=tmp_path))
+    assert sink.delivered == ["4000"]
+
+
+# -- the failpoints themselves ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_failpoint_has_one_place_and_every_place_is_in_the_table():
+    found = [
+        name for path in (ROOT / "stream_ctr").rglob("*.py") for name in re.findall(r'^ +failpoint\("([^"]+)"\)', path.read_text(), re.M)
+    ]
+    assert sorted(found) == sorted(FAILPOINTS)
+
+
+def test_the_table_in_the_docs_is_the_one_in_the_code():
+    written = dict(re.findall(r"^\| `([a-z.]+)` \| (.*) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.M))
+    assert written == dict(FAILPOINTS)
+
+
+@pytest.mark.parametrize("text", ["nowhere", "learn.after:0", "learn.after:x", "learn.after:", ":3", "learn.after:1:2"])
+def test_what_is_no_failpoint_is_refused(text):
+    with pytest.raises(ConfigError, match=VARIABLE):
+        parse(text)
+
+
+def test_a_run_with_an_unknown_failpoint_does_not_begin(log, tmp_path):
+    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(tmp_path / "state")]
+    environment: Mapping[str, str] = {**os.environ, VARIABLE: "snapshot.renamed"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == ConfigError.exit_code
+    assert "did you mean 'snapshot.rename'?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "state").exists()
