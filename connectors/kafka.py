@@ -11,6 +11,7 @@ traps, which is why it is pinned (`>=3.0.12,<3.1`) and why this file
   the last batch plus one);
 - compares positions with ends and never counts records: control records and compaction leave gaps, an empty poll is not the end;
 - bounds what waits for its acknowledgement, which the client's producer does not;
+- gives back what the client sets aside for a paused partition, which it can forget to do;
 - keeps passwords out of its DEBUG log.
 """
 
@@ -132,6 +133,7 @@ class KafkaSource:
         """
         if self.finished:
             return Records.empty()
+        self._hand_out_what_was_set_aside()
         try:
             polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
         except RetriableError:
@@ -233,6 +235,13 @@ class KafkaSource:
         before = self._consumer.paused()
         self._consumer.pause(*(quiet - before))
         self._consumer.resume(*(before - quiet))
+
+    def _hand_out_what_was_set_aside(self) -> None:
+        # What the client had fetched of a partition when it was paused, it gives back after the partition is resumed only when it holds no
+        # other fetch. One that is used up counts as held: with all other partitions paused, the resumed one would stay silent for good.
+        fetcher = self._consumer._fetcher
+        if not fetcher._next_partition_records:
+            fetcher._next_partition_records = None
 
     def _list_offsets(self, ask: Callable[..., Mapping[Any, int]]) -> dict[int, int]:
         try:

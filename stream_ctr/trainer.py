@@ -423,12 +423,16 @@ class Trainer:
             return
         self._unwritten = None
         self.parent = name
+        self._tell(path, manifest, cut.positions)
+
+    def _tell(self, path: Path, manifest: Mapping[str, Any], positions: Mapping[int, int]) -> None:
+        """What follows when the snapshot at `path` is on disk; it may be done twice."""
         failpoint("commit.before")
-        self.source.commit(cut.positions)
+        self.source.commit(positions)
         failpoint("commit.after")
         self._publish(path, manifest)
         failpoint("retain.before")
-        snapshot.retain(root, self.keep_snapshots)
+        snapshot.retain(path.parent, self.keep_snapshots, protect={path.name})  # those after it may not verify
         failpoint("retain.after")
 
     def _publish(self, path: Path, manifest: Mapping[str, Any]) -> None:
@@ -465,7 +469,10 @@ class Trainer:
         self.epoch = max(manifest["epoch"], published["epoch"] if published else 0) + 1
         self.sequence, self.parent = manifest["sequence"], path.name
         self._examples_at_snapshot = self.ledger.count
-        self.source.seek({index: manifest["positions"][name] for index, name in enumerate(names)})
+        positions = {index: manifest["positions"][name] for index, name in enumerate(names)}
+        self.source.seek(positions)
+        if published is None or published["epoch"] <= manifest["epoch"]:  # not rolled back: its writer may have died before it told anyone
+            self._tell(path, manifest, positions)
         _log.info("resumed from snapshot %s: %d examples, positions %s", path.name, self.ledger.count, manifest["positions"])
 
 

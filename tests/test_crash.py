@@ -8,7 +8,8 @@ import random
 import re
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,7 +110,9 @@ def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("failpoint", ["announce.before:2", "announce.after:2", "commit.before:2", "commit.after:2", "pointer.after:2"])
+@pytest.mark.parametrize(
+    "failpoint", ["announce.before:2", "announce.before:4", "announce.after:2", "commit.before:2", "commit.after:2", "pointer.after:2"]
+)
 def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, log, clean, tmp_path, failpoint):
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic)
@@ -173,6 +176,48 @@ def test_a_run_with_nothing_left_to_read_still_learns_what_waited_and_keeps_it(t
     assert resumed.source.finished
     assert finish(resumed)["examples"] == 6000 > stopped["examples"]
     assert_equal_states(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_the_snapshot_that_a_run_goes_on_from_stays_though_newer_ones_are_damaged(tmp_path, stream):
+    values = [stream.slice(0, 3000)]
+    finish(trainer(tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 2}))
+    good, damaged = snapshot.snapshot_ids(tmp_path / "snapshots")
+    (tmp_path / "snapshots" / damaged / "model.safetensors").write_bytes(b"")
+    resumed = trainer(tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 1})
+    resumed.restore(snapshot.newest(tmp_path / "snapshots"))
+    assert resumed.baseline
+    resumed.baseline.close()
+    assert good in snapshot.snapshot_ids(tmp_path / "snapshots")
+
+
+def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_the_other_is_paused(broker, topic):
+    client = kafka.client_options(broker, {})
+    kafka.ensure_topic(client, topic, partitions=2)
+    sink = kafka.KafkaSink(client)
+    for number in range(12_000):
+        sink.send(topic, b"%d" % number, partition=0)
+    sink.flush(30)
+    source = kafka.KafkaSource([topic], client=client, group="test")
+    read = poll_until(source, lambda values: len(values) > 0)
+    assert len(read) < 12_000  # the client has more of partition 0 in hand
+    source.pause({0})
+    assert not poll_until(source, lambda values: len(values) > 0, seconds=1.0)
+    sink.send(topic, b"other", partition=1)
+    sink.flush(30)
+    assert poll_until(source, lambda values: len(values) > 0) == [b"other"]
+    source.pause({1})
+    read += poll_until(source, lambda values: len(values) == 12_000 - len(read))
+    assert read == [b"%d" % number for number in range(12_000)]
+    source.close()
+    sink.close()
+
+
+def poll_until(source: kafka.KafkaSource, enough: Callable[[list[bytes]], bool], seconds: float = 5.0) -> list[bytes]:
+    values: list[bytes] = []
+    deadline = time.monotonic() + seconds
+    while not enough(values) and time.monotonic() < deadline:
+        values += source.poll(0.25).value.to_pylist()
+    return values
 
 
 class Unreliable:

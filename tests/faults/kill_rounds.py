@@ -43,7 +43,7 @@ from stream_ctr.outlet import Outlet  # noqa: E402
 from stream_ctr.simulate import Simulation  # noqa: E402
 
 SNAPSHOT_EXAMPLES = 1024
-EVENTS_A_SECOND = 1500
+EVENTS_A_SECOND = 1000
 KILL_AFTER_SECONDS = (0.2, 5.0)
 PATIENCE_SECONDS = 120.0
 # What does not depend on how far ahead of the batch the topic had been read.
