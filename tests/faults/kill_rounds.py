@@ -204,7 +204,7 @@ def rows(lineage: Lineage, first: int) -> list[list[object]]:
     table = []
     for number, r in enumerate(lineage.rounds, first):
         left = f"{r.left.examples:,} examples" if r.left else "the beginning"
-        equal = said[lineage.ledger_equal(r.left)], said[lineage.weights_equal(r.left)]
+        equal = (said[lineage.ledger_equal(r.left)], said[lineage.weights_equal(r.left)]) if r.left else ("-", "-")
         table.append(
             [number, lineage.partitions, f"{r.killed_after:.2f}", left + (", the next half written" if r.unfinished else ""), *equal]
         )
