@@ -37,8 +37,11 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
         except EmbeddedUnavailable as error:
             runs.say(f"note: {error}; reading the same stream without a broker")
             report = runs.train_on_log(simulation, config, state)
-        subscriber.wait(10.0)
-        pointer = subscriber.pointer
+        deadline = time.monotonic() + 10.0
+        while (pointer := subscriber.pointer) is None or pointer["snapshot"] != report["snapshot"]:
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
     if not Console().is_terminal:  # there the run has shown it
         Console().print(final_table(report))
     if pointer:

@@ -446,7 +446,8 @@ def test_every_command_says_what_it_does_and_help_is_quick():
 @pytest.mark.slow
 def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(embedded_broker, tmp_path):
     result = succeed("demo", "--impressions", 5000, "--seed", 1, "--state", tmp_path, *QUICK, "-X", "join.label_window=10m")
-    for part in ("deepfm", "river_ftrl", "best possible", "subscriber: loaded", "reports.jsonl"):
+    newest = reports(tmp_path)[-1]["snapshot"]
+    for part in ("deepfm", "river_ftrl", "best possible", f"subscriber: loaded {newest}", "reports.jsonl"):
         assert part in result.stdout
     assert reports(tmp_path)[-1]["best_possible_logloss"] < reports(tmp_path)[-1]["constant_logloss"]
 
