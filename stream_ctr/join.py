@@ -215,10 +215,6 @@ class LabelJoiner:
         return self._pending.count
 
     @property
-    def waiting_clicks(self) -> int:
-        return self._clicks.count
-
-    @property
     def nbytes(self) -> int:
         return sum(array.nbytes for part in (self._pending, self._index, self._clicks) for array in part.arrays())
 

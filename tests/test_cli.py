@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
+from lineage import SMALL as QUICK
 
 from connectors import kafka
 from stream_ctr import Scorer, Subscriber, metrics, snapshot
@@ -26,18 +27,6 @@ from stream_ctr.logs import open_log
 from stream_ctr.simulate import Simulation
 from stream_ctr.subscribe import TopicPointers
 
-QUICK = [
-    part
-    for pair in (
-        "model.hidden=16,16",
-        "model.embedding_dim=4",
-        "model.table_bits=14",
-        "learn.batch_size=128",
-        "learn.threads=1",
-        "join.label_window=60s",
-    )
-    for part in ("-X", pair)
-]
 IMPRESSIONS = 4000
 
 

@@ -17,7 +17,6 @@ import contextlib
 import csv
 import json
 import os
-import platform
 import shlex
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from brokers import ApacheBroker, KafkaMissing, find_kafka  # noqa: E402
+from record import machine, print_table  # noqa: E402
 
 from connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
 
@@ -66,13 +66,6 @@ def kafka(directory: Path) -> Iterator[tuple[str, str]]:
         yield broker.bootstrap_servers, f"Apache Kafka {installation.version}"
 
 
-def table(header: list[str], rows: list[list[object]]) -> None:
-    print(f"| {' | '.join(header)} |\n|{'|'.join('---' for _ in header)}|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
-    print(flush=True)
-
-
 def interval(paired: dict[str, Any]) -> str:
     return f"{paired['logloss_difference']:+.5f} [{paired['low']:+.5f}, {paired['high']:+.5f}]"
 
@@ -94,7 +87,7 @@ def simulated(arguments: argparse.Namespace) -> None:
         f"{arguments.impressions:,} simulated impressions, one pass; "
         "logloss over the last half (share of the gap from constant to best possible)\n"
     )
-    table(["seed", "constant", "River FTRL", "DeepFM", "best possible", "DeepFM AUC", "DeepFM - River [95 %]"], rows)
+    print_table(["seed", "constant", "River FTRL", "DeepFM", "best possible", "DeepFM AUC", "DeepFM - River [95 %]"], rows)
 
 
 def samples(arguments: argparse.Namespace) -> None:
@@ -115,7 +108,7 @@ def samples(arguments: argparse.Namespace) -> None:
                     [log_format, report["examples"], seed, f"{quarter['constant_logloss']:.4f}", *scores, interval(quarter["paired"])]
                 )
     print(f"samples through {broker}, one pass, logloss / AUC over the last quarter; options {' '.join(SAMPLE_OPTIONS)}\n")
-    table(["log", "impressions", "seed", "constant", "River FTRL", "DeepFM", "DeepFM - River logloss [95 %]"], rows)
+    print_table(["log", "impressions", "seed", "constant", "River FTRL", "DeepFM", "DeepFM - River logloss [95 %]"], rows)
 
 
 def joins(_: argparse.Namespace) -> None:
@@ -135,7 +128,7 @@ def joins(_: argparse.Namespace) -> None:
         ["joined + late", labels.count("1"), f"{counters['clicks_joined']} + {counters['clicks_late']}"],
         ["duplicate, unmatched, rejected", 0, counters["clicks_duplicate"] + counters["clicks_unmatched"] + counters["rejected"]],
     ]
-    table(["", "in the log", "learned"], rows)
+    print_table(["", "in the log", "learned"], rows)
 
 
 def speed(arguments: argparse.Namespace) -> None:
@@ -150,7 +143,7 @@ def speed(arguments: argparse.Namespace) -> None:
             report = final(state)
             rows.append([repetition + 1, f"{report['events']:,}", f"{report['seconds']:.1f}", f"{report['events_per_second']:,.0f}"])
     print(f"200,000 simulated impressions from {broker} on the same processors, 400-400-400, River FTRL on every impression\n")
-    table(["run", "events", "seconds", "events/s"], rows)
+    print_table(["run", "events", "seconds", "events/s"], rows)
 
 
 def freshness(arguments: argparse.Namespace) -> None:
@@ -180,14 +173,6 @@ def freshness(arguments: argparse.Namespace) -> None:
         follower.wait(20)
         reader.join()
     print(f"\nthe longest of {len(delays)}: {max(delays):.2f} s (2^20 rows, 68 MB)")
-
-
-def machine() -> str:
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "?"
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
 
 
 def main() -> None:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import platform
 import random
 import shlex
 import subprocess
@@ -33,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from brokers import ApacheBroker, find_kafka  # noqa: E402
 from lineage import SMALL, Fingerprint, fingerprint, last_report, newest, published  # noqa: E402
+from record import machine, print_table  # noqa: E402
 
 from connectors import kafka  # noqa: E402
 from connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
@@ -222,20 +221,6 @@ def a_broker(name: str, directory: Path) -> Iterator[tuple[str, str]]:
     directory.mkdir()
     with ApacheBroker(installation, directory) as broker:
         yield broker.bootstrap_servers, f"Apache Kafka {installation.version}"
-
-
-def print_table(header: list[str], body: list[list[object]]) -> None:
-    print(f"| {' | '.join(header)} |\n|{'|'.join('---' for _ in header)}|")
-    for row in body:
-        print(f"| {' | '.join(map(str, row))} |")
-    print(flush=True)
-
-
-def machine() -> str:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    ).stdout.strip()
-    return f"{os.cpu_count()} processors, Python {platform.python_version()}, commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
 
 
 def main() -> None:

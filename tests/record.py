@@ -1,0 +1,26 @@
+"""How the measuring scripts print: a table, and the machine and commit that its figures are of."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def print_table(header: list[str], rows: list[list[object]]) -> None:
+    print(f"| {' | '.join(header)} |\n|{'|'.join('---' for _ in header)}|")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |")
+    print(flush=True)
+
+
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
