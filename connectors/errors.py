@@ -6,6 +6,7 @@ from __future__ import annotations
 # ConnectorFailure
 #   EmbeddedUnavailable    there is no embedded broker, or it did not start
 #   PositionLost           the source does not hold the records to continue with
+#     TopicChanged         it is another topic than the one that reading began with
 #   KafkaFailure
 #     KafkaOptionError     an option that does not exist, cannot be read or would break exactness
 #     KafkaCodecMissing    a library for compressed records is not installed
@@ -24,6 +25,10 @@ class EmbeddedUnavailable(ConnectorFailure):
 
 class PositionLost(ConnectorFailure):
     """The source does not hold the records that come next: deleted by retention, or another log."""
+
+
+class TopicChanged(PositionLost):
+    """The topic was deleted, created again or given more partitions: what was read of it says nothing about where to go on."""
 
 
 class KafkaFailure(ConnectorFailure):

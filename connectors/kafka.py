@@ -1,4 +1,4 @@
-"""Kafka as a source and a sink of records. The only file that knows a Kafka client.
+"""Kafka as a source and a sink of records. The only file that imports a Kafka client.
 
 The client is kafka-python, because it is plain Python (it installs wherever torch does and speaks to every broker since 0.10), hands
 out raw bytes with position, time and headers, reads committed records only when told to, and writes idempotently. Its 3.0 line has
@@ -6,22 +6,25 @@ traps, which is why it is pinned (`>=3.0.12,<3.1`) and why this file
 
 - never gives it a deserializer: an exception inside one loses good records and hangs the next poll. A missing codec does the same, so
   codecs are checked before anything connects (its extras `crc32c,lz4,snappy,zstd` bring them);
+- bounds what a compressed batch may expand to, which no option of the client does, and cuts values that are too large;
 - reads without a group: with one, every poll waits for the group's coordinator. Positions belong to the caller, committing is advisory;
 - finds the end of a log by fetching there, since brokers exist whose list of end offsets runs behind (Tansu 0.6 reports the start of
   the last batch plus one);
 - compares positions with ends and never counts records: control records and compaction leave gaps, an empty poll is not the end;
 - bounds what waits for its acknowledgement, which the client's producer does not;
-- gives back what the client sets aside for a paused partition, which it can forget to do;
+- gives back what the client sets aside for a paused partition, and takes over the errors that it keeps for later, both of which it can
+  forget; after an error it drops the rest of the fetch, which would keep the next poll busy for good;
 - keeps passwords out of its DEBUG log.
+
+What it takes of the client's insides stands in `kafka_inside`, why a broker lets nobody in, in `kafka_diagnosis`.
 """
 
 from __future__ import annotations
 
-import difflib
+import gzip
+import io
 import itertools
 import logging
-import re
-import socket
 import sys
 import threading
 import time
@@ -31,15 +34,17 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal, cast
 
 import kafka.codec
+import kafka.record.default_records
 import kafka.record.util
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import (
+    CorruptRecordError,
     IncompatibleBrokerVersion,
     InvalidReplicationFactorError,
     KafkaConfigurationError,
@@ -49,9 +54,11 @@ from kafka.errors import (
     OffsetOutOfRangeError,
     RetriableError,
     TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
 )
 from kafka.structs import OffsetAndMetadata
 
+from connectors import kafka_inside as inside
 from connectors.errors import (
     KafkaCodecMissing,
     KafkaDeliveryFailed,
@@ -62,7 +69,9 @@ from connectors.errors import (
     KafkaTopicMissing,
     KafkaUnreachable,
     PositionLost,
+    TopicChanged,
 )
+from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
 from connectors.records import Records
 
@@ -80,6 +89,7 @@ __all__ = [
     "PointerReader",
     "PositionLost",
     "StoredRecord",
+    "TopicChanged",
     "client_options",
     "ensure_topic",
     "parse_properties",
@@ -91,8 +101,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_SECONDS = 5.0  # for the first answer of a broker
+MAX_BATCH_BYTES = 512 << 20  # of what a compressed batch may expand to; the client holds it about three times
 ANSWER_SECONDS = 5.0  # for what is asked of a broker that answered before
-PROBE_SECONDS = 2.0  # for finding out why nobody answered
 
 
 class KafkaSource:
@@ -104,12 +114,28 @@ class KafkaSource:
     `group` is the consumer group that `commit` writes to; nothing is ever read from it. `client` comes from `client_options`; a `group.id`
     in it is not used here.
 
+    A value of more than `max_record_bytes` is cut to one byte more than that, so that it can be told and weighs little. Records that
+    retention has deleted, or whose batch is damaged, are an error; with `on_lost="skip"` reading goes on after them and `lost` counts them.
+    Every `topic_check_seconds` the source looks whether its topics are still those that it began with.
+
     Raises `KafkaUnreachable`, `KafkaTopicMissing` and `KafkaCodecMissing`.
     """
 
-    def __init__(self, topics: Sequence[str], *, client: Mapping[str, object], group: str, until_end: bool = False) -> None:
+    def __init__(
+        self,
+        topics: Sequence[str],
+        *,
+        client: Mapping[str, object],
+        group: str,
+        until_end: bool = False,
+        max_record_bytes: int = 1 << 20,
+        on_lost: Literal["stop", "skip"] = "stop",
+        topic_check_seconds: float = 30.0,
+    ) -> None:
         _check_codecs()
         self.until_end = until_end
+        self._max_record_bytes = max_record_bytes
+        self._skip_lost = on_lost == "skip"
         self._client = client
         self._group = group
         self._committer: Any = None
@@ -121,6 +147,10 @@ class KafkaSource:
             self._paused: frozenset[int] = frozenset()
             self._recorded_end = _find_ends(self._consumer, self._assigned, client)
             self._position = self._offsets(self.beginning())
+            self._lost = np.zeros(len(self._assigned), np.int64)
+            self._failed: inside.Failure | None = None
+            self._unanswered = inside.Unanswered(self._consumer, self._index)
+            self._topics = _Topics(self._consumer, topics, topic_check_seconds)
             self._seek(range(len(self._assigned)))
         except BaseException:
             self._consumer.close()
@@ -129,18 +159,25 @@ class KafkaSource:
     def poll(self, timeout_seconds: float) -> Records:
         """The next records, in order within each partition; empty when none came in time.
 
-        Raises `PositionLost` when retention removed what comes next, `KafkaReadFailed` for what trying again does not cure.
+        Raises `PositionLost` when retention removed what comes next, `TopicChanged` when the topic is no longer the one that reading began
+        with, and `KafkaReadFailed` for what trying again does not cure, such as a damaged batch.
         """
         if self.finished:
             return Records.empty()
-        self._hand_out_what_was_set_aside()
+        self._topics.look()
+        inside.hand_out_what_was_set_aside(self._consumer)
+        failed, self._failed = self._failed, None
         try:
+            if failed and failed.offset == self._position[self._index[failed.partition]]:
+                raise failed.error
             polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
         except RetriableError:
             return Records.empty()
-        except KafkaError as error:
-            raise self._read_failure(error) from error
-        self._position = np.array([self._next_offset(partition) for partition in self._assigned], np.int64)
+        except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
+            self._recover(failed or inside.failure_at(self._consumer, error))
+            return Records.empty()
+        self._failed = inside.take_kept_failure(self._consumer)
+        self._position = np.array([inside.next_offset(self._consumer, partition) for partition in self._assigned], np.int64)
         records = self._columns(polled)
         if self.until_end:
             self._apply_pauses()
@@ -152,18 +189,38 @@ class KafkaSource:
         read = np.minimum(self._position, self._recorded_end) if self.until_end else self._position
         return dict(enumerate(read.tolist()))
 
-    def seek(self, positions: Mapping[int, int]) -> None:
+    def seek(self, positions: Mapping[int, int], skip_lost: bool | None = None) -> None:
         """Read on at these offsets; partitions not named stay where they are.
 
-        Raises `PositionLost` when the log does not hold such a position.
+        Where records were deleted, `skip_lost` goes on at the first that is left (as `on_lost` says unless given). Raises `PositionLost`
+        otherwise, and always when the log ends before such a position: that is not the log that was read.
         """
         wanted = self._position.copy()
         wanted[list(positions)] = list(positions.values())
+        if self._skip_lost if skip_lost is None else skip_lost:
+            wanted = self._pass_over_deleted(wanted)
         lost = self._what_is_lost(wanted)
         if lost:
             raise PositionLost("; ".join(lost))
+        moved = np.flatnonzero(wanted != self._position).tolist()
         self._position = wanted
-        self._seek(positions)
+        self._seek({*positions, *moved})
+
+    def lost(self) -> dict[int, int]:
+        """How many offsets of each partition were passed over because they were deleted or damaged; 0 unless told to skip them."""
+        return dict(enumerate(self._lost.tolist()))
+
+    def topic_ids(self) -> dict[str, str | None]:
+        """The id of each topic when the source was opened: another one under the same name has another. None from brokers without ids."""
+        return self._topics.ids
+
+    def silent_seconds(self) -> float:
+        """For how long the brokers have not answered for a partition that was asked for; 0 while they do, also when they have no records.
+
+        A partition without a leader is silent too. What is not polled is not asked for.
+        """
+        silent = self._unanswered.seconds(~self._quiet())
+        return silent if silent > _MAY_WAIT_SECONDS else 0.0
 
     def beginning(self) -> dict[int, int]:
         """The first offset that each partition's log still holds; asks the broker."""
@@ -211,18 +268,17 @@ class KafkaSource:
     def _columns(self, polled: Mapping[Any, list[Any]]) -> Records:
         records = list(itertools.chain.from_iterable(polled.values()))
         count = len(records)
+        values = list(map(attrgetter("value"), records))
+        if max(map(attrgetter("serialized_value_size"), records), default=0) > self._max_record_bytes:
+            # Fetch limits bound what is on the wire: 12 kB of zstd can hold 400 MB, which nobody shall hold a second time.
+            values = [value and value[: self._max_record_bytes + 1] for value in values]
         index = np.array([self._index[partition] for partition in polled], np.int32)
         return Records(
             partition=np.repeat(index, [len(some) for some in polled.values()]),
             offset=np.fromiter(map(attrgetter("offset"), records), np.int64, count),
             time=np.fromiter(map(attrgetter("timestamp"), records), np.int64, count),
-            value=pa.array(list(map(attrgetter("value"), records)), pa.large_binary()),
+            value=pa.array(values, pa.large_binary()),
         )
-
-    def _next_offset(self, partition: TopicPartition) -> int:
-        # It moves past control and aborted records too. The client's position() would do, but walks over all partitions for each: 25 ms
-        # a poll with 128 of them.
-        return int(self._consumer._subscription.assignment[partition].position.offset)
 
     def _seek(self, indexes: Collection[int]) -> None:
         for index in indexes:
@@ -230,18 +286,16 @@ class KafkaSource:
         self._apply_pauses()
 
     def _apply_pauses(self) -> None:
-        done = set(np.flatnonzero(self.caught_up()).tolist()) if self.until_end else set()
-        quiet = {self._assigned[index] for index in self._paused | done}
+        quiet = {self._assigned[index] for index in np.flatnonzero(self._quiet()).tolist()}
         before = self._consumer.paused()
         self._consumer.pause(*(quiet - before))
         self._consumer.resume(*(before - quiet))
 
-    def _hand_out_what_was_set_aside(self) -> None:
-        # What the client had fetched of a partition when it was paused, it gives back after the partition is resumed only when it holds no
-        # other fetch. One that is used up counts as held: with all other partitions paused, the resumed one would stay silent for good.
-        fetcher = self._consumer._fetcher
-        if not fetcher._next_partition_records:
-            fetcher._next_partition_records = None
+    def _quiet(self) -> npt.NDArray[np.bool_]:
+        """The partitions [P] that are not read: told to wait, or at the end."""
+        quiet = self.caught_up() if self.until_end else np.zeros(len(self._assigned), np.bool_)
+        quiet[list(self._paused)] = True
+        return quiet
 
     def _list_offsets(self, ask: Callable[..., Mapping[Any, int]]) -> dict[int, int]:
         try:
@@ -253,10 +307,49 @@ class KafkaSource:
     def _offsets(self, by_partition: Mapping[int, int]) -> npt.NDArray[np.int64]:
         return np.array([by_partition[index] for index in range(len(self._assigned))], np.int64)
 
-    def _read_failure(self, error: KafkaError) -> PositionLost | KafkaReadFailed:
+    def _recover(self, failed: inside.Failure) -> None:
+        """Go past what cannot be read, where that is wanted and possible; raises what to tell otherwise."""
+        error = failed.error
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
-            return PositionLost("; ".join(self._what_is_lost(self._position)) or str(error))
-        return KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}")
+            self._recover_position(error)
+        elif failed.partition is not None and not isinstance(error, TopicAuthorizationFailedError):
+            self._recover_damage(failed.partition, failed.offset, error)
+        elif isinstance(error, KafkaError):
+            raise KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}") from error
+        else:
+            raise error
+
+    def _recover_position(self, error: KafkaError) -> None:
+        self._topics.look(wait=True)
+        try:
+            wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
+            lost = self._what_is_lost(wanted)
+        except KafkaUnreachable:
+            return  # the next poll comes here again
+        if lost or wanted is self._position or isinstance(error, LogTruncationError):
+            raise PositionLost("; ".join(lost) or str(error)) from error
+        self._position = wanted
+        self._seek(range(len(self._assigned)))
+
+    def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        beginning = self._offsets(self.beginning())
+        gone = np.maximum(beginning - wanted, 0)
+        self._lost += gone
+        for index in np.flatnonzero(gone).tolist():
+            topic, partition = self.partitions[index]
+            log.warning("%d records of partition %d of topic %r were deleted before they were read", gone[index], partition, topic)
+        return wanted + gone
+
+    def _recover_damage(self, partition: TopicPartition, offset: int, error: Exception) -> None:
+        index = self._index[partition]
+        where = f"partition {partition.partition} of topic {partition.topic!r}"
+        after = inside.offset_after_batch(self._consumer, partition, offset, ANSWER_SECONDS) if self._skip_lost else None
+        if after is None:
+            raise KafkaReadFailed(f"{where} cannot be read on at offset {offset}: {_told(error)}") from error
+        log.warning("%s is damaged: offsets %d to %d are left out (%s)", where, offset, after - 1, _told(error))
+        self._lost[index] += after - offset
+        self._position[index] = after
+        self._seek([index])
 
     def _what_is_lost(self, wanted: npt.NDArray[np.int64]) -> list[str]:
         """Why partitions cannot be read on at the wanted offsets [P], in words."""
@@ -270,6 +363,51 @@ class KafkaSource:
             elif offset > ends[index]:
                 lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
         return lost
+
+
+class _Topics:
+    """Looks whether topics are still those that they were, from what the consumer hears about them anyway. Raises `TopicChanged`."""
+
+    def __init__(self, consumer: Any, names: Sequence[str], check_seconds: float) -> None:
+        self._consumer = consumer
+        self._names = tuple(dict.fromkeys(names))
+        self._check_seconds = check_seconds
+        self._looked = time.monotonic()
+        self._told_at = inside.topics_asked_at(consumer)
+        self._missing_since: dict[str, float] = {}
+        self._before = inside.topics(consumer, self._names)
+
+    @property
+    def ids(self) -> dict[str, str | None]:
+        return {name: id_ for name, (id_, _) in self._before.items()}
+
+    def look(self, *, wait: bool = False) -> None:
+        """Compare, when the brokers have told anything new; `wait` until they do. Silence of theirs says nothing."""
+        now = time.monotonic()
+        if wait or now - self._looked >= self._check_seconds:
+            self._looked = now
+            inside.ask_for_topics(self._consumer)
+        while wait and self._told_at == inside.topics_asked_at(self._consumer) and time.monotonic() < now + ANSWER_SECONDS:
+            time.sleep(0.02)
+        if self._told_at != inside.topics_asked_at(self._consumer):
+            self._told_at = inside.topics_asked_at(self._consumer)
+            self._compare(inside.topics(self._consumer, self._names), now)
+
+    def _compare(self, told: Mapping[str, tuple[str | None, frozenset[int]]], now: float) -> None:
+        for name, (id_, partitions) in self._before.items():
+            if name not in told:
+                # A broker that has just started may not know it yet.
+                if now - self._missing_since.setdefault(name, now) > ANSWER_SECONDS:
+                    raise TopicChanged(f"topic {name!r} was deleted while it was read")
+                continue
+            self._missing_since.pop(name, None)
+            id_now, partitions_now = told[name]
+            if id_ and id_now and id_ != id_now:
+                raise TopicChanged(f"topic {name!r} was deleted and created again: its id was {id_} and is {id_now}")
+            if added := sorted(partitions_now - partitions):
+                listed = ", ".join(map(str, added))
+                were = f"partition {listed} was" if len(added) == 1 else f"partitions {listed} were"
+                raise TopicChanged(f"{were} added to topic {name!r}, which had {len(partitions)}")
 
 
 class KafkaSink:
@@ -336,7 +474,7 @@ class KafkaSink:
         try:
             self._producer.flush(timeout_seconds)
         except KafkaTimeoutError as error:
-            silent = f"{_servers(self._client)} did not acknowledge all records within {timeout_seconds:g} s"
+            silent = f"{servers(self._client)} did not acknowledge all records within {timeout_seconds:g} s"
             raise KafkaDeliveryFailed(silent) from error
         finally:
             self._raise_failures()
@@ -355,9 +493,7 @@ class KafkaSink:
         """Close the producer without waiting for what is on its way."""
         producer, self._producer = self._producer, None
         if producer is not None:
-            # Closing flushes, fails at what cannot be delivered and leaves its thread behind. There is no public way to drop it.
-            producer._sender.force_close()
-            producer.close(timeout=1.0)
+            inside.force_close(producer)
         self._in_flight.clear()
         self._in_flight_bytes = 0
 
@@ -397,7 +533,7 @@ class KafkaSink:
             return
         existing = _all_topics(self._client)
         if topic not in existing:
-            raise _topic_missing(topic, existing, self._client)
+            raise topic_missing(topic, existing, self._client)
         self._partitions[topic] = existing[topic]
 
     def _raise_failures(self) -> None:
@@ -407,7 +543,7 @@ class KafkaSink:
         self._abandon()
         failures = list(self._failures)
         self._failures.clear()
-        raise KafkaDeliveryFailed(f"{_servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
+        raise KafkaDeliveryFailed(f"{servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
 
 
 class PointerReader:
@@ -523,6 +659,7 @@ def _all_topics(client: Mapping[str, object]) -> dict[str, int]:
         return {described["name"]: len(described["partitions"]) for described in admin.describe_topics()}
 
 
+_MAY_WAIT_SECONDS = 1.0  # that a broker takes for an answer without records
 _MARK_BYTES = 256 << 10  # of values between two of the records whose acknowledgement is waited for
 _BLOCK = 1024  # records without a key that go to one partition before it is the next one's turn
 
@@ -567,7 +704,31 @@ def _check_codecs() -> None:
 
 
 def _open_consumer(client: Mapping[str, object], **ours: object) -> Any:
-    return _connect(KafkaConsumer, client, _CONSUMER_DEFAULTS, {**_CONSUMER_RULES, **ours})
+    consumer = _connect(KafkaConsumer, client, _CONSUMER_DEFAULTS, {**_CONSUMER_RULES, **ours})
+    inside.never_create_topics(consumer)
+    kafka.record.default_records.zstd_decode, kafka.record.default_records.gzip_decode = _zstd_decode, _gzip_decode
+    return consumer
+
+
+def _zstd_decode(payload: bytes) -> bytes:
+    with kafka.codec.zstd.ZstdDecompressor().stream_reader(io.BytesIO(payload), read_across_frames=True) as reader:
+        return _expanded(reader)
+
+
+def _gzip_decode(payload: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(payload)) as reader:
+        return _expanded(cast("io.BufferedIOBase", reader))
+
+
+def _expanded(reader: io.BufferedIOBase) -> bytes:
+    # The client expands a batch as far as it goes: a megabyte of zstd is up to 30 GB, of gzip 1 GB; of lz4 and snappy it is not that much.
+    pieces, size = [], 0
+    while piece := reader.read(1 << 20):
+        pieces.append(piece)
+        size += len(piece)
+        if size > MAX_BATCH_BYTES:
+            raise CorruptRecordError(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
+    return b"".join(pieces)
 
 
 @contextmanager
@@ -576,16 +737,17 @@ def _admin(client: Mapping[str, object]) -> Iterator[Any]:
     try:
         yield admin
     except RetriableError as error:
-        raise KafkaUnreachable(f"{_servers(client)} answered, but what it advertises (advertised.listeners) does not: {error}") from error
+        raise KafkaUnreachable(f"{servers(client)} answered, but what it advertises (advertised.listeners) does not: {error}") from error
     except KafkaError as error:
-        raise KafkaFailure(f"{_servers(client)} refused: {error}") from error
+        raise KafkaFailure(f"{servers(client)} refused: {error}") from error
     finally:
         admin.close()
 
 
 def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, object], rules: Mapping[str, object] | None = None) -> Any:
     """A connected client of kafka-python: our defaults, then what of the user's options it knows, then our rules."""
-    _silence_secrets()
+    inside.silence_secrets()
+    warn_of_plaintext(client)
     opened: list[Any] = []
 
     def open_network(**network: object) -> Any:
@@ -595,17 +757,17 @@ def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, obj
     known = {name: value for name, value in client.items() if name in make.DEFAULT_CONFIG}
     bounds = {"bootstrap_timeout_ms": int(BOOTSTRAP_SECONDS * 1000), "kafka_client": open_network}
     options = {**defaults, **known, **(rules or {}), **bounds}
-    with _listening_to_bootstrap() as heard:
+    with listening_to_bootstrap() as heard:
         try:
             # A TLS handshake with a silent peer outlasts the client's own timeout.
             return _in_time(lambda: make(**options), BOOTSTRAP_SECONDS + 0.5)
         except (KafkaTimeoutError, TimeoutError) as error:
-            failure: KafkaFailure = _explain_silence(client, list(heard.reasons))
+            failure: KafkaFailure = explain_silence(client, list(heard.reasons), BOOTSTRAP_SECONDS)
             cause: BaseException = error
         except KafkaConfigurationError as error:
             failure, cause = KafkaOptionError(f"the Kafka client does not take its options: {error}"), error
         except KafkaError as error:
-            failure, cause = KafkaRefused(f"{_servers(client)} accepts connections, but answers: {error}"), error
+            failure, cause = KafkaRefused(f"{servers(client)} accepts connections, but answers: {error}"), error
     for network in opened:
         # A producer's network cannot be closed while the thread that was given up on is in it.
         with suppress(RuntimeError):
@@ -627,77 +789,10 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
     return outcome.result(seconds)
 
 
-class _BootstrapListener(logging.Handler):
-    """Keeps the reasons of failed attempts, which kafka-python tells to its log only."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.reasons: dict[str, None] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.match(r"Bootstrap (?:connection|attempt) to \S+ failed: (.+?)(?: \(backoff .*)?$", record.getMessage())
-        if found:
-            self.reasons[found[1]] = None
-
-
-@contextmanager
-def _listening_to_bootstrap() -> Iterator[_BootstrapListener]:
-    listener = _BootstrapListener()
-    logger = logging.getLogger("kafka.net.manager")
-    logger.addHandler(listener)
-    try:
-        yield listener
-    finally:
-        logger.removeHandler(listener)
-
-
-def _explain_silence(client: Mapping[str, object], reasons: Sequence[str]) -> KafkaUnreachable:
-    servers = _server_names(client)
-    closed = {server: _why_closed(server, PROBE_SECONDS / len(servers)) for server in servers}
-    if all(closed.values()):
-        each = "; ".join(f"{server}: {why}" for server, why in closed.items())
-        return KafkaUnreachable(f"no Kafka broker answered within {BOOTSTRAP_SECONDS:g} s ({each})")
-    accepting = ", ".join(server for server, why in closed.items() if not why)
-    hints = (*_REFUSAL_HINTS, ("", _HINT_BY_PROTOCOL[str(client.get("security_protocol", "PLAINTEXT"))]))
-    hint, reason = next((hint, reason) for pattern, hint in hints for reason in [*reasons, ""] if re.search(pattern, reason))
-    told = f" ({reason})" if reason else ""
-    return KafkaRefused(f"{accepting} accepts connections, but let nobody in within {BOOTSTRAP_SECONDS:g} s: {hint}{told}")
-
-
-_REFUSAL_HINTS = (
-    ("SaslAuthenticationFailed", "the login was refused, check sasl.username and sasl.password"),
-    ("UnsupportedSaslMechanism", "the login was refused, the broker does not offer this sasl.mechanism"),
-    ("IllegalSaslState", "this listener wants no login, check security.protocol"),
-    ("SSL|Handshake|certificate", "TLS failed, is this the TLS port and does ssl.ca.location hold its authority?"),
-)
-# kafka-python often loses the answer of a broker that refuses a login and hangs up.
-_LOGIN_CUT = "the login failed, check sasl.username, sasl.password and sasl.mechanism, and security.protocol for this listener"
-_HINT_BY_PROTOCOL = {
-    "PLAINTEXT": "is it a Kafka broker, and does it want TLS or a login (security.protocol)?",
-    "SSL": "is it a Kafka broker, and is this the TLS port without a login (security.protocol)?",
-    "SASL_PLAINTEXT": _LOGIN_CUT,
-    "SASL_SSL": _LOGIN_CUT,
-}
-
-
-def _why_closed(server: str, seconds: float) -> str:
-    """Why nothing accepts a connection there; empty when something does."""
-    host, port = server.rsplit(":", 1)
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), seconds).close()
-    except TimeoutError:
-        return "no answer"
-    except (OSError, OverflowError) as error:
-        return str(getattr(error, "strerror", None) or error).lower()
-    return ""
-
-
 def _leaders_silent(consumer: Any, client: Mapping[str, object], error: KafkaError) -> KafkaUnreachable:
-    # The client has no public way to name what the broker advertises.
-    advertised = ", ".join(f"{broker.host}:{broker.port}" for broker in consumer._cluster.brokers())
     return KafkaUnreachable(
-        f"the brokers of {_servers(client)} ({advertised}) did not answer within {ANSWER_SECONDS:g} s: check that they run, that what "
-        f"they advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
+        f"the brokers of {servers(client)} ({inside.advertised(consumer)}) did not answer within {ANSWER_SECONDS:g} s: check that they "
+        f"run, that what they advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
     )
 
 
@@ -710,7 +805,7 @@ def _assign_all(consumer: Any, topics: Sequence[str], client: Mapping[str, objec
     assigned = []
     for topic in dict.fromkeys(topics):
         if topic not in existing:
-            raise _topic_missing(topic, existing, client)
+            raise topic_missing(topic, existing, client)
         assigned += [TopicPartition(topic, partition) for partition in sorted(consumer.partitions_for_topic(topic))]
     consumer.assign(assigned)
     return assigned
@@ -739,36 +834,9 @@ def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
     return Records(records.partition[keep], records.offset[keep], records.time[keep], records.value.filter(pa.array(keep)))
 
 
-def _topic_missing(topic: str, existing: Collection[str], client: Mapping[str, object]) -> KafkaTopicMissing:
-    near = difflib.get_close_matches(topic, existing, n=3)
-    others = f"near it: {', '.join(near)}" if near else f"{len(existing)} other topics exist, none with a name near it"
-    create = f"kafka-topics.sh --bootstrap-server {_server_names(client)[0]} --create --topic {topic} --partitions 4"
-    return KafkaTopicMissing(f"topic {topic!r} does not exist on {_servers(client)} ({others}); to create it: {create}")
-
-
-def _servers(client: Mapping[str, object]) -> str:
-    return ", ".join(_server_names(client))
-
-
-def _server_names(client: Mapping[str, object]) -> list[str]:
-    servers = client["bootstrap_servers"]
-    assert isinstance(servers, list)
-    return servers
+def _told(error: Exception) -> str:
+    return str(error) if isinstance(error, KafkaError) else f"{type(error).__name__}: {error}"
 
 
 def _names(assigned: Sequence[TopicPartition]) -> str:
     return ", ".join(f"topic {topic!r}" for topic in dict.fromkeys(partition.topic for partition in assigned))
-
-
-class _NoDebug(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno > logging.DEBUG
-
-
-_NO_DEBUG = _NoDebug()
-
-
-def _silence_secrets() -> None:
-    # At DEBUG these write out the options of a client and the bytes of a login. They lose that level; all others keep it.
-    for name in ("kafka.admin.client", "kafka.net.connection", "kafka.protocol.parser"):
-        logging.getLogger(name).addFilter(_NO_DEBUG)

@@ -87,6 +87,18 @@ class BatchSource:
     def finished(self) -> bool:
         return self._exhausted
 
+    def silent_seconds(self) -> float:
+        """Always zero: memory answers."""
+        return 0.0
+
+    def lost(self) -> dict[int, int]:
+        """Nothing ever is."""
+        return {}
+
+    def topic_ids(self) -> dict[str, str | None]:
+        """There is no topic."""
+        return {}
+
     def commit(self, positions: Mapping[int, int]) -> None:
         """Nobody looks at positions in memory."""
 

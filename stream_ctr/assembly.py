@@ -11,12 +11,14 @@ from typing import Any
 import torch
 
 from stream_ctr.baseline import BaselineProcess
-from stream_ctr.config import Config, Field
+from stream_ctr.config import Config, Field, size
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
+from stream_ctr.gate import Gate
 from stream_ctr.join import LabelJoiner
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
+from stream_ctr.signing import SigningKey
 from stream_ctr.trainer import Flags, Source, Trainer
 
 # Sections that a state directory keeps: a later run on it starts from these.
@@ -55,7 +57,7 @@ def build_trainer(
         "model": config.snapshots.model_name,
         "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
         "learner": learning,
-        "join": {**joining, "allowed_lateness_ms": lateness_ms},
+        "join": {**joining, "allowed_lateness_ms": lateness_ms, "stall_clicks": config.join.stall_clicks},
         "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
         "config": {**kept, "features": {**kept["features"], **features}},
     }
@@ -66,7 +68,14 @@ def build_trainer(
         outlet=outlet,
         decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)),
         hasher=hasher,
-        joiner=LabelJoiner(fields=len(fields), value_fields=len(hasher.value_fields), **joining),
+        joiner=LabelJoiner(
+            fields=len(fields),
+            value_fields=len(hasher.value_fields),
+            **joining,
+            max_bytes=size(config.join.max_memory),
+            over_bound=config.join.over_memory,
+            spill_directory=directory / "spill",
+        ),  # fmt: skip
         learner=learner,
         directory=directory,
         identity=identity,
@@ -74,10 +83,14 @@ def build_trainer(
         baseline_share=config.baseline.sample_rate,
         lateness_ms=lateness_ms,
         idle_seconds=config.join.idle_timeout.total_seconds(),
+        stall_clicks=config.join.stall_clicks,
         window_ms=_milliseconds(config.metrics.window),
         rolling_windows=config.metrics.rolling_windows,
         snapshot_examples=config.schedule.snapshot_examples,
         keep_snapshots=config.snapshots.keep,
+        signing=signing_key(config),
+        gate=Gate(config.snapshots.gate_clicks, config.snapshots.gate_logloss, config.snapshots.gate_calibration),
+        skips_before_rollback=config.learn.skips_before_rollback,
         max_bad_share=config.input.max_bad_share,
         flags=flags,
         show=show,
@@ -85,10 +98,15 @@ def build_trainer(
     )
 
 
+def signing_key(config: Config) -> SigningKey | None:
+    """What snapshots are signed with, if they are. Raises `ConfigError` when it cannot be read."""
+    return SigningKey(Path(config.snapshots.signing_key)) if config.snapshots.signing_key else None
+
+
 def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
     """What rebuilds the learner, on any device."""
     model = config.model.model_dump(exclude={"name"}) | {"hidden": list(config.model.hidden)}
-    learn = config.learn.model_dump(exclude={"device", "threads"})
+    learn = config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"})
     return {"model": config.model.name, "fields": len(hasher.fields), "value_fields": hasher.value_fields, **model, **learn}
 
 

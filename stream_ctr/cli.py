@@ -64,6 +64,7 @@ def main(verbose: int) -> None:
     if not verbose:
         # kafka-python reports each lost connection at ERROR and goes on; what stops a command is told by the command itself.
         handler.addFilter(lambda record: not record.name.startswith("kafka"))
+    logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every function that it compiles, bytecode and all
     logging.basicConfig(level=level, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
@@ -136,10 +137,12 @@ def _load_config(
     help="Everything that the run writes; an existing one is resumed.",
 )
 @click.option("--until-end", is_flag=True, help="Stop when all that was there at the start is learned. (A --source always ends.)")
+@click.option("--take-over", is_flag=True, help="Go on though another run holds the directory: one that is frozen, or whose host is gone.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
 def run(
     topic: str | None, click_topic: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
-    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, device: str | None,
+    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, take_over: bool,
+    device: str | None,
 ) -> None:  # fmt: skip
     """Learn from impressions and clicks; report, snapshot, publish.
 
@@ -148,11 +151,12 @@ def run(
     stream-ctr run --topic impressions --click-topic clicks --config my.toml
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
     """
-    from stream_ctr import runs
+    from stream_ctr import assembly, runs
 
     extra = (*extra, f"learn.device={device}") if device else extra
-    with runs.state_directory(state):
-        kept = runs.kept_config(state)
+    with runs.state_directory(state, take_over=take_over) as lease:
+        key = assembly.signing_key(_load_config(config_path, extra)[0])
+        kept = runs.kept_config(state, key.verify if key else None)
         config, properties = _load_config(
             config_path, extra, base=kept, topic=topic, click_topic=click_topic, bootstrap_servers=bootstrap_servers
         )
@@ -161,11 +165,11 @@ def run(
             log = _open_log(source, log_format, log_seed)
             invented = log.notes
             _tell(invented)
-            runs.train_on_log(log, config, state)
+            runs.train_on_log(log, config, lease)
             _tell([note for note in log.notes if note not in invented])  # what reading it has shown
         else:
             with runs.connector_errors():
-                runs.train_on_kafka(client, config, state, until_end=until_end)
+                runs.train_on_kafka(client, config, lease, until_end=until_end)
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -262,11 +266,12 @@ def simulate(impressions: int, seed: int, out: Path) -> None:
 @click.option("--once", is_flag=True, help="Load one snapshot and stop; exit code 6 when there is none in time.")
 @click.option("--timeout", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds that --once waits.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+@click.option("--public-key", type=click.Path(path_type=Path), help="A PEM file; what its private key did not sign is refused.")
 @click.option("--exec", "command", metavar="COMMAND", help="Run this for each snapshot; {path} stands for its directory. No shell.")
 @_settings
 def subscribe(
-    state: Path | None, topic: str | None, model_name: str, once: bool, timeout: float, as_json: bool, command: str | None,
-    bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+    state: Path | None, topic: str | None, model_name: str, once: bool, timeout: float, as_json: bool, public_key: Path | None,
+    command: str | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Follow published snapshots; verify and load each, print a line.
 
@@ -287,7 +292,7 @@ def subscribe(
         raise click.UsageError("--state and --topic are two ways to follow; give one")
     with contextlib.ExitStack() as stack:
         if state:
-            subscriber = Subscriber(state)
+            subscriber = Subscriber(state, public_key=public_key)
         else:
             from connectors import kafka
 
@@ -296,7 +301,7 @@ def subscribe(
             stack.enter_context(runs.connector_errors())
             reader = kafka.PointerReader(client, topic or config.snapshots.topic)
             stack.callback(reader.close)
-            subscriber = Subscriber(TopicPointers(reader, model_name=model_name))
+            subscriber = Subscriber(TopicPointers(reader, model_name=model_name), public_key=public_key)
         stack.enter_context(runs.signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
@@ -341,9 +346,10 @@ def _run_hook(hook: Sequence[str], pointer: Mapping[str, Any]) -> None:
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )
+@click.option("--public-key", type=click.Path(path_type=Path), help="A PEM file; what its private key did not sign is refused.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
 @_log_options
-def score(log: Path, path: Path, as_json: bool, log_format: str | None, log_seed: int) -> None:
+def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_format: str | None, log_seed: int) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
     \b
@@ -351,14 +357,15 @@ def score(log: Path, path: Path, as_json: bool, log_format: str | None, log_seed
     """
     from stream_ctr import snapshot
     from stream_ctr.events import Decoder
-    from stream_ctr.subscribe import Scorer
+    from stream_ctr.subscribe import Scorer, verifier
 
+    signature = verifier(public_key)
     if (path / "snapshots").is_dir():
-        newest = snapshot.newest(path / "snapshots")
+        newest = snapshot.newest(path / "snapshots", signature=signature)
         if newest is None:
             raise SnapshotError(f"{path} has no snapshot yet")
         path = newest
-    scorer = Scorer(path)
+    scorer = Scorer(path, signature=signature)
     decoder = Decoder(scorer.fields)
     rejected = scored = unknown = 0
     for batch in _open_log(log, log_format, log_seed).batches():

@@ -31,6 +31,9 @@ ENVIRONMENT_PREFIX = "STREAM_CTR_"
 # Environment names of the project that are not configuration keys.
 ENVIRONMENT_OTHERS = {"STREAM_CTR_DATA", "STREAM_CTR_FAILPOINT", "STREAM_CTR_SNAPSHOT", "STREAM_CTR_SNAPSHOT_ID"}
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_LONGEST_SECONDS = 36500 * 86400.0  # sums of event times and a few of these stay far from the end of 64 bits
+_LARGEST_SIZE = 2**60
+_NOT_SHOWN = "the value is not shown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +54,16 @@ def duration(text: object) -> timedelta:
     ValueError: a duration needs a unit (ms, s, m, h, d), got '10'
     """
     if isinstance(text, timedelta):
-        return text
+        text = format_duration(text)
+    if str(text).strip().startswith("-"):
+        raise ValueError(f"a duration cannot be negative, got {text!r:.80}")
     parts = re.findall(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", str(text))
     if not parts or "".join(number + unit for number, unit in parts) != str(text).strip():
-        raise ValueError(f"a duration needs a unit (ms, s, m, h, d), got {text!r}")
-    return timedelta(seconds=sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts))
+        raise ValueError(f"a duration needs a unit (ms, s, m, h, d), got {text!r:.80}")
+    seconds = sum(float(number) * _UNIT_SECONDS[unit] for number, unit in parts)
+    if seconds > _LONGEST_SECONDS:
+        raise ValueError(f"a duration is at most 100 years, got {text!r:.80}")
+    return timedelta(seconds=seconds)
 
 
 def format_duration(length: timedelta) -> str:
@@ -72,6 +80,24 @@ def format_duration(length: timedelta) -> str:
     return f"{milliseconds}ms"
 
 
+_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+def size(text: object) -> int:
+    """A number of bytes such as "512MiB" or "2GB"; a bare number has no unit and is refused.
+
+    >>> size("1.5GiB")
+    1610612736
+    >>> size("100")
+    Traceback (most recent call last):
+    ValueError: a size needs a unit (KB, MB, GB, KiB, MiB, GiB), got '100'
+    """
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_SIZE_UNITS)})", str(text).strip())
+    if match is None:
+        raise ValueError(f"a size needs a unit ({', '.join(_SIZE_UNITS)}), got {text!r:.80}")
+    return int(min(float(match[1]) * _SIZE_UNITS[match[2]], _LARGEST_SIZE))
+
+
 def _positive(length: timedelta) -> timedelta:
     if length < timedelta(milliseconds=1):
         raise ValueError(f"must be at least 1ms, got {format_duration(length)!r}")
@@ -81,6 +107,10 @@ def _positive(length: timedelta) -> timedelta:
 Duration = Annotated[timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)]
 Period = Annotated[timedelta, BeforeValidator(duration), AfterValidator(_positive), PlainSerializer(format_duration, return_type=str)]
 """A duration of at least a millisecond."""
+
+
+Size = Annotated[str, AfterValidator(lambda text: size(text) and text)]
+"""A number of bytes, as text; `size` reads it."""
 
 
 class Section(BaseModel):
@@ -94,14 +124,23 @@ class Input(Section):
     click_topic: str = ""
     """A second topic, for producers that keep clicks apart. Empty: one topic holds both."""
     bootstrap_servers: str = ""
-    """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092."""
+    """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092. A login is not part of it (see sasl.username)."""
     group: str = "stream-ctr"
     """Consumer group of the advisory offset commits that lag tools read."""
     max_record_bytes: int = key(1 << 20, ge=1)
-    max_ahead: Duration = timedelta(days=1)
-    """How far an event's time may be ahead of the broker's time of its record; beyond it is a dead letter."""
+    max_ahead: Duration = timedelta(minutes=5)
+    """How far an event's time may be ahead of the broker's time of its record (of now, in a log); beyond it is a dead letter."""
     max_bad_share: float = key(0.5, gt=0, le=1)
     """Stop with exit code 5 when more than this share of at least 1,000 records is bad."""
+    on_lost: Literal["stop", "skip"] = "stop"
+    """When the topic no longer holds what comes next: stop (exit code 5) and say how much is lost, or count it and go on after it."""
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _no_login(cls, servers: str) -> str:
+        if "@" in servers or "//" in servers:
+            raise ValueError(f"is host:port,...; a login goes into the Kafka options sasl.username and sasl.password ({_NOT_SHOWN})")
+        return servers
 
 
 class Features(Section):
@@ -137,6 +176,12 @@ class Join(Section):
     duplicate_horizon: Duration = timedelta(hours=1)
     idle_timeout: Duration = timedelta(seconds=30)
     """A partition with nothing new for this long no longer holds the watermark back."""
+    stall_clicks: float = key(50.0, ge=0)
+    """Learning waits when this many clicks should have come since the last one: then clicks are delayed, not absent. 0: never."""
+    max_memory: Size = "1GB"
+    """Of waiting impressions, early clicks and remembered ids."""
+    over_memory: Literal["spill", "evict"] = "spill"
+    """Beyond it waiting impressions go to disk, or a uniform share of them is given up; both are counted."""
 
 
 class Model(Section):
@@ -172,6 +217,8 @@ class Learn(Section):
     Two runs are equal bit for bit with one number of threads.
     """
     seed: int = key(0, ge=0)
+    skips_before_rollback: int = key(8, ge=1)
+    """After this many batches in a row without a finite loss and gradient, the model goes back to the last good snapshot."""
 
 
 class Baseline(Section):
@@ -204,6 +251,14 @@ class Snapshots(Section):
     topic: str = "stream-ctr.snapshots"
     model_name: str = "default"
     """Key of this model's pointer on the snapshot topic."""
+    signing_key: str = ""
+    """File with an Ed25519 private key (PEM). Snapshots are signed with it, and none without its signature is gone on from."""
+    gate_clicks: int = key(1000, ge=0)
+    """A snapshot is published unless the model did worse, on at least this many clicks since the last verdict; 0: always published."""
+    gate_logloss: float = key(0.1, gt=0)
+    """By which share its logloss may be above the baseline's, and above that of the published snapshot."""
+    gate_calibration: float = key(0.3, gt=0)
+    """By how much |ln(predicted / actual clicks)| may be above the baseline's (without one: the published snapshot's)."""
 
 
 class Config(Section):
@@ -235,10 +290,9 @@ def load(
     merged: dict[str, Any] = {}
     for layer in layers:
         for section, values in layer.items():
-            if isinstance(values, Mapping):
-                merged[section] = {**merged.get(section, {}), **values}
-            else:
-                merged[section] = values
+            before = merged.get(section, {})
+            if isinstance(before, Mapping):  # else it stays, to be named
+                merged[section] = {**before, **values} if isinstance(values, Mapping) else values
     try:
         return Config(**merged)
     except ValidationError as error:
@@ -302,4 +356,5 @@ def _explain(error: ValidationError) -> Iterator[str]:
             yield f"unknown key {name!r}{nearest(name, words)}"
         else:
             reason = problem["msg"].removeprefix("Value error, ")
-            yield f"{'.'.join(where)}: {reason}" + ("" if repr(problem["input"]) in reason else f", got {problem['input']!r}")
+            shown = f"{problem['input']!r:.200}"
+            yield f"{'.'.join(where)}: {reason}" + ("" if shown in reason or _NOT_SHOWN in reason else f", got {shown}")

@@ -14,6 +14,7 @@ from connectors.errors import EmbeddedUnavailable
 from stream_ctr import runs
 from stream_ctr.config import Config
 from stream_ctr.display import final_table
+from stream_ctr.lease import Lease
 from stream_ctr.simulate import Simulation
 from stream_ctr.snapshot import Pointer
 from stream_ctr.subscribe import Subscriber
@@ -30,13 +31,13 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
     def note_delay(pointer: Pointer) -> None:
         delays.append(time.time() - pointer["created_ms"] / 1000)
 
-    with runs.state_directory(state), Subscriber(state, on_snapshot=note_delay) as subscriber:
+    with runs.state_directory(state) as lease, Subscriber(state, on_snapshot=note_delay) as subscriber:
         try:
             with EmbeddedBroker() as broker:
-                report = _through_kafka(broker.bootstrap_servers, simulation, config, state)
+                report = _through_kafka(broker.bootstrap_servers, simulation, config, lease)
         except EmbeddedUnavailable as error:
             runs.say(f"note: {error}; reading the same stream without a broker")
-            report = runs.train_on_log(simulation, config, state)
+            report = runs.train_on_log(simulation, config, lease)
         deadline = time.monotonic() + 10.0
         while (pointer := subscriber.pointer) is None or pointer["snapshot"] != report["snapshot"]:
             if time.monotonic() > deadline:
@@ -50,7 +51,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
     print(f"snapshot:   {state / 'snapshots' / report['snapshot']}")
 
 
-def _through_kafka(servers: str, simulation: Simulation, config: Config, state: Path) -> dict[str, Any]:
+def _through_kafka(servers: str, simulation: Simulation, config: Config, lease: Lease) -> dict[str, Any]:
     client = runs.client(servers, None, {})
     with runs.connector_errors():
         kafka.ensure_topic(client, config.input.topic)
@@ -60,4 +61,4 @@ def _through_kafka(servers: str, simulation: Simulation, config: Config, state: 
         finally:
             sink.close()
         runs.say(f"replayed {count:,} simulated events into topic {config.input.topic!r} on {servers} in {seconds:.1f} s; learning")
-        return runs.train_on_kafka(client, config, state, until_end=True, fields=simulation.fields)
+        return runs.train_on_kafka(client, config, lease, until_end=True, fields=simulation.fields)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from stream_ctr.config import Field
 from stream_ctr.errors import DataError
 from stream_ctr.events import EARLIEST_MS, LATEST_MS, Decoder, encode_clicks, encode_impressions
 from stream_ctr.history import BATCH_ROWS, EventBatch, Log, in_time_order
-from stream_ctr.rows import Rows, epoch_ms, mask, one_array
+from stream_ctr.rows import Rows, epoch_ms, mask, one_array, one_line
 from stream_ctr.text import TextLog
 
 _ARROW_FILE = b"ARROW1\0\0"
@@ -93,18 +94,21 @@ class _ColumnLog(Log):
     def __init__(self, path: Path) -> None:
         try:
             schema = self._schema(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{path} is no {self.format} file: {error}") from None
+            _require_names_once(schema)
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is no {self.format} file: {one_line(error)}") from None
         for name, accepted in _EVENT_COLUMNS.items():
             if name not in schema.names or not any(accepts(schema.field(name).type) for accepts in accepted):
-                what = f"column {name} is {schema.field(name).type}" if name in schema.names else f"there is no column {name}"
+                what = f"column {name} is {one_line(schema.field(name).type)}" if name in schema.names else f"there is no column {name}"
                 raise DataError(
                     f"{path} holds no events: {what}; needed are kind and impression_id as text, time as milliseconds or timestamp"
                 )
         self.nested = "features" in schema.names
-        columns = (
-            schema.field("features").type if self.nested else [c for c in schema if c.name not in (*_EVENT_COLUMNS, "true_probability")]
-        )
+        columns = [column for column in schema if column.name not in (*_EVENT_COLUMNS, "true_probability")]
+        if self.nested:
+            columns = _members(path, schema.field("features"))
+        if "true_probability" in schema.names and not _is_number(schema.field("true_probability").type):
+            raise DataError(f"{path}: column true_probability is {one_line(schema.field('true_probability').type)}, not a number")
         super().__init__(path, tuple(_column_field(path, column) for column in columns))
 
     def _schema(self, path: Path) -> pa.Schema:
@@ -120,10 +124,11 @@ class _ColumnLog(Log):
         first = 1
         try:
             for batch in self._record_batches():
-                yield self._encoded(Rows(np.arange(first, first + len(batch)), pa.Table.from_batches([batch]), self.rejected))
+                rows = Rows(np.arange(first, first + len(batch)), pa.Table.from_batches([batch]), self.rejected)
+                yield self._encoded(rows.sound())
                 first += len(batch)
-        except (pa.ArrowInvalid, OSError) as error:
-            self.rejected.add(first, f"the rest cannot be read: {error}")
+        except (pa.ArrowException, OSError) as error:
+            self.rejected.add(first, f"the rest cannot be read: {one_line(error)}")
 
     def _encoded(self, rows: Rows) -> pa.RecordBatch:
         rows = rows.parsed("time", epoch_ms, "epoch milliseconds, a timestamp or RFC 3339").identified("impression_id")
@@ -165,12 +170,33 @@ def _text(column: pa.Array) -> pa.Array:
     return column.cast(pa.string())
 
 
+def _members(path: Path, features: pa.Field) -> list[pa.Field]:
+    if not pa.types.is_struct(features.type):
+        raise DataError(f"{path}: column features is {one_line(features.type)}; it must be a struct, or each feature a column of its own")
+    return list(features.type)
+
+
+def _require_names_once(columns: Iterable[pa.Field]) -> None:
+    """Also within structs. Raises UnicodeDecodeError where a name is no text."""
+    columns = list(columns)
+    counts = Counter(column.name for column in columns)
+    if twice := [name for name, count in counts.items() if count > 1]:
+        raise pa.ArrowInvalid(f"column {twice[0]} is there twice")
+    for column in columns:
+        if pa.types.is_struct(column.type):
+            _require_names_once(column.type)
+
+
+def _is_number(type: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type) or pa.types.is_floating(type))
+
+
 def _column_field(path: Path, column: pa.Field) -> Field:
-    if column.type != pa.uint64() and (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+    if column.type != pa.uint64() and _is_number(column.type):
         return Field(column.name, "numeric")
     if _is_text(column.type) or column.type in (pa.uint64(), pa.bool_()):
         return Field(column.name, "categorical")
-    raise DataError(f"{path}: column {column.name} is {column.type}; a feature is text, a number or a boolean")
+    raise DataError(f"{path}: column {one_line(column.name)} is {one_line(column.type)}; a feature is text, a number or a boolean")
 
 
 def _is_text(type: pa.DataType) -> bool:
@@ -209,19 +235,31 @@ class ArrowLog(_ColumnLog):
     format = "arrow"
 
     def _schema(self, path: Path) -> pa.Schema:
-        with pa.memory_map(str(path)) as file:
+        with pa.OSFile(str(path)) as file:
             return _stream(file).schema
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.memory_map(str(self.path)) as file:
+        with pa.OSFile(str(self.path)) as file:  # not mapped: a file that shrinks meanwhile would end the process
             reader, size = _stream(file), max(1, file.size())
             for batch in reader:
                 self.progress = min(1.0, file.tell() / size)
+                for column in batch.columns:
+                    _require_sound(column)
                 for start in range(0, len(batch), BATCH_ROWS):
                     yield batch.slice(start, BATCH_ROWS)
 
 
-def _stream(file: pa.MemoryMappedFile) -> pa.RecordBatchReader:
+def _require_sound(column: pa.Array) -> None:
+    """Raises `pa.ArrowInvalid` where it is not: what is read from an Arrow file are addresses, and nothing has looked at them yet."""
+    column.validate(full=True)
+    if pa.types.is_dictionary(column.type):
+        _require_sound(column.dictionary)
+    if pa.types.is_struct(column.type):
+        for index in range(column.type.num_fields):
+            _require_sound(column.field(index))
+
+
+def _stream(file: pa.OSFile) -> pa.RecordBatchReader:
     """A reader of the batches one after the other. An IPC file is an IPC stream between the magic `ARROW1` and a footer."""
     if file.read(8) != _ARROW_FILE:
         file.seek(0)

@@ -5,6 +5,7 @@
 
 `time` is epoch milliseconds or RFC 3339. A categorical value is a string, an integer or a boolean; a numeric value is a finite number;
 null or absent is missing. `true_probability`, on impressions of simulated streams, is the probability that the label was drawn with.
+Other members are accepted and counted, of a member that is there twice the last wins.
 
 Good records are parsed a block at a time by Arrow's JSON reader. Only records of a block that it refuses are looked at one by one
 (msgspec, a strict parser), so one bad record costs its neighbours time and nothing else. Both ways accept exactly the same records.
@@ -18,7 +19,8 @@ Good records are parsed a block at a time by Arrow's JSON reader. Only records o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -32,16 +34,22 @@ import pyarrow.compute as pc
 import pyarrow.json
 
 from stream_ctr.config import Field
+from stream_ctr.errors import DataError
 
 # Epoch milliseconds of 1973-03-03 and 2100-01-01: a time outside is seconds taken for milliseconds, zero, or a broken clock.
 EARLIEST_MS, LATEST_MS = 100_000_000_000, 4_102_444_800_000
-_BLOCK_ROWS = 8192
+_BLOCK_ROWS, _BLOCK_BYTES = 8192, 64 << 20
 _NEWLINE = pa.scalar(b"\n", pa.large_binary())
 _NOTHING = pa.scalar(b"", pa.large_binary())
 _END = np.iinfo(np.int64).max
 _SMALLEST_BLOCK_ROWS = 32
 # Deeper than any event; the strict parser stops at about a thousand, depending on the stack it stands on.
 _DEEPEST_NESTING = 256
+# The strict parser refuses an integer of more than 4,300 digits, wherever it stands.
+_MOST_DIGITS = 4000
+# A field that fewer impressions have is a slip of one producer, and a row of a model for as long as it lives.
+_LEAST_SHARE_OF_IMPRESSIONS = 0.01
+_MOST_INFERRED_FIELDS = 1000
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -74,8 +82,11 @@ class Impressions:
 
 @dataclass(frozen=True, slots=True)
 class Events:
+    """`with_unknown_fields` is how many of the events have a member that nobody reads: one of no configured name, or one there twice."""
+
     impressions: Impressions
     clicks: Clicks
+    with_unknown_fields: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,33 +123,33 @@ class Decoder:
         """
         tables: list[pa.Table] = []
         bad: list[tuple[int, str, str]] = []
-        fast, slow = self._sort_out(values)
-        for start in range(0, len(fast), _BLOCK_ROWS):
-            tables += self._decode_block(values, fast[start : start + _BLOCK_ROWS], bad)
+        text = _Text.of(values)
+        fast, slow = self._sort_out(text)
+        for rows in text.blocks(fast):
+            tables += self._decode_block(values, rows, bad)
         if len(slow):
             tables.append(self._decode_one_by_one(values, slow, bad))
         table = pa.concat_tables(tables) if tables else self._table([], [])
         rows = table["row"].to_numpy()
         if len(tables) > 1 and np.any(np.diff(rows) < 0):
             table = table.take(pa.array(np.argsort(rows, kind="stable")))
-        return self._checked(table.combine_chunks(), bad, received)
+        return self._checked(table.combine_chunks(), text, bad, received)
 
     # -- the fast way -------------------------------------------------------------------------------------------------------------
 
-    def _sort_out(self, values: pa.LargeBinaryArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def _sort_out(self, text: _Text) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Rows that may be parsed together, and rows that must be looked at alone.
 
         A record that starts with { and ends with } cannot merge with its neighbours into fewer documents: a raw newline is not allowed
-        inside a string, and { may not follow }. So when n such records parse to n rows, each record is exactly one row.
+        inside a string, and { may not follow. So when n such records parse to n rows, each record is exactly one row. What Arrow reads
+        although it is no JSON, or no JSON to the strict parser, is looked at alone too.
         """
-        sizes = np.asarray(pc.fill_null(pc.binary_length(values), 0))
-        data = np.frombuffer(values.buffers()[2] or b"", np.uint8)
-        offsets = np.frombuffer(values.buffers()[1], np.int64)[values.offset : values.offset + len(values) + 1] if len(values) else sizes
-        plain = (sizes > 1) & (sizes <= self.max_record_bytes)
+        plain = (text.size > 1) & (text.size <= self.max_record_bytes)
         at = np.flatnonzero(plain)
-        plain[at] = (data[offsets[at]] == ord("{")) & (data[offsets[at] + sizes[at] - 1] == ord("}"))
-        large = np.flatnonzero(plain & (sizes > 2 * _DEEPEST_NESTING))
-        plain[large] = _nesting(data, offsets, large) <= _DEEPEST_NESTING
+        plain[at] = (text.data[text.start[at]] == ord("{")) & (text.data[text.start[at] + text.size[at] - 1] == ord("}"))
+        doubtful = np.flatnonzero(plain & (text.doubtful | (text.size > 2 * _DEEPEST_NESTING)))
+        nesting, digits, constants = _structure(text.data, text.start[doubtful], text.size[doubtful])
+        plain[doubtful] = (nesting <= _DEEPEST_NESTING) & (digits <= _MOST_DIGITS) & ~constants
         return np.flatnonzero(plain), np.flatnonzero(~plain)
 
     def _decode_block(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64], bad: list[tuple[int, str, str]]) -> list[pa.Table]:
@@ -153,7 +164,8 @@ class Decoder:
     def _parse(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]) -> pa.Table | None:
         contiguous = rows[-1] - rows[0] + 1 == len(rows)
         block = values.slice(int(rows[0]), len(rows)) if contiguous else values.take(pa.array(rows))
-        text = pc.binary_join(pa.LargeListArray.from_arrays(pa.array([0, len(block)], pa.int64()), block), _NEWLINE)[0].as_buffer()
+        lines = pa.LargeListArray.from_arrays(pa.array([0, len(block)], pa.int64()), block)
+        text = pc.binary_join(lines, _NEWLINE)[0].as_buffer()
         features = pa.struct([(field.name, self._types[field.name]) for field in self.fields])
         schema = pa.schema(
             [
@@ -165,15 +177,13 @@ class Decoder:
             ]
         )
         try:
+            block.cast(pa.large_string())  # Arrow's JSON parser lets invalid UTF-8 through
             table = pa.json.read_json(
                 pa.BufferReader(text),
                 read_options=pa.json.ReadOptions(use_threads=False, block_size=max(text.size + 1, 1 << 16)),
                 parse_options=pa.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
             ).combine_chunks()
-            if len(table) != len(rows):
-                return None
-            table.validate(full=True)  # Arrow's parser lets invalid UTF-8 through
-            return self._table_of(rows, table)
+            return self._table_of(rows, table) if len(table) == len(rows) else None
         except pa.ArrowInvalid:
             return None
 
@@ -185,8 +195,8 @@ class Decoder:
             )
         features = parsed["features"].combine_chunks()
         columns = {field.name: pc.struct_field(features, [index]) for index, field in enumerate(self.fields)}
-        numbers = [pc.all(pc.is_finite(columns[field.name])).as_py() for field in self.fields if field.kind == "numeric"]
-        if False in numbers:  # NaN is no JSON, but Arrow reads it
+        numbers = [parsed["true_probability"], *(columns[field.name] for field in self.fields if field.kind == "numeric")]
+        if not all(pc.all(pc.is_finite(column), min_count=0).as_py() for column in numbers):  # of an integer with hundreds of digits
             raise pa.ArrowInvalid("not finite")
         arrays = [pa.array(rows), parsed["kind"], parsed["impression_id"], time, pc.is_valid(features), parsed["true_probability"]]
         arrays += [column.cast(pa.string()) if field.kind == "categorical" else column for field, column in self._with(columns)]
@@ -229,7 +239,7 @@ class Decoder:
             raise _Bad("empty", "no bytes")
         if len(value) > self.max_record_bytes:
             raise _Bad("too_large", f"{len(value)} bytes, more than {self.max_record_bytes}")
-        if _nesting(np.frombuffer(value, np.uint8), np.array([0, len(value)]), np.zeros(1, np.int64))[0] > _DEEPEST_NESTING:
+        if _structure(np.frombuffer(value, np.uint8), np.zeros(1, np.int64), np.array([len(value)]))[0][0] > _DEEPEST_NESTING:
             raise _Bad("too_deep", f"nested more than {_DEEPEST_NESTING} deep")
         try:
             document = msgspec.json.decode(value)
@@ -281,7 +291,9 @@ class Decoder:
 
     # -- what holds for both ------------------------------------------------------------------------------------------------------
 
-    def _checked(self, table: pa.Table, bad: list[tuple[int, str, str]], received: npt.NDArray[np.int64] | None) -> tuple[Events, Rejects]:
+    def _checked(
+        self, table: pa.Table, text: _Text, bad: list[tuple[int, str, str]], received: npt.NDArray[np.int64] | None
+    ) -> tuple[Events, Rejects]:
         n = len(table)
         kind, identity = table["kind"], table["impression_id"]
         impression = np.asarray(pc.fill_null(pc.equal(kind, "impression"), False))
@@ -311,7 +323,18 @@ class Decoder:
             fine &= ~broken
         bad.sort()
         rejects = Rejects(np.array([row for row, _, _ in bad], np.int64), [code for _, code, _ in bad], [message for _, _, message in bad])
-        return Events(self._impressions(table, impression & fine), self._clicks(table, click & fine)), rejects
+        unknown = self._with_unknown_fields(table, text, fine)
+        return Events(self._impressions(table, impression & fine), self._clicks(table, click & fine), unknown), rejects
+
+    def _with_unknown_fields(self, table: pa.Table, text: _Text, fine: npt.NDArray[np.bool_]) -> int:
+        """Records with more members than were read from them. Few have even as many colons, so few are looked at again."""
+        read = 3 + np.asarray(table["has_features"], np.int64) + np.asarray(pc.is_valid(table["true_probability"]))
+        for field in self.fields:
+            column = table[f"f.{field.name}"]
+            read += np.asarray(pc.is_valid(column)) if column.null_count else 1
+        rows = table["row"].to_numpy()
+        at = np.flatnonzero(fine & (text.colons[rows] > read))
+        return int(np.count_nonzero(_members(text.data, text.start[rows[at]], text.size[rows[at]]) > read[at]))
 
     def _impressions(self, table: pa.Table, keep: npt.NDArray[np.bool_]) -> Impressions:
         kept = (table if keep.all() else table.filter(pa.array(keep))).combine_chunks()
@@ -330,19 +353,66 @@ class _Bad(Exception):
         self.code, self.message = code, message
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """The bytes of n records, and what a glance at each tells: colons, and whether Arrow may read something that is no JSON."""
+
+    data: npt.NDArray[np.uint8]
+    start: npt.NDArray[np.int64]
+    size: npt.NDArray[np.int64]
+    colons: npt.NDArray[np.int64]
+    doubtful: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, values: pa.LargeBinaryArray) -> _Text:
+        _, offsets, data = values.buffers()
+        text = np.frombuffer(data or b"", np.uint8)
+        ends = np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1] if len(values) else np.zeros(1, np.int64)
+        start, size = ends[:-1], np.asarray(pc.fill_null(pc.binary_length(values), 0))
+        return cls(text, start, size, *_glance(text, start, size))
+
+    def blocks(self, rows: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """These rows in runs that are parsed at once."""
+        part = np.arange(len(rows)) // _BLOCK_ROWS + np.cumsum(self.size[rows]) // _BLOCK_BYTES
+        return np.split(rows, np.flatnonzero(np.diff(part)) + 1) if len(rows) else []
+
+
 @numba.njit(cache=True, nogil=True)
-def _nesting(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """How deep the brackets of each of these records nest; brackets inside strings do not count."""
-    deepest = np.zeros(len(rows), np.int64)
-    for i in range(len(rows)):
-        depth, quoted, escaped = 0, False, False
-        for at in range(offsets[rows[i]], offsets[rows[i] + 1]):
+def _glance(
+    data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """Colons in each record, and whether NaN or Inf occurs in it. Written so that the compiler makes vector instructions of it."""
+    colons, doubtful = np.zeros(len(start), np.int64), np.zeros(len(start), np.bool_)
+    for i in range(len(start)):
+        record = data[start[i] : start[i] + size[i]]
+        count, found = np.int32(0), np.int32(0)
+        for at in range(len(record) - 2):
+            count += record[at] == 58  # :
+            found |= (record[at] == 78) & (record[at + 1] == 97) & (record[at + 2] == 78)
+            found |= (record[at] == 73) & (record[at + 1] == 110) & (record[at + 2] == 102)
+        colons[i], doubtful[i] = count, found > 0
+    return colons, doubtful
+
+
+@numba.njit(cache=True, nogil=True)
+def _structure(
+    data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """How deep the brackets of each record nest, its longest run of digits, and whether it has an N or I; nothing in strings counts."""
+    deepest, longest, constants = np.zeros(len(start), np.int64), np.zeros(len(start), np.int64), np.zeros(len(start), np.bool_)
+    for i in range(len(start)):
+        depth, digits, quoted, escaped = 0, 0, False, False
+        for at in range(start[i], start[i] + size[i]):
             byte = data[at]
             if escaped:
                 escaped = False
             elif quoted:
                 escaped = byte == 92  # backslash
                 quoted = byte != 34
+            elif 48 <= byte <= 57:
+                digits += 1
+                longest[i] = max(longest[i], digits)
+                continue
             elif byte == 34:  # "
                 quoted = True
             elif byte == 123 or byte == 91:  # { [
@@ -350,7 +420,34 @@ def _nesting(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64], rows: 
                 deepest[i] = max(deepest[i], depth)
             elif byte == 125 or byte == 93:  # } ]
                 depth -= 1
-    return deepest
+            elif byte == 78 or byte == 73:
+                constants[i] = True
+            digits = 0
+    return deepest, longest, constants
+
+
+@numba.njit(cache=True, nogil=True)
+def _members(data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Members of all objects in each record (valid JSON) but those that are null."""
+    members = np.zeros(len(start), np.int64)
+    for i in range(len(start)):
+        quoted, escaped, named = False, False, False
+        for at in range(start[i], start[i] + size[i]):
+            byte = data[at]
+            if escaped:
+                escaped = False
+            elif quoted:
+                escaped = byte == 92  # backslash
+                quoted = byte != 34
+            elif named and byte > 32:
+                members[i] += byte != 110  # n
+                named = False
+                quoted = byte == 34
+            elif byte == 34:  # "
+                quoted = True
+            elif byte == 58:  # :
+                named = True
+    return members
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
@@ -368,7 +465,7 @@ def _read_feature(field: Field, value: object) -> str | float | None:
         return "true" if value else "false"
     if isinstance(value, str) or (isinstance(value, int) and value in _INT64):
         return str(value)
-    raise _Bad("wrong_type", f"{field.name} is categorical (a string, a 64-bit integer or a boolean), got {value!r:.80}")
+    raise _Bad("wrong_type", f"{field.name!r:.80} is categorical (a string, a 64-bit integer or a boolean), got {value!r:.80}")
 
 
 def _read_number(name: str, value: object) -> float:
@@ -377,7 +474,7 @@ def _read_number(name: str, value: object) -> float:
             return float(value)
     except OverflowError:
         pass
-    raise _Bad("wrong_type", f"{name} must be a number, got {value!r:.80}")
+    raise _Bad("wrong_type", f"{name!r:.80} must be a number, got {value!r:.80}")
 
 
 def _read_time(value: object) -> int | None:
@@ -471,19 +568,36 @@ def _has_special(text: pa.LargeStringArray) -> bool:
 def infer_fields(values: pa.LargeBinaryArray) -> tuple[Field, ...]:
     """The fields of these impressions: numeric where every value is a number, categorical otherwise; sorted by kind and name.
 
+    What fewer than one impression in a hundred has is no field. Raises `DataError` when more than a thousand fields are left.
+
     >>> infer_fields(pa.array([b'{"kind":"impression","features":{"age":31,"app":"maps"}}'], pa.large_binary()))
     (Field(name='app', kind='categorical'), Field(name='age', kind='numeric'))
     """
-    kinds: dict[str, set[type]] = {}
+    kinds: dict[str, Counter[type]] = {}
+    impressions = 0
+    for features in _features_of(values):
+        impressions += 1
+        for name, feature in features.items():
+            if isinstance(feature, (str, bool, int, float)):
+                kinds.setdefault(name, Counter())[type(feature)] += 1
+    kinds = {name: types for name, types in kinds.items() if types.total() >= _LEAST_SHARE_OF_IMPRESSIONS * impressions}
+    if len(kinds) > _MOST_INFERRED_FIELDS:
+        raise DataError(
+            f"the impressions have {len(kinds):,} features, too many to take all for fields; list those that matter in a --config"
+        )
+    numeric = {name for name, types in kinds.items() if types.keys() <= {int, float}}
+    names = [*sorted(kinds.keys() - numeric), *sorted(numeric)]
+    return tuple(Field(name, "numeric" if name in numeric else "categorical") for name in names)
+
+
+def _features_of(values: pa.LargeBinaryArray) -> Iterator[Mapping[str, object]]:
+    """Of the impressions among these records; without those that have absurdly many."""
     for value in values.to_pylist():
         try:
             document = msgspec.json.decode(value or b"")
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             continue
-        features = document.get("features") if isinstance(document, dict) else None
-        for name, feature in (features if isinstance(features, dict) else {}).items():
-            if isinstance(feature, (str, bool, int, float)):
-                kinds.setdefault(name, set()).add(type(feature))
-    numeric = {name for name, types in kinds.items() if types <= {int, float}}
-    names = [*sorted(kinds.keys() - numeric), *sorted(numeric)]
-    return tuple(Field(name, "numeric" if name in numeric else "categorical") for name in names)
+        if isinstance(document, dict) and document.get("kind") == "impression":
+            features = document.get("features")
+            if isinstance(features, dict) and len(features) <= _MOST_INFERRED_FIELDS:
+                yield features

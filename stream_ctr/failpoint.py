@@ -1,7 +1,8 @@
 """Named places where the process can be made to die, so that a test can show what a crash there leaves behind.
 
 `STREAM_CTR_FAILPOINT=NAME` ends the process the first time it comes to that place, `NAME:N` the N-th time: at once and without any cleaning
-up, as `kill -9` does, with exit code 137. Without the variable a failpoint is one comparison.
+up, as `kill -9` does, with exit code 137. `NAME:N=sleep:SECONDS` makes it wait there instead, `NAME:N=out-of-memory` makes memory run out.
+Without the variable a failpoint is one comparison.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import difflib
 import itertools
 import os
 import re
+from time import sleep
+from typing import NamedTuple
 
 from stream_ctr.errors import ConfigError
 
@@ -39,14 +42,22 @@ FAILPOINTS = {
     "retain.after": "snapshots that are too old are gone",
 }
 
-_SPELLED = re.compile(r"([^:]*)(?::([1-9][0-9]*))?")
+_SPELLED = re.compile(r"([^:=]*)(?::([1-9][0-9]*))?(?:=(kill|out-of-memory|sleep:[0-9]+(?:\.[0-9]+)?))?")
 
 
-def parse(text: str) -> tuple[str, int]:
-    """The name of the failpoint that `text` asks for, and which time of reaching it is meant.
+class Armed(NamedTuple):
+    """Which failpoint, at which time of reaching it, and what happens there."""
 
-    >>> parse("snapshot.rename"), parse("learn.after:12")
-    (('snapshot.rename', 1), ('learn.after', 12))
+    name: str
+    time: int = 1
+    action: str = "kill"
+
+
+def parse(text: str) -> Armed:
+    """What `text` asks for.
+
+    >>> parse("snapshot.rename"), parse("learn.after:12=sleep:8")
+    (Armed(name='snapshot.rename', time=1, action='kill'), Armed(name='learn.after', time=12, action='sleep:8'))
     >>> parse("snapshot.renamed")
     Traceback (most recent call last):
         ...
@@ -54,25 +65,35 @@ def parse(text: str) -> tuple[str, int]:
     """
     spelled = _SPELLED.fullmatch(text)
     if spelled is None:
-        raise ConfigError(f"{VARIABLE}={text!r} must be NAME or NAME:N with N from 1 on")
-    name, count = spelled.groups()
+        actions = "=kill, =sleep:SECONDS, =out-of-memory or nothing"
+        raise ConfigError(f"{VARIABLE}={text!r} must be NAME or NAME:N with N from 1 on, then {actions}")
+    name, count, action = spelled.groups()
     if name not in FAILPOINTS:
         near = difflib.get_close_matches(name, FAILPOINTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FAILPOINTS)}"
         raise ConfigError(f"{VARIABLE}={text!r} is no failpoint; {hint}")
-    return name, int(count or 1)
+    return Armed(name, int(count or 1), action or "kill")
 
 
 # Read once: a run that began without a failpoint never meets one.
-_ARMED, _COUNT = parse(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else (None, 0)
+_ARMED = parse(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else Armed("")
 _REACHED = itertools.count(1)
 
 
 def failpoint(name: str) -> None:
-    """Die here if the environment says so.
+    """Die here, wait here or run out of memory here, if the environment says so.
 
     >>> failpoint("poll.after")
     """
-    if name == _ARMED and next(_REACHED) == _COUNT:
-        os.write(2, f"ended by {VARIABLE}={name}:{_COUNT}\n".encode())
-        os._exit(EXIT_CODE)
+    if name == _ARMED.name and next(_REACHED) == _ARMED.time:
+        _act()
+
+
+def _act() -> None:
+    if _ARMED.action == "out-of-memory":
+        raise MemoryError(f"{VARIABLE}={_ARMED.name}")
+    if _ARMED.action != "kill":
+        sleep(float(_ARMED.action.removeprefix("sleep:")))
+        return
+    os.write(2, f"ended by {VARIABLE}={_ARMED.name}:{_ARMED.time}\n".encode())
+    os._exit(EXIT_CODE)

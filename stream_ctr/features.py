@@ -6,7 +6,7 @@
 MurmurHash3 x64 128 is Austin Appleby's, public domain; `h1` is its first 64 bits. A missing value hashes the single byte 0xff, which
 occurs in no UTF-8 text, so it has a row of its own. A number hashes the decimal text of its logarithmic bucket
 `sign(x) * floor(r * log2(1 + |x|))` with r buckets an octave; with the encodings `value` and `log_value` (the paper's other way, "the
-value itself") the field has one row, that of the text "value", and its embedding is multiplied by the number.
+value itself") the field has one row, that of the text "value", and its embedding is multiplied by the number, cut to what a float32 holds.
 
 >>> hasher = Hasher([Field("app", "categorical"), Field("age", "numeric")], table_bits=20)
 >>> ids, values = hasher.rows({"app": pa.array(["maps", None]), "age": pa.array([31.0, None])})
@@ -82,7 +82,8 @@ class Hasher:
     def _multipliers(self, column: pa.Array) -> npt.NDArray[np.float32]:
         x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
         scaled = np.sign(x) * np.log1p(np.abs(x)) if self.numeric_encoding == "log_value" else x
-        return np.where(np.isnan(x), 1.0, scaled).astype(np.float32)
+        largest = np.finfo(np.float32).max
+        return np.where(np.isnan(x), 1.0, np.clip(scaled, -largest, largest)).astype(np.float32)
 
     def _hash(self, texts: pa.StringArray, seed: np.uint64) -> npt.NDArray[np.int32]:
         out = np.empty((len(texts), 1), np.int32)

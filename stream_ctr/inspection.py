@@ -21,6 +21,7 @@ from stream_ctr.errors import ConfigError, DataError, SnapshotError
 
 if TYPE_CHECKING:
     from stream_ctr.config import Config
+    from stream_ctr.snapshot import Verify
 
 _HEADER = "__stream_ctr.errors."
 _SHOWN_CHARACTERS = 200
@@ -108,7 +109,7 @@ def list_snapshots(directory: Path, as_json: bool) -> None:
     """A line for each snapshot in DIR, the newest last. Nothing is verified.
 
     DIR is the state directory of a run, or its snapshots folder. The metrics are those of the deep model over the whole run. The
-    snapshot that subscribers load is marked `published`.
+    snapshot that subscribers load is marked `published`; one that was not published is `refused`, and `show` has the reasons.
 
     \b
     stream-ctr snapshots ls state
@@ -168,6 +169,7 @@ def _described(path: Path, served: str | None) -> dict[str, Any]:
     score = _at(manifest, "metrics", "models", str(model))
     told = {name: manifest.get(name) for name in ("parent", "epoch", "sequence", "examples", "event_time_range", "created_ms")}
     size = sum(entry["bytes"] for entry in manifest["files"].values())
+    told["refused"] = [*(_at(manifest, "gate", "refused") or []), *(_at(manifest, "gate", "last_step") or [])]
     return {**place, **told, "bytes": size, "model": model, "logloss": _at(score, "logloss"), "auc": _at(score, "auc")}
 
 
@@ -187,7 +189,7 @@ def _cells(one: Mapping[str, Any]) -> list[str]:
         f"{one['bytes'] / 2**20:,.1f} MiB",
         f"{printable(str(one['model']))} logloss {_number(one['logloss'], '.5f')} AUC {_number(one['auc'], '.4f')}",
         f"parent {printable(str(one['parent'] or '-'))}",
-        "published" if one["published"] else "",
+        "published" if one["published"] else "refused" if one["refused"] else "",
     ]
 
 
@@ -215,7 +217,8 @@ def show_snapshot(path: Path, snapshot_id: str | None) -> None:
         _say(line)
     for name, entry in manifest["files"].items():
         _say(f"\n{name}  {entry['bytes']:,} bytes  SHA-256 {printable(entry['sha256'])}")
-        rows = [["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in _tensors(path / name)]
+        tensors = _tensors(path / name) if name.endswith(".safetensors") else []
+        rows = [["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in tensors]
         for line in _aligned(rows):
             _say(line)
 
@@ -253,7 +256,8 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
 
 @snapshots.command("verify")
 @click.argument("path", metavar="DIR|PATH", type=click.Path(path_type=Path))
-def verify_snapshots(path: Path) -> None:
+@click.option("--public-key", type=click.Path(path_type=Path), help="A PEM file; what its private key did not sign is wrong.")
+def verify_snapshots(path: Path, public_key: Path | None) -> None:
     """Read every byte of every snapshot in DIR, or of the one at PATH; a line each, `ok` or what is wrong.
 
     Sizes and SHA-256 are those of the manifest, and the manifest's own is that of the pointer to the published one. Exit code 0 when
@@ -262,12 +266,15 @@ def verify_snapshots(path: Path) -> None:
     \b
     stream-ctr snapshots verify state
     """
+    from stream_ctr.subscribe import verifier
+
+    signature = verifier(public_key)
     single = (path / "manifest.json").exists()
     folder = path.absolute().parent if single else _folder(path)
     pinned, wrong = _pinned(folder)
     paths = [path] if single else _held(folder)
     for one in paths:
-        reason = _what_is_wrong(one, pinned.get(one.absolute().name))
+        reason = _what_is_wrong(one, pinned.get(one.absolute().name), signature)
         _say(f"{one.absolute().name}  {printable(reason, 1000) if reason else 'ok'}")
         wrong += reason is not None
     if wrong:
@@ -286,11 +293,11 @@ def _pinned(folder: Path) -> tuple[dict[str, str], int]:
     return ({pointer["snapshot"]: pointer["manifest_sha256"]} if pointer else {}), 0
 
 
-def _what_is_wrong(path: Path, manifest_sha256: str | None) -> str | None:
+def _what_is_wrong(path: Path, manifest_sha256: str | None, signature: Verify | None) -> str | None:
     from stream_ctr import snapshot
 
     try:
-        snapshot.verify(path, manifest_sha256=manifest_sha256)
+        snapshot.verify(path, manifest_sha256=manifest_sha256, signature=signature)
     except SnapshotError as error:
         return str(error)
     return None
@@ -342,7 +349,8 @@ def roll_back(
 
 @dataclass(frozen=True, slots=True)
 class _Letter:
-    """A record that was no event: where it stood (topic empty, partition and offset -1 where that is not known), its bytes, and why."""
+    """A record that was no event: where it stood (topic empty, partition and offset -1 where that is not known), its bytes (or, `cut`, only
+    their beginning), and why."""
 
     topic: str
     partition: int
@@ -350,6 +358,7 @@ class _Letter:
     reason: str
     message: str
     value: bytes
+    cut: bool
 
 
 @click.group()
@@ -418,7 +427,8 @@ def _letters_in_file(state: Path) -> Iterator[_Letter]:
 
 def _letter(told: Mapping[str, Any], value: bytes) -> _Letter:
     partition, offset = (int(text) if (text := str(told.get(name))).isdecimal() else -1 for name in ("partition", "offset"))
-    return _Letter(str(told.get("topic", "")), partition, offset, str(told.get("reason", "unknown")), str(told.get("message", "")), value)
+    reason, message = str(told.get("reason", "unknown")), str(told.get("message", ""))
+    return _Letter(str(told.get("topic", "")), partition, offset, reason, message, value, cut="cut_to" in told)
 
 
 @dlq.command("ls")
@@ -517,7 +527,7 @@ def replay_letters(
         raise click.UsageError("letters of a state directory go to a --topic or to --out; give one of them")
     letters = _letters(state, None if state else topic, **broker)
     seen: Counter[str] = Counter()
-    chosen = (letter for letter in _counted(letters, seen) if every or letter.reason == reason)
+    chosen = (letter for letter in _whole(_counted(letters, seen)) if every or letter.reason == reason)
     done: Counter[str] = Counter()
     if out:
         _write_lines(chosen, out, done)
@@ -533,6 +543,14 @@ def _counted(letters: Iterator[_Letter], seen: Counter[str]) -> Iterator[_Letter
     for letter in letters:
         seen[letter.reason] += 1
         yield letter
+
+
+def _whole(letters: Iterator[_Letter]) -> Iterator[_Letter]:
+    for letter in letters:
+        if letter.cut:
+            _note(f"of the letter from offset {letter.offset} only the beginning is here, it is left out")
+        else:
+            yield letter
 
 
 def _write_lines(letters: Iterator[_Letter], out: Path, done: Counter[str]) -> None:

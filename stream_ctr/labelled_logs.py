@@ -5,6 +5,7 @@ What they do not say is invented from a seed (`Invention`), the same in every pa
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -18,7 +19,7 @@ import pyarrow.compute as pc
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError
 from stream_ctr.history import ClickDelays, EventBatch, impression_batch, in_time_order, merge_clicks
-from stream_ctr.rows import Rejected, epoch_ms, mask, one_array
+from stream_ctr.rows import Rejected, epoch_ms, mask, one_array, one_line
 from stream_ctr.text import TextLog, head
 
 DELAY_SIGMA = 1.3
@@ -35,6 +36,7 @@ AVAZU_COLUMNS = (
     *("device_id", "device_ip", "device_model", "device_type", "device_conn_type"),
     *(f"C{i}" for i in range(14, 22)),
 )
+_OF_THE_HOUR = ("hour_of_day", "day_of_week")
 
 
 class CriteoLog(TextLog):
@@ -70,13 +72,13 @@ class AvazuLog(TextLog):
     def __init__(self, path: Path, invention: Invention) -> None:
         first = head(path).partition(b"\n")[0].rstrip(b"\r")
         self.header = first if first.startswith(b"id,") else None
-        self.columns = tuple(first.decode("utf-8").split(",")) if self.header else AVAZU_COLUMNS
+        self.columns = _header_columns(path, first, *_OF_THE_HOUR) if self.header else AVAZU_COLUMNS
         missing = {"id", "click", "hour"} - set(self.columns)
         if missing:
             raise DataError(f"{path} has no column {', '.join(sorted(missing))}: it cannot say who clicked when")
         self.features = tuple(name for name in self.columns if name not in ("id", "click", "hour"))
         spread = "event times are known to the hour only: impressions spread evenly over each hour in file order"
-        super().__init__(path, _fields((*self.features, "hour_of_day", "day_of_week")), (spread, invention.click_note()))
+        super().__init__(path, _fields((*self.features, *_OF_THE_HOUR)), (spread, invention.click_note()))
         self.invention = invention
 
     def _read(self) -> Iterator[EventBatch]:
@@ -120,6 +122,17 @@ class AvazuLog(TextLog):
             yield impression_batch(one_array(rows.columns["id"]), time, delays.click_time(time, rows.equal("click", "1")), features)
 
 
+def _header_columns(path: Path, header: bytes, *ours: str) -> tuple[str, ...]:
+    """The names in the first line, none of them twice, and none that is one of `ours`."""
+    try:
+        names = [name or "index" for name in header.decode("utf-8").split(",")]  # pandas leaves that of its index column blank
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:1: the header is no text: {error}") from None
+    if twice := [name for name, count in Counter([*names, *ours]).items() if count > 1]:
+        raise DataError(f"{path}:1: column {one_line(twice[0])} is there twice")
+    return tuple(names)
+
+
 def _hour_start(text: str) -> datetime | None:
     """
     >>> _hour_start("14102100"), _hour_start("14102124")
@@ -140,8 +153,7 @@ class OpenBanditLog(TextLog):
 
     def __init__(self, path: Path, invention: Invention) -> None:
         self.header = head(path).partition(b"\n")[0].rstrip(b"\r")
-        # pandas leaves the name of its index column blank
-        self.columns = tuple(name or "index" for name in self.header.decode("utf-8", "replace").split(","))
+        self.columns = _header_columns(path, self.header)
         missing = {"timestamp", "click"} - set(self.columns)
         if missing:
             raise DataError(f"{path} is no Open Bandit log: its first line has no column {', '.join(sorted(missing))}")

@@ -33,6 +33,10 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+# A gradient beyond it is exploding: its square, and the sum of thousands of those, must stay a number in float32.
+_LARGEST_GRADIENT = 1e15
+
+
 class Learner:
     """Batches are padded to `batch_size` with examples of weight zero: with one shape throughout, an example's logit does not depend
     on how many others were scored with it.
@@ -91,8 +95,13 @@ class Learner:
         """Adam over the dense part. Made when first needed: a server never needs it, and torch's imports behind it take a second."""
         return torch.optim.Adam(self.model.parameters(), lr=self._dense_learning_rate, weight_decay=self._dense_weight_decay, fused=True)
 
-    def learn(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None) -> Tensor:
-        """One step on n <= batch_size examples; their logits [n] from before it (on the device: reading them waits for the step)."""
+    def learn(
+        self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None
+    ) -> Tensor | None:
+        """One step on n <= batch_size examples; their logits [n] from before it (on the device).
+
+        None, and nothing is learned, when the loss or a gradient is not finite or the gradient is exploding.
+        """
         n = len(ids)
         padded, multipliers = self._padded(ids, values)
         target = torch.zeros(self.batch_size, dtype=torch.float32)
@@ -110,10 +119,14 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
+        gradients = [leaf.grad, *(p.grad for p in self.model.parameters() if p.grad is not None)]
+        shown = progressive if self._dropouts else logits.detach()
+        if not bool((nn.utils.get_total_norm(gradients) <= _LARGEST_GRADIENT) & loss.isfinite() & shown[:n].isfinite().all()):
+            return None
         self.optimizer.step()
         self.table.update(padded, leaf.grad * n)  # of the sum, so that rates do not depend on the size of the batch
         self.steps += 1
-        return (progressive if self._dropouts else logits.detach())[:n]
+        return shown[:n]
 
     def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
         """`ids` [n, F] -> logits [n], without dropout; any n."""
@@ -146,10 +159,14 @@ class Learner:
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
 
-    def weights(self) -> dict[str, npt.NDArray[np.float32]]:
-        """All that serving needs, copied to the host: the table's rows and the dense parameters."""
+    def weights(self, *, table: Tensor | None = None) -> dict[str, npt.NDArray[np.float32]]:
+        """All that serving needs, copied to the host: the table's rows and the dense parameters.
+
+        `table` is a tensor to copy the rows into: memory that is there already takes a tenth of the time of new memory.
+        """
         dense = {f"dense.{name}": _host(tensor) for name, tensor in self.model.state_dict().items()}
-        return {"table": _host(self.table.rows), **dense}
+        rows = _host(self.table.rows) if table is None else table.copy_(self.table.rows).numpy()
+        return {"table": rows, **dense}
 
     def optimizer_state(self) -> dict[str, npt.NDArray[np.generic]]:
         state: dict[str, npt.NDArray[np.generic]] = {"steps": np.array([self.steps])}
@@ -159,16 +176,18 @@ class Learner:
         return state
 
     def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Raises `ValueError` when a tensor is missing or has another shape."""
-        table = torch.from_numpy(weights["table"])
-        if table.shape != self.table.rows.shape:
-            raise ValueError(f"the table has shape {tuple(table.shape)}, expected {tuple(self.table.rows.shape)}")
-        self.table.rows.copy_(table)
-        dense = {name.removeprefix("dense."): torch.from_numpy(array) for name, array in weights.items() if name.startswith("dense.")}
-        try:
-            self.model.load_state_dict(dense)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from None
+        """Raises `ValueError`, with nothing loaded, unless these are the tensors of this model: names, shapes, types, all finite."""
+        wanted = {"table": self.table.rows, **{f"dense.{name}": tensor for name, tensor in self.model.state_dict().items()}}
+        if odd := sorted(weights.keys() ^ wanted.keys()):
+            raise ValueError(f"tensor {odd[0]!r} is {'missing' if odd[0] in wanted else 'not one of this model'}")
+        for name, tensor in wanted.items():
+            found = weights[name]
+            if found.shape != tuple(tensor.shape) or found.dtype != np.float32:
+                raise ValueError(f"tensor {name!r} is {found.dtype} {found.shape}, expected float32 {tuple(tensor.shape)}")
+            if not np.isfinite(found).all():
+                raise ValueError(f"tensor {name!r} holds values that are not finite")
+        self.table.rows.copy_(torch.from_numpy(weights["table"]))
+        self.model.load_state_dict({name.removeprefix("dense."): torch.from_numpy(weights[name]) for name in wanted if name != "table"})
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])

@@ -133,6 +133,10 @@ class Tally:
         self.paired += batch.paired
         self.best += batch.best
 
+    @property
+    def clicks(self) -> int:
+        return int(next(iter(self.scores.values())).sums[1])
+
     def merge(self, other: Tally) -> None:
         for model, score in self.scores.items():
             score.merge(other.scores[model])

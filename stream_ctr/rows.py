@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,12 +35,21 @@ class Rows:
     columns: pa.Table
     rejected: Rejected
 
+    def sound(self) -> Rows:
+        """The rows whose columns are what they claim to be: text in UTF-8, offsets and indices within bounds."""
+        good = np.ones(len(self.line), bool)
+        good[_refused(self.columns, _validate)] = False
+        for at in np.flatnonzero(~good).tolist():
+            self.rejected.add(int(self.line[at]), "the row is damaged, or has text that is not UTF-8")
+        parts = [self.columns.slice(at, length) for at, length in _runs(good)]
+        return self if good.all() else Rows(self.line[good], pa.concat_tables(parts or [self.columns.slice(0, 0)]), self.rejected)
+
     def only(self, good: npt.NDArray[np.bool_], name: str, expected: str) -> Rows:
         """The rows that are `good`. The others are rejected: "`name` must be `expected`, got ..."."""
         if good.all():
             return self
         for at in np.flatnonzero(~good).tolist():
-            self.rejected.add(int(self.line[at]), f"{name} must be {expected}, got {_shown(self.columns[name][at].as_py())}")
+            self.rejected.add(int(self.line[at]), f"{one_line(name)} must be {expected}, got {_shown(self.columns[name][at])}")
         return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
 
     def labelled(self, name: str) -> Rows:
@@ -69,8 +79,18 @@ class Rows:
         return {name: one_array(self.columns[name]) for name in names}
 
 
-def _refused(column: pa.Array, parse: Callable[[pa.Array], pa.Array], first: int = 0) -> list[int]:
-    """Indices of the values that `parse` refuses, found by halving."""
+def _validate(table: pa.Table) -> None:
+    table.validate(full=True)
+
+
+def _runs(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+    """(first, length) of the runs that are good."""
+    edges = np.flatnonzero(np.diff(good, prepend=False, append=False))
+    return [(int(first), int(end - first)) for first, end in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def _refused(column: Any, parse: Callable[[Any], object], first: int = 0) -> list[int]:
+    """Indices of the values (or rows) that `parse` refuses, found by halving."""
     try:
         parse(column)
     except pa.ArrowInvalid:
@@ -79,8 +99,22 @@ def _refused(column: pa.Array, parse: Callable[[pa.Array], pa.Array], first: int
     return []
 
 
-def _shown(value: object) -> str:
+def _shown(scalar: pa.Scalar) -> str:
+    try:
+        value = scalar.as_py()
+    except (ValueError, OverflowError):  # a time that Python has no word for
+        return f"some {scalar.type}"
     return "nothing" if value is None else f"{value!r:.80}"
+
+
+def one_line(text: object, longest: int = 200) -> str:
+    r"""`text` for a message: what would steer a terminal is an escape, what is too long is cut.
+
+    >>> one_line("column \x1b[31m" + 300 * "x", 20)
+    'column \\x1b[31mxxxxx...'
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text)[: longest + 1])
+    return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 def epoch_ms(column: pa.Array) -> pa.Array:

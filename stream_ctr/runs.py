@@ -6,8 +6,6 @@ With the command line, the only place where the trainer meets `connectors`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import os
 import signal
 import sys
 import time
@@ -19,6 +17,7 @@ from typing import Any, Protocol, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import torch
 from rich.console import Console
 from rich.progress import Progress
 
@@ -26,11 +25,12 @@ from connectors import kafka
 from connectors.errors import PositionLost
 from connectors.memory import BatchSource
 from stream_ctr import snapshot
-from stream_ctr.assembly import build_trainer
+from stream_ctr.assembly import build_trainer, signing_key
 from stream_ctr.config import Config, Field
 from stream_ctr.display import LiveTable, final_table
-from stream_ctr.errors import BrokerError, ConfigError, DataError
+from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrError
 from stream_ctr.events import infer_fields
+from stream_ctr.lease import Lease
 from stream_ctr.outlet import Outlet
 from stream_ctr.schedule import Schedule
 
@@ -102,48 +102,42 @@ def connector_errors() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def state_directory(state: Path) -> Iterator[None]:
-    """The directory, there, ours alone, and without what a crash left unfinished."""
-    try:
-        state.mkdir(parents=True, exist_ok=True)
-        lock = (state / "lock").open("a+")
-    except OSError as error:
-        raise ConfigError(f"cannot write in the state directory {state}: {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.ftruncate(lock.fileno(), 0)
-            os.write(lock.fileno(), f"{os.getpid()}\n".encode())
-            snapshot.clean(state / "snapshots")
-        except BlockingIOError:
-            lock.seek(0)
-            raise ConfigError(f"the state directory {state} is in use by process {lock.read().strip() or 'unknown'}") from None
-        except OSError as error:
-            raise ConfigError(f"cannot write in the state directory {state}: {error.strerror}") from None
-        yield
+def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
+    """The directory, there, ours alone (see `Lease`), and without what a crash left unfinished."""
+    with Lease(state, take_over=take_over) as lease:
+        snapshot.clean(state / "snapshots")
+        yield lease
 
 
-def kept_config(state: Path) -> dict[str, Any] | None:
+def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
     """What an earlier run on this directory was configured with."""
-    newest = snapshot.newest(state / "snapshots")
+    newest = snapshot.newest(state / "snapshots", signature=signature)
     return cast("dict[str, Any]", snapshot.verify(newest)["config"]) if newest else None
 
 
-def train_on_log(log: Stream, config: Config, state: Path) -> dict[str, Any]:
-    """Learn from all of a log. Raises `DataError` when a state directory was begun with another one."""
+def train_on_log(log: Stream, config: Config, lease: Lease) -> dict[str, Any]:
+    """Learn from all of a log, into the directory of the lease. Raises `DataError` when that was begun with another one."""
     source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
     fields = config.features.fields() or log.fields
     with connector_errors():
-        return _train(source, Outlet(state, model_name=config.snapshots.model_name), config, state, fields, notes=lambda: log.notes)
+        outlet = Outlet(lease.directory, lease=lease, model_name=config.snapshots.model_name)
+        return _train(source, outlet, config, lease.directory, fields, notes=lambda: log.notes)
 
 
 def train_on_kafka(
-    client: dict[str, object], config: Config, state: Path, *, until_end: bool, fields: tuple[Field, ...] | None = None
+    client: dict[str, object], config: Config, lease: Lease, *, until_end: bool, fields: tuple[Field, ...] | None = None
 ) -> dict[str, Any]:
     """`fields` where the configuration names none; without either they are inferred."""
     topics = [config.input.topic, *([config.input.click_topic] if config.input.click_topic else [])]
     with contextlib.ExitStack() as stack:
-        source = kafka.KafkaSource(topics, client=client, group=config.input.group, until_end=until_end)
+        source = kafka.KafkaSource(
+            topics,
+            client=client,
+            group=config.input.group,
+            until_end=until_end,
+            max_record_bytes=config.input.max_record_bytes,
+            on_lost=config.input.on_lost,
+        )
         stack.callback(source.close)
         sink = kafka.KafkaSink(client)
         stack.callback(sink.close)
@@ -154,14 +148,15 @@ def train_on_kafka(
         if config.snapshots.topic:
             kafka.ensure_topic(client, config.snapshots.topic, compacted=True)
         outlet = Outlet(
-            state,
+            lease.directory,
+            lease=lease,
             sink=sink,
             unavailable=(kafka.KafkaFailure,),
             metrics_topic=config.metrics.topic,
             snapshot_topic=config.snapshots.topic,
             model_name=config.snapshots.model_name,
         )
-        return _train(source, outlet, config, state, config.features.fields() or fields)
+        return _train(source, outlet, config, lease.directory, config.features.fields() or fields)
 
 
 def _train(
@@ -189,7 +184,8 @@ def _train(
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
-        newest = snapshot.newest(state / "snapshots")
+        key = signing_key(config)
+        newest = snapshot.newest(state / "snapshots", signature=key.verify if key else None)
         if newest:
             trainer.restore(newest)
             say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
@@ -197,11 +193,31 @@ def _train(
         if stopping.is_set():
             trainer.stop()
         stack.enter_context(schedule)
-        report = trainer.run()
+        with _out_of_memory(state):
+            report = trainer.run()
     if Console().is_terminal:
         Console().print(final_table(report))
     say(_summary(report, state))
     return report
+
+
+@contextlib.contextmanager
+def _out_of_memory(state: Path) -> Iterator[None]:
+    """An error that says what to do, for every way in which memory runs out."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        reason: Exception = error
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch's, on a CPU
+            raise
+        reason = error
+    else:
+        return
+    raise StreamCtrError(
+        f"out of memory: {str(reason).splitlines()[0] if str(reason) else type(reason).__name__}. A smaller model.table_bits, "
+        f"learn.batch_size or join.max_memory needs less, --device cpu another memory; a run on {state} goes on from its newest snapshot"
+    ) from reason
 
 
 def _summary(report: Mapping[str, Any], state: Path) -> str:

@@ -1,6 +1,6 @@
-"""A snapshot is one directory: safetensors files, and a manifest that vouches for every byte of them.
+"""A snapshot is one directory: safetensors files, segments of spilled impressions, and a manifest that vouches for every byte of them.
 
-    snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json
+    snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig (where snapshots are signed)
 
 It becomes visible by one rename, when everything in it is on disk, so a crash leaves the snapshots that were there before or those
 and a complete new one. Names that start with `tmp-` are unfinished or half deleted and are nobody's snapshot. What the arrays mean is
@@ -15,7 +15,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -35,7 +35,9 @@ Array = np.ndarray[Any, Any]
 Tensors = dict[str, dict[str, Array]]
 
 _MANIFEST = "manifest.json"
+_SIGNATURE = "manifest.sig"
 _SUFFIX = ".safetensors"
+SEGMENT_SUFFIX = ".arrow"
 _TEMPORARY = "tmp-"
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -58,6 +60,12 @@ class Pointer(TypedDict):
     created_ms: int
 
 
+Verify = Callable[[bytes, bytes], None]
+"""(manifest, signature): raises SnapshotError unless the signature is good."""
+Segments = Mapping[str, tuple[Path, str, int]]
+"""Files that are no tensors, by name: where each is, its SHA-256 and its size. They are immutable."""
+
+
 def new_id(sequence: int, event_time_ms: int) -> str:
     """A name whose order is the order of writing, and which tells a person how far in event time the snapshot got.
 
@@ -68,17 +76,29 @@ def new_id(sequence: int, event_time_ms: int) -> str:
     return f"{sequence:08d}-{moment.isoformat(timespec='seconds').replace('-', '').replace(':', '')}Z"
 
 
-def write(root: Path, *, tensors: Mapping[str, Mapping[str, Array]], manifest: Mapping[str, object], snapshot_id: str) -> Path:
+def write(
+    root: Path,
+    *,
+    tensors: Mapping[str, Mapping[str, Array]],
+    manifest: Mapping[str, object],
+    snapshot_id: str,
+    segments: Segments | None = None,
+    sign: Callable[[bytes], bytes] | None = None,
+    check: Callable[[], None] = lambda: None,
+) -> Path:
     """Write `tensors` (file stem -> name -> array) and `manifest` as `root/snapshot_id`; the path of that directory.
 
-    Arrays of any layout are taken, of the dtypes in `DTYPES`. `format`, `snapshot` and `files` are added to the manifest. Everything
-    is on disk when this returns. Raises SnapshotError, with nothing left behind, when something cannot be stored or the disk is full.
+    Arrays of any layout are taken, of the dtypes in `DTYPES`; `segments` are moved in (see `stage`). `format`, `snapshot` and `files` are
+    added to the manifest. `check` is called before the snapshot becomes visible and may raise. Everything is on disk when this returns.
+    Raises SnapshotError, with nothing left behind, when something cannot be stored or the disk is full.
     """
+    segments = segments or {}
     for stem, named in tensors.items():
         _require_storable(stem, named)
     described = {**manifest, "format": FORMAT, "snapshot": _snapshot_name(snapshot_id)}
     _json(described)  # a manifest that is not JSON is refused before anything is written
-    final, temporary = root / snapshot_id, root / f"{_TEMPORARY}{snapshot_id}"
+    # A name of this process's own: another that was taken over may be writing under the same id.
+    final, temporary = root / snapshot_id, root / f"{_TEMPORARY}{os.getpid()}-{snapshot_id}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _require_space(root, snapshot_id, sum(array.nbytes for named in tensors.values() for array in named.values()))
@@ -86,48 +106,87 @@ def write(root: Path, *, tensors: Mapping[str, Mapping[str, Array]], manifest: M
             raise SnapshotError(f"snapshot {final} exists already: a snapshot is never written twice")
         _remove(temporary)
         temporary.mkdir()
-        described["files"] = {f"{stem}{_SUFFIX}": _write_tensors(temporary / f"{stem}{_SUFFIX}", named) for stem, named in tensors.items()}
+        files = {f"{stem}{_SUFFIX}": _write_tensors(temporary / f"{stem}{_SUFFIX}", named) for stem, named in tensors.items()}
+        for name, (staged, digest, size) in segments.items():
+            os.rename(staged, temporary / _plain(name, "segment"))
+            files[name] = {"sha256": digest, "bytes": size}
+        described["files"] = files
         failpoint("snapshot.files")
-        _write_bytes(temporary / _MANIFEST, _json(described))
+        text = _json(described)
+        if sign:
+            _write_bytes(temporary / _SIGNATURE, sign(text))
+        _write_bytes(temporary / _MANIFEST, text)
         _sync_directory(temporary)
         failpoint("snapshot.manifest")
+        check()
         os.rename(temporary, final)
         failpoint("snapshot.rename")
         _sync_directory(root)
     except (OSError, SafetensorError) as reason:
-        shutil.rmtree(temporary, ignore_errors=True)
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         raise SnapshotError(f"cannot write snapshot {final}: {reason}; {_size(free)} free there now, nothing was left behind") from reason
+    finally:
+        if not final.exists() or temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 
-def verify(path: Path, *, manifest_sha256: str | None = None) -> dict[str, Any]:
+def stage(root: Path, segments: Segments) -> Segments:
+    """A link of this moment to each of these files, under `root`, so that they may be deleted where they are; `write` takes it."""
+    if not segments:
+        return {}
+    place = root / f"{_TEMPORARY}{os.getpid()}-segments"
+    with _named(place, "cannot keep segments in"):
+        _remove(place)
+        place.mkdir(parents=True)
+        for name, (path, _, _) in segments.items():
+            link(path, place / _plain(name, "segment"))
+    return {name: (place / name, digest, size) for name, (_, digest, size) in segments.items()}
+
+
+def link(source: Path, target: Path) -> None:
+    """A second name for a file that never changes; a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def verify(path: Path, *, manifest_sha256: str | None = None, signature: Verify | None = None) -> dict[str, Any]:
     """The manifest of the snapshot at `path`, after every file was found with the size and the SHA-256 that it names.
 
-    `manifest_sha256` is what a pointer says of the manifest itself. Raises SnapshotError, which names the file and what is wrong.
+    `manifest_sha256` is what a pointer says of the manifest itself; `signature`, when given, must accept its signature before anything else
+    is looked at. Raises SnapshotError, which names the file and what is wrong.
     """
-    manifest = _verified_manifest(path, manifest_sha256)
+    manifest = _verified_manifest(path, manifest_sha256, signature)
     for name, entry in manifest["files"].items():
         with _reading(path / name) as fd, os.fdopen(fd, "rb", closefd=False) as file:
             _compare(path / name, os.fstat(fd).st_size, hashlib.file_digest(file, "sha256").hexdigest(), entry)
     return manifest
 
 
-def load(path: Path, *, files: Collection[str] | None = None, manifest_sha256: str | None = None) -> tuple[dict[str, Any], Tensors]:
+def load(
+    path: Path, *, files: Collection[str] | None = None, manifest_sha256: str | None = None, signature: Verify | None = None
+) -> tuple[dict[str, Any], Tensors]:
     """The manifest and the arrays (file stem -> name -> array, yours to change) of the snapshot at `path`.
 
     `files` names the stems that are wanted; without it all are read. Presence and size of every file are checked, and the SHA-256 of
     those that are read. Raises SnapshotError as `verify` does.
     """
-    manifest = _verified_manifest(path, manifest_sha256)
-    stems = [name.removesuffix(_SUFFIX) for name in manifest["files"]]
+    manifest = _verified_manifest(path, manifest_sha256, signature)
+    stems = [name.removesuffix(_SUFFIX) for name in manifest["files"] if name.endswith(_SUFFIX)]
     wanted = stems if files is None else list(files)
     if missing := sorted(set(wanted) - set(stems)):
         raise SnapshotError(f"snapshot {path} has no file {missing[0]}{_SUFFIX}; it has {', '.join(manifest['files']) or 'none'}")
     return manifest, {stem: _read_tensors(path / f"{stem}{_SUFFIX}", manifest["files"][f"{stem}{_SUFFIX}"]) for stem in wanted}
 
 
-def newest(root: Path) -> Path | None:
+def segments(path: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """The segment files of the snapshot at `path` whose manifest this is, with the SHA-256 that they must have."""
+    return {name: (path / name, entry["sha256"]) for name, entry in manifest["files"].items() if name.endswith(SEGMENT_SUFFIX)}
+
+
+def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
     """The newest snapshot in `root` that verifies, None when there is none at all.
 
     A snapshot that does not verify is passed over with a warning. Raises SnapshotError when there are snapshots and none verifies.
@@ -136,7 +195,7 @@ def newest(root: Path) -> Path | None:
     first_reason: SnapshotError | None = None
     for path in paths:
         try:
-            verify(path)
+            verify(path, signature=signature)
         except SnapshotError as reason:
             _log.warning("snapshot %s is not used: %s", path.name, reason)
             first_reason = first_reason or reason
@@ -145,6 +204,16 @@ def newest(root: Path) -> Path | None:
     if first_reason is not None:
         raise SnapshotError(f"none of the {len(paths)} snapshots in {root} verifies; the newest: {first_reason}") from first_reason
     return None
+
+
+def next_sequence(root: Path) -> int:
+    """Above that of all snapshots in `root`, whether they verify or not.
+
+    >>> next_sequence(Path("/nowhere"))
+    1
+    """
+    found = [re.match(r"(\d{8,})-", name) for name in snapshot_ids(root)]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
 
 
 def snapshot_ids(root: Path) -> list[str]:
@@ -361,12 +430,14 @@ def _require_format(found: object, what: str) -> None:
         raise SnapshotError(f"{what} has format {found!r}, this version of stream-ctr reads {FORMAT}")
 
 
-def _verified_manifest(path: Path, expected_sha256: str | None) -> dict[str, Any]:
-    """The manifest, after its own hash, its form, and the presence and size of each file it names."""
+def _verified_manifest(path: Path, expected_sha256: str | None, signature: Verify | None) -> dict[str, Any]:
+    """The manifest, after its signature, its own hash, its form, and the presence and size of each file it names."""
     if not path.is_dir():
         raise SnapshotError(f"there is no snapshot directory {path}")
     with _reading(path / _MANIFEST) as fd:
         data = _read_all(fd)
+    if signature:
+        _require_signature(path, data, signature)
     if expected_sha256 is not None and (found := hashlib.sha256(data).hexdigest()) != expected_sha256:
         raise SnapshotError(f"{path / _MANIFEST} has SHA-256 {found}, its pointer says {expected_sha256}")
     manifest = _parse(data, str(path / _MANIFEST))
@@ -378,12 +449,23 @@ def _verified_manifest(path: Path, expected_sha256: str | None) -> dict[str, Any
     return manifest
 
 
+def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> None:
+    if not (path / _SIGNATURE).exists():
+        raise SnapshotError(f"snapshot {path} is not signed, and a signature is required")
+    with _reading(path / _SIGNATURE) as fd:
+        found = _read_all(fd)
+    try:
+        verify_signature(data, found)
+    except SnapshotError as reason:
+        raise SnapshotError(f"{path / _MANIFEST}: {reason}") from None
+
+
 def _require_entries(path: Path, files: object) -> None:
     if not isinstance(files, dict):
         raise SnapshotError(f"{path / _MANIFEST}: 'files' must be an object, got {type(files).__name__}")
     for name, entry in files.items():
-        if not name.endswith(_SUFFIX):
-            raise SnapshotError(f"{path / _MANIFEST}: file {name!r} is not named *{_SUFFIX}")
+        if not name.endswith((_SUFFIX, SEGMENT_SUFFIX)):
+            raise SnapshotError(f"{path / _MANIFEST}: file {name!r} is not named *{_SUFFIX} or *{SEGMENT_SUFFIX}")
         _plain(name, f"{path / _MANIFEST}: file")
         if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not isinstance(entry.get("sha256"), str):
             raise SnapshotError(f"{path / _MANIFEST}: file {name!r} must have 'bytes' and 'sha256', got {entry!r}")
@@ -394,7 +476,7 @@ def _require_files(path: Path, files: Mapping[str, Mapping[str, object]]) -> Non
         found = {entry.name: entry for entry in os.scandir(path)}
         for name in sorted({_MANIFEST, *files} - set(found)):
             raise SnapshotError(f"{path / name} is missing, the manifest names it")
-        for name in sorted(set(found) - {_MANIFEST, *files}):
+        for name in sorted(set(found) - {_MANIFEST, _SIGNATURE, *files}):
             raise SnapshotError(f"{path / name} is not in the manifest")
         for name, entry in files.items():
             if not found[name].is_file(follow_symlinks=False):

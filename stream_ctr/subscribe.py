@@ -27,6 +27,7 @@ from stream_ctr.config import Field
 from stream_ctr.errors import SnapshotError
 from stream_ctr.features import Hasher
 from stream_ctr.learner import Learner
+from stream_ctr.signing import PublicKey
 from stream_ctr.snapshot import Pointer
 
 _log = logging.getLogger(__name__)
@@ -39,8 +40,10 @@ class Scorer:
     Raises `SnapshotError` when the snapshot does not verify or its tensors do not fit its manifest.
     """
 
-    def __init__(self, path: Path, *, manifest_sha256: str | None = None, device: str = "cpu") -> None:
-        self.manifest, tensors = snapshot.load(path, files=["model"], manifest_sha256=manifest_sha256)
+    def __init__(
+        self, path: Path, *, manifest_sha256: str | None = None, signature: snapshot.Verify | None = None, device: str = "cpu"
+    ) -> None:
+        self.manifest, tensors = snapshot.load(path, files=["model"], manifest_sha256=manifest_sha256, signature=signature)
         try:
             schema = dict(self.manifest["schema"])
             self.fields = tuple(Field(*pair) for pair in schema.pop("fields"))
@@ -70,6 +73,11 @@ def _text(value: object) -> str | None:
     if value is None or isinstance(value, str):
         return value
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def verifier(public_key: str | Path | None) -> snapshot.Verify | None:
+    """What accepts the signatures of the key in this PEM file. Raises `ConfigError` when it cannot be read."""
+    return PublicKey(Path(public_key)).verify if public_key is not None else None
 
 
 class Pointers(Protocol):
@@ -119,16 +127,26 @@ class TopicPointers:
                 pointers.append(snapshot.verify_pointer(json.loads(value)))
             except (ValueError, SnapshotError) as error:
                 _log.warning("ignored a pointer of model %r: %s", key, error)
-        return pointers[-1:]  # only the newest counts
+        # Only the newest counts, which a trainer that was taken over may have written before an older one of its own.
+        return sorted(pointers, key=lambda pointer: (pointer["epoch"], pointer["sequence"]))[-1:]
 
 
 class Subscriber:
     """Predicts with the newest published snapshot, swapped in whole while calls go on.
 
-    `source` is a state directory, or anything with `poll` like `TopicPointers`. `predict` raises `SnapshotError` before the first one.
+    `source` is a state directory, or anything with `poll` like `TopicPointers`. With `public_key`, a PEM file, snapshots that are not
+    signed with its private key are refused. `predict` raises `SnapshotError` before the first one.
     """
 
-    def __init__(self, source: str | Path | Pointers, *, device: str = "cpu", on_snapshot: Callable[[Pointer], None] | None = None) -> None:
+    def __init__(
+        self,
+        source: str | Path | Pointers,
+        *,
+        device: str = "cpu",
+        public_key: str | Path | None = None,
+        on_snapshot: Callable[[Pointer], None] | None = None,
+    ) -> None:
+        self._signature = verifier(public_key)
         self._pointers: Pointers = FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
         self._device, self._on_snapshot = device, on_snapshot
         self.pointer: Pointer | None = None
@@ -158,7 +176,9 @@ class Subscriber:
             _log.warning("ignored snapshot %s of epoch %d: older than the one in use", pointer["snapshot"], pointer["epoch"])
             return False
         try:
-            self._scorer = Scorer(Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"], device=self._device)
+            self._scorer = Scorer(
+                Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"], signature=self._signature, device=self._device
+            )
         except SnapshotError as error:
             _log.warning("ignored snapshot %s: %s", pointer["snapshot"], error)
             return False

@@ -11,10 +11,10 @@ import pyarrow.csv
 
 from stream_ctr.errors import DataError
 from stream_ctr.history import Log
-from stream_ctr.rows import Rows
+from stream_ctr.rows import Rows, one_line
 
 _BLOCK_BYTES = 4 << 20
-_PIECE_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 12
 _LONGEST_LINE_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -32,7 +32,7 @@ class TextLog(Log):
         damage: OSError | None = None
         with pa.OSFile(str(self.path)) as file, _decompressed(file, self.path) as text:
             while damage is None:
-                chunk, damage = _read_chunk(text)
+                chunk, damage = _read_chunk(text, _BLOCK_BYTES)
                 if not chunk:
                     break
                 chunk = chunk.removeprefix(_BYTE_ORDER_MARK) if number == 1 else chunk
@@ -48,7 +48,7 @@ class TextLog(Log):
                     self.rejected.add(number, f"the line is longer than {_LONGEST_LINE_BYTES >> 20} MiB")
                     rest, skipping = b"", True
         if damage:
-            self.rejected.add(number, f"the file is damaged here, what comes after is lost: {damage}")
+            self.rejected.add(number, f"the file is damaged here, what comes after is lost: {one_line(damage)}")
         elif rest:
             yield number, rest + b"\n"
 
@@ -74,6 +74,7 @@ class TextLog(Log):
         try:
             if b"\r" in data:  # Arrow takes a lone carriage return for the end of a line
                 raise pa.ArrowInvalid("carriage return")
+            _require_utf8(data)
             table = pa.csv.read_csv(
                 pa.BufferReader(data),
                 read_options=pa.csv.ReadOptions(column_names=list(columns), use_threads=False, block_size=len(data) + 1),
@@ -109,12 +110,18 @@ class TextLog(Log):
         return b"\n".join(lines)
 
 
-def _read_chunk(text: pa.NativeFile) -> tuple[bytes, OSError | None]:
-    """Some megabytes, in small reads: what a damaged file yields before the damage is not lost with it."""
+def _require_utf8(data: bytes) -> None:
+    """Raises `pa.ArrowInvalid` where it is not. (Arrow finds out too, but complains on the terminal about rows of the wrong length.)"""
+    offsets = pa.py_buffer(np.array([0, len(data)], np.int64))
+    pa.LargeBinaryArray.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)]).cast(pa.large_string())
+
+
+def _read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
+    """So many bytes, in small reads: what a damaged file yields before the damage is not lost with it."""
     pieces: list[bytes] = []
     size = 0
     try:
-        while size < _BLOCK_BYTES and (piece := text.read(min(_PIECE_BYTES, _BLOCK_BYTES - size))):
+        while size < most and (piece := text.read(min(_PIECE_BYTES, most - size))):
             pieces.append(piece)
             size += len(piece)
     except OSError as error:
@@ -140,12 +147,14 @@ def head(path: Path) -> bytes:
         if not path.is_file():
             raise DataError(f"{path} is a directory, not a log" if path.is_dir() else f"{path} does not exist or is no regular file")
         with pa.OSFile(str(path)) as file, _decompressed(file, path) as text:
-            first: bytes = text.read(_HEAD_BYTES).removeprefix(_BYTE_ORDER_MARK)
+            first, damage = _read_chunk(text, _HEAD_BYTES)
+        if damage and not first:
+            raise damage
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error}") from None
-    if not first.strip():
+        raise DataError(f"cannot read {path}: {one_line(error)}") from None
+    if not first.removeprefix(_BYTE_ORDER_MARK).strip():
         raise DataError(f"{path} is empty")
-    return first
+    return first.removeprefix(_BYTE_ORDER_MARK)
 
 
 def _first_bytes(path: Path, count: int) -> bytes:

@@ -27,15 +27,21 @@ from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.events import Decoder, Rejects
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import Hasher, hash_ids, mix64
+from stream_ctr.gate import Gate, Judge
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
+from stream_ctr.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 from stream_ctr.watermark import NOT_YET, Watermarks
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _FIELDS_SEEN_IN = 1000  # impressions
 _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
+_MOST_ROLLBACKS = 3  # with fewer than so many batches learned in between: it diverges again and again
+_RECOVERED_BATCHES = 100
+_WORSENED = 2.0, 0.1  # times the logloss of its own batch, and nats more, that a step may leave behind
+_SILENT_SECONDS = 5.0  # of all brokers, before it is said
 State = dict[str, npt.NDArray[Any]]
 
 
@@ -65,7 +71,17 @@ class Source(Protocol):
     def seek(self, positions: Mapping[int, int]) -> None: ...
     def pause(self, partitions: frozenset[int]) -> None: ...
     def caught_up(self) -> npt.NDArray[np.bool_]: ...
+    def silent_seconds(self) -> float: ...
+    def lost(self) -> dict[int, int]: ...
+    def topic_ids(self) -> dict[str, str | None]: ...
     def commit(self, positions: Mapping[int, int]) -> None: ...
+
+
+class Signing(Protocol):
+    """The key of this trainer's snapshots."""
+
+    def sign(self, data: bytes) -> bytes: ...
+    def verify(self, data: bytes, signature: bytes) -> None: ...
 
 
 class Flags(Protocol):
@@ -81,15 +97,6 @@ class _Learned:
     examples: Examples
     logits: Tensor
     chosen: npt.NDArray[np.bool_]
-
-
-@dataclass(slots=True)
-class _Cut:
-    """Everything as it was between two batches; it becomes a snapshot when the baseline, too, has got there."""
-
-    tensors: dict[str, State]
-    manifest: dict[str, Any]
-    positions: dict[int, int]
 
 
 class Trainer:
@@ -114,35 +121,49 @@ class Trainer:
         baseline_share: float = 1.0,
         lateness_ms: int = 0,
         idle_seconds: float = 30.0,
+        stall_clicks: float = 0.0,
         window_ms: int = 600_000,
         rolling_windows: int = 6,
         snapshot_examples: int = 0,
         keep_snapshots: int = 3,
+        signing: Signing | None = None,
+        gate: Gate | None = None,
+        skips_before_rollback: int = 8,
         max_bad_share: float = 0.5,
         flags: Flags | None = None,
         show: Callable[[Mapping[str, Any]], None] = lambda report: None,
         notes: Callable[[], Sequence[str]] = tuple,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.source, self.outlet, self.decoder, self.hasher, self.joiner, self.learner = source, outlet, decoder, hasher, joiner, learner
         self.directory, self.identity = directory, identity
         self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
-        self.idle_seconds = idle_seconds
-        self._flags, self._show, self._notes, self._clock = flags, show, notes, clock
+        self.idle_seconds, self.skips_before_rollback = idle_seconds, skips_before_rollback
+        self._flags, self._show, self._notes, self._clock, self._wall_clock = flags, show, notes, clock, wall_clock
         models = [identity["learner"]["model"], *([baseline.name] if baseline else [])]
-        self.watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=lateness_ms)
+        self.watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
+        self.judge = Judge(gate or Gate(clicks=0), models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=window_ms, rolling=rolling_windows)
         self.ledger = Ledger()
         self.counters: Counter[str] = Counter()
-        self.epoch, self.sequence = 1, 0
+        self.epoch, self.sequence = outlet.epoch, 0
         self.parent: str | None = None
+        self._signing = signing
+        self._writer = SnapshotWriter(directory / "snapshots", sign=signing.sign if signing else None, check=outlet.check)
+        # For the table's copy in a snapshot, of which there is one at a time; memory that is not new is filled ten times as fast.
+        self._table = learner.table.rows.to("cpu", copy=True)
+        self._cutting = False  # a snapshot is between its copy and the disk
+        self._guard = Counter(skipped_in_a_row=0, learned_in_a_row=0, rollbacks=0)
+        self._last: _Learned | None = None  # by which a snapshot shows that its last step did no harm
+        self._warned: set[str] = set()
         self.first_event_ms: int | None = None
         self.last_event_ms: int | None = None
         self._ready: list[Examples] = []  # joined, waiting to fill a batch
-        self._in_flight: deque[_Learned | _Cut] = deque()
+        self._in_flight: deque[_Learned | Cut] = deque()
         self._paused: frozenset[int] = frozenset()
         self._stopping = False
         self._started = self._clock()
@@ -159,12 +180,20 @@ class Trainer:
 
         At the end of a source that ends, label windows still open are closed with the clicks that came.
         """
+        try:
+            return self._run()
+        finally:
+            self._writer.close()
+
+    def _run(self) -> dict[str, Any]:
         while not self._stopping and not self.source.finished:
             self._take(self.source.poll(_POLL_SECONDS))
         finished = not self._stopping
         if finished:
             # A run that began at the very end has not polled: its watermark becomes that of one that came here by reading.
-            self._ready += [self.joiner.advance(self.watermarks.overall(excused=self.source.caught_up())), self.joiner.drain()]
+            self._advance(self.watermarks.overall(excused=self.source.caught_up()))
+            if not self.watermarks.stalled.any():  # else their clicks are yet to come, in another run
+                self._leave(self.joiner.drain)
             self._learn_ready(partial=True)
         self._settle(wait=True)
         learned = self.ledger.count - self._examples_at_snapshot
@@ -186,16 +215,26 @@ class Trainer:
             failpoint("poll.after")
             self._join(records)
             failpoint("join.after")
-        self._ready.append(self.joiner.advance(self._watermark(records)))
+        self._advance(self._watermark(records))
         self._align()
-        self._learn_ready()
+        self._warn()
         if self._stopping:
             return
         self._settle(wait=False)
         self._serve_flags()
 
+    def _advance(self, watermark: int) -> None:
+        self._leave(lambda: self.joiner.advance(watermark))
+
+    def _leave(self, leave: Callable[[], Examples]) -> None:
+        """Learn from what leaves the joiner, a part at a time: a jump of the watermark may close very many windows."""
+        while not self._stopping and len(examples := leave()):
+            self._ready.append(examples)
+            self._learn_ready()
+
     def _join(self, records: RecordColumns) -> None:
-        events, rejects = self.decoder.decode(records.value, records.time)
+        now_ms = int(self._wall_clock() * 1000)  # a log has no broker that knew when a record came, but none came after now
+        events, rejects = self.decoder.decode(records.value, np.where(records.time < 0, now_ms, records.time))
         self.counters["records"] += len(records)
         self._reject(records, rejects)
         impressions, clicks = events.impressions, events.clicks
@@ -203,7 +242,7 @@ class Trainer:
         arrival = np.argsort(rows, kind="stable")
         limit = np.empty(len(rows), np.int64)
         times = np.concatenate([impressions.time, clicks.time])
-        limit[arrival] = self.watermarks.observe(records.partition[rows[arrival]], times[arrival])
+        limit[arrival] = self.watermarks.observe(records.partition[rows[arrival]], times[arrival], arrival >= len(impressions))
         # A partition that was excused and comes back may be behind what has been closed meanwhile.
         limit = np.maximum(limit, self.joiner.watermark)
         n = len(impressions)
@@ -245,7 +284,7 @@ class Trainer:
         self._heard[np.unique(records.partition)] = now
         excused = self.source.caught_up()
         if not self.source.until_end:
-            excused = excused & (now - self._heard >= self.idle_seconds)
+            excused = excused & (now - self._heard >= self.idle_seconds) & ~self.watermarks.silent_clicks()
         return self.watermarks.overall(excused=excused)
 
     def _align(self) -> None:
@@ -254,6 +293,27 @@ class Trainer:
         if ahead != self._paused:
             self.source.pause(ahead)
             self._paused = ahead
+
+    def _warn(self) -> None:
+        """Say once what keeps the run from going on, and once that it is over."""
+        silent = self.source.silent_seconds()
+        self._alarm("silent", silent >= _SILENT_SECONDS, f"no broker has answered for {silent:.0f} s; waiting", "a broker answers again")
+        stalled = self._stalled()
+        overdue = f"clicks of {', '.join(stalled)} are overdue: learning waits, and {self.joiner.pending:,} impressions with it"
+        self._alarm("stalled", bool(stalled), overdue, "clicks come again: learning goes on")
+
+    def _alarm(self, name: str, raised: bool, text: str, over: str) -> None:
+        if raised and name not in self._warned:
+            self._warned.add(name)
+            _log.warning("%s", text)
+        elif not raised and name in self._warned:
+            self._warned.remove(name)
+            _log.warning("%s", over)
+
+    def _stalled(self) -> list[str]:
+        """Partitions whose clicks are overdue."""
+        stalled = np.flatnonzero(self.watermarks.stalled | self.watermarks.silent_clicks())
+        return [":".join(map(str, self.source.partitions[index])) for index in stalled.tolist()]
 
     # -- learning ---------------------------------------------------------------------------------------------------------------------
 
@@ -276,14 +336,68 @@ class Trainer:
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
         logits = self.learner.learn(batch.ids, batch.label, batch.values)
+        if logits is None:
+            batch, logits = self._learn_what_is_finite(batch)
+            if logits is None:
+                return
+        self._guard["skipped_in_a_row"] = 0
+        self._guard["learned_in_a_row"] += 1
+        if self._guard["learned_in_a_row"] == _RECOVERED_BATCHES:
+            self._guard["rollbacks"] = 0
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         self.first_event_ms = int(batch.time[0]) if self.first_event_ms is None else self.first_event_ms
         self.last_event_ms = int(batch.time[-1])
         chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else np.ones(len(batch), np.bool_)
         if self.baseline:
             self.baseline.submit(batch.ids[chosen], batch.values[chosen], batch.label[chosen])
-        self._in_flight.append(_Learned(batch, logits, chosen))
+        self._last = _Learned(batch, logits, chosen)
+        self._in_flight.append(self._last)
         failpoint("learn.after")
+
+    def _learn_what_is_finite(self, batch: Examples) -> tuple[Examples, Tensor | None]:
+        """A batch without the examples for which the model predicts no number, and their logits; None when it cannot learn the rest."""
+        finite = np.isfinite(self.learner.predict(batch.ids, batch.values))
+        kept, logits = batch[finite], None
+        if 0 < len(kept) < len(batch):
+            logits = self.learner.learn(kept.ids, kept.label, kept.values)
+        self.counters["examples_skipped"] += len(batch) - (len(kept) if logits is not None else 0)
+        if logits is None:
+            self.counters["batches_skipped"] += 1
+            self._guard["skipped_in_a_row"] += 1
+            if self._guard["skipped_in_a_row"] >= self.skips_before_rollback:
+                self._roll_back(f"{self._guard['skipped_in_a_row']} batches in a row had no finite loss and gradient")
+        return kept, logits
+
+    def _roll_back(self, why: str) -> None:
+        """Give the model and its optimiser the state of the last good snapshot; the stream goes on from where it is."""
+        self._settle(wait=True)
+        published = self.outlet.published()
+        name = published["snapshot"] if published else self.parent
+        self._guard["rollbacks"] += 1
+        if name is None or self._guard["rollbacks"] > _MOST_ROLLBACKS:
+            good = f"going back to {name} did not help {_MOST_ROLLBACKS} times" if name else "there is no snapshot to go back to"
+            remedy = "Lower the learning rates, or use log_value rather than value for large numbers"
+            raise DataError(f"the model diverged: {why}, and {good}. {remedy}")
+        path = self.directory / "snapshots" / name
+        manifest, tensors = snapshot.load(path, files=("model", "optimizer"), signature=self._verify_signature)
+        unlearned = self.ledger.count - manifest["examples"]
+        self._load_model(tensors, name)
+        self._guard["skipped_in_a_row"] = self._guard["learned_in_a_row"] = 0
+        self._last = None
+        self.counters["rollbacks"] += 1
+        self.counters["examples_unlearned"] += unlearned
+        _log.error("%s: the model goes back to snapshot %s and forgets %d examples", why, name, unlearned)
+
+    def _load_model(self, tensors: snapshot.Tensors, name: str) -> None:
+        try:
+            self.learner.load_weights(tensors["model"])
+            self.learner.load_optimizer_state(tensors["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise SnapshotError(f"snapshot {name} does not fit this model: {error}") from None
+
+    @property
+    def _verify_signature(self) -> snapshot.Verify | None:
+        return self._signing.verify if self._signing else None
 
     def _settle(self, *, wait: bool) -> None:
         """Score the batches that every model has predicted, in order; finish the snapshots that they were waiting for."""
@@ -291,14 +405,15 @@ class Trainer:
             head = self._in_flight[0]
             answer = self.baseline.take(wait=wait or self.baseline.full) if self.baseline else None
             if self.baseline and answer is None:
-                return
+                break
             self._in_flight.popleft()
-            if isinstance(head, _Cut):
+            if isinstance(head, Cut):
                 assert answer is None or isinstance(answer, Marker)
-                self._write(head, answer.state if answer else {})
+                self._begin_write(head, answer.state if answer else {})
             else:
                 assert not isinstance(answer, Marker)
                 self._score(head, answer)
+        self._finish_write(wait=wait)
 
     def _score(self, learned: _Learned, baseline: npt.NDArray[np.float64] | None) -> None:
         deep, *others = self.whole.models
@@ -307,13 +422,9 @@ class Trainer:
         chosen = {deep: np.ones(len(examples), np.bool_)}
         if baseline is not None:
             logits[others[0]], chosen[others[0]] = metrics.logits(baseline), learned.chosen
-        if not np.isfinite(logits[deep]).all():
-            raise DataError(
-                f"the model diverged before event time {_iso(int(examples.time[0]))}: it predicts values that are not finite; the last "
-                f"good snapshot is {self.parent}. Lower the learning rates, or use log_value rather than value for large numbers"
-            )
         scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, chosen)
         self.whole.add(scored)
+        self.judge.add(scored)
         self.windows.add(scored)
         self._close_windows(int(examples.time[-1]))  # examples come in event-time order
 
@@ -327,7 +438,9 @@ class Trainer:
         if self._flags and self._flags.due("report"):
             self._report("report")
         learned = self.ledger.count - self._examples_at_snapshot
-        if (self._flags and self._flags.due("snapshot")) or (self.snapshot_examples and learned >= self.snapshot_examples):
+        counted = self.snapshot_examples and learned >= self.snapshot_examples
+        # By the clock, one that is due waits for the one that is being written.
+        if counted or (self._flags and not self._cutting and self._flags.due("snapshot")):
             self.cut()
 
     def _report(self, kind: str) -> dict[str, Any]:
@@ -345,6 +458,9 @@ class Trainer:
             "watermark": _iso(self.joiner.watermark if self.joiner.watermark > NOT_YET else None),
             "pending": self.joiner.pending,
             "snapshot": self.parent,
+            "stalled": self._stalled(),
+            "silent_seconds": round(self.source.silent_seconds(), 1),
+            "refused": self.judge.refused,
             "counters": {**self.joiner.counts(), **dict(sorted(self.counters.items())), "rejected": self._rejected()},
             "clicks_late": self.joiner.counts()["clicks_late"],
             "click_coverage": self.joiner.click_coverage,
@@ -370,23 +486,22 @@ class Trainer:
 
     def cut(self) -> None:
         """Copy all state as it is between two batches; the snapshot is written when the baseline has answered up to here."""
+        if self._cutting:  # its copy is in the memory that this one needs
+            self._settle(wait=True)
         failpoint("cut.before")
+        worsened = self._worsened()
+        self._cutting = True
         self._examples_at_snapshot = self.ledger.count
-        self.sequence += 1
+        self.sequence = max(self.sequence + 1, snapshot.next_sequence(self.directory / "snapshots"))
         positions = self.source.positions()
-        named = [f"{topic}:{partition}" for topic, partition in self.source.partitions]
-        joiner = {**self.joiner.state_dict(), "partition_latest": self.watermarks.latest.copy()}
+        named = self._partition_names()
         ready = Examples.concat(self._ready) if self._ready else None
         tensors: dict[str, State] = {
-            "model": dict(self.learner.weights()),
+            "model": dict(self.learner.weights(table=self._table)),
             "optimizer": dict(self.learner.optimizer_state()),
-            "joiner": joiner,
+            "joiner": {**self.joiner.state_dict(), **{f"watermarks.{n}": array for n, array in self.watermarks.state_dict().items()}},
             "examples": {name: np.ascontiguousarray(array) for name, array in ready.arrays().items()} if ready else {},
         }
-        if not all(np.isfinite(array).all() for array in tensors["model"].values()):
-            raise DataError(
-                f"the model's weights are not finite at event time {_iso(self.last_event_ms)}; the last good snapshot is {self.parent}"
-            )
         manifest = {
             **self.identity,
             "sequence": self.sequence,
@@ -394,86 +509,138 @@ class Trainer:
             "examples": self.ledger.count,
             "ledger": {"count": self.ledger.count, "sum": self.ledger.sum},
             "positions": {name: positions[index] for index, name in enumerate(named)},
+            "topic_ids": self.source.topic_ids(),
             "event_time_ms": self.last_event_ms or 0,
             "event_time_range": [_iso(self.first_event_ms), _iso(self.last_event_ms)],
             "first_event_ms": self.first_event_ms,
             "counters": dict(self.counters),
-            "weights_sha256": snapshot.weights_sha256(tensors["model"]),
+            "guard": dict(self._guard),
+            "gate": {"last_step": worsened},
         }
-        self._in_flight.append(_Cut(tensors, manifest, positions))
+        self._in_flight.append(Cut(tensors, manifest, positions, snapshot.stage(self.directory / "snapshots", self.joiner.segments())))
         if self.baseline:
             self.baseline.mark()
         failpoint("cut.after")
 
-    def _write(self, cut: _Cut, baseline: Mapping[str, npt.NDArray[Any]]) -> None:
-        cut.tensors["metrics"] = {f"whole.{name}": array for name, array in self.whole.state_dict().items()}
-        cut.tensors["metrics"] |= {f"windows.{name}": array for name, array in self.windows.state_dict().items()}
+    def _worsened(self) -> list[str]:
+        """Why the step just made was a bad one: what is measured is measured before a step, and says nothing of the last one.
+
+        When the model predicts no numbers any more, it goes back to the last good snapshot.
+        """
+        if self._last is None:
+            return []
+        examples, before = self._last.examples, self._last.logits.double().cpu().numpy()
+        after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
+        if not np.isfinite(after).all():
+            self._roll_back("after its last step it predicts values that are not finite")
+            return []
+        was, became = (float(metrics.losses(logits, examples.label).mean()) for logits in (before, after))
+        worse = became > max(_WORSENED[0] * was, was + _WORSENED[1])
+        return [f"its last step took the logloss of its own examples from {was:.3g} to {became:.3g}"] if worse else []
+
+    def _begin_write(self, cut: Cut, baseline: Mapping[str, npt.NDArray[Any]]) -> None:
+        self.judge.judge(self._published_evidence)
+        measured = {"whole": self.whole.state_dict(), "windows": self.windows.state_dict(), "judge": self.judge.state_dict()}
+        cut.tensors["metrics"] = {f"{part}.{name}": array for part, state in measured.items() for name, array in state.items()}
         if self.baseline:
             cut.tensors["baseline"] = dict(baseline)
-        manifest = {**cut.manifest, "parent": self.parent, "created_ms": int(self._clock() * 1000), "metrics": self.whole.summary()}
-        root = self.directory / "snapshots"
-        name = snapshot.new_id(manifest["sequence"], manifest["event_time_ms"])
+        cut.manifest |= {"parent": self.parent, "created_ms": int(self._wall_clock() * 1000), "metrics": self.whole.summary()}
+        cut.manifest["gate"] |= self.judge.told()
         self.outlet.deliver_dead_letters()
+        self._writer.begin(cut)
+
+    def _published_evidence(self) -> Mapping[str, Any] | None:
+        manifest = self.outlet.published_manifest()
+        return manifest["gate"]["evidence"] if manifest else None
+
+    def _finish_write(self, *, wait: bool) -> None:
+        if not self._writer.busy:
+            return
         try:
-            path = snapshot.write(root, tensors=cut.tensors, manifest=manifest, snapshot_id=name)
+            written = self._writer.take(wait=wait)
+        except NotFinite as error:
+            self._cutting = False
+            self.counters["snapshots_failed"] += 1
+            self._roll_back(str(error))
+            return
         except SnapshotError as error:  # a full disk: learning goes on, the next try may succeed, and only the last one ends the run
             _log.error("%s", error)
+            self._cutting = False
             self.counters["snapshots_failed"] += 1
             self._unwritten = error
             return
-        self._unwritten = None
-        self.parent = name
-        self._tell(path, manifest, cut.positions)
+        if written:
+            self._cutting = False
+            self._unwritten = None
+            self.parent = written.path.name
+            self._tell(written)
 
-    def _tell(self, path: Path, manifest: Mapping[str, Any], positions: Mapping[int, int]) -> None:
-        """What follows when the snapshot at `path` is on disk; it may be done twice."""
+    def _tell(self, written: Written) -> None:
+        """What follows when a snapshot is on disk; it may be done twice."""
         failpoint("commit.before")
-        self.source.commit(positions)
+        self.source.commit(written.positions)
         failpoint("commit.after")
-        self._publish(path, manifest)
-        failpoint("retain.before")
-        snapshot.retain(path.parent, self.keep_snapshots, protect={path.name})  # those after it may not verify
-        failpoint("retain.after")
+        self._publish(written)
+        published = self.outlet.published()
+        # Those after it may not verify; and what subscribers are pointed to must be there.
+        self._writer.retain(self.keep_snapshots, {written.path.name, *([published["snapshot"]] if published else [])})
 
-    def _publish(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        if not manifest["examples"]:  # random weights serve nobody
+    def _publish(self, written: Written) -> None:
+        name = written.path.name
+        if not written.manifest["examples"]:  # random weights serve nobody
+            return
+        if refused := [*written.manifest["gate"]["refused"], *written.manifest["gate"]["last_step"]]:
+            self.counters["publications_refused"] += 1
+            _log.error("snapshot %s is not published: %s", name, "; ".join(refused))
             return
         try:
-            self.outlet.publish(path, manifest)
+            self.outlet.publish(written.path, written.manifest)
         except (OSError, SnapshotError) as error:
-            _log.error("snapshot %s is not published: %s", path.name, error)
+            _log.error("snapshot %s is not published: %s", name, error)
             self.counters["publications_failed"] += 1
-            self._unwritten = SnapshotError(f"snapshot {path.name} is written but not published: {error}")
+            self._unwritten = SnapshotError(f"snapshot {name} is written but not published: {error}")
 
     def restore(self, path: Path) -> None:
         """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
-        manifest, tensors = snapshot.load(path)
+        manifest, tensors = snapshot.load(path, signature=self._verify_signature)
         for section in ("schema", "learner", "join", "baseline"):
             _require_same(manifest[section], self.identity[section], path)
-        names = [f"{topic}:{partition}" for topic, partition in self.source.partitions]
+        names = self._partition_names()
         if set(names) != set(manifest["positions"]):
             raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
-        self.learner.load_weights(tensors["model"])
-        self.learner.load_optimizer_state(tensors["optimizer"])
-        self.watermarks.latest[:] = tensors["joiner"].pop("partition_latest")
-        self.joiner.load_state_dict(tensors["joiner"])
+        self._require_same_topics(manifest["topic_ids"])
+        self._load_model(tensors, path.name)
+        self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))
+        self.joiner.load_state_dict(tensors["joiner"], snapshot.segments(path, manifest))
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
+        self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])
+        self._guard = Counter(manifest["guard"])
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         self._ready = [Examples(**tensors["examples"])] if tensors["examples"] else []
         self.ledger = Ledger(**manifest["ledger"])
         self.counters = Counter(manifest["counters"])
         self.first_event_ms, self.last_event_ms = manifest["first_event_ms"], manifest["event_time_ms"] or None
-        published = self.outlet.published()  # by a rollback, it may be of a later epoch than any snapshot
-        self.epoch = max(manifest["epoch"], published["epoch"] if published else 0) + 1
+        published = self.outlet.published()
         self.sequence, self.parent = manifest["sequence"], path.name
         self._examples_at_snapshot = self.ledger.count
         positions = {index: manifest["positions"][name] for index, name in enumerate(names)}
         self.source.seek(positions)
         if published is None or published["epoch"] <= manifest["epoch"]:  # not rolled back: its writer may have died before it told anyone
-            self._tell(path, manifest, positions)
+            self._tell(Written(path, manifest, positions))
         _log.info("resumed from snapshot %s: %d examples, positions %s", path.name, self.ledger.count, manifest["positions"])
+
+    def _partition_names(self) -> list[str]:
+        return [f"{topic}:{partition}" for topic, partition in self.source.partitions]
+
+    def _require_same_topics(self, known: Mapping[str, str | None]) -> None:
+        for topic, found in self.source.topic_ids().items():
+            if known.get(topic) and found and known[topic] != found:
+                raise DataError(
+                    f"topic {topic!r} was deleted and created again (its id was {known[topic]}, now it is {found}): positions in the old "
+                    "one mean nothing in it. To begin anew use another --state directory; what was learned stays in this one"
+                )
 
 
 def _arrivals(

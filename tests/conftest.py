@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
 from brokers import ApacheBroker, KafkaMissing, find_kafka
+from reliability import Outcome, Report
 
 from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
 
 _SPOKEN_TO = pytest.StashKey[list[str]]()
+_REPORT = pytest.StashKey[Report]()
+_OUTCOME = pytest.StashKey[Outcome]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--faults", metavar="PAGE", help="run the long tests too, and write what the marked tests showed into PAGE")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SPOKEN_TO] = []
+    config.stash[_REPORT] = Report()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--faults"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: make faults runs it"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    result = yield
+    if result.when == "call" or not result.passed:  # a setup that skips or fails has no call
+        item.config.stash[_REPORT].add(item, result, item.stash.get(_OUTCOME, Outcome()))
+    return result
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    page = session.config.getoption("--faults")
+    if page and not session.config.getoption("collectonly"):
+        report = session.config.stash[_REPORT]
+        report.write(Path(page))
+        if report.missing():
+            session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_report_header() -> str:
@@ -26,6 +58,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     spoken_to = config.stash[_SPOKEN_TO]
     if spoken_to:
         terminalreporter.write_line(f"broker: the tests spoke to {'; '.join(spoken_to)}")
+    if config.getoption("--faults") and (missing := config.stash[_REPORT].missing()):
+        terminalreporter.write_line(f"faults: rows without evidence, or with a failure: {', '.join(map(str, missing))}")
 
 
 def _describe_embedded() -> str:
@@ -77,6 +111,19 @@ def broker(request: pytest.FixtureRequest) -> str:
     """The bootstrap servers of the embedded broker and of a real one, in turn."""
     servers: str = request.getfixturevalue({"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param])
     return servers
+
+
+@pytest.fixture
+def outcome(request: pytest.FixtureRequest) -> Outcome:
+    """What the reliability page says of this test when it passes."""
+    request.node.stash[_OUTCOME] = Outcome()
+    return request.node.stash[_OUTCOME]
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether the whole fault matrix runs: more rounds, longer waits."""
+    return bool(request.config.getoption("--faults"))
 
 
 @pytest.fixture

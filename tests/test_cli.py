@@ -156,8 +156,9 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
 
 
 @pytest.mark.slow
+@pytest.mark.fault(3, injected="SIGTERM, SIGINT while it learns from a topic")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number):
+def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number, outcome):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
     process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
     wait_for(lambda: has_learned(tmp_path, process))
@@ -169,6 +170,7 @@ def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, 
     waiting = len(tensors["examples"]["time"]) + len(tensors["joiner"]["pending.time"])
     assert last["examples"] + waiting == IMPRESSIONS  # what is not learned yet is in the snapshot
     assert waiting > 0
+    outcome("the batch is finished, a snapshot holds all that was read, exit 0")
 
 
 @pytest.mark.slow

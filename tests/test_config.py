@@ -26,27 +26,72 @@ def test_flags_go_before_environment_before_file_before_default(tmp_path):
     assert (learn.batch_size, learn.seed, learn.threads, learn.precision, learn.device) == (3, 2, 1, "bf16", "auto")
 
 
-@pytest.mark.parametrize(
-    ("toml", "message"),
-    [
+WRONG = {
+    "configuration: unknown key": [
         ("[modle]\nname='deepfm'", "unknown key 'modle'; did you mean 'model'?"),
         ("[model]\nembeding_dim=3", "unknown key 'model.embeding_dim'; did you mean 'model.embedding_dim'?"),
+        ("['\\u001b[2J']\nx=1".replace("'", '"'), r"unknown key '\x1b[2J'"),
+    ],
+    "configuration: a duration without unit": [
         ("[join]\nlabel_window='10'", "join.label_window: a duration needs a unit (ms, s, m, h, d), got '10'"),
         ("[join]\nlabel_window=10", "a duration needs a unit"),
-        ("[join]\nlabel_window='-5s'", "a duration needs a unit"),
+        ("[join]\nlabel_window='10 parsecs'", "a duration needs a unit"),
+    ],
+    "configuration: a negative or endless window": [
+        ("[join]\nlabel_window='-5s'", "join.label_window: a duration cannot be negative, got '-5s'"),
+        ("[join]\nlabel_window=-5", "a duration cannot be negative, got -5"),
+        ("[join]\nallowed_lateness='-1ms'", "join.allowed_lateness: a duration cannot be negative"),
         ("[join]\nlabel_window='0s'", "join.label_window: must be at least 1ms, got '0ms'"),
+        ("[join]\nlabel_window='99999999999999d'", "a duration is at most 100 years"),
+    ],
+    "configuration: other values": [
+        ("join = 5", "join: Input should be a valid dictionary"),
         ("[features]\ncategorical=['a','b']\nnumeric=['b']", "a field is listed twice: b"),
         ("[model]\nname='deepfn'", "model.name"),
         ("[model]\ntable_bits=40", "model.table_bits"),
         ("[baseline]\nsample_rate=0", "baseline.sample_rate"),
+        ("[baseline]\nalpha=nan", "baseline.alpha"),
         ("not toml", "is not TOML"),
     ],
+}
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [pytest.param(*case, marks=pytest.mark.bad_input(what, via="TOML file")) for what, cases in WRONG.items() for case in cases],
 )
-def test_a_wrong_file_is_named_with_the_value_and_the_nearest_match(tmp_path, toml, message):
+def test_a_wrong_file_is_named_with_the_value_and_the_nearest_match(tmp_path, toml, message, outcome):
     path = tmp_path / "c.toml"
     path.write_text(toml)
-    with pytest.raises(ConfigError, match=re.escape(message)):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load(path, environ={})
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400 + len(str(path))
+    outcome("exit 3; key, value and way out named")
+
+
+@pytest.mark.bad_input("configuration: a secret in a URL", via="file, environment, flag")
+@pytest.mark.parametrize("servers", ["user:marker-5ecret@host:9092", "kafka://user:marker-5ecret@host", "a:1,sasl://marker-5ecret@b:2"])
+def test_a_login_among_the_servers_is_refused_and_not_shown(tmp_path, servers, outcome):
+    path = tmp_path / "c.toml"
+    path.write_text(f"[input]\nbootstrap_servers = {servers!r}\n")
+    for sources in (
+        {"path": path, "environ": {}},
+        {"environ": {"STREAM_CTR_INPUT__BOOTSTRAP_SERVERS": servers}},
+        {"environ": {}, "overrides": {"input": {"bootstrap_servers": servers}}},
+    ):
+        with pytest.raises(ConfigError, match=r"input\.bootstrap_servers.*sasl\.username") as caught:
+            load(**sources)
+        assert "5ecret" not in str(caught.value)
+    outcome("refused; the value is not shown")
+
+
+def test_a_section_that_is_no_table_is_an_error_also_where_another_layer_has_one(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("join = 5\n")
+    for other in ({"base": {"join": {"label_window": "90s"}}}, {"overrides": {"join": {"label_window": "90s"}}}):
+        with pytest.raises(ConfigError, match="join: Input should be a valid dictionary.*got 5"):
+            load(path, environ={}, **other)
 
 
 def test_a_wrong_environment_variable_is_an_error_too():

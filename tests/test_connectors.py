@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,25 +14,29 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import kafka
 import kafka.codec
 import numpy as np
 import pyarrow as pa
 import pytest
-from brokers import SASL_PASSWORD, SASL_USER, ApacheBroker
+from brokers import SASL_PASSWORD, SASL_USER, ApacheBroker, make_certificates
 from hypothesis import given
 from hypothesis import strategies as st
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
+from reliability import Outcome
 
 import connectors.kafka
+import connectors.kafka_diagnosis
 from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
 from connectors.kafka import (
     KafkaCodecMissing,
     KafkaDeliveryFailed,
     KafkaOptionError,
+    KafkaReadFailed,
     KafkaRefused,
     KafkaSink,
     KafkaSource,
@@ -39,6 +44,7 @@ from connectors.kafka import (
     KafkaUnreachable,
     PointerReader,
     PositionLost,
+    TopicChanged,
     client_options,
     ensure_topic,
     parse_properties,
@@ -68,9 +74,19 @@ def count(found: dict[int, list[Row]]) -> int:
 
 
 @contextmanager
-def open_source(servers: str, *topics: str, until_end: bool = True, options: dict[str, str] | None = None) -> Iterator[KafkaSource]:
-    with closing(KafkaSource(topics, client=client_options(servers, options or {}), group="readers", until_end=until_end)) as source:
+def open_source(
+    servers: str, *topics: str, until_end: bool = True, options: dict[str, str] | None = None, **arguments: Any
+) -> Iterator[KafkaSource]:
+    client = client_options(servers, options or {})
+    with closing(KafkaSource(topics, client=client, group="readers", until_end=until_end, **arguments)) as source:
         yield source
+
+
+def poll_until(source: KafkaSource, condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"still waiting at {source.positions()}"
+        source.poll(0.1)
 
 
 def write(servers: str, topic: str, partitions: int, values: list[list[bytes]]) -> None:
@@ -303,6 +319,272 @@ def test_reading_goes_on_when_a_killed_broker_comes_back(apache: ApacheBroker, t
         assert [offset for offset, _, _ in before[partition] + after[partition]] == list(range(100))
 
 
+def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(kafka_broker: str, topic: str) -> None:
+    draw = random.Random(5)
+    ensure_topic(client_options(kafka_broker, {}), topic, partitions=2)
+    expected: dict[int, list[bytes]] = {0: [], 1: []}
+    with ExitStack() as stack:
+        sink = stack.enter_context(closing(KafkaSink(client_options(kafka_broker, {}))))
+        transactional = [KafkaProducer(bootstrap_servers=kafka_broker, transactional_id=f"{topic}-{number}") for number in range(2)]
+        for producer in transactional:
+            stack.callback(producer.close)
+            producer.init_transactions()
+        open_: dict[int, list[tuple[int, bytes]]] = {}
+        for step in range(60):
+            number, partition, value = draw.randrange(3), draw.randrange(2), b"%d" % step
+            if number == 2:
+                sink.send(topic, value, partition=partition)
+                sink.flush(5.0)
+                expected[partition].append(value)
+                continue
+            producer = transactional[number]
+            if number not in open_:
+                producer.begin_transaction()
+                open_[number] = []
+            producer.send(topic, value, partition=partition).get(5.0)
+            open_[number].append((partition, value))
+            if draw.random() < 0.4:
+                committed = draw.random() < 0.5
+                (producer.commit_transaction if committed else producer.abort_transaction)()
+                for at, sent in open_.pop(number):
+                    if committed:
+                        expected[at].append(sent)
+        for number in open_:
+            transactional[number].abort_transaction()
+        with open_source(kafka_broker, topic) as source:
+            found = rows(source, lambda: source.finished)
+            ends = source.ends()
+    seen = {partition: [value for _, _, value in found[partition]] for partition in (0, 1)}
+    assert {partition: sorted(values) for partition, values in seen.items()} == {at: sorted(values) for at, values in expected.items()}
+    assert all([offset for offset, _, _ in some] == sorted({offset for offset, _, _ in some}) for some in found.values())
+    assert sum(ends.values()) > 60, "the markers of the transactions take offsets"
+
+
+# What is lost or damaged
+
+
+def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(kafka_broker: str, topic: str) -> None:
+    client = client_options(kafka_broker, {})
+    ensure_topic(client, topic, partitions=2)
+    with closing(KafkaSink(client)) as sink:
+        for batch in range(10):
+            for index, partition in itertools.product(range(10), range(2)):
+                sink.send(topic, b"%d" % (10 * batch + index), partition=partition)
+            sink.flush(5.0)
+    options = {"max.poll.records": "10", "max.partition.fetch.bytes": "100"}
+    with (
+        closing(KafkaAdminClient(bootstrap_servers=kafka_broker)) as admin,
+        open_source(kafka_broker, topic, options=options, on_lost="skip") as skipping,
+        open_source(kafka_broker, topic, options=options) as stopping,
+    ):
+        first = rows(skipping, lambda: skipping.positions()[1] > 0)
+        read = skipping.positions()[1]
+        admin.delete_records({TopicPartition(topic, 1): 60})
+        second = rows(skipping, lambda: skipping.finished)
+        assert skipping.lost() == {0: 0, 1: 60 - read}
+        assert [offset for offset, _, _ in first.get(1, []) + second[1]] == [*range(read), *range(60, 100)]
+        stopping.seek({0: 5, 1: 10}, skip_lost=True)
+        assert (stopping.positions(), stopping.lost()) == ({0: 5, 1: 60}, {0: 0, 1: 50})
+        with pytest.raises(PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"):
+            stopping.seek({0: 101}, skip_lost=True)
+
+
+@pytest.fixture
+def damaged(apache: ApacheBroker, topic: str) -> str:
+    """A topic of three batches of 10 records each, the second of which has one wrong byte on the broker's disk."""
+    client = client_options(apache.bootstrap_servers, {})
+    ensure_topic(client, topic, partitions=2)
+    with closing(KafkaSink(client, compression=None)) as sink:
+        for start in (0, 10, 20):
+            for index in range(start, start + 10):
+                sink.send(topic, b"value %d" % index, partition=0)
+            sink.flush(5.0)
+    apache.stop()
+    (segment,) = apache.segments(topic)
+    stored = segment.read_bytes()
+    assert stored.count(b"value 14") == 1
+    segment.write_bytes(stored.replace(b"value 14", b"walue 14"))
+    apache.start()
+    return topic
+
+
+@pytest.mark.slow
+@pytest.mark.bad_input("CRC-corrupt batch", via="a byte flipped in the broker's segment file")
+def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: ApacheBroker, damaged: str, outcome: Outcome) -> None:
+    with open_source(apache.bootstrap_servers, damaged) as source:
+        found = rows(source, lambda: source.positions()[0] == 10)[0]
+        assert [value for _, _, value in found] == [b"value %d" % index for index in range(10)]
+        for _ in range(2):  # it neither hangs nor goes on
+            with pytest.raises(KafkaReadFailed, match=f"partition 0 of topic '{damaged}' cannot be read on at offset 10: .*failed crc"):
+                poll_until(source, lambda: False)
+            assert source.positions()[0] == 10
+    with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
+        offsets = [offset for offset, _, _ in rows(source, lambda: source.finished)[0]]
+        assert offsets == [*range(10), *range(20, 30)]
+        assert source.lost() == {0: 10, 1: 0}
+        source.seek({0: 13})
+        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [*range(20, 30)]
+    outcome("reading stops with partition and offset; with input.on_lost = skip its 10 offsets are passed over and counted")
+
+
+@pytest.mark.slow
+def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told(apache: ApacheBroker, damaged: str) -> None:
+    with open_source(apache.bootstrap_servers, damaged, options={"max.poll.records": "10"}) as source:
+        assert len(source.poll(2.0)) == 10
+        source.pause({0})
+        assert len(source.poll(0.3)) == 0
+        source.pause(())
+        with pytest.raises(KafkaReadFailed, match="cannot be read on at offset 10"):
+            poll_until(source, lambda: False, seconds=5.0)
+
+
+_PEAK = """
+import sys
+from connectors.kafka import KafkaSource, client_options
+peak = lambda: next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
+before, lengths = peak(), []
+source = KafkaSource([sys.argv[2]], client=client_options(sys.argv[1], {}), group="g", until_end=True)
+while not source.finished:
+    lengths += [value.as_buffer().size for value in source.poll(1.0).value]
+print(*lengths, peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.bad_input("a value that decompresses past the limit", via="a batch of zstd, 12 kB on the wire and 400 MiB in memory")
+def test_a_value_of_400_mib_in_12_kb_of_zstd_is_cut_and_adds_nothing_to_what_the_client_holds(
+    apache: ApacheBroker, topic: str, outcome: Outcome
+) -> None:
+    size = 400 << 20
+    client = client_options(apache.bootstrap_servers, {"max.request.size": str(1 << 30)})
+    ensure_topic(client, topic)
+    with closing(KafkaSink(client, compression="zstd")) as sink:
+        sink.send(topic, bytes(size))
+        sink.flush(60.0)
+        sink.send(topic, b"after")
+    (segment,) = apache.segments(topic)
+    assert segment.stat().st_size < 14_000
+    command = [sys.executable, "-c", _PEAK, apache.bootstrap_servers, topic]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    cut, after, added_mib = map(int, done.stdout.split())
+    assert (cut, after) == ((1 << 20) + 1, 5)
+    assert added_mib < 3.5 * 400, "the client itself holds the batch about three times"
+    outcome(f"cut to 1 MiB and a byte right after poll; memory rose by {added_mib:,} MiB, all of it the client's own")
+
+
+def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connectors.kafka, "MAX_BATCH_BYTES", 4 << 20)
+    client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
+    ensure_topic(client, topic, partitions=2)
+    for partition, compression in enumerate(("zstd", "gzip")):
+        with closing(KafkaSink(client, compression=compression)) as sink:
+            for value in (bytes(3 << 20), bytes(5 << 20), b"after"):
+                sink.send(topic, value, partition=partition)
+                sink.flush(20.0)
+    expected = "partition . of topic .* cannot be read on at offset 1: .*the batch expands to more than 4 MiB"
+    with open_source(kafka_broker, topic) as source, pytest.raises(KafkaReadFailed, match=expected):
+        rows(source, lambda: source.finished)
+    with open_source(kafka_broker, topic, on_lost="skip", max_record_bytes=10) as source:
+        found = rows(source, lambda: source.finished)
+        assert source.lost() == {0: 1, 1: 1}
+    for partition in range(2):
+        assert [(offset, value) for offset, _, value in found[partition]] == [(0, bytes(11)), (2, b"after")]
+
+
+def test_values_up_to_the_limit_are_whole(broker: str, topic: str) -> None:
+    values = [b"", b"x" * 9, b"x" * 10, b"x" * 11, b"x" * 500]
+    write(broker, topic, 1, [values])
+    with open_source(broker, topic, max_record_bytes=10) as source:
+        assert [value for _, _, value in rows(source, lambda: source.finished)[0]] == [value[:11] for value in values]
+
+
+# Topics that change, brokers that are silent
+
+
+def test_a_topic_that_is_created_again_or_gets_partitions_is_told(kafka_broker: str, topic: str) -> None:
+    client = client_options(kafka_broker, {})
+    admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
+    for name in (f"{topic}-grows", f"{topic}-again"):
+        write(kafka_broker, name, 2, numbered([5, 5]))
+    with (
+        closing(admin),
+        open_source(kafka_broker, f"{topic}-grows", until_end=False, topic_check_seconds=0.3) as growing,
+        open_source(kafka_broker, f"{topic}-again", until_end=False, topic_check_seconds=0.3) as again,
+    ):
+        for source in (growing, again):
+            poll_until(source, lambda: bool(source.caught_up().all()))  # noqa: B023 - called in this round only
+        (before,) = again.topic_ids().values()
+        admin.create_partitions({f"{topic}-grows": 5})
+        with pytest.raises(TopicChanged, match=f"partitions 2, 3, 4 were added to topic '{topic}-grows', which had 2"):
+            poll_until(growing, lambda: False)
+        admin.delete_topics([f"{topic}-again"])
+        poll_until(again, lambda: topic_partitions(client, f"{topic}-again") is None)
+        write(kafka_broker, f"{topic}-again", 2, numbered([50, 50]))
+        with open_source(kafka_broker, f"{topic}-again") as other:
+            (now,) = other.topic_ids().values()
+        assert before != now
+        with pytest.raises(TopicChanged, match=f"'{topic}-again' was deleted and created again: its id was {before} and is {now}"):
+            poll_until(again, lambda: False)
+
+
+def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_broker: str, topic: str) -> None:
+    write(kafka_broker, topic, 1, numbered([50]))
+    admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
+    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+        poll_until(source, lambda: source.positions() == {0: 50})
+        admin.delete_topics([topic])
+        write(kafka_broker, topic, 1, numbered([3]))
+        with pytest.raises(TopicChanged, match="was deleted and created again"):
+            poll_until(source, lambda: False)
+
+
+def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connectors.kafka, "ANSWER_SECONDS", 1.0)
+    write(broker, topic, 1, numbered([5]))
+    with (
+        closing(KafkaAdminClient(bootstrap_servers=broker)) as admin,
+        open_source(broker, topic, until_end=False, topic_check_seconds=0.2) as source,
+    ):
+        poll_until(source, lambda: source.positions() == {0: 5})
+        admin.delete_topics([topic])
+        started = time.monotonic()
+        with pytest.raises(TopicChanged, match=f"topic '{topic}' was deleted while it was read"):
+            poll_until(source, lambda: False)
+        assert time.monotonic() - started > 0.9
+        assert not source._consumer._cluster.metadata_request().allow_auto_topic_creation
+    assert topic_partitions(client_options(broker, {}), topic) is None
+
+
+def test_partitions_without_records_are_not_silent(broker: str, topic: str) -> None:
+    write(broker, topic, 3, numbered([5, 0, 0]))
+    with open_source(broker, topic, until_end=False) as source:
+        deadline = time.monotonic() + 2.5
+        while time.monotonic() < deadline:
+            source.poll(0.25)
+            assert source.silent_seconds() == 0
+        time.sleep(2.0)
+        assert source.silent_seconds() == 0, "nobody asked"
+
+
+@pytest.mark.slow
+def test_a_frozen_broker_shows_as_silence_and_a_thawed_one_does_not(apache: ApacheBroker, topic: str) -> None:
+    write(apache.bootstrap_servers, topic, 2, numbered([5, 0]))
+    with open_source(apache.bootstrap_servers, topic, until_end=False, topic_check_seconds=0.5) as source:
+        poll_until(source, lambda: bool(source.caught_up().all()))
+        apache.freeze()
+        try:
+            started = time.monotonic()
+            poll_until(source, lambda: source.silent_seconds() > 2.5)
+            assert 2.4 < time.monotonic() - started < 4.0
+            source.pause({0, 1})
+            assert source.silent_seconds() == 0, "nobody wants anything"
+            source.pause({1})
+            assert source.silent_seconds() > 2.5
+        finally:
+            apache.thaw()
+        poll_until(source, lambda: source.silent_seconds() == 0)
+
+
 # Writing
 
 
@@ -511,6 +793,60 @@ def test_a_password_logs_in_and_never_appears_in_a_log(apache: ApacheBroker, top
     assert SASL_PASSWORD not in repr(client) + str(client)
 
 
+@pytest.mark.slow
+def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
+    apache: ApacheBroker, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = {
+        "security.protocol": "SASL_SSL", "sasl.mechanism": "SCRAM-SHA-256", "sasl.username": SASL_USER, "sasl.password": SASL_PASSWORD,
+        "ssl.ca.location": str(apache.ca),
+    }  # fmt: skip
+    write_with = client_options(apache.tls_servers, good)
+    ensure_topic(write_with, topic)
+    with closing(KafkaSink(write_with)) as sink:
+        sink.send_batch(topic, pa.array([b"x"] * 2000, pa.large_binary()))
+    with open_source(apache.tls_servers, topic, options=good) as source:
+        assert count(rows(source, lambda: source.finished)) == 2000
+    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 1.5)
+    make_certificates(tmp_path)
+    by_address = apache.tls_servers.replace("localhost", "127.0.0.1")
+    wrong_password, other_authority = "another-" + SASL_PASSWORD, {"ssl.ca.location": str(tmp_path / "ca.pem")}
+    for servers, options, expected in (
+        (apache.tls_servers, {"sasl.password": wrong_password}, "the login was refused, check sasl.username and sasl.password"),
+        (apache.tls_servers, other_authority, "the certificate is not of an authority that is trusted here"),
+        (by_address, {}, "the certificate is another host's, .*not valid for '127.0.0.1'"),
+    ):
+        with pytest.raises(KafkaRefused, match=f"{servers} accepts connections, but .*{expected}") as caught:
+            KafkaSource([topic], client=client_options(servers, good | options), group="g")
+        assert SASL_PASSWORD not in f"{caught.value!r} {caught.value.__cause__!r}"
+    unchecked = client_options(by_address, good | {"ssl.endpoint.identification.algorithm": ""})
+    assert topic_partitions(unchecked, topic) == 1
+
+
+@pytest.mark.parametrize(
+    ("servers", "options", "expected"),
+    [
+        ("kafka.invalid:9092", {}, ["kafka.invalid:9092 is not encrypted: set security.protocol to SSL"]),
+        ("192.0.2.1:1,[2001:db8::1]:2", {}, ["192.0.2.1:1 is not encrypted", r"\[2001:db8::1\]:2 is not encrypted"]),
+        ("login.invalid:1", {"security.protocol": "SASL_PLAINTEXT"}, ["the login included: set security.protocol to SASL_SSL"]),
+        ("tls.invalid:1", {"security.protocol": "SSL"}, []),
+        ("localhost:1,127.3.2.1:1,[::1]:1", {}, []),
+    ],
+)  # fmt: skip
+def test_a_connection_that_others_can_read_is_warned_of_once(
+    servers: str, options: dict[str, str], expected: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 0.05)
+    monkeypatch.setattr(connectors.kafka_diagnosis, "PROBE_SECONDS", 0.05)
+    login = {"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "p"} if "login" in servers else {}
+    for _ in range(2):
+        with pytest.raises(KafkaUnreachable):
+            KafkaSource(["t"], client=client_options(servers, options | login), group="g")
+    warned = [record.getMessage() for record in caplog.records if record.name.startswith("connectors")]
+    assert len(warned) == len(expected)
+    assert all(re.search(pattern, text) for pattern, text in zip(expected, warned, strict=True))
+
+
 def test_a_missing_codec_is_found_before_anything_connects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka.codec, "zstd", None)
     monkeypatch.setattr(kafka.record.util, "crc32c_c", None)
@@ -545,6 +881,7 @@ def test_options_of_one_client_do_not_disturb_the_other(embedded_broker: str, to
         ({"sasl.pasword": "hidden"}, "'sasl.pasword' does not exist; did you mean 'sasl.password'"),
         ({"auto.offset.reset": "latest"}, "'auto.offset.reset' cannot be set: .*lose or repeat"),
         ({"isolation.level": "read_uncommitted"}, "'isolation.level' cannot be set: .*aborted"),
+        ({"max.poll.interval.ms": "5000"}, "'max.poll.interval.ms' cannot be set: .*without group membership"),
         ({"value.deserializer": "x"}, "'value.deserializer' cannot be set: .*raw bytes"),
         ({"enable.auto.commit": "true"}, "'enable.auto.commit' cannot be set"),
         ({"linger.ms": "5s"}, "'linger.ms' must be a whole number, got '5s'"),

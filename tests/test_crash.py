@@ -88,8 +88,9 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return state
 
 
+@pytest.mark.fault(2, injected="death at each failpoint, a log as input")
 @pytest.mark.parametrize("failpoint", EVERYWHERE)
-def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log, clean, tmp_path, failpoint):
+def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log, clean, tmp_path, failpoint, outcome):
     arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
     die(failpoint, *arguments)
     published(tmp_path)  # whoever reads the pointer now finds a snapshot that is whole, or none yet
@@ -97,6 +98,7 @@ def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log,
     result = run(*arguments)
     assert ("resumed from snapshot" in result.output) == (left is not None)
     assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
+    outcome("old or new, never mixed; resumed, ledger and all state equal")
 
 
 @pytest.mark.slow

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stream_ctr import events
 from stream_ctr.config import Field
+from stream_ctr.errors import DataError
 from stream_ctr.events import Decoder, encode_clicks, encode_impressions, infer_fields
 
 FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
@@ -26,76 +28,6 @@ def record(**changes: object) -> bytes:
 
 def features(**changes: object) -> bytes:
     return record(features={"app": "maps", "age": 31, **changes})
-
-
-def decode(*values: bytes | None):
-    return Decoder(FIELDS).decode(pa.array(values, pa.large_binary()))
-
-
-BAD = {
-    "tombstone": (None, "tombstone"),
-    "no bytes": (b"", "empty"),
-    "white space": (b"  \n ", "empty"),
-    "text": (b"oops", "not_json"),
-    "truncated": (GOOD[:-5], "not_json"),
-    "trailing bytes": (GOOD + b" x", "not_json"),
-    "two documents": (GOOD + GOOD, "not_json"),
-    "two lines": (GOOD + b"\n" + GOOD, "not_json"),
-    "byte order mark": (b"\xef\xbb\xbf" + GOOD, "not_json"),
-    "invalid UTF-8": (GOOD.replace(b"maps", b"\xff\xfe"), "not_json"),
-    "lone surrogate": (GOOD.replace(b"maps", b"\\ud800"), "not_json"),
-    "control character": (GOOD.replace(b"maps", b"m\x01"), "not_json"),
-    "NaN": (GOOD.replace(b"31", b"NaN"), "not_json"),
-    "Infinity": (GOOD.replace(b"31", b"Infinity"), "not_json"),
-    "1e999": (GOOD.replace(b"31", b"1e999"), "not_json"),
-    "100,000 deep": (b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "too_deep"),
-    "good but for an extra field 300 deep": (GOOD[:-1] + b',"x":' + b"[" * 300 + b"]" * 300 + b"}", "too_deep"),
-    "null": (b"null", "not_an_object"),
-    "a list": (b"[1]", "not_an_object"),
-    "a string": (b'"x"', "not_an_object"),
-    "no kind": (record(kind=...), "unknown_kind"),
-    "another kind": (record(kind="view"), "unknown_kind"),
-    "a number as kind": (record(kind=3), "wrong_type"),
-    "no id": (record(impression_id=...), "missing_id"),
-    "an empty id": (record(impression_id=""), "missing_id"),
-    "a number as id": (record(impression_id=5), "wrong_type"),
-    "no time": (record(time=...), "missing_time"),
-    "time 0": (record(time=0), "time_out_of_range"),
-    "negative time": (record(time=-T), "time_out_of_range"),
-    "seconds": (record(time=T // 1000), "time_out_of_range"),
-    "microseconds": (record(time=T * 1000), "time_out_of_range"),
-    "beyond 64 bits": (record(time=2**63), "wrong_time"),
-    "a fraction as time": (record(time=T + 0.5), "wrong_time"),
-    "true as time": (record(time=True), "wrong_time"),
-    "a word as time": (record(time="yesterday"), "wrong_time"),
-    "time without zone": (record(time="2025-01-01T00:00:00"), "wrong_time"),
-    "no features": (record(features=...), "missing_features"),
-    "null features": (record(features=None), "missing_features"),
-    "features a list": (record(features=[1]), "wrong_type"),
-    "true for a number": (features(age=True), "wrong_type"),
-    "a string for a number": (features(age="31"), "wrong_type"),
-    "a fraction for a category": (features(app=1.5), "wrong_type"),
-    "a list for a category": (features(app=["maps"]), "wrong_type"),
-    "a category beyond 64 bits": (features(app=2**63), "wrong_type"),
-    "a probability of 2": (record(true_probability=2), "wrong_probability"),
-    "a probability of true": (record(true_probability=True), "wrong_type"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_record_is_rejected_with_its_reason_and_harms_no_other(name):
-    value, reason = BAD[name]
-    events, rejects = decode(GOOD, value, GOOD)
-    assert (rejects.row.tolist(), rejects.reason) == ([1], [reason])
-    assert len(rejects.message[0]) < 300
-    assert events.impressions.row.tolist() == [0, 2]
-    assert events.impressions.features["app"].to_pylist() == ["maps", "maps"]
-    assert decode(value)[1].reason == [reason]  # alone as well
-
-
-def test_a_record_over_the_size_limit_is_rejected_unread():
-    _, rejects = Decoder(FIELDS, max_record_bytes=200).decode(pa.array([GOOD, features(app="m" * 200)], pa.large_binary()))
-    assert rejects.reason == ["too_large"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +49,7 @@ def test_a_record_over_the_size_limit_is_rejected_unread():
 )
 def test_unusual_but_good_records_are_read(value, app, age):
     for values in ([value], [GOOD, value, GOOD]):
-        events, rejects = decode(*values)
+        events, rejects = Decoder(FIELDS).decode(pa.array(values, pa.large_binary()))
         assert len(rejects) == 0
         at = len(values) // 2
         assert (events.impressions.features["app"][at].as_py(), events.impressions.features["age"][at].as_py()) == (app, age)
@@ -133,53 +65,6 @@ def test_rfc_3339_times_are_read_to_the_millisecond_alone_and_in_a_stream_of_the
         events, rejects = decoder.decode(pa.array([value] * count, pa.large_binary()))
         assert len(rejects) == 0
         assert set(events.clicks.time.tolist()) == {T + 4200}
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
-    max_leaves=4,
-)
-documents = st.fixed_dictionaries(
-    {},
-    optional={
-        "kind": st.sampled_from(["impression", "click", "view", 1, None]),
-        "impression_id": st.sampled_from(["a", "b", "", 5, None]),
-        "time": st.one_of(st.integers(T, T + 10**6), st.just("2025-01-01T00:00:00Z"), json_values),
-        "features": st.one_of(
-            st.fixed_dictionaries({}, optional={"app": st.text(max_size=3) | json_values, "age": st.floats(-9, 9) | json_values}),
-            json_values,
-        ),
-        "true_probability": st.floats(-1, 2) | json_values,
-    },
-)
-records = st.one_of(
-    documents.map(lambda d: json.dumps(d).encode("utf-8", "surrogatepass")), st.just(GOOD), st.binary(max_size=20), st.none()
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(records, min_size=1, max_size=30))
-def test_the_fast_way_and_the_strict_way_accept_the_same_records(values):
-    """Together (blocks through Arrow) and alone through the strict parser."""
-
-    class Strict(Decoder):
-        def _sort_out(self, values):
-            return np.empty(0, np.int64), np.arange(len(values))
-
-    array = pa.array(values, pa.large_binary())
-    together, rejects = Decoder(FIELDS).decode(array)
-    strict, strict_rejects = Strict(FIELDS).decode(array)
-    assert rejects.row.tolist() == strict_rejects.row.tolist()
-    assert rejects.reason == strict_rejects.reason
-    for a, b in ((together.impressions, strict.impressions), (together.clicks, strict.clicks)):
-        assert a.row.tolist() == b.row.tolist()
-        assert a.time.tolist() == b.time.tolist()
-        assert a.impression_id.to_pylist() == b.impression_id.to_pylist()
-    for name in ("app", "age"):
-        assert together.impressions.features[name].to_pylist() == strict.impressions.features[name].to_pylist()
-    seen = sorted([*together.impressions.row, *together.clicks.row, *rejects.row])
-    assert seen == list(range(len(values)))  # nothing is lost, nothing is read twice
 
 
 @settings(max_examples=50, deadline=None)
@@ -262,9 +147,23 @@ def test_fields_are_inferred_from_what_the_impressions_hold():
     ]  # fmt: skip
 
 
-def test_an_event_far_ahead_of_its_record_is_rejected_and_one_without_a_record_time_is_not():
-    ahead = record(time=T + 86_400_001)
-    values = pa.array([ahead, ahead, record(time=T + 86_400_000), record(time=T - 10**10)], pa.large_binary())
-    events, rejects = Decoder(FIELDS).decode(values, np.array([T, -1, T, T]))
-    assert (rejects.row.tolist(), rejects.reason) == ([0], ["time_in_future"])
-    assert events.impressions.row.tolist() == [1, 2, 3]
+def test_what_hardly_any_impression_has_is_no_field_and_too_many_fields_are_an_error():
+    usual = [features(rare=1)] + [features()] * 150
+    flood = record(features={f"f{i}": 1 for i in range(5000)})
+    fields = infer_fields(pa.array([*usual, flood, flood], pa.large_binary()))
+    assert [field.name for field in fields] == ["app", "age"]
+    assert [field.name for field in infer_fields(pa.array(usual[:100], pa.large_binary()))] == ["app", "age", "rare"]
+    many = [record(features={f"f{i * 100 + j}": 1 for j in range(900)}) for i in range(12)]
+    with pytest.raises(DataError, match="the impressions have 2,000 features"):
+        infer_fields(pa.array(many, pa.large_binary()))
+
+
+def test_records_are_parsed_in_blocks_of_bounded_bytes(monkeypatch):
+    monkeypatch.setattr(events, "_BLOCK_BYTES", 1000)
+    values = pa.array([features(app="m" * (i % 700)) for i in range(200)], pa.large_binary())
+    text = events._Text.of(values)
+    blocks = text.blocks(np.arange(200))
+    assert np.concatenate(blocks).tolist() == list(range(200))
+    assert max(text.size[block].sum() for block in blocks) < 2000
+    read, rejects = Decoder(FIELDS).decode(values)
+    assert (len(read.impressions), len(rejects)) == (200, 0)

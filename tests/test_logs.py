@@ -108,10 +108,12 @@ BAD_CRITEO: dict[int, tuple[str | bytes, str]] = {
     7: (criteo_line(integers={5: "99999999999999999999"}), "I5 must be an integer, got '99999999999999999999'"),
     8: (criteo_line(categories={1: "a\rb"}), "no text: a carriage return inside the line"),
     9: (criteo_line(categories={1: "@"}).encode().replace(b"@", b"\xff"), "no text: 'utf-8' codec can't decode"),
+    10: (b"0\t\xff", "no text: 'utf-8' codec can't decode"),
     11: ("0", "expected 40 columns, got 1"),
 }
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("block", [1, 300, 1 << 22])
 def test_bad_criteo_rows_are_named_by_line_and_cost_their_neighbours_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
@@ -119,7 +121,7 @@ def test_bad_criteo_rows_are_named_by_line_and_cost_their_neighbours_nothing(
     monkeypatch.setattr(text, "_BLOCK_BYTES", block)
     lines = [BAD_CRITEO[at][0] if at in BAD_CRITEO else "" if at == 5 else criteo_line() for at in range(1, 13)]
     log = open_log(write(tmp_path / "day.tsv", *lines))
-    assert [event["impression_id"] for event in read(log)] == ["criteo-1", "criteo-10", "criteo-12"]
+    assert [event["impression_id"] for event in read(log)] == ["criteo-1", "criteo-12"]
     assert log.rejected.count == len(BAD_CRITEO)
     found = dict(log.rejected.first)
     assert found.keys() == BAD_CRITEO.keys()
@@ -191,6 +193,21 @@ def test_bad_avazu_rows_are_named(tmp_path: Path) -> None:
         (6, "id must be an id, got nothing"),
         (8, "expected 24 columns, got 2"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [
+        (AVAZU_HEADER.encode().replace(b"site_id", b"site_\xff"), "the header is no text"),
+        (AVAZU_HEADER.encode().replace(b"site_id", b"C1"), "column C1 is there twice"),
+        (AVAZU_HEADER.encode().replace(b"site_id", b"day_of_week"), "column day_of_week is there twice"),
+        (OBD.read_bytes().splitlines()[0].replace(b"item_id", b"click"), "column click is there twice"),
+        (OBD.read_bytes().splitlines()[0].replace(b"item_id", b"policy"), "column policy is there twice"),
+    ],
+)
+def test_a_header_that_names_no_columns_is_refused_with_its_line(tmp_path: Path, header: bytes, reason: str) -> None:
+    with pytest.raises(DataError, match=rf"log\.csv:1: {reason}"):
+        open_log(write(tmp_path / "log.csv", header, avazu_line(1)))
 
 
 def test_avazu_without_labels_is_refused(tmp_path: Path) -> None:
@@ -476,6 +493,25 @@ def test_every_column_format_says_the_same_as_json_lines(tmp_path: Path) -> None
     expected = read(open_log(paths["events.jsonl"]))
     for name in ("events.jsonl.gz", "events.parquet", "file.arrow", "stream.arrow"):
         assert read(open_log(paths[name])) == expected, name
+
+
+def test_an_arrow_file_whose_text_points_outside_of_it_is_not_followed(tmp_path: Path) -> None:
+    path = every_format(tmp_path)["stream.arrow"]
+    good = path.read_bytes()
+    # The ends of obd-2, obd-3, obd-4: where the offsets of the ids begin.
+    first = good.index(np.array([0, 5, 10, 15], np.int32).tobytes())
+    path.write_bytes(good[: first + 8] + np.array([2**31 - 8], np.int32).tobytes() + good[first + 12 :])
+    log = open_log(path)
+    with pytest.raises(DataError, match=r"stream\.arrow:1: the rest cannot be read"):
+        list(log.batches())
+
+
+def test_an_arrow_file_that_shrinks_while_it_is_read_does_not_end_the_process(tmp_path: Path) -> None:
+    path = every_format(tmp_path)["stream.arrow"]
+    batches = open_log(path)._record_batches()
+    next(batches)
+    os.truncate(path, 4096)
+    assert sum(map(len, batches)) < 2008 - 300
 
 
 def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path) -> None:

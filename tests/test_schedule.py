@@ -61,6 +61,7 @@ with Schedule({"report": 2.0}) as due:
 """
 
 
+@pytest.mark.fault(30, injected="SIGSTOP of the process over the time when a flag is due")
 @pytest.mark.timeout(20)
 def test_a_process_stopped_for_longer_than_the_default_grace_still_gets_its_flag_late() -> None:
     child = subprocess.Popen([sys.executable, "-c", STOPPED_CHILD], stdout=subprocess.PIPE, text=True)
@@ -89,6 +90,7 @@ class MovedClock(datetime):
         return datetime.now(tz) + timedelta(seconds=cls.moved)
 
 
+@pytest.mark.fault(18, injected="the clock that the schedule plans by set an hour back, and forward")
 @pytest.mark.parametrize("moved", [-3600.0, +3600.0])
 def test_the_cadence_holds_when_the_wall_clock_is_set_by_an_hour(monkeypatch: pytest.MonkeyPatch, moved: float) -> None:
     monkeypatch.setattr(apscheduler.schedulers.base, "datetime", MovedClock)

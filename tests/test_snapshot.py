@@ -256,6 +256,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.fault(19, injected="a file size limit reached while a snapshot is written")
 def test_a_disk_that_fills_while_writing_leaves_the_old_snapshot_and_no_temporary_folder(tmp_path: Path) -> None:
     old = write(tmp_path, 1)
 
@@ -309,6 +310,7 @@ def crash_at_each_step(work: Callable[[], object], inspect: Callable[[], object]
     raise AssertionError("work never came to its end")
 
 
+@pytest.mark.fault(2, injected="death before every system call that touches the disk: writing")
 def test_a_crash_before_any_step_of_writing_leaves_the_old_snapshot_or_a_complete_new_one(tmp_path: Path) -> None:
     old = write(tmp_path, 1)
     new = old.with_name(snapshot.new_id(2, 0))
@@ -329,6 +331,7 @@ def test_a_crash_before_any_step_of_writing_leaves_the_old_snapshot_or_a_complet
     assert seen == {old, new}
 
 
+@pytest.mark.fault(2, injected="the same: retention")
 def test_a_crash_before_any_step_of_retention_never_shows_half_a_snapshot(tmp_path: Path) -> None:
     def refill() -> None:
         snapshot.clean(tmp_path)
@@ -345,6 +348,7 @@ def test_a_crash_before_any_step_of_retention_never_shows_half_a_snapshot(tmp_pa
     assert [name[:8] for name in snapshot.snapshot_ids(tmp_path)] == ["00000003"]
 
 
+@pytest.mark.fault(2, injected="the same: publishing")
 def test_a_crash_before_any_step_of_publishing_leaves_the_old_pointer_or_the_new_one(tmp_path: Path) -> None:
     first, second = (snapshot.pointer_for(path, snapshot.verify(path)) for path in (write(tmp_path / "s", 1), write(tmp_path / "s", 2)))
     latest = tmp_path / "latest.json"
@@ -372,7 +376,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_retur
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "rename", noted_rename)
     name = write(tmp_path).name
-    assert order == ["model.safetensors", "joiner.safetensors", "manifest.json", f"tmp-{name}", "rename", tmp_path.name]
+    assert order == ["model.safetensors", "joiner.safetensors", "manifest.json", f"tmp-{os.getpid()}-{name}", "rename", tmp_path.name]
 
 
 def test_the_newest_snapshot_that_verifies_is_used_and_the_reason_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

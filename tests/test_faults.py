@@ -1,0 +1,585 @@
+"""What months bring, at the trainer: wrong clocks, stalls, duplicates, numbers that are none, full disks, damaged files."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from click.testing import CliRunner
+from lineage import SMALL, Fingerprint, last_report, newest, published
+from test_trainer import Partitions, finish, split, trainer
+
+from connectors import Records, kafka
+from stream_ctr import snapshot
+from stream_ctr.cli import main
+from stream_ctr.errors import DataError
+from stream_ctr.failpoint import VARIABLE
+from stream_ctr.simulate import Simulation
+from stream_ctr.subscribe import Subscriber, TopicPointers
+
+IMPRESSIONS = 6000
+FREQUENT = {"schedule": {"snapshot_examples": 1024}}
+
+
+@pytest.fixture(scope="module")
+def stream() -> pa.LargeBinaryArray:
+    return pa.concat_arrays([batch.value for batch in Simulation(IMPRESSIONS, seed=3).batches()])
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "sim.jsonl"
+    Simulation(4000, seed=5).write_jsonl(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("clean") / "state"
+    assert run(log, state).exit_code == 0
+    return state
+
+
+def run(log: Path, state: Path, *options: str) -> Any:
+    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *SMALL, *options])
+
+
+def run_apart(log: Path, state: Path, *options: str, failpoint: str = "", **arguments: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(state), *SMALL, *options]
+    environment = {**os.environ, **({VARIABLE: failpoint} if failpoint else {})}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **arguments)
+
+
+def taken(state: Path) -> Fingerprint:
+    found = newest(state)
+    assert found
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.02)
+
+
+def documents(stream: pa.LargeBinaryArray) -> list[dict[str, Any]]:
+    return [json.loads(value) for value in stream.to_pylist()]
+
+
+def encoded(events: Sequence[dict[str, Any]]) -> pa.LargeBinaryArray:
+    return pa.array([json.dumps(event).encode() for event in events], pa.large_binary())
+
+
+# -- time ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(12, injected="every record 1 to 3 times, shuffled within the lateness")
+@pytest.mark.fault(13, injected="records shuffled within the lateness")
+def test_duplicates_and_disorder_within_the_lateness_change_nothing(tmp_path, stream, outcome):
+    # Every event at a time of its own: those of one time are ordered by their place in the log.
+    events = [{**event, "time": event["time"] + number} for number, event in enumerate(documents(stream))]
+    rng = np.random.default_rng(0)
+    at = np.array([event["time"] for event in events]) + rng.integers(0, 25_000, len(events))  # the lateness is 30 s
+    disordered = [events[row] for row in np.argsort(at, kind="stable")]
+    copies = rng.integers(1, 4, len(events))
+    again = at.repeat(copies) + rng.integers(0, 4_000, copies.sum())
+    repeated = [events[row] for row in np.arange(len(events)).repeat(copies)[np.argsort(again, kind="stable")]]
+    plain = finish(trainer(tmp_path / "plain", Partitions([encoded(events)])))
+    for name, log in (("disordered", disordered), ("repeated", repeated)):
+        report = finish(trainer(tmp_path / name, Partitions([encoded(log)])))
+        assert report["ledger"] == plain["ledger"]
+        assert taken(tmp_path / name).weights_sha256 == taken(tmp_path / "plain").weights_sha256
+        counters = report["counters"]
+        assert counters["impressions"] - counters["impressions_duplicate"] == IMPRESSIONS
+    assert counters["impressions_duplicate"] > IMPRESSIONS / 2
+    assert counters["clicks_duplicate"] > 0
+    outcome(f"ledger and weights equal; {counters['impressions_duplicate']:,} repeated impressions counted, none trained twice")
+
+
+class Live(Partitions):
+    """A topic that grows; a clock that moves with the polls."""
+
+    until_end = False
+    finished = False
+    now = 0.0
+    polls = 200
+
+    def poll(self, timeout_seconds: float) -> Records:
+        self.now += 1.0
+        if self.now >= self.polls and self.trainer:
+            self.trainer.stop()
+        return super().poll(timeout_seconds)
+
+
+def live(directory: Path, source: Live, **sections: Any) -> Any:
+    built = trainer(directory, source, **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections})
+    built._clock = lambda: source.now
+    built._heard[:] = 0.0
+    return built
+
+
+@pytest.mark.fault(15, injected="4 partitions, one of them silent")
+@pytest.mark.fault(16, injected="the silent partition wakes with records an hour old")
+def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harms_nobody(tmp_path, stream, outcome):
+    *three, waking = split(stream, 4)
+    old = [{**event, "time": event["time"] - 3_600_000, "impression_id": f"old-{i}"} for i, event in enumerate(documents(waking)[:200])]
+
+    class Waking(Live):
+        def poll(self, timeout_seconds: float) -> Records:
+            if self.now == 150:
+                before.append(built.joiner.watermark)
+                self._values = [*three, encoded(old)]
+            return super().poll(timeout_seconds)
+
+    before: list[int] = []
+    built = live(tmp_path, Waking([*three, pa.array([], pa.large_binary())]))
+    report = finish(built)
+    impressions = sum(event["kind"] == "impression" for event in old)
+    assert before[0] > 0, "the watermark had advanced without it"
+    assert built.joiner.watermark >= before[0]
+    assert report["counters"]["impressions_late"] == impressions
+    others = finish(live(tmp_path / "others", Live(three)))
+    assert report["ledger"] == others["ledger"]
+    outcome(f"the watermark advances after the timeout and never goes back; {impressions} impressions late, the others' ledger unchanged")
+
+
+@pytest.mark.fault(17, injected="one record in 20 from clocks that are 2 h ahead, 2 h behind, at 1970, at 2099")
+@pytest.mark.parametrize("source", ["log", "broker"])
+def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, source, outcome):
+    events = documents(stream)
+    now = int(time.time() * 1000)
+    shift = now - 60_000 - max(event["time"] for event in events)  # the stream ends a minute ago
+    events = [{**event, "time": event["time"] + shift} for event in events]
+    wrong = [lambda t: t + 7_200_000, lambda t: t - 7_200_000, lambda t: 1000, lambda t: 4_080_000_000_000]
+    mixed: list[dict[str, Any]] = []
+    received: list[int] = []
+    for number, event in enumerate(events):
+        mixed.append(event)
+        received.append(event["time"])
+        if number % 20 == 19 and event["kind"] == "impression":
+            clock = wrong[number // 20 % 4]
+            mixed.append({**event, "impression_id": f"wrong-{number}", "time": clock(event["time"])})
+            received.append(event["time"])
+
+    class Stamped(Partitions):
+        """The broker's times are those at which the events happened."""
+
+        def poll(self, timeout_seconds: float) -> Records:
+            records = super().poll(timeout_seconds)
+            return Records(records.partition, records.offset, np.array(received, np.int64)[records.offset], records.value)
+
+    made = Stamped([encoded(mixed)]) if source == "broker" else Partitions([encoded(mixed)])
+    report = finish(trainer(tmp_path / "mixed", made))
+    plain = finish(trainer(tmp_path / "plain", Partitions([encoded(events)])))
+    assert report["ledger"] == plain["ledger"]
+    counters = report["counters"]
+    assert counters["rejected.time_in_future"] > 50
+    assert counters["rejected.time_out_of_range"] > 20
+    assert counters["impressions_late"] > 20
+    quarantined = counters["rejected.time_in_future"] + counters["rejected.time_out_of_range"]
+    outcome(f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of the others alone")
+
+
+@pytest.mark.fault(18, injected="the trainer's wall clock an hour on, and back, between two polls")
+@pytest.mark.parametrize("moved", [-3600.0, 3600.0])
+def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(tmp_path, stream, moved, outcome):
+    class Jumping(Live):
+        polls = 100
+
+        def poll(self, timeout_seconds: float) -> Records:
+            if self.now == 20 and self.trainer:
+                self.trainer._wall_clock = lambda: time.time() + moved
+            return super().poll(timeout_seconds)
+
+    report = finish(live(tmp_path / "jumps", Jumping(split(stream, 2))))
+    plain = finish(live(tmp_path / "plain", Live(split(stream, 2))))
+    assert report["counters"]["impressions_late"] == 0
+    assert report["seconds"] < 200
+    assert (report["examples"], report["ledger"]) == (plain["examples"], plain["ledger"])
+    outcome("ledger equal; idleness and cadence go by a clock that nobody sets")
+
+
+# -- clicks that stop ---------------------------------------------------------------------------------------------------------------------
+
+
+def delayed_clicks(events: Sequence[dict[str, Any]], start: float, end: float) -> list[dict[str, Any]]:
+    """The clicks of a stretch of the log come after it, in order."""
+    first, last = int(start * len(events)), int(end * len(events))
+    stretch = events[first:last]
+    return [
+        *events[:first],
+        *(event for event in stretch if event["kind"] == "impression"),
+        *(event for event in stretch if event["kind"] == "click"),
+        *events[last:],
+    ]
+
+
+def test_impressions_whose_clicks_are_delayed_wait_and_get_their_labels(tmp_path, stream, caplog):
+    events = encoded(delayed_clicks(documents(stream), 0.4, 0.8))
+    plain = finish(trainer(tmp_path / "plain", Partitions([stream])))
+    with caplog.at_level("WARNING"):
+        waited = finish(trainer(tmp_path / "waited", Partitions([events], seed=1), join={"label_window": "60s", "stall_clicks": 20}))
+    assert waited["ledger"] == plain["ledger"]
+    assert "clicks of clicks:0 are overdue: learning waits" in caplog.text
+    assert "clicks come again: learning goes on" in caplog.text
+    deaf = finish(trainer(tmp_path / "deaf", Partitions([events], seed=1), join={"label_window": "60s", "stall_clicks": 0}))
+    assert deaf["counters"]["clicks_late"] > 100, "without the breaker their impressions are taught as not clicked"
+
+
+def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_and_goes_on_later(tmp_path, stream):
+    events = delayed_clicks(documents(stream), 0.5, 1.0)
+    join = {"label_window": "60s", "stall_clicks": 20}
+    cut = next(i for i in range(len(events) // 2, len(events)) if events[i]["kind"] == "click" and events[i - 1]["kind"] == "impression")
+    while any(event["kind"] == "impression" for event in events[cut:]):
+        cut += 1
+    stopped = finish(trainer(tmp_path, Partitions([encoded(events[:cut])]), join=join))
+    assert stopped["stalled"] == ["clicks:0"]
+    assert stopped["pending"] > 1000
+    resumed = trainer(tmp_path, Partitions([encoded(events)]), join=join)
+    resumed.restore(snapshot.newest(tmp_path / "snapshots"))
+    assert finish(resumed)["ledger"] == finish(trainer(tmp_path / "plain", Partitions([stream])))["ledger"]
+
+
+# -- numbers ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(22, injected="a number of 1e38 in one impression of 500, taken as it is (numeric_encoding = value)")
+def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_learned(tmp_path, stream, outcome):
+    events = documents(stream)
+    numeric = next(name for name, value in events[0]["features"].items() if isinstance(value, (int, float)) and not isinstance(value, bool))
+    huge = 0
+    for number, event in enumerate(events):
+        if number % 500 == 250 and event["kind"] == "impression":
+            event["features"][numeric] = 1e38
+            huge += 1
+    built = trainer(tmp_path, Partitions([encoded(events)]), features={"numeric_encoding": "value"}, **FREQUENT)
+    report = finish(built)
+    counters = report["counters"]
+    assert counters["examples_skipped"] == huge
+    assert report["examples"] == IMPRESSIONS - huge
+    assert report["models"]["deepfm"]["count"] == report["examples"]
+    assert counters.get("batches_skipped", 0) == 0
+    assert all(np.isfinite(array).all() for array in built.learner.weights().values())
+    outcome(f"{huge} examples skipped and counted, all others learned; weights finite")
+
+
+@pytest.mark.fault(22, injected="weights that become NaN while it learns")
+def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to_the_last_good_snapshot(tmp_path, stream, outcome, caplog):
+    built = trainer(tmp_path, Partitions([stream]), learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3}, **FREQUENT)
+    learn, calls = built.learner.learn, []
+
+    def spoiled(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 30:
+            built.learner.table.rows.fill_(float("nan"))
+        return learn(*arguments)
+
+    built.learner.learn = spoiled
+    report = finish(built)
+    counters = report["counters"]
+    assert (counters["batches_skipped"], counters["rollbacks"]) == (3, 1)
+    assert counters["examples_skipped"] == 3 * 128
+    assert report["examples"] == IMPRESSIONS - 3 * 128
+    assert "goes back to snapshot 00000003" in caplog.text
+    for name in snapshot.snapshot_ids(tmp_path / "snapshots"):
+        _, tensors = snapshot.load(tmp_path / "snapshots" / name, files=("model",))
+        assert all(np.isfinite(array).all() for array in tensors["model"].values())
+    outcome("3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning goes on")
+
+
+@pytest.mark.fault(22, injected="learning rate x 1e6 from a good snapshot on")
+def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_published_stays_good(tmp_path, stream, outcome):
+    sections = {"learn": {"batch_size": 128, "threads": 1, "skips_before_rollback": 2}}
+    built = trainer(tmp_path, Partitions([stream, stream]), snapshots={"gate_clicks": 50}, **sections, **FREQUENT)
+    learn, calls = built.learner.learn, []
+
+    def wild(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) >= 30:
+            for group in built.learner.optimizer.param_groups:
+                group["lr"] = 1e35
+        return learn(*arguments)
+
+    built.learner.learn = wild
+    with pytest.raises(DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"):
+        finish(built)
+    pointed = published(tmp_path)
+    assert pointed
+    assert pointed["examples"] <= 29 * 128
+    outcome("skipped, rolled back three times, then exit 5; the published snapshot is from before", times=1)
+
+
+def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_published(tmp_path, stream, caplog):
+    class Forgets(Partitions):
+        """Somewhere in the stream the table is filled with nonsense, finite as it is."""
+
+        done = False
+
+        def poll(self, timeout_seconds: float) -> Records:
+            if self._at[0] > 3000 and self.trainer and not self.done:
+                self.done = True
+                self.trainer.learner.table.rows[:, :4].add_(3.0)
+            return super().poll(timeout_seconds)
+
+    built = trainer(tmp_path, Forgets([stream]), snapshots={"gate_clicks": 100, "keep": 20}, **FREQUENT)
+    report = finish(built)
+    manifests = [snapshot.load(tmp_path / "snapshots" / name, files=())[0] for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+    refused = [manifest["sequence"] for manifest in manifests if manifest["gate"]["refused"]]
+    assert refused
+    assert refused[0] > 1
+    assert report["counters"]["publications_refused"] == len(refused)
+    assert "is not published: its logloss is" in caplog.text
+    last = published(tmp_path)
+    assert last
+    assert last["sequence"] == max({manifest["sequence"] for manifest in manifests} - set(refused))
+
+
+# -- files --------------------------------------------------------------------------------------------------------------------------------
+
+
+def fill(path: Path) -> None:
+    """Take all the room there is."""
+    with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(1 << 12))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 32 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.fault(19, injected="a tmpfs that is full while snapshots are due, and has room again later")
+@pytest.mark.slow
+def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_room(tmp_path, small_disk, log, clean, outcome):
+    state = small_disk / "state"
+    filler = small_disk / "filler"
+    options = ["-X", "schedule.snapshot_examples=512", "-X", "snapshots.keep=1", "-X", "schedule.report_every=200ms"]
+    process = run_apart(log, state, *options, failpoint="learn.before:12=sleep:1.5")
+    wait_until(lambda: (state / "latest.json").exists())
+    fill(filler)
+    held = snapshot.snapshot_ids(state / "snapshots")
+    wait_until(lambda: "nothing was" in process.stderr.readline() if process.stderr else False)
+    assert snapshot.snapshot_ids(state / "snapshots")[:1] == held[:1]
+    filler.unlink()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (0, 3), said  # 3: a line of reports.jsonl was lost, and the end says so
+    assert taken(state).ledger == taken(clean).ledger, said
+    assert taken(state).weights_sha256 == taken(clean).weights_sha256
+    assert last_report(state)["counters"]["snapshots_failed"] > 0
+    outcome("learning goes on, the old snapshot stays, later ones are written; ledger and weights equal")
+
+
+@pytest.mark.fault(20, injected="a byte flipped, a file cut, two files swapped, in the newest snapshot; then in all")
+@pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest"])
+def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(log, clean, tmp_path, harm, outcome):
+    def damage(path: Path) -> None:
+        model, optimizer = path / "model.safetensors", path / "optimizer.safetensors"
+        if harm == "flip":
+            data = bytearray(model.read_bytes())
+            data[len(data) // 2] ^= 1
+            model.write_bytes(data)
+        elif harm == "cut":
+            os.truncate(model, model.stat().st_size - 1)
+        elif harm == "swap":
+            model.rename(path / "x")
+            optimizer.rename(model)
+            (path / "x").rename(optimizer)
+        else:
+            os.truncate(path / "manifest.json", 100)
+
+    options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9"]
+    assert run(log, tmp_path, *options).exit_code == 0
+    names = snapshot.snapshot_ids(tmp_path / "snapshots")
+    damage(tmp_path / "snapshots" / names[-1])
+    again = run(log, tmp_path, *options)
+    assert again.exit_code == 0, again.output
+    assert f"resumed from snapshot {names[-2]}" in again.output
+    assert taken(tmp_path).ledger == taken(clean).ledger
+    assert taken(tmp_path).tensors == taken(clean).tensors
+    for name in snapshot.snapshot_ids(tmp_path / "snapshots"):
+        if name != names[-1]:
+            damage(tmp_path / "snapshots" / name)
+    none = run(log, tmp_path, *options)
+    assert none.exit_code == 6
+    assert "verifies" in none.output
+    outcome("refused by name, the one before is gone on from, ledger and state equal; with none left exit 6", times=2)
+
+
+# -- the process --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(3, injected="a second SIGTERM while the first is being served")
+@pytest.mark.slow
+def test_a_second_signal_ends_at_once(log, clean, tmp_path, outcome):
+    process = run_apart(log, tmp_path, failpoint="learn.before:3=sleep:60")
+    wait_until(lambda: (tmp_path / "lock").exists() and _children(process.pid))
+    time.sleep(3.0)  # it has come to its failpoint
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first waits for the batch"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(5) == -signal.SIGTERM
+    assert run(log, tmp_path).exit_code == 0
+    assert taken(tmp_path).tensors == taken(clean).tensors
+    outcome("ends at once; the next run equals one that was not disturbed")
+
+
+def _children(pid: int) -> str:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text()
+
+
+@pytest.mark.fault(23, injected="memory runs out in a batch (failpoint), once before and once after a snapshot")
+@pytest.mark.slow
+@pytest.mark.parametrize("failpoint", ["learn.before:3=out-of-memory", "learn.before:20=out-of-memory"])
+def test_running_out_of_memory_is_told_and_a_resumed_run_equals_one_that_did_not(log, clean, tmp_path, failpoint, outcome):
+    options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
+    process = run_apart(log, tmp_path, *options, failpoint=failpoint)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "error: out of memory" in said
+    assert "learn.batch_size" in said
+    assert "Traceback" not in said
+    assert run(log, tmp_path, *options).exit_code == 0
+    assert taken(tmp_path).ledger == taken(clean).ledger
+    assert taken(tmp_path).tensors == taken(clean).tensors
+    outcome("exit 1 with the way out; resumed, ledger and state equal (the error itself is made, not a card's)")
+
+
+@pytest.mark.fault(30, injected="5 s of work in the loop over the times of 5 snapshots and reports (failpoint)")
+@pytest.mark.slow
+def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, outcome):
+    options = ["-X", "schedule.snapshot_every=1s", "-X", "schedule.report_every=1s", "-X", "snapshots.keep=99"]
+    process = run_apart(log, tmp_path, *options, failpoint="learn.before:20=sleep:5")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    assert 1 <= kinds.count("report") <= 3
+    assert 2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= 4  # the late one, and the last
+    outcome("one report and one snapshot right after, none skipped, none twice")
+
+
+@pytest.mark.fault(24, injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one id")
+def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(tmp_path, stream, outcome):
+    events = documents(stream)
+    rng = np.random.default_rng(0)
+    for event in events:
+        for name, value in event.get("features", {}).items():
+            if isinstance(value, str):
+                event["features"][name] = f"v{min(int(rng.zipf(3.0)), 1_000_000)}"
+    last = {"kind": "click", "impression_id": "hot", "time": events[len(events) // 2]["time"]}
+    hot = encoded([*events[: len(events) // 2], *[last] * 200_000, *events[len(events) // 2 :]])
+    began = time.monotonic()
+    finish(trainer(tmp_path / "even", Partitions([stream])))
+    even = time.monotonic() - began
+    report = finish(trainer(tmp_path / "hot", Partitions([hot])))
+    assert report["examples"] == IMPRESSIONS
+    assert report["counters"]["clicks_unmatched"] == 200_000
+    assert all(np.isfinite(score["logloss"]) for score in report["models"].values())
+    slower = report["seconds"] / even * len(stream) / len(hot)
+    outcome(f"all learned; an event took {slower:.2f} times that of an even stream")
+
+
+# -- subscribers --------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(26, injected="SIGSTOP of a subscriber while 4 snapshots are published and 3 removed; SIGKILL of another at random")
+@pytest.mark.slow
+def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, tmp_path, outcome):
+    follow = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(tmp_path), "--json"]
+    options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
+    tmp_path.mkdir(exist_ok=True)
+    slow, dying = (subprocess.Popen(follow, stdout=subprocess.PIPE, text=True) for _ in range(2))
+    process = run_apart(log, tmp_path, *options)
+    try:
+        assert slow.stdout
+        first = json.loads(slow.stdout.readline())
+        slow.send_signal(signal.SIGSTOP)
+        dying.kill()
+        assert process.wait(60) == 0
+        assert taken(tmp_path).tensors == taken(clean).tensors
+        slow.send_signal(signal.SIGCONT)
+        loaded = json.loads(slow.stdout.readline())
+        while loaded["examples"] < 4000:
+            loaded = json.loads(slow.stdout.readline())
+        assert loaded["sequence"] > first["sequence"]
+        assert loaded["verified"]
+    finally:
+        for one in (slow, dying, process):
+            one.kill()
+            one.wait()
+    outcome("the trainer's state equals that of a run without subscribers; the slow one has the newest after SIGCONT")
+
+
+def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log, tmp_path, caplog):
+    assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
+    names = snapshot.snapshot_ids(tmp_path / "snapshots")
+    subscriber = Subscriber(tmp_path)
+    assert subscriber.next(5)
+    before = subscriber.scorer
+    manifest = snapshot.verify(tmp_path / "snapshots" / names[0])
+    later = {**manifest, "sequence": 99}
+    snapshot.write_pointer(tmp_path / "latest.json", snapshot.pointer_for(tmp_path / "snapshots" / names[0], later))
+    (tmp_path / "snapshots" / names[0] / "model.safetensors").unlink()
+    assert subscriber.next(0.5) is None
+    assert subscriber.scorer is before
+    assert "model.safetensors is missing" in caplog.text
+
+
+@pytest.mark.fault(29, injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a newer one")
+def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(broker, topic, log, tmp_path, outcome, caplog):
+    assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
+    paths = [tmp_path / "snapshots" / name for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+    pointers = [snapshot.pointer_for(path, {**snapshot.verify(path), "epoch": 5}) for path in paths]
+    client = kafka.client_options(broker, {})
+    kafka.ensure_topic(client, topic, compacted=True)
+    sink, reader = kafka.KafkaSink(client), kafka.PointerReader(client, topic)
+
+    def send(value: bytes | None, key: bytes = b"default") -> None:
+        sink.send(topic, value, key=key)
+        sink.flush(10)
+
+    subscriber = Subscriber(TopicPointers(reader))
+    # Reordered within one poll: the newest is taken, not the last.
+    for pointer in (pointers[2], pointers[1]):
+        sink.send(topic, json.dumps(pointer).encode(), key=b"default")
+    sink.flush(10)
+    wait_until(lambda: subscriber.next(0.5))
+    assert subscriber.pointer == pointers[2]
+    for value, key in (
+        (json.dumps({**pointers[3], "epoch": 4}).encode(), b"default"),
+        (json.dumps(pointers[1]).encode(), b"default"),
+        (b"{nonsense", b"default"),
+        (json.dumps({**pointers[3], "path": "/etc"}).encode(), b"default"),
+        (json.dumps(pointers[3]).encode(), b"another"),
+        (None, b"default"),
+    ):
+        send(value, key)
+        assert subscriber.next(0.7) is None
+        assert subscriber.pointer == pointers[2]
+    assert "was withdrawn; the snapshot in use stays" in caplog.text
+    send(json.dumps(pointers[3]).encode())
+    wait_until(lambda: subscriber.next(0.5))
+    assert subscriber.pointer == pointers[3]
+    sink.close()
+    reader.close()
+    outcome("all six are ignored and said so, the model in use stays; the newer one is loaded", times=6)
