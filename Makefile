@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick lint fmt demo
+.PHONY: help install test quick faults lint fmt demo
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -19,6 +19,9 @@ test: ## every test and every example in a docstring
 
 quick: ## the inner loop: all but the slow tests, under two minutes
 	$(BIN)/python -m pytest -m "not slow"
+
+faults: ## every fault and every bad input, on brokers of its own; writes docs/reliability.md (about an hour)
+	$(BIN)/python -m pytest -m "fault or bad_input or security" --faults docs/reliability.md
 
 lint: ## style, form and types
 	$(BIN)/ruff check .

@@ -260,7 +260,8 @@ def _server_list(servers: str) -> list[str]:
     listed = [server.strip() for server in servers.split(",") if server.strip()]
     for server in listed:
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):\d{1,5}", server):
-            raise KafkaOptionError(f"a bootstrap server must be host:port, such as localhost:9092, got {server!r}")
+            shown = "another (not shown: it may hold a password)" if "@" in server or "//" in server else repr(server)
+            raise KafkaOptionError(f"a bootstrap server must be host:port, such as localhost:9092, got {shown}")
     if not listed:
         raise KafkaOptionError("no bootstrap server is given: host:port, such as localhost:9092")
     return listed

@@ -22,13 +22,26 @@ import click
 
 from stream_ctr import __version__
 from stream_ctr.errors import BrokerError, ConfigError, DataError, SnapshotError, StreamCtrError
-from stream_ctr.inspection import dlq, snapshots
+from stream_ctr.inspection import dlq, printable, snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stream_ctr.config import Config
     from stream_ctr.history import Log
+
+
+def _lines(text: object) -> str:
+    """Lines of a message, which may quote input, that cannot steer a terminal."""
+    return "\n".join(printable(line, 4000) for line in str(text).split("\n"))
+
+
+class _Safe(logging.Formatter):
+    """One line a message, whatever of the input it quotes."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message, 4000)
+        return super().formatMessage(record)
 
 
 class _Group(click.Group):
@@ -38,7 +51,7 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except StreamCtrError as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(f"error: {_lines(error)}", err=True)
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,7 +78,8 @@ def main(verbose: int) -> None:
         # kafka-python reports each lost connection at ERROR and goes on; what stops a command is told by the command itself.
         handler.addFilter(lambda record: not record.name.startswith("kafka"))
     logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every function that it compiles, bytecode and all
-    logging.basicConfig(level=level, handlers=[handler], format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler.setFormatter(_Safe("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 # -- options that several commands share --------------------------------------------------------------------------------------------
@@ -313,9 +327,8 @@ def _follow(subscriber: Any, *, once: bool, timeout: float, as_json: bool, hook:
             delay = round(time.time() - pointer["created_ms"] / 1000, 3)
             line = json.dumps({**pointer, "verified": True, "delay_seconds": delay})
             if not as_json:
-                line = (
-                    f"{pointer['snapshot']}  {pointer['examples']:,} examples  loaded {delay:.2f} s after it was taken  {pointer['path']}"
-                )
+                place = printable(pointer["path"], 1000)
+                line = f"{pointer['snapshot']}  {pointer['examples']:,} examples  loaded {delay:.2f} s after it was taken  {place}"
             click.echo(line)
             sys.stdout.flush()
             if hook:
@@ -378,7 +391,7 @@ def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_for
         if as_json:
             lines = [json.dumps({"impression_id": name, "probability": p}) for name, p in zip(identities, probabilities, strict=True)]
         else:
-            lines = [f"{name}\t{p!r}" for name, p in zip(identities, probabilities, strict=True)]
+            lines = [f"{printable(name, 1000)}\t{p!r}" for name, p in zip(identities, probabilities, strict=True)]
         if lines:
             click.echo("\n".join(lines))
     if scored and unknown == scored:

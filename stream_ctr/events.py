@@ -5,7 +5,8 @@
 
 `time` is epoch milliseconds or RFC 3339. A categorical value is a string, an integer or a boolean; a numeric value is a finite number;
 null or absent is missing. `true_probability`, on impressions of simulated streams, is the probability that the label was drawn with.
-Other members are accepted and counted, of a member that is there twice the last wins.
+Other members are accepted and counted, of a member that is there twice the last wins. A record's key only says where it goes: the id in
+the value counts.
 
 Good records are parsed a block at a time by Arrow's JSON reader. Only records of a block that it refuses are looked at one by one
 (msgspec, a strict parser), so one bad record costs its neighbours time and nothing else. Both ways accept exactly the same records.

@@ -151,12 +151,17 @@ class Shares:
     clicks: int
 
     @classmethod
-    def of(cls, max_bytes: int, *, feature_bytes: int) -> Shares:
+    def of(cls, max_bytes: int, *, feature_bytes: int, over_bound: str) -> Shares:
         clicks = max_bytes // 16 // _CLICK_BYTES
-        index = 1 << ((max_bytes * 3 // 4) // (_INDEX_BYTES + _PENDING_BYTES // 2)).bit_length() - 1
-        pending = index // 2
-        left = max_bytes - clicks * _CLICK_BYTES - index * _INDEX_BYTES - pending * _PENDING_BYTES
-        return cls(index, pending, left // feature_bytes, clicks)
+        if over_bound == "spill":  # most features may be on disk
+            index = _power_of_two(max_bytes * 3 // 4 // (_INDEX_BYTES + _PENDING_BYTES // 2))
+            pending = index // 2
+            left = max_bytes - clicks * _CLICK_BYTES - index * _INDEX_BYTES - pending * _PENDING_BYTES
+            return cls(index, pending, left // feature_bytes, clicks)
+        index = _power_of_two(max_bytes * 3 // 8 // _INDEX_BYTES)
+        left = max_bytes - clicks * _CLICK_BYTES - index * _INDEX_BYTES
+        pending = min(index // 2, left // (_PENDING_BYTES + feature_bytes))
+        return cls(index, pending, pending, clicks)
 
     @property
     def ids(self) -> int:
@@ -165,6 +170,10 @@ class Shares:
     @property
     def at_once(self) -> int:
         return max(1, min(self.ids // 16, self.pending // 4, self.features // 4, self.clicks // 4))
+
+
+def _power_of_two(most: int) -> int:
+    return 1 << (most.bit_length() - 1)
 
 
 class LabelJoiner:
@@ -199,7 +208,7 @@ class LabelJoiner:
         least = max(_LEAST_BYTES, _LEAST_ROWS * feature_bytes * 16 // 3)
         if max_bytes < least:
             raise ValueError(f"max_bytes must be at least {least} for {fields + value_fields} columns of features, got {max_bytes}")
-        self._shares = Shares.of(max_bytes, feature_bytes=feature_bytes)
+        self._shares = Shares.of(max_bytes, feature_bytes=feature_bytes, over_bound=over_bound)
         self._pending = _pending_rows()
         self._features = _feature_rows(fields, value_fields)
         self._index = _Index(self._shares.index)

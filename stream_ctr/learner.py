@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stream_ctr.errors import ConfigError
 from stream_ctr.models import MODELS
 from stream_ctr.models.layers import Dropout
-from stream_ctr.table import Table
+from stream_ctr.table import Table, columns
 
 
 def choose_device(name: str) -> torch.device:
@@ -197,6 +197,15 @@ class Learner:
             }
             if loaded:
                 self.optimizer.state[parameter] = {key: tensor.to(self.device) for key, tensor in loaded.items()}
+
+
+def shapes(
+    model: str, *, fields: int, embedding_dim: int, hidden: Sequence[int], activation: str, dropout: float, table_bits: int, **_: object
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights of a learner with these options; takes no memory for them."""
+    with torch.device("meta"):
+        dense = MODELS[model](fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout)
+    return {"table": (1 << table_bits, columns(embedding_dim)), **{f"dense.{n}": tuple(t.shape) for n, t in dense.state_dict().items()}}
 
 
 def _host(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -32,6 +32,7 @@ from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrErro
 from stream_ctr.events import infer_fields
 from stream_ctr.lease import Lease
 from stream_ctr.outlet import Outlet
+from stream_ctr.rows import one_line
 from stream_ctr.schedule import Schedule
 
 _INFER_RECORDS = 1000
@@ -279,7 +280,7 @@ def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Event) -
     source.seek(start)
     for kind, remark in (("categorical", ""), ("numeric", " - numbers are taken as quantities; list ids in features.categorical")):
         if names := [field.name for field in fields if field.kind == kind]:
-            say(f"note: no fields configured; inferred as {kind}: {', '.join(names)}{remark}")
+            say(f"note: no fields configured; inferred as {kind}: {', '.join(one_line(name, 60) for name in names)}{remark}")
     return fields
 
 

@@ -296,12 +296,15 @@ def verify_pointer(pointer: object) -> Pointer:
     _require_format(pointer.get("format"), "pointer")
     for name, kind in get_type_hints(Pointer).items():
         if type(pointer.get(name)) is not kind:
-            raise SnapshotError(f"pointer field {name!r} must be {kind.__name__}, got {pointer.get(name)!r}")
+            raise SnapshotError(f"pointer field {name!r} must be {kind.__name__}, got {pointer.get(name)!r:.200}")
+        if kind is int and not 0 <= pointer[name] < 1 << 63:
+            raise SnapshotError(f"pointer field {name!r} is out of range: {pointer[name]!r:.200}")
     path = Path(pointer["path"])
     if not path.is_absolute() or path.name != _snapshot_name(pointer["snapshot"]):
-        raise SnapshotError(f"pointer path {pointer['path']!r} must be absolute and end in the snapshot's name {pointer['snapshot']!r}")
+        found = f"{pointer['path']!r:.200}"
+        raise SnapshotError(f"pointer path {found} must be absolute and end in the snapshot's name {pointer['snapshot']!r}")
     if not _SHA256.fullmatch(pointer["manifest_sha256"]):
-        raise SnapshotError(f"pointer field 'manifest_sha256' must be 64 hexadecimal digits, got {pointer['manifest_sha256']!r}")
+        raise SnapshotError(f"pointer field 'manifest_sha256' must be 64 hexadecimal digits, got {pointer['manifest_sha256']!r:.200}")
     return cast(Pointer, dict(pointer))
 
 
@@ -323,13 +326,13 @@ def weights_sha256(tensors: Mapping[str, Array]) -> str:
 
 def _plain(name: str, what: str) -> str:
     if not _PLAIN_NAME.fullmatch(name):
-        raise SnapshotError(f"{what} {name!r} is not a plain name: letters, digits, '_', '-' and '.', not starting with '.' or '-'")
+        raise SnapshotError(f"{what} {name!r:.200} is not a plain name: letters, digits, '_', '-' and '.', not starting with '.' or '-'")
     return name
 
 
 def _snapshot_name(name: str) -> str:
     if name.startswith(_TEMPORARY):
-        raise SnapshotError(f"snapshot {name!r} may not start with {_TEMPORARY!r}, which marks what is unfinished")
+        raise SnapshotError(f"snapshot {name!r:.200} may not start with {_TEMPORARY!r}, which marks what is unfinished")
     return _plain(name, "snapshot")
 
 
@@ -425,15 +428,22 @@ def _parse(data: bytes, what: str) -> object:
         raise SnapshotError(f"{what} is not JSON: {reason}") from reason
 
 
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long, a folder that we may not enter
+        return False
+
+
 def _require_format(found: object, what: str) -> None:
     if found != FORMAT or type(found) is not int:
-        raise SnapshotError(f"{what} has format {found!r}, this version of stream-ctr reads {FORMAT}")
+        raise SnapshotError(f"{what} has format {found!r:.200}, this version of stream-ctr reads {FORMAT}")
 
 
 def _verified_manifest(path: Path, expected_sha256: str | None, signature: Verify | None) -> dict[str, Any]:
     """The manifest, after its signature, its own hash, its form, and the presence and size of each file it names."""
-    if not path.is_dir():
-        raise SnapshotError(f"there is no snapshot directory {path}")
+    if not _is_directory(path):
+        raise SnapshotError(f"there is no snapshot directory {str(path)!r:.300}")
     with _reading(path / _MANIFEST) as fd:
         data = _read_all(fd)
     if signature:

@@ -23,15 +23,17 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr import metrics, snapshot
-from stream_ctr.config import Field
+from stream_ctr.config import Features, Field, Learn, Model
 from stream_ctr.errors import SnapshotError
 from stream_ctr.features import Hasher
-from stream_ctr.learner import Learner
+from stream_ctr.learner import Learner, shapes
+from stream_ctr.rows import one_line
 from stream_ctr.signing import PublicKey
 from stream_ctr.snapshot import Pointer
 
 _log = logging.getLogger(__name__)
 _FILE_POLL_SECONDS = 0.1
+_LARGEST_BATCH = 1 << 20
 
 
 class Scorer:
@@ -45,13 +47,13 @@ class Scorer:
     ) -> None:
         self.manifest, tensors = snapshot.load(path, files=["model"], manifest_sha256=manifest_sha256, signature=signature)
         try:
-            schema = dict(self.manifest["schema"])
-            self.fields = tuple(Field(*pair) for pair in schema.pop("fields"))
-            self.hasher = Hasher(self.fields, **schema)
-            self.learner = Learner(**self.manifest["learner"], device=device)
+            self.fields, hashing, learning = _described(self.manifest)
+            self.hasher = Hasher(self.fields, **hashing)
+            _require_shapes(tensors["model"], learning)
+            self.learner = Learner(**learning, value_fields=self.hasher.value_fields, device=device)
             self.learner.load_weights(tensors["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {error}") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {one_line(error, 500)}") from None
 
     def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
         """Click probabilities [n] of n impressions, each a mapping from field name to value; absent or None is missing."""
@@ -67,6 +69,47 @@ class Scorer:
         """The same from columns: string arrays for categorical fields, float64 for numeric ones."""
         ids, values = self.hasher.rows(features)
         return metrics.probabilities(self.learner.predict(ids, values).astype(np.float64))
+
+
+def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any], dict[str, Any]]:
+    """Fields, and options of `Hasher` and `Learner`, within the bounds of a configuration: whoever wrote the manifest may be nobody's run.
+
+    Raises KeyError, TypeError or ValueError where they are not.
+    """
+    schema, learner = dict(manifest["schema"]), dict(manifest["learner"])
+    kinds = {kind: [name for name, its_kind in schema["fields"] if its_kind == kind] for kind in ("categorical", "numeric")}
+    del schema["fields"]
+    bits = schema.pop("table_bits")
+    section = Features(**schema, **kinds)
+    fields = tuple(Field(name, kind) for name, kind in manifest["schema"]["fields"])
+    if len(fields) != len(section.fields()) or learner.pop("fields") != len(fields):
+        raise ValueError("its fields do not agree")
+    learner.pop("value_fields")  # they follow from the fields
+    of_model = {name: learner.pop(name) for name in list(learner) if name in Model.model_fields}
+    model = Model(**of_model, name=learner.pop("model"))
+    if model.table_bits != bits:
+        raise ValueError(f"its table has 2^{model.table_bits} rows, its hashes reach 2^{bits}")
+    return (
+        fields,
+        {"table_bits": model.table_bits, **section.model_dump(exclude={"categorical", "numeric"})},
+        {
+            "model": model.name,
+            "fields": len(fields),
+            **model.model_dump(exclude={"name"}),
+            **Learn(**learner).model_dump(exclude={"device", "threads", "skips_before_rollback"}),
+        },
+    )
+
+
+def _require_shapes(weights: Mapping[str, npt.NDArray[np.generic]], learning: Mapping[str, Any]) -> None:
+    """Before memory is taken for a model that a manifest only claims: the tensors that are there have its shapes."""
+    if len(learning["hidden"]) > len(weights):
+        raise ValueError(f"{len(learning['hidden'])} hidden layers in {len(weights)} tensors")
+    if learning["batch_size"] > _LARGEST_BATCH:
+        raise ValueError(f"a batch of {learning['batch_size']}")
+    for name, shape in shapes(**learning).items():
+        if (found := weights[name].shape) != shape:
+            raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")
 
 
 def _text(value: object) -> str | None:

@@ -16,6 +16,11 @@ from stream_ctr.errors import ConfigError
 _LINE = 16  # floats in 64 bytes
 
 
+def columns(embedding_dim: int) -> int:
+    """Floats in a row."""
+    return -(-(embedding_dim + 1 + 2) // _LINE) * _LINE
+
+
 class Table:
     """2 ** `bits` rows that begin with the embedding V, `embedding_dim` wide, and the first-order weight w; these are what is gathered.
 
@@ -42,12 +47,11 @@ class Table:
         self.optimizer = optimizer
         self.learning_rate, self.beta = learning_rate, beta
         self.linear_learning_rate, self.linear_beta = linear_learning_rate, linear_beta
-        width = embedding_dim + 1 + 2
-        columns = -(-width // _LINE) * _LINE
+        width = columns(embedding_dim)
         try:
-            self.rows = torch.zeros(1 << bits, columns, dtype=torch.float32)
+            self.rows = torch.zeros(1 << bits, width, dtype=torch.float32)
         except RuntimeError:
-            raise ConfigError(f"no memory for a table of 2^{bits} rows of {4 * columns} bytes; lower model.table_bits") from None
+            raise ConfigError(f"no memory for a table of 2^{bits} rows of {4 * width} bytes; lower model.table_bits") from None
         self.rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
         self.rows = self.rows.to(device)
 

@@ -31,6 +31,7 @@ from stream_ctr.gate import Gate, Judge
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
+from stream_ctr.rows import one_line
 from stream_ctr.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 from stream_ctr.watermark import NOT_YET, Watermarks
 
@@ -236,6 +237,8 @@ class Trainer:
         now_ms = int(self._wall_clock() * 1000)  # a log has no broker that knew when a record came, but none came after now
         events, rejects = self.decoder.decode(records.value, np.where(records.time < 0, now_ms, records.time))
         self.counters["records"] += len(records)
+        if events.with_unknown_fields:
+            self.counters["fields_unknown"] += events.with_unknown_fields
         self._reject(records, rejects)
         impressions, clicks = events.impressions, events.clicks
         rows = np.concatenate([impressions.row, clicks.row])
@@ -261,7 +264,7 @@ class Trainer:
                 _log.warning(
                     "in the first %d impressions these fields were always missing: %s; are they spelled as in the events?",
                     self._fields_seen_in,
-                    ", ".join(sorted(self._unseen_fields)),
+                    ", ".join(one_line(name, 60) for name in sorted(self._unseen_fields)),
                 )
 
     def _reject(self, records: RecordColumns, rejects: Rejects) -> None:

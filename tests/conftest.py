@@ -106,6 +106,12 @@ def kafka_broker(apache: ApacheBroker) -> str:
     return apache.bootstrap_servers
 
 
+@pytest.fixture(scope="session")
+def kafka_version(apache: ApacheBroker) -> str:
+    """What the report says of the real broker."""
+    return f"Apache Kafka {find_kafka().version}"
+
+
 @pytest.fixture(params=["embedded", pytest.param("apache", marks=pytest.mark.slow)])
 def broker(request: pytest.FixtureRequest) -> str:
     """The bootstrap servers of the embedded broker and of a real one, in turn."""

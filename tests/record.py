@@ -11,11 +11,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def formatted(header: list[str], rows: list[list[object]]) -> str:
+    """A table in Markdown."""
+    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows])
+
+
 def print_table(header: list[str], rows: list[list[object]]) -> None:
-    print(f"| {' | '.join(header)} |\n|{'|'.join('---' for _ in header)}|")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |")
-    print(flush=True)
+    print(formatted(header, rows), end="\n\n", flush=True)
 
 
 def machine() -> str:

@@ -15,8 +15,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
-from faults.kill_rounds import kill_rounds
+from faults.kill_rounds import HEADER, kill_rounds, rows
 from lineage import SMALL, Fingerprint, last_report, newest, published
+from record import formatted
 from test_trainer import Partitions, assert_equal_states, finish, split, trainer
 
 from connectors import Records, kafka
@@ -138,14 +139,21 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, l
     assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(json.loads(pointers[-1][1] or b""))
 
 
+@pytest.mark.fault(1, injected="kill -9 after U(0.2, 5) s, again and again, while a producer goes on")
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("partitions", [1, 4])
-def test_kill_9_at_random_moments_while_a_producer_goes_on(broker, topic, tmp_path, partitions):
-    """Three rounds; `tests/faults/kill_rounds.py --rounds 50` does fifty."""
-    lineage = kill_rounds(broker, topic, tmp_path, partitions=partitions, rounds=3, rng=random.Random(partitions))
-    assert len(lineage.rounds) == 3
+def test_kill_9_at_random_moments_while_a_producer_goes_on(kafka_broker, kafka_version, topic, tmp_path, partitions, full, outcome):
+    """Three rounds; `make faults` does fifty."""
+    rounds = 25 if full else 3
+    lineage = kill_rounds(kafka_broker, topic, tmp_path, partitions=partitions, rounds=rounds, rng=random.Random(partitions))
+    assert len(lineage.rounds) == rounds
     assert lineage.equal(), [(r.killed_after, r.left) for r in lineage.rounds]
     assert lineage.last.examples > 3 * 1024
+    outcome(
+        "each resumed; after each and at the end ledger, weights, optimiser, baseline and metrics equal", times=rounds, broker=kafka_version
+    )
+    outcome.details(f"kill-rounds-{partitions}", formatted(HEADER, rows(lineage)))
 
 
 # -- holes that the rounds, or a look for them, have found --------------------------------------------------------------------------------

@@ -263,13 +263,13 @@ def test_a_leader_that_moves_costs_nothing(cluster: Cluster, topic: str, tmp_pat
         for end in (ApacheBroker.kill, ApacheBroker.stop) if full else (ApacheBroker.kill,):
             leader = cluster.leader_of(topic)
             end(leader)
+            trainer.wait_for(lambda: cluster.leader_of(topic) is not leader)  # noqa: B023 - called in this round only
             before = trainer.records
-            trainer.wait_for(lambda: trainer.records > before + EVENTS_A_SECOND)  # noqa: B023 - called in this round only
-            moved.append((leader.node, cluster.leader_of(topic).node))
+            trainer.wait_for(lambda: trainer.records > before + EVENTS_A_SECOND)  # noqa: B023
+            moved.append(leader.node)
             leader.start()
 
     survive(move, topic, tmp_path, produce_to=cluster.bootstrap_servers)
-    assert all(before != after for before, after in moved)
     installation = next(iter(cluster.brokers.values())).installation
     outcome(SAME, times=len(moved), broker=f"three of Apache Kafka {installation.version}")
 

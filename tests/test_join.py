@@ -612,6 +612,15 @@ def test_state_saved_under_a_wide_bound_loads_under_a_narrow_one(tmp_path):
         settled(narrow, left + leave(narrow.drain))
 
 
+@pytest.mark.parametrize(("over_bound", "bytes_each"), [("spill", 175), ("evict", 500)])
+def test_the_room_there_is_is_used(over_bound, bytes_each, tmp_path):
+    """Without a disk an impression of 40 columns is 220 bytes, and up to 60 in the index; with one most are 110."""
+    bound = 1 << 20
+    target = bounded(bound, tmp_path, over_bound=over_bound, label_window_ms=10**9)
+    impressions(target, mix64(np.arange(50_000, dtype=np.uint64)), 0)
+    assert target.pending > bound / bytes_each
+
+
 def test_a_bound_too_small_to_work_in_is_refused():
     with pytest.raises(ValueError, match="max_bytes must be at least 1048576 for 40 columns of features, got 1000"):
         bounded(1000)

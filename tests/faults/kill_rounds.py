@@ -198,7 +198,10 @@ def undisturbed(
     return recorder.seen, report
 
 
-def rows(lineage: Lineage, first: int) -> list[list[object]]:
+HEADER = ["round", "partitions", "killed after s", "resumed from", "ledger equal", "weights equal"]
+
+
+def rows(lineage: Lineage, first: int = 1) -> list[list[object]]:
     said = {True: "yes", False: "NO"}
     table = []
     for number, r in enumerate(lineage.rounds, first):
@@ -247,7 +250,7 @@ def main() -> None:
             )
             equal = equal and lineage.equal()
     print(f"{len(body)} rounds of kill -9 on {described} while {EVENTS_A_SECOND:,} events/s are produced\n")
-    print_table(["round", "partitions", "killed after s", "resumed from", "ledger equal", "weights equal"], body)
+    print_table(HEADER, body)
     print("\n".join(f"- {end}" for end in ends))
     print(f"\n{machine()}: python tests/faults/kill_rounds.py {shlex.join(sys.argv[1:])}")
     sys.exit(0 if equal else 1)
