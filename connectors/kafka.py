@@ -148,7 +148,7 @@ class KafkaSource:
             self._recorded_end = _find_ends(self._consumer, self._assigned, client)
             self._position = self._offsets(self.beginning())
             self._lost = np.zeros(len(self._assigned), np.int64)
-            self._failed: inside.Failure | None = None
+            self._failed: dict[int, inside.Failure] = {}
             self._unanswered = inside.Unanswered(self._consumer, self._index)
             self._topics = _Topics(self._consumer, topics, topic_check_seconds)
             self._seek(range(len(self._assigned)))
@@ -166,9 +166,9 @@ class KafkaSource:
             return Records.empty()
         self._topics.look()
         inside.hand_out_what_was_set_aside(self._consumer)
-        failed, self._failed = self._failed, None
+        failed = self._due_failure()
         try:
-            if failed and failed.offset == self._position[self._index[failed.partition]]:
+            if failed:
                 raise failed.error
             polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
         except RetriableError:
@@ -176,7 +176,8 @@ class KafkaSource:
         except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
             self._recover(failed or inside.failure_at(self._consumer, error))
             return Records.empty()
-        self._failed = inside.take_kept_failure(self._consumer)
+        if kept := inside.take_kept_failure(self._consumer):
+            self._failed[self._index[kept.partition]] = kept
         self._position = np.array([inside.next_offset(self._consumer, partition) for partition in self._assigned], np.int64)
         records = self._columns(polled)
         if self.until_end:
@@ -306,6 +307,15 @@ class KafkaSource:
 
     def _offsets(self, by_partition: Mapping[int, int]) -> npt.NDArray[np.int64]:
         return np.array([by_partition[index] for index in range(len(self._assigned))], np.int64)
+
+    def _due_failure(self) -> inside.Failure | None:
+        """What is known to fail when its partition is read on; it waits while that is paused, and is gone when that was sent elsewhere."""
+        for index, failed in list(self._failed.items()):
+            if failed.offset != self._position[index]:
+                del self._failed[index]
+            elif not self._quiet()[index]:
+                return self._failed.pop(index)
+        return None
 
     def _recover(self, failed: inside.Failure) -> None:
         """Go past what cannot be read, where that is wanted and possible; raises what to tell otherwise."""

@@ -12,6 +12,7 @@ import torch
 
 from stream_ctr.baseline import BaselineProcess
 from stream_ctr.config import Config, Field, size
+from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
 from stream_ctr.gate import Gate
@@ -19,7 +20,8 @@ from stream_ctr.join import LabelJoiner
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
-from stream_ctr.trainer import Flags, Source, Trainer
+from stream_ctr.source import Source
+from stream_ctr.trainer import Flags, Trainer
 
 # Sections that a state directory keeps: a later run on it starts from these.
 KEPT_SECTIONS = ("features", "join", "model", "learn", "baseline", "metrics")
@@ -61,6 +63,13 @@ def build_trainer(
         "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
         "config": {**kept, "features": {**kept["features"], **features}},
     }
+    try:
+        joiner = LabelJoiner(
+            fields=len(fields), value_fields=len(hasher.value_fields), **joining,
+            max_bytes=size(config.join.max_memory), over_bound=config.join.over_memory, spill_directory=directory / "spill",
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
     learner = Learner(**learning, device=config.learn.device)
     learner.optimizer.zero_grad()  # make it now, not within the first batch
     return Trainer(
@@ -68,14 +77,7 @@ def build_trainer(
         outlet=outlet,
         decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)),
         hasher=hasher,
-        joiner=LabelJoiner(
-            fields=len(fields),
-            value_fields=len(hasher.value_fields),
-            **joining,
-            max_bytes=size(config.join.max_memory),
-            over_bound=config.join.over_memory,
-            spill_directory=directory / "spill",
-        ),  # fmt: skip
+        joiner=joiner,
         learner=learner,
         directory=directory,
         identity=identity,

@@ -64,6 +64,7 @@ _METRICS = (
 )
 _REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
 _DASH = "–"
+_SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 
 
@@ -84,7 +85,7 @@ class _View:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         report, width = self._report, options.max_width
         parts: list[RenderableType] = [*_flow(_progress(report), width), Text(), _widest_table(report, console, options), Text()]
-        segments = console.render(Group(*parts, *_verdicts(report), *_flow(_counts(report), width)), options)
+        segments = console.render(Group(*parts, *_alarms(report), *_verdicts(report), *_flow(_counts(report), width)), options)
         # A terminal that is not UTF-8 would end the program with an encoding error.
         yield from (
             (Segment(text.translate(_ASCII), style, control) for text, style, control in segments) if options.ascii_only else segments
@@ -181,6 +182,16 @@ def _count(known: Report, key: str) -> Iterator[Text]:
 def _models(scope: _Scope) -> list[str]:
     models = _mapping(scope.known, "models")
     return [name for name in models if isinstance(models[name], Mapping)]
+
+
+def _alarms(report: Report) -> Iterator[Text]:
+    """What keeps the run from learning, or from publishing what it learns."""
+    if (silent := _number(report.get("silent_seconds"))) is not None and silent >= _SILENT_SECONDS:
+        yield Text(f"no broker has answered for {silent:.0f} s", "red")
+    if stalled := report.get("stalled"):
+        yield Text(f"learning waits: the clicks of {', '.join(map(str, stalled))} are overdue", "red")
+    for reason in report.get("refused") or ():
+        yield Text(f"snapshots are not published: {reason}", "red")
 
 
 def _verdicts(report: Report) -> Iterator[Text]:

@@ -742,8 +742,6 @@ def _insert_all(key, time, slot, i_key, i_time, i_slot, i_sizes):  # type: ignor
         at = _place(key[i], i_key, i_slot)
         if i_slot[at] == _EMPTY:
             i_sizes[0] += 1
-        elif i_slot[at] >= 0 and slot[i] < 0:
-            continue
         i_key[at], i_time[at], i_slot[at] = key[i], time[i], slot[i]
 
 

@@ -32,7 +32,9 @@ from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
+from stream_ctr.signing import SigningKey
 from stream_ctr.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
+from stream_ctr.source import RecordColumns, Source
 from stream_ctr.watermark import NOT_YET, Watermarks
 
 _log = logging.getLogger(__name__)
@@ -42,47 +44,8 @@ _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
 _MOST_ROLLBACKS = 3  # with fewer than so many batches learned in between: it diverges again and again
 _RECOVERED_BATCHES = 100
 _WORSENED = 2.0, 0.1  # times the logloss of its own batch, and nats more, that a step may leave behind
-_SILENT_SECONDS = 5.0  # of all brokers, before it is said
+_SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 State = dict[str, npt.NDArray[Any]]
-
-
-class RecordColumns(Protocol):
-    @property
-    def partition(self) -> npt.NDArray[np.int32]: ...
-    @property
-    def offset(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def time(self) -> npt.NDArray[np.int64]: ...
-    @property
-    def value(self) -> pa.LargeBinaryArray: ...
-    def __len__(self) -> int: ...
-
-
-class Source(Protocol):
-    """Records of all partitions from where it was told to begin."""
-
-    @property
-    def partitions(self) -> Sequence[tuple[str, int]]: ...
-    @property
-    def finished(self) -> bool: ...
-    @property
-    def until_end(self) -> bool: ...
-    def poll(self, timeout_seconds: float) -> RecordColumns: ...
-    def positions(self) -> dict[int, int]: ...
-    def seek(self, positions: Mapping[int, int]) -> None: ...
-    def pause(self, partitions: frozenset[int]) -> None: ...
-    def caught_up(self) -> npt.NDArray[np.bool_]: ...
-    def silent_seconds(self) -> float: ...
-    def lost(self) -> dict[int, int]: ...
-    def topic_ids(self) -> dict[str, str | None]: ...
-    def commit(self, positions: Mapping[int, int]) -> None: ...
-
-
-class Signing(Protocol):
-    """The key of this trainer's snapshots."""
-
-    def sign(self, data: bytes) -> bytes: ...
-    def verify(self, data: bytes, signature: bytes) -> None: ...
 
 
 class Flags(Protocol):
@@ -127,7 +90,7 @@ class Trainer:
         rolling_windows: int = 6,
         snapshot_examples: int = 0,
         keep_snapshots: int = 3,
-        signing: Signing | None = None,
+        signing: SigningKey | None = None,
         gate: Gate | None = None,
         skips_before_rollback: int = 8,
         max_bad_share: float = 0.5,
@@ -161,6 +124,7 @@ class Trainer:
         self._guard = Counter(skipped_in_a_row=0, learned_in_a_row=0, rollbacks=0)
         self._last: _Learned | None = None  # by which a snapshot shows that its last step did no harm
         self._warned: set[str] = set()
+        self._lost = 0  # records, as the source tells
         self.first_event_ms: int | None = None
         self.last_event_ms: int | None = None
         self._ready: list[Examples] = []  # joined, waiting to fill a batch
@@ -299,6 +263,10 @@ class Trainer:
 
     def _warn(self) -> None:
         """Say once what keeps the run from going on, and once that it is over."""
+        if (lost := sum(self.source.lost().values())) > self._lost:
+            _log.error("%d records are lost: the topic does not hold them any more", lost - self._lost)
+            self.counters["records_lost"] += lost - self._lost
+            self._lost = lost
         silent = self.source.silent_seconds()
         self._alarm("silent", silent >= _SILENT_SECONDS, f"no broker has answered for {silent:.0f} s; waiting", "a broker answers again")
         stalled = self._stalled()
@@ -493,8 +461,13 @@ class Trainer:
             self._settle(wait=True)
         failpoint("cut.before")
         worsened = self._worsened()
-        self._cutting = True
         self._examples_at_snapshot = self.ledger.count
+        try:
+            segments = snapshot.stage(self.directory / "snapshots", self.joiner.segments())
+        except SnapshotError as error:
+            self._not_written(error)
+            return
+        self._cutting = True
         self.sequence = max(self.sequence + 1, snapshot.next_sequence(self.directory / "snapshots"))
         positions = self.source.positions()
         named = self._partition_names()
@@ -520,7 +493,7 @@ class Trainer:
             "guard": dict(self._guard),
             "gate": {"last_step": worsened},
         }
-        self._in_flight.append(Cut(tensors, manifest, positions, snapshot.stage(self.directory / "snapshots", self.joiner.segments())))
+        self._in_flight.append(Cut(tensors, manifest, positions, segments))
         if self.baseline:
             self.baseline.mark()
         failpoint("cut.after")
@@ -566,17 +539,21 @@ class Trainer:
             self.counters["snapshots_failed"] += 1
             self._roll_back(str(error))
             return
-        except SnapshotError as error:  # a full disk: learning goes on, the next try may succeed, and only the last one ends the run
-            _log.error("%s", error)
+        except SnapshotError as error:
             self._cutting = False
-            self.counters["snapshots_failed"] += 1
-            self._unwritten = error
+            self._not_written(error)
             return
         if written:
             self._cutting = False
             self._unwritten = None
             self.parent = written.path.name
             self._tell(written)
+
+    def _not_written(self, error: SnapshotError) -> None:
+        """A full disk: learning goes on, the next try may succeed, and only the last one ends the run."""
+        _log.error("%s", error)
+        self.counters["snapshots_failed"] += 1
+        self._unwritten = error
 
     def _tell(self, written: Written) -> None:
         """What follows when a snapshot is on disk; it may be done twice."""
@@ -614,7 +591,10 @@ class Trainer:
         self._require_same_topics(manifest["topic_ids"])
         self._load_model(tensors, path.name)
         self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))
-        self.joiner.load_state_dict(tensors["joiner"], snapshot.segments(path, manifest))
+        try:
+            self.joiner.load_state_dict(tensors["joiner"], snapshot.segments(path, manifest))
+        except ValueError as error:
+            raise SnapshotError(f"snapshot {path.name} cannot be gone on from: {error}") from None
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
         self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])

@@ -311,6 +311,7 @@ def test_reading_goes_on_when_a_killed_broker_comes_back(apache: ApacheBroker, t
         apache.kill()
         try:
             assert [len(source.poll(0.2)) for _ in range(5)] == [0] * 5
+            poll_until(source, lambda: source.silent_seconds() > 3.0)  # though it tries to connect again and again
         finally:
             apache.start()
         write(apache.bootstrap_servers, topic, 2, numbered([50, 50]))
@@ -429,13 +430,20 @@ def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: Apa
 
 @pytest.mark.slow
 def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told(apache: ApacheBroker, damaged: str) -> None:
-    with open_source(apache.bootstrap_servers, damaged, options={"max.poll.records": "10"}) as source:
+    with open_source(apache.bootstrap_servers, damaged) as source:
         assert len(source.poll(2.0)) == 10
         source.pause({0})
         assert len(source.poll(0.3)) == 0
         source.pause(())
         with pytest.raises(KafkaReadFailed, match="cannot be read on at offset 10"):
             poll_until(source, lambda: False, seconds=5.0)
+    with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
+        assert len(source.poll(2.0)) == 10
+        source.pause({0})
+        assert (len(source.poll(0.3)), source.lost()[0]) == (0, 0)
+        source.pause(())
+        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [*range(20, 30)]
+        assert source.lost()[0] == 10
 
 
 _PEAK = """
@@ -532,8 +540,11 @@ def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
     with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
         poll_until(source, lambda: source.positions() == {0: 50})
+        source.pause({0})
+        source.poll(0.5)  # nothing is on its way now that would fail while the topic is away
         admin.delete_topics([topic])
         write(kafka_broker, topic, 1, numbered([3]))
+        source.pause(())
         with pytest.raises(TopicChanged, match="was deleted and created again"):
             poll_until(source, lambda: False)
 
@@ -812,7 +823,7 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     by_address = apache.tls_servers.replace("localhost", "127.0.0.1")
     wrong_password, other_authority = "another-" + SASL_PASSWORD, {"ssl.ca.location": str(tmp_path / "ca.pem")}
     for servers, options, expected in (
-        (apache.tls_servers, {"sasl.password": wrong_password}, "the login was refused, check sasl.username and sasl.password"),
+        (apache.tls_servers, {"sasl.password": wrong_password}, "the login (was refused|failed), check sasl.username"),
         (apache.tls_servers, other_authority, "the certificate is not of an authority that is trusted here"),
         (by_address, {}, "the certificate is another host's, .*not valid for '127.0.0.1'"),
     ):

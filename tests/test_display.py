@@ -235,3 +235,12 @@ def test_nothing_is_written_when_the_output_is_piped() -> None:
     program = "from stream_ctr.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert (done.stdout, done.stderr) == ("end\n", "")
+
+
+def test_what_keeps_a_run_from_learning_or_publishing_stands_in_the_table_and_only_then() -> None:
+    quiet = "\n".join(drawn({**REPORT, "silent_seconds": 0.3, "stalled": [], "refused": []}))
+    assert not re.search("answered|overdue|published", quiet)
+    told = "\n".join(drawn({**REPORT, "silent_seconds": 12.4, "stalled": ["clicks:0", "clicks:3"], "refused": ["its logloss is worse"]}))
+    assert "no broker has answered for 12 s" in told
+    assert "learning waits: the clicks of clicks:0, clicks:3 are overdue" in told
+    assert "snapshots are not published: its logloss is worse" in told

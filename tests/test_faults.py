@@ -583,3 +583,44 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(bro
     sink.close()
     reader.close()
     outcome("all six are ignored and said so, the model in use stays; the newer one is loaded", times=6)
+
+
+# -- memory -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.fault(25, injected="a label window of 30,000 impressions and join.max_memory = 4MB, spilling; stopped and resumed halfway")
+@pytest.mark.slow
+def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_path, outcome):
+    many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
+    span = json.loads(many[-1].as_py())["time"] - json.loads(many[0].as_py())["time"]
+    join = {"label_window": f"{span // 2}ms", "duplicate_horizon": "1s"}
+    plain = finish(trainer(tmp_path / "plain", Partitions([many]), join=join))
+    assert plain["counters"]["impressions_spilled"] == 0
+    bounded = {**join, "max_memory": "4MB"}
+    half = finish(trainer(tmp_path / "bounded", Partitions([many], stop_after=len(many) // 2), join=bounded))
+    assert half["kind"] == "stopped"
+    assert list(snapshot.newest(tmp_path / "bounded" / "snapshots").glob("*.arrow")), "what is on disk is in the snapshot"
+    resumed = trainer(tmp_path / "bounded", Partitions([many], seed=1), join=bounded)
+    resumed.restore(snapshot.newest(tmp_path / "bounded" / "snapshots"))
+    report = finish(resumed)
+    assert report["counters"]["impressions_spilled"] > 10_000, report["counters"]
+    assert report["counters"]["impressions_evicted"] == 0, report["counters"]
+    assert report["ledger"] == plain["ledger"]
+    assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
+    assert resumed.joiner.nbytes <= 4_000_000
+    outcome(f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and weights equal; within the bound")
+
+
+@pytest.mark.fault(25, injected="the same with over_memory = evict")
+@pytest.mark.slow
+def test_a_run_that_may_not_spill_gives_up_a_uniform_share_and_counts_it(tmp_path, outcome):
+    many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
+    span = json.loads(many[-1].as_py())["time"] - json.loads(many[0].as_py())["time"]
+    join = {"label_window": f"{span * 2 // 3}ms", "duplicate_horizon": "1s", "max_memory": "2MB", "over_memory": "evict"}
+    report = finish(trainer(tmp_path, Partitions([many]), join=join))
+    evicted = report["counters"]["impressions_evicted"]
+    assert 10_000 < evicted < 55_000
+    assert report["examples"] + evicted == 60_000
+    everything = finish(trainer(tmp_path / "all", Partitions([many]), join={"label_window": join["label_window"]}))
+    assert report["models"]["deepfm"]["ctr"] == pytest.approx(everything["models"]["deepfm"]["ctr"], rel=0.1)
+    outcome(f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; within the bound")

@@ -548,6 +548,17 @@ def test_of_too_many_waiting_clicks_the_oldest_go():
     assert target.drain().label.tolist() == [0] * gone + [1] * (100 - gone)
 
 
+def test_the_bound_holds_when_everything_is_full_and_clicks_wait_as_well(tmp_path):
+    bound = 1 << 20
+    target = bounded(bound, tmp_path, label_window_ms=10**9)
+    for start in range(0, 20_000, 100):
+        impressions(target, np.arange(start, start + 100), start)
+        clicks(target, np.arange(start, start + 100) + 10**6, start)
+        assert target.nbytes <= bound
+    assert target.nbytes > 0.97 * bound
+    assert len(target._clicks.key) <= target._shares.clicks
+
+
 def test_an_earlier_impression_takes_the_place_of_one_on_disk(tmp_path):
     with room_for(features=1):
         target = joiner(tmp_path)
