@@ -588,12 +588,12 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(bro
 # -- memory -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(25, injected="a label window of 30,000 impressions and join.max_memory = 4MB, spilling; stopped and resumed halfway")
+@pytest.mark.fault(25, injected="a label window of some 25,000 impressions and join.max_memory = 4MB, spilling; stopped and resumed halfway")
 @pytest.mark.slow
 def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_path, outcome):
     many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
     span = json.loads(many[-1].as_py())["time"] - json.loads(many[0].as_py())["time"]
-    join = {"label_window": f"{span // 2}ms", "duplicate_horizon": "1s"}
+    join = {"label_window": f"{span // 3}ms", "duplicate_horizon": "1s"}
     plain = finish(trainer(tmp_path / "plain", Partitions([many]), join=join))
     assert plain["counters"]["impressions_spilled"] == 0
     bounded = {**join, "max_memory": "4MB"}

@@ -1,6 +1,6 @@
 """Impressions that nobody clicks, at full speed, far more of them than the joiner may hold: does memory stay flat?
 
-    python tests/faults/soak.py --seconds 600
+    python tests/faults/soak.py --seconds 600 --through trainer
     python tests/faults/soak.py --seconds 60 --over-bound evict --max-mib 64
 
 Event time covers ten label windows; the second takes half of the run and holds far more than the bound. Resident memory is read from
@@ -23,13 +23,23 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 from record import machine, print_table  # noqa: E402
 
+from connectors import Records  # noqa: E402
+from connectors.memory import BatchSource  # noqa: E402
+from stream_ctr.assembly import build_trainer  # noqa: E402
+from stream_ctr.config import load  # noqa: E402
+from stream_ctr.events import encode_impressions  # noqa: E402
 from stream_ctr.features import mix64  # noqa: E402
 from stream_ctr.join import Arrivals, LabelJoiner  # noqa: E402
+from stream_ctr.outlet import Outlet  # noqa: E402
+from stream_ctr.schedule import Schedule  # noqa: E402
+
+EPOCH_MS = 1_735_689_600_000
 
 FIELDS = 39
 WINDOWS, DENSE = 10, 1
@@ -76,18 +86,18 @@ def judge(samples: list[Sample], seconds: float) -> tuple[bool, str]:
     return flat, f"memory {'was flat' if flat else 'GREW'}: at most {first:.0f} MiB in the first half, {last:.0f} MiB in the last"
 
 
-class Soak:
-    """The joiner alone, fed by itself."""
+class JoinerSoak:
+    """The joiner alone, fed with columns."""
 
-    def __init__(self, directory: Path, *, max_bytes: int, over_bound: str, window_ms: int) -> None:
+    def __init__(self, directory: Path, *, max_mib: int, over_bound: str, window_ms: int) -> None:
         self.joiner = LabelJoiner(
             fields=FIELDS,
             label_window_ms=window_ms,
-            max_bytes=max_bytes,
+            max_bytes=max_mib << 20,
             over_bound="evict" if over_bound == "evict" else "spill",
             spill_directory=directory,
         )
-        self.window_ms, self.examples, self.within = window_ms, 0, True
+        self.within = True
         self._ids = np.random.default_rng(0).integers(0, 1 << 22, (1 << 20, FIELDS)).astype(np.int32)
 
     def take(self, number: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> None:
@@ -96,16 +106,94 @@ class Soak:
         begin = int(number[0]) % (len(self._ids) - n)
         self.joiner.push_impressions(arrivals, self._ids[begin : begin + n])
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes
-        while n := len(self.joiner.advance(int(at[-1]))):
-            self.examples += n
+        while len(self.joiner.advance(int(at[-1]))):
+            pass
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes
 
-    def line(self, sample: Sample, at: int) -> list[object]:
-        counts, disk = self.joiner.counts(), sum(size for _, _, size in self.joiner.segments().values())
-        millions = [f"{n / 1e6:.2f}" for n in (counts["impressions"], self.joiner.pending, self.joiner.spilled)]
-        gone = [f"{counts[name] / 1e6:.2f}" for name in ("impressions_evicted", "ids_forgotten_early")]
-        sizes = [f"{size:.0f}" for size in (self.joiner.nbytes / 2**20, disk / 2**20, sample.resident_mib)]
-        return [f"{sample.seconds:.0f}", f"{at / self.window_ms:.2f}", *millions, *gone, *sizes]
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class TrainerSoak:
+    """The whole trainer - decoding, hashing, joining, the paper's network, the baseline on a share, snapshots - fed with JSON."""
+
+    def __init__(self, directory: Path, *, max_mib: int, over_bound: str, window_ms: int) -> None:
+        names = [f"field_{number}" for number in range(FIELDS)]
+        config = load(
+            environ={},
+            overrides={
+                "features": {"categorical": names},
+                "join": {"label_window": f"{window_ms}ms", "max_memory": f"{max_mib}MiB", "over_memory": over_bound},
+                "baseline": {"sample_rate": 1 / 64},
+                "snapshots": {"keep": 1},
+            },
+        )
+        self.source = BatchSource(lambda: iter(()))
+        schedule = Schedule({"report": 10.0, "snapshot": 60.0})
+        schedule.start()
+        self._schedule = schedule
+        fields = config.features.fields()
+        self._trainer = build_trainer(
+            config, fields=fields, source=self.source, outlet=Outlet(directory), directory=directory, flags=schedule
+        )
+        self.joiner, self.within = self._trainer.joiner, True
+        values = pa.array([f"value-{number}" for number in range(1 << 16)])
+        draws = np.random.default_rng(0).integers(0, len(values), (FIELDS, 1 << 14))
+        self._features = {name: values.take(pa.array(rows)) for name, rows in zip(names, draws, strict=True)}
+
+    def take(self, number: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> None:
+        n = len(number)
+        features = {name: column.slice(0, n) for name, column in self._features.items()}
+        value = encode_impressions(pa.array(number).cast(pa.string()), EPOCH_MS + at, features)
+        self._trainer._take(Records(np.zeros(n, np.int32), number, np.full(n, -1), value))
+        self.within &= self.joiner.nbytes <= self.joiner.max_bytes
+
+    def close(self) -> None:
+        self._schedule.stop()
+        self._trainer._settle(wait=True)
+        self._trainer._writer.close()
+        if self._trainer.baseline:
+            self._trainer.baseline.close()
+
+
+FED = {"joiner": (JoinerSoak, 20_000), "trainer": (TrainerSoak, 5_000)}
+
+
+def line(joiner: LabelJoiner, sample: Sample, windows: float) -> list[object]:
+    counts, disk = joiner.counts(), sum(size for _, _, size in joiner.segments().values())
+    millions = [f"{n / 1e6:.2f}" for n in (counts["impressions"], joiner.pending, joiner.spilled)]
+    gone = [f"{counts[name] / 1e6:.2f}" for name in ("impressions_evicted", "ids_forgotten_early")]
+    sizes = [f"{size:.0f}" for size in (joiner.nbytes / 2**20, disk / 2**20, sample.resident_mib)]
+    return [f"{sample.seconds:.0f}", f"{windows:.2f}", *millions, *gone, *sizes]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    rows: list[list[object]]
+    said: str
+    passed: bool
+
+
+def soak(through: str, seconds: float, *, max_mib: int, over_bound: str, window_ms: int) -> Result:
+    """Feed for so many seconds; a table of how it went, and whether memory was flat and the bound kept."""
+    make, batch = FED[through]
+    samples: list[Sample] = []
+    rows: list[list[object]] = []
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
+        fed = make(Path(directory), max_mib=max_mib, over_bound=over_bound, window_ms=window_ms)
+        for number, at in impressions(seconds, window_ms=window_ms, batch=batch):
+            fed.take(number, at)
+            now = time.monotonic() - begun
+            if now >= len(samples) * SAMPLE_SECONDS:
+                samples.append(Sample(now, resident_mib()))
+                if now >= len(rows) * seconds / LINES:
+                    rows.append(line(fed.joiner, samples[-1], int(at[-1]) / window_ms))
+        fed.close()
+    flat, said = judge(samples, seconds)
+    rate = fed.joiner.counts()["impressions"] / samples[-1].seconds
+    kept = "always" if fed.within else "NOT ALWAYS"
+    return Result(rows, f"{said}; the bound of {max_mib} MiB was {kept} kept; {rate:,.0f} impressions a second", flat and fed.within)
 
 
 HEADER = [
@@ -117,31 +205,21 @@ HEADER = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--through", choices=list(FED), default="joiner")
     parser.add_argument("--max-mib", type=int, default=256, help="the joiner's bound")
     parser.add_argument("--over-bound", choices=["spill", "evict"], default="spill")
     parser.add_argument("--window-seconds", type=int, default=600, help="the label window, in event time")
     options = parser.parse_args()
-    print(f"{machine()}: python tests/faults/soak.py {shlex.join(sys.argv[1:])}\n", flush=True)
-    samples: list[Sample] = []
-    lines: list[list[object]] = []
-    begun = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="soak-") as directory:
-        soak = Soak(
-            Path(directory), max_bytes=options.max_mib << 20, over_bound=options.over_bound, window_ms=options.window_seconds * 1000
-        )
-        for number, at in impressions(options.seconds, window_ms=soak.window_ms):
-            soak.take(number, at)
-            now = time.monotonic() - begun
-            if now >= len(samples) * SAMPLE_SECONDS:
-                samples.append(Sample(now, resident_mib()))
-                if now >= len(lines) * options.seconds / LINES:
-                    lines.append(soak.line(samples[-1], int(at[-1])))
-    flat, said = judge(samples, options.seconds)
-    print_table(HEADER, lines)
-    rate = soak.joiner.counts()["impressions"] / samples[-1].seconds / 1e6
-    kept = "always" if soak.within else "NOT ALWAYS"
-    print(f"{said}; the bound of {options.max_mib} MiB was {kept} kept; {rate:.2f} M impressions a second")
-    sys.exit(0 if flat and soak.within else 1)
+    done = soak(
+        options.through,
+        options.seconds,
+        max_mib=options.max_mib,
+        over_bound=options.over_bound,
+        window_ms=1000 * options.window_seconds,
+    )
+    print_table(HEADER, done.rows)
+    print(f"{done.said}\n\n{machine()}: python tests/faults/soak.py {shlex.join(sys.argv[1:])}")
+    sys.exit(0 if done.passed else 1)
 
 
 if __name__ == "__main__":
