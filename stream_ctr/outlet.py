@@ -22,6 +22,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # with another process that is publishing
 # Of a dead letter's value on a topic: brokers take messages of up to a megabyte unless told otherwise.
 _LARGEST_LETTER = 900_000
+_MOST_LETTERS_BYTES = 16 << 20  # on their way to the broker
 
 
 class Sink(Protocol):
@@ -37,9 +38,10 @@ class Sink(Protocol):
 class Outlet:
     """Reports to `DIR/reports.jsonl`, the pointer to the newest snapshot to `DIR/latest.json`; with a `sink` also to their topics.
 
-    Dead letters go to `<topic>.dlq` with a `sink`, else to `DIR/dead_letters.jsonl`. What cannot be written now - a full disk, a broker
-    that is away (`unavailable`: the errors by which the sink says so) - is logged and counted while learning goes on, and an error at
-    the end (`flush`). With a `lease`, nothing is written once that is lost: `TakenOver`.
+    Dead letters go to `<topic>.dlq` with a `sink`, else to `DIR/dead_letters.jsonl`. A broker that is away (`unavailable`: the errors by
+    which the sink says so) stops nothing: its reports are in the file anyway, the letters go to the file too, and the pointer is announced
+    by the end (`flush`) or that is an error. What a full disk does not take is an error at the end. With a `lease`, nothing is written once
+    that is lost: `TakenOver`.
     """
 
     def __init__(
@@ -56,8 +58,9 @@ class Outlet:
         self._lease = lease
         self._unavailable = unavailable
         self._unwritten: list[str] = []
-        self._undelivered: list[str] = []
-        self._letters_on_their_way = False
+        self._unannounced: Pointer | None = None
+        self._letters: list[tuple[dict[str, str], bytes]] = []  # of which it is not known whether the broker has them
+        self._letters_bytes = self._letters_kept = 0
         self._directory = directory
         self._sink = sink
         self._metrics_topic, self._snapshot_topic, self._model_name = metrics_topic, snapshot_topic, model_name
@@ -88,18 +91,24 @@ class Outlet:
             if value and len(value) > _LARGEST_LETTER:
                 value, fields["cut_to"] = value[:_LARGEST_LETTER], str(_LARGEST_LETTER)
             headers = [(f"__stream_ctr.errors.{name}", text.encode("utf-8", "backslashreplace")) for name, text in fields.items()]
+            self._letters.append((fields, value or b""))
+            self._letters_bytes += len(value or b"")
             with self._sending(f"the dead letter of {topic}:{partition} at offset {offset}"):
                 self._sink.send(f"{topic}.dlq", value or b"", key=f"{topic}-{partition}-{offset}".encode(), headers=headers)
-            self._letters_on_their_way = True
+            if self._letters_bytes > _MOST_LETTERS_BYTES:
+                self.deliver_dead_letters()
             return
-        self._append("dead_letters.jsonl", json.dumps({**fields, "value_base64": base64.b64encode(value or b"").decode()}))
+        self._file(fields, value or b"")
 
     def deliver_dead_letters(self) -> None:
-        """Wait for the broker to have them: a record that a snapshot is past is not read again."""
-        if self._sink and self._letters_on_their_way:
+        """Wait for the broker to have them, or keep them in the file: a record that a snapshot is past is not read again."""
+        if self._sink and self._letters:
             with self._sending("dead letters"):
                 self._sink.flush(10.0)
-            self._letters_on_their_way = False
+            self._letters, self._letters_bytes = [], 0
+
+    def _file(self, fields: Mapping[str, str], value: bytes) -> None:
+        self._append("dead_letters.jsonl", json.dumps({**fields, "value_base64": base64.b64encode(value).decode()}))
 
     def publish(self, path: Path, manifest: Mapping[str, Any]) -> None:
         """The snapshot at `path` is the one to load.
@@ -162,19 +171,28 @@ class Outlet:
     def _announce(self, pointer: Pointer) -> None:
         if self._sink and self._snapshot_topic:
             failpoint("announce.before")
+            self._unannounced = pointer
             with self._sending(f"the pointer to snapshot {pointer['snapshot']}"):
                 self._sink.send(self._snapshot_topic, json.dumps(pointer).encode(), key=self._model_name.encode())
                 self._sink.flush(10.0)
+                self._unannounced = None
             failpoint("announce.after")
 
     def flush(self) -> None:
-        """Raises `BrokerError` or `ConfigError` when something that was to be sent or written is not where it belongs."""
+        """Raises `BrokerError` or `ConfigError` when something that was to be announced or written is not where it belongs."""
         if self._sink:
+            self.deliver_dead_letters()
             with self._sending("the last reports"):
                 self._sink.flush(10.0)
-        for failures, error in ((self._undelivered, BrokerError), (self._unwritten, ConfigError)):
-            if failures:
-                raise error(f"{len(failures)} times something was not delivered, the last time {failures[-1]}")
+        if self._unannounced:
+            self._announce(self._unannounced)
+        if self._letters_kept:
+            _log.warning("%d dead letters that no broker took are in %s", self._letters_kept, self._directory / "dead_letters.jsonl")
+        if self._unannounced:
+            where = f"did not reach topic {self._snapshot_topic!r}; the next run on {self._directory} sends it again"
+            raise BrokerError(f"the pointer to snapshot {self._unannounced['snapshot']} {where}")
+        if self._unwritten:
+            raise ConfigError(f"{len(self._unwritten)} times something was not written, the last time {self._unwritten[-1]}")
 
     def _append(self, name: str, line: str) -> None:
         try:
@@ -189,5 +207,9 @@ class Outlet:
         try:
             yield
         except self._unavailable as error:
-            self._undelivered.append(f"{what}: {error}")
-            _log.error("could not send %s", self._undelivered[-1])
+            _log.error("could not send %s: %s", what, error)
+            # What failed may be something that was sent before: every letter on its way is kept. Some may then be in both places.
+            for fields, value in self._letters:
+                self._file(fields, value)
+            self._letters_kept += len(self._letters)
+            self._letters, self._letters_bytes = [], 0

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from connectors import kafka
-from connectors.errors import PositionLost
+from connectors.errors import PositionLost, TopicChanged
 from connectors.memory import BatchSource
 from stream_ctr import snapshot
 from stream_ctr.assembly import build_trainer, signing_key
@@ -90,8 +90,15 @@ def connector_errors() -> Iterator[None]:
     """What `connectors` raise, in the terms of this package: with an exit code, and a way out where there is one."""
     try:
         yield
-    except PositionLost as error:
+    except TopicChanged as error:
         raise DataError(f"{error}. To begin anew use another --state directory; what was learned stays in this one") from None
+    except PositionLost as error:
+        raise DataError(
+            f'{error}. input.on_lost = "skip" counts it and goes on after it; to begin anew use another --state directory, '
+            "what was learned stays in this one"
+        ) from None
+    except kafka.KafkaReadFailed as error:
+        raise BrokerError(f'{error}. (input.on_lost = "skip" counts a batch that is damaged and goes on after it)') from None
     except (kafka.KafkaOptionError, kafka.KafkaCodecMissing) as error:
         raise ConfigError(str(error)) from None
     except kafka.KafkaRefused as error:

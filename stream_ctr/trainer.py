@@ -586,7 +586,8 @@ class Trainer:
         for section in ("schema", "learner", "join", "baseline"):
             _require_same(manifest[section], self.identity[section], path)
         names = self._partition_names()
-        if set(names) != set(manifest["positions"]):
+        if odd := sorted(set(names) ^ set(manifest["positions"])):
+            self._require_same_partitions(odd, names)
             raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
         self._require_same_topics(manifest["topic_ids"])
         self._load_model(tensors, path.name)
@@ -616,6 +617,12 @@ class Trainer:
 
     def _partition_names(self) -> list[str]:
         return [f"{topic}:{partition}" for topic, partition in self.source.partitions]
+
+    def _require_same_partitions(self, odd: Sequence[str], names: Sequence[str]) -> None:
+        """Of the same topics: what a partition more means for clicks that went elsewhere before, nobody knows."""
+        if {name.rpartition(":")[0] for name in odd} <= {topic for topic, _ in self.source.partitions}:
+            changed = ", ".join(f"partition {name} {'was added' if name in names else 'is gone'}" for name in odd)
+            raise DataError(f"{changed} since the snapshot was taken. To begin anew use another --state directory")
 
     def _require_same_topics(self, known: Mapping[str, str | None]) -> None:
         for topic, found in self.source.topic_ids().items():

@@ -84,6 +84,7 @@ class Report:
         self.faults: list[_Evidence] = []
         self.bad_input: list[_Evidence] = []
         self.security: list[_Evidence] = []
+        self.figures: list[Outcome] = []
 
     def add(self, item: pytest.Item, result: pytest.TestReport, said: Outcome) -> None:
         why_not = ""
@@ -96,6 +97,9 @@ class Report:
         for mark in item.iter_markers("security"):
             self.security.append(_Evidence(mark.args[0], mark.kwargs["how"], result.passed, said, why_not))
 
+        if item.get_closest_marker("figure"):
+            self.figures.append(said)
+
     def missing(self) -> list[int]:
         """Rows of the matrix for which no test passed, or one failed."""
         good = {e.row for e in self.faults if e.passed} - {e.row for e in self.faults if not e.passed and not e.why_not}
@@ -106,8 +110,8 @@ class Report:
         text = _fill(page.read_text(), "matrix", f"{self._matrix()}\n\n{footing}")
         text = _fill(text, "bad-input", f"{_table(self.bad_input, 'input', 'arrives as')}\n\n{footing}")
         text = _fill(text, "security", f"{_table(self.security, 'promise', 'tried by')}\n\n{footing}")
-        for evidence in [*self.faults, *self.bad_input, *self.security]:
-            for name, block in evidence.said.blocks.items():
+        for said in [*self.figures, *(evidence.said for evidence in [*self.faults, *self.bad_input, *self.security])]:
+            for name, block in said.blocks.items():
                 text = _fill(text, name, block)
         page.write_text(text)
 

@@ -804,6 +804,7 @@ def test_a_password_logs_in_and_never_appears_in_a_log(apache: ApacheBroker, top
     assert SASL_PASSWORD not in repr(client) + str(client)
 
 
+@pytest.mark.security("TLS and login are checked", how="SASL_SSL with SCRAM-SHA-256: wrong password, wrong authority, wrong host name")
 @pytest.mark.slow
 def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     apache: ApacheBroker, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -834,6 +835,7 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     assert topic_partitions(unchecked, topic) == 1
 
 
+@pytest.mark.security("a connection that others can read is warned of", how="plain connections to other hosts, and to this one")
 @pytest.mark.parametrize(
     ("servers", "options", "expected"),
     [

@@ -28,6 +28,7 @@ from stream_ctr.failpoint import VARIABLE
 from stream_ctr.simulate import Simulation
 from stream_ctr.subscribe import Subscriber, TopicPointers
 
+ROOT = Path(__file__).parents[1]
 IMPRESSIONS = 6000
 FREQUENT = {"schedule": {"snapshot_examples": 1024}}
 
@@ -588,7 +589,7 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(bro
 # -- memory -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(25, injected="a label window of some 25,000 impressions and join.max_memory = 4MB, spilling; stopped and resumed halfway")
+@pytest.mark.fault(25, injected="a label window of 25,000 impressions, join.max_memory = 4MB, spilling; stopped and resumed halfway")
 @pytest.mark.slow
 def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_path, outcome):
     many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
@@ -624,3 +625,22 @@ def test_a_run_that_may_not_spill_gives_up_a_uniform_share_and_counts_it(tmp_pat
     everything = finish(trainer(tmp_path / "all", Partitions([many]), join={"label_window": join["label_window"]}))
     assert report["models"]["deepfm"]["ctr"] == pytest.approx(everything["models"]["deepfm"]["ctr"], rel=0.1)
     outcome(f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; within the bound")
+
+
+@pytest.mark.fault(25, injected="ten label windows without clicks, as fast as the trainer takes them, for 600 s; a bound of 128 MiB")
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_memory_stays_flat_through_ten_windows_without_a_click(outcome):
+    command = [sys.executable, str(ROOT / "tests" / "faults" / "soak.py"), "--through", "trainer", "--seconds", "600", "--max-mib", "128"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcome.details("soak", done.stdout.strip())
+    outcome(next(line for line in done.stdout.splitlines() if line.startswith("memory was flat")))
+
+
+@pytest.mark.figure
+@pytest.mark.long
+def test_how_long_a_snapshot_keeps_the_learner_waiting(outcome):
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "pause.py")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    outcome.details("pause", done.stdout.strip())

@@ -122,6 +122,7 @@ def modules() -> list[str]:
     return sorted(str(path.relative_to(ROOT)) for package in ("stream_ctr", "connectors") for path in (ROOT / package).rglob("*.py"))
 
 
+@pytest.mark.security("nothing is ever unpickled", how="every import and call in the source")
 def test_every_module_keeps_to_the_picture() -> None:
     found = [reason for path in modules() for reason in broken(path, (ROOT / path).read_text())]
     assert not found, "\n".join(["", *found, "", "The picture (a module uses only modules of the layers to its left):", PICTURE])

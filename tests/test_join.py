@@ -156,6 +156,7 @@ def logs_with_polls(draw: st.DrawFn) -> tuple[Log, list[list[tuple[int, int, Eve
     return log, [arrivals[start : start + size] for start in range(0, len(arrivals), size)]
 
 
+@pytest.mark.fault(13, injected="every disorder, interleaving and repetition that hypothesis finds, against a reading of the definition")
 @settings(max_examples=400, deadline=None)
 @given(logs_with_polls())
 def test_examples_are_what_the_definition_says_for_every_interleaving_of_polls(case):
@@ -180,11 +181,12 @@ def test_a_restart_from_the_state_after_any_poll_changes_nothing(case):
     assert np.array_equal(a.delays, b.delays)
 
 
+@pytest.mark.fault(14, injected="a click at each end of the window, and 1 ms within and beyond it")
 @pytest.mark.parametrize(
     ("delay", "label", "late"),
     [(-EARLY - 1, 0, 0), (-EARLY, 1, 0), (0, 1, 0), (WINDOW - 1, 1, 0), (WINDOW, 1, 0), (WINDOW + 1, 0, 1)],
 )
-def test_both_ends_of_the_window_belong_to_it(delay, label, late):
+def test_both_ends_of_the_window_belong_to_it(delay, label, late, outcome):
     target = LabelJoiner(fields=1, label_window_ms=WINDOW, early_click_wait_ms=EARLY)
     never_late = np.array([NOT_YET])
     time = np.array([1000])
@@ -194,6 +196,7 @@ def test_both_ends_of_the_window_belong_to_it(delay, label, late):
     assert target.advance(1000 + WINDOW).label.tolist() == []  # a click at the very end may still come
     assert target.advance(1000 + WINDOW + 1).label.tolist() == [label]
     assert target.counts()["clicks_late"] == late
+    outcome("both ends belong to the window; beyond it the click is counted as late")
 
 
 def test_click_before_its_impression_still_counts():

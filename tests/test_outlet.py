@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from stream_ctr import snapshot
 from stream_ctr.errors import BrokerError, ConfigError
 from stream_ctr.outlet import Outlet
 
@@ -21,28 +23,68 @@ class Broker:
     def __init__(self) -> None:
         self.away = False
         self.sent: list[tuple[str, bytes]] = []
+        self.headers: list[Sequence[tuple[str, bytes]]] = []
 
-    def send(self, topic: str, value: bytes, **_: object) -> None:
+    def send(self, topic: str, value: bytes, *, headers: Sequence[tuple[str, bytes]] = (), **_: object) -> None:
         self.flush(0)
         self.sent.append((topic, value))
+        self.headers.append(headers)
 
     def flush(self, timeout_seconds: float) -> None:
         if self.away:
             raise Away("nobody answers")
 
 
-def test_a_broker_that_is_away_is_an_error_at_the_end_only(tmp_path: Path) -> None:
+def letters(directory: Path) -> list[str]:
+    path = directory / "dead_letters.jsonl"
+    return [json.loads(line)["offset"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_a_broker_that_is_away_loses_no_report_and_no_letter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     broker = Broker()
     outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), metrics_topic="m")
+    outlet.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")  # sent, but not known to have arrived
     broker.away = True
     outlet.report({"n": 1})
     outlet.dead_letter("clicks", 0, 7, b"junk", "not_json", "x")
     broker.away = False
+    outlet.dead_letter("clicks", 0, 9, b"junk", "not_json", "x")
     outlet.report({"n": 2})
-    assert broker.sent == [("m", b'{"n": 2}')]
+    assert [topic for topic, _ in broker.sent] == ["clicks.dlq", "clicks.dlq", "m"]
     assert [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()] == [{"n": 1}, {"n": 2}]
-    with pytest.raises(BrokerError, match=r"2 times .*dead letter of clicks:0 at offset 7: nobody answers"):
+    outlet.flush()
+    assert letters(tmp_path) == ["5", "7"]
+    assert "2 dead letters that no broker took are in" in caplog.text
+
+
+def test_letters_that_do_not_arrive_before_a_snapshot_are_in_the_file_by_then(tmp_path: Path) -> None:
+    broker = Broker()
+    outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,))
+    outlet.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")
+    broker.away = True
+    outlet.deliver_dead_letters()
+    assert letters(tmp_path) == ["5"]
+
+
+def test_a_letter_that_no_broker_would_take_is_cut_and_says_so(tmp_path: Path) -> None:
+    broker = Broker()
+    Outlet(tmp_path, sink=broker).dead_letter("clicks", 0, 5, b"x" * 2_000_000, "too_large", "x")
+    assert [len(value) for _, value in broker.sent] == [900_000]
+    assert dict(broker.headers[-1])["__stream_ctr.errors.cut_to"] == b"900000"
+
+
+def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_at_the_end_or_that_is_an_error(tmp_path: Path) -> None:
+    told = {"model": "m", "epoch": 1, "sequence": 1, "examples": 1, "event_time_ms": 0, "created_ms": 0}
+    path = snapshot.write(tmp_path / "snapshots", tensors={}, manifest=told, snapshot_id=snapshot.new_id(1, 0))
+    broker = Broker()
+    outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), snapshot_topic="s")
+    broker.away = True
+    outlet.publish(path, told)
+    with pytest.raises(BrokerError, match="the pointer to snapshot 00000001-.* did not reach topic 's'"):
         outlet.flush()
+    broker.away = False
+    outlet.flush()
+    assert [topic for topic, _ in broker.sent] == ["s"]
 
 
 def test_a_report_that_cannot_be_written_is_an_error_at_the_end_only(tmp_path: Path) -> None:
