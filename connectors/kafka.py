@@ -246,6 +246,11 @@ class KafkaSource:
             return self._position >= self._recorded_end
         return self._position >= np.array([self._consumer.highwater(partition) for partition in self._assigned], np.int64)
 
+    def lag(self) -> int:
+        """How many offsets of all partitions are not read yet, by the last ends that the broker told."""
+        highwater = np.array([self._consumer.highwater(partition) or 0 for partition in self._assigned], np.int64)
+        return int(np.maximum(highwater - self._position, 0).sum())
+
     @property
     def finished(self) -> bool:
         """Whether all was read of a source that ends."""

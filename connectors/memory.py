@@ -87,6 +87,10 @@ class BatchSource:
     def finished(self) -> bool:
         return self._exhausted
 
+    def lag(self) -> int:
+        """Nothing is behind what is read when it is wanted."""
+        return 0
+
     def silent_seconds(self) -> float:
         """Always zero: memory answers."""
         return 0.0

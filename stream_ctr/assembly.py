@@ -59,7 +59,7 @@ def build_trainer(
         "model": config.snapshots.model_name,
         "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
         "learner": learning,
-        "join": {**joining, "allowed_lateness_ms": lateness_ms, "stall_clicks": config.join.stall_clicks},
+        "join": {**joining, "allowed_lateness_ms": lateness_ms},
         "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
         "config": {**kept, "features": {**kept["features"], **features}},
     }

@@ -12,6 +12,7 @@ This module is also the program of that process (`python -m stream_ctr.baseline`
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -247,7 +248,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints must not end up between two frames
-    _serve(RiverFTRL(**json.loads(sys.argv[1])), sys.stdin.buffer, sink)
+    with contextlib.suppress(BrokenPipeError):  # the trainer is gone: nobody waits for an answer
+        _serve(RiverFTRL(**json.loads(sys.argv[1])), sys.stdin.buffer, sink)
 
 
 if __name__ == "__main__":

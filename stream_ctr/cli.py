@@ -70,7 +70,7 @@ def main(verbose: int) -> None:
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
 
-    Exit codes: 0 fine, 2 usage, 3 configuration, 4 broker, 5 the data policy stopped the run, 6 no valid snapshot.
+    Exit codes: 0 fine, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy stopped the run, 6 no valid snapshot.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()

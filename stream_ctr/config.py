@@ -95,7 +95,10 @@ def size(text: object) -> int:
     match = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_SIZE_UNITS)})", str(text).strip())
     if match is None:
         raise ValueError(f"a size needs a unit ({', '.join(_SIZE_UNITS)}), got {text!r:.80}")
-    return int(min(float(match[1]) * _SIZE_UNITS[match[2]], _LARGEST_SIZE))
+    found = int(min(float(match[1]) * _SIZE_UNITS[match[2]], _LARGEST_SIZE))
+    if not found:
+        raise ValueError(f"must be more than nothing, got {text!r:.80}")
+    return found
 
 
 def _positive(length: timedelta) -> timedelta:

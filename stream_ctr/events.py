@@ -308,7 +308,7 @@ class Decoder:
             ("missing_id", np.asarray(pc.fill_null(pc.equal(pc.binary_length(identity), 0), True)), "impression_id is missing or empty"),
             ("missing_time", np.asarray(pc.is_null(table["time"])), "time is missing"),
             ("time_out_of_range", (time < EARLIEST_MS) | (time >= LATEST_MS), "time {time} ms is not between 1973 and 2100 (seconds?)"),
-            ("time_in_future", (known >= 0) & (time > known + self.max_ahead_ms), "time {time} ms is too far ahead of the broker's"),
+            ("time_in_future", (known >= 0) & (time > known + self.max_ahead_ms), "time {time} ms is too far ahead of its arrival"),
             ("missing_features", impression & ~np.asarray(table["has_features"]), "an impression needs features"),
             (
                 "wrong_probability",

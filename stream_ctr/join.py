@@ -207,7 +207,7 @@ class LabelJoiner:
         feature_bytes = 8 + 4 * fields + 4 * value_fields + 4
         least = max(_LEAST_BYTES, _LEAST_ROWS * feature_bytes * 16 // 3)
         if max_bytes < least:
-            raise ValueError(f"max_bytes must be at least {least} for {fields + value_fields} columns of features, got {max_bytes}")
+            raise ValueError(f"at least {least / 2**20:.3g} MiB are needed for {fields + value_fields} columns of features")
         self._shares = Shares.of(max_bytes, feature_bytes=feature_bytes, over_bound=over_bound)
         self._pending = _pending_rows()
         self._features = _feature_rows(fields, value_fields)

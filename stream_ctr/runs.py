@@ -195,6 +195,8 @@ def _train(
         key = signing_key(config)
         newest = snapshot.newest(state / "snapshots", signature=key.verify if key else None)
         if newest:
+            if not key and (newest / "manifest.sig").exists():
+                say(f"warning: snapshot {newest.name} is signed, those of this run will not be: no snapshots.signing_key is given")
             trainer.restore(newest)
             say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
         stack.enter_context(signals(trainer.stop))
@@ -228,6 +230,13 @@ def _out_of_memory(state: Path) -> Iterator[None]:
     ) from reason
 
 
+# Counters of what was not learned, and of why.
+_WORTH_A_WORD = (
+    "rejected", "records_lost", "impressions_late", "impressions_evicted", "clicks_late", "clicks_unmatched", "clicks_evicted",
+    "ids_forgotten_early", "examples_skipped", "examples_unlearned", "publications_refused",
+)  # fmt: skip
+
+
 def _summary(report: Mapping[str, Any], state: Path) -> str:
     parts = [f"{report['examples']:,} examples"]
     parts += [f"{name}: logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" for name, score in report["models"].items() if score["auc"]]
@@ -238,8 +247,9 @@ def _summary(report: Mapping[str, Any], state: Path) -> str:
         first, second = paired["models"]
         interval = f"[{paired['low']:+.5f}, {paired['high']:+.5f}]"
         parts.append(f"{first} - {second} on the same {paired['count']:,}: {paired['logloss_difference']:+.5f} {interval}")
-    lost = {name: report["counters"].get(name, 0) for name in ("rejected", "impressions_late", "clicks_late", "clicks_unmatched")}
-    parts += [f"{count:,} {name.replace('_', ' ')}" for name, count in lost.items() if count]
+    parts += [f"{count:,} {name.replace('_', ' ')}" for name in _WORTH_A_WORD if (count := report["counters"].get(name, 0))]
+    if report["stalled"]:
+        parts.append(f"{report['pending']:,} impressions wait for clicks that are overdue (join.stall_clicks = 0 does not wait)")
     return f"{report['kind']}: {'; '.join(parts)}; snapshot {state / 'snapshots' / report['snapshot']}"
 
 

@@ -45,6 +45,15 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _log = logging.getLogger(__name__)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+_UMASK = _umask()
+
+
 class Pointer(TypedDict):
     """The small JSON object that says which snapshot subscribers load. Times are epoch milliseconds."""
 
@@ -370,6 +379,7 @@ def _write_tensors(path: Path, named: Mapping[str, Array]) -> dict[str, object]:
     safetensors.numpy.save_file({name: _little_endian(array) for name, array in named.items()}, path)
     with open(path, "rb+") as file:  # hashed as it stands in the page cache: no second copy of a large table in memory
         digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fchmod(file.fileno(), 0o666 & ~_UMASK)  # safetensors makes files that their owner alone may read
         os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
     failpoint("snapshot.file")

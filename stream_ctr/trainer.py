@@ -271,7 +271,10 @@ class Trainer:
         self._alarm("silent", silent >= _SILENT_SECONDS, f"no broker has answered for {silent:.0f} s; waiting", "a broker answers again")
         stalled = self._stalled()
         overdue = f"clicks of {', '.join(stalled)} are overdue: learning waits, and {self.joiner.pending:,} impressions with it"
-        self._alarm("stalled", bool(stalled), overdue, "clicks come again: learning goes on")
+        hint = "; if none will come: join.stall_clicks = 0"
+        self._alarm("stalled", bool(stalled), overdue + hint, "clicks come again: learning goes on")
+        if evicted := self.joiner.counts()["impressions_evicted"]:
+            self._alarm("evicted", True, f"{evicted:,} impressions given up so far: join.max_memory has no room for more", "")
 
     def _alarm(self, name: str, raised: bool, text: str, over: str) -> None:
         if raised and name not in self._warned:
@@ -428,6 +431,7 @@ class Trainer:
             "event_time": _iso(self.last_event_ms),
             "watermark": _iso(self.joiner.watermark if self.joiner.watermark > NOT_YET else None),
             "pending": self.joiner.pending,
+            "lag": self.source.lag(),
             "snapshot": self.parent,
             "stalled": self._stalled(),
             "silent_seconds": round(self.source.silent_seconds(), 1),
@@ -443,6 +447,7 @@ class Trainer:
         if rolling := self.windows.rolling_summary():
             report["rolling"] = _readable(rolling)
         if kind != "report":
+            report["stalls"] = self.watermarks.stalls
             report |= {name: _tail(self.whole.summary(last=share)) for name, share in (("last_half", 0.5), ("last_quarter", 0.25))}
             report["window_curve"] = self.joiner.window_curve()
             report["notes"] = list(self._notes())
@@ -592,6 +597,8 @@ class Trainer:
         self._require_same_topics(manifest["topic_ids"])
         self._load_model(tensors, path.name)
         self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))
+        if not self.watermarks.stall_clicks:  # told not to wait any more
+            self.watermarks.stalled[:] = False
         try:
             self.joiner.load_state_dict(tensors["joiner"], snapshot.segments(path, manifest))
         except ValueError as error:

@@ -112,12 +112,15 @@ def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp
     assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
 
 
+@pytest.mark.fault(2, injected="death at each failpoint between a snapshot and its announcement, a topic as input")
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "failpoint", ["announce.before:2", "announce.before:4", "announce.after:2", "commit.before:2", "commit.after:2", "pointer.after:2"]
 )
-def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, log, clean, tmp_path, failpoint):
-    client = kafka.client_options(broker, {})
+def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
+    kafka_broker, kafka_version, topic, log, clean, tmp_path, failpoint, outcome
+):
+    client = kafka.client_options(kafka_broker, {})
     kafka.ensure_topic(client, topic)
     sink = kafka.KafkaSink(client)
     for batch in Simulation(IMPRESSIONS, seed=5).batches():
@@ -125,7 +128,7 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, l
     sink.flush(30)
     sink.close()
     own = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
-    arguments = ["--topic", topic, "--bootstrap-servers", broker, "--state", tmp_path, "--until-end", *OPTIONS, *own]
+    arguments = ["--topic", topic, "--bootstrap-servers", kafka_broker, "--state", tmp_path, "--until-end", *OPTIONS, *own]
     die(failpoint, *arguments)
     run(*arguments)
     ours, theirs = end(tmp_path), end(clean)
@@ -137,6 +140,7 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(broker, topic, l
     reader.close()
     assert pointers[-1] == ("default", pointers[-1][1])
     assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(json.loads(pointers[-1][1] or b""))
+    outcome("resumed, ledger and all state equal; the topic ends with the newest pointer", broker=kafka_version)
 
 
 @pytest.mark.fault(1, injected="kill -9 after U(0.2, 5) s, again and again, while a producer goes on")

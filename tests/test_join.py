@@ -636,7 +636,7 @@ def test_the_room_there_is_is_used(over_bound, bytes_each, tmp_path):
 
 
 def test_a_bound_too_small_to_work_in_is_refused():
-    with pytest.raises(ValueError, match="max_bytes must be at least 1048576 for 40 columns of features, got 1000"):
+    with pytest.raises(ValueError, match="at least 1 MiB are needed for 40 columns of features"):
         bounded(1000)
     with pytest.raises(ValueError, match="must be at least 10939050 for 2000 columns"):
         LabelJoiner(fields=2000, label_window_ms=1, max_bytes=1 << 20)

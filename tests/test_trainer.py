@@ -79,6 +79,9 @@ class Partitions:
     def pause(self, partitions: frozenset[int]) -> None:
         self._paused = partitions
 
+    def lag(self) -> int:
+        return 0
+
     def silent_seconds(self) -> float:
         return 0.0
 
