@@ -347,8 +347,8 @@ class KafkaSource:
         self._seek(range(len(self._assigned)))
 
     def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        beginning = self._offsets(self.beginning())
-        gone = np.maximum(beginning - wanted, 0)
+        self.ends()  # asked first: when that fails, nothing is counted twice
+        gone = np.maximum(self._offsets(self.beginning()) - wanted, 0)
         self._lost += gone
         for index in np.flatnonzero(gone).tolist():
             topic, partition = self.partitions[index]

@@ -84,7 +84,7 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]], told: Mapping[str, Any]) -> None:
         for name, array in self._recent.arrays():
             array[:] = state[name]
-        self._evidence, self.refused = told["evidence"], told["refused"]
+        self._evidence, self.refused = told["evidence"], told["refused"] if self._gate.clicks else []
 
 
 def evidence(tally: metrics.Tally) -> dict[str, Any]:

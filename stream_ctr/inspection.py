@@ -273,6 +273,9 @@ def verify_snapshots(path: Path, public_key: Path | None) -> None:
     folder = path.absolute().parent if single else _folder(path)
     pinned, wrong = _pinned(folder)
     paths = [path] if single else _held(folder)
+    for name in [] if single else sorted(pinned.keys() - {one.name for one in paths}):
+        _say(f"{name}  is published, and is not there")
+        wrong += 1
     for one in paths:
         reason = _what_is_wrong(one, pinned.get(one.absolute().name), signature)
         _say(f"{one.absolute().name}  {printable(reason, 1000) if reason else 'ok'}")

@@ -191,6 +191,7 @@ class Learner:
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])
+        self.optimizer.state.clear()
         for name, parameter in self.model.named_parameters():
             loaded = {
                 key: torch.from_numpy(state[f"{name}.{key}"]) for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{key}" in state

@@ -79,7 +79,7 @@ class Lease:
             os.close(fd)  # replaced between opening and locking
 
     def _replaced(self) -> int:
-        fresh = self._path.with_name(f"tmp-lock-{os.getpid()}")
+        fresh = self._path.with_name(f"tmp-lock-{snapshot.OWN}")
         fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         fcntl.flock(fd, fcntl.LOCK_EX)
         os.write(fd, json.dumps(_holder(self._path)).encode())  # its epoch is the one to be above

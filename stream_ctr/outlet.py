@@ -8,7 +8,7 @@ import fcntl
 import json
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 _PATIENCE_SECONDS = 5.0  # with another process that is publishing
 # Of a dead letter's value on a topic: brokers take messages of up to a megabyte unless told otherwise.
 _LARGEST_LETTER = 900_000
-_MOST_LETTERS_BYTES = 16 << 20  # on their way to the broker
+_LETTER_BYTES, _MOST_LETTERS_BYTES = 500, 16 << 20  # of one without its value; of all on their way to the broker
 
 
 class Sink(Protocol):
@@ -92,7 +92,7 @@ class Outlet:
                 value, fields["cut_to"] = value[:_LARGEST_LETTER], str(_LARGEST_LETTER)
             headers = [(f"__stream_ctr.errors.{name}", text.encode("utf-8", "backslashreplace")) for name, text in fields.items()]
             self._letters.append((fields, value or b""))
-            self._letters_bytes += len(value or b"")
+            self._letters_bytes += _LETTER_BYTES + len(value or b"")
             with self._sending(f"the dead letter of {topic}:{partition} at offset {offset}"):
                 self._sink.send(f"{topic}.dlq", value or b"", key=f"{topic}-{partition}-{offset}".encode(), headers=headers)
             if self._letters_bytes > _MOST_LETTERS_BYTES:
@@ -131,6 +131,15 @@ class Outlet:
             snapshot.write_pointer(self._directory / "latest.json", pointer)
         self._announce(pointer)
         return pointer
+
+    def retain(self, keep: int, protect: Collection[str]) -> None:
+        """Remove all but the `keep` newest snapshots, those in `protect`, and what subscribers are pointed to."""
+        failpoint("retain.before")
+        with self._pointing():  # a rollback must not choose what is going
+            self.check()
+            published = self.published()
+            snapshot.retain(self._directory / "snapshots", keep, {*protect, *([published["snapshot"]] if published else [])})
+        failpoint("retain.after")
 
     def published(self) -> Pointer | None:
         """What `latest.json` points to; None also, with a warning, when it is no pointer."""

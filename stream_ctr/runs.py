@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from threading import Event
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -37,6 +36,7 @@ from stream_ctr.schedule import Schedule
 
 _INFER_RECORDS = 1000
 _INFER_SECONDS = 10.0
+_INFER_AT_MOST = 100_000  # records without a single impression
 _LOCAL_BROKER = "localhost:9092"
 _THREE_WAYS = """No Kafka broker. Three ways to get one:
   stream-ctr broker                         an embedded one, in another terminal (pip install 'stream-ctr[embedded]')
@@ -148,7 +148,7 @@ def train_on_kafka(
         )
         stack.callback(source.close)
         sink = kafka.KafkaSink(client)
-        stack.callback(sink.close)
+        stack.callback(_close, sink)
         for topic in topics:
             kafka.ensure_topic(client, f"{topic}.dlq")
         if config.metrics.topic:
@@ -167,6 +167,11 @@ def train_on_kafka(
         return _train(source, outlet, config, lease.directory, config.features.fields() or fields)
 
 
+def _close(sink: kafka.KafkaSink) -> None:
+    with contextlib.suppress(kafka.KafkaFailure):  # what did not arrive was judged by `Outlet.flush`
+        sink.close()
+
+
 def _train(
     source: kafka.KafkaSource | BatchSource,
     outlet: Outlet,
@@ -176,16 +181,17 @@ def _train(
     *,
     notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
-    stopping = Event()
-    with signals(stopping.set):
-        fields = fields or _inferred_fields(source, stopping)
-    if not fields:
-        say("stopped before the first impression; nothing was learned")
-        return {}
+    stopping = Stopping()
     schedule = Schedule(
         {"report": config.schedule.report_every.total_seconds(), "snapshot": config.schedule.snapshot_every.total_seconds()}
     )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(signals(stopping))
+        stack.enter_context(_out_of_memory(state))
+        fields = fields or _inferred_fields(source, stopping)
+        if not fields:
+            say("stopped before the first impression; nothing was learned")
+            return {}
         table = stack.enter_context(LiveTable(Console()))
         trainer = build_trainer(
             config, fields=fields, source=source, outlet=outlet, directory=state, flags=schedule, show=table.update, notes=notes
@@ -199,16 +205,31 @@ def _train(
                 say(f"warning: snapshot {newest.name} is signed, those of this run will not be: no snapshots.signing_key is given")
             trainer.restore(newest)
             say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
-        stack.enter_context(signals(trainer.stop))
-        if stopping.is_set():
-            trainer.stop()
+        stopping.then(trainer.stop)
         stack.enter_context(schedule)
-        with _out_of_memory(state):
-            report = trainer.run()
+        report = trainer.run()
     if Console().is_terminal:
         Console().print(final_table(report))
     say(_summary(report, state))
     return report
+
+
+class Stopping:
+    """Whether the run was told to stop; called, it is told."""
+
+    def __init__(self) -> None:
+        self.told = False
+        self._stop: Callable[[], None] = lambda: None
+
+    def __call__(self) -> None:
+        self.told = True
+        self._stop()
+
+    def then(self, stop: Callable[[], None]) -> None:
+        """What else stops, also when it was told before."""
+        self._stop = stop
+        if self.told:
+            stop()
 
 
 @contextlib.contextmanager
@@ -258,7 +279,8 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and Ctrl-C finish cleanly; a second one ends at once."""
 
     def handle(number: int, _: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
+        for one in before:
+            signal.signal(one, signal.SIG_DFL)
         stop()
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -269,7 +291,7 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Event) -> tuple[Field, ...]:
+def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Stopping) -> tuple[Field, ...]:
     """From the first thousand records, or those of ten seconds from the first impression on; then the source is where it was.
 
     Waits for impressions when there are none yet; nothing when told to stop meanwhile.
@@ -278,22 +300,28 @@ def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Event) -
     values: list[pa.LargeBinaryArray] = []
     fields: tuple[Field, ...] = ()
     deadline = waiting_since = 0.0
-    while not source.finished and not stopping.is_set():
+    read = 0
+    while not source.finished and not stopping.told:
         if fields and (sum(map(len, values)) >= _INFER_RECORDS or time.monotonic() > deadline):
             break
         records = source.poll(0.25)
         if len(records):
-            values.append(records.value.slice(0, 4 * _INFER_RECORDS))
-            deadline = deadline if fields else time.monotonic() + _INFER_SECONDS
-            fields = infer_fields(pa.concat_arrays(values))
+            read += len(records)
+            sample = records.value.take(pa.array(range(min(len(records), 4 * _INFER_RECORDS))))  # a copy: the rest need not be kept
+            if values or infer_fields(sample):
+                values.append(sample)
+                deadline = deadline if fields else time.monotonic() + _INFER_SECONDS
+                fields = infer_fields(pa.concat_arrays(values))
+            elif read >= _INFER_AT_MOST:
+                break
         elif not source.until_end and not waiting_since:
             waiting_since = time.monotonic()
             say("waiting for the first impressions, to infer their fields (or name them in a --config)")
-    if stopping.is_set():
+    if stopping.told:
         return ()
     if not fields:
         where = ", ".join(sorted({topic for topic, _ in source.partitions}))
-        raise DataError(f"no impression with features in {where}: nothing to learn from")
+        raise DataError(f"no impression with features among {read:,} records of {where}: nothing to learn from")
     source.seek(start)
     for kind, remark in (("categorical", ""), ("numeric", " - numbers are taken as quantities; list ids in features.categorical")):
         if names := [field.name for field in fields if field.kind == kind]:

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,10 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 _log = logging.getLogger(__name__)
+
+
+# This process and no other, also where every process is the first of its container.
+OWN = f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 def _umask() -> int:
@@ -107,7 +112,7 @@ def write(
     described = {**manifest, "format": FORMAT, "snapshot": _snapshot_name(snapshot_id)}
     _json(described)  # a manifest that is not JSON is refused before anything is written
     # A name of this process's own: another that was taken over may be writing under the same id.
-    final, temporary = root / snapshot_id, root / f"{_TEMPORARY}{os.getpid()}-{snapshot_id}"
+    final, temporary = root / snapshot_id, root / f"{_TEMPORARY}{OWN}-{snapshot_id}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _require_space(root, snapshot_id, sum(array.nbytes for named in tensors.values() for array in named.values()))
@@ -144,7 +149,7 @@ def stage(root: Path, segments: Segments) -> Segments:
     """A link of this moment to each of these files, under `root`, so that they may be deleted where they are; `write` takes it."""
     if not segments:
         return {}
-    place = root / f"{_TEMPORARY}{os.getpid()}-segments"
+    place = root / f"{_TEMPORARY}{OWN}-segments"
     with _named(place, "cannot keep segments in"):
         _remove(place)
         place.mkdir(parents=True)

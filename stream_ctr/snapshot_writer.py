@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr import snapshot
-from stream_ctr.errors import SnapshotError
-from stream_ctr.failpoint import failpoint
+from stream_ctr.errors import SnapshotError, StreamCtrError
 
 _log = logging.getLogger(__name__)
 
@@ -66,9 +65,9 @@ class SnapshotWriter:
         done, self._writing = self._writing, None
         return done.result()
 
-    def retain(self, keep: int, protect: Collection[str]) -> None:
-        """Remove what is too old, later."""
-        self._thread.submit(self._retain, keep, frozenset(protect))
+    def after(self, work: Callable[[], None]) -> None:
+        """Do this too, after what was begun; what goes wrong is logged."""
+        self._thread.submit(self._attempt, work)
 
     def close(self) -> None:
         """Finish what was begun."""
@@ -85,11 +84,8 @@ class SnapshotWriter:
         )
         return Written(path, manifest, cut.positions)
 
-    def _retain(self, keep: int, protect: Collection[str]) -> None:
+    def _attempt(self, work: Callable[[], None]) -> None:
         try:
-            failpoint("retain.before")
-            self._check()
-            snapshot.retain(self._root, keep, protect)
-            failpoint("retain.after")
-        except Exception as error:  # noqa: BLE001 - a thread has nobody to raise to; the next snapshot tries again
+            work()
+        except StreamCtrError as error:  # a thread has nobody to raise to; the next snapshot tries again
             _log.error("old snapshots are not removed: %s", error)

@@ -171,7 +171,7 @@ class TopicPointers:
             except (ValueError, SnapshotError) as error:
                 _log.warning("ignored a pointer of model %r: %s", key, error)
         # Only the newest counts, which a trainer that was taken over may have written before an older one of its own.
-        return sorted(pointers, key=lambda pointer: (pointer["epoch"], pointer["sequence"]))[-1:]
+        return sorted(pointers, key=lambda pointer: (pointer["epoch"], pointer["sequence"]), reverse=True)
 
 
 class Subscriber:

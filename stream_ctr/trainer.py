@@ -44,6 +44,7 @@ _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
 _MOST_ROLLBACKS = 3  # with fewer than so many batches learned in between: it diverges again and again
 _RECOVERED_BATCHES = 100
 _WORSENED = 2.0, 0.1  # times the logloss of its own batch, and nats more, that a step may leave behind
+_LISTENING_SECONDS = 1.0  # from one poll to the next; longer, and the trainer was busy
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 State = dict[str, npt.NDArray[Any]]
 
@@ -133,6 +134,9 @@ class Trainer:
         self._stopping = False
         self._started = self._clock()
         self._heard = np.full(len(source.partitions), self._started)
+        self._last_bad = ""
+        self._looked = self._started
+        self._last_step: list[str] = []  # why the step before the snapshot that this run began with was a bad one
         self._unwritten: SnapshotError | None = None
         self._unseen_fields = {field.name for field in decoder.fields}
         self._fields_seen_in = 0
@@ -147,6 +151,9 @@ class Trainer:
         """
         try:
             return self._run()
+        except Exception:
+            self.outlet.check()  # what goes wrong after another took over goes wrong because of that
+            raise
         finally:
             self._writer.close()
 
@@ -156,10 +163,12 @@ class Trainer:
         finished = not self._stopping
         if finished:
             # A run that began at the very end has not polled: its watermark becomes that of one that came here by reading.
-            self._advance(self.watermarks.overall(excused=self.source.caught_up()))
-            if not self.watermarks.stalled.any():  # else their clicks are yet to come, in another run
+            self._advance(self.watermarks.overall(excused=self.source.caught_up() & ~self.watermarks.silent_clicks()))
+            if not self._stalled():  # else their clicks are yet to come, in another run
                 self._leave(self.joiner.drain)
-            self._learn_ready(partial=True)
+            finished = not self._stopping  # told to stop meanwhile, it goes on from its snapshot: no batch is cut short
+            if finished:
+                self._learn_ready(partial=True)
         self._settle(wait=True)
         learned = self.ledger.count - self._examples_at_snapshot
         if self._read_now or learned or self.parent is None:  # else the snapshot that this run began with says it all
@@ -199,7 +208,7 @@ class Trainer:
 
     def _join(self, records: RecordColumns) -> None:
         now_ms = int(self._wall_clock() * 1000)  # a log has no broker that knew when a record came, but none came after now
-        events, rejects = self.decoder.decode(records.value, np.where(records.time < 0, now_ms, records.time))
+        events, rejects = self.decoder.decode(records.value, np.where(records.time < 0, now_ms, np.minimum(records.time, now_ms)))
         self.counters["records"] += len(records)
         if events.with_unknown_fields:
             self.counters["fields_unknown"] += events.with_unknown_fields
@@ -239,24 +248,31 @@ class Trainer:
             topic, partition = self.source.partitions[int(records.partition[row])]
             self.outlet.dead_letter(topic, partition, int(records.offset[row]), records.value[row].as_py(), reason, message)
             self._bad_now += 1
+            self._last_bad = f"{reason}: {message}"
         self._read_now += len(records)
         if self._read_now >= _BAD_SHARE_RECORDS and self._bad_now > self.max_bad_share * self._read_now:
             raise DataError(
                 f"{self._bad_now} of {self._read_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; "
-                f"the last: {rejects.reason[-1]}: {rejects.message[-1]}. Is this the right topic, and are these its fields?"
+                f"the last: {self._last_bad}. Is this the right topic, and are these its fields?"
             )
 
     def _watermark(self, records: RecordColumns) -> int:
         now = self._clock()
+        away, self._looked = now - self._looked, now
+        # Idle is who could have spoken: not while brokers are silent, nor while nobody here listened.
+        self._heard += away if self.source.silent_seconds() else max(0.0, away - _LISTENING_SECONDS)
         self._heard[np.unique(records.partition)] = now
-        excused = self.source.caught_up()
+        excused = self.source.caught_up() & ~self.watermarks.silent_clicks()
         if not self.source.until_end:
-            excused = excused & (now - self._heard >= self.idle_seconds) & ~self.watermarks.silent_clicks()
+            excused = excused & (now - self._heard >= self.idle_seconds)
         return self.watermarks.overall(excused=excused)
 
     def _align(self) -> None:
         """Hold partitions that are far ahead, so that what waits for the others stays small."""
         ahead = self.watermarks.ahead(self.joiner.watermark, self.joiner.label_window_ms)
+        behind = [index for index in range(len(self.source.partitions)) if index not in ahead]
+        if self.source.until_end and self.source.caught_up()[behind].all():
+            ahead = frozenset()  # those that they wait for have ended
         if ahead != self._paused:
             self.source.pause(ahead)
             self._paused = ahead
@@ -357,7 +373,7 @@ class Trainer:
         unlearned = self.ledger.count - manifest["examples"]
         self._load_model(tensors, name)
         self._guard["skipped_in_a_row"] = self._guard["learned_in_a_row"] = 0
-        self._last = None
+        self._last, self._last_step = None, []
         self.counters["rollbacks"] += 1
         self.counters["examples_unlearned"] += unlearned
         _log.error("%s: the model goes back to snapshot %s and forgets %d examples", why, name, unlearned)
@@ -508,8 +524,8 @@ class Trainer:
 
         When the model predicts no numbers any more, it goes back to the last good snapshot.
         """
-        if self._last is None:
-            return []
+        if self._last is None:  # no step since this run resumed
+            return self._last_step
         examples, before = self._last.examples, self._last.logits.double().cpu().numpy()
         after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
         if not np.isfinite(after).all():
@@ -542,6 +558,7 @@ class Trainer:
         except NotFinite as error:
             self._cutting = False
             self.counters["snapshots_failed"] += 1
+            self._unwritten = error
             self._roll_back(str(error))
             return
         except SnapshotError as error:
@@ -566,9 +583,8 @@ class Trainer:
         self.source.commit(written.positions)
         failpoint("commit.after")
         self._publish(written)
-        published = self.outlet.published()
-        # Those after it may not verify; and what subscribers are pointed to must be there.
-        self._writer.retain(self.keep_snapshots, {written.path.name, *([published["snapshot"]] if published else [])})
+        name = written.path.name  # kept: those after it may not verify
+        self._writer.after(lambda: self.outlet.retain(self.keep_snapshots, {name}))
 
     def _publish(self, written: Written) -> None:
         name = written.path.name
@@ -606,7 +622,7 @@ class Trainer:
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
         self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])
-        self._guard = Counter(manifest["guard"])
+        self._guard, self._last_step = Counter(manifest["guard"]), manifest["gate"]["last_step"]
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         self._ready = [Examples(**tensors["examples"])] if tensors["examples"] else []

@@ -22,7 +22,7 @@ import numpy.typing as npt
 NOT_YET = -(1 << 62)
 # Clicks that a partition must have had before their rate says anything.
 _KNOWN_CLICKS = 100
-_STATE = ("latest", "mark", "latest_click", "impressions", "clicks", "since_click", "stalled")
+_STATE = ("latest", "mark", "latest_click", "impressions", "clicks", "since_click", "stalled", "all_since_click")
 
 
 class Watermarks:
@@ -37,7 +37,7 @@ class Watermarks:
         self.lateness_ms, self.stall_clicks = lateness_ms, stall_clicks
         self.latest, self.mark, self.latest_click = (np.full(partitions, NOT_YET, np.int64) for _ in range(3))
         self.impressions, self.clicks, self.since_click = (np.zeros(partitions, np.int64) for _ in range(3))
-        # Impressions of all partitions since the last click of each: no matter of a partition's own log, so it is not kept.
+        # Impressions of all partitions later than the last click of each, for those that carry clicks only.
         self.all_since_click = np.zeros(partitions, np.int64)
         self.stalled = np.zeros(partitions, np.bool_)
         self.stalls = 0
@@ -52,7 +52,7 @@ class Watermarks:
             partition.astype(np.int32), time, click, limit, self.lateness_ms, self.stall_clicks,
             self.latest, self.mark, self.latest_click, self.impressions, self.clicks, self.since_click, self.stalled,
         )  # fmt: skip
-        self.all_since_click += int((~click).sum())
+        self.all_since_click += (time[~click] > self.latest_click[:, None]).sum(axis=1)
         self.all_since_click[np.unique(partition[click])] = 0
         return limit
 
@@ -74,7 +74,9 @@ class Watermarks:
         return only & (expected > self.stall_clicks)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {name: getattr(self, name).copy() for name in _STATE} | {"stalls": np.array([self.stalls])}
+        state = {name: getattr(self, name).copy() for name in _STATE}
+        state["all_since_click"][self.impressions > 0] = 0  # there it depends on how polls fell, and serves nothing
+        return state | {"stalls": np.array([self.stalls])}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         for name in _STATE:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lineage import SMALL, Fingerprint, last_report, newest, published
 from test_trainer import Partitions, finish, split, trainer
 
 from connectors import Records, kafka
+from connectors.memory import BatchSource
 from stream_ctr import snapshot
 from stream_ctr.cli import main
 from stream_ctr.errors import DataError
@@ -251,6 +253,101 @@ def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_an
     resumed = trainer(tmp_path, Partitions([encoded(events)]), join=join)
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
     assert finish(resumed)["ledger"] == finish(trainer(tmp_path / "plain", Partitions([stream])))["ledger"]
+
+
+def apart(stream: pa.LargeBinaryArray, keep: Callable[[dict[str, Any]], bool]) -> list[pa.LargeBinaryArray]:
+    """Two partitions by id, without the events that are not kept."""
+    events = [event for event in documents(stream) if keep(event)]
+    return [encoded([event for event in events if zlib.crc32(event["impression_id"].encode()) % 2 == p]) for p in range(2)]
+
+
+@pytest.mark.timeout(60)
+def test_partitions_that_are_ahead_of_one_that_ended_stalled_are_read_to_their_end(tmp_path):
+    stream = pa.concat_arrays([batch.value for batch in Simulation(20_000, seed=3).batches()])
+    third = documents(stream)[len(stream) // 3]["time"]
+    logs = apart(stream, lambda e: e["kind"] == "impression" or e["time"] < third or zlib.crc32(e["impression_id"].encode()) % 2 == 0)
+    report = finish(trainer(tmp_path, Partitions(logs, seed=1), join={"label_window": "20s", "stall_clicks": 20}))
+    assert report["kind"] == "final"
+    assert report["stalled"] == ["clicks:1"]
+    assert report["counters"]["records"] == sum(map(len, logs))
+
+
+def test_a_topic_of_clicks_that_ends_early_teaches_nothing_of_the_impressions_after_it(tmp_path, stream):
+    events = documents(stream)
+    third = events[len(events) // 3]["time"]
+    impressions = encoded([event for event in events if event["kind"] == "impression"])
+    clicks = encoded([event for event in events if event["kind"] == "click" and event["time"] < third])
+    source = Partitions([impressions, clicks], seed=1)
+    source.partitions = (("impressions", 0), ("clicks", 0))
+    report = finish(trainer(tmp_path, source, join={"label_window": "20s", "stall_clicks": 20}))
+    assert report["stalled"] == ["clicks:0"]
+    assert report["examples"] < IMPRESSIONS * 0.6
+    assert report["pending"] == IMPRESSIONS - report["examples"]
+
+
+@pytest.mark.parametrize("why", ["no broker answers", "the trainer was away"])
+def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp_path, stream, why):
+    """They are 20 s apart; the one that is behind has nothing new for 40 s by the clock, when it could not have spoken."""
+    logs = apart(stream, lambda event: True)
+    times = [np.array([event["time"] for event in documents(log)]) for log in logs]
+    middle = int(times[0][len(times[0]) // 2])
+    ahead, behind = (int(np.searchsorted(times[p], middle - 20_000 * p)) for p in range(2))
+
+    class Apart(Live):
+        polls = 1000
+        step = 0
+
+        def poll(self, timeout_seconds: float) -> Records:
+            self.step += 1
+            upto = {1: (ahead, behind), 2: (ahead, behind), 3: (len(logs[0]), behind)}.get(self.step, (len(logs[0]), len(logs[1])))
+            if self.step == 2 and disturbed:
+                self.now += 40
+            if self.step == 5 and self.trainer:
+                self.trainer.stop()
+            parts = [(np.full(to - at, p, np.int32), np.arange(at, to)) for p, (at, to) in enumerate(zip(self._at, upto, strict=True))]
+            values = [self._values[p].slice(at, to - at) for p, (at, to) in enumerate(zip(self._at, upto, strict=True))]
+            self._at = list(upto)
+            partition, offset = (np.concatenate(column) for column in zip(*parts, strict=True))
+            return Records(partition, offset, np.full(len(offset), -1), pa.concat_arrays(values))
+
+        def caught_up(self) -> np.ndarray:
+            return np.array([True, True])
+
+        def silent_seconds(self) -> float:
+            return 40.0 if disturbed and self.step == 2 and why == "no broker answers" else 0.0
+
+    ledgers = []
+    for disturbed in (False, True):
+        report = finish(live(tmp_path / str(disturbed), Apart(logs), join={"label_window": "20s", "allowed_lateness": "5s"}))
+        assert report["counters"]["impressions_late"] == 0
+        ledgers.append(report["ledger"])
+    assert ledgers[0] == ledgers[1]
+
+
+def test_a_run_that_is_stopped_while_its_last_windows_close_goes_on_bit_for_bit(tmp_path, stream):
+    join = {"label_window": "1h"}
+    finish(trainer(tmp_path / "whole", Partitions([stream]), join=join))
+    stopped = trainer(tmp_path / "parts", Partitions([stream]), join=join)
+    drain, calls = stopped.joiner.drain, []
+
+    def drain_some() -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            stopped.stop()
+        return drain(1000)
+
+    stopped.joiner.drain = drain_some
+    assert finish(stopped)["kind"] == "stopped"
+    resumed = trainer(tmp_path / "parts", Partitions([stream]), join=join)
+    resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))
+    finish(resumed)
+    assert taken(tmp_path / "parts").weights_sha256 == taken(tmp_path / "whole").weights_sha256
+
+
+def test_many_bad_records_and_then_good_ones_are_still_a_flood(tmp_path, stream):
+    polls = [pa.array([b"junk"] * 900, pa.large_binary()), stream.slice(0, 200)]
+    with pytest.raises(DataError, match=r"900 of 1100 records read are bad.*the last: not_json"):
+        finish(trainer(tmp_path, BatchSource(lambda: polls)))
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------------------------

@@ -167,6 +167,15 @@ def test_a_flipped_byte_makes_verify_exit_6_and_name_the_file(state):
     assert command("snapshots", "verify", state / "snapshots" / good).exit_code == 0
 
 
+def test_verify_misses_a_published_snapshot_that_is_not_there(state):
+    pointer = snapshot.read_pointer(state / "latest.json")
+    assert pointer
+    shutil.rmtree(pointer["path"])
+    result = CliRunner().invoke(main, ["snapshots", "verify", str(state)])
+    assert result.exit_code == 6
+    assert f"{pointer['snapshot']}  is published, and is not there" in result.output
+
+
 def test_verify_holds_the_published_manifest_to_its_pointer(state):
     manifest = state / "snapshots" / ids(state)[-1] / "manifest.json"
     manifest.write_bytes(manifest.read_bytes() + b" ")

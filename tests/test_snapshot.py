@@ -376,7 +376,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_retur
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "rename", noted_rename)
     name = write(tmp_path).name
-    assert order == ["model.safetensors", "joiner.safetensors", "manifest.json", f"tmp-{os.getpid()}-{name}", "rename", tmp_path.name]
+    assert order == ["model.safetensors", "joiner.safetensors", "manifest.json", f"tmp-{snapshot.OWN}-{name}", "rename", tmp_path.name]
 
 
 def test_the_newest_snapshot_that_verifies_is_used_and_the_reason_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

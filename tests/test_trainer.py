@@ -106,7 +106,7 @@ def split(stream: pa.LargeBinaryArray, partitions: int) -> list[pa.LargeBinaryAr
     return [stream.take(pa.array(at[at % partitions == p])) for p in range(partitions)]
 
 
-def trainer(directory: Path, source: Partitions, **sections: Any) -> Trainer:
+def trainer(directory: Path, source: Any, **sections: Any) -> Trainer:
     directory.mkdir(exist_ok=True)
     config = load(environ={}, overrides={**SMALL, **sections})
     built = build_trainer(config, fields=Simulation(1, seed=0).fields, source=source, outlet=Outlet(directory), directory=directory)

@@ -85,7 +85,17 @@ def test_a_partition_of_clicks_only_that_falls_silent_is_stalled_and_not_idle():
     assert not marks.silent_clicks().any()
     observe(marks, 0, list(range(2000, 4000)))
     assert marks.silent_clicks().tolist() == [False, True]
+    again = Watermarks(partitions=2, lateness_ms=0, stall_clicks=50)
+    again.load_state_dict(marks.state_dict())
+    assert again.silent_clicks().tolist() == [False, True]
     observe(marks, 1, [3999], True)
+    assert not marks.silent_clicks().any()
+
+
+def test_clicks_that_are_read_before_their_impressions_are_not_missed():
+    marks = Watermarks(partitions=2, lateness_ms=0, stall_clicks=50)
+    observe(marks, 1, list(range(0, 2000, 10)), True)
+    observe(marks, 0, list(range(2000)))
     assert not marks.silent_clicks().any()
 
 
