@@ -21,7 +21,7 @@ quick: ## the inner loop: all but the slow tests, under two minutes
 	$(BIN)/python -m pytest -m "not slow"
 
 faults: ## every fault and every bad input, on brokers of its own; writes docs/reliability.md (about an hour)
-	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults docs/reliability.md
+	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md
 
 lint: ## style, form and types
 	$(BIN)/ruff check .

@@ -2,7 +2,7 @@
 
 A test marked `fault(row, injected=...)` is evidence for a row of the fault matrix, one marked `bad_input(what, via=...)` for a row of the
 table of bad input, one marked `security(what, how=...)` for one of the table of promises that keep strangers out; its `outcome(...)` is
-what stands there when it passes. `pytest --faults docs/reliability.md` runs the long ones too and
+what stands there when it passes. `pytest --faults=docs/reliability.md` runs the long ones too and
 writes the tables; it fails when a row has no evidence.
 """
 
