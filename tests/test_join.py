@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from stream_ctr import spill
 from stream_ctr.features import mix64
-from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger, Shares, _Index
+from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger, Shares
+from stream_ctr.pools import Index
 from stream_ctr.watermark import NOT_YET, Watermarks
 
 WINDOW, EARLY, LATENESS = 100, 20, 30
@@ -526,7 +527,7 @@ def test_the_registry_forgets_the_oldest_ids_first_and_counts_them():
 )
 def test_the_index_finds_every_id_however_it_grew_and_was_purged(steps, near_the_end, before):
     """Ids that all want the last places of the table, so that they run past its end, against a dictionary."""
-    index, truth = _Index(1 << 16), {}
+    index, truth = Index(1 << 16), {}
     index._clear(8)
     for ids, time in steps:
         keys = {key * 1024 + 1023 - key % (near_the_end + 1) for key in ids} - truth.keys()
