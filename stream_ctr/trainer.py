@@ -28,6 +28,7 @@ from stream_ctr.events import Decoder, Rejects
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import Hasher, hash_ids, mix64
 from stream_ctr.gate import Gate, Judge
+from stream_ctr.guard import Guard
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
@@ -41,9 +42,6 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _FIELDS_SEEN_IN = 1000  # impressions
 _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
-_MOST_ROLLBACKS = 3  # with fewer than so many batches learned in between: it diverges again and again
-_RECOVERED_BATCHES = 100
-_WORSENED = 2.0, 0.1  # times the logloss of its own batch, and nats more, that a step may leave behind
 _LISTENING_SECONDS = 1.0  # from one poll to the next; longer, and the trainer was busy
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 State = dict[str, npt.NDArray[Any]]
@@ -106,7 +104,7 @@ class Trainer:
         self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
-        self.idle_seconds, self.skips_before_rollback = idle_seconds, skips_before_rollback
+        self.idle_seconds = idle_seconds
         self._flags, self._show, self._notes, self._clock, self._wall_clock = flags, show, notes, clock, wall_clock
         models = [identity["learner"]["model"], *([baseline.name] if baseline else [])]
         self.watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
@@ -122,8 +120,13 @@ class Trainer:
         # For the table's copy in a snapshot, of which there is one at a time; memory that is not new is filled ten times as fast.
         self._table = learner.table.rows.to("cpu", copy=True)
         self._cutting = False  # a snapshot is between its copy and the disk
-        self._guard = Counter(skipped_in_a_row=0, learned_in_a_row=0, rollbacks=0)
-        self._last: _Learned | None = None  # by which a snapshot shows that its last step did no harm
+        self._guard = Guard(
+            learner,
+            self.counters,
+            good=self._last_good,
+            skips_before_rollback=skips_before_rollback,
+            signature=signing.verify if signing else None,
+        )
         self._warned: set[str] = set()
         self._lost = 0  # records, as the source tells
         self.first_event_ms: int | None = None
@@ -136,7 +139,6 @@ class Trainer:
         self._heard = np.full(len(source.partitions), self._started)
         self._last_bad = ""
         self._looked = self._started
-        self._last_step: list[str] = []  # why the step before the snapshot that this run began with was a bad one
         self._unwritten: SnapshotError | None = None
         self._unseen_fields = {field.name for field in decoder.fields}
         self._fields_seen_in = 0
@@ -325,69 +327,24 @@ class Trainer:
 
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
-        logits = self.learner.learn(batch.ids, batch.label, batch.values)
-        if logits is None:
-            batch, logits = self._learn_what_is_finite(batch)
-            if logits is None:
-                return
-        self._guard["skipped_in_a_row"] = 0
-        self._guard["learned_in_a_row"] += 1
-        if self._guard["learned_in_a_row"] == _RECOVERED_BATCHES:
-            self._guard["rollbacks"] = 0
+        if (learned := self._guard.learn(batch)) is None:
+            return
+        batch, logits = learned
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         self.first_event_ms = int(batch.time[0]) if self.first_event_ms is None else self.first_event_ms
         self.last_event_ms = int(batch.time[-1])
         chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else np.ones(len(batch), np.bool_)
         if self.baseline:
             self.baseline.submit(batch.ids[chosen], batch.values[chosen], batch.label[chosen])
-        self._last = _Learned(batch, logits, chosen)
-        self._in_flight.append(self._last)
+        self._in_flight.append(_Learned(batch, logits, chosen))
         failpoint("learn.after")
 
-    def _learn_what_is_finite(self, batch: Examples) -> tuple[Examples, Tensor | None]:
-        """A batch without the examples for which the model predicts no number, and their logits; None when it cannot learn the rest."""
-        finite = np.isfinite(self.learner.predict(batch.ids, batch.values))
-        kept, logits = batch[finite], None
-        if 0 < len(kept) < len(batch):
-            logits = self.learner.learn(kept.ids, kept.label, kept.values)
-        self.counters["examples_skipped"] += len(batch) - (len(kept) if logits is not None else 0)
-        if logits is None:
-            self.counters["batches_skipped"] += 1
-            self._guard["skipped_in_a_row"] += 1
-            if self._guard["skipped_in_a_row"] >= self.skips_before_rollback:
-                self._roll_back(f"{self._guard['skipped_in_a_row']} batches in a row had no finite loss and gradient")
-        return kept, logits
-
-    def _roll_back(self, why: str) -> None:
-        """Give the model and its optimiser the state of the last good snapshot; the stream goes on from where it is."""
+    def _last_good(self) -> tuple[Path | None, int]:
+        """The snapshot that a model which diverged goes back to, and how many examples were trained so far."""
         self._settle(wait=True)
         published = self.outlet.published()
         name = published["snapshot"] if published else self.parent
-        self._guard["rollbacks"] += 1
-        if name is None or self._guard["rollbacks"] > _MOST_ROLLBACKS:
-            good = f"going back to {name} did not help {_MOST_ROLLBACKS} times" if name else "there is no snapshot to go back to"
-            remedy = "Lower the learning rates, or use log_value rather than value for large numbers"
-            raise DataError(f"the model diverged: {why}, and {good}. {remedy}")
-        path = self.directory / "snapshots" / name
-        manifest, tensors = snapshot.load(path, files=("model", "optimizer"), signature=self._verify_signature)
-        unlearned = self.ledger.count - manifest["examples"]
-        self._load_model(tensors, name)
-        self._guard["skipped_in_a_row"] = self._guard["learned_in_a_row"] = 0
-        self._last, self._last_step = None, []
-        self.counters["rollbacks"] += 1
-        self.counters["examples_unlearned"] += unlearned
-        _log.error("%s: the model goes back to snapshot %s and forgets %d examples", why, name, unlearned)
-
-    def _load_model(self, tensors: snapshot.Tensors, name: str) -> None:
-        try:
-            self.learner.load_weights(tensors["model"])
-            self.learner.load_optimizer_state(tensors["optimizer"])
-        except (KeyError, ValueError) as error:
-            raise SnapshotError(f"snapshot {name} does not fit this model: {error}") from None
-
-    @property
-    def _verify_signature(self) -> snapshot.Verify | None:
-        return self._signing.verify if self._signing else None
+        return self.directory / "snapshots" / name if name else None, self.ledger.count
 
     def _settle(self, *, wait: bool) -> None:
         """Score the batches that every model has predicted, in order; finish the snapshots that they were waiting for."""
@@ -481,7 +438,7 @@ class Trainer:
         if self._cutting:  # its copy is in the memory that this one needs
             self._settle(wait=True)
         failpoint("cut.before")
-        worsened = self._worsened()
+        worsened = self._guard.worsened()
         self._examples_at_snapshot = self.ledger.count
         try:
             segments = snapshot.stage(self.directory / "snapshots", self.joiner.segments())
@@ -511,29 +468,13 @@ class Trainer:
             "event_time_range": [_iso(self.first_event_ms), _iso(self.last_event_ms)],
             "first_event_ms": self.first_event_ms,
             "counters": dict(self.counters),
-            "guard": dict(self._guard),
+            "guard": self._guard.told(),
             "gate": {"last_step": worsened},
         }
         self._in_flight.append(Cut(tensors, manifest, positions, segments))
         if self.baseline:
             self.baseline.mark()
         failpoint("cut.after")
-
-    def _worsened(self) -> list[str]:
-        """Why the step just made was a bad one: what is measured is measured before a step, and says nothing of the last one.
-
-        When the model predicts no numbers any more, it goes back to the last good snapshot.
-        """
-        if self._last is None:  # no step since this run resumed
-            return self._last_step
-        examples, before = self._last.examples, self._last.logits.double().cpu().numpy()
-        after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
-        if not np.isfinite(after).all():
-            self._roll_back("after its last step it predicts values that are not finite")
-            return []
-        was, became = (float(metrics.losses(logits, examples.label).mean()) for logits in (before, after))
-        worse = became > max(_WORSENED[0] * was, was + _WORSENED[1])
-        return [f"its last step took the logloss of its own examples from {was:.3g} to {became:.3g}"] if worse else []
 
     def _begin_write(self, cut: Cut, baseline: Mapping[str, npt.NDArray[Any]]) -> None:
         self.judge.judge(self._published_evidence)
@@ -559,7 +500,7 @@ class Trainer:
             self._cutting = False
             self.counters["snapshots_failed"] += 1
             self._unwritten = error
-            self._roll_back(str(error))
+            self._guard.roll_back(str(error))
             return
         except SnapshotError as error:
             self._cutting = False
@@ -603,7 +544,7 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
-        manifest, tensors = snapshot.load(path, signature=self._verify_signature)
+        manifest, tensors = snapshot.load(path, signature=self._signing.verify if self._signing else None)
         for section in ("schema", "learner", "join", "baseline"):
             _require_same(manifest[section], self.identity[section], path)
         names = self._partition_names()
@@ -611,7 +552,7 @@ class Trainer:
             self._require_same_partitions(odd, names)
             raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
         self._require_same_topics(manifest["topic_ids"])
-        self._load_model(tensors, path.name)
+        self._guard.load(tensors, manifest, path)
         self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))
         if not self.watermarks.stall_clicks:  # told not to wait any more
             self.watermarks.stalled[:] = False
@@ -622,12 +563,12 @@ class Trainer:
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
         self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])
-        self._guard, self._last_step = Counter(manifest["guard"]), manifest["gate"]["last_step"]
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         self._ready = [Examples(**tensors["examples"])] if tensors["examples"] else []
         self.ledger = Ledger(**manifest["ledger"])
-        self.counters = Counter(manifest["counters"])
+        self.counters.clear()
+        self.counters.update(manifest["counters"])
         self.first_event_ms, self.last_event_ms = manifest["first_event_ms"], manifest["event_time_ms"] or None
         published = self.outlet.published()
         self.sequence, self.parent = manifest["sequence"], path.name
