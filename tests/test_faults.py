@@ -472,9 +472,11 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
     state = small_disk / "state"
     filler = small_disk / "filler"
     options = ["-X", "schedule.snapshot_examples=512", "-X", "snapshots.keep=1", "-X", "schedule.report_every=200ms"]
-    process = run_apart(log, state, *options, failpoint="learn.before:12=sleep:1.5")
+    process = run_apart(log, state, *options, failpoint="learn.before:28=sleep:2")
     wait_until(lambda: (state / "latest.json").exists())
+    process.send_signal(signal.SIGSTOP)
     fill(filler)
+    process.send_signal(signal.SIGCONT)
     held = snapshot.snapshot_ids(state / "snapshots")
     wait_until(lambda: "nothing was" in process.stderr.readline() if process.stderr else False)
     assert snapshot.snapshot_ids(state / "snapshots")[:1] == held[:1]
