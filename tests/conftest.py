@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from brokers import ApacheBroker, KafkaMissing, find_kafka
-from reliability import Outcome, Report
+from reliability import MATRIX, Outcome, Report
 
 from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
 
@@ -19,6 +19,8 @@ _OUTCOME = pytest.StashKey[Outcome]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--faults", metavar="PAGE", help="run the long tests too, and write what the marked tests showed into PAGE")
+
+    parser.addoption("--fault-rows", metavar="N,N", default="", help="with --faults: only the tests of these rows of the fault matrix")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +33,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(pytest.mark.skip(reason="long: make faults runs it"))
+    elif config.getoption("--fault-rows"):
+        rows = set(_rows(config))
+        chosen = [item for item in items if rows & {mark.args[0] for mark in item.iter_markers("fault")}]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+
+
+def _rows(config: pytest.Config) -> list[int]:
+    asked = config.getoption("--fault-rows")
+    return [int(row) for row in asked.split(",")] if asked else list(MATRIX)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -46,7 +58,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if page and not session.config.getoption("collectonly"):
         report = session.config.stash[_REPORT]
         report.write(Path(page))
-        if report.missing():
+        if report.failing(_rows(session.config)):
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
 
@@ -58,8 +70,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     spoken_to = config.stash[_SPOKEN_TO]
     if spoken_to:
         terminalreporter.write_line(f"broker: the tests spoke to {'; '.join(spoken_to)}")
-    if config.getoption("--faults") and (missing := config.stash[_REPORT].missing()):
-        terminalreporter.write_line(f"faults: rows without evidence, or with a failure: {', '.join(map(str, missing))}")
+    if config.getoption("--faults") and (failing := config.stash[_REPORT].failing(_rows(config))):
+        terminalreporter.write_line(f"faults: rows without evidence, or with a failure: {', '.join(map(str, failing))}")
 
 
 def _describe_embedded() -> str:

@@ -20,9 +20,12 @@ def print_table(header: list[str], rows: list[list[object]]) -> None:
     print(formatted(header, rows), end="\n\n", flush=True)
 
 
+def commit() -> str:
+    git = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    git = ["git", "describe", "--always", "--dirty"]
-    commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
-    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit or 'unknown'}, {time.strftime('%Y-%m-%d')}"
+    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit()}, {time.strftime('%Y-%m-%d')}"

@@ -3,19 +3,20 @@
 A test marked `fault(row, injected=...)` is evidence for a row of the fault matrix, one marked `bad_input(what, via=...)` for a row of the
 table of bad input, one marked `security(what, how=...)` for one of the table of promises that keep strangers out; its `outcome(...)` is
 what stands there when it passes. `pytest --faults=docs/reliability.md` runs the long ones too and
-writes the tables; it fails when a row has no evidence.
+writes the tables; it fails when a row has no evidence. With `--fault-rows 4,19` only the tests of these rows run, and all other lines stay.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
-from record import machine
+from record import commit, formatted
 
 MATRIX = {
     1: "SIGKILL at a random moment",
@@ -70,7 +71,7 @@ class Outcome:
 
 @dataclass
 class _Evidence:
-    row: object
+    row: Any
     injected: str
     passed: bool
     said: Outcome
@@ -100,39 +101,61 @@ class Report:
         if item.get_closest_marker("figure"):
             self.figures.append(said)
 
-    def missing(self) -> list[int]:
-        """Rows of the matrix for which no test passed, or one failed."""
+    def failing(self, rows: Collection[int]) -> list[int]:
+        """Which of these rows of the matrix no test passed, or one failed."""
         good = {e.row for e in self.faults if e.passed} - {e.row for e in self.faults if not e.passed and not e.why_not}
-        return [row for row in MATRIX if row not in good]
+        return [row for row in MATRIX if row in rows and row not in good]
 
     def write(self, page: Path) -> None:
-        footing = f"{machine()}: make faults, {time.strftime('%Y-%m-%d %H:%M')} UTC"
-        text = _fill(page.read_text(), "matrix", f"{self._matrix()}\n\n{footing}")
-        text = _fill(text, "bad-input", f"{_table(self.bad_input, 'input', 'arrives as')}\n\n{footing}")
-        text = _fill(text, "security", f"{_table(self.security, 'promise', 'tried by')}\n\n{footing}")
+        """Lines of rows without any evidence in this session stay as they were."""
+        text = page.read_text()
+        seen = f"{commit()}, {time.strftime('%Y-%m-%d')}"
+        matrix = _merged(_lines(text, "matrix"), self._matrix(seen))
+        header = ["#", "fault", "injected", "times", "outcome", "broker", "commit, date"]
+        text = _fill(text, "matrix", _formatted(header, sorted(matrix, key=lambda line: int(line[0]))))
+        for name, evidence, columns in (
+            ("bad-input", self.bad_input, ["input", "arrives as", "outcome", "commit, date"]),
+            ("security", self.security, ["promise", "tried by", "outcome", "commit, date"]),
+        ):
+            text = _fill(text, name, _formatted(columns, _merged(_lines(text, name), _table(evidence, seen))))
         for said in [*self.figures, *(evidence.said for evidence in [*self.faults, *self.bad_input, *self.security])]:
             for name, block in said.blocks.items():
                 text = _fill(text, name, block)
         page.write_text(text)
 
-    def _matrix(self) -> str:
-        lines = ["| # | fault | injected | times | outcome | broker |", "|---|---|---|---|---|---|"]
-        for row, title in MATRIX.items():
-            found = [e for e in self.faults if e.row == row]
-            if not found:
-                lines.append(f"| {row} | {title} | - | 0 | NOT TESTED | |")
-            for injected, same in _together(found):
-                outcome, broker = _told(same), ", ".join(dict.fromkeys(e.said.broker for e in same if e.said.broker))
-                lines.append(f"| {row} | {title} | {injected} | {sum(e.said.times for e in same if e.passed)} | {outcome} | {broker} |")
-        return "\n".join(lines)
+    def _matrix(self, seen: str) -> dict[str, list[list[str]]]:
+        """Row -> its lines."""
+        lines: dict[str, list[list[str]]] = {}
+        for row in dict.fromkeys(e.row for e in self.faults):
+            for injected, same in _together([e for e in self.faults if e.row == row]):
+                broker = ", ".join(dict.fromkeys(e.said.broker for e in same if e.said.broker))
+                times = str(sum(e.said.times for e in same if e.passed))
+                lines.setdefault(str(row), []).append([str(row), MATRIX[row], injected, times, _told(same), broker, seen])
+        return lines
 
 
-def _table(evidence: Sequence[_Evidence], first: str, second: str) -> str:
-    lines = [f"| {first} | {second} | outcome |", "|---|---|---|"]
-    for what in dict.fromkeys(e.row for e in evidence):
+def _table(evidence: Sequence[_Evidence], seen: str) -> dict[str, list[list[str]]]:
+    lines: dict[str, list[list[str]]] = {}
+    for what in dict.fromkeys(str(e.row) for e in evidence):
         for how, same in _together([e for e in evidence if e.row == what]):
-            lines.append(f"| {what} | {how} | {_told(same)} |")
-    return "\n".join(lines)
+            lines.setdefault(what, []).append([what, how, _told(same), seen])
+    return lines
+
+
+def _lines(text: str, name: str) -> list[list[str]]:
+    """The rows of the table in a block."""
+    block = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
+    cells = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in block.splitlines() if line.startswith("|")]
+    return [line for line in cells[1:] if not line[0].startswith("---")]
+
+
+def _merged(before: Sequence[list[str]], now: Mapping[str, list[list[str]]]) -> list[list[str]]:
+    kept = [line for line in before if line[0] not in now]
+    return [*kept, *(line for lines in now.values() for line in lines)]
+
+
+def _formatted(header: list[str], rows: Sequence[list[str]]) -> str:
+    return formatted(header, [list(row) for row in rows])
 
 
 def _together(found: Sequence[_Evidence]) -> Iterator[tuple[str, list[_Evidence]]]:
