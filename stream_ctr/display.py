@@ -64,6 +64,8 @@ _METRICS = (
 )
 _REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
 _DASH = "–"
+# Counters that are worth a place once they count something.
+_SELDOM = {"impressions_spilled", "impressions_evicted", "clicks_evicted", "ids_forgotten_early"}
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 
@@ -166,7 +168,8 @@ def _progress(report: Report) -> Iterator[Text]:
 def _counts(report: Report) -> Iterator[Text]:
     counters = _mapping(report, "counters")
     for key in counters:
-        yield from _count(counters, key)
+        if counters[key] or key not in _SELDOM:
+            yield from _count(counters, key)
     if (coverage := _number(report.get("click_coverage"))) is not None:
         yield Text.assemble(f"{coverage:.2%}", (" of clicks joined", "dim"))
     bounds = (_number(_mapping(scope.known, "models")[name].get("auc_error_bound")) for scope in _scopes(report) for name in _models(scope))

@@ -244,3 +244,11 @@ def test_what_keeps_a_run_from_learning_or_publishing_stands_in_the_table_and_on
     assert "no broker has answered for 12 s" in told
     assert "learning waits: the clicks of clicks:0, clicks:3 are overdue" in told
     assert "snapshots are not published: its logloss is worse" in told
+
+
+def test_what_seldom_happens_is_counted_in_the_table_once_it_has_happened() -> None:
+    counters = {**REPORT["counters"], "impressions_spilled": 0, "clicks_evicted": 12}
+    text = "\n".join(drawn({**REPORT, "counters": counters}))
+    assert "spilled" not in text
+    assert "12 clicks evicted" in text
+    assert "0 rejected" in text
