@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from brokers import ApacheBroker, KafkaMissing, find_kafka
@@ -53,7 +54,16 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return result
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has ended: what it spoke to belongs into the report."""
+    spoken_to = node.config.stash[_SPOKEN_TO]
+    spoken_to += [broker for broker in getattr(node, "workeroutput", {}).get("spoken_to", []) if broker not in spoken_to]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["spoken_to"] = session.config.stash[_SPOKEN_TO]
     page = session.config.getoption("--faults")
     if page and not session.config.getoption("collectonly"):
         report = session.config.stash[_REPORT]
