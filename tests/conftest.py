@@ -67,7 +67,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     page = session.config.getoption("--faults")
     if page and not session.config.getoption("collectonly"):
         report = session.config.stash[_REPORT]
-        report.write(Path(page))
+        report.write(Path(page), _rows(session.config))
         if report.failing(_rows(session.config)):
             session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 

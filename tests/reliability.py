@@ -106,11 +106,12 @@ class Report:
         good = {e.row for e in self.faults if e.passed} - {e.row for e in self.faults if not e.passed and not e.why_not}
         return [row for row in MATRIX if row in rows and row not in good]
 
-    def write(self, page: Path) -> None:
-        """Lines of rows without any evidence in this session stay as they were."""
+    def write(self, page: Path, rows: Collection[int]) -> None:
+        """The lines of these rows of the matrix, and of whatever else has evidence; all others stay as they were."""
         text = page.read_text()
         seen = f"{commit()}, {time.strftime('%Y-%m-%d')}"
-        matrix = _merged(_lines(text, "matrix"), self._matrix(seen))
+        asked = {row: lines for row, lines in self._matrix(seen).items() if int(row) in rows}  # a test may be evidence for another row too
+        matrix = _merged(_lines(text, "matrix"), asked)
         header = ["#", "fault", "injected", "times", "outcome", "broker", "commit, date"]
         text = _fill(text, "matrix", _formatted(header, sorted(matrix, key=lambda line: int(line[0]))))
         for name, evidence, columns in (
