@@ -860,13 +860,15 @@ def test_a_connection_that_others_can_read_is_warned_of_once(
     assert all(re.search(pattern, text) for pattern, text in zip(expected, warned, strict=True))
 
 
-def test_a_missing_codec_is_found_before_anything_connects(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.bad_input("codec not installed", via="a broker that may hold any codec")
+def test_a_missing_codec_is_found_before_anything_connects(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
     monkeypatch.setattr(kafka.codec, "zstd", None)
     monkeypatch.setattr(kafka.record.util, "crc32c_c", None)
     client = client_options("127.0.0.1:1", {})
     for attempt in (lambda: KafkaSource(["t"], client=client, group="g"), lambda: KafkaSink(client), lambda: PointerReader(client, "t")):
         with pytest.raises(KafkaCodecMissing, match=r"lacks crc32c, zstd: pip install 'kafka-python\[crc32c,lz4,snappy,zstd\]'"):
             attempt()
+    outcome("an error at the start that names the library, before anything connects")
 
 
 # Options
