@@ -21,23 +21,22 @@ What it takes of the client's insides stands in `kafka_inside`, why a broker let
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
 import logging
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from operator import attrgetter
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import kafka.codec
 import kafka.record.default_records
+import kafka.record.legacy_records
 import kafka.record.util
 import numpy as np
 import numpy.typing as npt
@@ -73,6 +72,7 @@ from connectors.errors import (
 )
 from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
+from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns
 from connectors.records import Records
 
 __all__ = [
@@ -101,7 +101,8 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 BOOTSTRAP_SECONDS = 5.0  # for the first answer of a broker
-MAX_BATCH_BYTES = 512 << 20  # of what a compressed batch may expand to; the client holds it about three times
+MAX_BATCH_BYTES = 512 << 20  # of what a compressed batch may expand to
+POLL_BYTES = 16 << 20  # of values, after which a poll reads no further record
 ANSWER_SECONDS = 5.0  # for what is asked of a broker that answered before
 
 
@@ -134,7 +135,6 @@ class KafkaSource:
     ) -> None:
         _check_codecs()
         self.until_end = until_end
-        self._max_record_bytes = max_record_bytes
         self._skip_lost = on_lost == "skip"
         self._client = client
         self._group = group
@@ -146,6 +146,9 @@ class KafkaSource:
             self.partitions: tuple[tuple[str, int], ...] = tuple((topic, partition) for topic, partition in self._assigned)
             self._paused: frozenset[int] = frozenset()
             self._recorded_end = _find_ends(self._consumer, self._assigned, client)
+            most_records = min(self._consumer.config["max_poll_records"], _MOST_RECORDS)
+            self._columns = Columns(most_records, full_bytes=POLL_BYTES, most_value_bytes=max_record_bytes + 1)
+            inside.read_into(self._columns, self._consumer, self._index, _CODECS)
             self._position = self._offsets(self.beginning())
             self._lost = np.zeros(len(self._assigned), np.int64)
             self._failed: dict[int, inside.Failure] = {}
@@ -170,16 +173,18 @@ class KafkaSource:
         try:
             if failed:
                 raise failed.error
-            polled = self._consumer.poll(timeout_ms=int(timeout_seconds * 1000))
+            self._consumer.poll(timeout_ms=int(timeout_seconds * 1000), max_records=self._columns.most_records)
         except RetriableError:
-            return Records.empty()
-        except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
-            self._recover(failed or inside.failure_at(self._consumer, error))
-            return Records.empty()
+            pass  # it may come after some were read
+        except Exception as error:  # noqa: BLE001 - the client has many
+            failed = failed or inside.failure_at(self._consumer, error)
+            if not self._columns.count:
+                self._recover(failed)
+                return Records.empty()
         if kept := inside.take_kept_failure(self._consumer):
             self._failed[self._index[kept.partition]] = kept
         self._position = np.array([inside.next_offset(self._consumer, partition) for partition in self._assigned], np.int64)
-        records = self._columns(polled)
+        records = self._columns.hand_out()
         if self.until_end:
             self._apply_pauses()
             records = _before(records, self._recorded_end)
@@ -270,21 +275,6 @@ class KafkaSource:
         self._consumer.close()
         if self._committer is not None:
             self._committer.close()
-
-    def _columns(self, polled: Mapping[Any, list[Any]]) -> Records:
-        records = list(itertools.chain.from_iterable(polled.values()))
-        count = len(records)
-        values = list(map(attrgetter("value"), records))
-        if max(map(attrgetter("serialized_value_size"), records), default=0) > self._max_record_bytes:
-            # Fetch limits bound what is on the wire: 12 kB of zstd can hold 400 MB, which nobody shall hold a second time.
-            values = [value and value[: self._max_record_bytes + 1] for value in values]
-        index = np.array([self._index[partition] for partition in polled], np.int32)
-        return Records(
-            partition=np.repeat(index, [len(some) for some in polled.values()]),
-            offset=np.fromiter(map(attrgetter("offset"), records), np.int64, count),
-            time=np.fromiter(map(attrgetter("timestamp"), records), np.int64, count),
-            value=pa.array(values, pa.large_binary()),
-        )
 
     def _seek(self, indexes: Collection[int]) -> None:
         for index in indexes:
@@ -674,6 +664,7 @@ def _all_topics(client: Mapping[str, object]) -> dict[str, int]:
         return {described["name"]: len(described["partitions"]) for described in admin.describe_topics()}
 
 
+_MOST_RECORDS = 1 << 16  # of a poll, whatever max.poll.records says
 _MAY_WAIT_SECONDS = 1.0  # that a broker takes for an answer without records
 _MARK_BYTES = 256 << 10  # of values between two of the records whose acknowledgement is waited for
 _BLOCK = 1024  # records without a key that go to one partition before it is the next one's turn
@@ -721,29 +712,87 @@ def _check_codecs() -> None:
 def _open_consumer(client: Mapping[str, object], **ours: object) -> Any:
     consumer = _connect(KafkaConsumer, client, _CONSUMER_DEFAULTS, {**_CONSUMER_RULES, **ours})
     inside.never_create_topics(consumer)
-    kafka.record.default_records.zstd_decode, kafka.record.default_records.gzip_decode = _zstd_decode, _gzip_decode
+    # What the client parses by itself, with keys and headers, is bounded too.
+    for module in (kafka.record.default_records, kafka.record.legacy_records):
+        module.gzip_decode, module.snappy_decode, module.lz4_decode = _gzip_decode, _snappy_decode, _lz4_decode
+    kafka.record.default_records.zstd_decode = _zstd_decode
     return consumer
 
 
-def _zstd_decode(payload: bytes) -> bytes:
-    with kafka.codec.zstd.ZstdDecompressor().stream_reader(io.BytesIO(payload), read_across_frames=True) as reader:
-        return _expanded(reader)
+def _expands_too_far() -> CorruptRecordError:
+    return CorruptRecordError(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
 
 
-def _gzip_decode(payload: bytes) -> bytes:
-    with gzip.GzipFile(fileobj=io.BytesIO(payload)) as reader:
-        return _expanded(cast("io.BufferedIOBase", reader))
+def _within_bounds(pieces_of: Callable[[Any], Iterator[bytes]]) -> Callable[[Any], bytes]:
+    # A codec expands a batch as far as it goes: a megabyte of zstd is up to 30 GB, of gzip 1 GB, of lz4 255 MB.
+    def expand(payload: Any) -> bytes:
+        pieces, size = [], 0
+        for piece in pieces_of(payload):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_BATCH_BYTES:
+                raise _expands_too_far()
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    return expand
 
 
-def _expanded(reader: io.BufferedIOBase) -> bytes:
-    # The client expands a batch as far as it goes: a megabyte of zstd is up to 30 GB, of gzip 1 GB; of lz4 and snappy it is not that much.
-    pieces, size = [], 0
-    while piece := reader.read(1 << 20):
-        pieces.append(piece)
-        size += len(piece)
-        if size > MAX_BATCH_BYTES:
-            raise CorruptRecordError(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
-    return b"".join(pieces)
+@_within_bounds
+def _zstd_decode(payload: Any) -> Iterator[bytes]:
+    with kafka.codec.zstd.ZstdDecompressor().stream_reader(payload, read_across_frames=True) as reader:
+        yield from iter(lambda: reader.read(_PIECE_BYTES), b"")
+
+
+@_within_bounds
+def _gzip_decode(payload: Any) -> Iterator[bytes]:
+    while len(payload):
+        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        while not member.eof:
+            piece = member.decompress(payload, _PIECE_BYTES)
+            payload = member.unconsumed_tail
+            if not piece and not payload and not member.eof:
+                raise EOFError("gzip is cut")
+            yield piece
+        payload = member.unused_data
+
+
+@_within_bounds
+def _lz4_decode(payload: Any) -> Iterator[bytes]:
+    frame = kafka.codec.lz4.LZ4FrameDecompressor()
+    yield frame.decompress(payload, max_length=_PIECE_BYTES)
+    while not frame.eof:
+        if frame.needs_input:
+            raise EOFError("lz4 is cut")
+        yield frame.decompress(b"", max_length=_PIECE_BYTES)
+
+
+@_within_bounds
+def _snappy_decode(payload: Any) -> Iterator[bytes]:
+    if payload[: len(_XERIAL)] != _XERIAL:
+        yield _snappy_block(payload)
+        return
+    at = _XERIAL_BYTES
+    while at < len(payload):
+        end = at + 4 + int.from_bytes(payload[at : at + 4])
+        if end > len(payload):
+            raise EOFError("snappy is cut")
+        yield _snappy_block(payload[at + 4 : end])
+        at = end
+
+
+def _snappy_block(block: Any) -> bytes:
+    size = sum((byte & 0x7F) << (7 * place) for place, byte in zip(range(5), block, strict=False) if all(b > 127 for b in block[:place]))
+    if size > MAX_BATCH_BYTES:
+        raise _expands_too_far()
+    expanded: bytes = kafka.codec.snappy.decompress(block)
+    return expanded
+
+
+# What Java's library puts before its blocks of snappy; the rest of it is versions.
+_XERIAL, _XERIAL_BYTES = b"\x82SNAPPY\x00", 16
+_PIECE_BYTES = 1 << 18
+
+_CODECS = Codecs(kafka.record.util.calc_crc32c, {GZIP: _gzip_decode, SNAPPY: _snappy_decode, LZ4: _lz4_decode, ZSTD: _zstd_decode})
 
 
 @contextmanager

@@ -6,14 +6,15 @@ Nothing here imports it; a consumer, and partitions that are (topic, partition),
 from __future__ import annotations
 
 import logging
-import struct
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from connectors.record_batches import FORMAT, Codecs, Columns, StoredBatches, after_batch, format_of
 
 Partition = Any  # kafka.TopicPartition
 
@@ -53,6 +54,86 @@ class Unanswered:
             if tuple(partition) not in failed:
                 self._since[self._index[partition]] = np.nan
         self._handle(node, offsets, sent, response)
+
+
+def read_into(columns: Columns, consumer: Any, index: Mapping[Partition, int], codecs: Codecs) -> None:
+    """Have `consumer.poll` put what it reads into the columns, each partition under its index, and return only that there is something.
+
+    All else the client does as ever. Batches of formats that the columns' reader does not know, the client parses by itself.
+    """
+    fetcher = consumer._fetcher
+    parse = fetcher.PartitionRecords
+
+    def open_fetched(offset: int, partition: Partition, records: Any, **options: Any) -> Any:
+        stored = records._buffer
+        if (found := format_of(stored)) is not None and found < FORMAT:
+            return _parsed_into(columns, index[partition], parse(offset, partition, records, **options))
+        aborted = [(one.first_offset, one.producer_id) for one in options["aborted_transactions"] or ()]
+        batches = StoredBatches(stored, offset, aborted=aborted, codecs=codecs)
+        return _Fetched(columns, index[partition], partition, batches, options["on_drain"])
+
+    _drop_in_hand(fetcher)
+    fetcher.PartitionRecords = open_fetched  # the fetcher asks for it by name each time
+
+
+class _Fetched:
+    """What was fetched of a partition, with the interface of the client's own parser."""
+
+    def __init__(
+        self, columns: Columns, index: int, partition: Partition, batches: StoredBatches, on_drain: Callable[[_Fetched], object]
+    ) -> None:
+        self.topic_partition = partition
+        self.next_fetch_offset = batches.position
+        self.leader_epoch = -1
+        self.bytes_read = 0  # any at all: then other partitions are fetched first
+        self._columns, self._index = columns, index
+        self._batches: StoredBatches | None = batches
+        self._on_drain = on_drain
+
+    def __bool__(self) -> bool:
+        return self._batches is not None
+
+    def take(self, most: int) -> _Taken:
+        assert self._batches is not None
+        try:
+            taken = self._batches.take(self._columns, self._index, most)
+        finally:
+            self.next_fetch_offset, self.leader_epoch = self._batches.position, self._batches.leader_epoch
+        self.bytes_read += taken
+        if self._batches.exhausted:
+            self.drain()
+        return _Taken(most if self._columns.full else taken)
+
+    def drain(self) -> None:
+        if self:
+            self._batches = None
+            self._on_drain(self)
+
+
+def _parsed_into(columns: Columns, index: int, parsed: Any) -> Any:
+    take = parsed.take
+
+    def take_into(most: int) -> _Taken:
+        records = take(min(most, columns.most_records - columns.count))
+        for record in records:
+            columns.append(index, record.offset, -1 if record.timestamp is None else record.timestamp, record.value)
+        return _Taken(most if columns.full else len(records))
+
+    parsed.take = take_into
+    return parsed
+
+
+class _Taken:
+    """So many records as far as the client's count for a poll goes, all that it asked for once the columns are full; none to look at."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[object]:
+        return iter(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,32 +203,6 @@ def offset_after_batch(consumer: Any, partition: Partition, offset: int, seconds
         fetcher.send_fetches()
         time.sleep(0.05)
     return None
-
-
-_BATCH = struct.Struct(">qi4xb6xi")  # base offset, length of what follows it, (epoch), magic, (checksum, attributes), last offset delta
-_RECORD_COUNT = struct.Struct(">i")
-_LENGTH_END, _COUNT_AT = 12, 57
-
-
-def after_batch(stored: bytes, offset: int) -> int | None:
-    """The first offset after the batch that holds `offset`, from the headers of stored batches; the last one may be cut.
-
-    >>> def batch(base, last, count):
-    ...     return struct.pack(">qiibIhiqqqhii", base, 49, 0, 2, 0, 0, last, 0, 0, -1, -1, -1, count)
-    >>> after_batch(batch(0, 4, 5) + batch(5, 2, 3), 2), after_batch(batch(5, 2, 3), 6), after_batch(batch(5, 900, 3), 6)
-    (5, 8, None)
-    """
-    view, at = memoryview(stored), 0
-    last = None
-    while at + _BATCH.size <= len(view):
-        base, length, magic, delta = _BATCH.unpack_from(view, at)
-        if base > offset:
-            return int(base)
-        whole = at + _COUNT_AT + _RECORD_COUNT.size <= len(view)
-        # What follows is not known: the batch's own word is taken where it agrees with itself.
-        last = base + delta + 1 if whole and magic == 2 and _RECORD_COUNT.unpack_from(view, at + _COUNT_AT)[0] == delta + 1 else None
-        at += _LENGTH_END + max(length, 0)
-    return None if last is None or last <= offset else int(last)
 
 
 def never_create_topics(consumer: Any) -> None:

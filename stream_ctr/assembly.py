@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -16,6 +17,7 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
 from stream_ctr.gate import Gate
+from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
@@ -37,6 +39,8 @@ def build_trainer(
     flags: Flags | None = None,
     show: Callable[[Mapping[str, Any]], None] = lambda report: None,
     notes: Callable[[], Sequence[str]] = tuple,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
     torch.set_num_threads(config.learn.threads or _default_threads(config))
@@ -72,11 +76,13 @@ def build_trainer(
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
     learner = Learner(**learning, device=config.learn.device)
     learner.optimizer.zero_grad()  # make it now, not within the first batch
+    decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
+    ingest = Ingest(
+        source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock
+    )
     return Trainer(
-        source=source,
+        ingest=ReadAhead(ingest, most_records=config.input.read_ahead) if config.input.read_ahead else ingest,
         outlet=outlet,
-        decoder=Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)),
-        hasher=hasher,
         joiner=joiner,
         learner=learner,
         directory=directory,
@@ -84,7 +90,6 @@ def build_trainer(
         baseline=BaselineProcess(**ftrl) if config.baseline.enabled else None,
         baseline_share=config.baseline.sample_rate,
         lateness_ms=lateness_ms,
-        idle_seconds=config.join.idle_timeout.total_seconds(),
         stall_clicks=config.join.stall_clicks,
         window_ms=_milliseconds(config.metrics.window),
         rolling_windows=config.metrics.rolling_windows,
@@ -97,6 +102,8 @@ def build_trainer(
         flags=flags,
         show=show,
         notes=notes,
+        clock=clock,
+        wall_clock=wall_clock,
     )
 
 

@@ -153,10 +153,11 @@ def _load_config(
 @click.option("--until-end", is_flag=True, help="Stop when all that was there at the start is learned. (A --source always ends.)")
 @click.option("--take-over", is_flag=True, help="Go on though another run holds the directory: one that is frozen, or whose host is gone.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
+@click.option("--profile", is_flag=True, help="Print at the end where the time of an event went, and what the bound is.")
 def run(
     topic: str | None, click_topic: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
     config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, take_over: bool,
-    device: str | None,
+    device: str | None, profile: bool,
 ) -> None:  # fmt: skip
     """Learn from impressions and clicks; report, snapshot, publish.
 
@@ -165,7 +166,7 @@ def run(
     stream-ctr run --topic impressions --click-topic clicks --config my.toml
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
     """
-    from stream_ctr import assembly, runs
+    from stream_ctr import assembly, runs, stages
 
     extra = (*extra, f"learn.device={device}") if device else extra
     with runs.state_directory(state, take_over=take_over) as lease:
@@ -179,11 +180,13 @@ def run(
             log = _open_log(source, log_format, log_seed)
             invented = log.notes
             _tell(invented)
-            runs.train_on_log(log, config, lease)
+            report = runs.train_on_log(log, config, lease)
             _tell([note for note in log.notes if note not in invented])  # what reading it has shown
         else:
             with runs.connector_errors():
-                runs.train_on_kafka(client, config, lease, until_end=until_end)
+                report = runs.train_on_kafka(client, config, lease, until_end=until_end)
+    if profile and report:
+        click.echo(stages.table(report["profile"]))
 
 
 def _tell(notes: Sequence[str]) -> None:

@@ -135,6 +135,8 @@ class Input(Section):
     """How far an event's time may be ahead of the broker's time of its record (of now, in a log); beyond it is a dead letter."""
     max_bad_share: float = key(0.5, gt=0, le=1)
     """Stop with exit code 5 when more than this share of at least 1,000 records is bad."""
+    read_ahead: int = key(50_000, ge=0)
+    """How many records may be polled, decoded and hashed before they are learned, in a thread beside learning; 0: none, and no thread."""
     on_lost: Literal["stop", "skip"] = "stop"
     """When the topic no longer holds what comes next: stop (exit code 5) and say how much is lost, or count it and go on after it."""
 

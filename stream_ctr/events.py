@@ -57,9 +57,10 @@ _INT64 = range(-(1 << 63), 1 << 63)
 
 @dataclass(frozen=True, slots=True)
 class Clicks:
-    """n clicks; `row` is the index of the record that each came in."""
+    """n clicks; `row` is the index of the record that each came in, `within` its index there."""
 
     row: npt.NDArray[np.int64]
+    within: npt.NDArray[np.int64]
     impression_id: pa.StringArray
     time: npt.NDArray[np.int64]
 
@@ -72,6 +73,7 @@ class Impressions:
     """n impressions; features by field name (string arrays for categorical, float64 for numeric fields, null: missing)."""
 
     row: npt.NDArray[np.int64]
+    within: npt.NDArray[np.int64]
     impression_id: pa.StringArray
     time: npt.NDArray[np.int64]
     features: Mapping[str, pa.Array]
@@ -95,8 +97,10 @@ class Rejects:
     """Records that are no events: their rows, a reason code each (a small fixed set, fit for a counter) and what was seen."""
 
     row: npt.NDArray[np.int64]
+    within: npt.NDArray[np.int64]
     reason: list[str]
     message: list[str]
+    value: list[bytes | None]
 
     def __len__(self) -> int:
         return len(self.row)
@@ -323,7 +327,10 @@ class Decoder:
                 bad.append((table["row"][at].as_py(), code, seen))
             fine &= ~broken
         bad.sort()
-        rejects = Rejects(np.array([row for row, _, _ in bad], np.int64), [code for _, code, _ in bad], [message for _, _, message in bad])
+        rows = np.array([row for row, _, _ in bad], np.int64)
+        rejects = Rejects(
+            rows, np.zeros_like(rows), [code for _, code, _ in bad], [message for _, _, message in bad], [None] * len(bad)
+        )
         unknown = self._with_unknown_fields(table, text, fine)
         return Events(self._impressions(table, impression & fine), self._clicks(table, click & fine), unknown), rejects
 
@@ -341,11 +348,13 @@ class Decoder:
         kept = (table if keep.all() else table.filter(pa.array(keep))).combine_chunks()
         features = {field.name: _one_chunk(kept[f"f.{field.name}"]) for field in self.fields}
         probability = np.asarray(kept["true_probability"].to_numpy(), np.float64)
-        return Impressions(kept["row"].to_numpy(), _one_chunk(kept["impression_id"]), kept["time"].to_numpy(), features, probability)
+        row = kept["row"].to_numpy()
+        return Impressions(row, np.zeros_like(row), _one_chunk(kept["impression_id"]), kept["time"].to_numpy(), features, probability)
 
     def _clicks(self, table: pa.Table, keep: npt.NDArray[np.bool_]) -> Clicks:
         kept = table.select(["row", "impression_id", "time"]).filter(pa.array(keep)).combine_chunks()
-        return Clicks(kept["row"].to_numpy(), _one_chunk(kept["impression_id"]), kept["time"].to_numpy())
+        row = kept["row"].to_numpy()
+        return Clicks(row, np.zeros_like(row), _one_chunk(kept["impression_id"]), kept["time"].to_numpy())
 
 
 class _Bad(Exception):

@@ -15,13 +15,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from functools import lru_cache
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
 
 BINS = 4096
 LOGIT_RANGE = 16.0
-_SUMS = ("count", "clicks", "sum_p", "sum_loss")
+COUNT, CLICKS, SUM_P, SUM_LOSS = range(4)
 _BLOCKS_MAX = 128
 _DRAWS = 2000
 Floats = npt.NDArray[np.float64]
@@ -56,21 +60,14 @@ def entropy(rate: float) -> float:
 
 
 class Score:
-    """What one model did on a set of examples; two of them add up."""
+    """What one model did on a set of examples."""
 
-    def __init__(self) -> None:
-        self.sums = np.zeros(len(_SUMS))
-        self.histogram = np.zeros((2, BINS), np.int64)  # [label, bin]
+    def __init__(self, sums: Floats | None = None, histogram: npt.NDArray[np.int64] | None = None) -> None:
+        self.sums = np.zeros(4) if sums is None else sums  # count, clicks, sum of p, sum of losses
+        self.histogram = np.zeros((2, BINS), np.int64) if histogram is None else histogram  # [label, bin]
 
-    def add(self, logits: Floats, labels: npt.NDArray[np.uint8], loss: Floats | None = None) -> None:
-        loss = losses(logits, labels) if loss is None else loss
-        self.sums += (len(logits), labels.sum(), probabilities(logits).sum(), loss.sum())
-        bins = np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
-        self.histogram += np.bincount(bins + labels.astype(np.int64) * BINS, minlength=2 * BINS).reshape(2, BINS)
-
-    def merge(self, other: Score) -> None:
-        self.sums += other.sums
-        self.histogram += other.histogram
+    def add(self, logits: Floats, labels: npt.NDArray[np.uint8]) -> None:
+        _count(self.sums[None], self.histogram[None], *_measured(logits[None], labels, np.ones((1, len(logits)), np.bool_)))
 
     def summary(self) -> dict[str, float | int | None]:
         """auc, auc_error_bound, logloss, ne, pred_over_actual, ctr, count.
@@ -112,57 +109,23 @@ def paired_interval(blocks: Floats) -> dict[str, float | int | None]:
         return {"logloss_difference": None, "low": None, "high": None, "count": 0, "blocks": 0}
     low = high = None
     if len(blocks) >= 10:
-        drawn = np.random.default_rng(0).multinomial(len(blocks), np.full(len(blocks), 1 / len(blocks)), size=_DRAWS) @ blocks
+        drawn = _draws(len(blocks)) @ blocks
         low, high = np.quantile(drawn[:, 0] / np.maximum(drawn[:, 1], 1), (0.025, 0.975)).tolist()
     return {"logloss_difference": total / count, "low": low, "high": high, "count": int(count), "blocks": len(blocks)}
 
 
-class Tally:
-    """The scores of every model on one set of examples, the paired difference of the first two, and the loss of the true probability."""
-
-    def __init__(self, models: Sequence[str]) -> None:
-        self.scores = {model: Score() for model in models}
-        self.paired = np.zeros(2)  # sum of differences, count
-        self.best = np.zeros(2)  # loss of the true probability, count
-
-    def add(self, batch: Scored) -> None:
-        for model, score in self.scores.items():
-            if (predicted := batch.logits.get(model)) is not None:
-                chosen = batch.chosen[model]
-                score.add(predicted, batch.labels[chosen], batch.loss[model])
-        self.paired += batch.paired
-        self.best += batch.best
-
-    @property
-    def clicks(self) -> int:
-        return int(next(iter(self.scores.values())).sums[1])
-
-    def merge(self, other: Tally) -> None:
-        for model, score in self.scores.items():
-            score.merge(other.scores[model])
-        self.paired += other.paired
-        self.best += other.best
-
-    def summary(self) -> dict[str, object]:
-        first = next(iter(self.scores.values()))
-        count, clicks = first.sums[:2].tolist()
-        return {
-            "models": {model: score.summary() for model, score in self.scores.items()},
-            "constant_logloss": entropy(clicks / count) if count else None,
-            "best_possible_logloss": float(self.best[0] / self.best[1]) if self.best[1] else None,
-        }
-
-    def arrays(self) -> Iterator[tuple[str, npt.NDArray[np.generic]]]:
-        for model, score in self.scores.items():
-            yield f"{model}.sums", score.sums
-            yield f"{model}.histogram", score.histogram
-        yield "paired", self.paired
-        yield "best", self.best
+@lru_cache(maxsize=4)
+def _draws(blocks: int) -> npt.NDArray[np.int64]:
+    """How often each block is drawn, [draws, blocks]; every model is compared on the same draws."""
+    return np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS)
 
 
 class Scored:
     """A batch with every model's logits from before the update: `time` int64 ms [n], `labels` [n], `true_probability` [n] (NaN: unknown);
-    `logits[model]` [number chosen] for the examples that `chosen[model]` (bool [n]) marks."""
+    `logits[model]` [number chosen] for the examples that `chosen[model]` (bool [n]) marks.
+
+    What is measured of an example is computed once, for all tallies that it is added to; `batch[start:stop]` is a run of examples.
+    """
 
     def __init__(
         self,
@@ -172,35 +135,67 @@ class Scored:
         logits: Mapping[str, Floats],
         chosen: Mapping[str, npt.NDArray[np.bool_]],
     ) -> None:
-        self.time, self.labels, self.true_probability = time, labels, true_probability
-        self.logits, self.chosen = logits, chosen
-        self.loss = {model: losses(predicted, labels[chosen[model]]) for model, predicted in logits.items()}
+        all_logits, all_chosen = np.zeros((len(logits), len(time))), np.empty((len(logits), len(time)), np.bool_)
+        for m, model in enumerate(logits):
+            all_chosen[m] = chosen[model]
+            all_logits[m, slice(None) if len(logits[model]) == len(time) else all_chosen[m]] = logits[model]
+        self.time = time
+        self.loss, self.probability, self.bin = _measured(all_logits, labels, all_chosen)  # each [M, n]; bin is -1 where not chosen
+        self.best_loss = _best_losses(true_probability, labels)
 
     def __len__(self) -> int:
         return len(self.time)
 
     def __getitem__(self, rows: slice) -> Scored:
-        """A run of examples."""
-        chosen = {model: mark[rows] for model, mark in self.chosen.items()}
-        starts = {model: int(mark[: rows.start].sum()) for model, mark in self.chosen.items()}
-        part = {model: x[starts[model] : starts[model] + int(chosen[model].sum())] for model, x in self.logits.items()}
-        return Scored(self.time[rows], self.labels[rows], self.true_probability[rows], part, chosen)
+        part = copy(self)
+        part.time, part.best_loss = self.time[rows], self.best_loss[rows]
+        part.loss, part.probability, part.bin = self.loss[:, rows], self.probability[:, rows], self.bin[:, rows]
+        return part
+
+
+class Tally:
+    """The scores of every model on one set of examples, the paired difference of the first with each other one, and the loss of the true
+    probability. Two of them add up."""
+
+    def __init__(self, models: Sequence[str]) -> None:
+        self._sums = np.zeros((len(models), 4))
+        self._histogram = np.zeros((len(models), 2, BINS), np.int64)
+        self.paired = np.zeros((len(models) - 1, 2))  # sum of differences, count
+        self.best = np.zeros(2)  # loss of the true probability, count
+        self.scores = {model: Score(self._sums[m], self._histogram[m]) for m, model in enumerate(models)}
+
+    def add(self, batch: Scored) -> None:
+        _tally(self._sums, self._histogram, self.paired, self.best, batch.loss, batch.probability, batch.bin, batch.best_loss)
 
     @property
-    def paired(self) -> Floats:
-        """(sum, count) of the first model's loss less the second's, on the examples both scored."""
-        if len(self.logits) < 2:
-            return np.zeros(2)
-        first, second = list(self.logits)[:2]
-        both = self.chosen[second][self.chosen[first]]
-        return np.array([(self.loss[first][both] - self.loss[second]).sum(), both.sum()])
+    def clicks(self) -> int:
+        return int(self._sums[0, CLICKS])
 
-    @property
-    def best(self) -> Floats:
-        known = ~np.isnan(self.true_probability)
-        if not known.any():
-            return np.zeros(2)
-        return np.array([losses(logits(self.true_probability[known]), self.labels[known]).sum(), known.sum()])
+    def merge(self, other: Tally) -> None:
+        for mine, others in zip(self.arrays().values(), other.arrays().values(), strict=True):
+            mine += others
+
+    def summary(self) -> dict[str, object]:
+        count, clicks = self._sums[0, :SUM_P].tolist()
+        return {
+            "models": {model: score.summary() for model, score in self.scores.items()},
+            "constant_logloss": entropy(clicks / count) if count else None,
+            "best_possible_logloss": float(self.best[0] / self.best[1]) if self.best[1] else None,
+        }
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        return {"sums": self._sums, "histogram": self._histogram, "paired": self.paired, "best": self.best}
+
+
+def _pairs(models: Sequence[str], blocks: Sequence[Floats]) -> dict[str, object]:
+    """The first model less each other one, on the examples that both scored: `blocks` are of (sum of differences, count) [M - 1, 2].
+
+    `paired` is the one with the last model, which is the baseline where there is one.
+    """
+    stacked = np.array(blocks).reshape(len(blocks), -1, 2)
+    pairs = {model: paired_interval(stacked[stacked[:, m, 1] > 0, m]) for m, model in enumerate(models[1:])}
+    named = pairs[models[-1]] if pairs else paired_interval(np.empty((0, 2)))
+    return {"paired": {"models": list(dict.fromkeys((models[0], models[-1]))), **named}, "pairs": pairs}
 
 
 class WholeRun:
@@ -246,12 +241,8 @@ class WholeRun:
         total = Tally(self.models)
         for block in self.blocks[first:]:
             total.merge(block)
-        pairs = np.array([block.paired for block in self.blocks[first:] if block.paired[1]]).reshape(-1, 2)
-        return {
-            "from_example": int(starts[first]),
-            **total.summary(),
-            "paired": {"models": list(self.models[:2]), **paired_interval(pairs)},
-        }
+        pairs = _pairs(self.models, [block.paired for block in self.blocks[first:]])
+        return {"from_example": int(starts[first]), **total.summary(), **pairs}
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
         state: dict[str, npt.NDArray[np.generic]] = {"length": np.array([self.length]), "counts": np.array(self.counts, np.int64)}
@@ -274,23 +265,33 @@ class Windows:
     def __init__(self, models: Sequence[str], *, window_ms: int, rolling: int) -> None:
         self.models, self.window_ms, self.rolling = tuple(models), window_ms, rolling
         self.tallies: dict[int, Tally] = {}  # by window number
-        self.panes: dict[int, npt.NDArray[np.float64]] = {}  # (sum of differences, count) by pane number
+        self.panes: dict[int, Floats] = {}  # (sum of differences, count) [M - 1, 2] by pane number
         self.final_before = 0  # windows before this number have been reported as final
 
     def add(self, batch: Scored) -> None:
+        for pane, part in self._by_pane(batch):
+            if (number := pane // self._PANES) not in self.tallies:
+                self.tallies[number] = Tally(self.models)
+            self.tallies[number].add(part)
+            _pair(self.panes.setdefault(pane, np.zeros((len(self.models) - 1, 2))), part.loss, part.bin)
+
+    def _by_pane(self, batch: Scored) -> Iterator[tuple[int, Scored]]:
+        first, last = (int(batch.time[at]) * self._PANES // self.window_ms for at in (0, -1))
+        if first == last:
+            yield first, batch
+            return
         panes = batch.time * self._PANES // self.window_ms
         edges = (np.flatnonzero(np.diff(panes)) + 1).tolist()
         for start, stop in zip([0, *edges], [*edges, len(batch)], strict=True):
-            pane = int(panes[start])
-            part = batch[start:stop]
-            self.tallies.setdefault(pane // self._PANES, Tally(self.models)).add(part)
-            self.panes[pane] = self.panes.get(pane, np.zeros(2)) + part.paired
+            yield int(panes[start]), batch[start:stop]
 
     def close(self, before_ms: int) -> list[dict[str, object]]:
         """Reports of the windows that end at or before this event time, once each; what no rolling window needs any more is forgotten."""
         number_now = before_ms // self.window_ms
+        if number_now <= self.final_before:
+            return []
         final = [self._summary(number, number) for number in sorted(self.tallies) if self.final_before <= number < number_now]
-        self.final_before = max(self.final_before, number_now)
+        self.final_before = number_now
         keep_from = min(self.final_before, max(self.tallies, default=0)) - self.rolling
         self.tallies = {number: tally for number, tally in self.tallies.items() if number >= keep_from}
         self.panes = {pane: sums for pane, sums in self.panes.items() if pane // self._PANES >= keep_from}
@@ -308,16 +309,15 @@ class Windows:
         for number in range(first, last + 1):
             if number in self.tallies:
                 total.merge(self.tallies[number])
-        pairs = [sums for pane, sums in sorted(self.panes.items()) if first <= pane // self._PANES <= last and sums[1]]
-        paired = {"models": list(self.models[:2]), **paired_interval(np.array(pairs).reshape(-1, 2))}
-        return {"start_ms": first * self.window_ms, "end_ms": (last + 1) * self.window_ms, **total.summary(), "paired": paired}
+        pairs = _pairs(self.models, [sums for pane, sums in sorted(self.panes.items()) if first <= pane // self._PANES <= last])
+        return {"start_ms": first * self.window_ms, "end_ms": (last + 1) * self.window_ms, **total.summary(), **pairs}
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
         numbers, panes = sorted(self.tallies), sorted(self.panes)
         state: dict[str, npt.NDArray[np.generic]] = {
             "numbers": np.array(numbers, np.int64),
             "panes": np.array(panes, np.int64),
-            "pane_sums": np.array([self.panes[pane] for pane in panes]).reshape(-1, 2),
+            "pane_sums": np.array([self.panes[pane] for pane in panes]).reshape(len(panes), -1, 2),
             "final_before": np.array([self.final_before]),
         }
         return state | _stack([self.tallies[number] for number in numbers])
@@ -332,12 +332,77 @@ class Windows:
 def _stack(tallies: Sequence[Tally]) -> dict[str, npt.NDArray[np.generic]]:
     if not tallies:
         return {}
-    return {name: np.stack([dict(tally.arrays())[name] for tally in tallies]) for name, _ in tallies[0].arrays()}
+    return {name: np.stack([tally.arrays()[name] for tally in tallies]) for name in tallies[0].arrays()}
 
 
 def _unstack(models: Sequence[str], state: Mapping[str, npt.NDArray[np.generic]], count: int) -> list[Tally]:
     tallies = [Tally(models) for _ in range(count)]
     for row, tally in enumerate(tallies):
-        for name, array in tally.arrays():
+        for name, array in tally.arrays().items():
             array[...] = state[name][row]
     return tallies
+
+
+def _measured(
+    logits: Floats, labels: npt.NDArray[np.uint8], chosen: npt.NDArray[np.bool_]
+) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
+    """Of `logits` [M, n]: loss, probability, and the place in the histogram or -1 where not `chosen`; each [M, n]."""
+    e = np.exp(-np.abs(logits))  # numpy's exponential and logarithm have vector instructions, a compiled loop has not
+    loss, probability, place = np.log1p(e), e, np.empty(logits.shape, np.int32)
+    _measure(logits, labels, chosen, loss, probability, place)
+    return loss, probability, place
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _measure(logits, labels, chosen, loss, probability, place):  # type: ignore[no-untyped-def]
+    """In place: `loss` is softplus(-|logit|), `probability` exp(-|logit|)."""
+    for m in range(len(logits)):
+        for i in range(len(labels)):
+            logit, e = logits[m, i], probability[m, i]
+            loss[m, i] += max(-logit if labels[i] == 1 else logit, 0.0)
+            probability[m, i] = (1.0 if logit >= 0.0 else e) / (1.0 + e)
+            found = min(max((logit + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0.0), BINS - 1.0)
+            place[m, i] = np.int32(found) + BINS * labels[i] if chosen[m, i] else -1
+
+
+@numba.njit(cache=True, nogil=True)
+def _count(sums, histogram, loss, probability, place):  # type: ignore[no-untyped-def]
+    for m in range(len(place)):
+        count, clicks, sum_p, sum_loss = sums[m]
+        for i in range(place.shape[1]):
+            at = place[m, i]
+            if at >= 0:
+                clicked = at >= BINS
+                histogram[m, int(clicked), at - BINS if clicked else at] += 1
+                count += 1.0
+                clicks += clicked
+                sum_p += probability[m, i]
+                sum_loss += loss[m, i]
+        sums[m, COUNT], sums[m, CLICKS], sums[m, SUM_P], sums[m, SUM_LOSS] = count, clicks, sum_p, sum_loss
+
+
+@numba.njit(cache=True, nogil=True)
+def _pair(paired, loss, place):  # type: ignore[no-untyped-def]
+    for m in range(1, len(place)):
+        difference, count = paired[m - 1]
+        for i in range(place.shape[1]):
+            if place[0, i] >= 0 and place[m, i] >= 0:
+                difference += loss[0, i] - loss[m, i]
+                count += 1.0
+        paired[m - 1, 0], paired[m - 1, 1] = difference, count
+
+
+@numba.njit(cache=True, nogil=True)
+def _tally(sums, histogram, paired, best, loss, probability, place, best_loss):  # type: ignore[no-untyped-def]
+    _count(sums, histogram, loss, probability, place)
+    _pair(paired, loss, place)
+    for i in range(len(best_loss)):
+        if not math.isnan(best_loss[i]):
+            best[0] += best_loss[i]
+            best[1] += 1.0
+
+
+def _best_losses(true_probability: Floats, labels: npt.NDArray[np.uint8]) -> Floats:
+    """NaN where it is unknown."""
+    of_label = np.where(labels == 1, true_probability, 1.0 - true_probability)
+    return -np.log(np.maximum(of_label, 1e-15))

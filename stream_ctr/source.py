@@ -1,4 +1,4 @@
-"""What the trainer asks of its input. `connectors` has a Kafka topic and a log that fulfil it."""
+"""What is asked of an input. `connectors` has a Kafka topic and a log that fulfil it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ class RecordColumns(Protocol):
 
 
 class Source(Protocol):
-    """Records of all partitions from where it was told to begin."""
+    """Records of all partitions from where it was told to begin.
+
+    All is asked by one thread at a time, but `commit`: that may be called while another thread polls.
+    """
 
     @property
     def partitions(self) -> Sequence[tuple[str, int]]: ...

@@ -1,13 +1,18 @@
 """The embedding table: one row of 4-byte floats per feature bucket, [ V x K | w | state | padding to 64 bytes ], on the device.
 
 Weights, first-order weight and optimiser state of a feature lie side by side, so a gather brings them together (in one cache line, for
-K up to 13) and the update touches them while they are hot. The gradient never becomes table-sized: the ids of a batch are sorted, the
-gradients of each distinct row summed in batch order (which is why two runs are equal bit for bit), and the optimiser reads and writes
-those rows alone.
+K up to 13) and the update touches them while they are hot. The gradient never becomes table-sized, nor a tensor of torch's autograd: the
+ids of a batch are sorted, the gradients of each distinct row summed in batch order (which is why two runs are equal bit for bit), and
+the optimiser reads and writes those rows alone.
 """
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,12 +26,33 @@ def columns(embedding_dim: int) -> int:
     return -(-(embedding_dim + 1 + 2) // _LINE) * _LINE
 
 
-class Table:
-    """2 ** `bits` rows that begin with the embedding V, `embedding_dim` wide, and the first-order weight w; these are what is gathered.
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How the rows step, in float32 as the compiled loops want it.
 
-    optimizer "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients up to this one
-    (the per-coordinate rate of McMahan et al. 2013, section 3.1): one n for the K coordinates of V, of their mean square, and one for w.
+    "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients up to this one (the
+    per-coordinate rate of McMahan et al. 2013, section 3.1): one n for the K coordinates of V, of their mean square, and one for w.
     beta keeps a feature's first steps short, which plain Adagrad makes as long as any. "sgd" steps by the rate.
+    """
+
+    optimizer: str = "adagrad"
+    learning_rate: float = 0.05
+    beta: float = 3.0
+    linear_learning_rate: float = 0.1
+    linear_beta: float = 1.0
+
+    @property
+    def adagrad(self) -> bool:
+        return self.optimizer == "adagrad"
+
+    def floats(self) -> tuple[np.float32, np.float32, np.float32, np.float32]:
+        return np.float32(self.learning_rate), np.float32(self.beta), np.float32(self.linear_learning_rate), np.float32(self.linear_beta)
+
+
+class Table:
+    """2 ** `bits` rows, with normally distributed embeddings of `initial_scale` to begin with and all else zero.
+
+    Raises `ConfigError` when there is no memory for them.
     """
 
     def __init__(
@@ -34,44 +60,24 @@ class Table:
         *,
         bits: int,
         embedding_dim: int,
-        optimizer: str = "adagrad",
-        learning_rate: float = 0.05,
-        beta: float = 3.0,
-        linear_learning_rate: float = 0.1,
-        linear_beta: float = 1.0,
+        rates: Rates = Rates(),  # noqa: B008 - frozen
         initial_scale: float = 0.01,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.embedding_dim = embedding_dim
-        self.optimizer = optimizer
-        self.learning_rate, self.beta = learning_rate, beta
-        self.linear_learning_rate, self.linear_beta = linear_learning_rate, linear_beta
+        self.bits, self.embedding_dim, self.rates = bits, embedding_dim, rates
         width = columns(embedding_dim)
         try:
-            self.rows = torch.zeros(1 << bits, width, dtype=torch.float32)
-        except RuntimeError:
+            rows = _zeros(1 << bits, width)
+            rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
+            self.rows = rows.to(device)
+        except (OSError, RuntimeError):
             raise ConfigError(f"no memory for a table of 2^{bits} rows of {4 * width} bytes; lower model.table_bits") from None
-        self.rows[:, :embedding_dim].normal_(0.0, initial_scale, generator=torch.Generator().manual_seed(seed))
-        self.rows = self.rows.to(device)
 
-    def gather(self, ids: Tensor) -> Tensor:
-        """`ids` [B, F] -> [B, F, K + 1]."""
-        rows = self.rows.index_select(0, ids.reshape(-1))
-        return rows[:, : self.embedding_dim + 1].reshape(*ids.shape, self.embedding_dim + 1)
 
-    def update(self, ids: Tensor, gradient: Tensor) -> None:
-        """One optimiser step in place; `gradient` [B, F, K + 1] of the batch's summed loss by what `gather(ids)` returned."""
-        ordered, order = torch.sort(ids.reshape(-1), stable=True)
-        touched, counts = torch.unique_consecutive(ordered, return_counts=True)
-        summed = torch.segment_reduce(gradient.reshape(len(order), -1).index_select(0, order), "sum", lengths=counts, unsafe=True)
-        rows = self.rows.index_select(0, touched)  # [U, width]
-        k = self.embedding_dim
-        if self.optimizer == "adagrad":
-            rows[:, k + 1] += summed[:, :k].square().mean(dim=1)
-            rows[:, k + 2] += summed[:, k].square()
-            summed[:, :k] /= self.beta + rows[:, k + 1 : k + 2].sqrt()
-            summed[:, k] /= self.linear_beta + rows[:, k + 2].sqrt()
-        rows[:, :k] -= self.learning_rate * summed[:, :k]
-        rows[:, k] -= self.linear_learning_rate * summed[:, k]
-        self.rows.index_copy_(0, touched.long(), rows)
+def _zeros(rows: int, width: int) -> Tensor:
+    """In large pages where the system has them: rows lie anywhere, and there are far more small pages than a processor keeps in mind."""
+    memory = mmap.mmap(-1, 4 * rows * width)
+    with contextlib.suppress(AttributeError, OSError):  # not everywhere
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

@@ -1,6 +1,7 @@
 """The trainer: one loop that owns all state.
 
-It polls, decodes, hashes, joins, cuts batches, learns, and between two batches serves the flags that the schedule raised.
+It takes what `ingest` has polled, decoded and hashed, joins it, cuts batches, learns, and between two batches serves the flags that the
+schedule raised. Of the source it knows what the last thing that it took says: the snapshot's positions are those after it.
 Batches are cut from the sequence of examples, exactly `batch_size` each, never at the boundary of a poll; that sequence depends on the
 log alone (see `join`), and so does the model.
 """
@@ -18,31 +19,29 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from torch import Tensor
 
 from stream_ctr import metrics, snapshot
 from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
-from stream_ctr.events import Decoder, Rejects
 from stream_ctr.failpoint import failpoint
-from stream_ctr.features import Hasher, hash_ids, mix64
+from stream_ctr.features import mix64
 from stream_ctr.gate import Gate, Judge
 from stream_ctr.guard import Guard
+from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Rejected, Taken
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
 from stream_ctr.signing import SigningKey
 from stream_ctr.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
-from stream_ctr.source import RecordColumns, Source
+from stream_ctr.stages import ELSE, Stages, profile
 from stream_ctr.watermark import NOT_YET, Watermarks
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _FIELDS_SEEN_IN = 1000  # impressions
 _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
-_LISTENING_SECONDS = 1.0  # from one poll to the next; longer, and the trainer was busy
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 State = dict[str, npt.NDArray[Any]]
 
@@ -63,7 +62,7 @@ class _Learned:
 
 
 class Trainer:
-    """Learns from `source`, whose records it turns into examples, and tells `outlet` and `show` how it goes.
+    """Learns from what `ingest` reads, which it turns into examples, and tells `outlet` and `show` how it goes.
 
     `identity` goes into every snapshot: what a server needs to rebuild the model (`schema`, `learner`), and what a resumed run must
     agree with.
@@ -72,10 +71,8 @@ class Trainer:
     def __init__(
         self,
         *,
-        source: Source,
+        ingest: Ingest | ReadAhead,
         outlet: Outlet,
-        decoder: Decoder,
-        hasher: Hasher,
         joiner: LabelJoiner,
         learner: Learner,
         directory: Path,
@@ -83,7 +80,6 @@ class Trainer:
         baseline: BaselineProcess | None = None,
         baseline_share: float = 1.0,
         lateness_ms: int = 0,
-        idle_seconds: float = 30.0,
         stall_clicks: float = 0.0,
         window_ms: int = 600_000,
         rolling_windows: int = 6,
@@ -99,15 +95,14 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.source, self.outlet, self.decoder, self.hasher, self.joiner, self.learner = source, outlet, decoder, hasher, joiner, learner
+        self.ingest, self.source, self.outlet, self.joiner, self.learner = ingest, ingest.source, outlet, joiner, learner
         self.directory, self.identity = directory, identity
         self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
-        self.idle_seconds = idle_seconds
         self._flags, self._show, self._notes, self._clock, self._wall_clock = flags, show, notes, clock, wall_clock
         models = [identity["learner"]["model"], *([baseline.name] if baseline else [])]
-        self.watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
+        self.watermarks = Watermarks(partitions=len(self.source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
         self.judge = Judge(gate or Gate(clicks=0), models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=window_ms, rolling=rolling_windows)
@@ -136,11 +131,11 @@ class Trainer:
         self._paused: frozenset[int] = frozenset()
         self._stopping = False
         self._started = self._clock()
-        self._heard = np.full(len(source.partitions), self._started)
+        self.stages = Stages()
+        self._standing = ingest.standing()  # of the source, after what was taken last
         self._last_bad = ""
-        self._looked = self._started
         self._unwritten: SnapshotError | None = None
-        self._unseen_fields = {field.name for field in decoder.fields}
+        self._unseen_fields = {name for name, _ in identity["schema"]["fields"]}
         self._fields_seen_in = 0
         self._read_now = self._bad_now = self._examples_at_snapshot = 0
 
@@ -152,7 +147,8 @@ class Trainer:
         At the end of a source that ends, label windows still open are closed with the clicks that came.
         """
         try:
-            return self._run()
+            with self.stages(ELSE):
+                return self._run()
         except Exception:
             self.outlet.check()  # what goes wrong after another took over goes wrong because of that
             raise
@@ -160,12 +156,11 @@ class Trainer:
             self._writer.close()
 
     def _run(self) -> dict[str, Any]:
-        while not self._stopping and not self.source.finished:
-            self._take(self.source.poll(_POLL_SECONDS))
+        self._read()
         finished = not self._stopping
         if finished:
             # A run that began at the very end has not polled: its watermark becomes that of one that came here by reading.
-            self._advance(self.watermarks.overall(excused=self.source.caught_up() & ~self.watermarks.silent_clicks()))
+            self._advance(self._watermark())
             if not self._stalled():  # else their clicks are yet to come, in another run
                 self._leave(self.joiner.drain)
             finished = not self._stopping  # told to stop meanwhile, it goes on from its snapshot: no batch is cut short
@@ -182,16 +177,29 @@ class Trainer:
             raise self._unwritten
         return report
 
+    def _read(self) -> None:
+        """Take until the source ends or `stop` is called."""
+        self._standing = self.ingest.standing()
+        try:
+            while not self._stopping and not self._standing.finished:
+                with self.stages("wait.reader"):
+                    taken = self.ingest.take(_POLL_SECONDS)
+                self._take(taken)
+        finally:
+            self.ingest.close()
+
     def stop(self) -> None:
         """Finish the batch at hand, take a snapshot and return from `run`. Safe to call from a signal handler."""
         self._stopping = True
 
-    def _take(self, records: RecordColumns) -> None:
-        if len(records):
+    def _take(self, taken: Taken) -> None:
+        self._standing = taken.standing
+        if taken.columns:
             failpoint("poll.after")
-            self._join(records)
+            with self.stages("join"):
+                self._join(taken.columns)
             failpoint("join.after")
-        self._advance(self._watermark(records))
+        self._advance(self._watermark())
         self._align()
         self._warn()
         if self._stopping:
@@ -204,36 +212,34 @@ class Trainer:
 
     def _leave(self, leave: Callable[[], Examples]) -> None:
         """Learn from what leaves the joiner, a part at a time: a jump of the watermark may close very many windows."""
-        while not self._stopping and len(examples := leave()):
+        while not self._stopping and len(examples := self._left(leave)):
             self._ready.append(examples)
             self._learn_ready()
 
-    def _join(self, records: RecordColumns) -> None:
-        now_ms = int(self._wall_clock() * 1000)  # a log has no broker that knew when a record came, but none came after now
-        events, rejects = self.decoder.decode(records.value, np.where(records.time < 0, now_ms, np.minimum(records.time, now_ms)))
-        self.counters["records"] += len(records)
-        if events.with_unknown_fields:
-            self.counters["fields_unknown"] += events.with_unknown_fields
-        self._reject(records, rejects)
-        impressions, clicks = events.impressions, events.clicks
-        rows = np.concatenate([impressions.row, clicks.row])
-        arrival = np.argsort(rows, kind="stable")
-        limit = np.empty(len(rows), np.int64)
-        times = np.concatenate([impressions.time, clicks.time])
-        limit[arrival] = self.watermarks.observe(records.partition[rows[arrival]], times[arrival], arrival >= len(impressions))
+    def _left(self, leave: Callable[[], Examples]) -> Examples:
+        with self.stages("join"):
+            return leave()
+
+    def _join(self, columns: Columns) -> None:
+        self.counters["records"] += columns.records
+        if columns.with_unknown_fields:
+            self.counters["fields_unknown"] += columns.with_unknown_fields
+        self._reject(columns.rejected, columns.events)
+        impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival
+        n = len(impressions)
+        partition = np.concatenate([impressions.partition, clicks.partition])[arrival]
+        limit = np.empty(len(arrival), np.int64)
+        limit[arrival] = self.watermarks.observe(partition, np.concatenate([impressions.time, clicks.time])[arrival], arrival >= n)
         # A partition that was excused and comes back may be behind what has been closed meanwhile.
         limit = np.maximum(limit, self.joiner.watermark)
-        n = len(impressions)
-        self._look_for_fields(impressions.features, n)
-        ids, values = self.hasher.rows(impressions.features)
-        arrivals = _arrivals(hash_ids(impressions.impression_id), impressions.time, records, impressions.row, limit[:n])
-        self.joiner.push_impressions(arrivals, ids, values, impressions.true_probability)
-        self.joiner.push_clicks(_arrivals(hash_ids(clicks.impression_id), clicks.time, records, clicks.row, limit[n:]))
+        self._look_for_fields(columns.with_fields, n)
+        self.joiner.push_impressions(_arrivals(impressions, limit[:n]), columns.ids, columns.values, columns.true_probability)
+        self.joiner.push_clicks(_arrivals(clicks, limit[n:]))
 
-    def _look_for_fields(self, features: Mapping[str, pa.Array], impressions: int) -> None:
+    def _look_for_fields(self, with_fields: frozenset[str], impressions: int) -> None:
         """Warn of fields that the first impressions of a run never had: a wrong name teaches the model nothing, and says nothing."""
         if self._unseen_fields and self._fields_seen_in < _FIELDS_SEEN_IN:
-            self._unseen_fields -= {name for name, column in features.items() if column.null_count < len(column)}
+            self._unseen_fields -= with_fields
             self._fields_seen_in += impressions
             if self._fields_seen_in >= _FIELDS_SEEN_IN and self._unseen_fields:
                 _log.warning(
@@ -242,50 +248,44 @@ class Trainer:
                     ", ".join(one_line(name, 60) for name in sorted(self._unseen_fields)),
                 )
 
-    def _reject(self, records: RecordColumns, rejects: Rejects) -> None:
-        for row, reason, message in zip(rejects.row.tolist(), rejects.reason, rejects.message, strict=True):
+    def _reject(self, rejected: Rejected, events: int) -> None:
+        """Keep those of so many events that are bad, and count them."""
+        places = zip(rejected.partition.tolist(), rejected.offset.tolist(), strict=True)
+        for (index, offset), value, reason, message in zip(places, rejected.value, rejected.reason, rejected.message, strict=True):
             self.counters[f"rejected.{reason}"] += 1
             if reason == "tombstone":  # deletes nothing here, and is no error of its producer
                 continue
-            topic, partition = self.source.partitions[int(records.partition[row])]
-            self.outlet.dead_letter(topic, partition, int(records.offset[row]), records.value[row].as_py(), reason, message)
+            topic, partition = self.source.partitions[index]
+            self.outlet.dead_letter(topic, partition, offset, value, reason, message)
             self._bad_now += 1
             self._last_bad = f"{reason}: {message}"
-        self._read_now += len(records)
+        self._read_now += events
         if self._read_now >= _BAD_SHARE_RECORDS and self._bad_now > self.max_bad_share * self._read_now:
             raise DataError(
                 f"{self._bad_now} of {self._read_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; "
                 f"the last: {self._last_bad}. Is this the right topic, and are these its fields?"
             )
 
-    def _watermark(self, records: RecordColumns) -> int:
-        now = self._clock()
-        away, self._looked = now - self._looked, now
-        # Idle is who could have spoken: not while brokers are silent, nor while nobody here listened.
-        self._heard += away if self.source.silent_seconds() else max(0.0, away - _LISTENING_SECONDS)
-        self._heard[np.unique(records.partition)] = now
-        excused = self.source.caught_up() & ~self.watermarks.silent_clicks()
-        if not self.source.until_end:
-            excused = excused & (now - self._heard >= self.idle_seconds)
-        return self.watermarks.overall(excused=excused)
+    def _watermark(self) -> int:
+        return self.watermarks.overall(excused=self._standing.idle & ~self.watermarks.silent_clicks())
 
     def _align(self) -> None:
         """Hold partitions that are far ahead, so that what waits for the others stays small."""
         ahead = self.watermarks.ahead(self.joiner.watermark, self.joiner.label_window_ms)
         behind = [index for index in range(len(self.source.partitions)) if index not in ahead]
-        if self.source.until_end and self.source.caught_up()[behind].all():
+        if self.source.until_end and self._standing.caught_up[behind].all():
             ahead = frozenset()  # those that they wait for have ended
         if ahead != self._paused:
-            self.source.pause(ahead)
+            self.ingest.pause(ahead)
             self._paused = ahead
 
     def _warn(self) -> None:
         """Say once what keeps the run from going on, and once that it is over."""
-        if (lost := sum(self.source.lost().values())) > self._lost:
+        if (lost := self._standing.lost) > self._lost:
             _log.error("%d records are lost: the topic does not hold them any more", lost - self._lost)
             self.counters["records_lost"] += lost - self._lost
             self._lost = lost
-        silent = self.source.silent_seconds()
+        silent = self._standing.silent_seconds
         self._alarm("silent", silent >= _SILENT_SECONDS, f"no broker has answered for {silent:.0f} s; waiting", "a broker answers again")
         stalled = self._stalled()
         overdue = f"clicks of {', '.join(stalled)} are overdue: learning waits, and {self.joiner.pending:,} impressions with it"
@@ -311,7 +311,8 @@ class Trainer:
 
     def _learn_ready(self, *, partial: bool = False) -> None:
         for batch in self._batches(partial=partial):
-            self._learn(batch)
+            with self.stages("learn"):
+                self._learn(batch)
             self._settle(wait=False)
             self._serve_flags()
             if self._stopping and not partial:
@@ -350,7 +351,7 @@ class Trainer:
         """Score the batches that every model has predicted, in order; finish the snapshots that they were waiting for."""
         while self._in_flight:
             head = self._in_flight[0]
-            answer = self.baseline.take(wait=wait or self.baseline.full) if self.baseline else None
+            answer = self._answer(self.baseline, wait=wait) if self.baseline else None
             if self.baseline and answer is None:
                 break
             self._in_flight.popleft()
@@ -359,8 +360,19 @@ class Trainer:
                 self._begin_write(head, answer.state if answer else {})
             else:
                 assert not isinstance(answer, Marker)
-                self._score(head, answer)
-        self._finish_write(wait=wait)
+                with self.stages("score"):
+                    self._score(head, answer)
+        with self.stages("snapshot"):
+            self._finish_write(wait=wait)
+
+    def _answer(self, baseline: BaselineProcess, *, wait: bool) -> npt.NDArray[np.float64] | Marker | None:
+        """What the baseline says next; None: nothing yet. Learning waits for it when it is full."""
+        if baseline.full:
+            behind = f"{baseline.waiting_bytes >> 20} MiB of examples wait for {baseline.name}"
+            remedy = "with baseline.sample_rate = 0.1 it learns, and is compared on, one impression in ten"
+            self._alarm("baseline", True, f"{behind}: from now on learning is no faster than it; {remedy}", "")
+        with self.stages("wait.baseline"):
+            return baseline.take(wait=wait or baseline.full)
 
     def _score(self, learned: _Learned, baseline: npt.NDArray[np.float64] | None) -> None:
         deep, *others = self.whole.models
@@ -383,12 +395,14 @@ class Trainer:
 
     def _serve_flags(self) -> None:
         if self._flags and self._flags.due("report"):
-            self._report("report")
+            with self.stages("report"):
+                self._report("report")
         learned = self.ledger.count - self._examples_at_snapshot
         counted = self.snapshot_examples and learned >= self.snapshot_examples
         # By the clock, one that is due waits for the one that is being written.
         if counted or (self._flags and not self._cutting and self._flags.due("snapshot")):
-            self.cut()
+            with self.stages("snapshot"):
+                self.cut()
 
     def _report(self, kind: str) -> dict[str, Any]:
         if not self._in_flight and not any(map(len, self._ready)):  # all whose label window is closed is scored, also when nothing follows
@@ -404,15 +418,16 @@ class Trainer:
             "event_time": _iso(self.last_event_ms),
             "watermark": _iso(self.joiner.watermark if self.joiner.watermark > NOT_YET else None),
             "pending": self.joiner.pending,
-            "lag": self.source.lag(),
+            "lag": self._standing.lag,
             "snapshot": self.parent,
             "stalled": self._stalled(),
-            "silent_seconds": round(self.source.silent_seconds(), 1),
+            "silent_seconds": round(self._standing.silent_seconds, 1),
             "refused": self.judge.refused,
             "counters": {**self.joiner.counts(), **dict(sorted(self.counters.items())), "rejected": self._rejected()},
             "clicks_late": self.joiner.counts()["clicks_late"],
             "click_coverage": self.joiner.click_coverage,
             "ledger": {"count": self.ledger.count, "sum": self.ledger.sum},
+            "profile": profile(self.ingest.stages.nanoseconds(), self.stages.nanoseconds(), events=self._read_now),
             **whole,
         }
         if self.baseline:
@@ -447,7 +462,7 @@ class Trainer:
             return
         self._cutting = True
         self.sequence = max(self.sequence + 1, snapshot.next_sequence(self.directory / "snapshots"))
-        positions = self.source.positions()
+        positions = self._standing.positions
         named = self._partition_names()
         ready = Examples.concat(self._ready) if self._ready else None
         tensors: dict[str, State] = {
@@ -575,6 +590,7 @@ class Trainer:
         self._examples_at_snapshot = self.ledger.count
         positions = {index: manifest["positions"][name] for index, name in enumerate(names)}
         self.source.seek(positions)
+        self._standing = self.ingest.standing()
         if published is None or published["epoch"] <= manifest["epoch"]:  # not rolled back: its writer may have died before it told anyone
             self._tell(Written(path, manifest, positions))
         _log.info("resumed from snapshot %s: %d examples, positions %s", path.name, self.ledger.count, manifest["positions"])
@@ -597,14 +613,8 @@ class Trainer:
                 )
 
 
-def _arrivals(
-    id_hash: npt.NDArray[np.uint64],
-    times: npt.NDArray[np.int64],
-    records: RecordColumns,
-    rows: npt.NDArray[np.int64],
-    limit: npt.NDArray[np.int64],
-) -> Arrivals:
-    return Arrivals(id_hash, times, records.partition[rows], records.offset[rows], limit)
+def _arrivals(came: Came, limit: npt.NDArray[np.int64]) -> Arrivals:
+    return Arrivals(came.id_hash, came.time, came.partition, came.place, limit)
 
 
 def _share_threshold(share: float) -> np.uint64 | None:

@@ -127,10 +127,7 @@ class Live(Partitions):
 
 
 def live(directory: Path, source: Live, **sections: Any) -> Any:
-    built = trainer(directory, source, **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections})
-    built._clock = lambda: source.now
-    built._heard[:] = 0.0
-    return built
+    return trainer(directory, source, clock=lambda: source.now, **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections})
 
 
 @pytest.mark.fault(15, injected="4 partitions, one of them silent")
@@ -201,12 +198,11 @@ def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(tmp_p
     class Jumping(Live):
         polls = 100
 
-        def poll(self, timeout_seconds: float) -> Records:
-            if self.now == 20 and self.trainer:
-                self.trainer._wall_clock = lambda: time.time() + moved
-            return super().poll(timeout_seconds)
+        def wall_clock(self) -> float:
+            return time.time() + (moved if self.now >= 20 else 0.0)
 
-    report = finish(live(tmp_path / "jumps", Jumping(split(stream, 2))))
+    source = Jumping(split(stream, 2))
+    report = finish(live(tmp_path / "jumps", source, wall_clock=source.wall_clock))
     plain = finish(live(tmp_path / "plain", Live(split(stream, 2))))
     assert report["counters"]["impressions_late"] == 0
     assert report["seconds"] < 200

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,12 @@ from stream_ctr import snapshot
 from stream_ctr.assembly import build_trainer
 from stream_ctr.config import Field, load
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
-from stream_ctr.events import Decoder
 from stream_ctr.outlet import Outlet
 from stream_ctr.simulate import Simulation
 from stream_ctr.trainer import Trainer
 
 SMALL = {
+    "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
     "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
     "learn": {"batch_size": 128, "threads": 1},
     "join": {"label_window": "60s"},
@@ -106,10 +107,20 @@ def split(stream: pa.LargeBinaryArray, partitions: int) -> list[pa.LargeBinaryAr
     return [stream.take(pa.array(at[at % partitions == p])) for p in range(partitions)]
 
 
-def trainer(directory: Path, source: Any, **sections: Any) -> Trainer:
+def trainer(
+    directory: Path,
+    source: Any,
+    *,
+    fields: Sequence[Field] = Simulation(1, seed=0).fields,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+    **sections: Any,
+) -> Trainer:
     directory.mkdir(exist_ok=True)
     config = load(environ={}, overrides={**SMALL, **sections})
-    built = build_trainer(config, fields=Simulation(1, seed=0).fields, source=source, outlet=Outlet(directory), directory=directory)
+    built = build_trainer(
+        config, fields=fields, source=source, outlet=Outlet(directory), directory=directory, clock=clock, wall_clock=wall_clock
+    )
     source.trainer = built
     return built
 
@@ -265,16 +276,13 @@ def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
         now = 0.0
 
         def poll(self, timeout_seconds: float) -> Records:
-            Live.now += 1.0
-            if Live.now == 200:
+            self.now += 1.0
+            if self.now == 200:
                 self.trainer.stop()
             return super().poll(timeout_seconds)
 
     source = Live([stream.slice(0, 5000), pa.array([], pa.large_binary())])
-    built = trainer(tmp_path, source, join={"label_window": "60s", "idle_timeout": "10s"})
-    built._clock = lambda: Live.now
-    built._heard[:] = 0.0
-    report = finish(built)
+    report = finish(trainer(tmp_path, source, clock=lambda: source.now, join={"label_window": "60s", "idle_timeout": "10s"}))
     assert report["examples"] > 3000  # though partition 1 never spoke
     assert report["pending"] > 0  # nothing says yet that their clicks will not come
 
@@ -303,7 +311,7 @@ def test_a_model_that_has_learned_nothing_is_kept_but_not_published(tmp_path, st
     source = Partitions([stream.slice(0, 300)])
     built = trainer(tmp_path, source)
     built.stop()
-    built._take(source.poll(0))
+    built._take(built.ingest.take(0))
     assert finish(built)["examples"] == 0
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
     assert not (tmp_path / "latest.json").exists()
@@ -318,10 +326,8 @@ def test_a_resumed_run_with_nothing_new_writes_no_further_snapshot(tmp_path, str
 
 
 def test_a_field_that_no_impression_has_is_warned_of_by_name(tmp_path, stream, caplog):
-    built = trainer(tmp_path, Partitions([stream]))
-    built.decoder = Decoder([*built.decoder.fields, Field("pubisher", "categorical")])
-    built._unseen_fields.add("pubisher")
+    fields = [*Simulation(1, seed=0).fields, Field("pubisher", "categorical")]
     with caplog.at_level("WARNING"):
-        finish(built)
+        finish(trainer(tmp_path, Partitions([stream]), fields=fields))
     assert [record.getMessage() for record in caplog.records if "pubisher" in record.getMessage()]
     assert "user_id" not in caplog.text

@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+_ACTIVATE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_, "none": lambda z: z}
+# dL/dz from dL/dy and y = activation(z)
+_BACK = {
+    "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
+    "tanh": torch.ops.aten.tanh_backward,
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "none": lambda dy, _: dy,
+}
+ACTIVATIONS = tuple(name for name in _ACTIVATE if name != "none")
+
+
+class _PairwiseInnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        total = v.sum(dim=1)  # [B, K]
+        ctx.save_for_backward(v, total)
+        flat = v.flatten(1)
+        return 0.5 * (torch.linalg.vecdot(total, total) - torch.linalg.vecdot(flat, flat))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        v, total = ctx.saved_tensors
+        return (total.unsqueeze(1) - v).mul_(dy[:, None, None])  # each v_i meets the sum of all others
 
 
 def pairwise_inner_products(v: Tensor) -> Tensor:
@@ -19,36 +45,87 @@ def pairwise_inner_products(v: Tensor) -> Tensor:
     >>> pairwise_inner_products(v)  # <v1,v2> + <v1,v3> + <v2,v3> = 1 + 8.5 - 2.5
     tensor([7.])
     """
-    return 0.5 * (v.sum(dim=1).square() - v.square().sum(dim=1)).sum(dim=1)
+    return _PairwiseInnerProducts.apply(v)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Drawing(threading.local):
+    generator: torch.Generator | None = None
+
+
+_drawing = _Drawing()
+
+
+@contextlib.contextmanager
+def dropout_from(generator: torch.Generator | None) -> Iterator[None]:
+    """Within it, in this thread, `Dropout` draws from `generator`; without one it lets everything through."""
+    before, _drawing.generator = _drawing.generator, generator
+    try:
+        yield
+    finally:
+        _drawing.generator = before
 
 
 class Dropout(nn.Module):
-    """Inverted dropout that draws from a generator of its own, set by the learner from (seed, step): a resumed run draws what an
-    uninterrupted one would have drawn."""
+    """Inverted dropout that draws only where `dropout_from` gives it a generator, which the learner sets from (seed, step): a resumed run
+    draws what an uninterrupted one would have drawn."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.rate == 0.0:
+        if _drawing.generator is None or self.rate == 0.0:
             return x
-        keep = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - self.rate, generator=self.generator)
+        keep = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - self.rate, generator=_drawing.generator)
         return x * keep.to(x.dtype) / (1.0 - self.rate)
 
 
+class _Affine(torch.autograd.Function):
+    """sigma(W a + b), with the products in the type of `weight`, whatever that of `a` is."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor, low_weight: Tensor, low_bias: Tensor, activation: str) -> Tensor:
+        x = a.to(low_weight.dtype)
+        y: Tensor = _ACTIVATE[activation](F.linear(x, low_weight, low_bias))
+        ctx.save_for_backward(x, low_weight, y)
+        ctx.activation, ctx.wants = activation, a.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, y = ctx.saved_tensors
+        dz = _BACK[ctx.activation](dy, y)
+        return torch.mm(dz, weight).to(ctx.wants), torch.mm(dz.t(), x), dz.sum(0), None, None, None
+
+
+class Dense(nn.Linear):
+    """Equation (4), a^(l+1) = sigma(W^(l) a^(l) + b^(l)): [B, inputs] -> [B, outputs]; "none" leaves sigma out.
+
+    `low` may hold copies of weight and bias in bfloat16. Then the products are of those, in half the time, while the learner steps the
+    float32 originals and makes the copies anew.
+    """
+
+    def __init__(self, inputs: int, outputs: int, activation: str = "none") -> None:
+        super().__init__(inputs, outputs)
+        self.activation = activation
+        self.low: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, a: Tensor) -> Tensor:
+        low_weight, low_bias = self.low or (self.weight.detach(), self.bias.detach())
+        return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self.activation)  # type: ignore[no-any-return, no-untyped-call]
+
+
 class MLP(nn.Module):
-    """Equation (4), a^(l+1) = sigma(W^(l) a^(l) + b^(l)), and the output neuron above it: [B, inputs] -> [B]."""
+    """Hidden layers with dropout, and the output neuron above them: [B, inputs] -> [B]."""
 
     def __init__(self, inputs: int, hidden: Sequence[int], *, activation: str = "relu", dropout: float = 0.0) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in hidden:
-            layers += [nn.Linear(inputs, width), ACTIVATIONS[activation](), Dropout(dropout)]
+            layers += [Dense(inputs, width, activation), Dropout(dropout)]
             inputs = width
-        self.layers = nn.Sequential(*layers, nn.Linear(inputs, 1))
+        self.layers = nn.Sequential(*layers, Dense(inputs, 1))
 
     def forward(self, a: Tensor) -> Tensor:
         logits: Tensor = self.layers(a)  # [B, 1]
-        return logits.squeeze(1)
+        return logits.squeeze(1).to(a.dtype)

@@ -35,6 +35,7 @@ from stream_ctr.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
 from stream_ctr.events import encode_impressions  # noqa: E402
 from stream_ctr.features import mix64  # noqa: E402
+from stream_ctr.ingest import Taken  # noqa: E402
 from stream_ctr.join import Arrivals, LabelJoiner  # noqa: E402
 from stream_ctr.outlet import Outlet  # noqa: E402
 from stream_ctr.schedule import Schedule  # noqa: E402
@@ -124,6 +125,7 @@ class TrainerSoak:
             overrides={
                 "features": {"categorical": names},
                 "join": {"label_window": f"{window_ms}ms", "max_memory": f"{max_mib}MiB", "over_memory": over_bound},
+                "input": {"read_ahead": 0},
                 "baseline": {"sample_rate": 1 / 64},
                 "snapshots": {"keep": 1},
             },
@@ -145,7 +147,8 @@ class TrainerSoak:
         n = len(number)
         features = {name: column.slice(0, n) for name, column in self._features.items()}
         value = encode_impressions(pa.array(number).cast(pa.string()), EPOCH_MS + at, features)
-        self._trainer._take(Records(np.zeros(n, np.int32), number, np.full(n, -1), value))
+        ingest = self._trainer.ingest
+        self._trainer._take(Taken(ingest.columns(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)), ingest.standing()))
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes
 
     def close(self) -> None:

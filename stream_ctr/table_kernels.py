@@ -1,0 +1,141 @@
+"""The embedding table's compiled loops on the CPU: gather, sort, and segment-reduce with the optimiser in place.
+
+Two things make them fast. The embedding width is a constant of the compiled code, so its loops become vector instructions. And rows are
+asked for ahead of their use: they lie anywhere in tens of megabytes, and the processor cannot guess where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+_AHEAD = 16  # rows
+_DIGIT = 11  # bits of a digit of the radix sort: its counts stay in the first-level cache
+
+
+@intrinsic
+def _prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
+    """Have the cache line at the beginning of array[index] on its way."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        view = context.make_array(signature.args[0])(context, builder, arguments[0])
+        at = context.cast(builder, arguments[1], signature.args[1], types.intp)
+        step = builder.mul(at, cgutils.unpack_tuple(builder, view.strides)[0])
+        byte, number = ir.PointerType(ir.IntType(8)), ir.IntType(32)
+        address = builder.inttoptr(builder.add(builder.ptrtoint(view.data, ir.IntType(64)), step), byte)
+        called = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        read, keep, data = number(0), number(3), number(1)
+        builder.call(cgutils.get_or_insert_function(builder.module, called, "llvm.prefetch.p0"), [address, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(array, index), generate
+
+
+@cache
+def gather(k: int) -> Callable[..., None]:
+    """The compiled gather for embeddings `k` wide: `rows` [N, width], `ids` [n] -> `w` [n] and `v` [n, k]."""
+
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, ids, w, v):  # type: ignore[no-untyped-def]
+        n = len(ids)
+        for i in range(n):
+            _prefetch(rows, ids[min(i + _AHEAD, n - 1)])
+            row = ids[i]
+            for j in range(k):
+                v[i, j] = rows[row, j]
+            w[i] = rows[row, k]
+
+    return compiled  # type: ignore[no-any-return]
+
+
+@cache
+def update(k: int, *, adagrad: bool) -> Callable[..., None]:
+    """The compiled optimiser step for embeddings `k` wide, on the rows whose run in `keys` begins within [first, last).
+
+    `keys` [n] are ids in ascending order and `order` [n] says where each was; `gw` and `gv` are the gradients of what was gathered. Those
+    of one row are summed in the order of the batch, whoever does it, and multiplied by `times`: any split of the rows gives the same table.
+    """
+
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, keys, order, first, last, gw, gv, times, rate, beta, linear_rate, linear_beta):  # type: ignore[no-untyped-def]
+        n = len(keys)
+        total = np.empty(k + 1, np.float32)
+        i = first
+        while 0 < i < n and keys[i] == keys[i - 1]:  # that run belongs to whoever has its begin
+            i += 1
+        while i < last:
+            key = keys[i]
+            for j in range(k + 1):
+                total[j] = np.float32(0.0)
+            while i < n and keys[i] == key:
+                ahead = min(i + _AHEAD, n - 1)
+                _prefetch(rows, keys[ahead])
+                _prefetch(gv, order[ahead])
+                _prefetch(gw, order[ahead])
+                at = order[i]
+                for j in range(k):
+                    total[j] += gv[at, j]
+                total[k] += gw[at]
+                i += 1
+            for j in range(k + 1):
+                total[j] *= times
+            step, linear_step = rate, linear_rate
+            if adagrad:
+                square = np.float32(0.0)
+                for j in range(k):
+                    square += total[j] * total[j]
+                rows[key, k + 1] += square / np.float32(k)
+                rows[key, k + 2] += total[k] * total[k]
+                step = rate / (beta + np.sqrt(rows[key, k + 1]))
+                linear_step = linear_rate / (linear_beta + np.sqrt(rows[key, k + 2]))
+            for j in range(k):
+                rows[key, j] -= step * total[j]
+            rows[key, k] -= linear_step * total[k]
+
+    return compiled  # type: ignore[no-any-return]
+
+
+@numba.njit(cache=True, nogil=True)
+def scale(x, values, value_fields):  # type: ignore[no-untyped-def]
+    """Multiply `x` [n, F, K] in place by the `values` [n, V] of the fields that have one."""
+    for i in range(len(x)):
+        for j in range(len(value_fields)):
+            for k in range(x.shape[2]):
+                x[i, value_fields[j], k] *= values[i, j]
+
+
+def sort_ids(ids: Any, bits: int, keys: Any, order: Any, spare: Any) -> None:
+    """Stable radix sort of `ids` int32 [n], of `bits` bits: ascending into `keys` [n], where each was into `order` [n]; `spare` [2, n]."""
+    _sort(ids, -(-bits // _DIGIT), keys, order, spare[0], spare[1])
+
+
+@numba.njit(cache=True, nogil=True)
+def _sort(ids, passes, keys, order, spare_keys, spare_order):  # type: ignore[no-untyped-def]
+    n, mask = len(ids), (1 << _DIGIT) - 1
+    counts = np.zeros((passes, (1 << _DIGIT) + 1), np.int64)
+    for i in range(n):
+        for p in range(passes):
+            counts[p, ((ids[i] >> (p * _DIGIT)) & mask) + 1] += 1
+    for p in range(passes):
+        for digit in range(1 << _DIGIT):
+            counts[p, digit + 1] += counts[p, digit]
+    from_keys, from_order, to_keys, to_order = spare_keys, spare_order, keys, order
+    if passes % 2 == 0:  # so that the last pass ends in `keys` and `order`
+        from_keys, from_order, to_keys, to_order = keys, order, spare_keys, spare_order
+    for i in range(n):
+        from_keys[i], from_order[i] = ids[i], i
+    for p in range(passes):
+        at, shift = counts[p], p * _DIGIT
+        for i in range(n):
+            digit = (from_keys[i] >> shift) & mask
+            to = at[digit]
+            at[digit] = to + 1
+            to_keys[to], to_order[to] = from_keys[i], from_order[i]
+        from_keys, from_order, to_keys, to_order = to_keys, to_order, from_keys, from_order

@@ -1,0 +1,1 @@
+"""Benchmarks: how good (`quality`), how fast (`speed`), and for how long a snapshot keeps the learner waiting (`pause`)."""

@@ -1,0 +1,30 @@
+"""How a contender answers: one line of JSON when it is ready, then one for every line that it is sent. Needs the standard library alone."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def answer(measure: Callable[[], Mapping[str, Any]], *, note: str = "") -> None:
+    print(json.dumps({"note": note}), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), flush=True)
+
+
+def steps(step: Callable[[], object], *, examples: int, seconds: float, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
+    """Steps of so many examples each, for so many seconds; `finish` waits for what is still under way."""
+    finish()
+    began, processor, taken = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - began < seconds:
+        step()
+        taken += 1
+    finish()
+    return {
+        "count": taken * examples,
+        "seconds": time.perf_counter() - began,
+        "processor_seconds": time.process_time() - processor,
+    }

@@ -1,0 +1,52 @@
+"""Batches of the examples that every contender of the training cases learns, and the options of such a contender."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+WARM_UP_STEPS = 3
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--data", type=Path, required=True, help="what zipf.write has written")
+    parser.add_argument("--batch", type=int, default=4096)
+    parser.add_argument("--embedding-dim", type=int, default=10)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[400, 400, 400])
+    parser.add_argument("--seconds", type=float, default=4.0, help="of one repetition")
+    parser.add_argument("--device", default="cpu")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    arguments = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.manual_seed(0)
+    return arguments
+
+
+def field_sizes(data: Path) -> list[int]:
+    sizes: list[int] = json.loads((data / "sizes.json").read_text())
+    return sizes
+
+
+def batches(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids int32 [B, F], labels float32 [B]), again and again; on the device from the start."""
+    ids, labels = torch.from_numpy(np.load(data / f"{which}.npy")), torch.from_numpy(np.load(data / "labels.npy")).float()
+    whole = len(ids) - len(ids) % batch
+    pairs = zip(ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True)
+    return itertools.cycle(list(pairs))
+
+
+def synchronise(device: str) -> None:
+    if device != "cpu":
+        torch.cuda.synchronize()

@@ -1,0 +1,59 @@
+"""FBGEMM's table-batched embeddings on the CPU with exact rowwise Adagrad, and an MLP in plain PyTorch above them.
+
+Its rows must be a multiple of four floats wide: [ V x 10 | w | unused ] are twelve. A table for each field is the layout that its CPU
+kernels are made for; `--shared` has one table for all.
+"""
+
+from __future__ import annotations
+
+import fbgemm_gpu  # noqa: F401 - registers the operators
+import torch
+from answers import answer, steps
+from examples import WARM_UP_STEPS, batches, field_sizes, options, parse
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
+from network import Head
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--shared", action="store_true")
+    arguments = parse(parser)
+    sizes = field_sizes(arguments.data)
+    width = -(-(arguments.embedding_dim + 1) // 4) * 4
+    rows = [sum(sizes)] if arguments.shared else sizes
+    table = SplitTableBatchedEmbeddingBagsCodegen(
+        [(size, width, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in rows],
+        feature_table_map=[0] * len(sizes) if arguments.shared else None,
+        optimizer=EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+        learning_rate=0.01,
+        eps=1e-8,
+        pooling_mode=PoolingMode.SUM,
+    )
+    for weight in table.split_embedding_weights():
+        torch.nn.init.normal_(weight, std=0.01)
+    head = Head(len(sizes), arguments.embedding_dim, arguments.hidden)
+    optimizer = torch.optim.Adam(head.parameters(), fused=True)
+    data = batches(arguments.data, arguments.batch, which="ids" if arguments.shared else "local")
+    bags = torch.arange(arguments.batch * len(sizes) + 1)  # one value in each
+
+    def step() -> None:
+        ids, labels = next(data)
+        pooled = table(ids.t().reshape(-1).long(), bags)  # values by field, then by example
+        loss = head(pooled.view(len(ids), len(sizes), width), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    layout = "one table" if arguments.shared else f"{len(sizes)} tables"
+    answer(
+        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds),
+        note=f"torch {torch.__version__}, {layout}, {sum(rows):,} rows in all, {width} floats wide",
+    )
+
+
+if __name__ == "__main__":
+    main()

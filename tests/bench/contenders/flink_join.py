@@ -1,0 +1,85 @@
+"""Flink SQL: the interval join of impressions and clicks on one topic of JSON, into nothing.
+
+`seconds` is the net runtime that Flink reports of the job, `whole_seconds` what passed between submitting it and its end. With `--count`
+the join is counted instead: an independent computation of the labels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from answers import answer
+from pyflink.table import EnvironmentSettings, TableEnvironment
+from pyflink.version import __version__
+
+EVENTS = """
+CREATE TABLE events (
+  kind STRING, impression_id STRING, `time` BIGINT{features},
+  et AS TO_TIMESTAMP_LTZ(`time`, 3), WATERMARK FOR et AS et - INTERVAL '30' SECOND
+) WITH (
+  'connector' = 'kafka', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{servers}', 'format' = 'json',
+  'scan.startup.mode' = 'earliest-offset', 'scan.bounded.mode' = 'latest-offset'
+)"""
+JOINED = """
+SELECT i.impression_id, i.et, c.impression_id AS clicked{features}
+FROM (SELECT * FROM events WHERE kind = 'impression') i
+LEFT JOIN (SELECT * FROM events WHERE kind = 'click') c
+ON i.impression_id = c.impression_id AND c.et BETWEEN i.et AND i.et + INTERVAL '{window}' SECOND"""
+NOTHING = "CREATE TABLE nothing (impression_id STRING, et TIMESTAMP_LTZ(3), clicked STRING{features}) WITH ('connector' = 'blackhole')"
+
+
+def environment(jar: Path, parallelism: int) -> TableEnvironment:
+    table = TableEnvironment.create(EnvironmentSettings.in_streaming_mode())
+    settings = {"pipeline.jars": jar.resolve().as_uri(), "parallelism.default": str(parallelism), "table.local-time-zone": "UTC"}
+    for name, value in settings.items():
+        table.get_config().set(name, value)
+    return table
+
+
+def counted(table: TableEnvironment, joined: str) -> dict[str, int]:
+    """Examples and labels of the join: the last row of a stream of counts."""
+    for name, value in {"enabled": "true", "allow-latency": "1 s", "size": "100000"}.items():
+        table.get_config().set(f"table.exec.mini-batch.{name}", value)
+    counts = (0, 0)
+    with table.execute_sql(f"SELECT COUNT(*), COUNT(clicked) FROM ({joined})").collect() as rows:
+        for row in rows:
+            counts = max(counts, (row[0], row[1]))
+    return {"examples": counts[0], "labels": counts[1]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jar", type=Path, required=True)
+    parser.add_argument("--servers", required=True)
+    parser.add_argument("--topic", required=True)
+    parser.add_argument("--events", type=int, required=True, help="that the topic has")
+    parser.add_argument("--window-seconds", type=int, default=60)
+    parser.add_argument("--parallelism", type=int, required=True)
+    parser.add_argument("--features", nargs="*", default=[], help="NAME:TYPE of the features that the join carries")
+    parser.add_argument("--count", action="store_true")
+    arguments = parser.parse_args()
+    row = ", ".join(f"`{name}` {kind}" for name, _, kind in (feature.partition(":") for feature in arguments.features))
+    columns = f", features ROW<{row}>" if row else ""
+    table = environment(arguments.jar, arguments.parallelism)
+    table.execute_sql(EVENTS.format(features=columns, topic=arguments.topic, servers=arguments.servers))
+    table.execute_sql(NOTHING.format(features=columns))
+    joined = JOINED.format(features=", i.features" if row else "", window=arguments.window_seconds)
+
+    def measure() -> dict[str, float]:
+        began = time.perf_counter()
+        if arguments.count:
+            counts = counted(table, joined)
+            return {"count": arguments.events, "seconds": time.perf_counter() - began, **counts}
+        result = table.execute_sql(f"INSERT INTO nothing {joined}")
+        result.wait()
+        whole = time.perf_counter() - began
+        net = result.get_job_client().get_job_execution_result().result().get_net_runtime() / 1000
+        return {"count": arguments.events, "seconds": net, "whole_seconds": whole}
+
+    answer(measure, note=f"Flink {__version__}, parallelism {arguments.parallelism}")
+
+
+if __name__ == "__main__":
+    main()

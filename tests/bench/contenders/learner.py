@@ -1,0 +1,41 @@
+"""Ours: `stream_ctr.learner.Learner.learn`."""
+
+from __future__ import annotations
+
+import numpy as np
+from answers import answer, steps
+from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
+
+from stream_ctr.learner import Learner
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
+    parser.add_argument("--fields", type=int, default=0, help="where there is no sizes.json to tell")
+    parser.add_argument("--table-bits", type=int, default=0)
+    arguments = parse(parser)
+    sizes = [] if arguments.fields else field_sizes(arguments.data)
+    bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
+    learner = Learner(
+        "deepfm", fields=arguments.fields or len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden,
+        table_bits=bits, batch_size=arguments.batch, precision=arguments.precision, device=arguments.device,
+    )  # fmt: skip
+    arrays = ((ids.numpy(), labels.numpy().astype(np.uint8)) for ids, labels in batches(arguments.data, arguments.batch))
+
+    def step() -> None:
+        learner.learn(*next(arrays))
+
+    def finish() -> None:
+        synchronise(arguments.device)
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    answer(
+        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds, finish=finish),
+        note=f"{arguments.precision}, 2^{bits} rows",
+    )
+
+
+if __name__ == "__main__":
+    main()

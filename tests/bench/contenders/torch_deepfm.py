@@ -1,0 +1,49 @@
+"""Plain PyTorch: one `nn.Embedding` whose rows hold [ V x K | w ], an MLP, and an optimiser of `torch.optim` for each."""
+
+from __future__ import annotations
+
+import torch
+from answers import answer, steps
+from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
+from network import Head
+from torch import nn
+
+SPARSE = {"sparse-adam": torch.optim.SparseAdam, "sparse-adagrad": torch.optim.Adagrad}
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--optimizer", choices=["dense-adam", *SPARSE], required=True)
+    arguments = parse(parser)
+    sizes = field_sizes(arguments.data)
+    sparse = arguments.optimizer in SPARSE
+    table = nn.Embedding(sum(sizes), arguments.embedding_dim + 1, sparse=sparse, device=arguments.device)
+    nn.init.normal_(table.weight, std=0.01)
+    head = Head(len(sizes), arguments.embedding_dim, arguments.hidden).to(arguments.device)
+    head_optimizer = torch.optim.Adam(head.parameters(), fused=True)
+    make = SPARSE.get(arguments.optimizer)
+    table_optimizer = make(table.parameters(), lr=0.01) if make else torch.optim.Adam(table.parameters(), fused=True)
+    data = batches(arguments.data, arguments.batch, device=arguments.device)
+
+    def step() -> None:
+        ids, labels = next(data)
+        loss = head(table(ids), labels)
+        head_optimizer.zero_grad()
+        table_optimizer.zero_grad()
+        loss.backward()
+        head_optimizer.step()
+        table_optimizer.step()
+
+    def finish() -> None:
+        synchronise(arguments.device)
+
+    for _ in range(WARM_UP_STEPS):
+        step()
+    answer(
+        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds, finish=finish),
+        note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""FTRL-Proximal: numbers worked out by hand, Algorithm 1 written down with dicts, and River itself."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from river import linear_model, optim
+
+from stream_ctr.ftrl import FTRL, RiverSemantics
+
+INTERCEPT = -1
+
+
+class Literal:
+    """Algorithm 1, line by line; the intercept is a coordinate without l1 and l2."""
+
+    def __init__(self, *, alpha: float = 0.1, beta: float = 1.0, l1: float = 0.0, l2: float = 1.0) -> None:
+        self.alpha, self.beta, self.l1, self.l2 = alpha, beta, l1, l2
+        self.z: dict[int, float] = defaultdict(float)
+        self.n: dict[int, float] = defaultdict(float)
+
+    def weight(self, i: int) -> float:
+        l1, l2 = (0.0, 0.0) if i == INTERCEPT else (self.l1, self.l2)
+        z = self.z[i]
+        return 0.0 if abs(z) <= l1 else -(z - math.copysign(l1, z)) / ((self.beta + math.sqrt(self.n[i])) / self.alpha + l2)
+
+    def learn_one(self, x: dict[int, float], y: int) -> float:
+        w = {i: self.weight(i) for i in x}
+        logit = math.fsum(w[i] * x[i] for i in x)
+        for i in x:
+            g = (1 / (1 + math.exp(-logit)) - y) * x[i]
+            sigma = (math.sqrt(self.n[i] + g * g) - math.sqrt(self.n[i])) / self.alpha
+            self.z[i] += g - sigma * w[i]
+            self.n[i] += g * g
+        return logit
+
+    def learn(self, ids: np.ndarray, labels: np.ndarray, scales: np.ndarray) -> list[float]:
+        out = []
+        for row, scale, label in zip(ids.tolist(), scales.tolist(), labels.tolist(), strict=True):
+            x: dict[int, float] = defaultdict(float)
+            x[INTERCEPT] = 1.0
+            for i, value in zip(row, scale, strict=True):
+                x[i] += value
+            out.append(self.learn_one(x, label))
+        return out
+
+
+def stream(n: int, *, fields: int = 7, rows: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, labels that depend on them, and values of fields 0 and 3; with few rows most examples have fields that share one."""
+    rng = np.random.default_rng(seed)
+    ids = (rng.zipf(1.3, (n, fields)) % rows).astype(np.int32)
+    labels = (rng.random(n) < 0.1 + 0.6 * (ids[:, -1] % 2)).astype(np.uint8)
+    return ids, labels, rng.normal(0, 2, (n, 2)).astype(np.float32)
+
+
+def scales(ids: np.ndarray, values: np.ndarray) -> np.ndarray:
+    all_scales = np.ones(ids.shape)
+    all_scales[:, [0, 3]] = values
+    return all_scales
+
+
+def pair(model: FTRL, row: int) -> list[float]:
+    state = model.state_dict()
+    found = state["pairs"][state["rows"] == row]
+    return found[0].tolist() if len(found) else [0.0, 0.0]
+
+
+def test_three_steps_worked_out_by_hand():
+    model = FTRL(table_bits=4, value_fields=(2,), alpha=0.1, beta=1.0, l1=0.25, l2=1.0)
+    # The first: all weights 0, so p = 1/2, and every g = -1/2, z = -1/2, n = 1/4; field 2 with value 1.
+    step = [np.array([[1, 2, 4]], np.int32), np.array([1], np.uint8), np.array([[1.0]], np.float32)]
+    assert model.learn(*step).tolist() == [0.0]
+    for row in (1, 2, 4):
+        assert pair(model, row) == [-0.5, 0.25]
+    assert model.state_dict()["intercept"].tolist() == [-0.5, 0.25]
+    # The second: w_1 = (0.5 - 0.25) / (1.5 / 0.1 + 1) = 1/64, intercept 0.5 / 15 = 1/30, row 5 is new and row 3 has value 2.
+    step = [np.array([[1, 5, 3]], np.int32), np.array([0], np.uint8), np.array([[2.0]], np.float32)]
+    assert model.learn(*step) == pytest.approx([1 / 64 + 1 / 30], rel=1e-14)
+    # p = 1 / (1 + exp(-0.0489583)), sigma_1 = (sqrt(1/4 + p^2) - 1/2) / 0.1, z_1 = -1/2 + p - sigma_1 / 64.
+    p = 0.512237139145
+    assert pair(model, 5) == pytest.approx([p, p * p], rel=1e-10)
+    assert pair(model, 3) == pytest.approx([2 * p, 4 * p * p], rel=1e-10)
+    assert pair(model, 1) == pytest.approx([-0.02148349320, 0.512386886720], rel=1e-9)
+    # The third: |z_1| <= l1, so its weight is 0 again, w_5 = -(p - 1/4) / ((1 + p) / 0.1 + 1), w_3 = -(2p - 1/4) / ((1 + 2p) / 0.1 + 1).
+    assert model.learn(*step) == pytest.approx([0.00347941430867 - 0.01626541981812 + 2 * -0.03645486726777], rel=1e-11)
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.0, 1.0), (0.7, 0.3), (2.0, 5.0)])
+def test_it_is_algorithm_1_also_where_fields_share_a_row(l1, l2):
+    ids, labels, values = stream(3000)
+    literal, model = Literal(l1=l1, l2=l2), FTRL(table_bits=6, value_fields=(0, 3), l1=l1, l2=l2)
+    expected = literal.learn(ids, labels, scales(ids, values))
+    assert np.abs(model.learn(ids, labels, values) - expected).max() < 1e-10
+    state = model.state_dict()
+    for row, (z, n) in zip(state["rows"].tolist(), state["pairs"].tolist(), strict=True):
+        assert (z, n) == pytest.approx((literal.z[row], literal.n[row]), rel=1e-9, abs=1e-12)
+    assert state["rows"].tolist() == sorted(row for row in literal.n if row != INTERCEPT and literal.n[row])
+    assert state["intercept"] == pytest.approx([literal.z[INTERCEPT], literal.n[INTERCEPT]], rel=1e-9)
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.3, 0.5)])
+def test_with_rivers_semantics_it_is_river_to_nine_digits_over_ten_thousand_events(l1, l2):
+    ids, labels, values = stream(10_000, rows=500)
+    river = linear_model.LogisticRegression(optimizer=optim.FTRLProximal(alpha=0.5, l1=l1, l2=l2), intercept_lr=0.02)
+    expected = []
+    for row, scale, label in zip(ids.tolist(), scales(ids, values).tolist(), labels.tolist(), strict=True):
+        x = dict(zip(row, scale, strict=True))
+        expected.append(river.predict_proba_one(x)[True])
+        river.learn_one(x, label)
+    model = RiverSemantics(table_bits=9, value_fields=(0, 3), alpha=0.5, l1=l1, l2=l2, intercept_learning_rate=0.02)
+    probabilities = 1 / (1 + np.exp(-model.learn(ids, labels, values)))
+    assert np.abs(probabilities - expected).max() < 1e-9
+    assert np.std(expected) > 0.1, "or there is nothing to compare"
+    exact = FTRL(table_bits=9, value_fields=(0, 3), alpha=0.5, l1=l1, l2=l2).learn(ids, labels, values)
+    assert np.abs(1 / (1 + np.exp(-exact)) - expected).max() > 0.01, "the deviations are to be seen"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 120), max_size=5), st.integers(1, 20), st.integers(0, 99))
+def test_it_does_not_depend_on_where_batches_end(cuts, fields, seed):
+    ids, labels, _ = stream(120, fields=fields, seed=seed)
+    whole, parts = FTRL(table_bits=6), FTRL(table_bits=6)
+    logits = [parts.learn(i, y) for i, y in zip(np.split(ids, sorted(cuts)), np.split(labels, sorted(cuts)), strict=True)]
+    assert np.array_equal(np.concatenate(logits), whole.learn(ids, labels))
+    assert_equal_states(whole, parts)
+
+
+def assert_equal_states(one: FTRL, other: FTRL) -> None:
+    for (name, array), copied in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+        assert np.array_equal(array, copied), name
+
+
+def test_it_goes_on_from_its_state_bit_for_bit_which_has_only_rows_that_were_learned():
+    ids, labels, values = stream(400)
+    options = {"table_bits": 20, "value_fields": (0, 3), "l1": 0.1}
+    straight, stopped, resumed = (FTRL(**options) for _ in range(3))
+    expected = straight.learn(ids, labels, values)[200:]
+    stopped.learn(ids[:200], labels[:200], values[:200])
+    state = stopped.state_dict()
+    assert len(state["rows"]) == len(np.unique(ids[:200]))
+    resumed.learn(ids[::-1], labels[::-1], values[::-1])  # what it was before is gone
+    resumed.load_state_dict(state)
+    assert np.array_equal(resumed.learn(ids[200:], labels[200:], values[200:]), expected)
+    assert_equal_states(straight, resumed)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("row", [[5, 1, 2, 3], [5, 5, 2, 5]])
+def test_an_example_that_is_not_finite_has_no_prediction_and_teaches_nothing(odd, row):
+    ids, labels, values = stream(300, fields=4)
+    whole, without = (FTRL(table_bits=6, value_fields=(0, 3), l1=0.1) for _ in range(2))
+    expected = without.learn(ids, labels, values)
+    ids, labels, values = (np.insert(array, 150, one, axis=0) for array, one in ((ids, row), (labels, 1), (values, [odd, 1.0])))
+    logits = whole.learn(ids, labels, values)
+    assert np.isnan(logits[150])
+    assert np.array_equal(np.delete(logits, 150), expected)
+    assert_equal_states(whole, without)
+
+
+def test_predictions_stay_numbers_when_labels_can_be_told_exactly():
+    ids = np.tile(np.arange(12, dtype=np.int32), (20_000, 1))
+    values = np.full((20_000, 12), 1e30, np.float32)
+    model = FTRL(table_bits=4, value_fields=tuple(range(12)), alpha=10.0, l2=0.0)
+    assert np.isfinite(model.learn(ids, np.ones(20_000, np.uint8), values)).all()
+    assert np.isfinite(model.state_dict()["pairs"]).all()
+
+
+def test_rates_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="alpha and beta must be positive, got 0.1 and 0"):
+        FTRL(beta=0)
