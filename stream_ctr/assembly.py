@@ -43,7 +43,8 @@ def build_trainer(
     wall_clock: Callable[[], float] = time.time,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
-    torch.set_num_threads(config.learn.threads or _default_threads(config))
+    threads = config.learn.threads or _default_threads(config)
+    torch.set_num_threads(1)  # the learner's lanes are the threads
     hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}
     hasher = Hasher(fields, **hashing)
     learning = _learner_options(config, hasher)
@@ -74,8 +75,7 @@ def build_trainer(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    learner = Learner(**learning, device=config.learn.device)
-    learner.optimizer.zero_grad()  # make it now, not within the first batch
+    learner = Learner(**learning, device=config.learn.device, threads=threads)
     decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
     ingest = Ingest(
         source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock
