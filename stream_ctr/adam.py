@@ -17,6 +17,7 @@ from torch.optim.adam import adam
 from stream_ctr.models.layers import Dense
 
 BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+_BLOCK = 64  # floats
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -27,7 +28,7 @@ class FlatAdam:
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, low: bool = False) -> None:
-        self._options = {"lr": learning_rate, "weight_decay": weight_decay, "beta1": BETA1, "beta2": BETA2, "eps": EPSILON}
+        self.learning_rate, self._weight_decay = learning_rate, weight_decay
         named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in named.items()}
         self.vector = nn.utils.parameters_to_vector(model.parameters()).detach() if named else torch.empty(0)
@@ -48,8 +49,9 @@ class FlatAdam:
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def pieces(self, count: int) -> Iterator[slice]:
-        """The vector in `count` parts of about one size. Any split gives the same step."""
-        edges = np.linspace(0, len(self.vector), count + 1).astype(int).tolist()
+        """The vector in `count` parts of about one size. Any split gives the same step: all but the last end where a vector register does."""
+        blocks = np.linspace(0, -(-len(self.vector) // _BLOCK), count + 1).astype(int)
+        edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
         return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
 
     def step(self, gradients: Tensor, steps: Tensor, piece: slice) -> None:
@@ -59,7 +61,8 @@ class FlatAdam:
             gradient.add_(part[piece])
         adam(
             [self.vector[piece]], [gradient], [self.moments[0][piece]], [self.moments[1][piece]], [], [steps],
-            **self._options, fused=True, amsgrad=False, maximize=False,
+            lr=self.learning_rate, weight_decay=self._weight_decay, beta1=BETA1, beta2=BETA2, eps=EPSILON,
+            fused=True, amsgrad=False, maximize=False,
         )  # fmt: skip
         if self.low is not None:
             self.low[piece].copy_(self.vector[piece])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -16,17 +15,18 @@ from stream_ctr.config import Config, Field, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
+from stream_ctr.ftrl import FTRL
 from stream_ctr.gate import Gate
 from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
-from stream_ctr.learner import Learner
+from stream_ctr.learner import Learner, choose_device, choose_precision
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
 from stream_ctr.source import Source
 from stream_ctr.trainer import Flags, Trainer
 
 # Sections that a state directory keeps: a later run on it starts from these.
-KEPT_SECTIONS = ("features", "join", "model", "learn", "baseline", "metrics")
+KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 
 
 def build_trainer(
@@ -43,8 +43,9 @@ def build_trainer(
     wall_clock: Callable[[], float] = time.time,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
-    threads = config.learn.threads or _default_threads(config)
     torch.set_num_threads(1)  # the learner's lanes are the threads
+    precision = choose_precision(config.learn.precision, choose_device(config.learn.device))
+    config = config.model_copy(update={"learn": config.learn.model_copy(update={"precision": precision})})
     hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}
     hasher = Hasher(fields, **hashing)
     learning = _learner_options(config, hasher)
@@ -54,7 +55,8 @@ def build_trainer(
         "duplicate_horizon_ms": _milliseconds(config.join.duplicate_horizon),
     }
     lateness_ms = _milliseconds(config.join.allowed_lateness)
-    ftrl = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {"value_fields": hasher.value_fields}
+    ftrl = config.ftrl.model_dump(exclude={"enabled"})
+    river = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {"value_fields": hasher.value_fields}
     features = {
         "categorical": [f.name for f in fields if f.kind == "categorical"],
         "numeric": [f.name for f in fields if f.kind == "numeric"],
@@ -65,7 +67,8 @@ def build_trainer(
         "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
         "learner": learning,
         "join": {**joining, "allowed_lateness_ms": lateness_ms},
-        "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **ftrl},
+        "ftrl": {"enabled": config.ftrl.enabled, **ftrl},
+        "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **river},
         "config": {**kept, "features": {**kept["features"], **features}},
     }
     try:
@@ -75,11 +78,9 @@ def build_trainer(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    learner = Learner(**learning, device=config.learn.device, threads=threads)
+    learner = Learner(**learning, device=config.learn.device, threads=config.learn.threads)
     decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
-    ingest = Ingest(
-        source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock
-    )
+    ingest = Ingest(source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=config.input.read_ahead) if config.input.read_ahead else ingest,
         outlet=outlet,
@@ -87,7 +88,8 @@ def build_trainer(
         learner=learner,
         directory=directory,
         identity=identity,
-        baseline=BaselineProcess(**ftrl) if config.baseline.enabled else None,
+        ftrl=FTRL(table_bits=config.model.table_bits, value_fields=hasher.value_fields, **ftrl) if config.ftrl.enabled else None,
+        baseline=BaselineProcess(**river) if config.baseline.enabled else None,
         baseline_share=config.baseline.sample_rate,
         lateness_ms=lateness_ms,
         stall_clicks=config.join.stall_clicks,
@@ -121,8 +123,3 @@ def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
 
 def _milliseconds(length: timedelta) -> int:
     return round(length.total_seconds() * 1000)
-
-
-def _default_threads(config: Config) -> int:
-    """All processors but the one that the baseline's process keeps busy: threads that wait for each other lose more than they bring."""
-    return max(1, (os.cpu_count() or 1) - config.baseline.enabled)

@@ -214,19 +214,29 @@ class Learn(Section):
     linear_beta: float = key(1.0, gt=0)
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Of the products in the dense part; auto: bf16 where the processor or the GPU has it, which a resumed run then keeps. Weights are fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = key(0, ge=0)
-    """CPU threads of the dense part; 0: as many as the machine has, less one for the baseline.
-
-    Two runs are equal bit for bit with one number of threads.
-    """
+    """CPU threads that learn; 0: as many as the machine has. With any number of them the model is the same, bit for bit."""
     seed: int = key(0, ge=0)
     skips_before_rollback: int = key(8, ge=1)
     """After this many batches in a row without a finite loss and gradient, the model goes back to the last good snapshot."""
 
 
+class Ftrl(Section):
+    """FTRL-Proximal as published, on every impression beside the network. Rates: see `ftrl`."""
+
+    enabled: bool = True
+    alpha: float = key(0.1, gt=0)
+    beta: float = key(1.0, gt=0)
+    l1: float = key(0.0, ge=0)
+    l2: float = key(1.0, ge=0)
+
+
 class Baseline(Section):
+    """River's FTRL, in a process of its own."""
+
     enabled: bool = True
     sample_rate: float = key(1.0, gt=0, le=1)
     """Share of impressions, chosen by a hash of their id, that the baseline learns and that paired figures are computed on."""
@@ -274,6 +284,7 @@ class Config(Section):
     join: Join = Join()
     model: Model = Model()
     learn: Learn = Learn()
+    ftrl: Ftrl = Ftrl()
     baseline: Baseline = Baseline()
     metrics: Metrics = Metrics()
     schedule: Schedule = Schedule()

@@ -40,13 +40,12 @@ class Lanes:
         if step.errors:
             raise step.errors[0]
 
-
     def _others(self, wanted: int) -> list[queue.SimpleQueue[_Step | None]]:
         """Lanes besides the caller's, begun when there is first something for them to do."""
         while len(self._calls) < min(wanted, self.threads - 1):
             self._calls.append(queue.SimpleQueue())
             threading.Thread(target=_lane, args=(self._calls[-1],), name="lane", daemon=True).start()
-        return self._calls[:max(wanted, 0)]
+        return self._calls[: max(wanted, 0)]
 
 
 class _Step:

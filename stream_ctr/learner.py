@@ -27,11 +27,28 @@ from stream_ctr.models import MODELS
 from stream_ctr.table import Rates, Table, columns
 
 
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is the GPU where there is one. Raises `ConfigError` when "cuda" is asked for and absent."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device cuda: no CUDA GPU is available here; use --device cpu or auto")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """ "auto" is "bf16" where products of bfloat16 take half the time of those of float32, and "fp32" elsewhere.
+
+    >>> choose_precision("fp32", torch.device("cpu"))
+    'fp32'
+    """
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    return "bf16" if any(able.get(name) for name in _BFLOAT16) else "fp32"
 
 
 class Learner:
@@ -80,9 +97,7 @@ class Learner:
         self.table = Table(
             bits=table_bits, embedding_dim=embedding_dim, rates=rates, initial_scale=initial_scale, seed=seed, device=self.device
         )
-        self.adam = FlatAdam(
-            self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16"
-        )
+        self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16")
         self._step = CpuStep(
             self.model, self.table, self.adam, fields=fields, value_fields=value_fields, batch_size=batch_size,
             threads=threads or os.cpu_count() or 1, seed=seed, dropout=dropout > 0,
