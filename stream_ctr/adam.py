@@ -6,7 +6,6 @@ Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorith
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +44,11 @@ class FlatAdam:
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Of a vector [P], the parts that are the parameters, in their shapes."""
-        parts = vector.split([shape.numel() for shape in self._shapes.values()])
+        parts = torch.split(vector, [shape.numel() for shape in self._shapes.values()])
         return {name: part.view(shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}
 
     def pieces(self, count: int) -> Iterator[slice]:
-        """The vector in `count` parts of about one size. Any split gives the same step: all but the last end where a vector register does."""
+        """The vector in `count` parts of about one size. Any split gives the same step: they end where registers do."""
         blocks = np.linspace(0, -(-len(self.vector) // _BLOCK), count + 1).astype(int)
         edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
         return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,9 @@ from stream_ctr.lanes import Lanes, Task
 from stream_ctr.models.layers import dropout_from
 from stream_ctr.table import Table
 
-Ids, Labels, Values = npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.float32]
+Ids: TypeAlias = npt.NDArray[np.int32]
+Labels: TypeAlias = npt.NDArray[np.uint8]
+Values: TypeAlias = npt.NDArray[np.float32]
 _MOST_PARTS = 8
 _LEAST_ROWS = 256  # of a part: products of fewer rows take longer, by the example
 # A gradient beyond it is exploding: its square, and the sum of thousands of those, must stay a number in float32.

@@ -26,7 +26,6 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.models import MODELS
 from stream_ctr.table import Rates, Table, columns
 
-
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm
 
 
@@ -47,7 +46,7 @@ def choose_precision(name: str, device: torch.device) -> str:
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+    able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
     return "bf16" if any(able.get(name) for name in _BFLOAT16) else "fp32"
 
 

@@ -52,7 +52,7 @@ def gather(k: int) -> Callable[..., None]:
                 v[i, j] = rows[row, j]
             w[i] = rows[row, k]
 
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 @cache
@@ -99,7 +99,7 @@ def update(k: int, *, adagrad: bool) -> Callable[..., None]:
                 rows[key, j] -= step * total[j]
             rows[key, k] -= linear_step * total[k]
 
-    return compiled  # type: ignore[no-any-return]
+    return compiled
 
 
 @numba.njit(cache=True, nogil=True)

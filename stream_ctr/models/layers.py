@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-_ACTIVATE = {"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_, "none": lambda z: z}
+_ACTIVATE: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+    "none": lambda z: z,
+}
 # dL/dz from dL/dy and y = activation(z)
-_BACK = {
+_BACK: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
     "tanh": torch.ops.aten.tanh_backward,
     "sigmoid": torch.ops.aten.sigmoid_backward,
@@ -45,7 +50,7 @@ def pairwise_inner_products(v: Tensor) -> Tensor:
     >>> pairwise_inner_products(v)  # <v1,v2> + <v1,v3> + <v2,v3> = 1 + 8.5 - 2.5
     tensor([7.])
     """
-    return _PairwiseInnerProducts.apply(v)  # type: ignore[no-any-return, no-untyped-call]
+    return _PairwiseInnerProducts.apply(v)  # type: ignore[no-untyped-call]
 
 
 class _Drawing(threading.local):
@@ -112,7 +117,7 @@ class Dense(nn.Linear):
 
     def forward(self, a: Tensor) -> Tensor:
         low_weight, low_bias = self.low or (self.weight.detach(), self.bias.detach())
-        return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self.activation)  # type: ignore[no-any-return, no-untyped-call]
+        return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self.activation)  # type: ignore[no-untyped-call]
 
 
 class MLP(nn.Module):
