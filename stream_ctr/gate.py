@@ -55,10 +55,10 @@ class Gate:
 
 
 class Judge:
-    """Gathers what the models of a run do, and has a verdict when that is enough."""
+    """Gathers what the `models` of a run do, and has a verdict on the first when that is enough; `baseline` is the one beside it, if any."""
 
-    def __init__(self, gate: Gate, models: Sequence[str]) -> None:
-        self._gate, self._models = gate, models
+    def __init__(self, gate: Gate, models: Sequence[str], baseline: str | None = None) -> None:
+        self._gate, self._models, self._baseline = gate, models, baseline
         self._recent = metrics.Tally(models)  # since the last verdict
         self._evidence: Evidence | None = None  # of the last verdict
         self.refused: list[str] = []
@@ -70,7 +70,7 @@ class Judge:
     def judge(self, published: Callable[[], Evidence | None]) -> None:
         """Come to a verdict if there are clicks enough; `published` tells what the snapshot was judged by that subscribers have."""
         if self._gate.clicks and self._recent.clicks >= self._gate.clicks:
-            self._evidence = evidence(self._recent)
+            self._evidence = evidence(self._recent, self._baseline)
             self.refused = self._gate.refusals(self._evidence, published())
             self._recent = metrics.Tally(self._models)
 
@@ -79,30 +79,31 @@ class Judge:
         return {"evidence": self._evidence, "refused": self.refused}
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {name: array.copy() for name, array in self._recent.arrays()}
+        return {name: array.copy() for name, array in self._recent.arrays().items()}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]], told: Mapping[str, Any]) -> None:
-        for name, array in self._recent.arrays():
+        for name, array in self._recent.arrays().items():
             array[:] = state[name]
         self._evidence, self.refused = told["evidence"], told["refused"] if self._gate.clicks else []
 
 
-def evidence(tally: metrics.Tally) -> dict[str, Any]:
-    """What the first model of a tally did, and the second on the examples that both scored."""
-    model, *others = tally.scores.values()
-    score = model.summary()
-    baseline = others[0].summary() if others and others[0].sums[0] else None
+def evidence(tally: metrics.Tally, baseline: str | None) -> dict[str, Any]:
+    """What the first model of a tally did, and `baseline` on the examples that both scored."""
+    model, *others = tally.scores
+    score = tally.scores[model].summary()
+    beside = tally.scores[baseline].summary() if baseline else None
     logloss = score["logloss"]
-    if baseline and tally.paired[1]:  # on the baseline's share of the examples
-        logloss = float((others[0].sums[3] + tally.paired[0]) / tally.paired[1])
+    if baseline and beside and beside["count"]:
+        difference, count = tally.paired[others.index(baseline)]
+        logloss = float(beside["logloss"] + difference / count)
     return {
-        "clicks": int(model.sums[1]),
+        "clicks": tally.clicks,
         "count": score["count"],
         "ne": score["ne"],
         "logloss": logloss,
-        "baseline_logloss": baseline["logloss"] if baseline else None,
+        "baseline_logloss": beside["logloss"] if beside else None,
         "calibration": score["pred_over_actual"],
-        "baseline_calibration": baseline["pred_over_actual"] if baseline else None,
+        "baseline_calibration": beside["pred_over_actual"] if beside else None,
     }
 
 

@@ -122,7 +122,7 @@ def _draws(blocks: int) -> npt.NDArray[np.int64]:
 
 class Scored:
     """A batch with every model's logits from before the update: `time` int64 ms [n], `labels` [n], `true_probability` [n] (NaN: unknown);
-    `logits[model]` [number chosen] for the examples that `chosen[model]` (bool [n]) marks.
+    `logits[model]` are of all n examples, or of those alone that `chosen[model]` (bool [n]) marks.
 
     What is measured of an example is computed once, for all tallies that it is added to; `batch[start:stop]` is a run of examples.
     """
@@ -132,13 +132,16 @@ class Scored:
         time: npt.NDArray[np.int64],
         labels: npt.NDArray[np.uint8],
         true_probability: Floats,
-        logits: Mapping[str, Floats],
+        logits: Mapping[str, npt.NDArray[np.floating]],
         chosen: Mapping[str, npt.NDArray[np.bool_]],
     ) -> None:
-        all_logits, all_chosen = np.zeros((len(logits), len(time))), np.empty((len(logits), len(time)), np.bool_)
-        for m, model in enumerate(logits):
-            all_chosen[m] = chosen[model]
-            all_logits[m, slice(None) if len(logits[model]) == len(time) else all_chosen[m]] = logits[model]
+        all_logits, all_chosen = np.zeros((len(logits), len(time))), np.ones((len(logits), len(time)), np.bool_)
+        for m, (model, given) in enumerate(logits.items()):
+            if model in chosen:
+                all_chosen[m] = chosen[model]
+                all_logits[m, chosen[model]] = given
+            else:
+                all_logits[m] = given
         self.time = time
         self.loss, self.probability, self.bin = _measured(all_logits, labels, all_chosen)  # each [M, n]; bin is -1 where not chosen
         self.best_loss = _best_losses(true_probability, labels)
@@ -192,7 +195,7 @@ def _pairs(models: Sequence[str], blocks: Sequence[Floats]) -> dict[str, object]
 
     `paired` is the one with the last model, which is the baseline where there is one.
     """
-    stacked = np.array(blocks).reshape(len(blocks), -1, 2)
+    stacked = np.array(blocks).reshape(len(blocks), len(models) - 1, 2)
     pairs = {model: paired_interval(stacked[stacked[:, m, 1] > 0, m]) for m, model in enumerate(models[1:])}
     named = pairs[models[-1]] if pairs else paired_interval(np.empty((0, 2)))
     return {"paired": {"models": list(dict.fromkeys((models[0], models[-1]))), **named}, "pairs": pairs}
@@ -317,7 +320,7 @@ class Windows:
         state: dict[str, npt.NDArray[np.generic]] = {
             "numbers": np.array(numbers, np.int64),
             "panes": np.array(panes, np.int64),
-            "pane_sums": np.array([self.panes[pane] for pane in panes]).reshape(len(panes), -1, 2),
+            "pane_sums": np.array([self.panes[pane] for pane in panes]).reshape(len(panes), len(self.models) - 1, 2),
             "final_before": np.array([self.final_before]),
         }
         return state | _stack([self.tallies[number] for number in numbers])

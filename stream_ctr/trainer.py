@@ -19,13 +19,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from stream_ctr import metrics, snapshot
 from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import mix64
+from stream_ctr.ftrl import FTRL
 from stream_ctr.gate import Gate, Judge
 from stream_ctr.guard import Guard
 from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Rejected, Taken
@@ -54,11 +54,14 @@ class Flags(Protocol):
 
 @dataclass(slots=True)
 class _Learned:
-    """A batch that the deep model has learned and the baseline may still have before it."""
+    """A batch that the models here have learned and the baseline may still have before it.
+
+    `logits`: model -> [n]; `chosen` bool [n] marks the baseline's share, None: all.
+    """
 
     examples: Examples
-    logits: Tensor
-    chosen: npt.NDArray[np.bool_]
+    logits: dict[str, npt.NDArray[np.floating]]
+    chosen: npt.NDArray[np.bool_] | None
 
 
 class Trainer:
@@ -77,6 +80,7 @@ class Trainer:
         learner: Learner,
         directory: Path,
         identity: Mapping[str, Any],
+        ftrl: FTRL | None = None,
         baseline: BaselineProcess | None = None,
         baseline_share: float = 1.0,
         lateness_ms: int = 0,
@@ -97,13 +101,13 @@ class Trainer:
     ) -> None:
         self.ingest, self.source, self.outlet, self.joiner, self.learner = ingest, ingest.source, outlet, joiner, learner
         self.directory, self.identity = directory, identity
-        self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
+        self.ftrl, self.baseline, self._baseline_below = ftrl, baseline, _share_threshold(baseline_share)
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
         self._flags, self._show, self._notes, self._clock, self._wall_clock = flags, show, notes, clock, wall_clock
-        models = [identity["learner"]["model"], *([baseline.name] if baseline else [])]
+        models = [identity["learner"]["model"], *(beside.name for beside in (ftrl, baseline) if beside)]
         self.watermarks = Watermarks(partitions=len(self.source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
-        self.judge = Judge(gate or Gate(clicks=0), models)
+        self.judge = Judge(gate or Gate(clicks=0), models, baseline.name if baseline else None)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=window_ms, rolling=rolling_windows)
         self.ledger = Ledger()
@@ -334,10 +338,15 @@ class Trainer:
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         self.first_event_ms = int(batch.time[0]) if self.first_event_ms is None else self.first_event_ms
         self.last_event_ms = int(batch.time[-1])
-        chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else np.ones(len(batch), np.bool_)
+        predicted: dict[str, npt.NDArray[np.floating]] = {self.whole.models[0]: logits.cpu().numpy()}
+        if self.ftrl:
+            with self.stages("learn.ftrl"):
+                predicted[self.ftrl.name] = self.ftrl.learn(batch.ids, batch.label, batch.values)
+        chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else None
         if self.baseline:
-            self.baseline.submit(batch.ids[chosen], batch.values[chosen], batch.label[chosen])
-        self._in_flight.append(_Learned(batch, logits, chosen))
+            share = batch if chosen is None else batch[chosen]
+            self.baseline.submit(share.ids, share.values, share.label)
+        self._in_flight.append(_Learned(batch, predicted, chosen))
         failpoint("learn.after")
 
     def _last_good(self) -> tuple[Path | None, int]:
@@ -375,12 +384,11 @@ class Trainer:
             return baseline.take(wait=wait or baseline.full)
 
     def _score(self, learned: _Learned, baseline: npt.NDArray[np.float64] | None) -> None:
-        deep, *others = self.whole.models
-        examples = learned.examples
-        logits = {deep: learned.logits.double().cpu().numpy()}
-        chosen = {deep: np.ones(len(examples), np.bool_)}
+        examples, logits, chosen = learned.examples, learned.logits, {}
         if baseline is not None:
-            logits[others[0]], chosen[others[0]] = metrics.logits(baseline), learned.chosen
+            logits[BaselineProcess.name] = metrics.logits(baseline)
+            if learned.chosen is not None:
+                chosen[BaselineProcess.name] = learned.chosen
         scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, chosen)
         self.whole.add(scored)
         self.judge.add(scored)
@@ -471,6 +479,8 @@ class Trainer:
             "joiner": {**self.joiner.state_dict(), **{f"watermarks.{n}": array for n, array in self.watermarks.state_dict().items()}},
             "examples": {name: np.ascontiguousarray(array) for name, array in ready.arrays().items()} if ready else {},
         }
+        if self.ftrl:
+            tensors["ftrl"] = self.ftrl.state_dict()
         manifest = {
             **self.identity,
             "sequence": self.sequence,
@@ -560,7 +570,7 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
         manifest, tensors = snapshot.load(path, signature=self._signing.verify if self._signing else None)
-        for section in ("schema", "learner", "join", "baseline"):
+        for section in ("schema", "learner", "join", "ftrl", "baseline"):
             _require_same(manifest[section], self.identity[section], path)
         names = self._partition_names()
         if odd := sorted(set(names) ^ set(manifest["positions"])):
@@ -578,6 +588,8 @@ class Trainer:
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
         self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])
+        if self.ftrl:
+            self.ftrl.load_state_dict(tensors["ftrl"])
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         self._ready = [Examples(**tensors["examples"])] if tensors["examples"] else []

@@ -8,34 +8,40 @@ import pytest
 from stream_ctr import metrics
 from stream_ctr.gate import Gate, Judge, evidence
 
-MODELS = ("deepfm", "river_ftrl")
+MODELS = ("deepfm", "ftrl", "river_ftrl")
+BASELINE = "river_ftrl"
 
 
-def scored(n: int, *, model: float = 0.0, baseline: float = 0.0, rate: float = 0.2, seed: int = 0, share: float = 1.0) -> metrics.Scored:
-    """n examples whose logits are known; `model` and `baseline` are added to what each predicts."""
+def scored(
+    n: int, *, model: float = 0.0, baseline: float = 0.0, ftrl: float = 5.0, rate: float = 0.2, seed: int = 0, share: float = 1.0
+) -> metrics.Scored:
+    """n examples whose logits are known; `model`, `baseline` and `ftrl` are added to what each predicts."""
     rng = np.random.default_rng(seed)
     true = rng.normal(np.log(rate / (1 - rate)), 1.0, n)
     labels = (rng.random(n) < metrics.probabilities(true)).astype(np.uint8)
     chosen = rng.random(n) < share
-    everything = np.ones(n, np.bool_)
-    logits = {"deepfm": true + model, "river_ftrl": (true + baseline)[chosen]}
-    return metrics.Scored(np.arange(n), labels, np.full(n, np.nan), logits, {"deepfm": everything, "river_ftrl": chosen})
+    logits = {"deepfm": true + model, "ftrl": true + ftrl, "river_ftrl": (true + baseline)[chosen]}
+    return metrics.Scored(np.arange(n), labels, np.full(n, np.nan), logits, {"river_ftrl": chosen})
 
 
 def told(**shifts: float) -> dict[str, object]:
     tally = metrics.Tally(MODELS)
     tally.add(scored(20_000, **shifts))
-    return evidence(tally)
+    return evidence(tally, BASELINE)
 
 
 def test_the_evidence_is_what_the_scores_say_on_the_examples_that_both_models_scored():
     tally, part = metrics.Tally(MODELS), scored(20_000, share=0.5)
     tally.add(part)
-    chosen = part.chosen["river_ftrl"]
-    said = evidence(tally)
-    assert said["logloss"] == pytest.approx(part.loss["deepfm"][chosen].mean())
-    assert said["baseline_logloss"] == pytest.approx(part.loss["river_ftrl"].mean())
-    assert said["clicks"] == part.labels.sum()
+    chosen = part.bin[2] >= 0
+    assert 0 < chosen.sum() < 20_000
+    said = evidence(tally, BASELINE)
+    assert said["logloss"] == pytest.approx(part.loss[0, chosen].mean())
+    assert said["baseline_logloss"] == pytest.approx(part.loss[2, chosen].mean())
+    assert said["clicks"] == (part.bin[0] >= metrics.BINS).sum()
+    alone = evidence(tally, None)
+    assert alone["logloss"] == pytest.approx(part.loss[0].mean())
+    assert (alone["baseline_logloss"], alone["baseline_calibration"]) == (None, None)
 
 
 def test_a_model_as_good_as_before_passes_also_when_traffic_becomes_harder_for_all():
@@ -72,7 +78,7 @@ def test_without_a_baseline_the_published_snapshot_is_the_measure():
 
 
 def test_a_verdict_waits_for_clicks_enough_and_then_begins_anew():
-    judge = Judge(Gate(clicks=1000), MODELS)
+    judge = Judge(Gate(clicks=1000), MODELS, BASELINE)
     judge.add(scored(1000, model=3.0))
     judge.judge(lambda: None)
     assert judge.refused == []
@@ -88,7 +94,7 @@ def test_a_verdict_waits_for_clicks_enough_and_then_begins_anew():
 
 
 def test_a_judge_goes_on_from_its_state():
-    one, other = (Judge(Gate(clicks=1000), MODELS) for _ in range(2))
+    one, other = (Judge(Gate(clicks=1000), MODELS, BASELINE) for _ in range(2))
     one.add(scored(2000, model=3.0))
     other.load_state_dict(one.state_dict(), one.told())
     for judge in (one, other):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -9,26 +11,41 @@ from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
 from stream_ctr import metrics
-from stream_ctr.metrics import Score, Scored, WholeRun, Windows, paired_interval
+from stream_ctr.metrics import Score, Scored, Tally, WholeRun, Windows, paired_interval
 
-MODELS = ("deepfm", "river_ftrl")
+MODELS = ("deepfm", "ftrl", "river_ftrl")
 
 
-def scored(n: int = 5000, *, seed: int = 0, start: int = 0, step: int = 100, share: float = 0.5) -> Scored:
-    """Two models, the second on a share of the examples and a little worse; the truth is known."""
+@dataclass
+class Stream:
+    """Three models, the second a little worse, the third more so and only `chosen` examples its own; the truth is known."""
+
+    time: np.ndarray
+    labels: np.ndarray
+    truth: np.ndarray
+    logits: dict[str, np.ndarray]
+    chosen: np.ndarray
+
+    def __getitem__(self, rows: slice) -> Scored:
+        logits = {model: logits[rows] for model, logits in self.logits.items()}
+        logits["river_ftrl"] = logits["river_ftrl"][self.chosen[rows]]
+        return Scored(self.time[rows], self.labels[rows], self.truth[rows], logits, {"river_ftrl": self.chosen[rows]})
+
+    def loss(self, model: str) -> np.ndarray:
+        return metrics.losses(self.logits[model], self.labels)
+
+
+def stream(n: int = 5000, *, seed: int = 0, start: int = 0, step: int = 100, share: float = 0.5) -> Stream:
     rng = np.random.default_rng(seed)
     truth = rng.normal(-2, 1.5, n)
     labels = (rng.random(n) < metrics.probabilities(truth)).astype(np.uint8)
-    chosen = rng.random(n) < share
-    logits = {"deepfm": truth + rng.normal(0, 0.3, n), "river_ftrl": (truth + rng.normal(0, 1, n))[chosen]}
-    return Scored(
-        start + step * np.arange(n), labels, metrics.probabilities(truth), logits, {"deepfm": np.ones(n, bool), "river_ftrl": chosen}
-    )
+    logits = {model: truth + rng.normal(0, noise, n) for model, noise in zip(MODELS, (0.3, 0.6, 1.0), strict=True)}
+    return Stream(start + step * np.arange(n), labels, metrics.probabilities(truth), logits, rng.random(n) < share)
 
 
 def test_auc_and_logloss_agree_with_scikit_learn_within_the_stated_bound():
     for seed in range(5):
-        data = scored(seed=seed)
+        data = stream(seed=seed)
         score = Score()
         score.add(data.logits["deepfm"], data.labels)
         summary = score.summary()
@@ -68,18 +85,26 @@ def test_extreme_logits_stay_finite():
 
 
 def test_scores_of_parts_add_up_to_the_score_of_the_whole():
-    data = scored()
-    whole, left, right = Score(), Score(), Score()
-    whole.add(data.logits["deepfm"], data.labels)
-    left.add(data.logits["deepfm"][:1234], data.labels[:1234])
-    right.add(data.logits["deepfm"][1234:], data.labels[1234:])
+    data = stream()
+    whole, left, right = Tally(MODELS), Tally(MODELS), Tally(MODELS)
+    whole.add(data[:])
+    left.add(data[:1234])
+    right.add(data[1234:])
     left.merge(right)
-    assert np.array_equal(left.histogram, whole.histogram)
-    assert np.allclose(left.sums, whole.sums)
+    for name, array in whole.arrays().items():
+        assert np.allclose(left.arrays()[name], array, rtol=1e-12), name
+    assert whole.arrays()["histogram"].sum() == 2 * 5000 + data.chosen.sum()
 
 
-def whole_run(*, sizes: list[int], n: int) -> tuple[WholeRun, Scored]:
-    data = scored(n)
+def test_a_run_of_a_batch_is_that_run():
+    data, whole = stream(700), stream(700)[:]
+    for rows in (slice(0, 700), slice(3, 50), slice(690, 700)):
+        for name in ("time", "loss", "probability", "bin", "best_loss"):
+            assert np.array_equal(getattr(whole[rows], name), getattr(data[rows], name)), name
+
+
+def whole_run(*, sizes: list[int], n: int) -> tuple[WholeRun, Stream]:
+    data = stream(n)
     run = WholeRun(MODELS)
     done = 0
     for size in (*sizes, n):
@@ -95,22 +120,33 @@ def test_the_whole_run_and_its_tail_are_what_a_list_of_all_examples_says():
     summary = run.summary()
     assert run.count == 300_000
     assert run.length > 64
-    chosen = data.chosen["river_ftrl"]
-    assert summary["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"].mean(), rel=1e-12)
+    chosen = data.chosen
+    for model in ("deepfm", "ftrl"):
+        assert summary["models"][model]["logloss"] == pytest.approx(data.loss(model).mean(), rel=1e-12)
     assert summary["models"]["river_ftrl"]["count"] == chosen.sum()
-    assert summary["best_possible_logloss"] == pytest.approx(log_loss(data.labels, data.true_probability), rel=1e-9)
+    assert summary["best_possible_logloss"] == pytest.approx(log_loss(data.labels, data.truth), rel=1e-9)
     assert summary["constant_logloss"] == pytest.approx(metrics.entropy(data.labels.mean()))
     half = run.summary(last=0.5)
     start = half["from_example"]
     assert abs(start - 150_000) <= run.length / 2
-    assert half["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"][start:].mean(), rel=1e-12)
-    difference = (data.loss["deepfm"][chosen] - data.loss["river_ftrl"])[chosen[:start].sum() :]
-    paired = half["paired"]
-    assert paired["logloss_difference"] == pytest.approx(difference.mean(), rel=1e-9)
-    assert paired["count"] == chosen[start:].sum()
-    error = difference.std() / np.sqrt(len(difference))
-    assert paired["high"] - paired["low"] == pytest.approx(2 * 1.96 * error, rel=0.35)
-    assert paired["low"] < paired["logloss_difference"] < paired["high"] < 0
+    assert half["models"]["deepfm"]["logloss"] == pytest.approx(data.loss("deepfm")[start:].mean(), rel=1e-12)
+    assert half["pairs"].keys() == {"ftrl", "river_ftrl"}
+    assert half["paired"] == {"models": ["deepfm", "river_ftrl"], **half["pairs"]["river_ftrl"]}
+    for model, both in (("ftrl", np.ones(len(chosen), bool)), ("river_ftrl", chosen)):
+        difference = (data.loss("deepfm") - data.loss(model))[start:][both[start:]]
+        pair = half["pairs"][model]
+        assert pair["logloss_difference"] == pytest.approx(difference.mean(), rel=1e-9)
+        assert pair["count"] == both[start:].sum()
+        error = difference.std() / np.sqrt(len(difference))
+        assert pair["high"] - pair["low"] == pytest.approx(2 * 1.96 * error, rel=0.35)
+        assert pair["low"] < pair["logloss_difference"] < pair["high"] < 0
+
+
+def test_models_that_are_alone_are_compared_with_nobody():
+    run, batch = WholeRun(["deepfm"]), stream(500)
+    run.add(Scored(batch.time, batch.labels, batch.truth, {"deepfm": batch.logits["deepfm"]}, {}))
+    summary = run.summary()
+    assert (summary["paired"]["models"], summary["paired"]["logloss_difference"], summary["pairs"]) == (["deepfm"], None, {})
 
 
 def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
@@ -130,7 +166,7 @@ def test_few_blocks_give_no_interval():
 
 
 def test_windows_are_of_the_impressions_event_time_provisional_until_closed_and_reported_once():
-    data = scored(1000, start=0, step=100)  # 0 to 99.9 s
+    data = stream(1000, start=0, step=100)  # 0 to 99.9 s
     windows = Windows(MODELS, window_ms=10_000, rolling=3)
     windows.add(data[0:350])
     assert windows.rolling_summary()["provisional"] is True
@@ -138,7 +174,8 @@ def test_windows_are_of_the_impressions_event_time_provisional_until_closed_and_
     assert [(w["start_ms"], w["end_ms"], w["provisional"]) for w in final] == [
         (0, 10_000, False), (10_000, 20_000, False), (20_000, 30_000, False),
     ]  # fmt: skip
-    assert final[1]["models"]["deepfm"]["logloss"] == pytest.approx(data.loss["deepfm"][100:200].mean())
+    assert final[1]["models"]["deepfm"]["logloss"] == pytest.approx(data.loss("deepfm")[100:200].mean())
+    assert final[1]["pairs"]["ftrl"]["count"] == 100
     assert windows.close(before_ms=35_000) == []
     windows.add(data[350:1000])
     rolling = windows.rolling_summary()
@@ -146,23 +183,26 @@ def test_windows_are_of_the_impressions_event_time_provisional_until_closed_and_
     assert rolling["models"]["deepfm"]["count"] == 300
     assert len(windows.close(before_ms=100_000)) == 7
     for start in range(100_000, 10_000_000, 100_000):  # memory does not grow with the stream
-        windows.add(scored(100, start=start, step=1000))
+        windows.add(stream(100, start=start, step=1000)[:])
         windows.close(before_ms=start + 99_000)
     assert len(windows.tallies) <= 14
     assert len(windows.panes) <= 14 * 20
 
 
 def test_windows_and_the_whole_run_go_on_from_their_state():
-    data = scored(3000, step=37)
+    data = stream(3000, step=37)
     straight = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
     resumed = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
     for part in straight:
-        part.add(data)
+        part.add(data[:])
     for part in resumed:
         part.add(data[0:1700])
     fresh = (WholeRun(MODELS), Windows(MODELS, window_ms=10_000, rolling=2))
     for part, old in zip(fresh, resumed, strict=True):
         part.load_state_dict(old.state_dict())
         part.add(data[1700:3000])
-    assert fresh[0].summary()["models"]["deepfm"]["auc"] == straight[0].summary()["models"]["deepfm"]["auc"]
-    assert fresh[1].rolling_summary()["models"]["river_ftrl"]["count"] == straight[1].rolling_summary()["models"]["river_ftrl"]["count"]
+    for part, other in zip(fresh, straight, strict=True):
+        state = other.state_dict()
+        for name, array in part.state_dict().items():
+            assert np.allclose(array, state[name], rtol=1e-12), name
+    assert resumed[0].count == 1700, "what was loaded is a copy"

@@ -140,7 +140,7 @@ def final_state(directory: Path) -> dict[str, dict[str, np.ndarray]]:
 
 def assert_equal_states(one: Path, other: Path) -> None:
     a, b = final_state(one), final_state(other)
-    for stem in ("model", "optimizer", "baseline", "metrics", "joiner"):
+    for stem in ("model", "optimizer", "ftrl", "baseline", "metrics", "joiner"):
         assert a[stem].keys() == b[stem].keys(), stem
         for name in a[stem]:
             assert np.array_equal(a[stem][name], b[stem][name]), f"{stem} {name}"
@@ -187,7 +187,10 @@ def test_the_last_report_says_what_happened_to_every_event(tmp_path, stream):
     joined = report["models"]["deepfm"]["ctr"] * 6000
     assert joined == pytest.approx(counters["clicks_joined"])
     assert report["click_coverage"] == pytest.approx(counters["clicks_joined"] / counters["clicks"], abs=1e-3)
-    for model in ("deepfm", "river_ftrl"):
+    assert report["models"].keys() == {"deepfm", "ftrl", "river_ftrl"}
+    assert report["paired"] == {"models": ["deepfm", "river_ftrl"], **report["pairs"]["river_ftrl"]}
+    assert report["pairs"]["ftrl"]["count"] == 6000
+    for model in report["models"]:
         assert report["models"][model]["count"] == 6000
         assert report["last_half"][model]["count"] == report["last_half"]["deepfm"]["count"]
     assert report["best_possible_logloss"] < report["constant_logloss"]
