@@ -128,6 +128,8 @@ class Input(Section):
     """A second topic, for producers that keep clicks apart. Empty: one topic holds both."""
     bootstrap_servers: str = ""
     """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092. A login is not part of it (see sasl.username)."""
+    client: Literal["kafka-python", "confluent"] = "kafka-python"
+    """What reads from Kafka: confluent is faster, and needs stream-ctr[confluent]. Either goes on where the other one was."""
     group: str = "stream-ctr"
     """Consumer group of the advisory offset commits that lag tools read."""
     max_record_bytes: int = key(1 << 20, ge=1)
@@ -225,7 +227,7 @@ class Learn(Section):
 
 
 class Ftrl(Section):
-    """FTRL-Proximal as published, on every impression beside the network. Rates: see `ftrl`."""
+    """FTRL-Proximal as published, on every impression beside the network."""
 
     enabled: bool = True
     alpha: float = key(0.1, gt=0)

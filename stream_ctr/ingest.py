@@ -326,5 +326,7 @@ def _places(records: RecordColumns, rows: npt.NDArray[np.int64], within: npt.NDA
 
 
 def _rejected(records: RecordColumns, rejects: Rejects) -> Rejected:
-    own = [value if value is not None else records.value[row].as_py() for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)]
+    own = [
+        value if value is not None else records.value[row].as_py() for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)
+    ]
     return Rejected(records.partition[rejects.row], records.offset[rejects.row], own, rejects.reason, rejects.message)

@@ -346,9 +346,7 @@ def _unstack(models: Sequence[str], state: Mapping[str, npt.NDArray[np.generic]]
     return tallies
 
 
-def _measured(
-    logits: Floats, labels: npt.NDArray[np.uint8], chosen: npt.NDArray[np.bool_]
-) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
+def _measured(logits: Floats, labels: npt.NDArray[np.uint8], chosen: npt.NDArray[np.bool_]) -> tuple[Floats, Floats, npt.NDArray[np.int32]]:
     """Of `logits` [M, n]: loss, probability, and the place in the histogram or -1 where not `chosen`; each [M, n]."""
     e = np.exp(-np.abs(logits))  # numpy's exponential and logarithm have vector instructions, a compiled loop has not
     loss, probability, place = np.log1p(e), e, np.empty(logits.shape, np.int32)

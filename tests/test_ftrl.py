@@ -10,8 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from river import linear_model, optim
+from test_logs import OBD, shared_data
 
+from stream_ctr.events import Decoder
+from stream_ctr.features import Hasher, hash_ids
 from stream_ctr.ftrl import FTRL, RiverSemantics
+from stream_ctr.logs import open_log
+from stream_ctr.metrics import probabilities
 
 INTERCEPT = -1
 
@@ -103,21 +108,47 @@ def test_it_is_algorithm_1_also_where_fields_share_a_row(l1, l2):
     assert state["intercept"] == pytest.approx([literal.z[INTERCEPT], literal.n[INTERCEPT]], rel=1e-9)
 
 
-@pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.3, 0.5)])
-def test_with_rivers_semantics_it_is_river_to_nine_digits_over_ten_thousand_events(l1, l2):
-    ids, labels, values = stream(10_000, rows=500)
-    river = linear_model.LogisticRegression(optimizer=optim.FTRLProximal(alpha=0.5, l1=l1, l2=l2), intercept_lr=0.02)
+def by_river(ids: np.ndarray, labels: np.ndarray, scales: np.ndarray, **options: float) -> list[float]:
+    """Probabilities from before each update."""
+    river = linear_model.LogisticRegression(optimizer=optim.FTRLProximal(**options), intercept_lr=0.02)
     expected = []
-    for row, scale, label in zip(ids.tolist(), scales(ids, values).tolist(), labels.tolist(), strict=True):
+    for row, scale, label in zip(ids.tolist(), scales.tolist(), labels.tolist(), strict=True):
         x = dict(zip(row, scale, strict=True))
         expected.append(river.predict_proba_one(x)[True])
         river.learn_one(x, label)
-    model = RiverSemantics(table_bits=9, value_fields=(0, 3), alpha=0.5, l1=l1, l2=l2, intercept_learning_rate=0.02)
-    probabilities = 1 / (1 + np.exp(-model.learn(ids, labels, values)))
-    assert np.abs(probabilities - expected).max() < 1e-9
+    return expected
+
+
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.3, 0.5)])
+def test_with_rivers_semantics_it_is_river_to_nine_digits_over_ten_thousand_events(l1, l2):
+    ids, labels, values = stream(10_000, rows=500)
+    options = {"alpha": 0.5, "l1": l1, "l2": l2}
+    expected = by_river(ids, labels, scales(ids, values), **options)
+    model = RiverSemantics(table_bits=9, value_fields=(0, 3), intercept_learning_rate=0.02, **options)
+    assert np.abs(probabilities(model.learn(ids, labels, values)) - expected).max() < 1e-9
     assert np.std(expected) > 0.1, "or there is nothing to compare"
-    exact = FTRL(table_bits=9, value_fields=(0, 3), alpha=0.5, l1=l1, l2=l2).learn(ids, labels, values)
-    assert np.abs(1 / (1 + np.exp(-exact)) - expected).max() > 0.01, "the deviations are to be seen"
+    exact = FTRL(table_bits=9, value_fields=(0, 3), **options).learn(ids, labels, values)
+    assert np.abs(probabilities(exact) - expected).max() > 0.01, "the deviations are to be seen"
+
+
+@pytest.mark.parametrize(
+    "path", [OBD, "obd/impressions.csv", "criteo/train.csv", "avazu/train.csv"], ids=["obd, a part", "obd", "criteo", "avazu"]
+)
+def test_with_rivers_semantics_it_is_river_on_the_first_ten_thousand_impressions_of_real_logs(path):
+    log = open_log(path if path is OBD else shared_data(path))
+    assert log.fields
+    decoder, hasher = Decoder(log.fields), Hasher(log.fields, table_bits=20)
+    shown, clicked = [], []
+    for batch in log.batches():
+        events, _ = decoder.decode(batch.value)
+        shown.append((hash_ids(events.impressions.impression_id), hasher.rows(events.impressions.features)[0]))
+        clicked.append(hash_ids(events.clicks.impression_id))
+    keys, ids = (np.concatenate(arrays)[:10_000] for arrays in zip(*shown, strict=True))
+    labels = np.isin(keys, np.concatenate(clicked)).astype(np.uint8)
+    assert labels.any()
+    expected = by_river(ids, labels, np.ones(ids.shape), alpha=0.05, l2=1.0)
+    logits = RiverSemantics(table_bits=20, intercept_learning_rate=0.02).learn(ids, labels)
+    assert np.abs(probabilities(logits) - expected).max() < 1e-9
 
 
 @settings(max_examples=60, deadline=None)

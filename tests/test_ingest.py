@@ -222,7 +222,9 @@ def test_what_is_read_ahead_is_what_is_read_when_asked(sizes, most_records, most
         assert list(map(told, everything(ahead))) == list(map(told, asked))
 
 
-@pytest.mark.parametrize(("bound", "polls_ahead"), [({"most_records": 25}, 3), ({"most_records": 1}, 1), ({"most_records": 10**9, "most_bytes": 1}, 1)])
+@pytest.mark.parametrize(
+    ("bound", "polls_ahead"), [({"most_records": 25}, 3), ({"most_records": 1}, 1), ({"most_records": 10**9, "most_bytes": 1}, 1)]
+)
 def test_the_reader_is_ahead_by_one_poll_over_the_bound_and_no_more(bound, polls_ahead):
     source = Polls(*[[impression(n) for n in range(10)]] * 50)
     with ReadAhead(ingest(source), **bound) as ahead:
