@@ -21,12 +21,13 @@ What it takes of the client's insides stands in `kafka_inside`, why a broker let
 
 from __future__ import annotations
 
+import gzip
+import io
 import itertools
 import logging
 import sys
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -72,7 +73,8 @@ from connectors.errors import (
 )
 from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
-from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns
+from connectors.kafka_topics import KnownTopics, what_is_lost
+from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch
 from connectors.records import Records
 
 __all__ = [
@@ -317,7 +319,7 @@ class KafkaSource:
         error = failed.error
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
             self._recover_position(error)
-        elif failed.partition is not None and not isinstance(error, TopicAuthorizationFailedError):
+        elif failed.partition is not None and not isinstance(error, TopicAuthorizationFailedError | MemoryError):
             self._recover_damage(failed.partition, failed.offset, error)
         elif isinstance(error, KafkaError):
             raise KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}") from error
@@ -358,16 +360,7 @@ class KafkaSource:
 
     def _what_is_lost(self, wanted: npt.NDArray[np.int64]) -> list[str]:
         """Why partitions cannot be read on at the wanted offsets [P], in words."""
-        beginning, ends = self.beginning(), self.ends()
-        lost = []
-        for index, ((topic, partition), offset) in enumerate(zip(self.partitions, wanted.tolist(), strict=True)):
-            where = f"partition {partition} of topic {topic!r}"
-            if offset < beginning[index]:
-                gone = beginning[index] - offset
-                lost.append(f"{where} begins at offset {beginning[index]}, but {offset} comes next: {gone} were deleted")
-            elif offset > ends[index]:
-                lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
-        return lost
+        return what_is_lost(self.partitions, wanted.tolist(), self.beginning(), self.ends())
 
 
 class _Topics:
@@ -379,12 +372,12 @@ class _Topics:
         self._check_seconds = check_seconds
         self._looked = time.monotonic()
         self._told_at = inside.topics_asked_at(consumer)
-        self._missing_since: dict[str, float] = {}
-        self._before = inside.topics(consumer, self._names)
+        # A broker that has just started may not know a topic yet.
+        self._known = KnownTopics(inside.topics(consumer, self._names), missing_seconds=ANSWER_SECONDS)
 
     @property
     def ids(self) -> dict[str, str | None]:
-        return {name: id_ for name, (id_, _) in self._before.items()}
+        return self._known.ids
 
     def look(self, *, wait: bool = False) -> None:
         """Compare, when the brokers have told anything new; `wait` until they do. Silence of theirs says nothing."""
@@ -396,23 +389,7 @@ class _Topics:
             time.sleep(0.02)
         if self._told_at != inside.topics_asked_at(self._consumer):
             self._told_at = inside.topics_asked_at(self._consumer)
-            self._compare(inside.topics(self._consumer, self._names), now)
-
-    def _compare(self, told: Mapping[str, tuple[str | None, frozenset[int]]], now: float) -> None:
-        for name, (id_, partitions) in self._before.items():
-            if name not in told:
-                # A broker that has just started may not know it yet.
-                if now - self._missing_since.setdefault(name, now) > ANSWER_SECONDS:
-                    raise TopicChanged(f"topic {name!r} was deleted while it was read")
-                continue
-            self._missing_since.pop(name, None)
-            id_now, partitions_now = told[name]
-            if id_ and id_now and id_ != id_now:
-                raise TopicChanged(f"topic {name!r} was deleted and created again: its id was {id_} and is {id_now}")
-            if added := sorted(partitions_now - partitions):
-                listed = ", ".join(map(str, added))
-                were = f"partition {listed} was" if len(added) == 1 else f"partitions {listed} were"
-                raise TopicChanged(f"{were} added to topic {name!r}, which had {len(partitions)}")
+            self._known.compare(inside.topics(self._consumer, self._names), now=now)
 
 
 class KafkaSink:
@@ -700,7 +677,7 @@ _CONSUMER_RULES: dict[str, object] = {
 def _check_codecs() -> None:
     present = {
         "crc32c": kafka.record.util.crc32c_c is not None,
-        "lz4": kafka.codec.has_lz4(),
+        "lz4": kafka.codec.lz4 is not None,  # others that the client knows have no bounds
         "snappy": kafka.codec.has_snappy(),
         "zstd": kafka.codec.has_zstd(),
     }
@@ -719,10 +696,6 @@ def _open_consumer(client: Mapping[str, object], **ours: object) -> Any:
     return consumer
 
 
-def _expands_too_far() -> CorruptRecordError:
-    return CorruptRecordError(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
-
-
 def _within_bounds(pieces_of: Callable[[Any], Iterator[bytes]]) -> Callable[[Any], bytes]:
     # A codec expands a batch as far as it goes: a megabyte of zstd is up to 30 GB, of gzip 1 GB, of lz4 255 MB.
     def expand(payload: Any) -> bytes:
@@ -737,6 +710,10 @@ def _within_bounds(pieces_of: Callable[[Any], Iterator[bytes]]) -> Callable[[Any
     return expand
 
 
+def _expands_too_far() -> CorruptRecordError:
+    return CorruptRecordError(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
+
+
 @_within_bounds
 def _zstd_decode(payload: Any) -> Iterator[bytes]:
     with kafka.codec.zstd.ZstdDecompressor().stream_reader(payload, read_across_frames=True) as reader:
@@ -745,25 +722,21 @@ def _zstd_decode(payload: Any) -> Iterator[bytes]:
 
 @_within_bounds
 def _gzip_decode(payload: Any) -> Iterator[bytes]:
-    while len(payload):
-        member = zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
-        while not member.eof:
-            piece = member.decompress(payload, _PIECE_BYTES)
-            payload = member.unconsumed_tail
-            if not piece and not payload and not member.eof:
-                raise EOFError("gzip is cut")
-            yield piece
-        payload = member.unused_data
+    with gzip.GzipFile(fileobj=io.BytesIO(payload)) as reader:
+        yield from iter(lambda: reader.read(_PIECE_BYTES), b"")
 
 
 @_within_bounds
 def _lz4_decode(payload: Any) -> Iterator[bytes]:
-    frame = kafka.codec.lz4.LZ4FrameDecompressor()
-    yield frame.decompress(payload, max_length=_PIECE_BYTES)
-    while not frame.eof:
-        if frame.needs_input:
+    # Its class for files copies what is left of the payload for every piece.
+    context = kafka.codec.lz4.create_decompression_context()
+    rest, ended = memoryview(payload), False
+    while not ended:
+        piece, read, ended = kafka.codec.lz4.decompress_chunk(context, rest, max_length=_PIECE_BYTES)
+        if not piece and not read:
             raise EOFError("lz4 is cut")
-        yield frame.decompress(b"", max_length=_PIECE_BYTES)
+        yield piece
+        rest = rest[read:]
 
 
 @_within_bounds
@@ -781,7 +754,11 @@ def _snappy_decode(payload: Any) -> Iterator[bytes]:
 
 
 def _snappy_block(block: Any) -> bytes:
-    size = sum((byte & 0x7F) << (7 * place) for place, byte in zip(range(5), block, strict=False) if all(b > 127 for b in block[:place]))
+    size = 0  # of what it expands to: seven bits a byte, the lowest first, the last byte without the eighth
+    for place, byte in enumerate(block[:5]):
+        size |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            break
     if size > MAX_BATCH_BYTES:
         raise _expands_too_far()
     expanded: bytes = kafka.codec.snappy.decompress(block)
@@ -899,7 +876,7 @@ def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
 
 
 def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, KafkaError) else f"{type(error).__name__}: {error}"
+    return str(error) if isinstance(error, KafkaError | DamagedBatch) else f"{type(error).__name__}: {error}"
 
 
 def _names(assigned: Sequence[TopicPartition]) -> str:

@@ -168,6 +168,7 @@ class StoredBatches:
     def __init__(self, stored: bytes, position: int, *, aborted: Iterable[tuple[int, int]] = (), codecs: Codecs) -> None:
         self.position = position  # the next offset, after what was taken
         self.leader_epoch = -1  # of the batch that was read last
+        self._asked_for = position
         self._stored = memoryview(stored).toreadonly()
         self._at = 0
         self._aborted = deque(sorted(aborted))
@@ -208,15 +209,16 @@ class StoredBatches:
         """The next batch with records that are for readers; the position moves past those before it."""
         while (end := self._next_end()) is not None:
             header = self._header(end)
-            body = self._expanded(header, self._stored[self._at + _HEADER.size : end])
-            wanted = header.records > 0 and not self._is_for_nobody(header, body)
-            if wanted:
-                _raise_damage(header, _check(body, header.records, header.last_offset_delta))
-            self._at = end
-            self.leader_epoch = header.leader_epoch
-            if wanted:
-                return _OpenBatch(header, body)
-            self.position = header.last_offset + 1
+            payload = self._stored[self._at + _HEADER.size : end]
+            wanted = not self._is_for_nobody(header, payload) and header.records > 0 and header.last_offset >= self.position
+            batch = _OpenBatch(header, self._expanded(header, payload)) if wanted else None
+            self._at, self.leader_epoch = end, header.leader_epoch
+            if batch:
+                return batch
+            self.position = max(self.position, header.last_offset + 1)
+        if self._at and self.position == self._asked_for:
+            # To ask again would yield the same for good.
+            raise DamagedBatch(f"offset {self.position} was asked for, and there are only batches that end before it")
         return None
 
     def _next_end(self) -> int | None:
@@ -238,35 +240,41 @@ class StoredBatches:
             raise DamagedBatch(f"the batch at offset {self.position} has format {header.format}, which is not known")
         if self._codecs.crc32c(stored[at + _CHECKSUM_COVERS_FROM : end]) != header.checksum:
             raise DamagedBatch(f"the batch at offset {header.base_offset} failed crc check")
-        if header.last_offset_delta < 0 or not self.position <= header.last_offset < _GREATEST:
-            raise DamagedBatch(f"the batch at offset {header.base_offset} ends at {header.last_offset}, but {self.position} comes next")
+        if header.records < 0 or header.last_offset_delta < 0 or header.last_offset >= _GREATEST:
+            raise DamagedBatch(f"the batch at offset {header.base_offset} says that it ends before it begins, or has no end")
         return header
 
     def _expanded(self, header: BatchHeader, payload: memoryview) -> Bytes:
         codec = header.attributes & _CODEC
-        if not codec or not header.records:
+        if not codec:
             return np.frombuffer(payload, np.uint8)
+        if codec not in self._codecs.expand:
+            raise DamagedBatch(f"the batch at offset {header.base_offset} is compressed in a way that is not known: {codec}")
         try:
             return np.frombuffer(self._codecs.expand[codec](payload), np.uint8)
+        except MemoryError:
+            raise
         except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
             raise DamagedBatch(f"the batch at offset {header.base_offset} cannot be decompressed: {error!r}") from error
 
-    def _is_for_nobody(self, header: BatchHeader, body: Bytes) -> bool:
+    def _is_for_nobody(self, header: BatchHeader, payload: memoryview) -> bool:
         """Whether it tells how a transaction ended, or belongs to one that was aborted."""
         control = bool(header.attributes & _CONTROL)
         if header.producer_id < 0:
             return control
         while self._aborted and self._aborted[0][0] <= header.last_offset:
             self._aborted_producers.add(self._aborted.popleft()[1])
-        if control and _is_abort_marker(header, body):
+        if control and header.records and _is_abort_marker(header, self._expanded(header, payload)):
             self._aborted_producers.discard(header.producer_id)
         return control or bool(header.attributes & _TRANSACTIONAL and header.producer_id in self._aborted_producers)
 
 
 class _OpenBatch:
-    """A batch whose records are being taken."""
+    """A batch whose records are being taken. Raises `DamagedBatch` at once when one of them is not whole."""
 
     def __init__(self, header: BatchHeader, body: Bytes) -> None:
+        if damage := _DAMAGE[_check(body, header.records, header.last_offset_delta)]:
+            raise DamagedBatch(f"the batch at offset {header.base_offset} {damage}")
         self.header = header
         self._body = body
         self._at = 0
@@ -289,102 +297,96 @@ class _OpenBatch:
 
 
 def _is_abort_marker(header: BatchHeader, body: Bytes) -> bool:
-    if header.records < 1:
-        return False
-    at, length = _first_key(body)
-    if at < 0 or length < _MARKER.size:
+    record = Record(*_record(body, 0))
+    if record.after < 0 or record.key_size < _MARKER.size:
         raise DamagedBatch(f"the batch at offset {header.base_offset} has a malformed marker of a transaction")
-    return bool(_MARKER.unpack_from(body.data, at)[1] == 0)
+    return bool(_MARKER.unpack_from(body.data, record.key_at)[1] == 0)
+
+
+class Record(NamedTuple):
+    """Where a record's parts are in the body of its batch."""
+
+    after: int  # the place after it; -1 when it is malformed
+    offset_delta: int
+    time_delta: int
+    key_at: int
+    key_size: int  # less than zero: null, as the value's
+    value_at: int
+    value_size: int
 
 
 _WHOLE, _MALFORMED, _NOT_IN_ORDER, _LEFT_OVER = range(4)
 _DAMAGE = {
+    _WHOLE: "",
     _MALFORMED: "has a malformed record, or fewer than it says",
     _NOT_IN_ORDER: "has records that are not in order, or not within it",
     _LEFT_OVER: "has more bytes than records",
 }
 
 
-def _raise_damage(header: BatchHeader, found: int) -> None:
-    if found != _WHOLE:
-        raise DamagedBatch(f"the batch at offset {header.base_offset} {_DAMAGE[found]}")
-
-
-# A place in the body is -1 from the first thing on that does not fit; every read is checked against the end.
+# Nothing checks an index in compiled code: so a place is looked at only where it lies before an end, and what would go beyond the end is
+# put one after it, where it stays. With flags and places that are -1, the same takes 90 ns a record instead of 17.
 
 
 @numba.njit(cache=True, nogil=True)
 def _varint(body, at, end):  # type: ignore[no-untyped-def]
     """(the zigzag number, the place after it)."""
-    bits = np.uint64(0)
-    for shift in range(0, 70, 7):
-        if at < 0 or at >= end:
-            return np.int64(0), -1
-        byte = np.uint64(body[at])
+    bits, shift, byte = np.int64(0), 0, np.int64(0x80)
+    while byte >= 0x80:
+        if at >= end or shift > 63:
+            return np.int64(0), end + 1
+        byte = np.int64(body[at])
+        bits |= (byte & 0x7F) << shift
+        shift += 7
         at += 1
-        if shift == 63 and byte > np.uint64(1):
-            return np.int64(0), -1
-        bits |= (byte & np.uint64(0x7F)) << np.uint64(shift)
-        if byte < np.uint64(0x80):
-            return np.int64(bits >> np.uint64(1)) ^ -np.int64(bits & np.uint64(1)), at
-    return np.int64(0), -1
+    return ((bits >> 1) & _GREATEST) ^ -(bits & 1), at
 
 
 @numba.njit(cache=True, nogil=True)
 def _skip(at, size, end):  # type: ignore[no-untyped-def]
-    if at < 0 or size > end - at:
-        return -1
-    return at + max(size, 0)  # less than none is a null
+    if size <= 0:  # less than none is a null
+        return at
+    return end + 1 if size > end - at else at + size
 
 
 @numba.njit(cache=True, nogil=True)
 def _record(body, at):  # type: ignore[no-untyped-def]
-    """(the place after the record at this one, its offset's and time's distances, the place of its value, the value's size)."""
+    """The fields of a `Record`, of the one at this place."""
     size, at = _varint(body, at, len(body))
-    end = _skip(at, size, len(body))
-    at = _skip(at, 1, end)  # its attributes, which mean nothing yet
+    if size < 1 or size > len(body) - at:
+        return -1, 0, 0, 0, 0, 0, 0
+    end = at + size
+    at += 1  # its attributes, which mean nothing yet
     time_delta, at = _varint(body, at, end)
     offset_delta, at = _varint(body, at, end)
-    key_size, at = _varint(body, at, end)
-    at = _skip(at, key_size, end)
+    key_size, key_at = _varint(body, at, end)
+    at = _skip(key_at, key_size, end)
     value_size, value_at = _varint(body, at, end)
     at = _skip(value_at, value_size, end)
     headers, at = _varint(body, at, end)
-    if headers < 0:
-        at = -1
+    well = headers >= 0
     for _ in range(headers):
         name_size, at = _varint(body, at, end)
-        at = _skip(at, name_size, end) if name_size >= 0 else -1
+        well = well and name_size >= 0
+        at = _skip(at, name_size, end)
         header_size, at = _varint(body, at, end)
         at = _skip(at, header_size, end)
-        if at < 0:
+        if at > end:
             break
-    return (at if at == end and size > 0 else -1), offset_delta, time_delta, value_at, value_size
+    return (at if well and at == end else -1), offset_delta, time_delta, key_at, key_size, value_at, value_size
 
 
 @numba.njit(cache=True, nogil=True)
 def _check(body, count, last_offset_delta):  # type: ignore[no-untyped-def]
     at, before = 0, -1
     for _ in range(count):
-        at, offset_delta, _time, _value_at, _size = _record(body, at)
+        at, offset_delta, _time, _key_at, _key_size, _value_at, _value_size = _record(body, at)
         if at < 0:
             return _MALFORMED
         if offset_delta <= before or offset_delta > last_offset_delta:
             return _NOT_IN_ORDER
         before = offset_delta
     return _WHOLE if at == len(body) else _LEFT_OVER
-
-
-@numba.njit(cache=True, nogil=True)
-def _first_key(body):  # type: ignore[no-untyped-def]
-    """(its place, its size) in the first record."""
-    size, at = _varint(body, 0, len(body))
-    end = _skip(at, size, len(body))
-    at = _skip(at, 1, end)
-    _time, at = _varint(body, at, end)
-    _offset, at = _varint(body, at, end)
-    key_size, at = _varint(body, at, end)
-    return (at if _skip(at, key_size, end) >= 0 else -1), key_size
 
 
 @numba.njit(cache=True, nogil=True)
@@ -400,7 +402,7 @@ def _append(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(the place after the last record that was appended, how many records there are now); there must have been a check before."""
     while at < len(body) and index < limit and ends[index] < full_bytes:
-        after, offset_delta, time_delta, value_at, value_size = _record(body, at)
+        after, offset_delta, time_delta, _key_at, _key_size, value_at, value_size = _record(body, at)
         if base + offset_delta >= position:
             used, size = ends[index], min(max(value_size, 0), most_value_bytes)
             if size > len(data) - used:
