@@ -53,15 +53,16 @@ class FlatAdam:
         edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
         return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
 
-    def step(self, gradients: Tensor, steps: Tensor, piece: slice) -> None:
-        """One step on a piece with the sum of `gradients` [parts, P], in the order of the parts. `steps` is how many there were before."""
+    def step(self, gradients: Tensor, steps: Tensor, piece: slice, *, skip: Tensor | None = None) -> None:
+        """One step on a piece with the sum of `gradients` [parts, P], in the order of the parts. `steps` is how many there were before.
+        When `skip`, on the device like the rest, is 1.0 it changes nothing."""
         gradient = gradients[0, piece]
         for part in gradients[1:]:
             gradient.add_(part[piece])
         adam(
             [self.vector[piece]], [gradient], [self.moments[0][piece]], [self.moments[1][piece]], [], [steps],
             lr=self.learning_rate, weight_decay=self._weight_decay, beta1=BETA1, beta2=BETA2, eps=EPSILON,
-            fused=True, amsgrad=False, maximize=False,
+            fused=True, found_inf=skip, amsgrad=False, maximize=False,
         )  # fmt: skip
         if self.low is not None:
             self.low[piece].copy_(self.vector[piece])

@@ -30,10 +30,11 @@ from stream_ctr.table import Table
 Ids: TypeAlias = npt.NDArray[np.int32]
 Labels: TypeAlias = npt.NDArray[np.uint8]
 Values: TypeAlias = npt.NDArray[np.float32]
+Batch: TypeAlias = tuple[Ids, Labels, Values | None]
 _MOST_PARTS = 8
 _LEAST_ROWS = 256  # of a part: products of fewer rows take longer, by the example
 # A gradient beyond it is exploding: its square, and the sum of thousands of those, must stay a number in float32.
-_LARGEST_GRADIENT = 1e15
+LARGEST_GRADIENT = 1e15
 
 
 def parts_of(batch_size: int) -> list[slice]:
@@ -82,9 +83,9 @@ class CpuStep:
         self._gather = table_kernels.gather(k)
         self._update = table_kernels.update(k, adagrad=table.rates.adagrad)
 
-    def learn(self, ids: Ids, labels: Labels, values: Values | None, steps: int) -> Tensor | None:
+    def learn(self, ids: Ids, labels: Labels, values: Values | None, steps: int, following: Batch | None = None) -> Tensor | None:
         """One step; the logits [n] from before it. None, and nothing is learned, when one of them or a gradient is not finite, or the
-        gradient explodes."""
+        gradient explodes. What is `following` is of use on the GPU only."""
         n = len(ids)
         self._take(ids, values)
         self._labels[:n] = torch.from_numpy(labels)
@@ -159,7 +160,7 @@ class CpuStep:
             at += gradient.numel()
         finite = bool(self._logits[part.start : min(part.stop, n)].isfinite().all())
         size = torch.linalg.vector_norm(gradients) + torch.linalg.vector_norm(self._gw[part]) + torch.linalg.vector_norm(self._gv[part])
-        fine[index] = finite and float(size) * n <= _LARGEST_GRADIENT
+        fine[index] = finite and float(size) * n <= LARGEST_GRADIENT
 
     def _sort(self, n: int) -> None:
         places = n * self._ids.shape[1]

@@ -44,12 +44,14 @@ class Guard:
         self._last: tuple[Examples, Tensor] | None = None  # by which a snapshot shows that its last step did no harm
         self._last_step: list[str] = []  # what was wrong with the one before the snapshot that this run began with
 
-    def learn(self, batch: Examples) -> tuple[Examples, Tensor] | None:
-        """One step; the examples that were learned and their logits from before it. None: it was skipped.
+    def learn(self, batch: Examples, following: Examples | None = None) -> tuple[Examples, Tensor] | None:
+        """One step; the examples that were learned and their logits from before it. None: it was skipped. `following` is the next batch,
+        if it is known.
 
         Raises `DataError` when the model diverges again and again, or has nothing to go back to.
         """
-        logits = self._learner.learn(batch.ids, batch.label, batch.values)
+        then = (following.ids, following.label, following.values) if following is not None else None
+        logits = self._learner.learn(batch.ids, batch.label, batch.values, following=then)
         if logits is None:
             batch, logits = self._learn_what_is_finite(batch)
         if logits is None:

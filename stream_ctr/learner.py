@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from stream_ctr.adam import FlatAdam
-from stream_ctr.cpu_step import CpuStep
+from stream_ctr.cpu_step import Batch, CpuStep
 from stream_ctr.errors import ConfigError
+from stream_ctr.gpu_step import GpuStep
 from stream_ctr.models import MODELS
 from stream_ctr.table import Rates, Table, columns
 
@@ -97,19 +99,26 @@ class Learner:
             bits=table_bits, embedding_dim=embedding_dim, rates=rates, initial_scale=initial_scale, seed=seed, device=self.device
         )
         self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16")
-        self._step = CpuStep(
+        step = partial(CpuStep, threads=threads or os.cpu_count() or 1) if self.device.type == "cpu" else GpuStep
+        self._step = step(
             self.model, self.table, self.adam, fields=fields, value_fields=value_fields, batch_size=batch_size,
-            threads=threads or os.cpu_count() or 1, seed=seed, dropout=dropout > 0,
+            seed=seed, dropout=dropout > 0,
         )  # fmt: skip
 
     def learn(
-        self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None
+        self,
+        ids: npt.NDArray[np.int32],
+        labels: npt.NDArray[np.uint8],
+        values: npt.NDArray[np.float32] | None = None,
+        *,
+        following: Batch | None = None,
     ) -> Tensor | None:
         """One step on n <= batch_size examples; their logits [n] from before it (on the device).
 
-        None, and nothing is learned, when a logit or a gradient is not finite or the gradient is exploding.
+        None, and nothing is learned, when a logit or a gradient is not finite or the gradient is exploding. `following` are the ids, labels
+        and values of the next call, if they are known: a GPU has them on their way meanwhile.
         """
-        logits = self._step.learn(ids, labels, values, self.steps)
+        logits = self._step.learn(ids, labels, values, self.steps, following)
         if logits is not None:
             self.steps += 1
         return logits

@@ -330,9 +330,14 @@ class Trainer:
             batch, self._ready = self._ready[0][:size], [self._ready[0][size:]]
             yield batch
 
+    def _following(self) -> Examples | None:
+        """The batch that comes next, where it is whole."""
+        size = self.learner.batch_size
+        return self._ready[0][:size] if self._ready and len(self._ready[0]) >= size else None
+
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
-        if (learned := self._guard.learn(batch)) is None:
+        if (learned := self._guard.learn(batch, self._following())) is None:
             return
         batch, logits = learned
         self.ledger = self.ledger.add(batch.id_hash, batch.label)

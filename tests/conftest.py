@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from brokers import ApacheBroker, KafkaMissing, find_kafka
 from reliability import MATRIX, Outcome, Report
 
 from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the GPU's kernels then run on the CPU
 
 _SPOKEN_TO = pytest.StashKey[list[str]]()
 _REPORT = pytest.StashKey[Report]()

