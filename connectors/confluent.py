@@ -1,4 +1,4 @@
-"""Kafka as a source of records through librdkafka. The only file that imports its client, and optional: `pip install 'stream-ctr[confluent]'`.
+"""Kafka as a source of records through librdkafka. The only file that imports its client; optional (`pip install 'stream-ctr[confluent]'`).
 
 The client is confluent-kafka, because librdkafka fetches, verifies and unpacks in threads of its own that hold no lock of Python's. It
 hands out an object for each record; what is done with them here is mapped in C. It has traps too, which is why this file
@@ -32,14 +32,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from connectors.errors import KafkaFailure, KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
+from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
 from connectors.kafka_diagnosis import explain_silence, servers, topic_missing, warn_of_plaintext
+from connectors.kafka_options import librdkafka_options
 from connectors.kafka_topics import KnownTopics, Topics, what_is_lost
 from connectors.records import Records
 
 __all__ = ["ConfluentSource"]
 
 log = logging.getLogger(__name__)
+log_of_client = logging.getLogger("kafka.librdkafka")
 
 BOOTSTRAP_SECONDS = 5.0  # for the first answer of a broker
 ANSWER_SECONDS = 5.0  # for what is asked of a broker that answered before
@@ -51,8 +53,8 @@ Message = Any  # confluent_kafka.Message
 class ConfluentSource:
     """All partitions of the topics as columns, from the beginning unless told otherwise by `seek`: `KafkaSource` with another client.
 
-    `client` comes from `librdkafka_options`; the rest, and what every method does, is as there. Raises `KafkaOptionError` also when
-    confluent-kafka is not installed.
+    Its arguments, `client` too, and what every method does are as there. Raises `KafkaOptionError` also for options that librdkafka does
+    not take, and when confluent-kafka is not installed.
     """
 
     def __init__(
@@ -71,20 +73,21 @@ class ConfluentSource:
         self._max_record_bytes = max_record_bytes
         self._skip_lost = on_lost == "skip"
         self._group = group
-        self._most_records = int(str(client.get("max.poll.records", _POLL_RECORDS)))
-        self._cluster = _Cluster(self._library, client)
-        self.partitions = self._cluster.partitions(topics)
-        self._index = {partition: index for index, partition in enumerate(self.partitions)}
-        self._assigned = [self._library.TopicPartition(*partition) for partition in self.partitions]
+        self._most_records = int(str(client.get("max_poll_records", _POLL_RECORDS)))
         self._paused: frozenset[int] = frozenset()
         self._reading: frozenset[int] = frozenset()
         self._failed: Message | None = None
-        self._lost = np.zeros(len(self.partitions), np.int64)
-        self._highwater = np.zeros(len(self.partitions), np.int64)
-        self._answers = _Answers(self._index)
-        self._topics = _TopicWatch(self._cluster, topics, topic_check_seconds)
+        self._answers = _Answers()
+        asked_every = float(str(client.get("metadata_max_age_ms", np.inf))) / 1000
         self._consumer = self._open(client)
         try:
+            self._cluster = _Cluster(self._library, client)
+            self.partitions = self._cluster.partitions(topics)
+            self._index = {partition: index for index, partition in enumerate(self.partitions)}
+            self._assigned = [self._library.TopicPartition(*partition) for partition in self.partitions]
+            self._lost = np.zeros(len(self.partitions), np.int64)
+            self._highwater = np.zeros(len(self.partitions), np.int64)
+            self._topics = _TopicWatch(self._cluster, topics, min(topic_check_seconds, asked_every))
             self._position = self._recorded_end = self._offsets(self.ends())
             self._recorded_end = self._find_ends()
             self._position = self._offsets(self.beginning())
@@ -152,7 +155,7 @@ class ConfluentSource:
 
         A partition without a leader is silent too. What is not polled is not asked for.
         """
-        return self._answers.silent_seconds(~self._quiet())
+        return self._answers.silent_seconds([self.partitions[index] for index in np.flatnonzero(~self._quiet()).tolist()])
 
     def beginning(self) -> dict[int, int]:
         """The first offset that each partition's log still holds; asks the broker."""
@@ -199,7 +202,7 @@ class ConfluentSource:
 
     def _open(self, client: Mapping[str, object]) -> Any:
         callbacks = {"stats_cb": self._answers.note, "on_commit": self._committed, "error_cb": lambda error: None}
-        options = {**_DEFAULTS, **client, **_RULES, "group.id": self._group, **callbacks}
+        options = {**_DEFAULTS, **librdkafka_options(client), **_RULES, "group.id": self._group, **callbacks}
         return _make(self._library, self._library.Consumer, options)
 
     def _committed(self, error: Any, partitions: Sequence[Any]) -> None:
@@ -279,9 +282,9 @@ class ConfluentSource:
         """The end of each partition's log [P]: where fetching at the listed end leads to."""
         ends = self._position.copy()
         self._consumer.assign([self._at(index, end) for index, end in enumerate(ends.tolist())])
-        reached: set[int] = set()
+        told: dict[int, int] = {}  # by the first answer. Where a producer goes on, no answer tells that this was all
         deadline = time.monotonic() + ANSWER_SECONDS
-        while len(reached) < len(ends):
+        while any(index not in told or end < told[index] for index, end in enumerate(ends.tolist())):
             if time.monotonic() > deadline:
                 raise self._cluster.silent("no answer to fetching")
             for message in self._consumer.consume(self._most_records, 0.02):
@@ -289,9 +292,10 @@ class ConfluentSource:
                     continue
                 if not message.error():
                     ends[index] = max(ends[index], message.offset() + 1)
+                    if index not in told:
+                        told[index] = self._told_ends()[index]
                 elif message.error().code() == self._library.KafkaError._PARTITION_EOF:
-                    ends[index] = max(ends[index], message.offset())
-                    reached.add(index)
+                    told[index] = ends[index] = max(ends[index], message.offset())
                 elif not self._passes(message.error(), message):
                     raise KafkaReadFailed(f"reading {self._names()} failed: {message.error().str()}")
         self._consumer.unassign()
@@ -302,6 +306,7 @@ class ConfluentSource:
     def _recover(self) -> None:
         """Go past what cannot be read, where that is wanted and possible; raises what to tell otherwise."""
         message, self._failed = self._failed, None
+        assert message is not None, "there was a failure"
         error, index = message.error(), self._index_of(message)
         if self._quiet()[index]:
             return  # it fails again when it is read on
@@ -313,7 +318,7 @@ class ConfluentSource:
             raise KafkaReadFailed(f"reading {self._names()} failed: {error.str()}")
 
     def _recover_position(self, error: Any) -> None:
-        self._topics.look(wait=True)
+        self._topics.look(wait_for_it=True)
         try:
             wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
             lost = self._what_is_lost(wanted)
@@ -404,12 +409,10 @@ class _Cluster:
 
     def __init__(self, library: Any, client: Mapping[str, object]) -> None:
         self._library = library
-        self._heard: list[str] = []
-        # The diagnosis knows these by the names that kafka-python has for them.
-        protocol = client.get("security.protocol", "PLAINTEXT")
-        self._client = {"bootstrap_servers": str(client["bootstrap.servers"]).split(","), "security_protocol": protocol}
-        warn_of_plaintext(self._client)
-        common = {name: value for name, value in client.items() if name not in _OF_CONSUMERS}
+        self._heard: dict[str, None] = {}
+        self._client = client
+        warn_of_plaintext(client)
+        common = {name: value for name, value in librdkafka_options(client).items() if name not in _OF_CONSUMERS}
         self._admin = _make(library, library.admin.AdminClient, {"client.id": "stream-ctr", **common, "error_cb": self._hear})
         self._brokers = ""
 
@@ -424,15 +427,19 @@ class _Cluster:
         return tuple((topic, partition) for topic in dict.fromkeys(topics) for partition in sorted(listed.topics[topic].partitions))
 
     def offsets(self, partitions: Sequence[Any], spec: Any) -> dict[int, int]:
-        asked = self._admin.list_offsets(
-            dict.fromkeys(partitions, spec),
-            isolation_level=self._library.IsolationLevel.READ_COMMITTED,
-            request_timeout=ANSWER_SECONDS,
-        )
-        try:
-            return {index: asked[partition].result().offset for index, partition in enumerate(partitions)}
-        except self._library.KafkaException as error:
-            raise self.silent(error.args[0].str()) from error
+        deadline = time.monotonic() + ANSWER_SECONDS
+        while True:
+            asked = self._admin.list_offsets(
+                dict.fromkeys(partitions, spec),
+                isolation_level=self._library.IsolationLevel.READ_COMMITTED,
+                request_timeout=max(deadline - time.monotonic(), _BETWEEN_SECONDS),
+            )
+            try:
+                return {index: asked[partition].result().offset for index, partition in enumerate(partitions)}
+            except self._library.KafkaException as error:
+                if error.args[0].name() not in _PASSING or time.monotonic() > deadline:
+                    raise self.silent(error.args[0].str()) from error
+                time.sleep(_BETWEEN_SECONDS)
 
     def describe(self, topics: Sequence[str]) -> dict[str, Future[Any]]:
         """Asks for the topics, and waits for nothing."""
@@ -466,11 +473,11 @@ class _Cluster:
             return ask()
         except self._library.KafkaException as error:
             self._admin.poll(0)  # what it has to say comes with this
-            raise explain_silence(self._client, self._heard, BOOTSTRAP_SECONDS) from error
+            raise explain_silence(self._client, list(self._heard), BOOTSTRAP_SECONDS) from error
 
     def _hear(self, error: Any) -> None:
-        reason = f"{error.name()}: {error.str()}"
-        self._heard.append(next((f"{known} ({reason})" for pattern, known in _KNOWN_REASONS if re.search(pattern, reason)), reason))
+        if error.name() != "_ALL_BROKERS_DOWN":
+            self._heard[re.sub(r" \(after \d+ms in state \w+\)", "", error.str())] = None
 
 
 class _TopicWatch:
@@ -514,12 +521,11 @@ class _TopicWatch:
 
 
 class _Answers:
-    """When brokers last answered for each partition, from the statistics of librdkafka."""
+    """When brokers last answered for each (topic, partition), from the statistics of librdkafka."""
 
-    def __init__(self, index: Mapping[tuple[str, int], int]) -> None:
-        self._index = index
-        self._told = time.monotonic()
-        self._answered = np.full(len(index), self._told)
+    def __init__(self) -> None:
+        self._begun = self._told = time.monotonic()
+        self._answered: dict[tuple[str, int], float] = {}
         self._by_broker: dict[int, float] = {}
 
     def note(self, statistics: str) -> None:
@@ -532,22 +538,22 @@ class _Answers:
                 self._by_broker[broker["nodeid"]] = max(self._by_broker.get(broker["nodeid"], 0.0), self._told - idle)
         for topic in told["topics"].values():
             for partition in topic["partitions"].values():
-                index = self._index.get((topic["topic"], partition["partition"]))
-                if index is not None and partition["leader"] in self._by_broker:
-                    self._answered[index] = self._by_broker[partition["leader"]]
+                if partition["leader"] in self._by_broker:
+                    self._answered[topic["topic"], partition["partition"]] = self._by_broker[partition["leader"]]
 
-    def silent_seconds(self, wanted: npt.NDArray[np.bool_]) -> float:
-        """The longest of the wanted partitions [P]; 0 when all had been answered when this was last told."""
-        if not wanted.any():
+    def silent_seconds(self, wanted: Sequence[tuple[str, int]]) -> float:
+        """The longest of the wanted partitions; 0 when all had been answered when this was last told."""
+        if not wanted:
             return 0.0
-        oldest = float(self._answered[wanted].min())
+        oldest = min(self._answered.get(partition, self._begun) for partition in wanted)
         return time.monotonic() - oldest if self._told - oldest > _MAY_WAIT_SECONDS else 0.0
 
 
+_BETWEEN_SECONDS = 0.05  # two questions, when a broker has no answer yet
 _MAY_WAIT_SECONDS = 1.0  # that a broker takes for an answer without records
 _POLL_RECORDS = 5000
 
-# Tuned by measurement on two cores; every one can be set by the user.
+# Tuned by measurement on two cores.
 _DEFAULTS: dict[str, object] = {
     "client.id": "stream-ctr",
     "fetch.wait.max.ms": 100,
@@ -569,15 +575,42 @@ _RULES: dict[str, object] = {
     "statistics.interval.ms": 500,
 }
 
-# Options of the table that only consumers of librdkafka have.
-_OF_CONSUMERS = {
-    "client.rack", "fetch.error.backoff.ms", "fetch.max.bytes", "fetch.min.bytes", "fetch.queue.backoff.ms", "fetch.wait.max.ms",
-    "max.partition.fetch.bytes", "queued.max.messages.kbytes", "queued.min.messages",
-}  # fmt: skip
-_OF_OURS = {"group.id", "max.poll.records"}
+# Options that its admin client warns of.
+_OF_CONSUMERS = {"client.rack", "fetch.max.bytes", "fetch.min.bytes", "fetch.wait.max.ms", "max.partition.fetch.bytes"}
 
 # By the names that librdkafka has for them.
 _POSITION_GONE = {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE", "_LOG_TRUNCATION"}
 _DAMAGE = {"_BAD_MSG", "_BAD_COMPRESSION", "_UNDERFLOW", "_NOT_IMPLEMENTED", "INVALID_MSG", "UNSUPPORTED_COMPRESSION_TYPE"}
 _TOPIC_UNKNOWN = {"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_ID", "INCONSISTENT_TOPIC_ID"}
-_PASSING = {"_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE", "NOT_LEADER_FOR_PARTITION", "_MAX_POLL_EXCEEDED"}
+_PASSING = {
+    "_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE", "_MAX_POLL_EXCEEDED", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
+    "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH", "OFFSET_NOT_AVAILABLE",
+}  # fmt: skip
+
+
+def _library() -> Any:
+    try:
+        importlib.import_module("confluent_kafka.admin")
+        return importlib.import_module("confluent_kafka")
+    except ImportError as error:
+        raise KafkaOptionError("the client confluent is not installed: pip install 'stream-ctr[confluent]'") from error
+
+
+def _make(library: Any, kind: Any, options: Mapping[str, object]) -> Any:
+    try:
+        return kind(dict(options), logger=log_of_client)
+    except library.KafkaException as error:
+        raise KafkaOptionError(f"the Kafka client does not take its options: {error.args[0].str()}") from error
+
+
+def _uuid(id_: Any) -> str | None:
+    """The id of a topic as kafka-python writes it; None where the broker gives none."""
+    number = (id_.get_most_significant_bits() % (1 << 64)) << 64 | id_.get_least_significant_bits() % (1 << 64)
+    return str(uuid.UUID(int=number)) if number else None
+
+
+def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
+    keep = records.offset < ends[records.partition]
+    if keep.all():
+        return records
+    return Records(records.partition[keep], records.offset[keep], records.time[keep], records.value.filter(pa.array(keep)))

@@ -57,11 +57,15 @@ def explain_silence(client: Mapping[str, object], reasons: Sequence[str], second
 
 
 _REFUSAL_HINTS = (
-    ("SaslAuthenticationFailed", "the login was refused, check sasl.username and sasl.password"),
-    ("UnsupportedSaslMechanism", "the login was refused, the broker does not offer this sasl.mechanism"),
-    ("IllegalSaslState", "this listener wants no login, check security.protocol"),
+    ("SaslAuthenticationFailed|SASL authentication error", "the login was refused, check sasl.username and sasl.password"),
+    ("UnsupportedSaslMechanism|Unsupported SASL mechanism", "the login was refused, the broker does not offer this sasl.mechanism"),
+    ("IllegalSaslState|not valid in current SASL state", "this listener wants no login, check security.protocol"),
     ("mismatch, certificate is not valid for", "the certificate is another host's, use a name that it was issued for"),
     ("certificate has expired", "the certificate of the broker has expired"),
+    (
+        "broker certificate could not be verified",  # librdkafka does not tell these apart
+        "the certificate is not of an authority that is trusted here, does ssl.ca.location hold its authority? Or it is another host's",
+    ),
     ("certificate verify failed", "the certificate is not of an authority that is trusted here, does ssl.ca.location hold its authority?"),
     ("SSL|Handshake|certificate", "TLS failed, is this the TLS port and does ssl.ca.location hold its authority?"),
 )

@@ -1,6 +1,7 @@
 """Kafka options as people have them: the keys of a Java `client.properties` or of librdkafka, as options of kafka-python.
 
-A table holds every key there is, another the keys that would break exactness, with the reason. Nothing here connects to anything.
+A table holds every key there is, another the keys that would break exactness, with the reason; a third what librdkafka calls the options
+of a consumer. Nothing here connects to anything.
 """
 
 from __future__ import annotations
@@ -40,6 +41,25 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
     for key, value in rest.items():
         options |= _translate(key, value)
     _check_login(options)
+    return options
+
+
+def librdkafka_options(client: Mapping[str, object]) -> dict[str, str | int]:
+    """What librdkafka calls the options that `client_options` gives, as far as they are a consumer's. Passwords are readable in it.
+
+    Raises `KafkaOptionError` for a login that librdkafka does not have.
+
+    >>> librdkafka_options(client_options("a:1,b:2", {"security.protocol": "SSL", "fetch.max.wait.ms": "50", "linger.ms": "20"}))
+    {'bootstrap.servers': 'a:1,b:2', 'security.protocol': 'SSL', 'fetch.wait.max.ms': 50}
+    """
+    options: dict[str, str | int] = {}
+    for name, value in client.items():
+        if name in _LIBRDKAFKA:
+            options[_LIBRDKAFKA[name]] = _as_librdkafka(value)
+    if options.get("sasl.mechanism") == "AWS_MSK_IAM":
+        raise KafkaOptionError("'sasl.mechanism' is AWS_MSK_IAM, which the client confluent does not have; the client kafka-python does")
+    if "ssl.certificate.location" in options:
+        options.setdefault("ssl.key.location", options["ssl.certificate.location"])  # a PEM file may hold both
     return options
 
 
@@ -166,6 +186,18 @@ def _pem_file(value: str) -> object:
     return value
 
 
+def _as_librdkafka(value: object) -> str | int:
+    match value:
+        case bool():  # the check of host names
+            return "https" if value else "none"
+        case list():
+            return ",".join(value)
+        case str():
+            return "".join([value])  # a secret too: its characters
+    assert isinstance(value, int)
+    return value
+
+
 # Key: (option of kafka-python, how to read its value). None: the value is checked and goes no further.
 _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     # both clients
@@ -222,6 +254,39 @@ _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     "message.max.bytes": ("max_request_size", _whole),
     "message.timeout.ms": ("delivery_timeout_ms", _whole),
     "retries": ("retries", _whole),
+}
+
+# Option of kafka-python: property of librdkafka. It has none for the size of a poll.
+_LIBRDKAFKA = {
+    "bootstrap_servers": "bootstrap.servers",
+    "client_id": "client.id",
+    "client_dns_lookup": "client.dns.lookup",
+    "connections_max_idle_ms": "connections.max.idle.ms",
+    "max_in_flight_requests_per_connection": "max.in.flight.requests.per.connection",
+    "metadata_max_age_ms": "topic.metadata.refresh.interval.ms",
+    "receive_buffer_bytes": "socket.receive.buffer.bytes",
+    "reconnect_backoff_ms": "reconnect.backoff.ms",
+    "reconnect_backoff_max_ms": "reconnect.backoff.max.ms",
+    "request_timeout_ms": "socket.timeout.ms",
+    "retry_backoff_ms": "retry.backoff.ms",
+    "send_buffer_bytes": "socket.send.buffer.bytes",
+    "security_protocol": "security.protocol",
+    "sasl_mechanism": "sasl.mechanism",
+    "sasl_plain_username": "sasl.username",
+    "sasl_plain_password": "sasl.password",
+    "sasl_kerberos_service_name": "sasl.kerberos.service.name",
+    "ssl_cafile": "ssl.ca.location",
+    "ssl_certfile": "ssl.certificate.location",
+    "ssl_keyfile": "ssl.key.location",
+    "ssl_password": "ssl.key.password",
+    "ssl_crlfile": "ssl.crl.location",
+    "ssl_ciphers": "ssl.cipher.suites",
+    "ssl_check_hostname": "ssl.endpoint.identification.algorithm",
+    "client_rack": "client.rack",
+    "fetch_max_bytes": "fetch.max.bytes",
+    "fetch_max_wait_ms": "fetch.wait.max.ms",
+    "fetch_min_bytes": "fetch.min.bytes",
+    "max_partition_fetch_bytes": "max.partition.fetch.bytes",
 }
 
 _NO_GROUP = "all partitions are read by one consumer without group membership; remove the key"

@@ -75,7 +75,7 @@ def main(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
     if not verbose:
-        # kafka-python reports each lost connection at ERROR and goes on; what stops a command is told by the command itself.
+        # Both clients report each lost connection at ERROR and goes on; what stops a command is told by the command itself.
         handler.addFilter(lambda record: not record.name.startswith("kafka"))
     logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every function that it compiles, bytecode and all
     handler.setFormatter(_Safe("%(asctime)s %(levelname)s %(name)s: %(message)s"))
@@ -140,6 +140,12 @@ def _load_config(
 @main.command()
 @click.option("--topic", help="Topic with impressions and clicks.  [default: clicks]")
 @click.option("--click-topic", help="A second topic that holds the clicks.")
+@click.option(
+    "--client",
+    "reader",
+    type=click.Choice(["kafka-python", "confluent"]),
+    help="What reads from Kafka; confluent is faster (pip install 'stream-ctr[confluent]').  [default: kafka-python]",
+)
 @click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of Kafka.")
 @_log_options
 @_settings
@@ -155,7 +161,7 @@ def _load_config(
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
 @click.option("--profile", is_flag=True, help="Print at the end where the time of an event went, and what the bound is.")
 def run(
-    topic: str | None, click_topic: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
+    topic: str | None, click_topic: str | None, reader: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
     config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, take_over: bool,
     device: str | None, profile: bool,
 ) -> None:  # fmt: skip
@@ -173,7 +179,7 @@ def run(
         key = assembly.signing_key(_load_config(config_path, extra)[0])
         kept = runs.kept_config(state, key.verify if key else None)
         config, properties = _load_config(
-            config_path, extra, base=kept, topic=topic, click_topic=click_topic, bootstrap_servers=bootstrap_servers
+            config_path, extra, base=kept, topic=topic, click_topic=click_topic, client=reader, bootstrap_servers=bootstrap_servers
         )
         client = runs.client(config.input.bootstrap_servers, kafka_config, properties)  # a wrong property is an error with --source too
         if source:

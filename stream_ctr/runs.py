@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from connectors import kafka
+from connectors.confluent import ConfluentSource
 from connectors.errors import PositionLost, TopicChanged
 from connectors.memory import BatchSource
 from stream_ctr import snapshot
@@ -33,6 +34,7 @@ from stream_ctr.lease import Lease
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
 from stream_ctr.schedule import Schedule
+from stream_ctr.source import Source
 
 _INFER_RECORDS = 1000
 _INFER_SECONDS = 10.0
@@ -138,7 +140,7 @@ def train_on_kafka(
     """`fields` where the configuration names none; without either they are inferred."""
     topics = [config.input.topic, *([config.input.click_topic] if config.input.click_topic else [])]
     with contextlib.ExitStack() as stack:
-        source = kafka.KafkaSource(
+        source = (ConfluentSource if config.input.client == "confluent" else kafka.KafkaSource)(
             topics,
             client=client,
             group=config.input.group,
@@ -173,7 +175,7 @@ def _close(sink: kafka.KafkaSink) -> None:
 
 
 def _train(
-    source: kafka.KafkaSource | BatchSource,
+    source: Source,
     outlet: Outlet,
     config: Config,
     state: Path,
@@ -291,7 +293,7 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _inferred_fields(source: kafka.KafkaSource | BatchSource, stopping: Stopping) -> tuple[Field, ...]:
+def _inferred_fields(source: Source, stopping: Stopping) -> tuple[Field, ...]:
     """From the first thousand records, or those of ten seconds from the first impression on; then the source is where it was.
 
     Waits for impressions when there are none yet; nothing when told to stop meanwhile.

@@ -234,6 +234,7 @@ class ApacheBroker:
             "broker.session.timeout.ms": 2000,  # a killed broker may register again after that long
             "broker.heartbeat.interval.ms": 500,
             "log.cleaner.dedupe.buffer.size": 4 << 20,
+            "log.retention.ms": -1,  # half a minute after its start a broker deletes what is old, and tests write times of 1970
             **self._settings,
         }
 
