@@ -73,7 +73,7 @@ def build_trainer(
     }
     try:
         joiner = LabelJoiner(
-            fields=len(fields), value_fields=len(hasher.value_fields), **joining,
+            fields=len(fields), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits, **joining,
             max_bytes=size(config.join.max_memory), over_bound=config.join.over_memory, spill_directory=directory / "spill",
         )  # fmt: skip
     except ValueError as error:

@@ -171,7 +171,7 @@ def _power_of_two(most: int) -> int:
 
 
 class LabelJoiner:
-    """Pending impressions and waiting clicks; all lengths of time in milliseconds.
+    """Pending impressions and waiting clicks; all lengths of time in milliseconds. Ids of up to 24 `id_bits` take three bytes.
 
     `nbytes` stays within `max_bytes` after every call. Past it, with `over_bound="spill"`, the features of the newest pending impressions
     go to files in `spill_directory` (without one, a temporary directory), which belongs to this joiner; with "evict", or where there is no
@@ -184,6 +184,7 @@ class LabelJoiner:
         fields: int,
         label_window_ms: int,
         value_fields: int = 0,
+        id_bits: int = 31,
         early_click_wait_ms: int = 0,
         duplicate_horizon_ms: int = 3_600_000,
         max_bytes: int = 1 << 30,
@@ -198,13 +199,14 @@ class LabelJoiner:
         self.counters = np.zeros(len(COUNTERS), np.int64)
         self.delays = np.zeros((2, len(CURVE_SECONDS) + 1), np.int64)  # [joined, late] clicks by delay
         self.watermark = -(1 << 62)
-        feature_bytes = 8 + 4 * fields + 4 * value_fields + 4
+        self._id_bytes = 3 if id_bits <= 24 else 4
+        feature_bytes = 8 + self._id_bytes * fields + 4 * value_fields + 4
         least = max(_LEAST_BYTES, _LEAST_ROWS * feature_bytes * 16 // 3)
         if max_bytes < least:
             raise ValueError(f"at least {least / 2**20:.3g} MiB are needed for {fields + value_fields} columns of features")
         self._shares = Shares.of(max_bytes, feature_bytes=feature_bytes, over_bound=over_bound)
         self._pending = pools.pending_rows()
-        self._features = pools.feature_rows(fields, value_fields)
+        self._features = pools.feature_rows(fields, value_fields, self._id_bytes)
         self._index = Index(self._shares.index)
         self._clicks = WaitingClicks(self._shares.clicks)
         self._spill = Spill(spill_directory)
@@ -228,7 +230,7 @@ class LabelJoiner:
             self._make_room(some.stop - some.start)
             pools.push_impressions(
                 arrivals.id_hash[some], arrivals.time[some], arrivals.partition[some], arrivals.offset[some], arrivals.limit[some],
-                ids[some], values[some], truth[some],
+                pools.pack(ids[some], self._id_bytes), values[some], truth[some],
                 self.label_window_ms, self.early_click_wait_ms, self.duplicate_horizon_ms,
                 *pending.arrays(), pending.free, pending.sizes, *features.arrays(), features.free, features.sizes,
                 *self._index.arrays(), self._index.sizes, *waiting.arrays(), waiting.sizes, self.counters, self.delays,
@@ -269,7 +271,7 @@ class LabelJoiner:
         slots = pools.in_order(pending, pools.oldest(pending.used("time"), before, at_most))[:at_most]
         features = self._features_of(slots)
         examples = Examples(
-            pending["id_hash"][slots], pending["time"][slots], features["ids"], features["values"],
+            pending["id_hash"][slots], pending["time"][slots], pools.unpack(features["ids"], self._id_bytes), features["values"],
             (pending["click"][slots] != NEVER).astype(np.uint8), features["truth"],
         )  # fmt: skip
         self._remove(slots, LEFT)

@@ -60,7 +60,8 @@ class Rows:
     def reserve(self, n: int, most: int) -> None:
         needed, have = self.count + n, len(self.free)
         if needed > have:
-            self._resize(max(needed, min(max(have + have // 2, 1024), most)))
+            # Memory is taken with the size; making it larger moves pages, not what is in them.
+            self._resize(max(needed, min(have + max(have // 16, min(have, 1 << 16), 1024), most)))
 
     def _resize(self, capacity: int) -> None:
         # Not by a copy, which would need the room of both for a moment. Nobody keeps a view of these arrays.
@@ -94,8 +95,10 @@ def pending_rows() -> Rows:
     )
 
 
-def feature_rows(fields: int, value_fields: int) -> Rows:
-    return Rows(truth=np.empty(0, np.float64), ids=np.empty((0, fields), np.int32), values=np.empty((0, value_fields), np.float32))
+def feature_rows(fields: int, value_fields: int, id_bytes: int) -> Rows:
+    """`ids` are as `pack` makes them."""
+    ids = np.empty((0, id_bytes * fields), np.uint8)
+    return Rows(truth=np.empty(0, np.float64), ids=ids, values=np.empty((0, value_fields), np.float32))
 
 
 INDEX_BYTES, PENDING_BYTES = 8 + 8 + 4, 8 + 8 + 4 + 8 + 8 + 8 + 4  # a row with its place in the free list
@@ -269,6 +272,38 @@ class WaitingClicks:
 # -- compiled -------------------------------------------------------------------------------------------------------------------------
 #
 # One pass over the events in order of arrival. A hash map that a Python loop or a chain of numpy sorts would be far too slow for.
+
+
+def pack(ids: npt.NDArray[np.int32], id_bytes: int) -> npt.NDArray[np.uint8]:
+    """The low 3 or 4 bytes of `ids` [n, F] -> [n, F * id_bytes].
+
+    >>> pack(np.array([[1, 0x012345]], np.int32), 3).tolist()
+    [[1, 0, 0, 69, 35, 1]]
+    """
+    return _pack(ids) if id_bytes == 3 else np.ascontiguousarray(ids).view(np.uint8)
+
+
+def unpack(packed: npt.NDArray[np.uint8], id_bytes: int) -> npt.NDArray[np.int32]:
+    return _unpack(packed) if id_bytes == 3 else packed.view(np.int32)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pack(ids):  # type: ignore[no-untyped-def]
+    packed = np.empty((ids.shape[0], ids.shape[1] * 3), np.uint8)
+    for i in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            id_ = ids[i, j]
+            packed[i, 3 * j], packed[i, 3 * j + 1], packed[i, 3 * j + 2] = id_ & 0xFF, (id_ >> 8) & 0xFF, (id_ >> 16) & 0xFF
+    return packed
+
+
+@numba.njit(cache=True, nogil=True)
+def _unpack(packed):  # type: ignore[no-untyped-def]
+    ids = np.empty((packed.shape[0], packed.shape[1] // 3), np.int32)
+    for i in range(ids.shape[0]):
+        for j in range(ids.shape[1]):
+            ids[i, j] = np.int32(packed[i, 3 * j]) | np.int32(packed[i, 3 * j + 1]) << 8 | np.int32(packed[i, 3 * j + 2]) << 16
+    return ids
 
 
 @numba.njit(cache=True, inline="always")

@@ -59,6 +59,7 @@ def joiner(directory: Path | None = None) -> LabelJoiner:
     return LabelJoiner(
         fields=FIELDS,
         value_fields=1,
+        id_bits=24,
         label_window_ms=WINDOW,
         early_click_wait_ms=EARLY,
         duplicate_horizon_ms=10_000,
@@ -371,6 +372,16 @@ class Stream:
         offset = np.arange(self._offset - len(ids), self._offset)
         partition = np.zeros(len(ids), np.int32)
         return Arrivals(ids, time, partition, offset, self._marks.observe(partition, time))
+
+
+@pytest.mark.parametrize("id_bits", [1, 24, 25, 31])
+def test_ids_come_out_as_they_went_in(id_bits):
+    target = LabelJoiner(fields=3, label_window_ms=1, id_bits=id_bits)
+    most = (1 << id_bits) - 1
+    ids = np.array([[0, 1, most], [most, most // 3, most // 2]], np.int32)
+    time = np.array([1, 2])
+    target.push_impressions(Arrivals(time.astype(np.uint64), time, np.zeros(2, np.int32), time, time), ids)
+    assert np.array_equal(target.drain().ids, ids)
 
 
 def bounded(max_bytes: int, directory: Path | None = None, **options: Any) -> LabelJoiner:

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--pending", choices=["all", "none"], required=True)
     arguments = parser.parse_args()
     window_ms = arguments.impressions if arguments.pending == "all" else 1  # one impression a millisecond
-    joiner = LabelJoiner(fields=arguments.fields, label_window_ms=window_ms, duplicate_horizon_ms=window_ms)
+    joiner = LabelJoiner(fields=arguments.fields, id_bits=20, label_window_ms=window_ms, duplicate_horizon_ms=window_ms)
     rng = np.random.default_rng(0)
     for first in range(0, arguments.impressions, _BLOCK):
         row = np.arange(first, min(first + _BLOCK, arguments.impressions))
