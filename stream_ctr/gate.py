@@ -55,7 +55,7 @@ class Gate:
 
 
 class Judge:
-    """Gathers what the `models` of a run do, and when that is enough has a verdict on the first, compared with `baseline` if there is one."""
+    """Gathers what the `models` of a run do; has a verdict on the first, beside `baseline` if there is one, when that is enough."""
 
     def __init__(self, gate: Gate, models: Sequence[str], baseline: str | None = None) -> None:
         self._gate, self._models, self._baseline = gate, models, baseline
