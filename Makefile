@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick faults lint fmt demo
+.PHONY: help install test quick faults bench lint fmt demo
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -22,6 +22,9 @@ quick: ## the inner loop: all but the slow tests, under two minutes
 
 faults: ## every fault and bad input, on own brokers, half an hour; writes docs/reliability.md (ROWS=4,19: these only)
 	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md --fault-rows=$(ROWS)
+
+bench: ## every case beside its peers, half an hour; writes docs/performance.md (CASES="train ftrl": these only)
+	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
 
 lint: ## style, form and types
 	$(BIN)/ruff check .

@@ -18,6 +18,8 @@ from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_ve
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the GPU's kernels then run on the CPU
 
+collect_ignore_glob = ["bench/contenders/*"]  # programs of their own; some need what only a peer's environment has
+
 _SPOKEN_TO = pytest.StashKey[list[str]]()
 _REPORT = pytest.StashKey[Report]()
 _OUTCOME = pytest.StashKey[Outcome]()

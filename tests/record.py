@@ -1,9 +1,10 @@
-"""How the measuring scripts print: a table, and the machine and commit that its figures are of."""
+"""How the measuring scripts print: a table, a block of a page, and the machine and commit that its figures are of."""
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -18,6 +19,15 @@ def formatted(header: list[str], rows: list[list[object]]) -> str:
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:
     print(formatted(header, rows), end="\n\n", flush=True)
+
+
+def fill(text: str, name: str, block: str) -> str:
+    """A page whose block of that name holds this. Raises `ValueError` when the page has no such block."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    filled, count = re.subn(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
+    if not count:
+        raise ValueError(f"the page has no block <!-- {name} -->")
+    return filled
 
 
 def commit() -> str:

@@ -8,7 +8,6 @@ writes the tables; it fails when a row has no evidence. With `--fault-rows 4,19`
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from record import commit, formatted
+from record import commit, fill, formatted
 
 MATRIX = {
     1: "SIGKILL at a random moment",
@@ -113,15 +112,15 @@ class Report:
         asked = {row: lines for row, lines in self._matrix(seen).items() if int(row) in rows}  # a test may be evidence for another row too
         matrix = _merged(_lines(text, "matrix"), asked)
         header = ["#", "fault", "injected", "times", "outcome", "broker", "commit, date"]
-        text = _fill(text, "matrix", _formatted(header, sorted(matrix, key=lambda line: int(line[0]))))
+        text = fill(text, "matrix", _formatted(header, sorted(matrix, key=lambda line: int(line[0]))))
         for name, evidence, columns in (
             ("bad-input", self.bad_input, ["input", "arrives as", "outcome", "commit, date"]),
             ("security", self.security, ["promise", "tried by", "outcome", "commit, date"]),
         ):
-            text = _fill(text, name, _formatted(columns, _merged(_lines(text, name), _table(evidence, seen))))
+            text = fill(text, name, _formatted(columns, _merged(_lines(text, name), _table(evidence, seen))))
         for said in [*self.figures, *(evidence.said for evidence in [*self.faults, *self.bad_input, *self.security])]:
             for name, block in said.blocks.items():
-                text = _fill(text, name, block)
+                text = fill(text, name, block)
         page.write_text(text)
 
     def _matrix(self, seen: str) -> dict[str, list[list[str]]]:
@@ -171,11 +170,3 @@ def _told(evidence: Sequence[_Evidence]) -> str:
         return f"FAILED ({failed} of {len(evidence)})"
     said = dict.fromkeys(e.said.text or "as expected" for e in evidence if e.passed)
     return "; ".join(said) or f"not tested here: {evidence[0].why_not}"
-
-
-def _fill(text: str, name: str, block: str) -> str:
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    filled, count = re.subn(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
-    if not count:
-        raise ValueError(f"the page has no block <!-- {name} -->")
-    return filled

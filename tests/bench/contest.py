@@ -22,7 +22,6 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 from bench.environments import NotRun, Own, Peer
-
 from connectors.embedded import dies_with_parent
 
 PROGRAMS = Path(__file__).parent / "contenders"
@@ -203,4 +202,10 @@ class _reason:  # noqa: N801 - reads as a word in a `with`
 def ratio(ours: Result, peer: Result) -> float | None:
     """How many times the peer's value ours is: the median over the rounds of both. None when either has none."""
     each = [a / b for a, b in zip(ours.values, peer.values, strict=False)]
+    return statistics.median(each) if each else None
+
+
+def difference(ours: Result, peer: Result) -> float | None:
+    """By how much our value is above the peer's, likewise."""
+    each = [a - b for a, b in zip(ours.values, peer.values, strict=False)]
     return statistics.median(each) if each else None

@@ -5,6 +5,7 @@ Peers do not share an environment: what one pins, another forbids. They are no d
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ class Own:
 
     @property
     def variables(self) -> Mapping[str, str]:
-        return {"PYTHONPATH": str(ROOT)}
+        return {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from bench import zipf
-from bench.environments import ROOT, NotRun
 from brokers import ApacheBroker, KafkaMissing, find_kafka
 
+from bench import zipf
+from bench.environments import ROOT, NotRun
 from connectors.embedded import EmbeddedBroker, embedded_version
 from stream_ctr.config import Field
 from stream_ctr.history import DEFAULT_START_MS, ClickDelays, EventBatch, Log, impression_batch, merge_clicks
@@ -26,8 +26,8 @@ _BLOCK = 8192
 
 
 class WideLog(Log):
-    """Impressions of 13 numbers and 26 short texts, some 730 bytes of JSON, with the cardinalities of `zipf`: `rate` a second of event time,
-    one in twenty clicked, after 20 s in the median."""
+    """Impressions of 13 numbers and 26 short texts, some 620 bytes of JSON, with the cardinalities of `zipf`: `rate` a second of event
+    time, one in twenty clicked, after 20 s in the median."""
 
     format = "wide"
 
@@ -64,37 +64,47 @@ STREAMS: dict[str, Callable[[int], Log]] = {"simulated": Simulation, "wide": Wid
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """`events` of which `impressions` are impressions, JSON, on `PARTITIONS` partitions by impression id; `log` is where they came from."""
+    """`events` events, JSON, on `PARTITIONS` partitions by impression id; `log` is where they came from."""
 
     servers: str
     broker: str
     name: str
-    impressions: int
     events: int
     fields: tuple[Field, ...]
     log: Path
 
     @property
-    def field_options(self) -> list[str]:
-        """Configuration that names the fields."""
-        kinds = ("categorical", "numeric")
-        return [f"features.{kind}={','.join(field.name for field in self.fields if field.kind == kind)}" for kind in kinds]
+    def options(self) -> list[str]:
+        """Where a contender finds it."""
+        return ["--servers", self.servers, "--topic", self.name]
+
+    @property
+    def run_options(self) -> list[str]:
+        """Of `stream-ctr run`: the fields."""
+        kinds = {kind: ",".join(field.name for field in self.fields if field.kind == kind) for kind in ("categorical", "numeric")}
+        return [word for kind, names in kinds.items() for word in ("-X", f"features.{kind}={names}")]
+
+    @property
+    def event_bytes(self) -> int:
+        """Of JSON, on average."""
+        return round(self.log.stat().st_size / self.events)
 
     def replay(self, topic: str, *options: str) -> None:
         """The same events to another topic of the broker."""
-        replay(self.log, self.servers, topic, *options)
+        replay(self.log, self.servers, topic, "--partitions", str(PARTITIONS), *options)
 
 
 @contextmanager
 def filled_topic(stream: str, events: int, directory: Path, *, embedded: bool = False) -> Iterator[Topic]:
     """About so many events of the stream on a broker that lives as long as the context: Apache Kafka where there is one."""
     with _broker(directory / "kafka", embedded=embedded) as (servers, broker):
-        log = STREAMS[stream](impressions := round(events / 1.07))
+        log = STREAMS[stream](round(events / 1.07))
         path = directory / f"{stream}.jsonl"
         count = log.write_jsonl(path)
-        replay(path, servers, "events", "--partitions", str(PARTITIONS))
         assert log.fields is not None
-        yield Topic(servers, broker, "events", impressions, count, log.fields, path)
+        topic = Topic(servers, broker, "events", count, log.fields, path)
+        topic.replay(topic.name)
+        yield topic
 
 
 def replay(log: Path, servers: str, topic: str, *options: str) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+from pyarrow import csv
 
 NUMERIC = (40,) * 13  # buckets of numbers, two to the octave
 CATEGORICAL = (
@@ -51,6 +53,15 @@ def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
         np.save(directory / f"{name}.npy", array)
     (directory / "sizes.json").write_text(json.dumps(field_rows.tolist()))
     return directory
+
+
+def write_vowpal(data: Path, path: Path) -> Path:
+    """The same examples as Vowpal Wabbit reads them, a line each; the path is returned."""
+    ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
+    columns = [pa.array(2 * labels.astype(np.int8) - 1), pa.array(["|"] * len(labels)), *map(pa.array, np.ascontiguousarray(ids.T))]
+    options = csv.WriteOptions(include_header=False, delimiter=" ", quoting_style="none")
+    csv.write_csv(pa.table(columns, names=[str(i) for i in range(len(columns))]), path, options)
+    return path
 
 
 def ranks(rng: np.random.Generator, size: int, n: int) -> npt.NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ def answer(measure: Callable[[], Mapping[str, Any]], *, note: str = "") -> None:
         print(json.dumps(measure()), flush=True)
 
 
-def steps(step: Callable[[], object], *, examples: int, seconds: float, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
+def steps(step: Callable[[], object], *, examples: float, seconds: float, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
     """Steps of so many examples each, for so many seconds; `finish` waits for what is still under way."""
     finish()
     began, processor, taken = time.perf_counter(), time.process_time(), 0
@@ -28,3 +29,8 @@ def steps(step: Callable[[], object], *, examples: int, seconds: float, finish: 
         "seconds": time.perf_counter() - began,
         "processor_seconds": time.process_time() - processor,
     }
+
+
+def on_one_core() -> None:
+    """This process and the threads that it will have."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

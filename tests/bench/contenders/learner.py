@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
+import torch
 from answers import answer, steps
 from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
 
-from stream_ctr.learner import Learner
+from stream_ctr.learner import Learner, choose_device, choose_precision
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], required=True)
     parser.add_argument("--fields", type=int, default=0, help="where there is no sizes.json to tell")
     parser.add_argument("--table-bits", type=int, default=0)
+    parser.add_argument("--events-per-example", type=float, default=1.0, help="count events, of which some are clicks, not examples")
     arguments = parse(parser)
+    torch.set_num_threads(1)  # as `stream-ctr run` does: the learner's lanes are the threads
+    precision = choose_precision(arguments.precision, choose_device(arguments.device))
     sizes = [] if arguments.fields else field_sizes(arguments.data)
     bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
     learner = Learner(
         "deepfm", fields=arguments.fields or len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden,
-        table_bits=bits, batch_size=arguments.batch, precision=arguments.precision, device=arguments.device,
+        table_bits=bits, batch_size=arguments.batch, precision=precision, device=arguments.device, threads=os.cpu_count() or 1,
     )  # fmt: skip
     arrays = ((ids.numpy(), labels.numpy().astype(np.uint8)) for ids, labels in batches(arguments.data, arguments.batch))
 
@@ -32,8 +38,8 @@ def main() -> None:
     for _ in range(WARM_UP_STEPS):
         step()
     answer(
-        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds, finish=finish),
-        note=f"{arguments.precision}, 2^{bits} rows",
+        lambda: steps(step, examples=arguments.batch * arguments.events_per_example, seconds=arguments.seconds, finish=finish),
+        note=f"{precision}, 2^{bits} rows",
     )
 
 

@@ -1,0 +1,155 @@
+"""The benchmark suite: small runs of what needs no peer and no broker, and what it makes of what it measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bench import zipf
+from bench.comparison import Comparison, Goal, table
+from bench.contest import Absent, Call, Program, Result, compare, ratio
+from bench.environments import NotRun, Peer
+from bench.streams import WideLog
+
+SPEED = Path(__file__).parent / "bench" / "speed.py"
+
+
+def speed(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(SPEED), *arguments], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_prints_keeps_and_fills_the_page(tmp_path: Path) -> None:
+    cases = ("train", "ftrl", "memory", "start")
+    kept, page = tmp_path / "speed.json", tmp_path / "page.md"
+    kept.write_text(json.dumps({"cases": [{"name": "ftrl", "of": "an earlier run"}, {"name": "other"}]}))
+    page.write_text("Before.\n" + "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in cases))
+    options = ("--quick", "--offline", "--only", "ours", "--cache", str(tmp_path / "cache"), "--json", str(kept), "--page", str(page))
+    done = speed(*cases, *options)
+    assert done.returncode == 0, done.stderr
+    measured = {case["name"]: case for case in json.loads(kept.read_text())["cases"]}
+    assert measured.keys() == {*cases, "other"}
+    for name in cases:
+        assert measured[name]["command"].startswith("python tests/bench/speed.py train ftrl memory start --quick")
+        assert measured[name]["commit"]
+        assert measured[name]["versions"]["torch"]
+        assert [result.get("not_run") for result in measured[name]["results"]] == [None] * len(measured[name]["results"])
+        assert all(len(result["repetitions"]) == 1 and result["median"] > 0 for result in measured[name]["results"])
+        assert measured[name]["title"] in done.stdout
+        assert table(measured[name]) in page.read_text()
+    assert [goal["met"] for goal in measured["train"]["goals"]] == [None, None]  # their peer was not there
+
+    one = tmp_path / "one.json"
+    one.write_text(json.dumps({"cases": [measured["start"]]}))
+    assert speed("--read", str(one)).stdout.strip() == table(measured["start"])
+
+
+def test_a_case_that_there_is_not_is_an_error_that_names_those_there_are() -> None:
+    done = speed("trian")
+    assert done.returncode == 2
+    assert "no case 'trian': there are train, train-10m, ingest" in done.stderr
+
+
+def test_rounds_go_in_turn_and_a_contender_that_fails_has_its_reason_while_the_others_go_on() -> None:
+    order: list[str] = []
+    numbers = count(1)
+
+    def fine() -> dict[str, Any]:
+        order.append("fine")
+        return {"count": 10 * next(numbers), "seconds": 2.0}
+
+    def failing() -> dict[str, Any]:
+        order.append("failing")
+        if order.count("failing") == 2:
+            raise NotRun("it is tired")
+        return {"value": 1.0}
+
+    results = compare([Call("fine", fine), Absent("absent", "there is none"), Call("failing", failing)], rounds=3)
+    assert order == ["fine", "failing", "fine", "failing", "fine"]
+    assert [result.reason for result in results] == ["", "there is none", "it is tired"]
+    assert results[0].values == [5.0, 10.0, 15.0]
+    assert results[0].median == 10.0
+
+
+def test_a_peer_that_is_not_installed_is_not_installed_offline(tmp_path: Path) -> None:
+    peer = Peer("peer", ("a-package==1.0",), tmp_path, offline=True)
+    (result,) = compare([Program("peer", "vowpal", [], peer)], rounds=1)
+    assert result.reason == f"a-package==1.0 is not installed in {tmp_path}, and --offline installs nothing"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_that_dies_says_its_last_words() -> None:
+    (result,) = compare([Program("ours", "pending", ["--impressions", "many", "--pending", "all"])], rounds=1)
+    assert result.reason == "ended with status 2: pending.py: error: argument --impressions: invalid int value: 'many'"
+
+
+def test_a_ratio_is_taken_within_each_round() -> None:
+    ours, peer = Result("ours", [10.0, 2.0, 30.0]), Result("peer", [5.0, 1.0, 10.0])  # the second round was slow for both
+    assert ratio(ours, peer) == 2.0
+    assert ratio(ours, Result("none")) is None
+
+
+@pytest.mark.parametrize(
+    ("goal", "text", "reached", "met"),
+    [
+        (Goal("ours", least=250_000), "at least 250,000", 9.0, False),
+        (Goal("ours", most=9.0), "at most 9", 9.0, True),
+        (Goal("ours", most=8.9), "at most 8.9", 9.0, False),
+        (Goal("ours", least=4.5, times="peer"), "at least 4.5 x peer", 4.5, True),
+        (Goal("ours", most=250.0, above="peer"), "at most 250 above peer", 7.0, True),
+        (Goal("ours", least=1.0, times="absent"), "at least 1 x absent", None, None),
+        (Goal("absent", least=1.0), "at least 1", None, None),
+    ],
+)
+def test_goals(goal: Goal, text: str, reached: float | None, met: bool | None) -> None:
+    results = [Result("ours", [8.0, 9.0, 10.0]), Result("peer", [2.0, 2.0, 2.0]), Result("absent", reason="there is none")]
+    (judged,) = Comparison("case", "A case", "s", results, [goal]).as_json()["goals"]
+    assert judged == {"contender": goal.of, "goal": text, "reached": reached, "met": met}
+
+
+def test_the_table_has_spread_ratio_and_verdict_and_the_reason_of_what_was_not_run() -> None:
+    results = [
+        Result("ours", [8000.0, 9000.0], note="as it is"),
+        Result("peer", [4000.0, 4500.0]),
+        Result("absent", reason="no wheel fits"),
+    ]
+    case = Comparison("case", "A case", "k/s", results, [Goal("ours", least=3.0, times="peer")], peer="peer").as_json()
+    lines = table(case | {"machine": "a machine", "command": "a command"}).splitlines()
+    assert lines[0] == "**A case**"
+    assert "| ours | 8,500 | 8,000..9,000 | 2 | at least 3 x peer | no (2) |" in lines
+    assert "| absent | not run |  |  |  |  |" in lines
+    assert lines[-1] == "a machine: `a command`"
+    assert [line for line in lines if line.startswith("- ")] == ["- ours: as it is", "- absent: not run: no wheel fits"]
+
+
+def test_a_case_that_nobody_could_run_is_one_line() -> None:
+    results = [Result("ours", reason="no GPU here"), Result("peer", reason="no GPU here")]
+    assert table(Comparison("gpu", "On a GPU", "k/s", results).as_json()) == "**On a GPU**\n\nnot measured: no GPU here"
+
+
+def test_all_contenders_get_the_same_examples(tmp_path: Path) -> None:
+    data = zipf.write(tmp_path, rows=1 << 12, examples=500)
+    ids, local, labels = (np.load(data / f"{name}.npy") for name in ("ids", "local", "labels"))
+    sizes = np.array(json.loads((data / "sizes.json").read_text()))
+    assert sizes.sum() == 1 << 12
+    assert (local < sizes).all()
+    for field in range(zipf.FIELDS):  # one row of the shared table for one row of the field's own
+        pairs = set(zip(ids[:, field].tolist(), local[:, field].tolist(), strict=True))
+        assert len(pairs) == len(set(ids[:, field].tolist())) == len(set(local[:, field].tolist()))
+    first = zipf.write_vowpal(data, data / "vowpal.txt").read_text().splitlines()[0].split(" ")
+    assert first == ["1" if labels[0] else "-1", "|", *map(str, ids[0].tolist())]
+
+
+def test_the_wide_stream_has_39_fields_and_clicks() -> None:
+    log = WideLog(3000)
+    events = [json.loads(value) for batch in log.batches() for value in batch.value.to_pylist()]
+    impressions = [event for event in events if event["kind"] == "impression"]
+    assert len(impressions) == 3000
+    assert len(impressions[0]["features"]) == 39
+    assert 100 < len(events) - 3000 < 200
