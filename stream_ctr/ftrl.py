@@ -252,10 +252,9 @@ def _update(z, n, w, root, x, gradient, rate):  # type: ignore[no-untyped-def]
 def _copy_learned(table, rows, pairs):  # type: ignore[no-untyped-def]
     count = 0
     for row in range(len(table)):
-        if table[row, 0] != 0.0 or table[row, 1] != 0.0:
-            rows[count] = row
-            pairs[count, 0], pairs[count, 1] = table[row, 0], table[row, 1]
-            count += 1
+        z, n = table[row, 0], table[row, 1]
+        rows[count], pairs[count, 0], pairs[count, 1] = row, z, n  # the next one overwrites it: no branch, which nobody could predict
+        count += (z != 0.0) | (n != 0.0)
     return count
 
 

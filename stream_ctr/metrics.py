@@ -114,10 +114,10 @@ def paired_interval(blocks: Floats) -> dict[str, float | int | None]:
     return {"logloss_difference": total / count, "low": low, "high": high, "count": int(count), "blocks": len(blocks)}
 
 
-@lru_cache(maxsize=4)
-def _draws(blocks: int) -> npt.NDArray[np.int64]:
+@lru_cache(maxsize=8)  # a report asks for those of the run, of its tails, of a window and of a rolling one
+def _draws(blocks: int) -> Floats:
     """How often each block is drawn, [draws, blocks]; every model is compared on the same draws."""
-    return np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS)
+    return np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS).astype(np.float64)
 
 
 class Scored:

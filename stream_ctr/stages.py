@@ -4,7 +4,7 @@ Stages stand around work on whole batches and never around one event, so that co
 without that of stages within it. A thread's loop stands in the stage `else`, so its stages add up to all of its time.
 
 A stage whose name begins with `wait.` is one in which the thread waits for another: the reader for the `source` or for the `trainer`, the
-trainer for the `reader` or for the `baseline`. Who waits least is the bound. A stage within another is named after it: `learn.gather`.
+trainer for the `reader` or for the `baseline`. A stage within another is named after it: `learn.gather`.
 
 >>> stages = Stages(clock=iter([0, 2, 5, 9, 11]).__next__)
 >>> with stages("learn"):  # from 2 to 11
@@ -89,21 +89,29 @@ def profile(reader: Mapping[str, int], trainer: Mapping[str, int], *, events: in
 
 
 def bound(reader: Mapping[str, float], trainer: Mapping[str, float]) -> str:
-    """Which of `source`, `ingest`, `learning` and `baseline` the trainer spends most of its time on or waits for, by stage -> time.
+    """Which of `source`, `ingest`, `learning` and `baseline` needs the most time, by stage -> time.
+
+    They work beside each other, so the run is as fast as the slowest of them. Time between a thread's waits is what it needs; the baseline,
+    which learns what the trainer gives it, needs as much as the trainer and what that waits for it, once that is more than a tenth.
 
     >>> bound({"poll": 1, "wait.source": 8}, {"wait.reader": 7, "learn": 2})
     'source'
+    >>> bound({"poll": 3, "decode": 4, "wait.trainer": 1}, {"wait.reader": 2, "learn": 6})
+    'ingest'
     """
-    waits = {"ingest": trainer.get("wait.reader", 0), "baseline": trainer.get("wait.baseline", 0)}
-    shares = {"learning": sum(trainer.values()) - sum(waits.values()), **waits}
-    most = max(shares, key=shares.__getitem__)
-    reading = sum(time for name, time in reader.items() if not name.startswith("wait."))
-    return "source" if most == "ingest" and reader.get("wait.source", 0) > reading else most
+    needs = {"source": reader.get("wait.source", 0), "ingest": _working(reader), "learning": _working(trainer)}
+    if 10 * (waits := trainer.get("wait.baseline", 0)) > sum(trainer.values()):
+        needs["baseline"] = needs["learning"] + waits
+    return max(needs, key=needs.__getitem__)
+
+
+def _working(thread: Mapping[str, float]) -> float:
+    return sum(time for name, time in thread.items() if not name.startswith("wait."))
 
 
 _WORDS = {
     "source": "The source is the bound: the trainer waits for the reader {reader:.0%} of its time, and the reader mostly for records.",
-    "ingest": "Ingest is the bound: the trainer waits for the reader {reader:.0%} of its time, and the reader always has work.",
+    "ingest": "Ingest is the bound: the trainer waits for the reader {reader:.0%} of its time, and the reader mostly works.",
     "learning": "Learning is the bound: the trainer waits for the reader {reader:.0%} of its time and for the baseline {baseline:.0%}.",
     "baseline": "The baseline is the bound: the trainer waits for it {baseline:.0%} of its time. With a lower baseline.sample_rate it "
     "learns a share of the impressions.",

@@ -401,15 +401,15 @@ class Trainer:
         self._close_windows(int(examples.time[-1]))  # examples come in event-time order
 
     def _close_windows(self, before_ms: int) -> None:
-        for window in self.windows.close(before_ms):
-            self.outlet.report({"kind": "window", **_readable(window)})
+        with self.stages("report"):
+            for window in self.windows.close(before_ms):
+                self.outlet.report({"kind": "window", **_readable(window)})
 
     # -- reports ----------------------------------------------------------------------------------------------------------------------
 
     def _serve_flags(self) -> None:
         if self._flags and self._flags.due("report"):
-            with self.stages("report"):
-                self._report("report")
+            self._report("report")
         learned = self.ledger.count - self._examples_at_snapshot
         counted = self.snapshot_examples and learned >= self.snapshot_examples
         # By the clock, one that is due waits for the one that is being written.
@@ -418,6 +418,13 @@ class Trainer:
                 self.cut()
 
     def _report(self, kind: str) -> dict[str, Any]:
+        with self.stages("report"):
+            report = self._told(kind)
+            self.outlet.report(report)
+            self._show(report)
+        return report
+
+    def _told(self, kind: str) -> dict[str, Any]:
         if not self._in_flight and not any(map(len, self._ready)):  # all whose label window is closed is scored, also when nothing follows
             self._close_windows(self.joiner.watermark - self.joiner.label_window_ms)
         seconds = max(self._clock() - self._started, 1e-9)
@@ -452,8 +459,6 @@ class Trainer:
             report |= {name: _tail(self.whole.summary(last=share)) for name, share in (("last_half", 0.5), ("last_quarter", 0.25))}
             report["window_curve"] = self.joiner.window_curve()
             report["notes"] = list(self._notes())
-        self.outlet.report(report)
-        self._show(report)
         return report
 
     def _rejected(self) -> int:

@@ -374,11 +374,11 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to
     built = trainer(tmp_path, Partitions([stream]), learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3}, **FREQUENT)
     learn, calls = built.learner.learn, []
 
-    def spoiled(*arguments: Any) -> Any:
+    def spoiled(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 30:
             built.learner.table.rows.fill_(float("nan"))
-        return learn(*arguments)
+        return learn(*arguments, **options)
 
     built.learner.learn = spoiled
     report = finish(built)
@@ -399,11 +399,11 @@ def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_publish
     built = trainer(tmp_path, Partitions([stream, stream]), snapshots={"gate_clicks": 50}, **sections, **FREQUENT)
     learn, calls = built.learner.learn, []
 
-    def wild(*arguments: Any) -> Any:
+    def wild(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) >= 30:
             built.learner.adam.learning_rate = 1e35
-        return learn(*arguments)
+        return learn(*arguments, **options)
 
     built.learner.learn = wild
     with pytest.raises(DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"):

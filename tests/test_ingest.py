@@ -359,11 +359,11 @@ def learn_until(built: Any, batches: int, end: Callable[[], object]) -> None:
     """In place of the batch after so many, `end`."""
     learn, left = built.learner.learn, [batches]
 
-    def learn_or_end(*arguments: Any) -> Any:
+    def learn_or_end(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
         if left[0] < 0:
             end()
-        return learn(*arguments)
+        return learn(*arguments, **options)
 
     built.learner.learn = learn_or_end
 
