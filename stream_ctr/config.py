@@ -217,7 +217,10 @@ class Learn(Section):
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the dense part's products (its weights are fp32); auto: bf16 where the processor or the GPU has it. A resumed run keeps it."""
+    """Of the dense part's products (its weights are fp32); auto: bf16 where the processor or the GPU has it. A resumed run keeps it.
+
+    On a GPU those of fp32 are TF32's: 10 bits of mantissa in the factors, fp32 in the sums.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = key(0, ge=0)
     """CPU threads that learn; 0: as many as the machine has. With any number of them the model is the same, bit for bit."""

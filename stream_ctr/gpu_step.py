@@ -69,7 +69,8 @@ class GpuStep:
         self._total, self._pairs = torch.zeros(batch_size, k, device=device), torch.zeros(batch_size, device=device)
         self._logits = torch.zeros(batch_size, device=device)
         self._skip = torch.zeros((), device=device)  # 1.0: it must not be learned
-        self._verdict = torch.zeros((), pin_memory=device.type == "cuda")  # the same on the host
+        self._verdict = torch.zeros((), pin_memory=device.type == "cuda")  # the same on the host, from `_judged` on
+        self._judged = getattr(torch, device.type).Event()
 
     def learn(self, ids: Ids, labels: Labels, values: Values | None, steps: int, following: Batch | None = None) -> Tensor | None:
         """One step; the logits [n] from before it, on the device. None, and nothing is learned, when one of them or a gradient is not
@@ -84,10 +85,10 @@ class GpuStep:
             self._generator.manual_seed((self._seed << 40) + steps)
         step()
         logits = self._logits[: len(ids)].clone()
-        judged = self._feed.record()
+        self._judged.record()
         if following is not None:
             self._feed.stage(following)
-        judged.synchronize()
+        self._judged.synchronize()
         return None if self._verdict.item() else logits
 
     def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
@@ -95,7 +96,7 @@ class GpuStep:
         score = self._recorded_score
         self._feed.load((ids, self._no_labels[: len(ids)], values))
         score()
-        return self._logits[: len(ids)].cpu().numpy().copy()
+        return self._logits[: len(ids)].to("cpu", copy=True).numpy()
 
     # -- what is recorded -------------------------------------------------------------------------------------------------------------
 
@@ -213,6 +214,7 @@ class _Slot:
         self.arrays = _Packed.of(self.host, *shape)
         on = getattr(torch, device.type)
         self.copied, self.taken = on.Event(), on.Event()  # from `host`, and from `device`
+        self.taken.record()  # before that, `device` is filled with zeros
         self.batch: Batch | None = None  # that is on its way and not taken
 
 
@@ -238,10 +240,9 @@ class _Feed:
         slot = next(staged, None) or self.stage(batch)
         for other in self._slots:  # what was to follow and did not may have changed when it comes
             other.batch = None
-        stream = self._on.current_stream()
-        stream.wait_event(slot.copied)
+        slot.copied.wait()
         self._buffer.copy_(slot.device)
-        slot.taken.record(stream)
+        slot.taken.record()
         if self.batch.values is not None:
             self.batch.values.index_copy_(1, self._value_fields, self.batch.numbers)
 
@@ -257,21 +258,15 @@ class _Feed:
         if values is not None and values.size:
             arrays.numbers.numpy()[:n], arrays.numbers.numpy()[n:] = values, 1.0
         arrays.n.fill_(n)
-        self._stream.wait_event(slot.taken)
         with self._on.stream(self._stream):
+            slot.taken.wait()
             slot.device.copy_(slot.host, non_blocking=True)
-            slot.copied.record(self._stream)
+            slot.copied.record()
         return slot
 
     def clear(self) -> None:
         """Have a batch of no examples."""
         self._buffer.zero_()
-
-    def record(self) -> Any:
-        """An event that comes when the device is done with what it was told so far."""
-        event = self._on.Event()
-        event.record(self._on.current_stream())
-        return event
 
 
 def _same(one: npt.NDArray[Any] | None, other: npt.NDArray[Any] | None) -> bool:

@@ -98,12 +98,11 @@ def _reduce(  # type: ignore[no-untyped-def]
     total = tl.dot(same, gradient, input_precision="ieee")  # each place has the sum of its row's gradients in this chunk
     first = there & ((key != above) | (place == chunk * CHUNK))
     led_in = first & (key == before)
-    begins = first & (key == after) & (key != before)
+    goes_on = first & (key == after)
     tl.store(led + chunk.to(tl.int64) * COLUMNS + column + place[:, None] * 0, total, mask=led_in[:, None])
-    tl.store(begun + chunk.to(tl.int64) * COLUMNS + column + place[:, None] * 0, total, mask=begins[:, None])
-    alone = first & (key != before) & (key != after)
+    tl.store(begun + chunk.to(tl.int64) * COLUMNS + column + place[:, None] * 0, total, mask=goes_on[:, None])
     _step(
-        rows, key, total * examples.to(tl.float32), alone, rate, beta, linear_rate, linear_beta,
+        rows, key, total * examples.to(tl.float32), first & ~led_in & ~goes_on, rate, beta, linear_rate, linear_beta,
         K=K, WIDTH=WIDTH, COLUMNS=COLUMNS, ADAGRAD=ADAGRAD,
     )  # fmt: skip
 
