@@ -200,12 +200,14 @@ def _alarms(report: Report) -> Iterator[Text]:
 def _verdicts(report: Report) -> Iterator[Text]:
     """In words: who beats whom, and how far the models came from the constant to the best possible."""
     half = _mapping(report, "last_half")
-    paired = _mapping(half or report, "paired")
-    numbers = [_number(paired.get(key)) for key in ("logloss_difference", "low", "high")]
-    names = paired.get("models")
-    if isinstance(names, Sequence) and len(names) == 2 and all(number is not None for number in numbers):
-        difference, low, high = (float(number) for number in numbers if number is not None)
-        yield _paired_words(str(names[0]), str(names[1]), difference, low, high, "last half" if half else "whole run")
+    measured = _Scope("last half" if half else "whole run", "", half or report)
+    pairs = _mapping(measured.known, "pairs")
+    for first in _models(measured)[:1]:
+        for name in pairs:
+            numbers = [_number(_mapping(pairs, name).get(key)) for key in ("logloss_difference", "low", "high")]
+            if all(number is not None for number in numbers):
+                difference, low, high = (float(number) for number in numbers if number is not None)
+                yield _paired_words(first, name, difference, low, high, measured.title)
     for scope in _scopes(report):
         if shares := list(_shares_of_gap(scope)):
             yield Text(f"gap to best possible closed ({scope.title}): {', '.join(shares)}")

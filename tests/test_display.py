@@ -42,14 +42,21 @@ REPORT: dict[str, Any] = {
     "click_coverage": 0.9987,
     "constant_logloss": 0.14,
     "best_possible_logloss": 0.10,
-    "models": {"deepfm": metrics(0.11, 0.7612, 1234567), "river_ftrl": metrics(0.13, 0.7412, 1234567)},
+    "models": {
+        "deepfm": metrics(0.11, 0.7612, 1234567),
+        "ftrl": metrics(0.12, 0.7512, 1234567),
+        "river_ftrl": metrics(0.13, 0.7412, 1234567),
+    },
     "rolling": {
         "models": {"deepfm": metrics(0.11812, 0.7812, 60000), "river_ftrl": metrics(0.12312, 0.7512, 60000)},
         "start": "2025-01-01T10:05:00Z",
         "end": "2025-01-01T10:15:00Z",
         "provisional": True,
     },
-    "paired": {"models": ["deepfm", "river_ftrl"], "logloss_difference": -0.0040, "low": -0.0044, "high": -0.0036, "count": 1234567},
+    "pairs": {
+        "ftrl": {"logloss_difference": -0.0030, "low": -0.0034, "high": -0.0026, "count": 1234567},
+        "river_ftrl": {"logloss_difference": -0.0040, "low": -0.0044, "high": -0.0036, "count": 1234567},
+    },
 }
 
 
@@ -71,8 +78,8 @@ def test_a_row_of_a_model_has_its_rolling_numbers_and_then_those_of_the_whole_ru
 
 def test_the_constant_and_the_best_possible_stand_under_the_models_in_the_logloss_column_of_the_whole_run() -> None:
     lines = drawn(REPORT)
-    order = [lines.index(row(lines, name)) for name in ("deepfm", "river_ftrl", "constant", "best possible")]
-    assert order == list(range(order[0], order[0] + 4))
+    order = [lines.index(row(lines, name)) for name in ("deepfm", "ftrl", "river_ftrl", "constant", "best possible")]
+    assert order == list(range(order[0], order[0] + 5))
     where = row(lines, "deepfm ").rindex("0.11000")
     assert row(lines, "constant").index("0.14000") == where
     assert row(lines, "best possible").index("0.10000") == where
@@ -127,12 +134,17 @@ def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration
     ],
 )
 def test_the_paired_difference_is_said_in_words(difference: float, low: float, high: float, words: str) -> None:
-    paired = {"models": ["deepfm", "river_ftrl"], "logloss_difference": difference, "low": low, "high": high, "count": 9}
-    assert words in " ".join(drawn({"paired": paired}, 200))
+    pairs = {"river_ftrl": {"logloss_difference": difference, "low": low, "high": high, "count": 9}}
+    assert words in drawn({"models": REPORT["models"], "pairs": pairs}, 200)
+
+
+def test_every_model_is_compared_with_the_first_in_a_line_of_its_own() -> None:
+    lines = [line for line in drawn(REPORT) if " beats " in line]
+    assert [line.split(" by ")[0] for line in lines] == ["deepfm beats ftrl", "deepfm beats river_ftrl"]
 
 
 def test_the_share_of_the_gap_that_each_model_closed_is_said() -> None:
-    assert "gap to best possible closed (whole run): deepfm 75%, river_ftrl 25%" in drawn(REPORT)  # (14 - 11) / (14 - 10)
+    assert "gap to best possible closed (whole run): deepfm 75%, ftrl 50%, river_ftrl 25%" in drawn(REPORT)  # (14 - 11) / (14 - 10)
 
 
 def test_progress_and_counters_are_said_with_their_units() -> None:

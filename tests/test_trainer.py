@@ -214,6 +214,31 @@ def test_the_baseline_learns_a_deterministic_share_and_is_compared_on_it(tmp_pat
     assert "intercept" in a["baseline"]["note"]
 
 
+def test_ftrl_learns_every_example_in_order_however_batches_are_cut(tmp_path, stream):
+    reports = []
+    for size in (128, 500):
+        sections = {"learn": {"batch_size": size, "threads": 1}, "baseline": {"enabled": False}, "ftrl": {"l1": 0.5}}
+        reports.append(finish(trainer(tmp_path / str(size), Partitions([stream], seed=size), **sections)))
+    one, other = (report["models"]["ftrl"] for report in reports)
+    assert one["count"] == 6000
+    assert one == pytest.approx(other, rel=1e-12)
+    assert reports[0]["models"]["deepfm"]["logloss"] != reports[1]["models"]["deepfm"]["logloss"]
+    assert reports[0]["paired"]["models"] == ["deepfm", "ftrl"]
+    states = [final_state(tmp_path / name)["ftrl"] for name in ("128", "500")]
+    for name, array in states[0].items():
+        assert np.array_equal(array, states[1][name]), name
+
+
+def test_models_that_are_not_wanted_are_in_no_report_and_no_snapshot(tmp_path, stream):
+    alone = {"baseline": {"enabled": False}, "ftrl": {"enabled": False}}
+    report = finish(trainer(tmp_path, Partitions([stream]), **alone))
+    assert report["models"].keys() == {"deepfm"}
+    assert (report["paired"]["models"], report["pairs"]) == (["deepfm"], {})
+    assert not {"ftrl", "baseline"} & final_state(tmp_path).keys()
+    with pytest.raises(ConfigError, match="enabled = False, not True"):
+        trainer(tmp_path, Partitions([stream]), baseline={"enabled": False}).restore(snapshot.newest(tmp_path / "snapshots"))
+
+
 def test_bad_records_are_counted_kept_and_not_trained(tmp_path, stream):
     junk = pa.array([b"junk", None, b'{"kind":"impression","impression_id":"x\x1b[31m","time":5}'], pa.large_binary())
     mixed = pa.concat_arrays([stream.slice(0, 50), junk, stream.slice(50)])
