@@ -3,23 +3,23 @@
     kind              string                       impression or click
     impression_id     string
     time              int64 epoch milliseconds, or a timestamp of any unit (UTC where it names no zone), rounded down to milliseconds
-    features          struct, a member a field     null for clicks; string, integer or boolean for categorical fields, any number for numeric
+    features          struct, a member a field     null for clicks; text, integer or boolean for categorical fields, a number for numeric
     true_probability  any number                   optional
 
-A string may be string, large_string, string_view, or a dictionary of one of them; categorical integers and booleans may come as a dictionary
-too. A column of type null is missing everywhere, and of columns or members of one name the last counts. Other columns and members are
-accepted and counted. What an event must be is as in JSON; what JSON has no word for is refused: NaN, infinities.
+A string may be string, large_string, string_view, or a dictionary of one of them; categorical integers and booleans may come as a
+dictionary too. A column of type null is missing everywhere, NaN and infinities are missing, and of columns or members of one name the
+last counts. Other columns and members are accepted and counted.
 
-A record that is no such stream, from its schema to its end, or that lacks a column or has one of another type is refused as a whole. So is
-one of which more than a thousand events are bad: each would be a dead letter.
+A record that is no such stream, from its schema to its end, or that lacks a column or has one of another type is refused as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -27,15 +27,16 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from stream_ctr import ipc_frames
-from stream_ctr.candidates import Candidates, Refusal, Refused, kind_codes
+from stream_ctr.candidates import IMPRESSION, Candidates, Refusal, Refused, kind_codes
 from stream_ctr.config import Field
-from stream_ctr.rows import one_line
+from stream_ctr.rows import epoch_ms, one_array, one_line
 
-MARKER = ipc_frames.MARKER
 MOST_EVENTS = 1 << 20
 """Of a record: their order within it has 20 bits."""
-MOST_BAD_EVENTS = 1000
 _UNFOLDING = 16  # a record's bytes once decompressed or decoded, to the most that it may have as it comes
+_BLOCK_BYTES = 64 << 20
+_SHOWN = 100  # characters of what is no kind
+_LARGEST_PACKED = 900_000  # bytes: brokers and clients take a megabyte, if nobody told them otherwise
 _INT64_MAX = np.iinfo(np.int64).max
 _READ_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, ensure_alignment=pa.ipc.Alignment.DataTypeSpecific)
 _TICKS_A_MILLISECOND = {"ms": 1, "us": 1_000, "ns": 1_000_000}
@@ -68,97 +69,109 @@ class ArrowReader:
 
     def __init__(self, fields: Sequence[Field], *, max_record_bytes: int) -> None:
         self.fields = tuple(fields)
-        self.max_record_bytes = max_record_bytes
+        self._most_bytes = _UNFOLDING * max_record_bytes
 
-    def read(self, batches: Sequence[pa.RecordBatch], row: int) -> tuple[list[Candidates], list[Refusal]]:
-        """What is in the batches of the record at `row`, and which of its events cannot be read.
+    def read(self, streams: Mapping[int, Sequence[pa.RecordBatch]]) -> tuple[list[Candidates], list[Refusal]]:
+        """What is in the batches of the record at each row.
 
-        Raises `Refused` where that is none of them: a column is missing or of a type that it cannot have.
+        Refused is a record in which a column is missing or of a type that it cannot have.
         """
         found: list[Candidates] = []
         refusals: list[Refusal] = []
-        first = 0
-        for batch in batches:
-            columns = _Columns(batch, _UNFOLDING * self.max_record_bytes)
-            bad = _Bad(row, first, len(batch))
-            candidates = self._candidates(columns, bad)
-            found.append(candidates.only(~bad.mask))
-            refusals += bad.refusals
-            first += len(batch)
-        return [part for part in found if len(part)], refusals
+        for _, group in itertools.groupby(_parts(streams), key=lambda part: (part.batch.schema, part.block)):
+            self._read(list(group), found, refusals)
+        whole = {refusal.row for refusal in refusals}
+        return [part.at(np.flatnonzero(~np.isin(part.row, list(whole)))) if whole else part for part in found], refusals
 
-    def _candidates(self, columns: _Columns, bad: _Bad) -> Candidates:
-        n = len(bad.mask)
-        kind, identity = columns.kind(), columns.impression_id()
+    def _read(self, parts: Sequence[_Part], found: list[Candidates], refusals: list[Refusal]) -> None:
+        """Batches of one schema at once, which is faster; when that cannot be, by halves."""
+        try:
+            found.append(self._candidates(parts))
+        except (Refused, pa.ArrowException) as error:
+            if half := len(parts) // 2:
+                self._read(parts[:half], found, refusals)
+                self._read(parts[half:], found, refusals)
+            elif all(refusal.row != parts[0].row for refusal in refusals):
+                refused = error if isinstance(error, Refused) else Refused("not_arrow", one_line(error))
+                refusals.append(Refusal(parts[0].row, refused.code, refused.message))
+
+    def _candidates(self, parts: Sequence[_Part]) -> Candidates:
+        columns = _Columns(pa.Table.from_batches([part.batch for part in parts]), self._most_bytes)
+        sizes = [len(part.batch) for part in parts]
+        kind, kind_text = columns.kind()
+        identity = columns.impression_id()
         time, has_time = columns.time()
         has_features, members = columns.features()
-        features = {field.name: self._feature(field, members.pop(field.name, None), has_features, bad) for field in self.fields}
-        probability = columns.others.pop("true_probability", None)
-        truth = _numbers("true_probability", probability, np.ones(n, bool), bad)
+        features = {field.name: self._feature(field, members.pop(field.name, None), len(kind)) for field in self.fields}
+        truth = _numbers("true_probability", columns.others.pop("true_probability", None), len(kind))
         return Candidates(
-            row=np.full(n, bad.row),
-            within=np.arange(bad.first, bad.first + n),
+            row=np.repeat([part.row for part in parts], sizes),
+            within=np.concatenate([np.arange(part.first, part.first + size) for part, size in zip(parts, sizes, strict=True)]),
             kind=kind,
-            kind_text=columns.kind_text,
+            kind_text=kind_text,
             impression_id=identity,
             time=time,
             has_time=has_time,
             has_features=has_features,
-            true_probability=np.asarray(truth.to_numpy(zero_copy_only=False), np.float64),
+            true_probability=truth.to_numpy(zero_copy_only=False),
             features=features,
-            unread=_any_present(columns.unread_columns(), n) | (_any_present([*members.values(), *columns.twice_members], n) & has_features),
+            unread=columns.any_other() | (_any_present([*members.values(), *columns.twice_members], len(kind)) & has_features),
         )
 
-    def _feature(self, field: Field, member: pa.Array | None, there: Mask, bad: _Bad) -> pa.Array:
-        if field.kind == "numeric":
-            return _numbers(field.name, member, there, bad)
-        return _categories(field.name, member, there, bad, _UNFOLDING * self.max_record_bytes)
+    def _feature(self, field: Field, member: pa.Array | None, n: int) -> pa.Array:
+        return _numbers(field.name, member, n) if field.kind == "numeric" else _categories(field.name, member, n, self._most_bytes)
 
 
-class _Bad:
-    """Which of the n events of a batch, the record's from `first` on, cannot be read, and why."""
+class _Part(NamedTuple):
+    """A batch of the record at `row`, whose events from the `first` on it holds; `block`: those that are small enough together."""
 
-    def __init__(self, row: int, first: int, n: int) -> None:
-        self.row, self.first = row, first
-        self.mask = np.zeros(n, bool)
-        self.refusals: list[Refusal] = []
+    row: int
+    first: int
+    batch: pa.RecordBatch
+    block: int
 
-    def add(self, broken: Mask, code: str, message: Callable[[int], str]) -> None:
-        """What is broken first names the reason."""
-        for at in np.flatnonzero(broken & ~self.mask).tolist():
-            self.refusals.append(Refusal(self.row, self.first + at, code, message(at)))
-        self.mask |= broken
+
+def _parts(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Part]:
+    size = 0
+    for row, batches in streams.items():
+        first = 0
+        for batch in batches:
+            size += batch.get_total_buffer_size()
+            if len(batch):
+                yield _Part(row, first, batch, size // _BLOCK_BYTES)
+            first += len(batch)
 
 
 class _Columns:
-    """The columns of a batch by what they mean. What nobody has asked for is in `others`, and in `twice` what a later one hides."""
+    """The columns of some batches by what they mean. What nobody has asked for is in `others`, and what a later one hides in `_twice`."""
 
-    def __init__(self, batch: pa.RecordBatch, most_bytes: int) -> None:
-        self._most_bytes = most_bytes
-        self.others, self._twice = _by_name(batch.schema, batch.columns)
+    def __init__(self, table: pa.Table, most_bytes: int) -> None:
+        self._n, self._most_bytes = len(table), most_bytes
+        self.others, self._twice = _by_name(table.schema, [one_array(column) for column in table.columns])
         self.twice_members: list[pa.Array] = []
-        if missing := [name for name in ("kind", "impression_id", "time") if name not in self.others]:
-            raise Refused("missing_column", f"there is no column {missing[0]}")
-        self.kind_text = self.others.pop("kind")
 
-    def kind(self) -> npt.NDArray[np.int8]:
-        kind = _require("kind", self.kind_text, _is_text, "a string")
+    def kind(self) -> tuple[npt.NDArray[np.int8], pa.StringArray]:
+        """Its code, and where that is none, the beginning of what is there."""
+        kind = self._needed("kind", _is_text, "a string")
         if not pa.types.is_dictionary(kind.type):
-            return kind_codes(_texts(kind, self._most_bytes))
-        codes = np.append(kind_codes(_texts(kind.dictionary, self._most_bytes)), np.int8(-1))
-        return codes[np.asarray(pc.fill_null(kind.indices.cast(pa.int64()), -1))]
+            texts = _texts(kind, self._most_bytes)
+            return kind_codes(texts), texts
+        words = _texts(kind.dictionary, self._most_bytes)
+        codes = np.append(kind_codes(words), np.int8(-1))[np.asarray(pc.fill_null(kind.indices.cast(pa.int64()), -1))]
+        others = pc.if_else(pa.array(codes < 0), kind.indices, None)
+        return codes, pc.utf8_slice_codeunits(words, 0, _SHOWN).take(others)
 
     def impression_id(self) -> pa.StringArray:
-        identity = _require("impression_id", self.others.pop("impression_id"), _is_text, "a string")
+        identity = self._needed("impression_id", _is_text, "a string")
         if not pa.types.is_dictionary(identity.type):
             return _texts(identity, self._most_bytes)
-        texts = _texts(identity.dictionary, self._most_bytes)
-        _require_room(pc.sum(pc.binary_length(texts).cast(pa.int64()).take(identity.indices)).as_py() or 0, self._most_bytes)
-        return texts.take(identity.indices)
+        words = _texts(identity.dictionary, self._most_bytes)
+        _require_room(pc.sum(pc.binary_length(words).cast(pa.int64()).take(identity.indices)).as_py() or 0, self._most_bytes)
+        return words.take(identity.indices)
 
     def time(self) -> tuple[npt.NDArray[np.int64], Mask]:
         """Epoch milliseconds, and whether there is a time."""
-        time = _require("time", self.others.pop("time"), _is_time, "int64 milliseconds or a timestamp")
+        time = self._needed("time", _is_time, "int64 milliseconds or a timestamp")
         if pa.types.is_null(time.type):
             return np.zeros(len(time), np.int64), np.zeros(len(time), bool)
         ticks = pc.fill_null(time.cast(pa.int64()), 0).to_numpy()
@@ -172,14 +185,20 @@ class _Columns:
         """Which events have features, and these by their names."""
         features = self.others.pop("features", None)
         if features is None or pa.types.is_null(features.type):
-            return np.zeros(len(self.kind_text), bool), {}
+            return np.zeros(self._n, bool), {}
         _require("features", features, pa.types.is_struct, "a struct")
         members = [features.field(index) for index in range(features.type.num_fields)]
         by_name, self.twice_members = _by_name(features.type, members)
         return np.asarray(features.is_valid()), by_name
 
-    def unread_columns(self) -> list[pa.Array]:
-        return [*self.others.values(), *self._twice]
+    def any_other(self) -> Mask:
+        """Where there is something in a column that nobody reads."""
+        return _any_present([*self.others.values(), *self._twice], self._n)
+
+    def _needed(self, name: str, accepts: Callable[[pa.DataType], bool], expected: str) -> pa.Array:
+        if name not in self.others:
+            raise Refused("missing_column", f"there is no column {name}")
+        return _require(name, self.others.pop(name), accepts, expected)
 
 
 def _by_name(named: pa.Schema | pa.StructType, columns: Sequence[pa.Array]) -> tuple[dict[str, pa.Array], list[pa.Array]]:
@@ -197,10 +216,7 @@ def _any_present(columns: Sequence[pa.Array], n: int) -> Mask:
     """Where any of these is not null [n]."""
     present = np.zeros(n, bool)
     for column in columns:
-        if column.null_count == 0:
-            return np.ones(n, bool)
-        if column.null_count < n:
-            present |= np.asarray(column.is_valid())
+        present |= np.asarray(column.is_valid())
     return present
 
 
@@ -239,45 +255,26 @@ def _is_number(type: pa.DataType) -> bool:
     return bool(pa.types.is_integer(type) or pa.types.is_floating(type) or pa.types.is_decimal(type))
 
 
-def _numbers(name: str, column: pa.Array | None, there: Mask, bad: _Bad) -> pa.DoubleArray:
-    """As float64. Those that are not finite are bad, where the struct that they are members of is there."""
+def _numbers(name: str, column: pa.Array | None, n: int) -> pa.DoubleArray:
+    """As float64, null where they are not finite."""
     if column is None:
-        return pa.nulls(len(there), pa.float64())
+        return pa.nulls(n, pa.float64())
     numbers = _require(name, column, _is_number, "a number").cast(pa.float64(), safe=False)
     finite = pc.is_finite(numbers)
-    if not pc.all(finite, min_count=0).as_py():
-        broken = there & ~np.asarray(pc.fill_null(finite, True))
-        bad.add(broken, "not_finite", lambda at: f"{name!r:.80} must be a finite number, got {numbers[at]}")
-        numbers = pc.if_else(finite, numbers, None)  # where no struct is there
-    return numbers
+    return numbers if pc.all(finite, min_count=0).as_py() else pc.if_else(finite, numbers, None)
 
 
-def _categories(name: str, column: pa.Array | None, there: Mask, bad: _Bad, most_bytes: int) -> pa.Array:
-    """As strings, or a dictionary of int32 and strings where it is one. Integers beyond 64 bits with sign are bad."""
+def _categories(name: str, column: pa.Array | None, n: int, most_bytes: int) -> pa.Array:
+    """As strings, or a dictionary of int32 and strings where it is one."""
     if column is None:
-        return pa.nulls(len(there), pa.string())
+        return pa.nulls(n, pa.string())
     _require(name, column, _is_category, "a string, an integer or a boolean")
     if not pa.types.is_dictionary(column.type):
-        broken = _beyond_int64(column)
-        texts = _texts(column, most_bytes)
-    else:
-        indices = column.indices.cast(pa.int32())
-        if column.dictionary.null_count:
-            indices = pc.if_else(column.dictionary.is_valid().take(indices), indices, None)
-        broken = _beyond_int64(column.dictionary)
-        broken = None if broken is None else np.asarray(pc.fill_null(pa.array(broken).take(indices), False))
-        texts = pa.DictionaryArray.from_arrays(indices, _texts(column.dictionary, most_bytes))
-    if broken is not None:
-        expected = f"{name!r:.80} is categorical (a string, a 64-bit integer or a boolean)"
-        bad.add(there & broken, "wrong_type", lambda at: f"{expected}, got {column[at].as_py()}")
-    return texts
-
-
-def _beyond_int64(column: pa.Array) -> Mask | None:
-    if not pa.types.is_uint64(column.type):
-        return None
-    beyond = np.asarray(pc.fill_null(pc.greater(column, pa.scalar(_INT64_MAX, pa.uint64())), False))
-    return beyond if beyond.any() else None
+        return _texts(column, most_bytes)
+    indices = column.indices.cast(pa.int32())
+    if column.dictionary.null_count:
+        indices = pc.if_else(column.dictionary.is_valid().take(indices), indices, None)
+    return pa.DictionaryArray.from_arrays(indices, _texts(column.dictionary, most_bytes))
 
 
 def _texts(values: pa.Array, most_bytes: int) -> pa.StringArray:
@@ -287,16 +284,103 @@ def _texts(values: pa.Array, most_bytes: int) -> pa.StringArray:
     return values.cast(pa.string())
 
 
+def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
+    """How many impressions there are in a batch that was read, and of each feature how many values of which Python type."""
+    columns = _Columns(pa.Table.from_batches([batch]), _INT64_MAX)
+    impressions = columns.kind()[0] == IMPRESSION
+    _, members = columns.features()
+    found: dict[str, dict[type, int]] = {}
+    for name, member in members.items():
+        count = int(np.count_nonzero(impressions & np.asarray(member.is_valid())))
+        if count and (_is_category(member.type) or _is_number(member.type)):
+            number = _is_number(member.type)
+            found[name] = {(float if number else str): count}
+    return int(np.count_nonzero(impressions)), found
+
+
 # -- back to bytes ------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class EventColumns:
-    """n events in columns: `impression` (else it is a click), ids, epoch milliseconds, features by name, missing for clicks (string, int64,
-    float64, bool, or a dictionary of those)."""
+def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:
+    """A record of the one event at this place in a record."""
+    for batch in batches:
+        if within < len(batch):
+            break
+        within -= len(batch)
+    row = batch.slice(within, 1)
+    return _stream(pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names))
 
-    impression: Mask
-    impression_id: pa.Array
-    time: npt.NDArray[np.int64]
-    features: Any
-    true_probability: npt.NDArray[np.float64] | None = None
+
+def _alone(value: pa.Array) -> pa.Array:
+    """An array of one value without what else it was stored with: the words of its dictionary, the bytes of other strings."""
+    if pa.types.is_struct(value.type):
+        names = [value.type.field(index).name for index in range(value.type.num_fields)]
+        members = [_alone(member) for member in value.flatten()]
+        mask = pa.array([not value.is_valid()[0].as_py()])
+        return pa.StructArray.from_arrays(members, names, mask=mask) if members else value
+    if pa.types.is_dictionary(value.type):
+        value = value.dictionary_decode()
+    return value.cast(pa.large_string()) if pa.types.is_string_view(value.type) else value
+
+
+def pack(values: pa.LargeBinaryArray, *, events_a_record: int) -> pa.LargeBinaryArray:
+    """JSON events -> Arrow records of at most so many of them, in order. What does not fit into columns with its neighbours, or is no
+    event, is a record of its own, as it is.
+
+    >>> event = b'{"kind":"click","impression_id":"a","time":1735689600000}'
+    >>> [record[:4] for record in pack(pa.array([event, event, b"oops"], pa.large_binary()), events_a_record=2).to_pylist()]
+    [b'\\xff\\xff\\xff\\xff', b'oops']
+    """
+    packed: list[bytes] = []
+    lines = values.to_pylist()
+    for first in range(0, len(lines), events_a_record):
+        _pack(lines[first : first + events_a_record], packed)
+    return pa.array(packed, pa.large_binary())
+
+
+def _pack(values: Sequence[bytes], packed: list[bytes]) -> None:
+    try:
+        packed.append(_record_of(values))
+    except (ValueError, TypeError, OverflowError):  # Arrow's and msgspec's among them
+        if len(values) == 1:
+            packed += values
+        else:
+            half = len(values) // 2
+            _pack(values[:half], packed)
+            _pack(values[half:], packed)
+
+
+def _record_of(values: Sequence[bytes]) -> bytes:
+    """Raises when one of these is no event, or has another type where another one has this type."""
+    events = msgspec.json.decode(b"[" + b",".join(values) + b"]", type=list[_Event])
+    if len(events) != len(values):
+        raise ValueError("two in one line")
+    time = pa.array([event.time for event in events])
+    columns = {
+        "kind": pa.array([event.kind for event in events]),
+        "impression_id": pa.array([event.impression_id for event in events]),
+        "time": epoch_ms(time),
+        "features": pa.array([event.features for event in events]),
+        "true_probability": pa.array([event.true_probability for event in events], pa.float64()),
+    }
+    record = _stream(pa.RecordBatch.from_pydict(columns))
+    if len(record) > _LARGEST_PACKED:
+        raise ValueError("too large for one record")
+    return record
+
+
+class _Event(msgspec.Struct):
+    """What fits into columns. Members that nobody reads are left out."""
+
+    kind: Literal["impression", "click"]
+    impression_id: str
+    time: int | str
+    features: dict[str, str | int | float | bool | None] | None = None
+    true_probability: float | None = None
+
+
+def _stream(batch: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return bytes(sink.getvalue())

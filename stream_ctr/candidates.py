@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,10 +12,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 IMPRESSION, CLICK = 0, 1
+_KINDS = pa.array(["impression", "click"])
 
 
 class Refused(Exception):
-    """A record or an event that cannot be read: a reason code (of a small fixed set, fit for a counter) and what was seen."""
+    """A record that cannot be read: a reason code (of a small fixed set, fit for a counter) and what was seen."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -23,10 +24,9 @@ class Refused(Exception):
 
 
 class Refusal(NamedTuple):
-    """`within`: which event of the record; of the whole record -1."""
+    """Of the record at `row`."""
 
     row: int
-    within: int
     code: str
     message: str
 
@@ -36,14 +36,14 @@ class Candidates:
     """n events; `row` is the index of the record that each came in, `within` its place there.
 
     `kind` is `IMPRESSION`, `CLICK` or -1, then `kind_text` says what was there instead. What is missing: a null in `impression_id` and
-    `features`, NaN in `true_probability`, False in `has_time` and `has_features`. Categorical features are string arrays or dictionary
-    arrays of int32 and strings, numeric ones float64. `unread`: has a member that nobody reads.
+    `features`, NaN in `true_probability`, False in `has_time` and `has_features`. Categorical features are strings or a dictionary of
+    int32 and strings, numeric ones float64. `unread`: has a member that nobody reads.
     """
 
     row: npt.NDArray[np.int64]
     within: npt.NDArray[np.int64]
     kind: npt.NDArray[np.int8]
-    kind_text: pa.Array
+    kind_text: pa.StringArray
     impression_id: pa.StringArray
     time: npt.NDArray[np.int64]
     has_time: npt.NDArray[np.bool_]
@@ -55,24 +55,29 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.row)
 
-    def only(self, keep: npt.NDArray[np.bool_]) -> Candidates:
-        """Those where `keep` [n] is true."""
-        if keep.all():
-            return self
-        mask = pa.array(keep)
-        return Candidates(
-            self.row[keep],
-            self.within[keep],
-            self.kind[keep],
-            self.kind_text.filter(mask),
-            self.impression_id.filter(mask),
-            self.time[keep],
-            self.has_time[keep],
-            self.has_features[keep],
-            self.true_probability[keep],
-            {name: column.filter(mask) for name, column in self.features.items()},
-            self.unread[keep],
-        )
+    @classmethod
+    def together(cls, parts: Sequence[Candidates]) -> Candidates:
+        """All of them, in order of row and place. Takes one part at least."""
+        columns: dict[str, Any] = {name: _concatenated([getattr(part, name) for part in parts]) for name in _PLAIN}
+        features = {name: _concatenated([part.features[name] for part in parts]) for name in parts[0].features}
+        whole = cls(**columns, features=features)
+        steps = np.diff(whole.row)
+        if np.all((steps > 0) | ((steps == 0) & (np.diff(whole.within) > 0))):
+            return whole
+        return whole.at(np.lexsort((whole.within, whole.row)))
+
+    def at(self, indices: npt.NDArray[np.int64]) -> Candidates:
+        """The events at these indices, in this order."""
+        where = pa.array(indices)
+
+        def taken(column: Any) -> Any:
+            return column[indices] if isinstance(column, np.ndarray) else column.take(where)
+
+        columns: dict[str, Any] = {name: taken(getattr(self, name)) for name in _PLAIN}
+        return Candidates(**columns, features={name: taken(column) for name, column in self.features.items()})
+
+
+_PLAIN = [field.name for field in fields(Candidates) if field.name != "features"]
 
 
 def kind_codes(kind: pa.StringArray) -> npt.NDArray[np.int8]:
@@ -81,5 +86,16 @@ def kind_codes(kind: pa.StringArray) -> npt.NDArray[np.int8]:
     >>> kind_codes(pa.array(["click", "view", None, "impression"])).tolist()
     [1, -1, -1, 0]
     """
-    found = pc.index_in(kind, value_set=pa.array(["impression", "click"]))
+    found = pc.index_in(kind, value_set=_KINDS)
     return np.asarray(pc.fill_null(found, -1)).astype(np.int8)
+
+
+def _concatenated(columns: Sequence[Any]) -> Any:
+    """Arrays of NumPy or of Arrow."""
+    if len(columns) == 1:
+        return columns[0]
+    if isinstance(columns[0], np.ndarray):
+        return np.concatenate(columns)
+    if any(pa.types.is_dictionary(column.type) for column in columns):  # words unfolded may be many times as large
+        columns = [column if pa.types.is_dictionary(column.type) else column.dictionary_encode() for column in columns]
+    return pa.concat_arrays(columns)

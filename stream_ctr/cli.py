@@ -214,11 +214,13 @@ def _open_log(path: Path, log_format: str | None, seed: int) -> Log:
 @click.option("--topic", default="clicks", show_default=True)
 @click.option("--partitions", type=click.IntRange(1), default=1, show_default=True, help="Of the topic, when it has to be created.")
 @click.option("--speed", default="max", show_default=True, metavar="max|N", help="As fast as possible, or N times real time.")
+@click.option("--wire", type=click.Choice(["json", "arrow"]), default="json", show_default=True, help="An event a record, or many.")
+@click.option("--batch", type=click.IntRange(1, 1 << 20), default=1000, show_default=True, help="Events in an Arrow record, at most.")
 @_log_options
 @_settings
 def replay(
-    log: Path, topic: str, partitions: int, speed: str, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
-    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+    log: Path, topic: str, partitions: int, speed: str, wire: str, batch: int, log_format: str | None, log_seed: int,
+    bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Produce the events of LOG to a topic, in event-time order.
 
@@ -227,6 +229,7 @@ def replay(
     \b
     stream-ctr replay train.tsv --format criteo --topic clicks
     stream-ctr replay events.jsonl --speed 60
+    stream-ctr replay events.parquet --wire arrow
     """
     from connectors import kafka
     from stream_ctr import runs
@@ -240,7 +243,7 @@ def replay(
             click.echo(f"created topic {topic} with {partitions} partition{'s' * (partitions > 1)}", err=True)
         sink = kafka.KafkaSink(client)
         try:
-            count, seconds = runs.produce(opened, sink, topic, factor)
+            count, seconds = runs.produce(opened, sink, topic, factor, events_a_record=batch if wire == "arrow" else None)
         finally:
             sink.close()
     _tell(opened.notes)

@@ -14,8 +14,9 @@ import pyarrow.parquet
 
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError
-from stream_ctr.events import EARLIEST_MS, LATEST_MS, Decoder, encode_clicks, encode_impressions
+from stream_ctr.events import EARLIEST_MS, LATEST_MS, Decoder
 from stream_ctr.history import BATCH_ROWS, EventBatch, Log, in_time_order
+from stream_ctr.json_events import encode_clicks, encode_impressions
 from stream_ctr.rows import Rows, epoch_ms, mask, one_array, one_line
 from stream_ctr.text import TextLog
 

@@ -22,17 +22,19 @@ import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stream_ctr.config import Field
 
 _MISSING = np.array([0xFF], np.uint8)
 _C1, _C2 = np.uint64(0x87C37B91114253D5), np.uint64(0x4CF5AD432745937F)
+_OFTEN = 64
 _M1, _M2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 
 class Hasher:
-    """Feature columns -> `ids` int32 [n, F], rows of the embedding table, and `values` float32 [n, V], the multipliers of the V fields
-    that have one (`value_fields` are their indices among the F)."""
+    """Feature columns (strings, or a dictionary of them; float64) -> `ids` int32 [n, F], rows of the embedding table, and `values` float32
+    [n, V], the multipliers of the V fields that have one (`value_fields` are their indices among the F)."""
 
     def __init__(
         self,
@@ -60,20 +62,22 @@ class Hasher:
         for index, field in enumerate(self.fields):
             column = features[field.name]
             if field.kind == "categorical":
-                _hash_into(*string_buffers(column), self._seeds[index], self._mask, ids, index)
+                self._categories(column, ids, index)
             elif self.numeric_encoding == "buckets":
-                ids[:, index] = self._buckets(column, self._seeds[index])
+                x = column.to_numpy(zero_copy_only=False)  # null becomes NaN
+                bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
+                _hash_buckets(bucket, self._seeds[index], self._mask, ids, index)
             else:
                 ids[:, index] = self._one_row(column, self._seeds[index])
                 values[:, self.value_fields.index(index)] = self._multipliers(column)
         return ids, values
 
-    def _buckets(self, column: pa.Array, seed: np.uint64) -> npt.NDArray[np.int32]:
-        x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)  # null becomes NaN
-        bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
-        distinct, inverse = np.unique(bucket, return_inverse=True, equal_nan=True)
-        texts = pa.array([None if np.isnan(number) else str(int(number)) for number in distinct], pa.string())
-        return self._hash(texts, seed)[inverse]
+    def _categories(self, column: pa.Array, ids: npt.NDArray[np.int32], index: int) -> None:
+        if not pa.types.is_dictionary(column.type):
+            _hash_into(*string_buffers(column), self._seeds[index], self._mask, ids, index)
+        else:  # each word once, and after the last what is missing
+            words = self._hash(pa.concat_arrays([column.dictionary, pa.nulls(1, pa.string())]), self._seeds[index])
+            ids[:, index] = words[np.asarray(pc.fill_null(column.indices, -1))]
 
     def _one_row(self, column: pa.Array, seed: np.uint64) -> npt.NDArray[np.int32]:
         present, missing = self._hash(pa.array(["value", None], pa.string()), seed)
@@ -143,10 +147,14 @@ def _finalise(k: np.uint64) -> np.uint64:
 @numba.njit(cache=True, inline="always")
 def _word(data: npt.NDArray[np.uint8], start: int, size: int) -> np.uint64:
     """`size` (at most 8) bytes, little-endian."""
-    k = np.uint64(0)
-    for i in range(size):
-        k |= np.uint64(data[start + i]) << np.uint64(8 * i)
-    return k
+    k, at = np.uint64(0), np.uint64(start)  # an index without sign is taken as it is
+    if start + 8 > len(data):
+        for i in range(size):
+            k |= np.uint64(data[start + i]) << np.uint64(8 * i)
+        return k
+    for i in range(8):  # one load, once unrolled
+        k |= np.uint64(data[at + np.uint64(i)]) << np.uint64(8 * i)
+    return k & (np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * size))
 
 
 @numba.njit(cache=True)
@@ -187,6 +195,34 @@ def _hash_into(
             out[i, column] = np.int32(_murmur3(data, offsets[i], offsets[i + 1] - offsets[i], seed) & mask)
         else:
             out[i, column] = missing
+
+
+@numba.njit(cache=True, nogil=True)
+def _hash_buckets(bucket: npt.NDArray[np.float64], seed: np.uint64, mask: np.uint64, out: npt.NDArray[np.int32], column: int) -> None:
+    """Rows of whole numbers by their decimal text. Those near 0 are remembered."""
+    known = np.full(2 * _OFTEN + 1, -1, np.int32)
+    missing = np.int32(_murmur3(_MISSING, 0, 1, seed) & mask)
+    text = np.empty(20, np.uint8)
+    for i in range(len(bucket)):
+        if np.isnan(bucket[i]):
+            out[i, column] = missing
+            continue
+        number = np.int64(bucket[i])
+        often = -_OFTEN <= number <= _OFTEN
+        row = known[number + _OFTEN] if often else np.int32(-1)
+        if row < 0:
+            first, rest = len(text), abs(number)
+            while rest > 0 or first == len(text):
+                first -= 1
+                text[first] = 48 + rest % 10
+                rest //= 10
+            if number < 0:
+                first -= 1
+                text[first] = 45  # -
+            row = np.int32(_murmur3(text, first, len(text) - first, seed) & mask)
+            if often:
+                known[number + _OFTEN] = row
+        out[i, column] = row
 
 
 @numba.njit(cache=True, nogil=True)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError
-from stream_ctr.events import encode_clicks, encode_impressions
+from stream_ctr.json_events import encode_clicks, encode_impressions
 from stream_ctr.rows import Rejected, one_array
 
 DEFAULT_START_MS = 1_735_689_600_000

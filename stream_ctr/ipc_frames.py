@@ -47,7 +47,7 @@ def sizes(data: bytes | memoryview) -> Sizes:
     """
     rows = unfolded = 0
     try:
-        for number, (message, body) in enumerate(_frames(memoryview(data))):
+        for number, (message, body) in enumerate(_frames(memoryview(data).cast("B"))):
             kind, header = message.number(1, "B"), message.table(2)
             if (number == 0) != (kind == _SCHEMA):
                 raise DamagedStream("a stream begins with its schema, and has one")

@@ -3,19 +3,20 @@
     {"kind": "impression", "impression_id": "a1", "time": 1735689600000, "features": {"app": "maps", "age": 31}}
     {"kind": "click", "impression_id": "a1", "time": "2025-01-01T00:00:04.200Z"}
 
-What the scanner (`json_scan`) does not vouch for is looked at one by one (msgspec, a strict parser), so one bad record costs itself time and
-nothing else. Both accept exactly the same records.
+What the scanner (`json_scan`) does not vouch for is looked at one by one (msgspec, a strict parser), so one bad record costs itself time
+and nothing else. Both accept exactly the same records.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import msgspec
-import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -25,11 +26,17 @@ from stream_ctr import json_scan
 from stream_ctr.candidates import Candidates, Refusal, Refused, kind_codes
 from stream_ctr.config import Field
 
-_BLOCK_ROWS, _BLOCK_BYTES = 8192, 64 << 20
+_BLOCK_ROWS, _BLOCK_BYTES = 2048, 64 << 20
 _NOTHING = pa.scalar(b"", pa.large_binary())
 _END = np.iinfo(np.int64).max
-# Deeper than any event; the strict parser stops at about a thousand, depending on the stack it stands on.
-_DEEPEST_NESTING = 256
+_NUMBER = json_scan.INTEGER | json_scan.NUMBER | json_scan.NULL
+_CATEGORY = json_scan.STRING | json_scan.INTEGER | json_scan.BOOLEAN | json_scan.NULL
+_TEXT = json_scan.STRING | json_scan.NULL
+_TOP_TYPES = (_TEXT, _TEXT, _TEXT | json_scan.INTEGER, json_scan.OBJECT | json_scan.NULL, _NUMBER)
+_FIELD_TYPES = {"categorical": _CATEGORY, "numeric": _NUMBER}
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
+_RFC_3339 = rf"^(19[7-9]\d|20\d\d)-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[T ]{_CLOCK}:[0-5]\d(\.\d{{1,9}})?(Z|[+-]{_CLOCK})$"
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(1 << 63), 1 << 63)
 
@@ -40,59 +47,48 @@ class JsonReader:
     def __init__(self, fields: Sequence[Field], *, max_record_bytes: int) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
-        numeric = [field.kind == "numeric" for field in self.fields]
-        names = [field.name.encode() for field in self.fields]
-        self._names = json_scan.Names(
-            text=np.frombuffer(b"".join(names), np.uint8),
-            at=np.cumsum([0, *map(len, names)]),
-            number=np.where(numeric, np.cumsum(numeric) - 1, -1).astype(np.int64),
-        )
-        self._numbers = sum(numeric)
+        names = [name.encode() for name in (*json_scan.TOP, *(field.name for field in self.fields))]
+        self._names = np.frombuffer(b"".join(names), np.uint8)
+        self._ends = np.cumsum([0, *map(len, names)])
+        self._accepts = np.array([*_TOP_TYPES, *(_FIELD_TYPES[field.kind] for field in self.fields)], np.uint8)
 
     def read(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]) -> tuple[list[Candidates], list[Refusal]]:
         """The records at `rows`, in that order but for those that were looked at one by one, which come last."""
         data, start, size = spans(values)
         plain = (size[rows] > 0) & (size[rows] <= self.max_record_bytes)
-        found: list[Candidates] = []
-        left = [rows[~plain]]
+        found, left = [], [rows[~plain]]
         for block in _blocks(rows[plain], size):
-            scan = self._scan(data, start[block], size[block])
-            found.append(self._scanned(block[scan.read], data, scan))
-            left.append(block[~scan.read])
-        rest = np.sort(np.concatenate(left))
-        parts, refusals = self._read_one_by_one(values, rest) if len(rest) else ([], [])
-        return [part for part in (*found, *parts) if len(part)], refusals
+            candidates = self._scanned(block, _Scan.of(self, data, start[block], size[block]))
+            found.append(candidates)
+            left.append(np.setdiff1d(block, candidates.row, assume_unique=True) if len(candidates) < len(block) else block[:0])
+        parts, refusals = self._read_one_by_one(values, np.sort(np.concatenate(left)))
+        return [*found, *parts], refusals
 
     # -- the fast way -----------------------------------------------------------------------------------------------------------------
 
-    def _scan(self, data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> json_scan.Scan:
-        scan = json_scan.Scan.room_for(len(start), len(self.fields), self._numbers, int(size.sum()))
-        json_scan.scan(data, start, size, self._names, scan)
-        for column in range(self._numbers + 1):
-            _finish_numbers(data, scan, column)
-        return scan
-
-    def _scanned(self, rows: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], scan: json_scan.Scan) -> Candidates:
-        read = slice(None) if scan.read.all() else scan.read
-        features: dict[str, pa.Array] = {}
-        for index, field in enumerate(self.fields):
-            if field.kind == "categorical":
-                features[field.name] = _texts(data, scan, scan.at[read, index], scan.size[read, index])
-            else:
-                number = scan.number[read, self._names.number[index]]
-                features[field.name] = pa.array(number, mask=missing if (missing := np.isnan(number)).any() else None)
+    def _scanned(self, rows: npt.NDArray[np.int64], scan: _Scan) -> Candidates:
+        """Those of these records that were found good."""
+        time = scan.times()
+        kept = np.flatnonzero(scan.passed)
+        if len(kept) < len(rows):
+            rows, time, scan = rows[kept], time[kept], scan.only(kept)
+        kind = scan.texts(json_scan.KIND)
+        features = {
+            field.name: scan.texts(member) if field.kind == "categorical" else scan.numbers(member)
+            for member, field in enumerate(self.fields, len(json_scan.TOP))
+        }
         return Candidates(
             row=rows,
             within=np.zeros_like(rows),
-            kind=scan.kind[read],
-            kind_text=pa.nulls(len(rows), pa.string()),
-            impression_id=_texts(data, scan, scan.id_at[read], scan.id_size[read]),
-            time=scan.time[read],
-            has_time=np.ones(len(rows), np.bool_),
-            has_features=scan.has_features[read],
-            true_probability=scan.number[read, -1],
+            kind=kind_codes(kind),
+            kind_text=kind,
+            impression_id=scan.texts(json_scan.ID),
+            time=time,
+            has_time=scan.length[:, json_scan.TIME] >= 0,
+            has_features=scan.length[:, json_scan.FEATURES] >= 0,
+            true_probability=scan.numbers(json_scan.PROBABILITY).to_numpy(zero_copy_only=False),
             features=features,
-            unread=scan.unread[read],
+            unread=scan.unread,
         )
 
     # -- one by one -------------------------------------------------------------------------------------------------------------------
@@ -105,7 +101,7 @@ class JsonReader:
                 documents.append(self._read_one(values[row].as_py()))
                 good.append(row)
             except Refused as refused:
-                refusals.append(Refusal(row, -1, refused.code, refused.message))
+                refusals.append(Refusal(row, refused.code, refused.message))
         return [self._columns(np.array(good, np.int64), documents)], refusals
 
     def _read_one(self, value: bytes | None) -> dict[str, Any]:
@@ -115,9 +111,9 @@ class JsonReader:
             raise Refused("empty", "no bytes")
         if len(value) > self.max_record_bytes:
             raise Refused("too_large", f"{len(value)} bytes, more than {self.max_record_bytes}")
-        text = np.frombuffer(value, np.uint8)
-        if _depth(text) > _DEEPEST_NESTING:
-            raise Refused("too_deep", f"nested more than {_DEEPEST_NESTING} deep")
+        bare = _without_strings(value)
+        if _depth(bare) > json_scan.DEEPEST_NESTING:
+            raise Refused("too_deep", f"nested more than {json_scan.DEEPEST_NESTING} deep")
         try:
             document = msgspec.json.decode(value)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -141,7 +137,7 @@ class JsonReader:
             "time": time,
             "has_features": features is not None,
             "true_probability": probability,
-            "unread": _members(text) > read,
+            "unread": _members(bare) > read,
             "features": found,
         }
 
@@ -185,63 +181,96 @@ def _blocks(rows: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> list[np
     return np.split(rows, np.flatnonzero(np.diff(part)) + 1) if len(rows) else []
 
 
-def _texts(
-    data: npt.NDArray[np.uint8], scan: json_scan.Scan, at: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
-) -> pa.StringArray:
-    offsets, text = json_scan.gather(data, scan.unescaped, at, size)
-    valid = size >= 0
-    bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
-    return pa.StringArray.from_buffers(len(size), pa.py_buffer(offsets), pa.py_buffer(text), bits)
+@dataclass(frozen=True, slots=True)
+class _Scan:
+    """Where the M members of n records stand in `data`, as `json_scan.scan` tells it."""
+
+    data: npt.NDArray[np.uint8]
+    at: npt.NDArray[np.int64]
+    length: npt.NDArray[np.int32]
+    passed: npt.NDArray[np.bool_]
+    unread: npt.NDArray[np.bool_]
+    escaped: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, reader: JsonReader, data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> _Scan:
+        n, members = len(start), len(reader._accepts)
+        found = cls(
+            data,
+            np.empty((n, members), np.int64),
+            np.full((n, members), -1, np.int32),
+            np.zeros(n, np.bool_),
+            np.zeros(n, np.bool_),
+            np.zeros(members, np.bool_),
+        )
+        json_scan.scan(
+            data, start, size, reader._names, reader._ends, reader._accepts, *(getattr(found, name) for name in cls.__slots__[1:])
+        )
+        return found
+
+    def only(self, kept: npt.NDArray[np.int64]) -> _Scan:
+        return _Scan(self.data, self.at[kept], self.length[kept], self.passed[kept], self.unread[kept], self.escaped)
+
+    def times(self) -> npt.NDArray[np.int64]:
+        """Epoch milliseconds; records whose time is a text that is read more slowly have not `passed` any more."""
+        at, length = self.at[:, json_scan.TIME], self.length[:, json_scan.TIME]
+        there = self.passed & (length >= 0)
+        text = np.zeros(len(at), np.bool_)
+        text[there] = self.data[at[there] - 1] == ord('"')
+        time = json_scan.integers(self.data, at, np.where(there & ~text, length, -1))
+        if text.any():
+            moments = _moments(self._texts(at[text], length[text]))
+            time[text] = pc.fill_null(moments, 0).to_numpy()
+            self.passed[text] = np.asarray(moments.is_valid())
+        return time
+
+    def numbers(self, member: int) -> pa.DoubleArray:
+        at, length = self.at[:, member], self.length[:, member]
+        found, inexact = json_scan.numbers(self.data, at, length)
+        if inexact.any():
+            found[inexact] = self._texts(at[inexact], length[inexact]).cast(pa.float64()).to_numpy()
+        missing = length < 0
+        return pa.array(found, mask=missing if missing.any() else None)
+
+    def texts(self, member: int) -> pa.StringArray:
+        found = self._texts(self.at[:, member], self.length[:, member])
+        if not self.escaped[member]:
+            return found
+        special = pc.match_substring(found, "\\")
+        meant = msgspec.json.decode('["' + '","'.join(found.filter(special).to_pylist()) + '"]')
+        return pc.replace_with_mask(found, pc.fill_null(special, False), pa.array(meant, pa.string()))
+
+    def _texts(self, at: npt.NDArray[np.int64], length: npt.NDArray[np.int32]) -> pa.StringArray:
+        offsets, text = json_scan.texts(self.data, at, length)
+        valid = length >= 0
+        bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
+        return pa.StringArray.from_buffers(len(at), pa.py_buffer(offsets), pa.py_buffer(text), bits)
 
 
-def _finish_numbers(data: npt.NDArray[np.uint8], scan: json_scan.Scan, column: int) -> None:
-    """Numbers of many digits or of an unusual size, by Arrow, which rounds them correctly. One that no double holds is for the parser."""
-    at = np.flatnonzero(scan.read & (scan.number_size[:, column] >= 0))
-    if len(at):
-        number = _texts(data, scan, scan.number_at[at, column], scan.number_size[at, column]).cast(pa.float64()).to_numpy()
-        scan.number[at, column] = number
-        scan.read[at] &= np.isfinite(number)
+def _moments(text: pa.StringArray) -> pa.Int64Array:
+    """Epoch milliseconds, rounded down, of RFC 3339; null where it is anything else."""
+    usual = pc.if_else(pc.match_substring_regex(text, _RFC_3339), text, None)
+    try:
+        moments = usual.cast(pa.timestamp("ns", "UTC"))
+    except pa.ArrowInvalid:  # the 30th of February: nobody is told which
+        return pa.nulls(len(text), pa.int64())
+    return pc.floor_temporal(moments, unit="millisecond").cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
 
 
-@numba.njit(cache=True, nogil=True)
-def _depth(data: npt.NDArray[np.uint8]) -> int:
-    """How deep the brackets of a record nest; none in strings counts."""
-    deepest, depth, quoted, escaped = 0, 0, False, False
-    for byte in data:
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped = byte == 92  # backslash
-            quoted = byte != 34
-        elif byte == 34:  # "
-            quoted = True
-        elif byte == 123 or byte == 91:  # { [
-            depth += 1
-            deepest = max(deepest, depth)
-        elif byte == 125 or byte == 93:  # } ]
-            depth -= 1
-    return deepest
+def _without_strings(value: bytes) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(_STRING.sub(b'"', value), np.uint8)
 
 
-@numba.njit(cache=True, nogil=True)
-def _members(data: npt.NDArray[np.uint8]) -> int:
-    """Members of all objects in a record (valid JSON) but those that are null."""
-    members, quoted, escaped, named = 0, False, False, False
-    for byte in data:
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped = byte == 92  # backslash
-            quoted = byte != 34
-        elif named and byte > 32:
-            members += byte != 110  # n
-            named = False
-            quoted = byte == 34
-        elif byte == 34:  # "
-            quoted = True
-        elif byte == 58:  # :
-            named = True
-    return members
+def _depth(bare: npt.NDArray[np.uint8]) -> int:
+    """How deep the brackets nest, [ and ] and their like, which differ from these by one bit."""
+    folded = bare | 32
+    return int(np.cumsum((folded == ord("{")).astype(np.int64) - (folded == ord("}"))).max(initial=0))
+
+
+def _members(bare: npt.NDArray[np.uint8]) -> int:
+    """Members of all objects (of valid JSON) but those that are null."""
+    dense = bare[bare > 32]
+    return int(np.count_nonzero((dense[:-1] == ord(":")) & (dense[1:] != ord("n"))))
 
 
 def _read_feature(field: Field, value: object) -> str | float | None:

@@ -25,6 +25,7 @@ from connectors.confluent import ConfluentSource
 from connectors.errors import PositionLost, TopicChanged
 from connectors.memory import BatchSource
 from stream_ctr import snapshot
+from stream_ctr.arrow_events import pack
 from stream_ctr.assembly import build_trainer, signing_key
 from stream_ctr.config import Config, Field
 from stream_ctr.display import LiveTable, final_table
@@ -331,8 +332,13 @@ def _inferred_fields(source: Source, stopping: Stopping) -> tuple[Field, ...]:
     return fields
 
 
-def produce(log: Stream, sink: kafka.KafkaSink, topic: str, factor: float | None) -> tuple[int, float]:
-    """All events of a log to a topic, as fast as possible or `factor` times as fast as they happened; how many, and in how many seconds."""
+def produce(
+    log: Stream, sink: kafka.KafkaSink, topic: str, factor: float | None, *, events_a_record: int | None = None
+) -> tuple[int, float]:
+    """All events of a log to a topic, as fast as possible or `factor` times as fast as they happened; how many, and in how many seconds.
+
+    A JSON record each, or, in Arrow records of so many, which have no key: the broker's partitions take turns.
+    """
     count, started, first = 0, time.monotonic(), None
     with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(f"replaying {log.name}", total=None)
@@ -340,7 +346,10 @@ def produce(log: Stream, sink: kafka.KafkaSink, topic: str, factor: float | None
             first = int(batch.time[0]) if first is None else first
             for rows in _paced(batch.time - first, factor, started) if factor else (slice(0, len(batch)),):
                 # No record times: with the events' own, a broker would delete a log that is older than its retention as soon as it has it.
-                sink.send_batch(topic, batch.value[rows], keys=batch.key[rows])
+                if events_a_record:
+                    sink.send_batch(topic, pack(batch.value[rows], events_a_record=events_a_record))
+                else:
+                    sink.send_batch(topic, batch.value[rows], keys=batch.key[rows])
                 progress.update(task, description=f"replaying {log.name}: {count + rows.stop:,} events")
             count += len(batch)
         sink.flush(120.0)

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from lineage import SMALL as QUICK
+from lineage import newest as newest_snapshot
 
 from connectors import kafka
-from stream_ctr import Scorer, Subscriber, metrics, snapshot
+from stream_ctr import Scorer, Subscriber, metrics, snapshot, stages
 from stream_ctr.cli import main
 from stream_ctr.events import Decoder
 from stream_ctr.logs import open_log
@@ -66,9 +67,16 @@ def own_topics(topic: str) -> list[str]:
 # -- the main job -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("partitions", [1, 3])
-def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions):
-    succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker)
+@pytest.mark.parametrize(("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")])
+@pytest.mark.parametrize("asked", [(), ("--profile",)])
+def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
+    printed = succeed("run", "--source", log, "--state", tmp_path / "state", *asked, *QUICK).stdout
+    table = stages.table(reports(tmp_path / "state")[-1]["profile"])
+    assert (table in printed) == bool(asked)
+
+
+def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions, wire):
+    succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker, "--wire", wire, "--batch", 300)
     args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic)]
     succeed("run", *args)
     final, from_file = reports(tmp_path)[-1], reports(trained)[-1]
@@ -76,7 +84,8 @@ def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
     assert final["ledger"] == from_file["ledger"]  # the same labels for the same impressions
     assert final["counters"]["clicks"] == from_file["counters"]["clicks"]
     if partitions == 1:
-        assert final["models"] == from_file["models"]  # and the same order of learning: the same model
+        assert final["models"] == from_file["models"]  # and the same order of learning: the same model, bit for bit
+        assert newest_snapshot(tmp_path).weights_sha256 == newest_snapshot(trained).weights_sha256
 
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
     ends = {f"{topic}:{p}": end for p, end in ends_of(broker, topic).items()}

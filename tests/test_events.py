@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stream_ctr import events
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError
-from stream_ctr.events import Decoder, encode_clicks, encode_impressions, infer_fields
+from stream_ctr.events import Decoder, infer_fields
+from stream_ctr.json_events import encode_clicks, encode_impressions
 
 FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
 T = 1_735_689_600_000
@@ -156,14 +156,3 @@ def test_what_hardly_any_impression_has_is_no_field_and_too_many_fields_are_an_e
     many = [record(features={f"f{i * 100 + j}": 1 for j in range(900)}) for i in range(12)]
     with pytest.raises(DataError, match="the impressions have 2,000 features"):
         infer_fields(pa.array(many, pa.large_binary()))
-
-
-def test_records_are_parsed_in_blocks_of_bounded_bytes(monkeypatch):
-    monkeypatch.setattr(events, "_BLOCK_BYTES", 1000)
-    values = pa.array([features(app="m" * (i % 700)) for i in range(200)], pa.large_binary())
-    text = events._Text.of(values)
-    blocks = text.blocks(np.arange(200))
-    assert np.concatenate(blocks).tolist() == list(range(200))
-    assert max(text.size[block].sum() for block in blocks) < 2000
-    read, rejects = Decoder(FIELDS).decode(values)
-    assert (len(read.impressions), len(rejects)) == (200, 0)

@@ -24,6 +24,7 @@ from stream_ctr import snapshot
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events import Decoder, Events, Rejects
+from stream_ctr.json_events import JsonReader
 from stream_ctr.learner import Learner
 from stream_ctr.logs import FORMATS, open_log
 from stream_ctr.subscribe import Scorer, Subscriber
@@ -118,11 +119,17 @@ records = st.one_of(
 )
 
 
-class Strict(Decoder):
-    """Every record by itself, through the strict parser."""
+class OneByOne(JsonReader):
+    def read(self, values: Any, rows: Any) -> Any:
+        return self._read_one_by_one(values, rows)
 
-    def _sort_out(self, text: Any) -> Any:
-        return np.empty(0, np.int64), np.arange(len(text.size))
+
+class Strict(Decoder):
+    """Every JSON record by itself, through the strict parser."""
+
+    def __init__(self, fields: Sequence[Field]) -> None:
+        super().__init__(fields)
+        self._json = OneByOne(fields, max_record_bytes=self.max_record_bytes)
 
 
 def told(decoded: tuple[Events, Rejects]) -> dict[str, Any]:
@@ -140,15 +147,12 @@ def told(decoded: tuple[Events, Rejects]) -> dict[str, Any]:
 
 
 def test_the_fast_way_and_the_strict_way_tell_the_same_of_any_bytes(full):
-    """Together (blocks through Arrow) and alone; also by a decoder that has learned other JSON types from what came before."""
 
     @fuzz(full, 300, st.lists(records, min_size=1, max_size=30))
     def check(values: list[bytes | None]) -> None:
         array = pa.array(values, pa.large_binary())
         strict = told(Strict(FIELDS).decode(array))
-        decoder = Decoder(FIELDS)
-        assert told(decoder.decode(array)) == strict
-        assert told(decoder.decode(array)) == strict
+        assert told(Decoder(FIELDS).decode(array)) == strict
         seen = sorted(row for name in ("impressions", "clicks", "rejects") for row, *_ in strict[name])
         assert seen == list(range(len(values)))  # nothing is lost, nothing is read twice
         assert all(message.isprintable() and len(message) < 300 for _, _, message in strict["rejects"])

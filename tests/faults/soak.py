@@ -33,10 +33,10 @@ from connectors import Records  # noqa: E402
 from connectors.memory import BatchSource  # noqa: E402
 from stream_ctr.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
-from stream_ctr.events import encode_impressions  # noqa: E402
 from stream_ctr.features import mix64  # noqa: E402
 from stream_ctr.ingest import Taken  # noqa: E402
 from stream_ctr.join import Arrivals, LabelJoiner  # noqa: E402
+from stream_ctr.json_events import encode_impressions  # noqa: E402
 from stream_ctr.outlet import Outlet  # noqa: E402
 from stream_ctr.schedule import Schedule  # noqa: E402
 

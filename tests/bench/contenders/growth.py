@@ -24,7 +24,7 @@ from answers import answer
 from stream_ctr import runs
 from stream_ctr.cli import _load_config
 from stream_ctr.config import Field
-from stream_ctr.events import encode_clicks, encode_impressions
+from stream_ctr.json_events import encode_clicks, encode_impressions
 from stream_ctr.lease import Lease
 
 FIELDS = 14
