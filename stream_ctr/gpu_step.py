@@ -1,16 +1,16 @@
-"""A step on the GPU: two launches a batch, whatever the model, because all between copy and verdict is one CUDA graph.
+"""A step on the GPU: a handful of launches a batch, whatever the model, because all between copy and verdict is one CUDA graph.
 
     host             one packed buffer a batch, of two in pinned memory
     copy stream      host -> device, while the step before is at work
     then, recorded   gather rows -> w, v and FM's sums -> the model forward -> dL/dlogit = p - label -> backward -> is all of it finite?
                      -> Adam over the parameters -> sort the ids, sum each row's gradients, optimiser in place -> the verdict to the host
 
-Shapes are those of a full batch; of a short one the last rows are padding of weight zero. Everything that decides is on the device: the
-number of examples is a number in the batch, and a step that is not finite is made, and changes nothing. The host waits once a batch, for
-that verdict, and has the next batch on its way before if it is told of it. Sums are taken in a fixed order, nothing is added atomically:
-two runs are equal bit for bit on one card with one release of torch.
+Shapes are those of a full batch; of a short one the last rows are padding of weight zero. All that decides is on the device: how many
+examples there are is a number in the batch, and a step that is not finite is taken and changes nothing. The host waits once a batch, for
+that verdict, and meanwhile has the next batch on its way, if it is told of it. Sums are taken in a fixed order and nothing is added
+atomically: two runs are equal bit for bit, on one kind of card with one release of torch.
 
-On the CPU the same code runs without streams or graphs, and with Triton's interpreter: it is how the tests compare it with `CpuStep`.
+On the CPU the same code runs without streams or graphs, its kernels in Triton's interpreter: so the tests compare it with `CpuStep`.
 """
 
 from __future__ import annotations
@@ -109,10 +109,10 @@ class GpuStep:
         return self._record(self._score)
 
     def _record(self, call: Callable[[], None]) -> Callable[[], None]:
-        """A graph of what `call` does, to be replayed; on the CPU `call` itself.
+        """What `call` does as a graph, to be replayed; on the CPU `call` itself.
 
-        It is called before it is recorded, so that kernels are compiled and workspaces allocated, with a batch of no examples, from
-        which nothing is learned.
+        Before it is recorded it is called, which compiles kernels and allocates workspaces, with a batch of no examples, from which
+        nothing is learned.
         """
         if self._place.device.type != "cuda":
             return call
