@@ -67,7 +67,6 @@ def own_topics(topic: str) -> list[str]:
 # -- the main job -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")])
 @pytest.mark.parametrize("asked", [(), ("--profile",)])
 def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
     printed = succeed("run", "--source", log, "--state", tmp_path / "state", *asked, *QUICK).stdout
@@ -75,6 +74,7 @@ def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
     assert (table in printed) == bool(asked)
 
 
+@pytest.mark.parametrize(("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")])
 def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions, wire):
     succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker, "--wire", wire, "--batch", 300)
     args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic)]

@@ -498,10 +498,12 @@ def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(tm
         ({"poll": 1, "wait.trainer": 9}, {"learn": 8, "wait.reader": 1, "wait.baseline": 1}, "learning", "for the baseline 10%"),
         ({"poll": 5, "decode": 4, "wait.source": 1}, {"learn": 2, "wait.reader": 8}, "ingest", "waits for the reader 80%"),
         ({"poll": 1, "wait.source": 9}, {"learn": 2, "wait.reader": 8}, "source", "mostly for records"),
+        ({"poll": 6, "decode": 4}, {"learn": 6, "wait.reader": 4}, "ingest", "waits for the reader 40%"),
         ({"poll": 1, "wait.trainer": 9}, {"learn": 2, "wait.baseline": 8}, "baseline", "a lower baseline.sample_rate"),
+        ({"poll": 1, "wait.trainer": 9}, {"learn": 7, "wait.baseline": 3}, "baseline", "waits for it 30%"),
     ],
 )
-def test_the_bound_is_who_is_waited_for_most(reader, trainer_, bound, words):
+def test_the_bound_is_who_needs_the_most_time(reader, trainer_, bound, words):
     known = stages.profile(*({name: seconds * 10**9 for name, seconds in thread.items()} for thread in (reader, trainer_)), events=10)
     assert known["bound"] == bound
     last = stages.table(known).splitlines()[-1]
