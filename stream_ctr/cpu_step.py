@@ -144,7 +144,7 @@ class CpuStep:
         if (generator := self._generators[index]) is not None:
             with torch.no_grad():
                 self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
-            generator.manual_seed((self._seed << 40) + steps * len(self._parts) + index)
+            generator.manual_seed(((self._seed << 40) + steps * len(self._parts) + index) % (1 << 63))
         with torch.enable_grad(), dropout_from(generator):
             logits = self._model(w, v)
         if generator is None:

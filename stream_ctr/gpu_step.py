@@ -82,7 +82,7 @@ class GpuStep:
         self._feed.load((ids, labels, values))
         self._steps.fill_(float(steps))
         if self._generator is not None:
-            self._generator.manual_seed((self._seed << 40) + steps)
+            self._generator.manual_seed(((self._seed << 40) + steps) % (1 << 63))
         step()
         logits = self._logits[: len(ids)].clone()
         self._judged.record()

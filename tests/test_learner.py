@@ -290,6 +290,7 @@ def test_two_runs_with_one_seed_are_equal_and_with_two_seeds_are_not():
         return learner.weights()["table"]
 
     assert np.array_equal(train(1), train(1))
+    assert np.array_equal(train(2**62), train(2**62))
     assert not np.array_equal(train(1), train(2))
 
 
