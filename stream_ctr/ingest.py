@@ -225,7 +225,7 @@ class ReadAhead:
     """`ingest` in a thread of its own, so that what is taken was polled, decoded and hashed before.
 
     It is ahead by no more than one poll over `most_records` and `most_bytes`, of what is ready to be joined. The thread begins with the
-    first `take`; until then, and after `close`, the source is the caller's. Only `Source.commit` may be called between.
+    first `take`; until then, and after `close`, the source is the caller's. What may be asked of it between says `Source`.
     """
 
     def __init__(self, ingest: Ingest, *, most_records: int, most_bytes: int = 64 << 20) -> None:

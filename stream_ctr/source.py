@@ -25,7 +25,8 @@ class RecordColumns(Protocol):
 class Source(Protocol):
     """Records of all partitions from where it was told to begin.
 
-    All is asked by one thread at a time, but `commit`: that may be called while another thread polls.
+    All is asked by one thread at a time. While it polls, another may ask for what never changes (`partitions`, `until_end`, `topic_ids`)
+    and `commit`.
     """
 
     @property

@@ -3,8 +3,8 @@
     python tests/bench/pause.py --table-bits 22
 
 The trainer learns a simulated stream with the paper's network and takes a snapshot after every so many examples, while each batch is timed.
-*copy* is the time that a cut takes, in which nothing is learned; *longest batch* what a batch took at most while a snapshot was being
-written behind it, beside the median of those for which none was.
+*copy* is the time in which nothing is learned: all state is copied, and when the baseline has answered the scores that belong to it.
+*longest batch* is what a batch took at most while a snapshot was being written behind it, beside the median of those for which none was.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -31,7 +32,7 @@ from stream_ctr.simulate import Simulation  # noqa: E402
 
 
 def measure(table_bits: int, impressions: int, every: int, directory: Path) -> dict[str, list[float]]:
-    """Seconds: `copy` of each cut, `beside` of each batch while a snapshot was written, `alone` of all others."""
+    """Seconds: `copy` of each snapshot, `beside` of each batch while a snapshot was written, `alone` of all others."""
     simulation = Simulation(impressions, seed=1)
     batches = [batch.value for batch in simulation.batches()]
     config = load(
@@ -47,7 +48,7 @@ def measure(table_bits: int, impressions: int, every: int, directory: Path) -> d
     source = BatchSource(lambda: iter([pa.concat_arrays(batches)]))
     trainer = build_trainer(config, fields=simulation.fields, source=source, outlet=Outlet(directory), directory=directory)
     seconds: dict[str, list[float]] = {"copy": [], "beside": [], "alone": []}
-    cut, learn = trainer.cut, trainer._learn
+    cut, begin_write, learn = trainer.cut, trainer._begin_write, trainer._learn
 
     def timed_cut() -> None:
         trainer._settle(wait=True)  # the one before, which a stream of this speed would not have to wait for
@@ -55,13 +56,18 @@ def measure(table_bits: int, impressions: int, every: int, directory: Path) -> d
         cut()
         seconds["copy"].append(time.perf_counter() - began)
 
+    def timed_begin_write(*arguments: Any) -> None:
+        began = time.perf_counter()
+        begin_write(*arguments)
+        seconds["copy"][-1] += time.perf_counter() - began
+
     def timed_learn(batch: object) -> None:
         busy = trainer._writer.busy
         began = time.perf_counter()
         learn(batch)  # type: ignore[arg-type]
         seconds["beside" if busy else "alone"].append(time.perf_counter() - began)
 
-    trainer.cut, trainer._learn = timed_cut, timed_learn  # type: ignore[method-assign]
+    trainer.cut, trainer._begin_write, trainer._learn = timed_cut, timed_begin_write, timed_learn  # type: ignore[method-assign]
     try:
         trainer.run()
     finally:
