@@ -16,7 +16,7 @@ A record that is no such stream, from its schema to its end, or that lacks a col
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -56,12 +56,20 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
             raise Refused("too_many_events", f"{said.rows} events, more than {MOST_EVENTS}")
         _require_room(said.bytes, _UNFOLDING * max_record_bytes)
         with pa.ipc.open_stream(value, options=_READ_OPTIONS) as reader:
+            _require_text(reader.schema)
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-    except (ipc_frames.DamagedStream, pa.ArrowException, OSError) as error:
+    except (ipc_frames.DamagedStream, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Refused("not_arrow", one_line(error)) from None
     return batches
+
+
+def _require_text(columns: Iterable[pa.Field]) -> None:
+    """Raises UnicodeDecodeError where a name is none: whoever prints it later would."""
+    for column in columns:
+        _ = column.name
+        _require_text(column.type.field(index) for index in range(column.type.num_fields))
 
 
 class ArrowReader:
@@ -87,7 +95,7 @@ class ArrowReader:
         """Batches of one schema at once, which is faster; when that cannot be, by halves."""
         try:
             found.append(self._candidates(parts))
-        except (Refused, pa.ArrowException) as error:
+        except (Refused, pa.ArrowException, UnicodeDecodeError) as error:
             if half := len(parts) // 2:
                 self._read(parts[:half], found, refusals)
                 self._read(parts[half:], found, refusals)
@@ -202,11 +210,8 @@ class _Columns:
 
 
 def _by_name(named: pa.Schema | pa.StructType, columns: Sequence[pa.Array]) -> tuple[dict[str, pa.Array], list[pa.Array]]:
-    """The last column of each name, and those before it. Raises `Refused` where a name is no text."""
-    try:
-        names = [field.name for field in named]
-    except UnicodeDecodeError as error:
-        raise Refused("not_arrow", f"the name of a column is no text: {error}") from None
+    """The last column of each name, and those before it."""
+    names = [field.name for field in named]
     last = {name: index for index, name in enumerate(names)}
     twice = [column for index, column in enumerate(columns) if last[names[index]] != index]
     return {name: columns[index] for name, index in last.items()}, twice
@@ -271,10 +276,10 @@ def _categories(name: str, column: pa.Array | None, n: int, most_bytes: int) -> 
     _require(name, column, _is_category, "a string, an integer or a boolean")
     if not pa.types.is_dictionary(column.type):
         return _texts(column, most_bytes)
-    indices = column.indices.cast(pa.int32())
-    if column.dictionary.null_count:
-        indices = pc.if_else(column.dictionary.is_valid().take(indices), indices, None)
-    return pa.DictionaryArray.from_arrays(indices, _texts(column.dictionary, most_bytes))
+    words, indices = _texts(column.dictionary, most_bytes), column.indices.cast(pa.int32())
+    if words.null_count:
+        words, indices = pc.fill_null(words, ""), pc.if_else(words.is_valid().take(indices), indices, None)
+    return pa.DictionaryArray.from_arrays(indices, words)
 
 
 def _texts(values: pa.Array, most_bytes: int) -> pa.StringArray:
