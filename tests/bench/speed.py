@@ -297,7 +297,7 @@ def say(text: str) -> None:
 def record(case: dict[str, Any], command: str, seconds: float) -> dict[str, Any]:
     """The case with what its figures are of."""
     versions = {name: version(name) for name in VERSIONS if _installed(name)}
-    made = {"machine": machine(), "commit": commit(), "command": command, "seconds": round(seconds, 1), "load": os.getloadavg()[2]}
+    made = {"machine": machine(), "commit": commit(), "command": command, "seconds": round(seconds, 1)}
     return case | made | {"versions": versions, "peers": REQUIREMENTS}
 
 
@@ -330,6 +330,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.cases if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}: there are {', '.join(CASES)}")
+    if arguments.page and not arguments.page.exists():
+        parser.error(f"no page {arguments.page}: write it, with a block <!-- CASE --> <!-- /CASE --> for each table")
     measured = json.loads(arguments.read.read_text())["cases"] if arguments.read else list(measure(arguments))
     for case in measured:
         print(table(case), end="\n\n")
