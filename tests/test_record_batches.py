@@ -325,6 +325,16 @@ def test_older_formats_are_parsed_by_the_client_itself(format_: int, codec: int)
     assert client.positions() == [13]
 
 
+def test_a_poll_ends_after_an_older_format_with_many_bytes() -> None:
+    client = Client(2, most_records=100, full_bytes=3000)
+    for partition in range(2):
+        builder = LegacyRecordBatchBuilder(1, 0, 1 << 20)
+        for index in range(5):
+            builder.append(index, 1000, None, bytes(1000))
+        client.answer(partition, bytes(builder.build()))
+    assert [client.poll()[0] for _ in range(3)] == [[0] * 5, [1] * 5, []]
+
+
 def test_an_older_format_after_the_newer_one_is_left_to_the_next_answer() -> None:
     builder = LegacyRecordBatchBuilder(1, 0, 1 << 20)
     builder.append(3, 1003, None, b"old")
@@ -453,7 +463,7 @@ COMPRESS: dict[int, Callable[[bytes], bytes]] = {
 @pytest.mark.parametrize("codec", COMPRESS)
 def test_a_payload_that_is_cut_or_no_payload_is_damage(codec: int) -> None:
     whole = COMPRESS[codec](b"".join(record(offset_delta=index, value=300, headers=bytes(301)) for index in range(400)))
-    for payload in (whole[: len(whole) // 2], whole[:-1], whole[:3], b"", b"\xff" * 40, bytes(40)):
+    for payload in (whole[: len(whole) // 2], whole[:-1], whole[:20], whole[:3], b"", b"\xff" * 40, bytes(40)):
         assert damage(with_body(payload, 400, 0, 399, attributes=codec))[0] == []
 
 
