@@ -144,7 +144,7 @@ def _load_config(
     "--client",
     "reader",
     type=click.Choice(["kafka-python", "confluent"]),
-    help="What reads from Kafka; confluent is faster (pip install 'stream-ctr[confluent]').  [default: kafka-python]",
+    help="What reads from Kafka; confluent is librdkafka (pip install 'stream-ctr[confluent]').  [default: kafka-python]",
 )
 @click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of Kafka.")
 @_log_options

@@ -129,7 +129,7 @@ class Input(Section):
     bootstrap_servers: str = ""
     """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092. A login is not part of it (see sasl.username)."""
     client: Literal["kafka-python", "confluent"] = "kafka-python"
-    """What reads from Kafka: confluent is faster, and needs stream-ctr[confluent]. Either goes on where the other one was."""
+    """What reads from Kafka; confluent is librdkafka, and needs stream-ctr[confluent]. Either goes on where the other one was."""
     group: str = "stream-ctr"
     """Consumer group of the advisory offset commits that lag tools read."""
     max_record_bytes: int = key(1 << 20, ge=1)
