@@ -31,7 +31,8 @@ class Watch:
     def __init__(self, *, join_only: bool, keep: bool) -> None:
         self._join_only, self._keep = join_only, keep
         self.kept: list[Examples] = []
-        self.labels = self._ended = self._processor_ended = 0.0
+        self.examples = self.labels = 0
+        self._ended = self._processor_ended = 0.0
         self.report: dict[str, Any] = {}
         self.seconds = self.processor_seconds = 0.0
 
@@ -52,6 +53,7 @@ class Watch:
         return trainer
 
     def _take(self, batch: Examples) -> None:
+        self.examples += len(batch)
         self.labels += int(batch.label.sum())
         if self._keep:
             self.kept.append(batch)
@@ -90,11 +92,11 @@ def main() -> None:
         if arguments.save:
             save(watch.kept, arguments.save)
         report = watch.report
-        quality = {} if arguments.join_only else {name: score["logloss"] for name, score in report["models"].items()}
-        return {
-            "count": report["events"], "seconds": watch.seconds, "processor_seconds": watch.processor_seconds,
-            "examples": report["examples"], "labels": watch.labels, "logloss": quality, "profile": report["profile"],
-        }  # fmt: skip
+        measured = {"count": report["events"], "seconds": watch.seconds, "processor_seconds": watch.processor_seconds}
+        if arguments.join_only:
+            return measured | {"examples": watch.examples, "labels": watch.labels}
+        logloss = {name: score["logloss"] for name, score in report["models"].items()}
+        return measured | {"examples": report["examples"], "logloss": logloss, "profile": report["profile"]}
 
     measure()
     answer(measure)
