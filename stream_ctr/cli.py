@@ -161,9 +161,9 @@ def _load_config(
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
 @click.option("--profile", is_flag=True, help="Print at the end where the time of an event went, and what the bound is.")
 def run(
-    topic: str | None, click_topic: str | None, reader: str | None, source: Path | None, log_format: str | None, log_seed: int, bootstrap_servers: str | None,
-    config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path, until_end: bool, take_over: bool,
-    device: str | None, profile: bool,
+    topic: str | None, click_topic: str | None, reader: str | None, source: Path | None, log_format: str | None, log_seed: int,
+    bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path,
+    until_end: bool, take_over: bool, device: str | None, profile: bool,
 ) -> None:  # fmt: skip
     """Learn from impressions and clicks; report, snapshot, publish.
 
