@@ -59,7 +59,8 @@ class FTRL:
         self._rates = (1.0 / alpha, beta, l1, l2)
         self._table = np.zeros((1 << table_bits, 2))  # (z, n)
         self._intercept = np.zeros(2)
-        self._copied: tuple[npt.NDArray[np.int32], Floats] | None = None
+        self._copied = np.empty(len(self._table), np.int32), np.empty_like(self._table)  # a page of it is taken only when it is filled
+        _copy_learned(self._table[:0], *self._copied)  # compiled now, not while learning waits for the first copy
 
     def learn(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8], values: npt.NDArray[np.float32] | None = None) -> Floats:
         """Predict each example, then learn it: `ids` [n, F], `labels` [n], `values` [n, V] -> logits [n] from before each update.
@@ -76,8 +77,6 @@ class FTRL:
 
         Copies, in memory that the next call uses again.
         """
-        if self._copied is None:  # a page of it is taken only when it is filled
-            self._copied = np.empty(len(self._table), np.int32), np.empty_like(self._table)
         count = _copy_learned(self._table, *self._copied)
         rows, pairs = self._copied
         return {"rows": rows[:count], "pairs": pairs[:count], "intercept": self._intercept.copy()}
