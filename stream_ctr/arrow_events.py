@@ -307,13 +307,16 @@ def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]
 
 
 def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:
-    """A record of the one event at this place in a record."""
+    """A record of the one event at this place in a record. Raises `Refused` where Arrow cannot write what else is there."""
     for batch in batches:
         if within < len(batch):
             break
         within -= len(batch)
     row = batch.slice(within, 1)
-    return _stream(pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names))
+    try:
+        return _stream(pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names))
+    except pa.ArrowException as error:
+        raise Refused("not_arrow", one_line(error)) from None
 
 
 def _alone(value: pa.Array) -> pa.Array:
@@ -324,7 +327,8 @@ def _alone(value: pa.Array) -> pa.Array:
         mask = pa.array([not value.is_valid()[0].as_py()])
         return pa.StructArray.from_arrays(members, names, mask=mask) if members else value
     if pa.types.is_dictionary(value.type):
-        value = value.dictionary_decode()
+        index = value.indices[0].as_py()
+        return pa.nulls(1, value.type.value_type) if index is None else _alone(value.dictionary.slice(index, 1))
     return value.cast(pa.large_string()) if pa.types.is_string_view(value.type) else value
 
 

@@ -132,19 +132,19 @@ def string_buffers(column: pa.StringArray) -> tuple[npt.NDArray[np.uint8], npt.N
     return np.frombuffer(data or b"", np.uint8), at, valid
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True, forceinline=True)
 def _rotate(x: np.uint64, bits: int) -> np.uint64:
     return (x << np.uint64(bits)) | (x >> np.uint64(64 - bits))
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True, forceinline=True)
 def _finalise(k: np.uint64) -> np.uint64:
     k = (k ^ (k >> np.uint64(33))) * _M1
     k = (k ^ (k >> np.uint64(33))) * _M2
     return k ^ (k >> np.uint64(33))
 
 
-@numba.njit(cache=True, inline="always")
+@numba.njit(cache=True, forceinline=True)
 def _word(data: npt.NDArray[np.uint8], start: int, size: int) -> np.uint64:
     """`size` (at most 8) bytes, little-endian."""
     k, at = np.uint64(0), np.uint64(start)  # an index without sign is taken as it is
@@ -157,7 +157,7 @@ def _word(data: npt.NDArray[np.uint8], start: int, size: int) -> np.uint64:
     return k & (np.uint64(0xFFFFFFFFFFFFFFFF) >> np.uint64(64 - 8 * size))
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, forceinline=True)
 def _murmur3(data: npt.NDArray[np.uint8], start: int, size: int, seed: np.uint64) -> np.uint64:
     h1 = h2 = np.uint64(seed)
     blocks = size // 16

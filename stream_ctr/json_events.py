@@ -48,9 +48,9 @@ class JsonReader:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         names = [name.encode() for name in (*json_scan.TOP, *(field.name for field in self.fields))]
-        self._names = np.frombuffer(b"".join(names), np.uint8)
-        self._ends = np.cumsum([0, *map(len, names)])
-        self._accepts = np.array([*_TOP_TYPES, *(_FIELD_TYPES[field.kind] for field in self.fields)], np.uint8)
+        self.names = np.frombuffer(b"".join(names), np.uint8)
+        self.ends = np.cumsum([0, *map(len, names)])
+        self.accepts = np.array([*_TOP_TYPES, *(_FIELD_TYPES[field.kind] for field in self.fields)], np.uint8)
 
     def read(self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]) -> tuple[list[Candidates], list[Refusal]]:
         """The records at `rows`, in that order but for those that were looked at one by one, which come last."""
@@ -58,9 +58,9 @@ class JsonReader:
         plain = (size[rows] > 0) & (size[rows] <= self.max_record_bytes)
         found, left = [], [rows[~plain]]
         for block in _blocks(rows[plain], size):
-            candidates = self._scanned(block, _Scan.of(self, data, start[block], size[block]))
-            found.append(candidates)
-            left.append(np.setdiff1d(block, candidates.row, assume_unique=True) if len(candidates) < len(block) else block[:0])
+            scan = _Scan.of(self, data, start[block], size[block])
+            found.append(self._scanned(block, scan))
+            left.append(block[~scan.passed])
         parts, refusals = self._read_one_by_one(values, np.sort(np.concatenate(left)))
         return [*found, *parts], refusals
 
@@ -194,19 +194,11 @@ class _Scan:
 
     @classmethod
     def of(cls, reader: JsonReader, data: npt.NDArray[np.uint8], start: npt.NDArray[np.int64], size: npt.NDArray[np.int64]) -> _Scan:
-        n, members = len(start), len(reader._accepts)
-        found = cls(
-            data,
-            np.empty((n, members), np.int64),
-            np.full((n, members), -1, np.int32),
-            np.zeros(n, np.bool_),
-            np.zeros(n, np.bool_),
-            np.zeros(members, np.bool_),
-        )
-        json_scan.scan(
-            data, start, size, reader._names, reader._ends, reader._accepts, *(getattr(found, name) for name in cls.__slots__[1:])
-        )
-        return found
+        n, members = len(start), len(reader.accepts)
+        at, length = np.empty((n, members), np.int64), np.full((n, members), -1, np.int32)
+        passed, unread, escaped = np.zeros(n, np.bool_), np.zeros(n, np.bool_), np.zeros(members, np.bool_)
+        json_scan.scan(data, start, size, reader.names, reader.ends, reader.accepts, at, length, passed, unread, escaped)
+        return cls(data, at, length, passed, unread, escaped)
 
     def only(self, kept: npt.NDArray[np.int64]) -> _Scan:
         return _Scan(self.data, self.at[kept], self.length[kept], self.passed[kept], self.unread[kept], self.escaped)
@@ -236,9 +228,10 @@ class _Scan:
         found = self._texts(self.at[:, member], self.length[:, member])
         if not self.escaped[member]:
             return found
-        special = pc.match_substring(found, "\\")
-        meant = msgspec.json.decode('["' + '","'.join(found.filter(special).to_pylist()) + '"]')
-        return pc.replace_with_mask(found, pc.fill_null(special, False), pa.array(meant, pa.string()))
+        special = pc.fill_null(pc.match_substring(found, "\\"), False)
+        quoted = [f'"{text}"' for text in found.filter(special).to_pylist()]
+        meant = msgspec.json.decode(f"[{','.join(quoted)}]")
+        return pc.replace_with_mask(found, special, pa.array(meant, pa.string()))
 
     def _texts(self, at: npt.NDArray[np.int64], length: npt.NDArray[np.int32]) -> pa.StringArray:
         offsets, text = json_scan.texts(self.data, at, length)

@@ -80,3 +80,25 @@ def test_slices_and_empty_columns_hash_like_their_copies():
     copied, _ = hasher.rows({"app": pa.array([None, "three", ""], pa.string())})
     assert sliced.tolist() == copied.tolist()
     assert hasher.rows({"app": pa.array([], pa.string())})[0].shape == (0, 1)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "maps", "\u00e9", "", "a word of more than sixteen bytes"]), max_size=5),
+    st.lists(st.integers(-1, 4), max_size=20),
+)
+def test_a_dictionary_hashes_like_the_words_it_stands_for(words, indices):
+    indices = [None if i < 0 or i >= len(words) else i for i in indices]
+    coded = pa.DictionaryArray.from_arrays(pa.array(indices, pa.int32()), pa.array(words, pa.string()))
+    hasher = Hasher(FIELDS[:1], table_bits=20)
+    assert hasher.rows({"app": coded})[0].tolist() == hasher.rows({"app": coded.cast(pa.string())})[0].tolist()
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.none(), st.floats(allow_nan=False, allow_infinity=False)), max_size=20), st.sampled_from([0.5, 2.0, 64.0]))
+def test_any_number_hashes_the_text_of_its_bucket_seen_before_or_not(numbers, octave):
+    ids, _ = Hasher(FIELDS[1:], table_bits=20, buckets_per_octave=octave).rows({"age": pa.array(numbers * 2, pa.float64())})
+    expected = [
+        b"\xff" if x is None else str(int(np.sign(x) * np.floor(octave * np.log2(1 + np.abs(np.float64(x)))))).encode() for x in numbers * 2
+    ]
+    assert ids[:, 0].tolist() == [published_id("age", text) for text in expected]
