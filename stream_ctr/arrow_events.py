@@ -315,7 +315,7 @@ def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:
     row = batch.slice(within, 1)
     try:
         return _stream(pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, UnicodeDecodeError) as error:
         raise Refused("not_arrow", one_line(error)) from None
 
 

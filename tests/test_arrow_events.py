@@ -207,7 +207,7 @@ def test_a_bad_event_is_a_dead_letter_that_can_be_replayed_alone_and_its_neighbo
     changes, message = BAD_EVENTS[reason]
     columns = {name: pa.array(column) for name, column in {**COLUMNS, **changes}.items()}
     if coded:
-        words = pa.array(["x" * 10_000, "maps"])
+        words = pa.array(["x" * 10_000, "maps"], pa.string_view())
         columns["features"] = pa.StructArray.from_arrays(
             [pa.DictionaryArray.from_arrays([1] * N, words), pa.array([1.5] * N)], ["app", "age"], mask=columns["features"].is_null()
         )
