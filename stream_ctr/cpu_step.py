@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stream_ctr import table_kernels
 from stream_ctr.adam import FlatAdam
 from stream_ctr.lanes import Lanes, Task
-from stream_ctr.models.layers import dropout_from
+from stream_ctr.models.layers import dropout_from, gathered_with
 from stream_ctr.table import Table
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -67,15 +67,16 @@ class CpuStep:
     ) -> None:
         self._model, self._table, self._adam, self._seed = model, table, adam, seed
         self._parameters = tuple(model.parameters())
-        self._value_fields = np.array(value_fields, np.int64)
+        self._value_fields = list(value_fields)
         self._parts = parts_of(batch_size)
         self._lanes = Lanes(threads)
         self._generators = [torch.Generator() if dropout else None for _ in self._parts]
         rows, k = self._parts[-1].stop, table.embedding_dim
         self._ids = np.zeros((rows, fields), np.int32)
-        self._values = np.ones((rows, len(value_fields)), np.float32)
+        self._scale = torch.ones(rows, fields) if value_fields else torch.ones(0, 0)
         self._labels = torch.zeros(rows)
         self._w, self._v = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
+        self._total, self._pairs = torch.zeros(rows, k), torch.zeros(rows)
         self._gw, self._gv = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
         self._logits = torch.zeros(rows)
         places = rows * fields
@@ -112,7 +113,8 @@ class CpuStep:
         n = len(ids)
         self._ids[:n], self._ids[n:] = ids, 0
         if values is not None and values.size:
-            self._values[:n], self._values[n:] = values, 1.0
+            scale = self._scale.numpy()
+            scale[:n, self._value_fields], scale[n:, self._value_fields] = values, 1.0
 
     @cached_property
     def _gradients(self) -> Tensor:
@@ -123,43 +125,42 @@ class CpuStep:
 
     def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
         w, v = self._w[part], self._v[part]
-        k = self._table.embedding_dim
-        self._gather(self._table.rows.numpy(), self._ids[part].reshape(-1), w.view(-1).numpy(), v.view(-1, k).numpy())
-        self._multiply(w, v, part)
+        out = (x.numpy() for x in (self._scale[part], w, v, self._total[part], self._pairs[part]))
+        self._gather(self._table.rows.numpy(), self._ids[part], *out)
         return w.requires_grad_(), v.requires_grad_()
 
-    def _multiply(self, w: Tensor, v: Tensor, part: slice) -> None:
-        """By the values of the fields that have one: the rows, and likewise their gradients."""
-        if len(self._value_fields):
-            for x in (w.unsqueeze(2), v):
-                table_kernels.scale(x.numpy(), self._values[part], self._value_fields)
+    def _forward(self, w: Tensor, v: Tensor, part: slice) -> Tensor:
+        with gathered_with(v, self._total[part], self._pairs[part]):
+            logits: Tensor = self._model(w, v)
+        return logits
 
     def _score(self, part: slice) -> None:
         with torch.no_grad():
-            self._logits[part] = self._model(*self._gathered(part))
+            self._logits[part] = self._forward(*self._gathered(part), part)
 
     def _part(self, index: int, part: slice, n: int, steps: int, gradients: Tensor, fine: npt.NDArray[np.bool_]) -> None:
         """Forward and backward of one part, into its rows of the buffers and its `gradients` [P]."""
         w, v = self._gathered(part)
         if (generator := self._generators[index]) is not None:
             with torch.no_grad():
-                self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
+                self._logits[part] = self._forward(w, v, part)  # what it predicts, with nothing dropped
             generator.manual_seed(((self._seed << 40) + steps * len(self._parts) + index) % (1 << 63))
         with torch.enable_grad(), dropout_from(generator):
-            logits = self._model(w, v)
+            logits = self._forward(w, v, part)
         if generator is None:
             self._logits[part] = logits.detach()
         slope = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
         slope[max(n - part.start, 0) :] = 0.0  # of the rows that are padding
         gw, gv, *rest = torch.autograd.grad(logits, (w, v, *self._parameters), slope, materialize_grads=True)
+        if len(scale := self._scale[part]):
+            gw, gv = gw * scale, gv * scale.unsqueeze(2)
         self._gw[part], self._gv[part] = gw, gv
-        self._multiply(self._gw[part], self._gv[part], part)
         at = 0
         for gradient in rest:
             gradients[at : at + gradient.numel()].view_as(gradient).copy_(gradient)
             at += gradient.numel()
         finite = bool(self._logits[part.start : min(part.stop, n)].isfinite().all())
-        size = torch.linalg.vector_norm(gradients) + torch.linalg.vector_norm(self._gw[part]) + torch.linalg.vector_norm(self._gv[part])
+        size = torch.linalg.vector_norm(gradients) + torch.linalg.vector_norm(gw) + torch.linalg.vector_norm(gv)
         fine[index] = finite and float(size) * n <= LARGEST_GRADIENT
 
     def _sort(self, n: int) -> None:

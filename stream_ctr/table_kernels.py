@@ -40,17 +40,34 @@ def _prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
 
 @cache
 def gather(k: int) -> Callable[..., None]:
-    """The compiled gather for embeddings `k` wide: `rows` [N, width], `ids` [n] -> `w` [n] and `v` [n, k]."""
+    """The compiled gather for embeddings `k` wide, which has FM's sums on the way.
 
-    @numba.njit(cache=True, nogil=True)
-    def compiled(rows, ids, w, v):  # type: ignore[no-untyped-def]
-        n = len(ids)
+    `rows` [N, width], `ids` [n, F] and `scale` [n, F] of these, empty where it is 1 throughout -> `w` [n, F], `v` [n, F, k], its sum over
+    the fields `total` [n, k], and `pairs` [n], the sum over field pairs of inner products.
+    """
+
+    @numba.njit(cache=True, nogil=True, fastmath={"contract"})
+    def compiled(rows, ids, scale, w, v, total, pairs):  # type: ignore[no-untyped-def]
+        n, fields = ids.shape
+        last = n * fields - 1
+        squares = np.empty(k, np.float32)
         for i in range(n):
-            _prefetch(rows, ids[min(i + _AHEAD, n - 1)])
-            row = ids[i]
             for j in range(k):
-                v[i, j] = rows[row, j]
-            w[i] = rows[row, k]
+                total[i, j] = squares[j] = np.float32(0.0)
+            for f in range(fields):
+                ahead = min(i * fields + f + _AHEAD, last)
+                _prefetch(rows, ids[ahead // fields, ahead % fields])
+                row, x = ids[i, f], scale[i, f] if len(scale) else np.float32(1.0)
+                w[i, f] = rows[row, k] * x
+                for j in range(k):
+                    e = rows[row, j] * x
+                    v[i, f, j] = e
+                    total[i, j] += e
+                    squares[j] += e * e
+            both = np.float32(0.0)
+            for j in range(k):
+                both += total[i, j] * total[i, j] - squares[j]
+            pairs[i] = both * np.float32(0.5)
 
     return compiled
 
@@ -100,15 +117,6 @@ def update(k: int, *, adagrad: bool) -> Callable[..., None]:
             rows[key, k] -= linear_step * total[k]
 
     return compiled
-
-
-@numba.njit(cache=True, nogil=True)
-def scale(x, values, value_fields):  # type: ignore[no-untyped-def]
-    """Multiply `x` [n, F, K] in place by the `values` [n, V] of the fields that have one."""
-    for i in range(len(x)):
-        for j in range(len(value_fields)):
-            for k in range(x.shape[2]):
-                x[i, value_fields[j], k] *= values[i, j]
 
 
 def sort_ids(ids: Any, bits: int, keys: Any, order: Any, spare: Any) -> None:
