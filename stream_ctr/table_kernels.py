@@ -21,7 +21,7 @@ _DIGIT = 11  # bits of a digit of the radix sort: its counts stay in the first-l
 
 
 @intrinsic
-def _prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
+def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
     """Have the cache line at the beginning of array[index] on its way."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
@@ -56,7 +56,7 @@ def gather(k: int) -> Callable[..., None]:
                 total[i, j] = squares[j] = np.float32(0.0)
             for f in range(fields):
                 ahead = min(i * fields + f + _AHEAD, last)
-                _prefetch(rows, ids[ahead // fields, ahead % fields])
+                prefetch(rows, ids[ahead // fields, ahead % fields])
                 row, x = ids[i, f], scale[i, f] if len(scale) else np.float32(1.0)
                 w[i, f] = rows[row, k] * x
                 for j in range(k):
@@ -93,9 +93,9 @@ def update(k: int, *, adagrad: bool) -> Callable[..., None]:
                 total[j] = np.float32(0.0)
             while i < n and keys[i] == key:
                 ahead = min(i + _AHEAD, n - 1)
-                _prefetch(rows, keys[ahead])
-                _prefetch(gv, order[ahead])
-                _prefetch(gw, order[ahead])
+                prefetch(rows, keys[ahead])
+                prefetch(gv, order[ahead])
+                prefetch(gw, order[ahead])
                 at = order[i]
                 for j in range(k):
                     total[j] += gv[at, j]

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from river import linear_model, optim
 
-from stream_ctr.baseline import BaselineFailed, BaselineProcess, Marker, RiverFTRL
+from stream_ctr.baseline import BaselineFailed, BaselineProcess, Marker
+from stream_ctr.river_ftrl import RiverFTRL
 
 NONE = np.empty((0, 0), np.float32)
 
