@@ -99,6 +99,29 @@ def test_members_in_any_order_with_some_left_out_are_found(full):
         assert {name: [None if v is None else int(v) for v in column] for name, column in read["features"].items()} == expected
 
 
+NEARLY = [
+    *(
+        GOOD.replace(b"maps", text)
+        for text in (b"\\ud800", b"\\uD83D\\uDE00", b"\\udfff", b"\\ud7ff", b"\\u12", b"\\x", b"\\", b"a\tb", b"\xed\xa0\x80")
+    ),
+    *(GOOD[:-1] + b',"x":"' + text + b'"}' for text in (b"\\ud8ff", b"\\u00g0", b"\xc0\xaf", b"\xf4\x90\x80\x80", b"\xe2\x82")),
+    GOOD.replace(b'"app":', b'"appx:'),
+    GOOD.replace(b'"app":', b'"app:'),
+    GOOD.replace(b'"app":', b'"apps":'),
+    GOOD.replace(b'"app"', b'"\\u0061pp"'),
+    GOOD.replace(b"31}}", b"31}"),
+    GOOD.replace(b"31}}", b"31]}"),
+    GOOD.replace(b"31}}", b"31,}}"),
+    GOOD.replace(b"31}}", b'31,"app":"x"}}'),
+    GOOD.replace(b"31}}", b"31}}}"),
+]
+
+
+def test_what_is_nearly_good_is_left_to_the_strict_parser_in_a_stream_of_good_ones():
+    for value in NEARLY:
+        same([GOOD, GOOD, value, GOOD])
+
+
 USUAL = [
     GOOD,
     features(app=5, age=-1.5e3),
