@@ -8,8 +8,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stream_ctr.baseline import BaselineProcess
 from stream_ctr.config import Config, Field, size
 from stream_ctr.errors import ConfigError
@@ -19,6 +17,7 @@ from stream_ctr.ftrl import FTRL
 from stream_ctr.gate import Gate
 from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
+from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import Learner, choose_device, choose_precision
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
@@ -43,7 +42,7 @@ def build_trainer(
     wall_clock: Callable[[], float] = time.time,
 ) -> Trainer:
     """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
-    torch.set_num_threads(1)  # the learner's lanes are the threads
+    set_up_process()
     precision = choose_precision(config.learn.precision, choose_device(config.learn.device))
     config = config.model_copy(update={"learn": config.learn.model_copy(update={"precision": precision})})
     hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}

@@ -24,15 +24,16 @@ from torch import Tensor, nn
 from stream_ctr import table_kernels
 from stream_ctr.adam import FlatAdam
 from stream_ctr.lanes import Lanes, Task
-from stream_ctr.models.layers import dropout_from, gathered_with
+from stream_ctr.models.layers import dropout_from
 from stream_ctr.table import Table
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Labels: TypeAlias = npt.NDArray[np.uint8]
 Values: TypeAlias = npt.NDArray[np.float32]
 Batch: TypeAlias = tuple[Ids, Labels, Values | None]
-_MOST_PARTS = 8
-_LEAST_ROWS = 256  # of a part: products of fewer rows take longer, by the example
+# Of a part: products of fewer rows take longer, by the example, but there should be some for each of a few lanes. Each part has gradients.
+_ROWS, _LEAST_ROWS = 1024, 256
+_PARTS, _MOST_PARTS = 4, 16
 # A gradient beyond it is exploding: its square, and the sum of thousands of those, must stay a number in float32.
 LARGEST_GRADIENT = 1e15
 
@@ -41,10 +42,10 @@ def parts_of(batch_size: int) -> list[slice]:
     """The parts of a batch, all of one size, so that what an example's logit is does not depend on where in the batch it stands; together
     they may have a few rows more.
 
-    >>> parts_of(512), parts_of(1000)[-1], len(parts_of(4096))
-    ([slice(0, 256, None), slice(256, 512, None)], slice(672, 1008, None), 8)
+    >>> parts_of(512), parts_of(1000)[-1], len(parts_of(4096)), len(parts_of(65536))
+    ([slice(0, 256, None), slice(256, 512, None)], slice(672, 1008, None), 4, 16)
     """
-    count = min(max(batch_size // _LEAST_ROWS, 1), _MOST_PARTS)
+    count = min(max(batch_size // _ROWS, min(batch_size // _LEAST_ROWS, _PARTS), 1), _MOST_PARTS)
     rows = -(-batch_size // (16 * count)) * 16
     return [slice(start, start + rows) for start in range(0, rows * count, rows)]
 
@@ -76,7 +77,6 @@ class CpuStep:
         self._scale = torch.ones(rows, fields) if value_fields else torch.ones(0, 0)
         self._labels = torch.zeros(rows)
         self._w, self._v = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
-        self._total, self._pairs = torch.zeros(rows, k), torch.zeros(rows)
         self._gw, self._gv = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
         self._logits = torch.zeros(rows)
         places = rows * fields
@@ -125,28 +125,22 @@ class CpuStep:
 
     def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
         w, v = self._w[part], self._v[part]
-        out = (x.numpy() for x in (self._scale[part], w, v, self._total[part], self._pairs[part]))
-        self._gather(self._table.rows.numpy(), self._ids[part], *out)
+        self._gather(self._table.rows.numpy(), self._ids[part], self._scale[part].numpy(), w.numpy(), v.numpy())
         return w.requires_grad_(), v.requires_grad_()
-
-    def _forward(self, w: Tensor, v: Tensor, part: slice) -> Tensor:
-        with gathered_with(v, self._total[part], self._pairs[part]):
-            logits: Tensor = self._model(w, v)
-        return logits
 
     def _score(self, part: slice) -> None:
         with torch.no_grad():
-            self._logits[part] = self._forward(*self._gathered(part), part)
+            self._logits[part] = self._model(*self._gathered(part))
 
     def _part(self, index: int, part: slice, n: int, steps: int, gradients: Tensor, fine: npt.NDArray[np.bool_]) -> None:
         """Forward and backward of one part, into its rows of the buffers and its `gradients` [P]."""
         w, v = self._gathered(part)
         if (generator := self._generators[index]) is not None:
             with torch.no_grad():
-                self._logits[part] = self._forward(w, v, part)  # what it predicts, with nothing dropped
+                self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
             generator.manual_seed(((self._seed << 40) + steps * len(self._parts) + index) % (1 << 63))
         with torch.enable_grad(), dropout_from(generator):
-            logits = self._forward(w, v, part)
+            logits = self._model(w, v)
         if generator is None:
             self._logits[part] = logits.detach()
         slope = (torch.sigmoid(logits.detach()) - self._labels[part]) / n

@@ -40,34 +40,23 @@ def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
 
 @cache
 def gather(k: int) -> Callable[..., None]:
-    """The compiled gather for embeddings `k` wide, which has FM's sums on the way.
+    """The compiled gather for embeddings `k` wide: `rows` [N, width], `ids` [n, F] and `scale` [n, F] of these, empty where it is 1
+    throughout -> `w` [n, F] and `v` [n, F, k]."""
 
-    `rows` [N, width], `ids` [n, F] and `scale` [n, F] of these, empty where it is 1 throughout -> `w` [n, F], `v` [n, F, k], its sum over
-    the fields `total` [n, k], and `pairs` [n], the sum over field pairs of inner products.
-    """
-
-    @numba.njit(cache=True, nogil=True, fastmath={"contract"})
-    def compiled(rows, ids, scale, w, v, total, pairs):  # type: ignore[no-untyped-def]
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, ids, scale, w, v):  # type: ignore[no-untyped-def]
         n, fields = ids.shape
-        last = n * fields - 1
-        squares = np.empty(k, np.float32)
-        for i in range(n):
+        flat_ids, flat_scale, flat_w, flat_v = ids.reshape(-1), scale.reshape(-1), w.reshape(-1), v.reshape(-1, k)
+        for i in range(n * fields):
+            prefetch(rows, flat_ids[min(i + _AHEAD, n * fields - 1)])
+            row = flat_ids[i]
             for j in range(k):
-                total[i, j] = squares[j] = np.float32(0.0)
-            for f in range(fields):
-                ahead = min(i * fields + f + _AHEAD, last)
-                prefetch(rows, ids[ahead // fields, ahead % fields])
-                row, x = ids[i, f], scale[i, f] if len(scale) else np.float32(1.0)
-                w[i, f] = rows[row, k] * x
-                for j in range(k):
-                    e = rows[row, j] * x
-                    v[i, f, j] = e
-                    total[i, j] += e
-                    squares[j] += e * e
-            both = np.float32(0.0)
+                flat_v[i, j] = rows[row, j]
+            flat_w[i] = rows[row, k]
+        for i in range(len(flat_scale)):
             for j in range(k):
-                both += total[i, j] * total[i, j] - squares[j]
-            pairs[i] = both * np.float32(0.5)
+                flat_v[i, j] *= flat_scale[i]
+            flat_w[i] *= flat_scale[i]
 
     return compiled
 

@@ -40,15 +40,14 @@ def test_gather_is_that_of_the_cpu_with_fms_sums(k, fields, with_values):
     ids = torch.from_numpy(np.random.default_rng(k).integers(0, 64, (7, fields)).astype(np.int32))
     values = torch.randn(7, fields) if with_values else None
     shapes = (7, fields), (7, fields, k), (7, k), (7,)
-    w, v, total, pairs = expected = [torch.empty(shape) for shape in shapes]
-    scale = torch.empty(0, 0) if values is None else values
-    table_kernels.gather(k)(table.rows.cpu().numpy(), ids.numpy(), scale.numpy(), *(x.numpy() for x in expected))
+    w, v, scale = torch.empty(shapes[0]), torch.empty(shapes[1]), torch.empty(0, 0) if values is None else values
+    table_kernels.gather(k)(table.rows.cpu().numpy(), ids.numpy(), scale.numpy(), w.numpy(), v.numpy())
     found = [torch.full(shape, torch.nan, device=DEVICE) for shape in shapes]
     triton_kernels.gather(table, ids.to(DEVICE), None if values is None else values.to(DEVICE), *found)
     assert torch.equal(found[0].cpu(), w)
     assert torch.equal(found[1].cpu(), v)
-    assert torch.allclose(found[2].cpu(), total, atol=1e-5)
-    assert torch.allclose(found[3].cpu(), pairs, atol=1e-4)
+    assert torch.allclose(found[2].cpu(), v.sum(1), atol=1e-5)
+    assert torch.allclose(found[3].cpu(), pairwise_inner_products(v), atol=1e-4)
 
 
 def updated(

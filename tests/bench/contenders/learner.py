@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 
 import numpy as np
-import torch
 from answers import answer, steps
 from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
 
+from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import Learner, choose_device, choose_precision
 
 
@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("--table-bits", type=int, default=0)
     parser.add_argument("--events-per-example", type=float, default=1.0, help="count events, of which some are clicks, not examples")
     arguments = parse(parser)
-    torch.set_num_threads(1)  # as `stream-ctr run` does: the learner's lanes are the threads
+    set_up_process()  # as `stream-ctr run` does
     precision = choose_precision(arguments.precision, choose_device(arguments.device))
     sizes = [] if arguments.fields else field_sizes(arguments.data)
     bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
