@@ -29,7 +29,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of glibc's malloc.h
 def set_up_process() -> None:
     """For a process whose main work is to learn: no threads of torch's own, and freed memory is kept, where the allocator is glibc's.
 
-    A step frees tens of megabytes that the next one takes again; what went back to the system meanwhile comes in as thousands of page faults.
+    A step frees tens of megabytes that the next one takes again; what went back to the system in between returns in thousands of faults.
     """
     torch.set_num_threads(1)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):

@@ -134,7 +134,9 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dz = _BACK[ctx.activation](dy, y)
-        return _linear(dz, weight.t(), None).to(ctx.wants), _linear(dz.t(), x.t(), None), dz.sum(0), None, None, None
+        # Of bfloat16, torch's product is the faster one here.
+        slope = torch.mm(dz.t(), x) if x.dtype == torch.bfloat16 else _linear(dz.t(), x.t(), None)
+        return _linear(dz, weight.t(), None).to(ctx.wants), slope, dz.sum(0), None, None, None
 
 
 class Dense(nn.Linear):
