@@ -23,7 +23,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 class FlatAdam:
     """Takes the parameters of `model` into one float32 vector [P], of which they are views from then on.
 
-    With `low`, the `Dense` layers get copies of theirs in bfloat16, made anew with each step.
+    With `low`, the `Dense` layers but output neurons get copies of theirs in bfloat16, made anew with each step.
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, low: bool = False) -> None:
@@ -36,10 +36,10 @@ class FlatAdam:
         self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
         self.low = torch.empty_like(self.vector, dtype=torch.bfloat16) if low else None
         if self.low is not None:
-            copies = self.views(self.low)
-            for name, layer in model.named_modules():
-                if isinstance(layer, Dense):
-                    layer.low = copies[f"{name}.weight"], copies[f"{name}.bias"]
+            copies: dict[Tensor, Tensor] = dict(zip(named.values(), self.views(self.low).values(), strict=True))
+            for layer in model.modules():
+                if isinstance(layer, Dense) and layer.out_features > 1:  # the output neuron's sum is the logit
+                    layer.low = copies[layer.weight], copies[layer.bias]
             self.refresh()
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:

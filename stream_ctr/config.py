@@ -136,7 +136,7 @@ class Input(Section):
     max_ahead: Duration = timedelta(minutes=5)
     """How far an event's time may be ahead of the broker's time of its record (of now, in a log); beyond it is a dead letter."""
     max_bad_share: float = key(0.5, gt=0, le=1)
-    """Stop with exit code 5 when more than this share of at least 1,000 records is bad."""
+    """Stop with exit code 5 when more than this share of at least 1,000 records is bad; an Arrow record with good events counts in part."""
     read_ahead: int = key(50_000, ge=0)
     """How many records may be polled, decoded and hashed before they are learned, in a thread beside learning; 0: none, and no thread."""
     on_lost: Literal["stop", "skip"] = "stop"
@@ -224,7 +224,7 @@ class Learn(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int = key(0, ge=0)
     """CPU threads that learn; 0: as many as the machine has. With any number of them the model is the same, bit for bit."""
-    seed: int = key(0, ge=0)
+    seed: int = key(0, ge=0, lt=1 << 63)
     skips_before_rollback: int = key(8, ge=1)
     """After this many batches in a row without a finite loss and gradient, the model goes back to the last good snapshot."""
 

@@ -138,7 +138,7 @@ class CpuStep:
         if (generator := self._generators[index]) is not None:
             with torch.no_grad():
                 self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
-            generator.manual_seed(((self._seed << 40) + steps * len(self._parts) + index) % (1 << 63))
+            generator.manual_seed(draw_seed(self._seed, steps, index))
         with torch.enable_grad(), dropout_from(generator):
             logits = self._model(w, v)
         if generator is None:
@@ -177,6 +177,11 @@ class CpuStep:
             self._table.rows.numpy(), self._keys[:places], self._order[:places], first, last, gw, gv, np.float32(n),
             *self._table.rates.floats(),
         )  # fmt: skip
+
+
+def draw_seed(*numbers: int) -> int:
+    """Of what is drawn in a step: the same for the same numbers, and unlike for any others."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
 
 
 @contextlib.contextmanager

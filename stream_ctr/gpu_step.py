@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_ctr.adam import FlatAdam
-from stream_ctr.cpu_step import LARGEST_GRADIENT, Batch, Ids, Labels, Values
+from stream_ctr.cpu_step import LARGEST_GRADIENT, Batch, Ids, Labels, Values, draw_seed
 from stream_ctr.errors import ConfigError
 from stream_ctr.models.layers import dropout_from, gathered_with
 from stream_ctr.table import Table
@@ -82,7 +82,7 @@ class GpuStep:
         self._feed.load((ids, labels, values))
         self._steps.fill_(float(steps))
         if self._generator is not None:
-            self._generator.manual_seed(((self._seed << 40) + steps) % (1 << 63))
+            self._generator.manual_seed(draw_seed(self._seed, steps))
         step()
         logits = self._logits[: len(ids)].clone()
         self._judged.record()
@@ -126,7 +126,7 @@ class GpuStep:
         graph = torch.cuda.CUDAGraph()
         if self._generator is not None:
             graph.register_generator_state(self._generator)
-        with _tf32(), torch.cuda.graph(graph):
+        with _tf32(), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may load a model
             call()
         return graph.replay
 

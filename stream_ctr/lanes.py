@@ -87,6 +87,7 @@ class _Step:
 
 
 def _lane(calls: queue.SimpleQueue[_Step | None]) -> None:
+    torch.set_num_threads(1)  # of this thread's operations
     while (step := calls.get()) is not None:
         step.work()
         del step  # its tasks hold a batch, and this may be a long wait

@@ -13,6 +13,7 @@ not an extra pass but what learning yields.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from functools import partial
 
@@ -99,6 +100,7 @@ class Learner:
             bits=table_bits, embedding_dim=embedding_dim, rates=rates, initial_scale=initial_scale, seed=seed, device=self.device
         )
         self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16")
+        self._turn = threading.Lock()  # a step has one set of buffers
         step = partial(CpuStep, threads=threads or os.cpu_count() or 1) if self.device.type == "cpu" else GpuStep
         self._step = step(
             self.model, self.table, self.adam, fields=fields, value_fields=value_fields, batch_size=batch_size,
@@ -118,18 +120,26 @@ class Learner:
         None, and nothing is learned, when a logit or a gradient is not finite or the gradient is exploding. `following` are the ids, labels
         and values of the next call, if they are known: a GPU has them on their way meanwhile.
         """
-        logits = self._step.learn(ids, labels, values, self.steps, following)
+        self._require_values(values)
+        with self._turn:
+            logits = self._step.learn(ids, labels, values, self.steps, following)
         if logits is not None:
             self.steps += 1
         return logits
 
     def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
-        """`ids` [n, F] -> logits [n], without dropout; any n."""
+        """`ids` [n, F] -> logits [n], without dropout; any n. Threads take turns."""
+        self._require_values(values)
         parts = []
         for start in range(0, len(ids), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            parts.append(self._step.predict(ids[rows], None if values is None else values[rows]))
+            with self._turn:
+                parts.append(self._step.predict(ids[rows], None if values is None else values[rows]))
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
+
+    def _require_values(self, values: npt.NDArray[np.float32] | None) -> None:
+        if self.value_fields and values is None:
+            raise ValueError(f"the values of {len(self.value_fields)} fields are missing")
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
 

@@ -77,7 +77,7 @@ class Table:
 
 def _zeros(rows: int, width: int) -> Tensor:
     """In large pages where the system has them: rows lie anywhere, and there are far more small pages than a processor keeps in mind."""
-    memory = mmap.mmap(-1, 4 * rows * width)
+    memory = mmap.mmap(-1, 4 * rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory gets small pages
     with contextlib.suppress(AttributeError, OSError):  # not everywhere
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

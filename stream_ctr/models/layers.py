@@ -109,11 +109,12 @@ class Dropout(nn.Module):
 # On a CPU torch has products of float32 from MKL, which has no AVX-512 for other makers' processors: oneDNN takes less than half the time
 # there. This is the operation that torch's own compiler makes of a linear layer.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+_ONEDNN_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()  # others' models may come to any processor
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """sigma(W x + b): `x` [B, inputs], `weight` [outputs, inputs] -> [B, outputs]. Neither need be contiguous."""
-    if _ONEDNN is not None and x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16):
+    if _ONEDNN is not None and x.device.type == "cpu" and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16)):
         y: Tensor = _ONEDNN(x, weight, bias, activation, [], "")
         return y
     return _ACTIVATE[activation](F.linear(x, weight, bias))

@@ -7,7 +7,7 @@
 
 Cases
   train      DeepFM (K=10, 400-400-400), batch 4096, 2^20 rows, ids in memory: ours in bf16 and fp32, DeepCTR-Torch, plain PyTorch with
-             three optimisers, FBGEMM, and the network alone, which bounds them all
+             three optimisers, FBGEMM, and the network alone in plain PyTorch (what bounds ours: step.py)
   train-10m  the same at batch 1024 with 10 M rows: ours and PyTorch with dense Adam
   ingest     Kafka -> decode -> hash -> join, a window of 60 s, the broker on the same cores: ours with kafka-python, confluent-kafka and
              Arrow batches, Flink SQL's interval join, json.loads and a dict

@@ -41,10 +41,13 @@ def field_sizes(data: Path) -> list[int]:
 
 def batches(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
     """(ids int32 [B, F], labels float32 [B]), again and again; on the device from the start."""
+    return itertools.cycle(each(data, batch, which=which, device=device))
+
+
+def each(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
     ids, labels = torch.from_numpy(np.load(data / f"{which}.npy")), torch.from_numpy(np.load(data / "labels.npy")).float()
     whole = len(ids) - len(ids) % batch
-    pairs = zip(ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True)
-    return itertools.cycle(list(pairs))
+    return list(zip(ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True))
 
 
 def synchronise(device: str) -> None:

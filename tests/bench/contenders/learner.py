@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
 from answers import answer, steps
-from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
+from examples import WARM_UP_STEPS, each, field_sizes, options, parse, synchronise
 
 from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import Learner, choose_device, choose_precision
@@ -27,10 +28,12 @@ def main() -> None:
         "deepfm", fields=arguments.fields or len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden,
         table_bits=bits, batch_size=arguments.batch, precision=precision, device=arguments.device, threads=os.cpu_count() or 1,
     )  # fmt: skip
-    arrays = ((ids.numpy(), labels.numpy().astype(np.uint8)) for ids, labels in batches(arguments.data, arguments.batch))
+    whole = [(ids.numpy(), labels.numpy().astype(np.uint8), None) for ids, labels in each(arguments.data, arguments.batch)]
+    pairs = itertools.pairwise(itertools.cycle(whole))
 
     def step() -> None:
-        learner.learn(*next(arrays))
+        batch, following = next(pairs)
+        learner.learn(*batch, following=following)
 
     def finish() -> None:
         synchronise(arguments.device)

@@ -1,4 +1,4 @@
-"""The dense part alone, forward, backward and Adam, on inputs that are there: what no learner of this model can be faster than."""
+"""The dense part alone in plain PyTorch, forward, backward and Adam, on inputs that are there."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from stream_ctr.join import Examples
 
 NOTHING_PUBLISHED = ("metrics.topic=", "snapshots.topic=")
 # Neither baseline, the smallest of models: what is left is what a learner is fed by.
-JOIN_ONLY = ("baseline.enabled=false", "ftrl.enabled=false", "model.hidden=1", "model.table_bits=10")
+JOIN_ONLY = ("baseline.enabled=false", "ftrl.enabled=false", "model.hidden=1")
 
 
 class Watch:
