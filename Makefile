@@ -25,6 +25,7 @@ faults: ## every fault and bad input, on own brokers, half an hour; writes docs/
 
 bench: ## every case beside its peers, half an hour; writes docs/performance.md (CASES="train ftrl": these only)
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
+	$(BIN)/python tests/bench/step.py --page docs/performance.md
 
 lint: ## style, form and types
 	$(BIN)/ruff check .
