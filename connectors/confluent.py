@@ -35,8 +35,8 @@ import pyarrow as pa
 from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
 from connectors.kafka_diagnosis import explain_silence, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import librdkafka_options
-from connectors.kafka_topics import KnownTopics, Topics, what_is_lost
-from connectors.records import Records
+from connectors.kafka_topics import KnownTopics, Topics, deleted_before, what_is_lost
+from connectors.records import POLL_BYTES, Records
 
 __all__ = ["ConfluentSource"]
 
@@ -114,7 +114,7 @@ class ConfluentSource:
             self._read_on(again=range(len(self.partitions)))
         if self.until_end:
             self._read_on()
-            records = _before(records, self._recorded_end)
+            records = records.before(self._recorded_end)
         return records
 
     def positions(self) -> dict[int, int]:
@@ -208,14 +208,18 @@ class ConfluentSource:
             log.warning("the committed offsets of group %r are behind: %s", self._group, failed.str())
 
     def _consume(self, timeout_seconds: float) -> Iterator[list[Message]]:
-        """What is there, or else the first that comes in time; in pieces, and up to the first failure, which is kept."""
-        left = self._most_records
+        """What is there, or else the first that comes in time; in pieces, and up to the first failure, which is kept.
+
+        The piece that reaches `POLL_BYTES` is the last.
+        """
+        left, room = self._most_records, POLL_BYTES
         # Asked for many, the client waits for as many: so it is asked for what is there, and waits for one at most.
         messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) or self._consumer.consume(1, timeout_seconds)
         while messages:
             left -= len(messages)
+            room -= sum(map(len, messages))
             yield self._heed(messages) if any(map(self._library.Message.error, messages)) else messages
-            messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) if left and not self._failed else []
+            messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) if left and room > 0 and not self._failed else []
 
     def _heed(self, messages: Sequence[Message]) -> list[Message]:
         """The records up to the first failure, which is kept; ends of partitions move their positions."""
@@ -285,7 +289,7 @@ class ConfluentSource:
         while any(index not in told or end < told[index] for index, end in enumerate(ends.tolist())):
             if time.monotonic() > deadline:
                 raise self._cluster.silent("no answer to fetching")
-            for message in self._consumer.consume(self._most_records, 0.02):
+            for message in self._consumer.consume(_AT_ONCE, 0.02):
                 if (index := self._index.get((message.topic(), message.partition()))) is None:
                     continue
                 if not message.error():
@@ -329,11 +333,8 @@ class ConfluentSource:
 
     def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         self.ends()  # asked first: when that fails, nothing is counted twice
-        gone = np.maximum(self._offsets(self.beginning()) - wanted, 0)
+        gone = deleted_before(self.partitions, wanted, self.beginning())
         self._lost += gone
-        for index in np.flatnonzero(gone).tolist():
-            topic, partition = self.partitions[index]
-            log.warning("%d records of partition %d of topic %r were deleted before they were read", gone[index], partition, topic)
         return wanted + gone
 
     def _recover_damage(self, index: int, damaged: Message) -> None:
@@ -617,10 +618,3 @@ def _joined(pieces: Sequence[Records]) -> Records:
         time=np.concatenate([piece.time for piece in pieces]),
         value=pa.concat_arrays([piece.value for piece in pieces]),
     )
-
-
-def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
-    keep = records.offset < ends[records.partition]
-    if keep.all():
-        return records
-    return Records(records.partition[keep], records.offset[keep], records.time[keep], records.value.filter(pa.array(keep)))

@@ -74,9 +74,9 @@ from connectors.errors import (
 )
 from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
-from connectors.kafka_topics import KnownTopics, what_is_lost
+from connectors.kafka_topics import KnownTopics, deleted_before, what_is_lost
 from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch
-from connectors.records import Records
+from connectors.records import POLL_BYTES, Records
 
 __all__ = [
     "KafkaCodecMissing",
@@ -105,7 +105,6 @@ log = logging.getLogger(__name__)
 
 BOOTSTRAP_SECONDS = 5.0  # for the first answer of a broker
 MAX_BATCH_BYTES = 512 << 20  # of what a compressed batch may expand to
-POLL_BYTES = 16 << 20  # of values, after which a poll reads no further record
 ANSWER_SECONDS = 5.0  # for what is asked of a broker that answered before
 
 
@@ -190,7 +189,7 @@ class KafkaSource:
         records = self._columns.hand_out()
         if self.until_end:
             self._apply_pauses()
-            records = _before(records, self._recorded_end)
+            records = records.before(self._recorded_end)
         return records
 
     def positions(self) -> dict[int, int]:
@@ -341,11 +340,8 @@ class KafkaSource:
 
     def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         self.ends()  # asked first: when that fails, nothing is counted twice
-        gone = np.maximum(self._offsets(self.beginning()) - wanted, 0)
+        gone = deleted_before(self.partitions, wanted, self.beginning())
         self._lost += gone
-        for index in np.flatnonzero(gone).tolist():
-            topic, partition = self.partitions[index]
-            log.warning("%d records of partition %d of topic %r were deleted before they were read", gone[index], partition, topic)
         return wanted + gone
 
     def _recover_damage(self, partition: TopicPartition, offset: int, error: Exception) -> None:
@@ -438,12 +434,14 @@ class KafkaSink:
     ) -> None:
         """Send n values in order, with their times in epoch milliseconds [n] and keys [n]; a key settles the partition.
 
+        Without keys the partitions take turns, record by record: so none runs ahead of the others in the time of its events.
+
         Raises `KafkaTopicMissing` and `KafkaDeliveryFailed`.
         """
         self._raise_failures()
         self._know(topic)
         count = len(values)
-        partitions = [None] * count if keys is not None else self._in_blocks(count, self._partitions[topic])
+        partitions = [None] * count if keys is not None else self._in_turns(count, self._partitions[topic])
         all_times = [None] * count if times is None else times.tolist()
         all_keys = [None] * count if keys is None else keys.cast(pa.large_binary()).to_pylist()
         no_headers: list[tuple[str, bytes]] = []
@@ -505,11 +503,11 @@ class KafkaSink:
             with suppress(KafkaError):
                 oldest.get()
 
-    def _in_blocks(self, count: int, partitions: int) -> list[int]:
-        # The client would choose partitions in blocks too, one record at a time and for a fifth of the cost of sending.
+    def _in_turns(self, count: int, partitions: int) -> list[int]:
+        # The client would stay at one for a block of them, and would ask itself for each record, at a fifth of the cost of sending.
         first, self._sent_in_batches = self._sent_in_batches, self._sent_in_batches + count
-        blocks: list[int] = (np.arange(first, first + count) // _BLOCK % partitions).tolist()
-        return blocks
+        turns: list[int] = (np.arange(first, first + count) % partitions).tolist()
+        return turns
 
     def _know(self, topic: str) -> None:
         if topic in self._partitions:
@@ -645,7 +643,6 @@ def _all_topics(client: Mapping[str, object]) -> dict[str, int]:
 _MOST_RECORDS = 1 << 16  # of a poll, whatever max.poll.records says
 _MAY_WAIT_SECONDS = 1.0  # that a broker takes for an answer without records
 _MARK_BYTES = 256 << 10  # of values between two of the records whose acknowledgement is waited for
-_BLOCK = 1024  # records without a key that go to one partition before it is the next one's turn
 
 # Tuned by measurement on two cores; every one can be set by the user.
 _CONSUMER_DEFAULTS: dict[str, object] = {
@@ -864,13 +861,6 @@ def _find_ends(consumer: Any, assigned: Sequence[TopicPartition], client: Mappin
         return np.array([consumer.position(partition, timeout_ms=0) for partition in assigned], np.int64)
     except KafkaError as error:
         raise _leaders_silent(consumer, client, error) from error
-
-
-def _before(records: Records, ends: npt.NDArray[np.int64]) -> Records:
-    keep = records.offset < ends[records.partition]
-    if keep.all():
-        return records
-    return Records(records.partition[keep], records.offset[keep], records.time[keep], records.value.filter(pa.array(keep)))
 
 
 def _told(error: Exception) -> str:

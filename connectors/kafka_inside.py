@@ -104,6 +104,10 @@ class _Fetched:
             self.drain()
         return _Taken(most if self._columns.full else taken)
 
+    def fold(self) -> None:
+        if self._batches:
+            self._batches.fold()
+
     def drain(self) -> None:
         if self:
             self._batches = None
@@ -120,6 +124,7 @@ def _parsed_into(columns: Columns, index: int, parsed: Any) -> Any:
         return _Taken(most if columns.full else len(records))
 
     parsed.take = take_into
+    parsed.fold = parsed.drain  # fetched again
     return parsed
 
 
@@ -180,6 +185,10 @@ def hand_out_what_was_set_aside(consumer: Any) -> None:
     fetcher = consumer._fetcher
     if not fetcher._next_partition_records:
         fetcher._next_partition_records = None
+    # What waits on is kept as it is stored: many partitions may wait, and each would keep a batch of up to half a gigabyte.
+    for partition, waiting in fetcher._paused_partition_records.items():
+        if fetcher._subscriptions.is_paused(partition):
+            waiting.fold()
 
 
 def next_offset(consumer: Any, partition: Partition) -> int:

@@ -139,6 +139,12 @@ def _whole(value: str) -> object:
     return int(value)
 
 
+def _above_zero(value: str) -> object:
+    if not re.fullmatch(r"\s*0*[1-9]\d*\s*", value):
+        raise ValueError("a whole number above zero")
+    return int(value)
+
+
 def _truth(value: str) -> object:
     if value.strip().lower() not in ("true", "false"):
         raise ValueError("true or false")
@@ -238,7 +244,7 @@ _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     "fetch.message.max.bytes": ("max_partition_fetch_bytes", _whole),
     "fetch.min.bytes": ("fetch_min_bytes", _whole),
     "max.partition.fetch.bytes": ("max_partition_fetch_bytes", _whole),
-    "max.poll.records": ("max_poll_records", _whole),
+    "max.poll.records": ("max_poll_records", _above_zero),
     # the producer
     "acks": ("acks", _acks),
     "request.required.acks": ("acks", _acks),

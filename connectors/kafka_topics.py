@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from connectors.errors import TopicChanged
+
+log = logging.getLogger(__name__)
 
 Topics = Mapping[str, tuple[str | None, frozenset[int]]]  # name: (id, partitions); no id from brokers that give none
 
@@ -66,3 +72,18 @@ def what_is_lost(
         elif offset > ends[index]:
             lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
     return lost
+
+
+def deleted_before(
+    partitions: Sequence[tuple[str, int]], wanted: npt.NDArray[np.int64], beginning: Mapping[int, int]
+) -> npt.NDArray[np.int64]:
+    """How many offsets from the wanted ones [P] on each log has lost [P], by its beginning; a warning for each (topic, partition).
+
+    >>> deleted_before([("clicks", 0), ("clicks", 1)], np.array([7, 3]), {0: 0, 1: 5}).tolist()
+    [0, 2]
+    """
+    gone = np.maximum(np.array([beginning[index] for index in range(len(partitions))], np.int64) - wanted, 0)
+    for index in np.flatnonzero(gone).tolist():
+        topic, partition = partitions[index]
+        log.warning("%d records of partition %d of topic %r were deleted before they were read", gone[index], partition, topic)
+    return gone

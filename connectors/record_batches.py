@@ -175,6 +175,7 @@ class StoredBatches:
         self._aborted_producers: set[int] = set()
         self._codecs = codecs
         self._open: _OpenBatch | None = None
+        self._open_at = 0
 
     @property
     def exhausted(self) -> bool:
@@ -199,6 +200,11 @@ class StoredBatches:
         columns.partition[before : columns.count] = partition
         return columns.count - before
 
+    def fold(self) -> None:
+        """Give up what the batch in hand was expanded to, which can be many times what is stored; expanded again when it goes on."""
+        if self._open:
+            self._open, self._at = None, self._open_at
+
     def _read(self, batch: _OpenBatch, columns: Columns, limit: int) -> None:
         if batch.append_to(columns, self.position, limit):
             self._open, self.position = None, batch.header.last_offset + 1
@@ -212,7 +218,7 @@ class StoredBatches:
             payload = self._stored[self._at + _HEADER.size : end]
             wanted = not self._is_for_nobody(header, payload) and header.records > 0 and header.last_offset >= self.position
             batch = _OpenBatch(header, self._expanded(header, payload)) if wanted else None
-            self._at, self.leader_epoch = end, header.leader_epoch
+            self._open_at, self._at, self.leader_epoch = self._at, end, header.leader_epoch
             if batch:
                 return batch
             self.position = max(self.position, header.last_offset + 1)

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+POLL_BYTES = 16 << 20  # of values, after which a poll reads no further record
+
 
 @dataclass(frozen=True, slots=True)
 class Records:
@@ -24,6 +26,19 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.offset)
+
+    def before(self, ends: npt.NDArray[np.int64]) -> Records:
+        """Those whose offsets are less than the ends [P] of their partitions.
+
+        >>> values = pa.array([b"a", b"b", b"c"], pa.large_binary())
+        >>> records = Records(np.array([0, 1, 1], np.int32), np.array([7, 3, 4]), np.full(3, -1), values)
+        >>> records.before(np.array([8, 4])).value.to_pylist()
+        [b'a', b'b']
+        """
+        keep = self.offset < ends[self.partition]
+        if keep.all():
+            return self
+        return Records(self.partition[keep], self.offset[keep], self.time[keep], self.value.filter(pa.array(keep)))
 
     @classmethod
     def empty(cls) -> Records:

@@ -7,6 +7,7 @@ import importlib.util
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -99,9 +100,14 @@ def numbered(count: int, *, codec: int = 0, size: int = 0) -> Batch:
 
 
 def read(
-    stored: bytes, position: int = 0, aborted: Sequence[tuple[int, int]] = (), most: int = 1 << 10, full_bytes: int = 1 << 30
+    stored: bytes,
+    position: int = 0,
+    aborted: Sequence[tuple[int, int]] = (),
+    most: int = 1 << 10,
+    full_bytes: int = 1 << 30,
+    folded: bool = False,
 ) -> tuple[list[Row], int]:
-    """(records, the position after them), taken in pieces."""
+    """(records, the position after them), taken in pieces; `folded` between them."""
     columns, batches = (
         Columns(most, full_bytes=full_bytes, most_value_bytes=1 << 20),
         StoredBatches(stored, position, aborted=aborted, codecs=CODECS),
@@ -109,6 +115,8 @@ def read(
     found: list[Row] = []
     while not batches.exhausted:
         batches.take(columns, 3, most)
+        if folded:
+            batches.fold()
         records = columns.hand_out()
         records.value.validate(full=True)
         assert set(records.partition.tolist()) <= {3}
@@ -180,7 +188,7 @@ def test_what_is_read_is_what_the_client_itself_reads(parts: list[Batch | tuple[
     assert read(stored, position, aborted) == expected
     most, full_bytes = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 100, 1 << 20]))
     cut = data.draw(st.integers(0, HEADER))
-    assert read(stored + numbered(1).stored(end)[:cut], position, aborted, most, full_bytes) == expected
+    assert read(stored + numbered(1).stored(end)[:cut], position, aborted, most, full_bytes, folded=data.draw(st.booleans())) == expected
 
 
 def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> None:
@@ -301,6 +309,41 @@ def test_a_paused_partition_keeps_its_answer_until_it_flows() -> None:
     inside.hand_out_what_was_set_aside(client)
     assert [client.poll()[0], client.poll()[0]] == [[0] * 4, [0] * 2]
     assert client.positions() == [10, 2]
+
+
+def test_a_paused_partition_keeps_no_expanded_batch() -> None:
+    client = Client(2, most_records=4)
+    client.answer(0, numbered(3, codec=ZSTD).stored(0) + numbered(7, codec=ZSTD).stored(3))
+    assert client.poll()[0] == [0] * 4
+    client.subscriptions.pause(TopicPartition("t", 0))
+    held = weakref.ref(client._fetcher._next_partition_records._batches._open)
+    for _ in range(2):
+        inside.hand_out_what_was_set_aside(client)
+        assert client.poll() == ([], [])
+    assert held() is None
+    client.subscriptions.resume(TopicPartition("t", 0))
+    inside.hand_out_what_was_set_aside(client)
+    assert [offset for _ in range(2) for offset, _, _ in client.poll()[1]] == [*range(4, 10)]
+
+
+def test_a_paused_partition_keeps_no_batch_of_an_older_format_and_is_fetched_again() -> None:
+    builder = LegacyRecordBatchBuilder(1, GZIP, 1 << 20)
+    for index in range(6):
+        builder.append(index, 1000 + index, None, b"%d" % index)
+    stored = bytes(builder.build())
+    client = Client(1, most_records=4)
+    client.answer(0, stored)
+    assert client.poll()[0] == [0] * 4
+    client.subscriptions.pause(TopicPartition("t", 0))
+    for _ in range(2):
+        inside.hand_out_what_was_set_aside(client)
+        assert client.poll() == ([], [])
+    client.subscriptions.resume(TopicPartition("t", 0))
+    inside.hand_out_what_was_set_aside(client)
+    assert client.poll() == ([], [])
+    assert client._fetcher._fetchable_partitions() == [TopicPartition("t", 0)]
+    client.answer(0, stored)
+    assert [offset for offset, _, _ in client.poll()[1]] == [4, 5]
 
 
 def test_only_markers_and_aborted_records_move_the_position() -> None:
