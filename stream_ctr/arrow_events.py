@@ -33,7 +33,12 @@ from stream_ctr.rows import epoch_ms, one_array, one_line
 
 MOST_EVENTS = 1 << 20
 """Of a record: their order within it has 20 bits."""
-_UNFOLDING = 16  # a record's bytes once decompressed or decoded, to the most that it may have as it comes
+# What a record takes as columns, to the most bytes that it may have as it comes, and to those that it has: many small ones come in a poll.
+# Of the latter a record of good events that compress well takes 40, one that was made to fill memory thousands.
+_UNFOLDING = 16
+_UNFOLDING_OF_OWN = 64
+_SMALL = 1 << 17  # bytes that any record may take
+_EVENT_BYTES = 100  # of an event once it is read, whatever its columns had: nulls and indices have next to none
 _BLOCK_BYTES = 64 << 20
 _SHOWN = 100  # characters of what is no kind
 _LARGEST_PACKED = 900_000  # bytes: brokers and clients take a megabyte, if nobody told them otherwise
@@ -46,7 +51,8 @@ Mask = npt.NDArray[np.bool_]
 def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBatch]:
     """The batches of an IPC stream of a stranger, every offset, index and character of them looked at.
 
-    Raises `Refused` when the bytes are no such stream, or one of too many rows or of columns larger than 16 times `max_record_bytes`.
+    Raises `Refused` when the bytes are no such stream, or one of too many rows, or one that would take too much memory: more than 16 times
+    `max_record_bytes`, or than 64 times its own and 128 KiB.
     """
     if value.size > max_record_bytes:
         raise Refused("too_large", f"{value.size} bytes, more than {max_record_bytes}")
@@ -54,15 +60,48 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
         said = ipc_frames.sizes(memoryview(value))
         if said.rows > MOST_EVENTS:
             raise Refused("too_many_events", f"{said.rows} events, more than {MOST_EVENTS}")
-        _require_room(said.bytes, _UNFOLDING * max_record_bytes)
+        room = min(_UNFOLDING * max_record_bytes, max(_SMALL, _UNFOLDING_OF_OWN * value.size)) - _EVENT_BYTES * said.rows
+        _require_room(said.bytes, room)
         with pa.ipc.open_stream(value, options=_READ_OPTIONS) as reader:
             _require_text(reader.schema)
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
+        _require_room(_shown_bytes(batches), room)
+    except MemoryError:  # Arrow's is an ArrowException too, and says nothing of the record
+        raise
     except (ipc_frames.DamagedStream, pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise Refused("not_arrow", one_line(error)) from None
     return batches
+
+
+def _shown_bytes(batches: Sequence[pa.RecordBatch]) -> int:
+    """Of texts that are stored once and may be shown often: views, and ids in a dictionary."""
+    total, words_counted = 0, set()
+    for batch in batches:
+        columns = list(zip(batch.schema.names, batch.columns, strict=True))
+        while columns:
+            name, column = columns.pop()
+            if pa.types.is_struct(column.type):
+                columns += [("", column.field(index)) for index in range(column.type.num_fields)]
+            elif pa.types.is_string_view(column.type):
+                total += int(_lengths(column).sum())
+            elif pa.types.is_dictionary(column.type) and _is_text(column.type):
+                if name == "impression_id":
+                    total += int(_lengths(column.dictionary)[column.indices.drop_null().to_numpy()].sum())
+                address = column.dictionary.buffers()[1].address if len(column.dictionary) else 0
+                if pa.types.is_string_view(column.type.value_type) and address not in words_counted:
+                    words_counted.add(address)  # batches share them
+                    total += int(_lengths(column.dictionary).sum())
+    return total
+
+
+def _lengths(texts: pa.Array) -> npt.NDArray[np.int64]:
+    """Bytes of each, 0 where it is missing [n]."""
+    if not pa.types.is_string_view(texts.type):
+        return pc.fill_null(pc.binary_length(texts), 0).to_numpy().astype(np.int64)
+    views = np.frombuffer(texts.buffers()[1] or b"", np.int32)[4 * texts.offset :: 4][: len(texts)]  # each begins with its length
+    return np.where(texts.is_valid(), views, 0).astype(np.int64)
 
 
 def _require_text(columns: Iterable[pa.Field]) -> None:
@@ -75,9 +114,8 @@ def _require_text(columns: Iterable[pa.Field]) -> None:
 class ArrowReader:
     """Arrow records -> candidates with these fields."""
 
-    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int) -> None:
+    def __init__(self, fields: Sequence[Field]) -> None:
         self.fields = tuple(fields)
-        self._most_bytes = _UNFOLDING * max_record_bytes
 
     def read(self, streams: Mapping[int, Sequence[pa.RecordBatch]]) -> tuple[list[Candidates], list[Refusal]]:
         """What is in the batches of the record at each row.
@@ -95,6 +133,8 @@ class ArrowReader:
         """Batches of one schema at once, which is faster; when that cannot be, by halves."""
         try:
             found.append(self._candidates(parts))
+        except MemoryError:  # Arrow's is an ArrowException too
+            raise
         except (Refused, pa.ArrowException, UnicodeDecodeError) as error:
             if half := len(parts) // 2:
                 self._read(parts[:half], found, refusals)
@@ -104,7 +144,7 @@ class ArrowReader:
                 refusals.append(Refusal(parts[0].row, refused.code, refused.message))
 
     def _candidates(self, parts: Sequence[_Part]) -> Candidates:
-        columns = _Columns(pa.Table.from_batches([part.batch for part in parts]), self._most_bytes)
+        columns = _Columns(pa.Table.from_batches([part.batch for part in parts]))
         sizes = [len(part.batch) for part in parts]
         kind, kind_text = columns.kind()
         identity = columns.impression_id()
@@ -127,7 +167,7 @@ class ArrowReader:
         )
 
     def _feature(self, field: Field, member: pa.Array | None, n: int) -> pa.Array:
-        return _numbers(field.name, member, n) if field.kind == "numeric" else _categories(field.name, member, n, self._most_bytes)
+        return _numbers(field.name, member, n) if field.kind == "numeric" else _categories(field.name, member, n)
 
 
 class _Part(NamedTuple):
@@ -153,8 +193,8 @@ def _parts(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Part]:
 class _Columns:
     """The columns of some batches by what they mean. What nobody has asked for is in `others`, and what a later one hides in `_twice`."""
 
-    def __init__(self, table: pa.Table, most_bytes: int) -> None:
-        self._n, self._most_bytes = len(table), most_bytes
+    def __init__(self, table: pa.Table) -> None:
+        self._n = len(table)
         self.others, self._twice = _by_name(table.schema, [one_array(column) for column in table.columns])
         self.twice_members: list[pa.Array] = []
 
@@ -162,9 +202,9 @@ class _Columns:
         """Its code, and where that is none, the beginning of what is there."""
         kind = self._needed("kind", _is_text, "a string")
         if not pa.types.is_dictionary(kind.type):
-            texts = _texts(kind, self._most_bytes)
+            texts = kind.cast(pa.string())
             return kind_codes(texts), texts
-        words = _texts(kind.dictionary, self._most_bytes)
+        words = kind.dictionary.cast(pa.string())
         codes = np.append(kind_codes(words), np.int8(-1))[np.asarray(pc.fill_null(kind.indices.cast(pa.int64()), -1))]
         others = pc.if_else(pa.array(codes < 0), kind.indices, None)
         return codes, pc.utf8_slice_codeunits(words, 0, _SHOWN).take(others)
@@ -172,10 +212,8 @@ class _Columns:
     def impression_id(self) -> pa.StringArray:
         identity = self._needed("impression_id", _is_text, "a string")
         if not pa.types.is_dictionary(identity.type):
-            return _texts(identity, self._most_bytes)
-        words = _texts(identity.dictionary, self._most_bytes)
-        _require_room(pc.sum(pc.binary_length(words).cast(pa.int64()).take(identity.indices)).as_py() or 0, self._most_bytes)
-        return words.take(identity.indices)
+            return identity.cast(pa.string())
+        return identity.dictionary.cast(pa.string()).take(identity.indices)
 
     def time(self) -> tuple[npt.NDArray[np.int64], Mask]:
         """Epoch milliseconds, and whether there is a time."""
@@ -269,29 +307,22 @@ def _numbers(name: str, column: pa.Array | None, n: int) -> pa.DoubleArray:
     return numbers if pc.all(finite, min_count=0).as_py() else pc.if_else(finite, numbers, None)
 
 
-def _categories(name: str, column: pa.Array | None, n: int, most_bytes: int) -> pa.Array:
+def _categories(name: str, column: pa.Array | None, n: int) -> pa.Array:
     """As strings, or a dictionary of int32 and strings where it is one."""
     if column is None:
         return pa.nulls(n, pa.string())
     _require(name, column, _is_category, "a string, an integer or a boolean")
     if not pa.types.is_dictionary(column.type):
-        return _texts(column, most_bytes)
-    words, indices = _texts(column.dictionary, most_bytes), column.indices.cast(pa.int32())
+        return column.cast(pa.string())
+    words, indices = column.dictionary.cast(pa.string()), column.indices.cast(pa.int32())
     if words.null_count:
         words, indices = pc.fill_null(words, ""), pc.if_else(words.is_valid().take(indices), indices, None)
     return pa.DictionaryArray.from_arrays(indices, words)
 
 
-def _texts(values: pa.Array, most_bytes: int) -> pa.StringArray:
-    if pa.types.is_string_view(values.type):  # many views may show the same bytes
-        views = np.frombuffer(values.buffers()[1] or b"", np.int32)[4 * values.offset :: 4][: len(values)]
-        _require_room(int(views[np.asarray(values.is_valid())].sum(dtype=np.int64)), most_bytes)
-    return values.cast(pa.string())
-
-
 def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
     """How many impressions there are in a batch that was read, and of each feature how many values of which Python type."""
-    columns = _Columns(pa.Table.from_batches([batch]), _INT64_MAX)
+    columns = _Columns(pa.Table.from_batches([batch]))
     impressions = columns.kind()[0] == IMPRESSION
     _, members = columns.features()
     found: dict[str, dict[type, int]] = {}
@@ -315,6 +346,8 @@ def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:
     row = batch.slice(within, 1)
     try:
         return _stream(pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names))
+    except MemoryError:  # Arrow's is an ArrowException too
+        raise
     except (pa.ArrowException, UnicodeDecodeError) as error:
         raise Refused("not_arrow", one_line(error)) from None
 
@@ -335,6 +368,9 @@ def _alone(value: pa.Array) -> pa.Array:
 def pack(values: pa.LargeBinaryArray, *, events_a_record: int) -> pa.LargeBinaryArray:
     """JSON events -> Arrow records of at most so many of them, in order. What does not fit into columns with its neighbours, or is no
     event, is a record of its own, as it is.
+
+    A column has one type: whole numbers become fractions beside a fraction in the same feature. A numeric field has the same values then; a
+    categorical one, which takes no fraction, refuses the record and not the one event.
 
     >>> event = b'{"kind":"click","impression_id":"a","time":1735689600000}'
     >>> [record[:4] for record in pack(pa.array([event, event, b"oops"], pa.large_binary()), events_a_record=2).to_pylist()]

@@ -75,7 +75,7 @@ def main(verbose: int) -> None:
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
     if not verbose:
-        # Both clients report each lost connection at ERROR and goes on; what stops a command is told by the command itself.
+        # Both clients report each lost connection at ERROR and go on; what stops a command is told by the command itself.
         handler.addFilter(lambda record: not record.name.startswith("kafka"))
     logging.getLogger("numba").setLevel(logging.INFO)  # at DEBUG it prints every function that it compiles, bytecode and all
     handler.setFormatter(_Safe("%(asctime)s %(levelname)s %(name)s: %(message)s"))

@@ -38,7 +38,7 @@ from stream_ctr.json_events import JsonReader, spans
 EARLIEST_MS, LATEST_MS = 100_000_000_000, 4_102_444_800_000
 # Of one record: each would be a dead letter.
 _MOST_BAD_EVENTS = 1000
-_UNFOLDING = 16  # all its dead letters, to the most bytes that a record may have
+_LETTERS_TO_RECORD, _FEW_LETTERS_BYTES = 16, 1 << 16  # bytes of all its dead letters, to those that it has or at least so many
 # A field that fewer impressions have is a slip of one producer, and a row of a model for as long as it lives.
 _LEAST_SHARE_OF_IMPRESSIONS = 0.01
 _MOST_INFERRED_FIELDS = 1000
@@ -102,12 +102,12 @@ class Rejects:
 class Decoder:
     """Records -> events in columns, for the given fields."""
 
-    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int = 1 << 20, max_ahead_ms: int = 86_400_000) -> None:
+    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int = 1 << 20, max_ahead_ms: int = 300_000) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         self.max_ahead_ms = max_ahead_ms
         self._json = JsonReader(fields, max_record_bytes=max_record_bytes)
-        self._arrow = ArrowReader(fields, max_record_bytes=max_record_bytes)
+        self._arrow = ArrowReader(fields)
 
     def decode(self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None) -> tuple[Events, Rejects]:
         """`values` [n] -> the events, in order of row and place in it, and what is none. A null value is rejected as `tombstone`.
@@ -131,7 +131,7 @@ class Decoder:
         for events in np.split(bad, np.flatnonzero(np.diff(candidates.row[bad])) + 1) if len(bad) else []:
             row = int(candidates.row[events[0]])
             try:
-                rejected += self._rejected(candidates, events, verdict, streams.get(row))
+                rejected += self._rejected(candidates, events, verdict, streams.get(row), len(values[row].as_buffer()))
             except Refused as refused:
                 rejected.append(_Reject(row, 0, refused.code, refused.message, None))
                 verdict[candidates.row == row] = _OF_NO_USE
@@ -157,12 +157,17 @@ class Decoder:
         return verdict
 
     def _rejected(
-        self, candidates: Candidates, events: npt.NDArray[np.int64], verdict: npt.NDArray[np.int8], stream: list[pa.RecordBatch] | None
+        self,
+        candidates: Candidates,
+        events: npt.NDArray[np.int64],
+        verdict: npt.NDArray[np.int8],
+        stream: list[pa.RecordBatch] | None,
+        record_bytes: int,
     ) -> list[_Reject]:
         """Those of one record. Raises `Refused` when they are so many, or so large one by one, that none of its events is taken."""
         if len(events) > _MOST_BAD_EVENTS:
             raise Refused("too_many_bad_events", f"{len(events)} of its events are bad, more than {_MOST_BAD_EVENTS}")
-        rejected, room = [], _UNFOLDING * self.max_record_bytes
+        rejected, room = [], max(_FEW_LETTERS_BYTES, _LETTERS_TO_RECORD * record_bytes)
         for at in events.tolist():
             row, within = int(candidates.row[at]), int(candidates.within[at])
             code, message = _RULES[verdict[at]]
@@ -234,10 +239,11 @@ def _begins_with_marker(values: pa.LargeBinaryArray) -> npt.NDArray[np.bool_]:
 # -- fields nobody named ------------------------------------------------------------------------------------------------------------
 
 
-def infer_fields(values: pa.LargeBinaryArray) -> tuple[Field, ...]:
+def infer_fields(values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20) -> tuple[Field, ...]:
     """The fields of these impressions: numeric where every value is a number, categorical otherwise; sorted by kind and name.
 
-    What fewer than one impression in a hundred has is no field. Raises `DataError` when more than a thousand fields are left.
+    What fewer than one impression in a hundred has is no field; Arrow records that the decoder would refuse have none. Raises `DataError`
+    when more than a thousand fields are left.
 
     >>> infer_fields(pa.array([b'{"kind":"impression","features":{"age":31,"app":"maps"}}'], pa.large_binary()))
     (Field(name='app', kind='categorical'), Field(name='age', kind='numeric'))
@@ -246,7 +252,7 @@ def infer_fields(values: pa.LargeBinaryArray) -> tuple[Field, ...]:
     impressions = 0
     batched = _begins_with_marker(values)
     for value, in_batches in zip(values.to_pylist(), batched.tolist(), strict=True):
-        for count, features in _features_in_batches(value) if in_batches else _features_in_document(value):
+        for count, features in _features_in_batches(value, max_record_bytes) if in_batches else _features_in_document(value):
             impressions += count
             for name, types in features.items():
                 kinds.setdefault(name, Counter()).update(types)
@@ -272,9 +278,9 @@ def _features_in_document(value: bytes | None) -> Iterator[tuple[int, Mapping[st
             yield 1, {name: {type(value): 1} for name, value in features.items() if isinstance(value, (str, bool, int, float))}
 
 
-def _features_in_batches(value: bytes) -> Iterator[tuple[int, Mapping[str, Mapping[type, int]]]]:
+def _features_in_batches(value: bytes, max_record_bytes: int) -> Iterator[tuple[int, Mapping[str, Mapping[type, int]]]]:
     try:
-        batches = read_batches(pa.py_buffer(value), max_record_bytes=len(value))
+        batches = read_batches(pa.py_buffer(value), max_record_bytes=max_record_bytes)
         yield from (feature_types(batch) for batch in batches)
     except Refused:
         return

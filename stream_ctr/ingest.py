@@ -20,7 +20,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events import Decoder, Rejects
+from stream_ctr.events import Decoder, Events, Rejects
 from stream_ctr.features import Hasher, hash_ids
 from stream_ctr.source import RecordColumns, Source
 from stream_ctr.stages import ELSE, Stages
@@ -64,10 +64,15 @@ class Came:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """n rejects with what their dead letters hold: where they came from, the bytes untouched, and why."""
+    """n rejects with what their dead letters hold: where they came from, the bytes, and why.
+
+    `event` is the index of the event in its record whose other events may be good, then `value` is a record of this one alone; None of
+    those that are a record as it came.
+    """
 
     partition: npt.NDArray[np.int32]
     offset: npt.NDArray[np.int64]
+    event: list[int | None]
     value: list[bytes | None]
     reason: list[str]
     message: list[str]
@@ -82,7 +87,8 @@ class Columns:
     clicks, and rejects.
 
     `arrival` [n + m] are indices into the impressions and then the clicks, in order of arrival over both. `with_fields` are the names of
-    the fields that any of the impressions had; `with_unknown_fields` is how many events had members that nobody reads.
+    the fields that any of the impressions had; `with_unknown_fields` is how many events had members that nobody reads. `bad_records` is how
+    many of the records are rejected, tombstones not among them; of one with good events, the share of those that are bad.
     """
 
     records: int
@@ -95,6 +101,7 @@ class Columns:
     rejected: Rejected
     with_fields: frozenset[str]
     with_unknown_fields: int
+    bad_records: float
 
     @property
     def events(self) -> int:
@@ -211,6 +218,7 @@ class Ingest:
             rejected=_rejected(records, rejects),
             with_fields=frozenset(name for name, column in impressions.features.items() if column.null_count < len(column)),
             with_unknown_fields=events.with_unknown_fields,
+            bad_records=_bad_records(events, rejects, len(records)),
         )
 
     def pause(self, partitions: frozenset[int]) -> None:
@@ -329,4 +337,14 @@ def _rejected(records: RecordColumns, rejects: Rejects) -> Rejected:
     own = [
         value if value is not None else records.value[row].as_py() for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)
     ]
-    return Rejected(records.partition[rejects.row], records.offset[rejects.row], own, rejects.reason, rejects.message)
+    event = [None if value is None else within for within, value in zip(rejects.within.tolist(), rejects.value, strict=True)]
+    return Rejected(records.partition[rejects.row], records.offset[rejects.row], event, own, rejects.reason, rejects.message)
+
+
+def _bad_records(events: Events, rejects: Rejects, n: int) -> float:
+    rows = rejects.row[[reason != "tombstone" for reason in rejects.reason]]
+    if not len(rows):
+        return 0.0
+    bad = np.bincount(rows, minlength=n)
+    good = np.bincount(events.impressions.row, minlength=n) + np.bincount(events.clicks.row, minlength=n)
+    return float((bad / np.maximum(bad + good, 1)).sum())

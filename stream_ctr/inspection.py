@@ -352,12 +352,13 @@ def roll_back(
 
 @dataclass(frozen=True, slots=True)
 class _Letter:
-    """A record that was no event: where it stood (topic empty, partition and offset -1 where that is not known), its bytes (or, `cut`, only
-    their beginning), and why."""
+    """A record that was no event: where it stood (topic empty, partition and offset -1 where that is not known; `event`: its index in a
+    record of many), its bytes (or, `cut`, only their beginning), and why."""
 
     topic: str
     partition: int
     offset: int
+    event: int | None
     reason: str
     message: str
     value: bytes
@@ -430,8 +431,9 @@ def _letters_in_file(state: Path) -> Iterator[_Letter]:
 
 def _letter(told: Mapping[str, Any], value: bytes) -> _Letter:
     partition, offset = (int(text) if (text := str(told.get(name))).isdecimal() else -1 for name in ("partition", "offset"))
+    event = int(text) if (text := str(told.get("event"))).isdecimal() else None
     reason, message = str(told.get("reason", "unknown")), str(told.get("message", ""))
-    return _Letter(str(told.get("topic", "")), partition, offset, reason, message, value, cut="cut_to" in told)
+    return _Letter(str(told.get("topic", "")), partition, offset, event, reason, message, value, cut="cut_to" in told)
 
 
 @dlq.command("ls")
@@ -467,9 +469,12 @@ def _table(counts: Counter[str]) -> Iterator[str]:
 @click.option("--reason", help="Only letters with this reason.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
 @click.option("--partition", type=click.IntRange(0), help="Only letters from this partition.")
-@click.option("--offset", type=click.IntRange(0), help="Only the letter from this offset.")
+@click.option("--offset", type=click.IntRange(0), help="Only letters from this offset.")
+@click.option("--event", type=click.IntRange(0), help="Only the letter of this event of an Arrow record, counted from 0.")
 @click.option("--raw", is_flag=True, help="The exact bytes of one letter, which --offset names, and nothing else.")
-def show_letters(reason: str | None, limit: int, partition: int | None, offset: int | None, raw: bool, **where: Any) -> None:
+def show_letters(
+    reason: str | None, limit: int, partition: int | None, offset: int | None, event: int | None, raw: bool, **where: Any
+) -> None:
     """Where dead letters stood, why they are no events, and how their bytes begin.
 
     Partition and offset are those of the original record. Control characters are written as escapes; --raw has the bytes as they are.
@@ -483,7 +488,10 @@ def show_letters(reason: str | None, limit: int, partition: int | None, offset: 
     wanted = (
         letter
         for letter in _letters(**where)
-        if reason in (None, letter.reason) and partition in (None, letter.partition) and offset in (None, letter.offset)
+        if reason in (None, letter.reason)
+        and partition in (None, letter.partition)
+        and offset in (None, letter.offset)
+        and event in (None, letter.event)
     )
     if raw:
         click.echo(_only_value(wanted, f"offset {offset}"), nl=False)
@@ -493,6 +501,7 @@ def show_letters(reason: str | None, limit: int, partition: int | None, offset: 
             _note(f"there are more than {limit}; --limit shows more, --reason chooses")
             return
         place = f"{printable(letter.topic or 'unknown')}  partition {letter.partition}  offset {letter.offset}"
+        place += f"  event {letter.event}" if letter.event is not None else ""
         _say(f"{place}  {printable(letter.reason)}: {printable(letter.message)}\n    {printable(letter.value)}")
 
 
@@ -502,7 +511,7 @@ def _only_value(letters: Iterator[_Letter], named: str) -> bytes:
     if not found:
         raise DataError(f"there is no dead letter from {named}")
     if len(found) > 1:
-        raise click.UsageError(f"{len(found)} letters are from {named}; choose with --partition or --reason")
+        raise click.UsageError(f"{len(found)} letters are from {named}; choose with --partition, --event or --reason")
     return next(iter(found.values()))
 
 

@@ -242,11 +242,15 @@ class _Scan:
 
 def _moments(text: pa.StringArray) -> pa.Int64Array:
     """Epoch milliseconds, rounded down, of RFC 3339; null where it is anything else."""
-    usual = pc.if_else(pc.match_substring_regex(text, _RFC_3339), text, None)
+    return _cast_moments(pc.if_else(pc.match_substring_regex(text, _RFC_3339), text, None))
+
+
+def _cast_moments(text: pa.StringArray) -> pa.Int64Array:
     try:
-        moments = usual.cast(pa.timestamp("ns", "UTC"))
-    except pa.ArrowInvalid:  # the 30th of February: nobody is told which
-        return pa.nulls(len(text), pa.int64())
+        moments = text.cast(pa.timestamp("ns", "UTC"))
+    except pa.ArrowInvalid:  # a 30th of February: nobody is told which, it is found by halving
+        half = len(text) // 2
+        return pa.concat_arrays([_cast_moments(text[:half]), _cast_moments(text[half:])]) if half else pa.nulls(1, pa.int64())
     return pc.floor_temporal(moments, unit="millisecond").cast(pa.timestamp("ms", "UTC")).cast(pa.int64())
 
 

@@ -83,18 +83,24 @@ class Outlet:
             with self._sending("a report"):
                 self._sink.send(self._metrics_topic, line.encode(), key=self._model_name.encode())
 
-    def dead_letter(self, topic: str, partition: int, offset: int, value: bytes | None, reason: str, message: str) -> None:
-        """The original bytes untouched, and why; what no broker would take is cut, and says so."""
+    def dead_letter(
+        self, topic: str, partition: int, offset: int, value: bytes | None, reason: str, message: str, *, event: int | None = None
+    ) -> None:
+        """The bytes of the record untouched, or a record of its one bad `event` (the index there), and why; what no broker would take is
+        cut, and says so."""
         self.check()
         fields = {"topic": topic, "partition": str(partition), "offset": str(offset), "reason": reason, "message": message}
+        if event is not None:
+            fields["event"] = str(event)
         if self._sink:
             if value and len(value) > _LARGEST_LETTER:
                 value, fields["cut_to"] = value[:_LARGEST_LETTER], str(_LARGEST_LETTER)
+            key = f"{topic}-{partition}-{offset}" + (f"-{event}" if event is not None else "")
             headers = [(f"__stream_ctr.errors.{name}", text.encode("utf-8", "backslashreplace")) for name, text in fields.items()]
             self._letters.append((fields, value or b""))
             self._letters_bytes += _LETTER_BYTES + len(value or b"")
             with self._sending(f"the dead letter of {topic}:{partition} at offset {offset}"):
-                self._sink.send(f"{topic}.dlq", value or b"", key=f"{topic}-{partition}-{offset}".encode(), headers=headers)
+                self._sink.send(f"{topic}.dlq", value or b"", key=key.encode(), headers=headers)
             if self._letters_bytes > _MOST_LETTERS_BYTES:
                 self.deliver_dead_letters()
             return

@@ -191,7 +191,7 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stopping))
         stack.enter_context(_out_of_memory(state))
-        fields = fields or _inferred_fields(source, stopping)
+        fields = fields or _inferred_fields(source, stopping, max_record_bytes=config.input.max_record_bytes)
         if not fields:
             say("stopped before the first impression; nothing was learned")
             return {}
@@ -294,7 +294,7 @@ def signals(stop: Callable[[], None]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _inferred_fields(source: Source, stopping: Stopping) -> tuple[Field, ...]:
+def _inferred_fields(source: Source, stopping: Stopping, *, max_record_bytes: int) -> tuple[Field, ...]:
     """From the first thousand records, or those of ten seconds from the first impression on; then the source is where it was.
 
     Waits for impressions when there are none yet; nothing when told to stop meanwhile.
@@ -311,10 +311,10 @@ def _inferred_fields(source: Source, stopping: Stopping) -> tuple[Field, ...]:
         if len(records):
             read += len(records)
             sample = records.value.take(pa.array(range(min(len(records), 4 * _INFER_RECORDS))))  # a copy: the rest need not be kept
-            if values or infer_fields(sample):
+            if values or infer_fields(sample, max_record_bytes=max_record_bytes):
                 values.append(sample)
                 deadline = deadline if fields else time.monotonic() + _INFER_SECONDS
-                fields = infer_fields(pa.concat_arrays(values))
+                fields = infer_fields(pa.concat_arrays(values), max_record_bytes=max_record_bytes)
             elif read >= _INFER_AT_MOST:
                 break
         elif not source.until_end and not waiting_since:

@@ -116,6 +116,7 @@ _WORDS = {
     "baseline": "The baseline is the bound: the trainer waits for it {baseline:.0%} of its time. With a lower baseline.sample_rate it "
     "learns a share of the impressions.",
 }
+_TURNS = "Ingest is the bound: nothing is read ahead (input.read_ahead = 0), so that ingest and learning take turns."
 
 
 def table(known: Profile) -> str:
@@ -128,13 +129,14 @@ def table(known: Profile) -> str:
     trainer  learn                0.009   90.0%      9,000
     Learning is the bound: the trainer waits for the reader 10% of its time and for the baseline 0%.
     """
+    words = _WORDS[known["bound"]] if known["bound"] != "ingest" or "wait.trainer" in known["reader"] else _TURNS
     lines = [f"{'thread':<8} {'stage':<16} {'seconds':>9} {'share':>7} {'ns/event':>10}"]
     for thread in ("reader", "trainer"):
         for name, time_ in known[thread].items():
             share = _share(known[thread], name)
             lines.append(f"{thread:<8} {name:<16} {time_['seconds']:>9,.3f} {share:>7.1%} {time_['ns_per_event']:>10,.0f}")
     waits = {name: _share(known["trainer"], f"wait.{name}") for name in ("reader", "baseline")}
-    return "\n".join([*lines, _WORDS[known["bound"]].format(**waits)])
+    return "\n".join([*lines, words.format(**waits)])
 
 
 def _share(thread: Mapping[str, Mapping[str, float]], name: str) -> float:

@@ -28,7 +28,7 @@ from stream_ctr.features import mix64
 from stream_ctr.ftrl import FTRL
 from stream_ctr.gate import Gate, Judge
 from stream_ctr.guard import Guard
-from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Rejected, Taken
+from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Taken
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
@@ -141,7 +141,8 @@ class Trainer:
         self._unwritten: SnapshotError | None = None
         self._unseen_fields = {name for name, _ in identity["schema"]["fields"]}
         self._fields_seen_in = 0
-        self._read_now = self._bad_now = self._examples_at_snapshot = 0
+        self._read_now = self._records_now = self._examples_at_snapshot = 0
+        self._bad_now = 0.0
 
     # -- the loop ---------------------------------------------------------------------------------------------------------------------
 
@@ -228,7 +229,7 @@ class Trainer:
         self.counters["records"] += columns.records
         if columns.with_unknown_fields:
             self.counters["fields_unknown"] += columns.with_unknown_fields
-        self._reject(columns.rejected, columns.events)
+        self._reject(columns)
         impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival
         n = len(impressions)
         partition = np.concatenate([impressions.partition, clicks.partition])[arrival]
@@ -252,21 +253,23 @@ class Trainer:
                     ", ".join(one_line(name, 60) for name in sorted(self._unseen_fields)),
                 )
 
-    def _reject(self, rejected: Rejected, events: int) -> None:
-        """Keep those of so many events that are bad, and count them."""
-        places = zip(rejected.partition.tolist(), rejected.offset.tolist(), strict=True)
-        for (index, offset), value, reason, message in zip(places, rejected.value, rejected.reason, rejected.message, strict=True):
+    def _reject(self, columns: Columns) -> None:
+        """Keep what is bad, and count it."""
+        rejected = columns.rejected
+        places = zip(rejected.partition.tolist(), rejected.offset.tolist(), rejected.event, strict=True)
+        for (index, offset, event), value, reason, message in zip(places, rejected.value, rejected.reason, rejected.message, strict=True):
             self.counters[f"rejected.{reason}"] += 1
             if reason == "tombstone":  # deletes nothing here, and is no error of its producer
                 continue
             topic, partition = self.source.partitions[index]
-            self.outlet.dead_letter(topic, partition, offset, value, reason, message)
-            self._bad_now += 1
+            self.outlet.dead_letter(topic, partition, offset, value, reason, message, event=event)
             self._last_bad = f"{reason}: {message}"
-        self._read_now += events
-        if self._read_now >= _BAD_SHARE_RECORDS and self._bad_now > self.max_bad_share * self._read_now:
+        self._read_now += columns.events
+        self._records_now += columns.records
+        self._bad_now += columns.bad_records
+        if self._records_now >= _BAD_SHARE_RECORDS and self._bad_now > self.max_bad_share * self._records_now:
             raise DataError(
-                f"{self._bad_now} of {self._read_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; "
+                f"{self._bad_now:.0f} of {self._records_now} records read are bad, more than input.max_bad_share = {self.max_bad_share}; "
                 f"the last: {self._last_bad}. Is this the right topic, and are these its fields?"
             )
 

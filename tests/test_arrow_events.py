@@ -177,6 +177,7 @@ def test_fields_are_inferred_from_columns_as_from_json():
     rare = [{"app": "x", "rare": 1 if i == 0 else None} for i in range(200)]
     many = pa.RecordBatch.from_pydict({"kind": ["impression"] * 200, "impression_id": ["a"] * 200, "time": [T] * 200, "features": rare})
     assert [field.name for field in infer_fields(pa.array([stream(many)], pa.large_binary()))] == ["app"]
+    assert infer_fields(pa.array([stream(many)], pa.large_binary()), max_record_bytes=100) == ()  # as the decoder refuses it
 
 
 def test_members_and_columns_that_nobody_reads_are_counted_and_of_two_the_last_wins():
@@ -226,20 +227,45 @@ def test_a_bad_event_is_a_dead_letter_that_can_be_replayed_alone_and_its_neighbo
 
 
 def test_an_event_far_ahead_of_its_record_is_a_dead_letter_that_is_good_later():
-    value = stream(batch(time=[T, T, T, T + 86_400_001, T, T]))
+    value = stream(batch(time=[T, T, T, T + 300_001, T, T]))
     events, rejects = Decoder(FIELDS).decode(pa.array([value, value], pa.large_binary()), np.array([T, -1]))
     assert (rejects.row.tolist(), rejects.within.tolist(), rejects.reason) == ([0], [3], ["time_in_future"])
     assert (len(events.impressions), len(events.clicks)) == (7, 4)
     again = decode(rejects.value[0])
-    assert (again["impressions"], again["features"]) == ([(0, "caf\u00e9", T + 86_400_001)], {"app": ["mail"], "age": [None]})
+    assert (again["impressions"], again["features"]) == ([(0, "caf\u00e9", T + 300_001)], {"app": ["mail"], "age": [None]})
 
 
 # -- records that are refused -------------------------------------------------------------------------------------------------------
 
 
+def shown_often(text: bytes, times: int) -> pa.StringViewArray:
+    """Views of the same bytes."""
+    view = struct.pack("<i4sii", len(text), text[:4], 0, 0)
+    return pa.Array.from_buffers(pa.string_view(), times, [None, pa.py_buffer(view * times), pa.py_buffer(text)])
+
+
+def one_word(word: str, times: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(times, np.int8)), pa.array([word]))
+
+
 def many(events: int, **columns: Any) -> bytes:
     usual = {"kind": pa.nulls(events), "impression_id": pa.nulls(events), "time": pa.nulls(events)}
     return stream(pa.RecordBatch.from_pydict({**usual, **columns}))
+
+
+def many_shown(events: int, **columns: Any) -> pa.RecordBatch:
+    """Good impressions, but for these columns."""
+    usual = {
+        "kind": one_word("impression", events),
+        "impression_id": one_word("a", events),
+        "time": one_time(T, events),
+        "features": pa.StructArray.from_arrays([one_word("maps", events)], ["app"]),
+    }
+    return pa.RecordBatch.from_pydict({**usual, **columns})
+
+
+def one_time(time: int, times: int) -> pa.Int64Array:
+    return pa.array(np.full(times, time, np.int64))
 
 
 BAD_RECORDS: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -270,6 +296,13 @@ BAD_RECORDS: dict[str, tuple[Callable[[], bytes], str]] = {
     "a bomb": (lambda: stream(pa.RecordBatch.from_pydict({"x": ["x" * 20_000] * 1000}), compression="zstd"), "too_large"),
     "one long id shown often": (
         lambda: many(1000, impression_id=pa.DictionaryArray.from_arrays([0] * 1000, pa.array(["x" * 100_000]))), "too_large"),
+    "hardly any bytes and very many events": (
+        lambda: stream(many_shown(5000), compression="zstd"), "too_large"),
+    "one long text shown often, in two columns": (
+        lambda: stream(many_shown(500, impression_id=shown_often(b"i" * 2500, 500), features=pa.StructArray.from_arrays(
+            [shown_often(b"x" * 2500, 500)], ["app"]))), "too_large"),
+    "hardly any bytes and very many dead letters": (
+        lambda: stream(many_shown(1000, time=one_time(5, 1000)), compression="zstd"), "too_many_bad_events"),
     "one long bad word shown often": (
         lambda: many(1000, x=pa.DictionaryArray.from_arrays([0] * 1000, pa.array(["x" * 100_000]))), "too_many_bad_events"),
 }  # fmt: skip
@@ -285,6 +318,26 @@ def test_a_record_that_cannot_be_read_is_one_reject_and_harms_no_other(name):
         assert read["rejects"][0][2].isprintable()
         assert read["values"] == [None]
         assert len(read["impressions"]) == 2 * len(decode(*around)["impressions"])
+
+
+def test_good_events_that_compress_well_are_no_bomb():
+    ids = pa.array([f"{i:020}" for i in range(10_000)])
+    value = stream(many_shown(10_000, impression_id=ids, time=pa.array(np.arange(10_000) + T)), compression="zstd")
+    assert len(value) < 10_000 * 8
+    assert len(decode(value)["impressions"]) == 10_000
+    word = pa.DictionaryArray.from_arrays(pa.array([0, 0]), pa.array(["x" * 200_000], pa.string_view()))
+    shared = [many_shown(2, features=pa.StructArray.from_arrays([word], ["app"]))] * 200
+    assert len(decode(stream(*shared))["impressions"]) == 400
+
+
+@pytest.mark.parametrize("where", ["stream_ctr.arrow_events.ipc_frames.sizes", "stream_ctr.arrow_events._Columns"])
+def test_a_record_for_which_there_is_no_memory_now_is_not_a_bad_one(where, monkeypatch):
+    def full(*_: object) -> None:
+        raise pa.lib.ArrowMemoryError("malloc failed")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(MemoryError):
+        decode(stream(batch()))
 
 
 def test_numbers_stored_big_end_first_are_refused():

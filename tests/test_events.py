@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from stream_ctr.config import Field
 from stream_ctr.errors import DataError
 from stream_ctr.events import Decoder, infer_fields
-from stream_ctr.json_events import encode_clicks, encode_impressions
+from stream_ctr.json_events import JsonReader, encode_clicks, encode_impressions
 
 FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
 T = 1_735_689_600_000
@@ -65,6 +65,18 @@ def test_rfc_3339_times_are_read_to_the_millisecond_alone_and_in_a_stream_of_the
         events, rejects = decoder.decode(pa.array([value] * count, pa.large_binary()))
         assert len(rejects) == 0
         assert set(events.clicks.time.tolist()) == {T + 4200}
+
+
+def test_an_impossible_time_is_looked_at_alone_and_its_neighbours_are_read_as_fast_as_ever(monkeypatch):
+    slowly: list[bytes] = []
+    read_one = JsonReader._read_one
+    monkeypatch.setattr(JsonReader, "_read_one", lambda reader, value: slowly.append(value) or read_one(reader, value))
+    good, bad = (
+        json.dumps({"kind": "click", "impression_id": "a", "time": f"2025-{day}T00:00:00Z"}).encode() for day in ("02-28", "02-30")
+    )
+    events, rejects = Decoder(FIELDS).decode(pa.array([good] * 70 + [bad] + [good] * 30, pa.large_binary()))
+    assert (len(events.clicks), rejects.row.tolist(), rejects.reason) == (100, [70], ["wrong_time"])
+    assert slowly == [bad]
 
 
 @settings(max_examples=50, deadline=None)

@@ -24,11 +24,13 @@ class Broker:
         self.away = False
         self.sent: list[tuple[str, bytes]] = []
         self.headers: list[Sequence[tuple[str, bytes]]] = []
+        self.keys: list[bytes | None] = []
 
-    def send(self, topic: str, value: bytes, *, headers: Sequence[tuple[str, bytes]] = (), **_: object) -> None:
+    def send(self, topic: str, value: bytes, *, key: bytes | None = None, headers: Sequence[tuple[str, bytes]] = ()) -> None:
         self.flush(0)
         self.sent.append((topic, value))
         self.headers.append(headers)
+        self.keys.append(key)
 
     def flush(self, timeout_seconds: float) -> None:
         if self.away:
@@ -71,6 +73,15 @@ def test_a_letter_that_no_broker_would_take_is_cut_and_says_so(tmp_path: Path) -
     Outlet(tmp_path, sink=broker).dead_letter("clicks", 0, 5, b"x" * 2_000_000, "too_large", "x")
     assert [len(value) for _, value in broker.sent] == [900_000]
     assert dict(broker.headers[-1])["__stream_ctr.errors.cut_to"] == b"900000"
+
+
+def test_the_letters_of_one_record_have_keys_of_their_own_and_name_their_event(tmp_path: Path) -> None:
+    broker = Broker()
+    outlet = Outlet(tmp_path, sink=broker)
+    for event in (None, 0, 7):
+        outlet.dead_letter("clicks", 2, 5, b"x", "missing_id", "x", event=event)
+    assert broker.keys == [b"clicks-2-5", b"clicks-2-5-0", b"clicks-2-5-7"]
+    assert [dict(headers).get("__stream_ctr.errors.event") for headers in broker.headers] == [None, b"0", b"7"]
 
 
 def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_at_the_end_or_that_is_an_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from click.testing import CliRunner
 
 from connectors import Records
 from stream_ctr import snapshot
+from stream_ctr.arrow_events import pack
 from stream_ctr.assembly import build_trainer
+from stream_ctr.cli import main
 from stream_ctr.config import Field, load
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.outlet import Outlet
@@ -256,6 +260,28 @@ def test_a_flood_of_bad_records_stops_the_run_instead_of_training_on_the_rest(tm
     flood = pa.concat_arrays([stream.slice(0, 500), pa.array([b"junk"] * 5000, pa.large_binary()), stream.slice(500)])
     with pytest.raises(DataError, match=r"records read are bad.*not_json"):
         finish(trainer(tmp_path, Partitions([flood])))
+
+
+def test_a_flood_of_bad_records_is_one_beside_good_ones_of_many_events_too(tmp_path, stream):
+    good = pack(stream.slice(0, 2000), events_a_record=100)
+    flood = pa.concat_arrays([good, pa.array([b"\xff\xff\xff\xff"] * 1200, pa.large_binary())])
+    with pytest.raises(DataError, match=r"records read are bad.*not_arrow"):
+        finish(trainer(tmp_path, Partitions([flood])))
+
+
+def test_bad_events_of_one_record_are_letters_that_name_them(tmp_path, stream):
+    events = [json.loads(value) for value in stream.slice(0, 6).to_pylist()]
+    for at in (1, 4):
+        events[at]["time"] = 5
+    packed = pack(pa.array([json.dumps(event).encode() for event in events], pa.large_binary()), events_a_record=6)
+    finish(trainer(tmp_path, Partitions([pa.concat_arrays([stream.slice(6, 3), packed, pa.array([b"junk"], pa.large_binary())])])))
+    letters = [json.loads(line) for line in (tmp_path / "dead_letters.jsonl").read_text().splitlines()]
+    assert [(one["offset"], one.get("event")) for one in letters] == [("3", "1"), ("3", "4"), ("4", None)]
+    shown = CliRunner().invoke(main, ["dlq", "show", "--state", str(tmp_path), "--event", "4"]).stdout.splitlines()
+    assert len(shown) == 2
+    assert "offset 3  event 4  time_out_of_range" in shown[0]
+    raw = CliRunner().invoke(main, ["dlq", "show", "--state", str(tmp_path), "--offset", "3", "--event", "1", "--raw"])
+    assert raw.stdout_bytes == base64.b64decode(letters[0]["value_base64"])
 
 
 def test_a_snapshot_of_another_configuration_is_refused_by_name(tmp_path, stream):
