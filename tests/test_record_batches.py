@@ -305,8 +305,10 @@ def test_a_paused_partition_keeps_its_answer_until_it_flows() -> None:
     client.subscriptions.pause(TopicPartition("t", 0))
     client.answer(1, numbered(2).stored(0))
     assert client.poll()[0] == [1] * 2
+    held = client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open
     client.subscriptions.resume(TopicPartition("t", 0))
     inside.hand_out_what_was_set_aside(client)
+    assert client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open is held, "it flows again at once"
     assert [client.poll()[0], client.poll()[0]] == [[0] * 4, [0] * 2]
     assert client.positions() == [10, 2]
 
