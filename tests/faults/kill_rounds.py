@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import random
 import shlex
 import subprocess
@@ -125,10 +126,13 @@ def _produce(client: Mapping[str, object], topic: str, stop: threading.Event, fa
     share = EVENTS_A_SECOND // 10
     try:
         sink = kafka.KafkaSink(client)
+        partitions = kafka.topic_partitions(client, topic) or 1
+        sent = itertools.count()
         for batch in Simulation(10_000_000, seed=11).batches():
             for start in range(0, len(batch), share):
-                # Without keys, in blocks over the partitions: a click is seldom in the partition of its impression.
-                sink.send_batch(topic, batch.value.slice(start, share))
+                # In blocks over the partitions: a click is seldom in the partition of its impression, and partitions run apart.
+                for value in batch.value.slice(start, share).to_pylist():
+                    sink.send(topic, value, partition=next(sent) // 1024 % partitions)
                 if stop.wait(0.1):
                     sink.flush(30)
                     return
