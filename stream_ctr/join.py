@@ -391,6 +391,13 @@ class LabelJoiner:
         return self._pending.count - self._features.count
 
     @property
+    def filled(self) -> float:
+        """Of the room for what waits, the share that is taken: 0 to 1."""
+        have = self._pending.count, self._features.count, self._clicks.count
+        room = self._shares.pending, self._shares.features, self._shares.clicks
+        return max(rows / most for rows, most in zip(have, room, strict=True))
+
+    @property
     def nbytes(self) -> int:
         """What is allocated."""
         arrays = [*self._pending.arrays(), self._pending.free, *self._features.arrays(), self._features.free]

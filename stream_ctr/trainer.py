@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
 _FIELDS_SEEN_IN = 1000  # impressions
 _BAD_SHARE_RECORDS = 1000  # fewer say nothing about a share
+_HOLD_WHEN_FILLED = 1 / 8
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
 State = dict[str, npt.NDArray[Any]]
 
@@ -277,8 +278,12 @@ class Trainer:
         return self.watermarks.overall(excused=self._standing.idle & ~self.watermarks.silent_clicks())
 
     def _align(self) -> None:
-        """Hold partitions that are far ahead, so that what waits for the others stays small."""
-        ahead = self.watermarks.ahead(self.joiner.watermark, self.joiner.label_window_ms)
+        """Hold partitions that are far ahead when what waits for the others has filled some of its room.
+
+        Not before: holding one and letting it go costs fetches, which it is not worth where a poll is longer than a window.
+        """
+        full = self.joiner.filled >= _HOLD_WHEN_FILLED
+        ahead = self.watermarks.ahead(self.joiner.watermark, self.joiner.label_window_ms) if full else frozenset()
         behind = [index for index in range(len(self.source.partitions)) if index not in ahead]
         if self.source.until_end and self._standing.caught_up[behind].all():
             ahead = frozenset()  # those that they wait for have ended

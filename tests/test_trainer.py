@@ -323,6 +323,31 @@ def test_flags_are_served_between_batches(tmp_path, stream):
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 2
 
 
+@pytest.mark.parametrize(("max_memory", "held"), [("1GB", False), ("4MiB", True)])
+def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_of_its_room(tmp_path, stream, max_memory, held):
+    class Uneven(Partitions):
+        fullest, pauses = 0.0, 0
+
+        def poll(self, timeout_seconds: float) -> Records:
+            assert self.trainer
+            self.fullest = max(self.fullest, self.trainer.joiner.filled)
+            records = super().poll(timeout_seconds)
+            late = (records.partition == 1).cumsum() > 5  # of partition 1, five records a poll
+            kept = ~((records.partition == 1) & late)
+            self._at[1] -= int((~kept).sum())
+            return Records(*(column[kept] for column in (records.partition, records.offset, records.time)), records.value.filter(pa.array(kept)))
+
+        def pause(self, partitions: frozenset[int]) -> None:
+            self.pauses += bool(partitions)
+            super().pause(partitions)
+
+    source = Uneven(split(stream, 2))
+    report = finish(trainer(tmp_path, source, join={"label_window": "1s", "max_memory": max_memory}))
+    assert report["examples"] == finish(trainer(tmp_path / "even", Partitions(split(stream, 2)), join={"label_window": "1s"}))["examples"]
+    assert (source.pauses > 0) == held
+    assert (source.fullest < 0.3) or not held
+
+
 def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
     class Live(Partitions):
         until_end = False
