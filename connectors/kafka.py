@@ -648,6 +648,7 @@ _MARK_BYTES = 256 << 10  # of values between two of the records whose acknowledg
 _CONSUMER_DEFAULTS: dict[str, object] = {
     "client_id": "stream-ctr",
     "fetch_max_wait_ms": 100,
+    "max_partition_fetch_bytes": 2 << 20,  # a poll of Arrow records is what was fetched at once
     "max_poll_records": 5000,
     "metrics_enabled": False,
     "reconnect_backoff_max_ms": 1000,

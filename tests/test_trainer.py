@@ -335,7 +335,9 @@ def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_o
             late = (records.partition == 1).cumsum() > 5  # of partition 1, five records a poll
             kept = ~((records.partition == 1) & late)
             self._at[1] -= int((~kept).sum())
-            return Records(*(column[kept] for column in (records.partition, records.offset, records.time)), records.value.filter(pa.array(kept)))
+            return Records(
+                *(column[kept] for column in (records.partition, records.offset, records.time)), records.value.filter(pa.array(kept))
+            )
 
         def pause(self, partitions: frozenset[int]) -> None:
             self.pauses += bool(partitions)
