@@ -31,8 +31,12 @@ def fill(text: str, name: str, block: str) -> str:
 
 
 def commit() -> str:
-    git = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+    """With "-dirty" where files differ from it, other than the pages that figures are written to."""
+    described, changed = (
+        subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+        for command in (["describe", "--always"], ["status", "--porcelain", "--", ".", ":!docs"])
+    )
+    return f"{described}-dirty" if changed else described or "unknown"
 
 
 def machine() -> str:
