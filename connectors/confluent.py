@@ -8,7 +8,7 @@ hands out an object for each record; what is done with them here is mapped in C.
   reading goes on, and what had been fetched before is not handed out later. It is fetched again;
 - asks for the event that a partition was read to its end: records alone do not tell of aborted ones and control records at the end;
 - finds the end of a log by fetching at the listed one, since brokers exist that list one too low;
-- lets it fetch again 10 ms after its queue was full. By itself it waits for a second, and reads a seventh of what it could;
+- lets it fetch again 10 ms after its queue was full. By itself it waits for a second;
 - passes over a damaged batch by looking where it ends, since the client stays before it for good;
 - tells from the client's statistics whether brokers are silent. It reports lost connections, but no broker that keeps one and is mute.
 

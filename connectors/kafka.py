@@ -6,7 +6,7 @@ traps, which is why it is pinned (`>=3.0.12,<3.1`) and why this file
 
 - never gives it a deserializer: an exception inside one loses good records and hangs the next poll. A missing codec does the same, so
   codecs are checked before anything connects (its extras `crc32c,lz4,snappy,zstd` bring them);
-- decodes what was fetched by itself (`record_batches`): the client makes an object for each record, which takes 4 us; columns take 0.13;
+- decodes what was fetched by itself (`record_batches`): the client makes an object for each record, which takes many times as long;
 - bounds what a compressed batch may expand to, which no option of the client does, and cuts values that are too large;
 - reads without a group: with one, every poll waits for the group's coordinator. Positions belong to the caller, committing is advisory;
 - finds the end of a log by fetching there, since brokers exist whose list of end offsets runs behind (Tansu 0.6 reports the start of

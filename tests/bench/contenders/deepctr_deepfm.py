@@ -11,10 +11,9 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from answers import answer, steps
 from deepctr_torch.inputs import SparseFeat
 from deepctr_torch.models import DeepFM
-from examples import WARM_UP_STEPS, batches, field_sizes, options, parse
+from examples import batches, field_sizes, measured, options, parse
 
 
 def main() -> None:
@@ -46,15 +45,12 @@ def main() -> None:
         columns = {f"f{i}": features[some, i] for i in range(len(sizes))}
         model.fit(columns, clicks[some], batch_size=arguments.batch, epochs=1, verbose=0, shuffle=False)
 
-    for _ in range(WARM_UP_STEPS):
-        step()
+    step()
     fit(slice(0, arguments.batch))
     share = _seconds(lambda: [step() for _ in pairs]) / _seconds(fit)
     fast, examples, which = (step, arguments.batch, "the steps of fit") if share <= 1 else (fit, len(clicks), "fit")
-    answer(
-        lambda: steps(fast, examples=examples, seconds=arguments.seconds),
-        note=f"torch {torch.__version__}, {which} (steps alone take {share:.2f} of the time of fit), no L2 penalties",
-    )
+    note = f"torch {torch.__version__}, {which} (steps alone take {share:.2f} of the time of fit), no L2 penalties"
+    measured(fast, arguments, note=note, count=examples)
 
 
 def _seconds(call: Callable[[], object]) -> float:

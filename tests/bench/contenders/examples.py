@@ -6,14 +6,15 @@ import argparse
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from answers import answer, steps
 from torch import Tensor
 
-WARM_UP_STEPS = 3
+_WARM_UP_STEPS = 3
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
@@ -31,6 +32,8 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
+    if arguments.device != "cpu":  # as ours has it on a GPU
+        torch.set_float32_matmul_precision("high")
     return arguments
 
 
@@ -50,6 +53,13 @@ def each(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> 
     return list(zip(ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True))
 
 
-def synchronise(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
+def measured(step: Callable[[], object], arguments: argparse.Namespace, *, note: str, count: float | None = None) -> None:
+    """Warm up, then answer with steps of `count` things each, of a batch of examples unless told."""
+
+    def finish() -> None:
+        if arguments.device != "cpu":
+            torch.cuda.synchronize()
+
+    for _ in range(_WARM_UP_STEPS):
+        step()
+    answer(lambda: steps(step, examples=count or arguments.batch, seconds=arguments.seconds, finish=finish), note=note)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import fbgemm_gpu  # noqa: F401 - registers the operators
 import torch
-from answers import answer, steps
-from examples import WARM_UP_STEPS, batches, field_sizes, options, parse
+from examples import batches, field_sizes, measured, options, parse
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocation, PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
@@ -46,13 +45,9 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    for _ in range(WARM_UP_STEPS):
-        step()
     layout = "one table" if arguments.shared else f"{len(sizes)} tables"
-    answer(
-        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds),
-        note=f"torch {torch.__version__}, {layout}, {sum(rows):,} rows in all, {width} floats wide",
-    )
+    note = f"torch {torch.__version__}, {layout}, {sum(rows):,} rows in all, {width} floats wide"
+    measured(step, arguments, note=note)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,7 @@ import itertools
 import os
 
 import numpy as np
-from answers import answer, steps
-from examples import WARM_UP_STEPS, each, field_sizes, options, parse, synchronise
+from examples import each, field_sizes, measured, options, parse
 
 from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import Learner, choose_device, choose_precision
@@ -35,15 +34,7 @@ def main() -> None:
         batch, following = next(pairs)
         learner.learn(*batch, following=following)
 
-    def finish() -> None:
-        synchronise(arguments.device)
-
-    for _ in range(WARM_UP_STEPS):
-        step()
-    answer(
-        lambda: steps(step, examples=arguments.batch * arguments.events_per_example, seconds=arguments.seconds, finish=finish),
-        note=f"{precision}, 2^{bits} rows",
-    )
+    measured(step, arguments, note=f"{precision}, 2^{bits} rows", count=arguments.batch * arguments.events_per_example)
 
 
 if __name__ == "__main__":

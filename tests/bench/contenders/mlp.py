@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
-from answers import answer, steps
-from examples import WARM_UP_STEPS, options, parse, synchronise
+from examples import measured, options, parse
 from network import mlp
 from torch import nn
 
@@ -33,15 +32,7 @@ def main() -> None:
         loss.backward()
         optimizer.step()
 
-    def finish() -> None:
-        synchronise(arguments.device)
-
-    for _ in range(WARM_UP_STEPS):
-        step()
-    answer(
-        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds, finish=finish),
-        note=f"torch {torch.__version__}, {arguments.precision} throughout",
-    )
+    measured(step, arguments, note=f"torch {torch.__version__}, {arguments.precision} throughout")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-from answers import answer, steps
-from examples import WARM_UP_STEPS, batches, field_sizes, options, parse, synchronise
+from examples import batches, field_sizes, measured, options, parse
 from network import Head
 from torch import nn
 
@@ -34,15 +33,7 @@ def main() -> None:
         head_optimizer.step()
         table_optimizer.step()
 
-    def finish() -> None:
-        synchronise(arguments.device)
-
-    for _ in range(WARM_UP_STEPS):
-        step()
-    answer(
-        lambda: steps(step, examples=arguments.batch, seconds=arguments.seconds, finish=finish),
-        note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"),
-    )
+    measured(step, arguments, note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"))
 
 
 if __name__ == "__main__":
