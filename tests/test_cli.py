@@ -75,6 +75,7 @@ def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
 
 
 @pytest.mark.parametrize(("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")])
+@pytest.mark.slow
 def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions, wire):
     succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker, "--wire", wire, "--batch", 300)
     args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic)]
@@ -314,6 +315,7 @@ def test_simulate_writes_the_same_bytes_for_the_same_seed(log, tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == log.read_bytes()
 
 
+@pytest.mark.slow
 def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic, tmp_path):
     values = [
         json.dumps({"kind": "impression", "impression_id": str(i), "time": 1735689600000 + 1000 * i, "features": {"a": "x"}})
@@ -330,6 +332,7 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
 # -- mistakes -----------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_no_broker_exits_4_within_ten_seconds_and_says_three_ways(tmp_path):
     started = time.monotonic()
     result = command("run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path)
@@ -367,6 +370,7 @@ def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequ
     assert "Traceback" not in result.output
 
 
+@pytest.mark.slow
 def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path):
     properties = tmp_path / "client.properties"
     properties.write_text("bootstrap.servers=127.0.0.1:2\n")
@@ -376,6 +380,7 @@ def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path):
     assert (result.exit_code, "127.0.0.1:3" in result.output) == (4, True)
 
 
+@pytest.mark.slow
 def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path):
     state = tmp_path / "state"
     succeed("run", "--source", log, "--state", state, *QUICK)

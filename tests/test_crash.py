@@ -91,6 +91,7 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.fault(2, injected="death at each failpoint, a log as input")
 @pytest.mark.parametrize("failpoint", EVERYWHERE)
+@pytest.mark.slow
 def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log, clean, tmp_path, failpoint, outcome):
     arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
     die(failpoint, *arguments)

@@ -90,6 +90,7 @@ def encoded(events: Sequence[dict[str, Any]]) -> pa.LargeBinaryArray:
 
 @pytest.mark.fault(12, injected="every record 1 to 3 times, shuffled within the lateness")
 @pytest.mark.fault(13, injected="records shuffled within the lateness")
+@pytest.mark.slow
 def test_duplicates_and_disorder_within_the_lateness_change_nothing(tmp_path, stream, outcome):
     # Every event at a time of its own: those of one time are ordered by their place in the log.
     events = [{**event, "time": event["time"] + number} for number, event in enumerate(documents(stream))]
@@ -574,6 +575,7 @@ def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, o
 
 
 @pytest.mark.fault(24, injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one id")
+@pytest.mark.slow
 def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(tmp_path, stream, outcome):
     events = documents(stream)
     rng = np.random.default_rng(0)
@@ -642,6 +644,7 @@ def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log
 
 
 @pytest.mark.fault(29, injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a newer one")
+@pytest.mark.slow
 def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(broker, topic, log, tmp_path, outcome, caplog):
     assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
     paths = [tmp_path / "snapshots" / name for name in snapshot.snapshot_ids(tmp_path / "snapshots")]

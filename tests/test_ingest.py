@@ -390,6 +390,7 @@ def assert_same_snapshots(one: Path, other: Path, *, stems: Sequence[str], of_ma
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000), kill=st.integers(0, 22))
 @settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
 def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_that_does_neither(stream, seed, read_ahead, kill):
     """One partition: then polls, and so also what is pending and the positions, are the same at every snapshot before the kill."""
     directory = Path(tempfile.mkdtemp())

@@ -63,6 +63,7 @@ with Schedule({"report": 2.0}) as due:
 
 @pytest.mark.fault(30, injected="SIGSTOP of the process over the time when a flag is due")
 @pytest.mark.timeout(20)
+@pytest.mark.slow
 def test_a_process_stopped_for_longer_than_the_default_grace_still_gets_its_flag_late() -> None:
     child = subprocess.Popen([sys.executable, "-c", STOPPED_CHILD], stdout=subprocess.PIPE, text=True)
     try:
