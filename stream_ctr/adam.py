@@ -67,6 +67,11 @@ class FlatAdam:
         if self.low is not None:
             self.low[piece].copy_(self.vector[piece])
 
+    def forget(self) -> None:
+        """Everything but the parameters: the optimiser begins anew."""
+        for moment in self.moments:
+            moment.zero_()
+
     def refresh(self) -> None:
         """After the parameters were set from outside."""
         if self.low is not None:

@@ -13,12 +13,12 @@ from stream_ctr.config import Config, Field, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
-from stream_ctr.ftrl import FTRL
+from stream_ctr.models.lr import FTRL
 from stream_ctr.gate import Gate
 from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
 from stream_ctr.lanes import set_up_process
-from stream_ctr.learner import Learner, choose_device, choose_precision
+from stream_ctr.learner import choose_device, choose_precision, make_learner
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
 from stream_ctr.source import Source
@@ -77,7 +77,7 @@ def build_trainer(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    learner = Learner(**learning, device=config.learn.device, threads=config.learn.threads)
+    learner = make_learner(**learning, device=config.learn.device, threads=config.learn.threads)
     decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
     ingest = Ingest(source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock)
     return Trainer(

@@ -194,15 +194,18 @@ class Join(Section):
 class Model(Section):
     """The network and its table. The defaults are the paper's, with no dropout: a stream is seen once."""
 
-    name: Literal["deepfm"] = "deepfm"
+    name: Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"] = "deepfm"
     embedding_dim: int = key(10, ge=1, le=512)
     hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = (400, 400, 400)
-    activation: Literal["relu", "tanh", "sigmoid"] = "relu"
+    activation: Literal["paper", "relu", "tanh", "sigmoid"] = "paper"
+    """paper: tanh for IPNN, relu for the others."""
     dropout: float = key(0.0, ge=0, lt=1)
     """Share of activations dropped while learning. (The paper gives the share that is kept.)"""
     table_bits: int = key(20, ge=4, le=31)
     """The table has 2 ** table_bits rows."""
     initial_scale: float = key(0.01, ge=0)
+    pretrain_examples: int = key(100_000, ge=0)
+    """How many FNN learns as the FM that its network begins with."""
 
 
 class Learn(Section):

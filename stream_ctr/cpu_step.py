@@ -65,12 +65,14 @@ class CpuStep:
         threads: int,
         seed: int,
         dropout: bool,
+        progressive: bool,
     ) -> None:
         self._model, self._table, self._adam, self._seed = model, table, adam, seed
         self._parameters = tuple(model.parameters())
         self._value_fields = list(value_fields)
         self._parts = parts_of(batch_size)
         self._lanes = Lanes(threads)
+        self._progressive = progressive
         self._generators = [torch.Generator() if dropout else None for _ in self._parts]
         rows, k = self._parts[-1].stop, table.embedding_dim
         self._ids = np.zeros((rows, fields), np.int32)
@@ -135,13 +137,16 @@ class CpuStep:
     def _part(self, index: int, part: slice, n: int, steps: int, gradients: Tensor, fine: npt.NDArray[np.bool_]) -> None:
         """Forward and backward of one part, into its rows of the buffers and its `gradients` [P]."""
         w, v = self._gathered(part)
-        if (generator := self._generators[index]) is not None:
+        generator = self._generators[index]
+        twice = generator is not None and self._progressive
+        if twice:
             with torch.no_grad():
                 self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
+        if generator is not None:
             generator.manual_seed(draw_seed(self._seed, steps, index))
         with torch.enable_grad(), dropout_from(generator):
             logits = self._model(w, v)
-        if generator is None:
+        if not twice:
             self._logits[part] = logits.detach()
         slope = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
         slope[max(n - part.start, 0) :] = 0.0  # of the rows that are padding

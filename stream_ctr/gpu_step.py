@@ -54,6 +54,7 @@ class GpuStep:
         batch_size: int,
         seed: int,
         dropout: bool,
+        progressive: bool,
     ) -> None:
         if triton_kernels is None:
             raise ConfigError("device cuda: Triton is not installed; install torch's CUDA build for Linux, or use --device cpu")
@@ -63,6 +64,7 @@ class GpuStep:
         self._feed = _Feed(batch_size, fields, value_fields, padding=len(table.rows) - 1, device=device)
         self._place = torch.arange(batch_size, device=device)
         self._generator = torch.Generator(device) if dropout else None
+        self._twice = dropout and progressive
         self._steps = torch.zeros((), device=device)
         self._no_labels = np.zeros(batch_size, np.uint8)
         self._w, self._v = torch.zeros(batch_size, fields, device=device), torch.zeros(batch_size, fields, k, device=device)
@@ -148,12 +150,12 @@ class GpuStep:
     def _step(self) -> None:
         batch, n = self._feed.batch, self._feed.batch.n
         w, v = self._gathered()
-        if self._generator is not None:
+        if self._twice:
             with torch.no_grad():
                 self._logits.copy_(self._forward(w, v))  # what it predicts, with nothing dropped
         with torch.enable_grad(), dropout_from(self._generator):
             logits = self._forward(w, v)
-        if self._generator is None:
+        if not self._twice:
             self._logits.copy_(logits.detach())
         padding = self._place >= n
         slope = ((torch.sigmoid(logits.detach()) - batch.labels) / n).masked_fill_(padding, 0.0)

@@ -1,9 +1,9 @@
-"""The learner: any model of the zoo over the embedding table, one step per batch.
+"""The learner: any of the paper's systems over the hashed ids, one step per batch.
 
 `learn` returns the logits from before the update, so every example is predicted before it is learned from: progressive validation is
 not an extra pass but what learning yields.
 
->>> learner = Learner("deepfm", fields=2, embedding_dim=4, hidden=[8], table_bits=8, batch_size=4, device="cpu")
+>>> learner = make_learner("deepfm", fields=2, embedding_dim=4, hidden=[8], table_bits=8, batch_size=4, device="cpu")
 >>> ids, labels = np.array([[1, 2], [3, 4]], np.int32), np.array([1, 0], np.uint8)
 >>> before = learner.predict(ids)
 >>> bool(np.array_equal(learner.learn(ids, labels).numpy(), before)), bool(np.array_equal(learner.predict(ids), before))
@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from stream_ctr.adam import FlatAdam
-from stream_ctr.cpu_step import Batch, CpuStep
+from stream_ctr.cpu_step import Batch, CpuStep, Ids, Labels, Values
 from stream_ctr.errors import ConfigError
 from stream_ctr.gpu_step import GpuStep
-from stream_ctr.models import MODELS
+from stream_ctr.models import FTRL, MODELS, System
+from stream_ctr.models.layers import Dropout
 from stream_ctr.table import Rates, Table, columns
 
+State = dict[str, npt.NDArray[Any]]
+_NO_RATES: Mapping[str, float] = {}
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm
 
 
@@ -53,13 +57,63 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if any(able.get(name) for name in _BFLOAT16) else "fp32"
 
 
-class Learner:
-    """A batch is filled up to a fixed number of rows: with the same shapes throughout, an example's logit does not depend on how many
+class Learner(Protocol):
+    """What learns from batches. One of the paper's nine systems, made by `make_learner`."""
+
+    batch_size: int
+    steps: int
+    """How many batches were learned."""
+
+    def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
+        """One step on n <= batch_size examples; their logits [n] from before it (on the device).
+
+        `ids` int32 [n, F], or [n, F + C] with those of cross products, `labels` uint8 [n], `values` float32 [n, V]. None, and nothing is
+        learned, when a logit or a gradient is not finite or the gradient is exploding. `following` are the ids, labels and values of the
+        next call, if they are known: a GPU has them on their way meanwhile.
+        """
+        ...
+
+    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
+        """`ids` -> logits [n], without dropout; any n. Threads take turns."""
+        ...
+
+    def weights(self, *, reuse: bool = False) -> State:
+        """All that serving needs, copied to the host; with `reuse` into memory that the next such call uses again, which takes a tenth of
+        the time of new memory."""
+        ...
+
+    def optimizer_state(self) -> State:
+        """What learning needs besides."""
+        ...
+
+    def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Raises `ValueError`, with nothing loaded, unless these are the tensors of this model: names, shapes, types, all finite."""
+        ...
+
+    def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Raises `KeyError` or `ValueError` when it is not of this model."""
+        ...
+
+
+def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RATES, **options: Any) -> Learner:
+    """The learner of one of `MODELS`. `options` are those of `NetworkLearner`, whichever it is; `ftrl` are the rates of LR's."""
+    if MODELS[model].module is not None:
+        return NetworkLearner(model, fields=fields, **options)
+    of_table: dict[str, Any] = {name: options[name] for name in ("table_bits", "value_fields", "batch_size") if name in options}
+    return LinearLearner(fields=fields, **of_table, **dict(ftrl))
+
+
+class NetworkLearner:
+    """A module of the zoo over the embedding table; parameters step with Adam, rows with the table's optimiser.
+
+    A batch is filled up to a fixed number of rows: with the same shapes throughout, an example's logit does not depend on how many
     others were scored with it, nor on the number of threads.
 
-    The table's rates are divided by the number of fields: all fields of an example step together, so its logit moves F times as far as
-    each row does, and hot rows would overshoot in the first batches of a model with many fields. The dense part has Adam. With
-    `precision` "bf16" its products are of bfloat16 copies, while weights, sums and steps stay float32.
+    With Adagrad and SGD the table's rates are divided by the number of fields: all fields of an example step together, so its logit moves
+    F times as far as each row does, and hot rows would overshoot in the first batches of a model with many fields. With `precision` "bf16"
+    products are of bfloat16 copies, while weights, sums and steps stay float32. A model that begins as another one is that for
+    `pretrain_examples`, then it and its optimisers begin anew on the weights. Without `progressive` the logits that `learn` returns are
+    those of the step itself, in which dropout dropped something: a pass less, for who does not measure by them.
     """
 
     def __init__(
@@ -67,10 +121,11 @@ class Learner:
         model: str = "deepfm",
         *,
         fields: int,
+        crosses: int = 0,
         value_fields: Sequence[int] = (),
         embedding_dim: int = 10,
         hidden: Sequence[int] = (400, 400, 400),
-        activation: str = "relu",
+        activation: str = "paper",
         dropout: float = 0.0,
         table_bits: int = 20,
         initial_scale: float = 0.01,
@@ -82,107 +137,202 @@ class Learner:
         linear_beta: float = 1.0,
         dense_learning_rate: float = 0.001,
         dense_weight_decay: float = 0.0,
+        pretrain_examples: int = 0,
+        progressive: bool = True,
         precision: str = "fp32",
         device: str = "auto",
         threads: int = 0,
         seed: int = 0,
     ) -> None:
         self.device = choose_device(device)
+        system = MODELS[model]
+        self.columns = fields + (crosses if system.crosses else 0)
         self.fields, self.value_fields, self.batch_size = fields, list(value_fields), batch_size
         self.steps = 0
+        self._begun = 0  # steps before the present optimisers began
+        self._pretrain_steps = -(-pretrain_examples // batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self.model: nn.Module = MODELS[model](
-                fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout
-            ).to(self.device)
-        rates = Rates(table_optimizer, table_learning_rate / fields, table_beta, linear_learning_rate / fields, linear_beta)
+            self.model = _module(system, fields, embedding_dim, hidden, activation, dropout).to(self.device)
+        together = 1 if table_optimizer == "adam" else fields
+        rates = Rates(table_optimizer, table_learning_rate / together, table_beta, linear_learning_rate / together, linear_beta)
         self.table = Table(
-            bits=table_bits, embedding_dim=embedding_dim, rates=rates, initial_scale=initial_scale, seed=seed, device=self.device
-        )
+            bits=table_bits, embedding_dim=embedding_dim, embeddings=system.embeddings, rates=rates, initial_scale=initial_scale,
+            seed=seed, device=self.device,
+        )  # fmt: skip
         self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16")
         self._turn = threading.Lock()  # a step has one set of buffers
+        self._copy: Tensor | None = None
         step = partial(CpuStep, threads=threads or os.cpu_count() or 1) if self.device.type == "cpu" else GpuStep
-        self._step = step(
-            self.model, self.table, self.adam, fields=fields, value_fields=value_fields, batch_size=batch_size,
-            seed=seed, dropout=dropout > 0,
+        self._make_step = partial(
+            step, self.model, self.table, self.adam, fields=self.columns, value_fields=value_fields, batch_size=batch_size,
+            seed=seed, progressive=progressive,
         )  # fmt: skip
+        self._step = self._make_step(dropout=self._drops)
+        if self.pretraining and not self._pretrain_steps:
+            self.end_pretraining()
 
-    def learn(
-        self,
-        ids: npt.NDArray[np.int32],
-        labels: npt.NDArray[np.uint8],
-        values: npt.NDArray[np.float32] | None = None,
-        *,
-        following: Batch | None = None,
-    ) -> Tensor | None:
-        """One step on n <= batch_size examples; their logits [n] from before it (on the device).
+    @property
+    def pretraining(self) -> bool:
+        return getattr(self.model, "pretraining", False)
 
-        None, and nothing is learned, when a logit or a gradient is not finite or the gradient is exploding. `following` are the ids, labels
-        and values of the next call, if they are known: a GPU has them on their way meanwhile.
-        """
+    @property
+    def _drops(self) -> bool:
+        return not self.pretraining and any(isinstance(layer, Dropout) and layer.rate > 0 for layer in self.model.modules())
+
+    def end_pretraining(self) -> None:
+        """Its weights are what the model begins with; the optimisers begin anew."""
+        self.model.begin_network()  # type: ignore[operator]
+        self.table.forget()
+        self.adam.forget()
+        self._begun = self.steps
+        self._step = self._make_step(dropout=self._drops)  # what a step does was recorded
+
+    def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
         self._require_values(values)
+        if following is not None:
+            following = following[0][:, : self.columns], *following[1:]
         with self._turn:
-            logits = self._step.learn(ids, labels, values, self.steps, following)
-        if logits is not None:
-            self.steps += 1
+            logits = self._step.learn(ids[:, : self.columns], labels, values, self.steps - self._begun, following)
+            if logits is not None:
+                self.steps += 1
+                if self.pretraining and self.steps >= self._pretrain_steps:
+                    self.end_pretraining()
         return logits
 
-    def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> npt.NDArray[np.float32]:
-        """`ids` [n, F] -> logits [n], without dropout; any n. Threads take turns."""
+    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
         self._require_values(values)
+        ids = ids[:, : self.columns]
         parts = []
         for start in range(0, len(ids), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+            stop = start + self.batch_size
             with self._turn:
-                parts.append(self._step.predict(ids[rows], None if values is None else values[rows]))
+                parts.append(self._step.predict(ids[start:stop], None if values is None else values[start:stop]))
         return np.concatenate(parts) if parts else np.empty(0, np.float32)
 
-    def _require_values(self, values: npt.NDArray[np.float32] | None) -> None:
+    def _require_values(self, values: Values | None) -> None:
         if self.value_fields and values is None:
             raise ValueError(f"the values of {len(self.value_fields)} fields are missing")
 
     # -- state ------------------------------------------------------------------------------------------------------------------------
 
-    def weights(self, *, table: Tensor | None = None) -> dict[str, npt.NDArray[np.float32]]:
-        """All that serving needs, copied to the host: the table's rows and the dense parameters.
+    def weights(self, *, reuse: bool = False) -> State:
+        """The table's rows and the dense parameters."""
+        if reuse and self._copy is None:
+            self._copy = torch.empty_like(self.table.rows, device="cpu")
+        rows = self._copy.copy_(self.table.rows).numpy() if reuse and self._copy is not None else _host(self.table.rows)
+        return {"table": rows, **{f"dense.{name}": _host(tensor) for name, tensor in self.model.state_dict().items()}}
 
-        `table` is a tensor to copy the rows into: memory that is there already takes a tenth of the time of new memory.
-        """
-        dense = {f"dense.{name}": _host(tensor) for name, tensor in self.model.state_dict().items()}
-        rows = _host(self.table.rows) if table is None else table.copy_(self.table.rows).numpy()
-        return {"table": rows, **dense}
-
-    def optimizer_state(self) -> dict[str, npt.NDArray[np.generic]]:
-        return {"steps": np.array([self.steps]), **self.adam.state_dict()}
+    def optimizer_state(self) -> State:
+        return {"steps": np.array([self.steps, self._begun]), **self.adam.state_dict()}
 
     def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Raises `ValueError`, with nothing loaded, unless these are the tensors of this model: names, shapes, types, all finite."""
         wanted = {"table": self.table.rows, **{f"dense.{name}": tensor for name, tensor in self.model.state_dict().items()}}
-        if odd := sorted(weights.keys() ^ wanted.keys()):
-            raise ValueError(f"tensor {odd[0]!r} is {'missing' if odd[0] in wanted else 'not one of this model'}")
+        _require_names(weights, wanted)
         for name, tensor in wanted.items():
-            found = weights[name]
-            if found.shape != tuple(tensor.shape) or found.dtype != np.float32:
-                raise ValueError(f"tensor {name!r} is {found.dtype} {found.shape}, expected float32 {tuple(tensor.shape)}")
-            if not np.isfinite(found).all():
-                raise ValueError(f"tensor {name!r} holds values that are not finite")
-        self.table.rows.copy_(torch.from_numpy(weights["table"]))
-        self.model.load_state_dict({name.removeprefix("dense."): torch.from_numpy(weights[name]) for name in wanted if name != "table"})
-        self.adam.refresh()
+            _require_numbers(name, weights[name], np.float32, tuple(tensor.shape))
+        with self._turn:
+            self.table.rows.copy_(torch.from_numpy(weights["table"]))
+            self.model.load_state_dict({name.removeprefix("dense."): torch.from_numpy(weights[name]) for name in wanted if name != "table"})
+            self.adam.refresh()
+            self._step = self._make_step(dropout=self._drops)
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Raises `KeyError` or `ValueError` when it is not of this model."""
+        steps, begun = state["steps"].tolist()
         self.adam.load_state_dict(state)
+        self.steps, self._begun = steps, begun
+
+
+class LinearLearner:
+    """LR: FTRL-Proximal, which learns an example at a time; batches are only how they come. On the CPU, whatever the others are on."""
+
+    def __init__(
+        self, *, fields: int, value_fields: Sequence[int] = (), table_bits: int = 20, batch_size: int = 512, **rates: float
+    ) -> None:
+        self.fields, self.batch_size, self.steps = fields, batch_size, 0
+        self._bits = table_bits
+        self._ftrl = FTRL(table_bits=table_bits, value_fields=value_fields, **rates)
+
+    def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
+        """An example whose logit is not finite is not learned, the others are."""
+        logits = self._ftrl.learn(self._of_fields(ids), labels, values)
+        self.steps += 1
+        return torch.from_numpy(logits)
+
+    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
+        return self._ftrl.predict(self._of_fields(ids), values)
+
+    def _of_fields(self, ids: Ids) -> Ids:
+        return np.ascontiguousarray(ids[:, : self.fields])
+
+    def weights(self, *, reuse: bool = False) -> State:
+        """The pairs (z, n), which are weights and optimiser in one."""
+        state = self._ftrl.state_dict()
+        return state if reuse else {name: array.copy() for name, array in state.items()}
+
+    def optimizer_state(self) -> State:
+        return {"steps": np.array([self.steps])}
+
+    def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        _require_names(weights, {"rows", "pairs", "intercept"})
+        rows = weights["rows"]
+        _require_numbers("rows", rows, np.int32, rows.shape[:1])
+        for name, shape in (("pairs", (len(rows), 2)), ("intercept", (2,))):
+            _require_numbers(name, weights[name], np.float64, shape)
+            if (weights[name][..., 1] < 0).any():  # type: ignore[operator]
+                raise ValueError(f"tensor {name!r} holds a negative sum of squares")
+        if len(rows) and not (0 <= rows.min() and rows.max() < 1 << self._bits):
+            raise ValueError(f"tensor 'rows' has rows that a table of 2^{self._bits} rows has not")
+        self._ftrl.load_state_dict(weights)
+
+    def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])
 
 
-def shapes(
-    model: str, *, fields: int, embedding_dim: int, hidden: Sequence[int], activation: str, dropout: float, table_bits: int, **_: object
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights of a learner with these options; takes no memory for them."""
+def require_shapes(
+    weights: Mapping[str, npt.NDArray[np.generic]],
+    *,
+    model: str,
+    fields: int,
+    embedding_dim: int,
+    hidden: Sequence[int],
+    activation: str,
+    dropout: float,
+    table_bits: int,
+    table_optimizer: str,
+    **_: object,
+) -> None:
+    """Before memory is taken for a learner that somebody claims these are the weights of: they have its shapes. Raises `KeyError` or
+    `ValueError`."""
+    system = MODELS[model]
+    if system.module is None:
+        return  # its table is as large as the weights say, or not even that
+    if len(hidden) > len(weights):
+        raise ValueError(f"{len(hidden)} hidden layers in {len(weights)} tensors")
     with torch.device("meta"):
-        dense = MODELS[model](fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout)
-    return {"table": (1 << table_bits, columns(embedding_dim)), **{f"dense.{n}": tuple(t.shape) for n, t in dense.state_dict().items()}}
+        dense = _module(system, fields, embedding_dim, hidden, activation, dropout).state_dict()
+    wanted = {"table": (1 << table_bits, columns(embedding_dim * system.embeddings)), **{f"dense.{n}": tuple(t.shape) for n, t in dense.items()}}
+    for name, shape in wanted.items():
+        if (found := weights[name].shape) != shape:
+            raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")
+
+
+def _module(system: System, fields: int, embedding_dim: int, hidden: Sequence[int], activation: str, dropout: float) -> nn.Module:
+    assert system.module is not None
+    activation = system.activation if activation == "paper" else activation
+    return system.module(fields=fields, embedding_dim=embedding_dim, hidden=hidden, activation=activation, dropout=dropout)
+
+
+def _require_names(weights: Collection[str], wanted: Collection[str]) -> None:
+    if odd := sorted({*weights} ^ {*wanted}):
+        raise ValueError(f"tensor {odd[0]!r} is {'missing' if odd[0] in wanted else 'not one of this model'}")
+
+
+def _require_numbers(name: str, found: npt.NDArray[np.generic], dtype: npt.DTypeLike, shape: tuple[int, ...]) -> None:
+    if found.shape != shape or found.dtype != dtype:
+        raise ValueError(f"tensor {name!r} is {found.dtype} {found.shape}, expected {np.dtype(dtype)} {shape}")
+    if not np.isfinite(found).all():
+        raise ValueError(f"tensor {name!r} holds values that are not finite")
 
 
 def _host(tensor: Tensor) -> npt.NDArray[np.float32]:

@@ -26,7 +26,7 @@ from stream_ctr import metrics, snapshot
 from stream_ctr.config import Features, Field, Learn, Model
 from stream_ctr.errors import SnapshotError
 from stream_ctr.features import Hasher
-from stream_ctr.learner import Learner, shapes
+from stream_ctr.learner import make_learner, require_shapes
 from stream_ctr.rows import one_line
 from stream_ctr.signing import PublicKey
 from stream_ctr.snapshot import Pointer
@@ -49,8 +49,8 @@ class Scorer:
         try:
             self.fields, hashing, learning = _described(self.manifest)
             self.hasher = Hasher(self.fields, **hashing)
-            _require_shapes(tensors["model"], learning)
-            self.learner = Learner(**learning, value_fields=self.hasher.value_fields, device=device)
+            _require_bounds(tensors["model"], learning)
+            self.learner = make_learner(**learning, value_fields=self.hasher.value_fields, device=device)
             self.learner.load_weights(tensors["model"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {one_line(error, 500)}") from None
@@ -101,15 +101,11 @@ def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str
     )
 
 
-def _require_shapes(weights: Mapping[str, npt.NDArray[np.generic]], learning: Mapping[str, Any]) -> None:
-    """Before memory is taken for a model that a manifest only claims: the tensors that are there have its shapes."""
-    if len(learning["hidden"]) > len(weights):
-        raise ValueError(f"{len(learning['hidden'])} hidden layers in {len(weights)} tensors")
+def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], learning: Mapping[str, Any]) -> None:
+    """Before memory is taken for a model that a manifest only claims."""
     if learning["batch_size"] > _LARGEST_BATCH:
         raise ValueError(f"a batch of {learning['batch_size']}")
-    for name, shape in shapes(**learning).items():
-        if (found := weights[name].shape) != shape:
-            raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")
+    require_shapes(weights, **learning)
 
 
 def _text(value: object) -> str | None:

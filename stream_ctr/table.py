@@ -60,11 +60,13 @@ class Table:
         *,
         bits: int,
         embedding_dim: int,
+        embeddings: int = 1,
         rates: Rates = Rates(),  # noqa: B008 - frozen
         initial_scale: float = 0.01,
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        embedding_dim *= embeddings
         self.bits, self.embedding_dim, self.rates = bits, embedding_dim, rates
         width = columns(embedding_dim)
         try:
@@ -73,6 +75,9 @@ class Table:
             self.rows = rows.to(device)
         except (OSError, RuntimeError):
             raise ConfigError(f"no memory for a table of 2^{bits} rows of {4 * width} bytes; lower model.table_bits") from None
+    def forget(self) -> None:
+        """Everything but the weights: the optimiser begins anew."""
+        self.rows[:, self.embedding_dim + 1 :] = 0.0
 
 
 def _zeros(rows: int, width: int) -> Tensor:

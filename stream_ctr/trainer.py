@@ -25,7 +25,7 @@ from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import mix64
-from stream_ctr.ftrl import FTRL
+from stream_ctr.models.lr import FTRL
 from stream_ctr.gate import Gate, Judge
 from stream_ctr.guard import Guard
 from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Taken
@@ -117,8 +117,7 @@ class Trainer:
         self.parent: str | None = None
         self._signing = signing
         self._writer = SnapshotWriter(directory / "snapshots", sign=signing.sign if signing else None, check=outlet.check)
-        # For the table's copy in a snapshot, of which there is one at a time; memory that is not new is filled ten times as fast.
-        self._table = learner.table.rows.to("cpu", copy=True)
+        learner.weights(reuse=True)  # memory for the copies in snapshots is taken now, not while learning waits for the first
         self._cutting = False  # a snapshot is between its copy and the disk
         self._guard = Guard(
             learner,
@@ -492,7 +491,7 @@ class Trainer:
         named = self._partition_names()
         ready = Examples.concat(self._ready) if self._ready else None
         tensors: dict[str, State] = {
-            "model": dict(self.learner.weights(table=self._table)),
+            "model": dict(self.learner.weights(reuse=True)),
             "optimizer": dict(self.learner.optimizer_state()),
             "joiner": {**self.joiner.state_dict(), **{f"watermarks.{n}": array for n, array in self.watermarks.state_dict().items()}},
             "examples": {name: np.ascontiguousarray(array) for name, array in ready.arrays().items()} if ready else {},

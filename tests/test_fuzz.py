@@ -25,7 +25,7 @@ from stream_ctr.config import Field
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events import Decoder, Events, Rejects
 from stream_ctr.json_events import JsonReader
-from stream_ctr.learner import Learner
+from stream_ctr.learner import NetworkLearner
 from stream_ctr.logs import FORMATS, open_log
 from stream_ctr.subscribe import Scorer, Subscriber
 
@@ -240,7 +240,7 @@ ODD_VALUES = [
 @pytest.fixture
 def served(tmp_path):
     """A snapshot that can be served."""
-    weights = Learner(**LEARNER, device="cpu").weights()
+    weights = NetworkLearner(**LEARNER, device="cpu").weights()
     return snapshot.write(tmp_path / "snapshots", tensors={"model": weights}, manifest=MANIFEST, snapshot_id="00000001-x")
 
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stream_ctr import gpu_step, table_kernels
 from stream_ctr.errors import ConfigError
 from stream_ctr.gpu_step import GpuStep
-from stream_ctr.learner import Learner
+from stream_ctr.learner import NetworkLearner
 from stream_ctr.models.layers import gathered_with, pairwise_inner_products
 from stream_ctr.table import Rates, Table
 
@@ -148,7 +148,7 @@ for k in (10, 512):
 def small(device: str = DEVICE, *, interpreted: bool = True, **changes: Any) -> Learner:
     """On the CPU with the GPU's step, unless not `interpreted`."""
     options = {"fields": 3, "embedding_dim": 4, "hidden": [8, 8], "table_bits": 6, "batch_size": 8, "initial_scale": 0.3, **changes}
-    learner = Learner("deepfm", device=device, **options)
+    learner = NetworkLearner("deepfm", device=device, **options)
     if device == "cpu" and interpreted:
         learner._step = GpuStep(
             learner.model, learner.table, learner.adam, fields=3, value_fields=options.get("value_fields", ()),
@@ -319,7 +319,7 @@ def test_a_step_waits_for_nothing_but_its_verdict():
 @on_a_gpu
 def test_the_papers_model_twice_is_one_model():
     def learned() -> Learner:
-        learner = Learner("deepfm", fields=39, batch_size=4096, precision="bf16", device="cuda")
+        learner = NetworkLearner("deepfm", fields=39, batch_size=4096, precision="bf16", device="cuda")
         rng = np.random.default_rng(0)
         for _ in range(20):
             ids = (rng.zipf(1.2, (4096, 39)) % (1 << 20)).astype(np.int32)

@@ -19,15 +19,15 @@ from torch.autograd import gradcheck
 from stream_ctr import table_kernels
 from stream_ctr.cpu_step import parts_of
 from stream_ctr.errors import ConfigError
-from stream_ctr.learner import Learner, choose_device
+from stream_ctr.learner import NetworkLearner, choose_device
 from stream_ctr.models import DeepFM
 from stream_ctr.models.layers import ACTIVATIONS, MLP, Dense, Dropout, dropout_from, pairwise_inner_products
 from stream_ctr.table import Rates, Table, columns
 
 
-def small(**changes) -> Learner:
+def small(**changes) -> NetworkLearner:
     options = {"fields": 3, "embedding_dim": 4, "hidden": [8, 8], "table_bits": 10, "batch_size": 16, "device": "cpu", "initial_scale": 0.3}
-    return Learner("deepfm", **{**options, **changes})
+    return NetworkLearner("deepfm", **{**options, **changes})
 
 
 def batch(n: int = 16, *, fields: int = 3, seed: int = 0, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
@@ -161,7 +161,7 @@ def test_learn_returns_the_prediction_from_before_the_update(dropout):
 class Plain:
     """The learner as one would write it down: autograd through the whole table in float64, torch's Adam for the dense part."""
 
-    def __init__(self, learner: Learner, hidden: list[int], *, weight_decay: float = 0.0) -> None:
+    def __init__(self, learner: NetworkLearner, hidden: list[int], *, weight_decay: float = 0.0) -> None:
         k = self.k = learner.table.embedding_dim
         self.rows = learner.table.rows[:, : k + 1].double()
         self.state = torch.zeros(len(self.rows), 2, dtype=torch.float64)
@@ -281,7 +281,7 @@ def test_a_model_of_bf16_serves_on_a_processor_without_it():
     there = learner.predict(ids)
     program = """if True:
         import sys, numpy as np
-        from stream_ctr.learner import Learner
+        from stream_ctr.learner import NetworkLearner
         sys.path.insert(0, "tests")
         from test_learner import batch, small
         np.save(sys.argv[1], small(precision="bf16").predict(batch()[0]))

@@ -74,6 +74,41 @@ def pairwise_inner_products(v: Tensor) -> Tensor:
     return _PairwiseInnerProducts.apply(v, total, y)  # type: ignore[no-untyped-call]
 
 
+class _InnerProducts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        i, j = torch.triu_indices(v.shape[1], v.shape[1], offset=1, device=v.device)
+        return torch.bmm(v, v.transpose(1, 2))[:, i, j]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (v,) = ctx.saved_tensors
+        i, j = torch.triu_indices(v.shape[1], v.shape[1], offset=1, device=v.device)
+        slope = v.new_zeros(len(v), v.shape[1], v.shape[1])  # symmetric, with nothing on the diagonal
+        slope[:, i, j] = slope[:, j, i] = dy
+        return torch.bmm(slope, v)
+
+
+def inner_products(v: Tensor) -> Tensor:
+    """<v_i, v_j> of each field pair i < j, in the order (1,2), (1,3), ...: `v` [B, F, K] -> [B, F (F - 1) / 2].
+
+    >>> inner_products(torch.tensor([[[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]]))
+    tensor([[ 1.0000,  8.5000, -2.5000]])
+    """
+    products: Tensor = _InnerProducts.apply(v)  # type: ignore[no-untyped-call]
+    return products
+
+
+def outer_product(f: Tensor) -> Tensor:
+    """All products of two coordinates: `f` [B, K] -> [B, K * K].
+
+    >>> outer_product(torch.tensor([[2.0, 3.0]]))
+    tensor([[4., 6., 6., 9.]])
+    """
+    return (f.unsqueeze(2) * f.unsqueeze(1)).flatten(1)
+
+
 class _Drawing(threading.local):
     generator: torch.Generator | None = None
 

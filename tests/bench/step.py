@@ -31,7 +31,7 @@ from record import fill, machine, print_table  # noqa: E402
 
 from bench import zipf  # noqa: E402
 from stream_ctr.lanes import set_up_process  # noqa: E402
-from stream_ctr.learner import Learner  # noqa: E402
+from stream_ctr.learner import NetworkLearner  # noqa: E402
 from stream_ctr.models import layers  # noqa: E402
 
 FIELDS, K, HIDDEN, BATCH, TABLE_BITS = 39, 10, (400, 400, 400), 4096, 20
@@ -84,7 +84,7 @@ class Timed:
 
 def stages(precision: str, steps: int = 30) -> dict[str, float]:
     """Milliseconds of each stage, by name; `a step` is all of it."""
-    learner = Learner(
+    learner = NetworkLearner(
         "deepfm", fields=FIELDS, embedding_dim=K, hidden=HIDDEN, table_bits=TABLE_BITS, batch_size=BATCH, precision=precision,
         device="cpu", threads=1,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 from examples import each, field_sizes, measured, options, parse
 
 from stream_ctr.lanes import set_up_process
-from stream_ctr.learner import Learner, choose_device, choose_precision
+from stream_ctr.learner import NetworkLearner, choose_device, choose_precision
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def main() -> None:
     precision = choose_precision(arguments.precision, choose_device(arguments.device))
     sizes = [] if arguments.fields else field_sizes(arguments.data)
     bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
-    learner = Learner(
+    learner = NetworkLearner(
         "deepfm", fields=arguments.fields or len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden,
         table_bits=bits, batch_size=arguments.batch, precision=precision, device=arguments.device, threads=os.cpu_count() or 1,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""FTRL-Proximal logistic regression, exactly: Algorithm 1 of McMahan et al., "Ad Click Prediction: a View from the Trenches" (KDD 2013).
+"""LR: logistic regression with FTRL-Proximal, exactly Algorithm 1 of McMahan et al., "Ad Click Prediction: a View from the Trenches" (KDD 2013).
 
     w_i     = 0 if |z_i| <= l1, else -(z_i - sgn(z_i) l1) / ((beta + sqrt(n_i)) / alpha + l2)
     p       = sigmoid(x . w)                                                predicted before it is learned
@@ -69,6 +69,13 @@ class FTRL:
         logits = np.empty(len(ids))
         values = np.empty((len(ids), 0), np.float32) if values is None else values
         _learn(ids, values, labels, self._table, self._intercept, self._value_fields, *self._rates, logits)
+        return logits
+
+    def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> Floats:
+        """`ids` [n, F], `values` [n, V] -> logits [n]."""
+        logits = np.empty(len(ids))
+        values = np.empty((len(ids), 0), np.float32) if values is None else values
+        _predict(ids, values, self._table, self._intercept, self._value_fields, *self._rates, logits)
         return logits
 
     def state_dict(self) -> State:
@@ -150,6 +157,21 @@ def _learn(ids, values, labels, table, intercept, value_fields, rate, beta, l1, 
         if shared:
             x[:fields] = 1.0
     intercept[0], intercept[1] = z0, n0
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _predict(ids, values, table, intercept, value_fields, rate, beta, l1, l2, logits):  # type: ignore[no-untyped-def]
+    examples, fields = ids.shape
+    z, n, w, root, x = _scratch(fields)
+    lanes = np.empty(_LANES)
+    w0 = -intercept[0] / ((beta + math.sqrt(intercept[1])) * rate)
+    for e in range(examples):
+        for v in range(len(value_fields)):
+            x[value_fields[v]] = values[e, v]
+        for i in range(fields):
+            z[i], n[i] = table[ids[e, i], 0], table[ids[e, i], 1]
+        _weights(z, n, w, root, rate, beta, l1, l2)
+        logits[e] = _dot(w, x, lanes) + w0
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
