@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -100,7 +100,7 @@ def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RAT
     if MODELS[model].module is not None:
         return NetworkLearner(model, fields=fields, **options)
     of_table: dict[str, Any] = {name: options[name] for name in ("table_bits", "value_fields", "batch_size") if name in options}
-    return LinearLearner(fields=fields, **of_table, **dict(ftrl))
+    return LinearLearner(fields=fields, **of_table, **cast("dict[str, Any]", ftrl))
 
 
 class NetworkLearner:
