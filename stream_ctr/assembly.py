@@ -13,12 +13,12 @@ from stream_ctr.config import Config, Field, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
-from stream_ctr.models.lr import FTRL
 from stream_ctr.gate import Gate
 from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
 from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import choose_device, choose_precision, make_learner
+from stream_ctr.models.lr import FTRL
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
 from stream_ctr.source import Source
@@ -45,8 +45,11 @@ def build_trainer(
     set_up_process()
     precision = choose_precision(config.learn.precision, choose_device(config.learn.device))
     config = config.model_copy(update={"learn": config.learn.model_copy(update={"precision": precision})})
-    hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(exclude={"categorical", "numeric"})}
-    hasher = Hasher(fields, **hashing)
+    hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(mode="json", exclude={"categorical", "numeric"})}
+    try:
+        hasher = Hasher(fields, **hashing)
+    except ValueError as error:
+        raise ConfigError(f"features.crosses: {error}") from None
     learning = _learner_options(config, hasher)
     joining = {
         "label_window_ms": _milliseconds(config.join.label_window),
@@ -72,7 +75,7 @@ def build_trainer(
     }
     try:
         joiner = LabelJoiner(
-            fields=len(fields), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits, **joining,
+            fields=len(fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits, **joining,
             max_bytes=size(config.join.max_memory), over_bound=config.join.over_memory, spill_directory=directory / "spill",
         )  # fmt: skip
     except ValueError as error:
@@ -117,7 +120,8 @@ def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
     """What rebuilds the learner, on any device."""
     model = config.model.model_dump(exclude={"name"}) | {"hidden": list(config.model.hidden)}
     learn = config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"})
-    return {"model": config.model.name, "fields": len(hasher.fields), "value_fields": hasher.value_fields, **model, **learn}
+    of_input = {"fields": len(hasher.fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
+    return {"model": config.model.name, **of_input, **model, **learn}
 
 
 def _milliseconds(length: timedelta) -> int:

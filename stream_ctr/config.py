@@ -16,7 +16,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -42,6 +42,33 @@ class Field:
 
     name: str
     kind: Literal["categorical", "numeric"]
+
+
+def cross(names: object) -> object:
+    """The fields of a cross product, written "age*category"; a list of names is taken as it is.
+
+    >>> cross("age * category")
+    ('age', 'category')
+    """
+    return tuple(part.strip() for part in names.split("*")) if isinstance(names, str) else names
+
+
+def require_members(crosses: Sequence[Sequence[str]], fields: Sequence[Field], numeric_encoding: str) -> None:
+    """Raises `ValueError` when a cross product has a member that is no field, or a number that is not in buckets."""
+    kinds = {field.name: field.kind for field in fields}
+    for names in crosses:
+        for name in names:
+            if name not in kinds:
+                raise ValueError(f"{shown_cross(names)} has {name!r:.80}, which is no field{nearest(name, kinds)}")
+            if kinds[name] == "numeric" and numeric_encoding != "buckets":
+                raise ValueError(
+                    f"{shown_cross(names)} has the number {name!r:.80}, which has one row with numeric_encoding = {numeric_encoding!r}; "
+                    "only buckets of it can be crossed"
+                )
+
+
+def shown_cross(names: Sequence[str]) -> str:
+    return repr("*".join(names))[:120]
 
 
 def duration(text: object) -> timedelta:
@@ -120,6 +147,18 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+def _some_fields(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(names) < 2 or not all(names):
+        raise ValueError(f'a cross product is of two or more fields, "age*category", got {shown_cross(names)}')
+    if len(set(names)) < len(names):
+        raise ValueError(f"a field is in it twice: {shown_cross(names)}")
+    return names
+
+
+Cross = Annotated[tuple[str, ...], BeforeValidator(cross), AfterValidator(_some_fields)]
+"""Names of the fields of a cross product; text is read by `cross`."""
+
+
 class Input(Section):
     """Where events come from."""
 
@@ -159,6 +198,9 @@ class Features(Section):
     """buckets: one table row per logarithmic bucket. value: one row per field, times the value. log_value: times sign(x) log(1+|x|)."""
     buckets_per_octave: float = key(2.0, gt=0, le=64)
     hash_seed: int = key(0, ge=0, lt=1 << 32)
+    crosses: tuple[Cross, ...] = key((), max_length=256)
+    """Cross products of categorical fields and buckets, "age*category", which only the wide side of lr_dnn reads. Where a name has a * or a
+    comma, a list of the names."""
 
     @field_validator("numeric")
     @classmethod
@@ -169,8 +211,23 @@ class Features(Section):
             raise ValueError(f"a field is listed twice: {', '.join(twice)}")
         return numeric
 
+    @field_validator("crosses")
+    @classmethod
+    def _crosses_of_fields(cls, crosses: tuple[Cross, ...], info: Any) -> tuple[Cross, ...]:
+        for at, names in enumerate(crosses):
+            if any(sorted(names) == sorted(other) for other in crosses[:at]):
+                raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
+        if {"categorical", "numeric", "numeric_encoding"} <= info.data.keys():  # else they are the error
+            fields = _fields(info.data["categorical"], info.data["numeric"])
+            require_members(crosses if fields else (), fields, info.data["numeric_encoding"])
+        return crosses
+
     def fields(self) -> tuple[Field, ...]:
-        return (*(Field(name, "categorical") for name in self.categorical), *(Field(name, "numeric") for name in self.numeric))
+        return _fields(self.categorical, self.numeric)
+
+
+def _fields(categorical: Sequence[str], numeric: Sequence[str]) -> tuple[Field, ...]:
+    return (*(Field(name, "categorical") for name in categorical), *(Field(name, "numeric") for name in numeric))
 
 
 class Join(Section):
@@ -210,12 +267,17 @@ class Model(Section):
 
 class Learn(Section):
     batch_size: int = key(512, ge=1)
-    table_optimizer: Literal["adagrad", "sgd"] = "adagrad"
-    table_learning_rate: float = key(1.0, gt=0)
-    """Of the embeddings; divided by the number of fields, which step together. With adagrad a step is rate / (beta + sqrt(n)) gradients."""
+    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
+    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch; it takes rows of three times the floats."""
+    table_learning_rate: float = key(0.0, ge=0)
+    """Of the embeddings; 0: the optimizer's own, adagrad and sgd 1.0, adam 0.001.
+
+    With adagrad and sgd it is divided by the number of fields, which step together; with adagrad a step is rate / (beta + sqrt(n)) gradients.
+    """
     table_beta: float = key(3.0, gt=0)
-    linear_learning_rate: float = key(2.0, gt=0)
-    """Of the first-order weights; likewise."""
+    """Of adagrad only."""
+    linear_learning_rate: float = key(0.0, ge=0)
+    """Of the first-order weights, likewise; 0: adagrad and sgd 2.0, adam 0.001."""
     linear_beta: float = key(1.0, gt=0)
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)

@@ -8,15 +8,25 @@ occurs in no UTF-8 text, so it has a row of its own. A number hashes the decimal
 `sign(x) * floor(r * log2(1 + |x|))` with r buckets an octave; with the encodings `value` and `log_value` (the paper's other way, "the
 value itself") the field has one row, that of the text "value", and its embedding is multiplied by the number, cut to what a float32 holds.
 
+A cross product of two or more fields is a column of ids behind theirs, with rows in the same table: it hashes the hashes of its members,
+those of missing values too, before anything was cut off.
+
+    cross_seed = low 32 bits of murmur3_x64_128(field names, joined by the byte 0xff, hash_seed).h1
+    row        = murmur3_x64_128(h1 of each member's value, 8 bytes little-endian each, cross_seed).h1 & (2 ** table_bits - 1)
+
 >>> hasher = Hasher([Field("app", "categorical"), Field("age", "numeric")], table_bits=20)
 >>> ids, values = hasher.rows({"app": pa.array(["maps", None]), "age": pa.array([31.0, None])})
 >>> ids.tolist(), values.shape
 ([[364942, 493789], [946155, 387895]], (2, 0))
+>>> crossed = Hasher(hasher.fields, table_bits=20, crosses=[("app", "age")])
+>>> crossed.rows({"app": pa.array(["maps", None]), "age": pa.array([31.0, None])})[0].tolist()
+[[364942, 493789, 161404], [946155, 387895, 811682]]
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numba
 import numpy as np
@@ -24,17 +34,21 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_ctr.config import Field
+from stream_ctr.config import Field, require_members
 
 _MISSING = np.array([0xFF], np.uint8)
 _C1, _C2 = np.uint64(0x87C37B91114253D5), np.uint64(0x4CF5AD432745937F)
 _OFTEN = 64
+_WHOLE = np.uint64(0xFFFFFFFFFFFFFFFF)
 _M1, _M2 = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 
 
 class Hasher:
-    """Feature columns (strings, or a dictionary of them; float64) -> `ids` int32 [n, F], rows of the embedding table, and `values` float32
-    [n, V], the multipliers of the V fields that have one (`value_fields` are their indices among the F)."""
+    """Feature columns (strings, or a dictionary of them; float64) -> `ids` int32 [n, F + C], rows of the embedding table, and `values`
+    float32 [n, V], the multipliers of the V fields that have one (`value_fields` are their indices among the F).
+
+    The last C ids are those of the `crosses`, each the names of its fields. Raises `ValueError` when one of them cannot be crossed.
+    """
 
     def __init__(
         self,
@@ -44,43 +58,60 @@ class Hasher:
         hash_seed: int = 0,
         numeric_encoding: str = "buckets",
         buckets_per_octave: float = 2.0,
+        crosses: Sequence[Sequence[str]] = (),
     ) -> None:
+        require_members(crosses, fields, numeric_encoding)
         self.fields = tuple(fields)
         self.table_bits = table_bits
         self.numeric_encoding = numeric_encoding
         self.buckets_per_octave = buckets_per_octave
         self._mask = np.uint64((1 << table_bits) - 1)
-        self._seeds = [np.uint64(murmur3(field.name.encode(), hash_seed) & 0xFFFFFFFF) for field in self.fields]
+        self._seeds = [_seed(field.name.encode(), hash_seed) for field in self.fields]
         self.value_fields = (
             [] if numeric_encoding == "buckets" else [index for index, field in enumerate(self.fields) if field.kind == "numeric"]
         )
 
+        self.crosses = tuple(tuple(names) for names in crosses)
+        self._cross_seeds = [_seed(b"\xff".join(name.encode() for name in names), hash_seed) for names in self.crosses]
+        at = {field.name: index for index, field in enumerate(self.fields)}
+        self._crossed = sorted({at[name] for names in self.crosses for name in names})
+        self._members = [np.array([self._crossed.index(at[name]) for name in names]) for names in self.crosses]
+
     def rows(self, features: Mapping[str, pa.Array]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
         n = len(next(iter(features.values()))) if features else 0
-        ids = np.empty((n, len(self.fields)), np.int32)
+        ids = np.empty((n, len(self.fields) + len(self.crosses)), np.int32)
         values = np.ones((n, len(self.value_fields)), np.float32)
+        hashes = np.empty((n, len(self._crossed)), np.uint64)
         for index, field in enumerate(self.fields):
             column = features[field.name]
-            if field.kind == "categorical":
-                self._categories(column, ids, index)
-            elif self.numeric_encoding == "buckets":
-                x = column.to_numpy(zero_copy_only=False)  # null becomes NaN
-                bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
-                _hash_buckets(bucket, self._seeds[index], self._mask, ids, index)
+            if index in self._crossed:
+                whole = self._crossed.index(index)
+                self._hash_field(column, index, _WHOLE, hashes, whole)
+                ids[:, index] = hashes[:, whole] & self._mask
+            elif index not in self.value_fields:
+                self._hash_field(column, index, self._mask, ids, index)
             else:
                 ids[:, index] = self._one_row(column, self._seeds[index])
                 values[:, self.value_fields.index(index)] = self._multipliers(column)
+        for index, (members, seed) in enumerate(zip(self._members, self._cross_seeds, strict=True), len(self.fields)):
+            _cross(hashes, members, seed, self._mask, ids, index)
         return ids, values
 
-    def _categories(self, column: pa.Array, ids: npt.NDArray[np.int32], index: int) -> None:
-        if not pa.types.is_dictionary(column.type):
-            _hash_into(*string_buffers(column), self._seeds[index], self._mask, ids, index)
+    def _hash_field(self, column: pa.Array, index: int, mask: np.uint64, out: npt.NDArray[Any], at: int) -> None:
+        """The masked hashes of a column into `out[:, at]`."""
+        seed = self._seeds[index]
+        if self.fields[index].kind == "numeric":
+            x = column.to_numpy(zero_copy_only=False)  # null becomes NaN
+            bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
+            _hash_buckets(bucket, seed, mask, out, at)
+        elif not pa.types.is_dictionary(column.type):
+            _hash_into(*string_buffers(column), seed, mask, out, at)
         else:  # each word once, and after the last what is missing
-            words = self._hash(pa.concat_arrays([column.dictionary, pa.nulls(1, pa.string())]), self._seeds[index])
-            ids[:, index] = words[np.asarray(pc.fill_null(column.indices, -1))]
+            words = _hash(pa.concat_arrays([column.dictionary, pa.nulls(1, pa.string())]), seed, mask, out.dtype)
+            out[:, at] = words[np.asarray(pc.fill_null(column.indices, -1))]
 
     def _one_row(self, column: pa.Array, seed: np.uint64) -> npt.NDArray[np.int32]:
-        present, missing = self._hash(pa.array(["value", None], pa.string()), seed)
+        present, missing = _hash(pa.array(["value", None], pa.string()), seed, self._mask, np.int32)
         return np.where(np.asarray(column.is_valid()), present, missing).astype(np.int32)
 
     def _multipliers(self, column: pa.Array) -> npt.NDArray[np.float32]:
@@ -89,10 +120,15 @@ class Hasher:
         largest = np.finfo(np.float32).max
         return np.where(np.isnan(x), 1.0, np.clip(scaled, -largest, largest)).astype(np.float32)
 
-    def _hash(self, texts: pa.StringArray, seed: np.uint64) -> npt.NDArray[np.int32]:
-        out = np.empty((len(texts), 1), np.int32)
-        _hash_into(*string_buffers(texts), seed, self._mask, out, 0)
-        return out[:, 0]
+
+def _seed(name: bytes, hash_seed: int) -> np.uint64:
+    return np.uint64(murmur3(name, hash_seed) & 0xFFFFFFFF)
+
+
+def _hash(texts: pa.StringArray, seed: np.uint64, mask: np.uint64, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    out = np.empty((len(texts), 1), dtype)
+    _hash_into(*string_buffers(texts), seed, mask, out, 0)
+    return out[:, 0]
 
 
 def hash_ids(impression_id: pa.StringArray) -> npt.NDArray[np.uint64]:
@@ -186,22 +222,22 @@ def _hash_into(
     valid: npt.NDArray[np.bool_],
     seed: np.uint64,
     mask: np.uint64,
-    out: npt.NDArray[np.int32],
+    out: npt.NDArray[Any],
     column: int,
 ) -> None:
-    missing = np.int32(_murmur3(_MISSING, 0, 1, seed) & mask)
+    missing = _murmur3(_MISSING, 0, 1, seed) & mask
     for i in range(len(valid)):
         if valid[i]:
-            out[i, column] = np.int32(_murmur3(data, offsets[i], offsets[i + 1] - offsets[i], seed) & mask)
+            out[i, column] = _murmur3(data, offsets[i], offsets[i + 1] - offsets[i], seed) & mask
         else:
             out[i, column] = missing
 
 
 @numba.njit(cache=True, nogil=True)
-def _hash_buckets(bucket: npt.NDArray[np.float64], seed: np.uint64, mask: np.uint64, out: npt.NDArray[np.int32], column: int) -> None:
-    """Rows of whole numbers by their decimal text. Those near 0 are remembered."""
-    known = np.full(2 * _OFTEN + 1, -1, np.int32)
-    missing = np.int32(_murmur3(_MISSING, 0, 1, seed) & mask)
+def _hash_buckets(bucket: npt.NDArray[np.float64], seed: np.uint64, mask: np.uint64, out: npt.NDArray[Any], column: int) -> None:
+    """Masked hashes of whole numbers by their decimal text. Those near 0 are remembered."""
+    known, is_known = np.empty(2 * _OFTEN + 1, np.uint64), np.zeros(2 * _OFTEN + 1, np.bool_)
+    missing = _murmur3(_MISSING, 0, 1, seed) & mask
     text = np.empty(20, np.uint8)
     for i in range(len(bucket)):
         if np.isnan(bucket[i]):
@@ -209,8 +245,9 @@ def _hash_buckets(bucket: npt.NDArray[np.float64], seed: np.uint64, mask: np.uin
             continue
         number = np.int64(bucket[i])
         often = -_OFTEN <= number <= _OFTEN
-        row = known[number + _OFTEN] if often else np.int32(-1)
-        if row < 0:
+        if often and is_known[number + _OFTEN]:
+            out[i, column] = known[number + _OFTEN]
+        else:
             first, rest = len(text), abs(number)
             while rest > 0 or first == len(text):
                 first -= 1
@@ -219,10 +256,28 @@ def _hash_buckets(bucket: npt.NDArray[np.float64], seed: np.uint64, mask: np.uin
             if number < 0:
                 first -= 1
                 text[first] = 45  # -
-            row = np.int32(_murmur3(text, first, len(text) - first, seed) & mask)
+            hashed = _murmur3(text, first, len(text) - first, seed) & mask
             if often:
-                known[number + _OFTEN] = row
-        out[i, column] = row
+                known[number + _OFTEN], is_known[number + _OFTEN] = hashed, True
+            out[i, column] = hashed
+
+
+@numba.njit(cache=True, nogil=True)
+def _cross(
+    hashes: npt.NDArray[np.uint64],
+    members: npt.NDArray[np.int64],
+    seed: np.uint64,
+    mask: np.uint64,
+    out: npt.NDArray[np.int32],
+    column: int,
+) -> None:
+    """Of each row of `hashes` the masked hash of those of the `members`, as bytes one after the other."""
+    data = np.empty(8 * len(members), np.uint8)
+    for i in range(len(hashes)):
+        for j in range(len(members)):
+            for byte in range(8):
+                data[8 * j + byte] = hashes[i, members[j]] >> np.uint64(8 * byte)
+        out[i, column] = _murmur3(data, 0, len(data), seed) & mask
 
 
 @numba.njit(cache=True, nogil=True)

@@ -84,6 +84,8 @@ def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str
     fields = tuple(Field(name, kind) for name, kind in manifest["schema"]["fields"])
     if len(fields) != len(section.fields()) or learner.pop("fields") != len(fields):
         raise ValueError("its fields do not agree")
+    if learner.pop("crosses", 0) != len(section.crosses):
+        raise ValueError("its cross products do not agree")
     learner.pop("value_fields")  # they follow from the fields
     of_model = {name: learner.pop(name) for name in list(learner) if name in Model.model_fields}
     model = Model(**of_model, name=learner.pop("model"))
@@ -95,6 +97,7 @@ def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str
         {
             "model": model.name,
             "fields": len(fields),
+            "crosses": len(section.crosses),
             **model.model_dump(exclude={"name"}),
             **Learn(**learner).model_dump(exclude={"device", "threads", "skips_before_rollback"}),
         },

@@ -141,6 +141,7 @@ class Trainer:
         self._unwritten: SnapshotError | None = None
         self._unseen_fields = {name for name, _ in identity["schema"]["fields"]}
         self._fields_seen_in = 0
+        self._fields = len(identity["schema"]["fields"])
         self._read_now = self._records_now = self._examples_at_snapshot = 0
         self._bad_now = 0.0
 
@@ -353,11 +354,11 @@ class Trainer:
         predicted: dict[str, npt.NDArray[np.floating]] = {self.whole.models[0]: logits.cpu().numpy()}
         if self.ftrl:
             with self.stages("learn.ftrl"):
-                predicted[self.ftrl.name] = self.ftrl.learn(batch.ids, batch.label, batch.values)
+                predicted[self.ftrl.name] = self.ftrl.learn(np.ascontiguousarray(batch.ids[:, : self._fields]), batch.label, batch.values)
         chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else None
         if self.baseline:
             share = batch if chosen is None else batch[chosen]
-            self.baseline.submit(share.ids, share.values, share.label)
+            self.baseline.submit(share.ids[:, : self._fields], share.values, share.label)  # no cross products
         self._in_flight.append(_Learned(batch, predicted, chosen))
         failpoint("learn.after")
 
