@@ -17,6 +17,7 @@ A batch of zstd expands to `MAX_BATCH_BYTES` at most, or it is damage; for the o
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -35,7 +36,7 @@ import pyarrow as pa
 from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
 from connectors.kafka_diagnosis import explain_silence, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import librdkafka_options
-from connectors.kafka_topics import KnownTopics, Topics, deleted_before, what_is_lost
+from connectors.kafka_topics import NEWS_SECONDS, BeyondTheEnd, KnownTopics, Topics, deleted_before, what_is_lost
 from connectors.records import POLL_BYTES, Records
 
 __all__ = ["ConfluentSource"]
@@ -85,6 +86,7 @@ class ConfluentSource:
             self.partitions = self._cluster.partitions(topics)
             self._index = {partition: index for index, partition in enumerate(self.partitions)}
             self._assigned = [self._library.TopicPartition(*partition) for partition in self.partitions]
+            self._beyond = BeyondTheEnd(seconds=NEWS_SECONDS)
             self._lost = np.zeros(len(self.partitions), np.int64)
             self._highwater = np.zeros(len(self.partitions), np.int64)
             self._topics = _TopicWatch(self._cluster, topics, min(topic_check_seconds, asked_every))
@@ -321,15 +323,17 @@ class ConfluentSource:
 
     def _recover_position(self, error: Any) -> None:
         self._topics.look(wait_for_it=True)
-        try:
-            wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
-            lost = self._what_is_lost(wanted)
-        except KafkaUnreachable:
-            return  # the next poll comes here again
+        with contextlib.suppress(KafkaUnreachable):
+            if not self._beyond.may_wait(self._position.tolist(), self.ends(), now=time.monotonic()):
+                self._position = self._position_after(error)
+        self._read_on(again=range(len(self.partitions)))  # from where it was, this fails again, and the next poll comes here
+
+    def _position_after(self, error: Any) -> npt.NDArray[np.int64]:
+        wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
+        lost = self._what_is_lost(wanted)
         if lost or wanted is self._position or error.name() == "_LOG_TRUNCATION":
             raise PositionLost("; ".join(lost) or error.str())
-        self._position = wanted
-        self._read_on(again=range(len(self.partitions)))
+        return wanted
 
     def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         self.ends()  # asked first: when that fails, nothing is counted twice

@@ -74,7 +74,7 @@ from connectors.errors import (
 )
 from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
-from connectors.kafka_topics import KnownTopics, deleted_before, what_is_lost
+from connectors.kafka_topics import NEWS_SECONDS, BeyondTheEnd, KnownTopics, deleted_before, what_is_lost
 from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch
 from connectors.records import POLL_BYTES, Records
 
@@ -152,6 +152,7 @@ class KafkaSource:
             self._columns = Columns(most_records, full_bytes=POLL_BYTES, most_value_bytes=max_record_bytes + 1)
             inside.read_into(self._columns, self._consumer, self._index, _CODECS)
             self._position = self._offsets(self.beginning())
+            self._beyond = BeyondTheEnd(seconds=NEWS_SECONDS)
             self._lost = np.zeros(len(self._assigned), np.int64)
             self._failed: dict[int, inside.Failure] = {}
             self._unanswered = inside.Unanswered(self._consumer, self._index)
@@ -329,10 +330,12 @@ class KafkaSource:
     def _recover_position(self, error: KafkaError) -> None:
         self._topics.look(wait=True)
         try:
+            if self._beyond.may_wait(self._position.tolist(), self.ends(), now=time.monotonic()):
+                return  # the next poll comes here again
             wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
             lost = self._what_is_lost(wanted)
         except KafkaUnreachable:
-            return  # the next poll comes here again
+            return
         if lost or wanted is self._position or isinstance(error, LogTruncationError):
             raise PositionLost("; ".join(lost) or str(error)) from error
         self._position = wanted

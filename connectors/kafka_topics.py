@@ -12,6 +12,7 @@ from connectors.errors import TopicChanged
 
 log = logging.getLogger(__name__)
 
+NEWS_SECONDS = 2.0  # that news of a topic may take to all brokers
 Topics = Mapping[str, tuple[str | None, frozenset[int]]]  # name: (id, partitions); no id from brokers that give none
 
 
@@ -72,6 +73,29 @@ def what_is_lost(
         elif offset > ends[index]:
             lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
     return lost
+
+
+class BeyondTheEnd:
+    """Whether to wait a moment when what comes next is beyond the end of a log: a topic that was created again has been told by another
+    broker, or will be soon, and that is the better word for it.
+
+    >>> beyond = BeyondTheEnd(seconds=2.0)
+    >>> beyond.may_wait([7], {0: 3}, now=0.0), beyond.may_wait([7], {0: 3}, now=1.0), beyond.may_wait([7], {0: 3}, now=2.5)
+    (True, True, False)
+    >>> beyond.may_wait([7], {0: 9}, now=3.0)
+    False
+    """
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds = seconds
+        self._since: float | None = None
+
+    def may_wait(self, wanted: Sequence[int], ends: Mapping[int, int], *, now: float) -> bool:
+        if all(offset <= ends[index] for index, offset in enumerate(wanted)):
+            self._since = None
+            return False
+        self._since = now if self._since is None else self._since
+        return now - self._since < self._seconds
 
 
 def deleted_before(

@@ -146,13 +146,13 @@ def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(
     kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Not on the embedded broker: Tansu 0.6 answers a fetch from a deleted topic with a leader and no name, and librdkafka 2.16.0 crashes.
-    monkeypatch.setattr(connectors.confluent, "ANSWER_SECONDS", 1.0)
     write(kafka_broker, topic, 1, numbered([5]))
     with (
         closing(KafkaAdminClient(bootstrap_servers=kafka_broker)) as admin,
         open_source(kafka_broker, topic, until_end=False, topic_check_seconds=0.2) as source,
     ):
         poll_until(source, lambda: source.positions() == {0: 5})
+        monkeypatch.setattr(connectors.confluent, "ANSWER_SECONDS", 1.0)
         admin.delete_topics([topic])
         started = time.monotonic()
         with pytest.raises(TopicChanged, match=f"topic '{topic}' was deleted while it was read"):

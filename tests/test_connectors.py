@@ -558,14 +558,15 @@ def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_
             poll_until(source, lambda: False)
 
 
+@pytest.mark.slow
 def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.kafka, "ANSWER_SECONDS", 1.0)
     write(broker, topic, 1, numbered([5]))
     with (
         closing(KafkaAdminClient(bootstrap_servers=broker)) as admin,
         open_source(broker, topic, until_end=False, topic_check_seconds=0.2) as source,
     ):
         poll_until(source, lambda: source.positions() == {0: 5})
+        monkeypatch.setattr(connectors.kafka, "ANSWER_SECONDS", 1.0)
         admin.delete_topics([topic])
         started = time.monotonic()
         with pytest.raises(TopicChanged, match=f"topic '{topic}' was deleted while it was read"):

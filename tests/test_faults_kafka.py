@@ -217,7 +217,7 @@ def test_a_frozen_broker_raises_an_alarm_and_costs_nothing(
             apache.thaw()
 
     trainer = survive(freeze, topic, tmp_path, produce_to=apache.bootstrap_servers)
-    assert 8 <= silent[0] < 11
+    assert 7 < silent[0] < 15  # the brokers may have said their last word a moment before
     assert re.search(r"no broker has answered for \d+ s; waiting", trainer.told)
     assert "a broker answers again" in trainer.told
     outcome(f"alarm in the log and silent_seconds in the reports; {SAME} after {seconds} s", broker=described)
