@@ -412,6 +412,95 @@ def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_for
         click.echo(f"warning: {rejected} records are no events and were not scored", err=True)
 
 
+# -- the paper ----------------------------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--data", "log_path", type=click.Path(path_type=Path), help="A log of impressions and clicks.")
+@click.option("--simulate", "simulated", type=click.IntRange(1), metavar="N", help="Instead of a log, N impressions of a simulated app store.")
+@_log_options
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the report goes, and all that is kept.")
+@click.option("--quick", is_flag=True, help="A sample: 20,000 impressions, two seeds, three epochs, fewer points; about two minutes.")
+@click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each system of Table 2.")
+@click.option("--study-seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each point of Figures 7 to 11.")
+@click.option("--study-rows", type=click.IntRange(1), default=1_000_000, show_default=True, help="Training rows for Figures 7 to 11, at most.")
+@click.option("--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part.")
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when validation is no better.")
+@click.option("--only", metavar="PART,...", help="Some of table2, figure7 to figure11 and streaming.")
+@click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--config", "config_path", type=click.Path(path_type=Path), help="A TOML file; what it does not set is the paper's.")
+@click.option("-X", "extra", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration such as model.table_bits.")
+def paper(
+    log_path: Path | None, simulated: int | None, log_format: str | None, log_seed: int, out: Path, quick: bool, seeds: int,
+    study_seeds: int, study_rows: int, split: str, epochs: int, only: str | None, restart: bool, device: str, config_path: Path | None,
+    extra: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Repeat the DeepFM paper's tables and figures on a log: report.html, report.md and report.json in --out.
+
+    Nine systems, several seeds, the paper's settings. What is done is kept: the same command goes on where it was ended.
+
+    \b
+    stream-ctr paper --data train.txt --format criteo --out report --quick
+    stream-ctr paper --data train.txt --format criteo --out report -X model.table_bits=24
+    stream-ctr paper --simulate 1000000 --out report
+    """
+    from rich.console import Console
+
+    from connectors.memory import BatchSource
+    from stream_ctr.lanes import set_up_process
+    from stream_ctr.paper import facts, plan, reading
+
+    if (log_path is None) == (simulated is None):
+        raise click.UsageError("give --data LOG or --simulate N")
+    wishes = plan.Wishes.of(
+        quick=quick, seeds=seeds, study_seeds=study_seeds, study_rows=study_rows, epochs=epochs, split=split, device=device,
+        only=_parts(only, plan.PARTS),
+    )  # fmt: skip
+    config, properties = _load_config(config_path, extra)
+    if properties:
+        raise click.BadParameter(f"no key of the configuration: {', '.join(properties)}")
+    set_up_process()
+    console = Console(stderr=True)
+    log = _paper_log(log_path, simulated, log_format, log_seed)
+    if restart:
+        plan.remove(out)
+    try:
+        source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
+        data = reading.read(log, source, config, out / "data", limit=plan.QUICK_IMPRESSIONS if quick else None, console=console)
+        _tell(data.about["notes"])
+        made = plan.plan(data, config, wishes)
+        for line in plan.estimate(made, out):
+            click.echo(line, err=True)
+        runs = plan.run(made, out, console=console)
+    except KeyboardInterrupt:
+        click.echo(f"\nstopped; what is done is kept in {out}, and the same command goes on from there", err=True)
+        raise SystemExit(130) from None
+    typed = shlex.join(["stream-ctr", *sys.argv[1:]])
+    from stream_ctr.paper import report
+
+    report.write(out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs))
+    click.echo(f"{out / 'report.html'}")
+
+
+def _parts(only: str | None, known: Sequence[str]) -> frozenset[str]:
+    parts = [part.strip() for part in only.split(",")] if only else list(known)
+    if odd := sorted(set(parts) - set(known)):
+        raise click.BadParameter(f"--only: {odd[0]!r} is none of {', '.join(known)}")
+    return frozenset(parts)
+
+
+def _paper_log(path: Path | None, simulated: int | None, log_format: str | None, seed: int) -> Log:
+    from stream_ctr.logs import open_log
+    from stream_ctr.paper.reading import CLICK_DELAY_SECONDS
+    from stream_ctr.simulate import Simulation
+
+    if path is None:
+        assert simulated is not None
+        return Simulation(simulated, seed=seed)
+    return open_log(path, format=log_format, seed=seed, click_delay_seconds=CLICK_DELAY_SECONDS)
+
+
 # -- configuration, broker, demo ----------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,173 @@
+"""From a log to the dataset: decoded, hashed and joined as a stream is, so that what is learned here is what would be learned there.
+
+Labelled logs say who clicked and not when, and a simulation knows all: both are read so that no click is late. The join of other logs is
+that of the configuration. What is lost on the way is counted, and told with the data.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.progress import Progress
+
+from stream_ctr.config import Config, Field, size
+from stream_ctr.errors import ConfigError, DataError
+from stream_ctr.events import Decoder, infer_fields
+from stream_ctr.features import Hasher
+from stream_ctr.history import Log
+from stream_ctr.ingest import Came, Columns, Ingest
+from stream_ctr.join import Arrivals, Examples, LabelJoiner
+from stream_ctr.labelled_logs import AvazuLog, CriteoLog, OpenBanditLog
+from stream_ctr.paper import dataset
+from stream_ctr.paper.dataset import Dataset
+from stream_ctr.simulate import Simulation
+from stream_ctr.source import Source
+from stream_ctr.watermark import Watermarks
+
+CLICK_DELAY_SECONDS = 0.001
+"""Of logs that say who clicked and not when: a click follows at once."""
+_LABELLED = (CriteoLog.format, AvazuLog.format, OpenBanditLog.format)
+_LABELLED_WINDOW_MS = 60_000
+_SIMULATED_WINDOW_MS = 6 * 3_600_000  # of ten million clicks ten come later
+_INFER_RECORDS = 4000
+
+
+def read(log: Log, source: Source, config: Config, directory: Path, *, limit: int | None = None, console: Console) -> Dataset:
+    """The dataset of the log, which `source` has the records of: the one in `directory` if it is of this log, else a new one.
+
+    Raises `DataError` when the one that is there is of another log, was hashed otherwise, or is of another length.
+    """
+    fields = config.features.fields() or log.fields or _inferred(source)
+    hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(mode="json", exclude={"categorical", "numeric"})}
+    try:
+        hasher = Hasher(fields, **hashing)
+    except ValueError as error:
+        raise ConfigError(f"features.crosses: {error}") from None
+    joining = _joining(log, config)
+    identity = {
+        "log": log.identity, "format": log.format, "bytes": log.path.stat().st_size if log.path else 0,
+        "impressions": log.impressions if isinstance(log, Simulation) else None, "limit": limit, "hashing": hashing, "join": joining,
+        "fields": [[field.name, field.kind] for field in fields],
+    }  # fmt: skip
+    if found := dataset.existing(directory):
+        _require_same(found.about["identity"], identity, directory)
+        return found
+    joined = _joined(source, hasher, config, joining)
+    hashed = {"fields": len(fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
+
+    def about() -> dict[str, Any]:
+        return {"hashed": hashed, "notes": [*log.notes, *joined.notes()]}
+
+    return dataset.write(directory, _watched(log, joined, console), identity=identity, limit=limit, about=about)
+
+
+def _inferred(source: Source) -> tuple[Field, ...]:
+    """From the first impressions, after which the source is where it was."""
+    start = source.positions()
+    records = source.poll(0.25)
+    source.seek(start)
+    fields = infer_fields(records.value[:_INFER_RECORDS])
+    if not fields:
+        raise DataError("no impression with features at the beginning of the log: nothing to learn from")
+    return fields
+
+
+def _joining(log: Log, config: Config) -> dict[str, Any]:
+    if log.format in _LABELLED:
+        return {"label_window_ms": _LABELLED_WINDOW_MS, "early_click_wait_ms": 0, "lateness_ms": 0, "stall_clicks": 0.0}
+    if isinstance(log, Simulation):
+        return {"label_window_ms": _SIMULATED_WINDOW_MS, "early_click_wait_ms": 0, "lateness_ms": 0, "stall_clicks": 0.0}
+    join = config.join
+    return {
+        "label_window_ms": _milliseconds(join.label_window), "early_click_wait_ms": _milliseconds(join.early_click_wait),
+        "lateness_ms": _milliseconds(join.allowed_lateness), "stall_clicks": join.stall_clicks,
+    }  # fmt: skip
+
+
+def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, Any]) -> Joined:
+    decoder = Decoder(
+        hasher.fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)
+    )  # fmt: skip
+    joiner = LabelJoiner(
+        fields=len(hasher.fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits,
+        label_window_ms=joining["label_window_ms"], early_click_wait_ms=joining["early_click_wait_ms"],
+        duplicate_horizon_ms=_milliseconds(config.join.duplicate_horizon), max_bytes=size(config.join.max_memory),
+    )  # fmt: skip
+    watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=joining["lateness_ms"], stall_clicks=joining["stall_clicks"])
+    return Joined(Ingest(source, decoder, hasher), joiner, watermarks)
+
+
+def _require_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
+    for name in wanted:
+        if found.get(name) != wanted[name]:
+            raise DataError(
+                f"{directory} holds other data: {name} is {found.get(name)!r:.200} there and {wanted[name]!r:.200} here. "
+                "Use another --out, or --restart to begin anew in this one"
+            )
+
+
+def _watched(log: Log, joined: Joined, console: Console) -> Iterator[Examples]:
+    rows = 0
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"reading {log.name}", total=1.0)
+        for examples in joined:
+            rows += len(examples)
+            progress.update(task, completed=log.progress, description=f"reading {log.name}: {rows:,} impressions")
+            yield examples
+
+
+def _milliseconds(length: timedelta) -> int:
+    return round(length.total_seconds() * 1000)
+
+
+class Joined:
+    """The examples of a log that ends, in event-time order, joined as the trainer joins them; and what became of the rest."""
+
+    def __init__(self, ingest: Ingest, joiner: LabelJoiner, watermarks: Watermarks) -> None:
+        self._ingest, self._joiner, self._watermarks = ingest, joiner, watermarks
+        self.rejected: Counter[str] = Counter()
+
+    def __iter__(self) -> Iterator[Examples]:
+        standing = self._ingest.standing()
+        while not standing.finished:
+            taken = self._ingest.take(0.25)
+            standing = taken.standing
+            if taken.columns:
+                self._push(taken.columns)
+            watermark = self._watermarks.overall(excused=standing.idle)
+            yield from _all(lambda watermark=watermark: self._joiner.advance(watermark))  # type: ignore[misc]
+        yield from _all(self._joiner.drain)
+
+    def _push(self, columns: Columns) -> None:
+        impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival
+        n = len(impressions)
+        time = np.concatenate([impressions.time, clicks.time])
+        partition = np.concatenate([impressions.partition, clicks.partition])
+        limit = np.empty(len(arrival), np.int64)
+        limit[arrival] = self._watermarks.observe(partition[arrival], time[arrival], arrival >= n)
+        self._joiner.push_impressions(_arrivals(impressions, limit[:n]), columns.ids, columns.values, columns.true_probability)
+        self._joiner.push_clicks(_arrivals(clicks, limit[n:]))
+        self.rejected.update(columns.rejected.reason)
+
+    def notes(self) -> list[str]:
+        """What was lost on the way, a sentence each."""
+        lost = ("impressions_late", "impressions_duplicate", "impressions_evicted", "clicks_late", "clicks_unmatched", "clicks_evicted")
+        counts = self._joiner.counts()
+        found = [f"{count:,} events were no events ({reason})" for reason, count in sorted(self.rejected.items())]
+        return found + [f"{counts[name]:,} {name.replace('_', ' ')}" for name in lost if counts.get(name)]
+
+
+def _all(leave: Callable[[], Examples]) -> Iterator[Examples]:
+    while len(examples := leave()):
+        yield examples
+
+
+def _arrivals(came: Came, limit: npt.NDArray[np.int64]) -> Arrivals:
+    return Arrivals(came.id_hash, came.time, came.partition, came.place, limit)
