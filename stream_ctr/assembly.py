@@ -18,12 +18,12 @@ from stream_ctr.ingest import Ingest, ReadAhead
 from stream_ctr.join import LabelJoiner
 from stream_ctr.lanes import set_up_process
 from stream_ctr.learner import choose_device, choose_precision, make_learner
-from stream_ctr.models.lr import FTRL
 from stream_ctr.outlet import Outlet
 from stream_ctr.signing import SigningKey
 from stream_ctr.source import Source
 from stream_ctr.trainer import Flags, Trainer
 
+_FTRL = "ftrl"  # what the logistic regression is called that stands beside any other model
 # Sections that a state directory keeps: a later run on it starts from these.
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 
@@ -51,13 +51,13 @@ def build_trainer(
     except ValueError as error:
         raise ConfigError(f"features.crosses: {error}") from None
     learning = _learner_options(config, hasher)
+    published, *beside = learning
     joining = {
         "label_window_ms": _milliseconds(config.join.label_window),
         "early_click_wait_ms": _milliseconds(config.join.early_click_wait),
         "duplicate_horizon_ms": _milliseconds(config.join.duplicate_horizon),
     }
     lateness_ms = _milliseconds(config.join.allowed_lateness)
-    ftrl = config.ftrl.model_dump(exclude={"enabled"})
     river = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {"value_fields": hasher.value_fields}
     features = {
         "categorical": [f.name for f in fields if f.kind == "categorical"],
@@ -67,9 +67,9 @@ def build_trainer(
     identity = {
         "model": config.snapshots.model_name,
         "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
-        "learner": learning,
+        "learner": learning[published],
+        "beside": {name: learning[name] for name in beside},
         "join": {**joining, "allowed_lateness_ms": lateness_ms},
-        "ftrl": {"enabled": config.ftrl.enabled, **ftrl},
         "baseline": {"enabled": config.baseline.enabled, "sample_rate": config.baseline.sample_rate, **river},
         "config": {**kept, "features": {**kept["features"], **features}},
     }
@@ -80,17 +80,16 @@ def build_trainer(
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    learner = make_learner(**learning, device=config.learn.device, threads=config.learn.threads)
+    learners = {name: make_learner(**of, device=config.learn.device, threads=config.learn.threads) for name, of in learning.items()}
     decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
     ingest = Ingest(source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=config.input.read_ahead) if config.input.read_ahead else ingest,
         outlet=outlet,
         joiner=joiner,
-        learner=learner,
+        learners=learners,
         directory=directory,
         identity=identity,
-        ftrl=FTRL(table_bits=config.model.table_bits, value_fields=hasher.value_fields, **ftrl) if config.ftrl.enabled else None,
         baseline=BaselineProcess(**river) if config.baseline.enabled else None,
         baseline_share=config.baseline.sample_rate,
         lateness_ms=lateness_ms,
@@ -116,12 +115,21 @@ def signing_key(config: Config) -> SigningKey | None:
     return SigningKey(Path(config.snapshots.signing_key)) if config.snapshots.signing_key else None
 
 
-def _learner_options(config: Config, hasher: Hasher) -> dict[str, Any]:
-    """What rebuilds the learner, on any device."""
-    model = config.model.model_dump(exclude={"name"}) | {"hidden": list(config.model.hidden)}
+def _learner_options(config: Config, hasher: Hasher) -> dict[str, dict[str, Any]]:
+    """Name -> what rebuilds the learner, on any device; the published one first."""
+    models: dict[str, str] = {name: name for name in (config.model.name, *config.model.beside)}
+    if config.ftrl.enabled and "lr" not in models:
+        models[_FTRL] = "lr"
+    rates = config.ftrl.model_dump(exclude={"enabled"})
+    common = _common_options(config, hasher)
+    return {name: {"model": model, **common, **({"ftrl": rates} if model == "lr" else {})} for name, model in models.items()}
+
+
+def _common_options(config: Config, hasher: Hasher) -> dict[str, Any]:
+    model = config.model.model_dump(exclude={"name", "beside"}) | {"hidden": list(config.model.hidden)}
     learn = config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"})
     of_input = {"fields": len(hasher.fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
-    return {"model": config.model.name, **of_input, **model, **learn}
+    return {**of_input, **model, **learn}
 
 
 def _milliseconds(length: timedelta) -> int:

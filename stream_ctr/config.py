@@ -248,10 +248,16 @@ class Join(Section):
     """Beyond it waiting impressions go to disk, or a uniform share of them is given up; both are counted."""
 
 
+ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
+
+
 class Model(Section):
     """The network and its table. The defaults are the paper's, with no dropout: a stream is seen once."""
 
-    name: Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"] = "deepfm"
+    name: ModelName = "deepfm"
+    """The one that is published."""
+    beside: tuple[ModelName, ...] = ()
+    """Others that learn the same examples and are compared with it; the keys below are theirs too, each has a table of its own."""
     embedding_dim: int = key(10, ge=1, le=512)
     hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = (400, 400, 400)
     activation: Literal["paper", "relu", "tanh", "sigmoid"] = "paper"
@@ -263,6 +269,14 @@ class Model(Section):
     initial_scale: float = key(0.01, ge=0)
     pretrain_examples: int = key(100_000, ge=0)
     """How many FNN learns as the FM that its network begins with."""
+
+    @field_validator("beside")
+    @classmethod
+    def _another_each(cls, beside: tuple[str, ...], info: Any) -> tuple[str, ...]:
+        names = [info.data.get("name"), *beside]
+        if twice := sorted({name for name in beside if names.count(name) > 1}):
+            raise ValueError(f"a model learns once, model.name too: {', '.join(twice)}")
+        return beside
 
 
 class Learn(Section):
@@ -295,7 +309,7 @@ class Learn(Section):
 
 
 class Ftrl(Section):
-    """FTRL-Proximal as published, on every impression beside the network."""
+    """FTRL-Proximal as published: it trains `lr`. Where that is not among the models, it learns every impression beside them as `ftrl`."""
 
     enabled: bool = True
     alpha: float = key(0.1, gt=0)

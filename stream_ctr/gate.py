@@ -74,6 +74,11 @@ class Judge:
             self.refused = self._gate.refusals(self._evidence, published())
             self._recent = metrics.Tally(self._models)
 
+    def begin_anew(self, why: str) -> None:
+        """What was gathered is of another model: where there is a gate, refuse until there is a verdict on this one."""
+        self._recent = metrics.Tally(self._models)
+        self.refused = [why] if self._gate.clicks else []
+
     def told(self) -> dict[str, Any]:
         """The last verdict, for a manifest."""
         return {"evidence": self._evidence, "refused": self.refused}

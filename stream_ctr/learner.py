@@ -64,6 +64,11 @@ class Learner(Protocol):
     steps: int
     """How many batches were learned."""
 
+    @property
+    def pretraining(self) -> bool:
+        """Whether it is still the model that it begins as."""
+        ...
+
     def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
         """One step on n <= batch_size examples; their logits [n] from before it (on the device).
 
@@ -249,6 +254,8 @@ class LinearLearner:
     def __init__(
         self, *, fields: int, value_fields: Sequence[int] = (), table_bits: int = 20, batch_size: int = 512, **rates: float
     ) -> None:
+    pretraining = False
+
         self.fields, self.batch_size, self.steps = fields, batch_size, 0
         self._bits = table_bits
         self._ftrl = FTRL(table_bits=table_bits, value_fields=value_fields, **rates)

@@ -90,6 +90,25 @@ def new_id(sequence: int, event_time_ms: int) -> str:
     return f"{sequence:08d}-{moment.isoformat(timespec='seconds').replace('-', '').replace(':', '')}Z"
 
 
+def stems(beside: str | None = None) -> tuple[str, str]:
+    """The files of the published model and of its optimiser, or of one that was learned beside it.
+
+    >>> stems(), stems("fm")
+    (('model', 'optimizer'), ('fm.model', 'fm.optimizer'))
+    """
+    prefix = f"{beside}." if beside else ""
+    return f"{prefix}model", f"{prefix}optimizer"
+
+
+def file_name(stem: str) -> str:
+    """Of the tensors with this stem.
+
+    >>> file_name("fm.model")
+    'fm.model.safetensors'
+    """
+    return f"{stem}{_SUFFIX}"
+
+
 def write(
     root: Path,
     *,
@@ -180,16 +199,20 @@ def verify(path: Path, *, manifest_sha256: str | None = None, signature: Verify 
 
 
 def load(
-    path: Path, *, files: Collection[str] | None = None, manifest_sha256: str | None = None, signature: Verify | None = None
+    path: Path,
+    *,
+    files: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]] | None = None,
+    manifest_sha256: str | None = None,
+    signature: Verify | None = None,
 ) -> tuple[dict[str, Any], Tensors]:
     """The manifest and the arrays (file stem -> name -> array, yours to change) of the snapshot at `path`.
 
-    `files` names the stems that are wanted; without it all are read. Presence and size of every file are checked, and the SHA-256 of
-    those that are read. Raises SnapshotError as `verify` does.
+    `files` names the stems that are wanted, or does so when it is given the manifest; without it all are read. Presence and size of every
+    file are checked, and the SHA-256 of those that are read. Raises SnapshotError as `verify` does.
     """
     manifest = _verified_manifest(path, manifest_sha256, signature)
     stems = [name.removesuffix(_SUFFIX) for name in manifest["files"] if name.endswith(_SUFFIX)]
-    wanted = stems if files is None else list(files)
+    wanted = stems if files is None else list(files(manifest) if callable(files) else files)
     if missing := sorted(set(wanted) - set(stems)):
         raise SnapshotError(f"snapshot {path} has no file {missing[0]}{_SUFFIX}; it has {', '.join(manifest['files']) or 'none'}")
     return manifest, {stem: _read_tensors(path / f"{stem}{_SUFFIX}", manifest["files"][f"{stem}{_SUFFIX}"]) for stem in wanted}

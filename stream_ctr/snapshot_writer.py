@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +34,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A snapshot that is on disk."""
+    """A snapshot that is on disk, without those models beside the published one that are `not_finite`."""
 
     path: Path
     manifest: dict[str, Any]
     positions: dict[int, int]
+    not_finite: tuple[str, ...] = ()
 
 
 class SnapshotWriter:
@@ -75,17 +76,24 @@ class SnapshotWriter:
 
     def _write(self, cut: Cut) -> Written:
         model = cut.tensors["model"]
-        if not all(np.isfinite(array).all() for array in model.values()):
+        if not _finite(model):
             raise NotFinite("the model's weights are not finite; no snapshot was written")
+        not_finite = tuple(name for name in cut.manifest["beside"] if not _finite(cut.tensors.get(snapshot.stems(name)[0], {})))
+        left = {stem for name in not_finite for stem in snapshot.stems(name)}
         manifest = {**cut.manifest, "weights_sha256": snapshot.weights_sha256(model)}
         name = snapshot.new_id(manifest["sequence"], manifest["event_time_ms"])
         path = snapshot.write(
-            self._root, tensors=cut.tensors, manifest=manifest, snapshot_id=name, segments=cut.segments, sign=self._sign, check=self._check
-        )
-        return Written(path, manifest, cut.positions)
+            self._root, tensors={stem: arrays for stem, arrays in cut.tensors.items() if stem not in left}, manifest=manifest,
+            snapshot_id=name, segments=cut.segments, sign=self._sign, check=self._check,
+        )  # fmt: skip
+        return Written(path, manifest, cut.positions, not_finite)
 
     def _attempt(self, work: Callable[[], None]) -> None:
         try:
             work()
         except StreamCtrError as error:  # a thread has nobody to raise to; the next snapshot tries again
             _log.error("old snapshots are not removed: %s", error)
+
+
+def _finite(tensors: Mapping[str, npt.NDArray[Any]]) -> bool:
+    return all(np.isfinite(array).all() for array in tensors.values())

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr import metrics, snapshot
-from stream_ctr.config import Features, Field, Learn, Model
+from stream_ctr.config import Features, Field, Ftrl, Learn, Model
 from stream_ctr.errors import SnapshotError
 from stream_ctr.features import Hasher
 from stream_ctr.learner import make_learner, require_shapes
@@ -37,21 +37,30 @@ _LARGEST_BATCH = 1 << 20
 
 
 class Scorer:
-    """The model of one snapshot, ready to predict.
+    """The model of one snapshot, ready to predict; with `model` one that was learned beside it.
 
     Raises `SnapshotError` when the snapshot does not verify or its tensors do not fit its manifest.
     """
 
     def __init__(
-        self, path: Path, *, manifest_sha256: str | None = None, signature: snapshot.Verify | None = None, device: str = "cpu"
+        self,
+        path: Path,
+        *,
+        model: str | None = None,
+        manifest_sha256: str | None = None,
+        signature: snapshot.Verify | None = None,
+        device: str = "cpu",
     ) -> None:
-        self.manifest, tensors = snapshot.load(path, files=["model"], manifest_sha256=manifest_sha256, signature=signature)
+        self.manifest, named = snapshot.load(
+            path, files=lambda manifest: [_stem(manifest, model)], manifest_sha256=manifest_sha256, signature=signature
+        )
+        (tensors,) = named.values()
         try:
-            self.fields, hashing, learning = _described(self.manifest)
+            self.fields, hashing, learning = _described(self.manifest, model)
             self.hasher = Hasher(self.fields, **hashing)
-            _require_bounds(tensors["model"], learning)
+            _require_bounds(tensors, learning)
             self.learner = make_learner(**learning, value_fields=self.hasher.value_fields, device=device)
-            self.learner.load_weights(tensors["model"])
+            self.learner.load_weights(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {one_line(error, 500)}") from None
 
@@ -71,12 +80,29 @@ class Scorer:
         return metrics.probabilities(self.learner.predict(ids, values).astype(np.float64))
 
 
-def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str, Any], dict[str, Any]]:
-    """Fields, and options of `Hasher` and `Learner`, within the bounds of a configuration: whoever wrote the manifest may be nobody's run.
+def _stem(manifest: Mapping[str, Any], model: str | None) -> str:
+    """The file with the weights of `model`. Raises `SnapshotError` when there is none."""
+    learner, beside = (part if isinstance(part, dict) else {} for part in (manifest.get("learner"), manifest.get("beside")))
+    if model is None or model == learner.get("model"):
+        return snapshot.stems()[0]
+    if model not in beside:
+        there = ", ".join(one_line(str(name), 60) for name in (learner.get("model"), *beside))
+        raise SnapshotError(f"the snapshot has no model {model!r:.80}; it has {there}")
+    stem = snapshot.stems(model)[0]
+    if snapshot.file_name(stem) not in manifest["files"]:
+        raise SnapshotError(f"the snapshot was taken without the model {model!r:.80}, which had diverged")
+    return stem
+
+
+def _described(manifest: Mapping[str, Any], model_name: str | None) -> tuple[tuple[Field, ...], dict[str, Any], dict[str, Any]]:
+    """Fields, and options of `Hasher` and of the learner of `model_name`, within the bounds of a configuration: whoever wrote the manifest
+    may be nobody's run.
 
     Raises KeyError, TypeError or ValueError where they are not.
     """
     schema, learner = dict(manifest["schema"]), dict(manifest["learner"])
+    if model_name is not None and model_name != learner["model"]:
+        learner = dict(manifest["beside"][model_name])
     kinds = {kind: [name for name, its_kind in schema["fields"] if its_kind == kind] for kind in ("categorical", "numeric")}
     del schema["fields"]
     bits = schema.pop("table_bits")
@@ -89,6 +115,7 @@ def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str
     learner.pop("value_fields")  # they follow from the fields
     of_model = {name: learner.pop(name) for name in list(learner) if name in Model.model_fields}
     model = Model(**of_model, name=learner.pop("model"))
+    rates = {"ftrl": Ftrl(**learner.pop("ftrl")).model_dump(exclude={"enabled"})} if model.name == "lr" else {}
     if model.table_bits != bits:
         raise ValueError(f"its table has 2^{model.table_bits} rows, its hashes reach 2^{bits}")
     return (
@@ -98,7 +125,8 @@ def _described(manifest: Mapping[str, Any]) -> tuple[tuple[Field, ...], dict[str
             "model": model.name,
             "fields": len(fields),
             "crosses": len(section.crosses),
-            **model.model_dump(exclude={"name"}),
+            **model.model_dump(exclude={"name", "beside"}),
+            **rates,
             **Learn(**learner).model_dump(exclude={"device", "threads", "skips_before_rollback"}),
         },
     )
@@ -174,7 +202,7 @@ class TopicPointers:
 
 
 class Subscriber:
-    """Predicts with the newest published snapshot, swapped in whole while calls go on.
+    """Predicts with the newest published snapshot, swapped in whole while calls go on; with `model` by one that is learned beside.
 
     `source` is a state directory, or anything with `poll` like `TopicPointers`. With `public_key`, a PEM file, snapshots that are not
     signed with its private key are refused. `predict` raises `SnapshotError` before the first one.
@@ -184,13 +212,14 @@ class Subscriber:
         self,
         source: str | Path | Pointers,
         *,
+        model: str | None = None,
         device: str = "cpu",
         public_key: str | Path | None = None,
         on_snapshot: Callable[[Pointer], None] | None = None,
     ) -> None:
         self._signature = verifier(public_key)
         self._pointers: Pointers = FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
-        self._device, self._on_snapshot = device, on_snapshot
+        self._model, self._device, self._on_snapshot = model, device, on_snapshot
         self.pointer: Pointer | None = None
         self._scorer: Scorer | None = None
         self._loaded, self._closing = threading.Event(), threading.Event()
@@ -219,8 +248,9 @@ class Subscriber:
             return False
         try:
             self._scorer = Scorer(
-                Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"], signature=self._signature, device=self._device
-            )
+                Path(pointer["path"]), model=self._model, manifest_sha256=pointer["manifest_sha256"], signature=self._signature,
+                device=self._device,
+            )  # fmt: skip
         except SnapshotError as error:
             _log.warning("ignored snapshot %s: %s", pointer["snapshot"], error)
             return False

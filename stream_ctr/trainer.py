@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +26,8 @@ from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import mix64
-from stream_ctr.models.lr import FTRL
 from stream_ctr.gate import Gate, Judge
-from stream_ctr.guard import Guard
+from stream_ctr.guard import NOT_FINITE, Guard, GuardBeside, Learned
 from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Taken
 from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
@@ -57,19 +57,21 @@ class Flags(Protocol):
 class _Learned:
     """A batch that the models here have learned and the baseline may still have before it.
 
-    `logits`: model -> [n]; `chosen` bool [n] marks the baseline's share, None: all.
+    `logits`: model -> [m]; `chosen`: model -> bool [n], which m of the examples it learned, where not all.
     """
 
     examples: Examples
     logits: dict[str, npt.NDArray[np.floating]]
-    chosen: npt.NDArray[np.bool_] | None
+    chosen: dict[str, npt.NDArray[np.bool_]]
+    ends_pretraining: bool
 
 
 class Trainer:
     """Learns from what `ingest` reads, which it turns into examples, and tells `outlet` and `show` how it goes.
 
-    `identity` goes into every snapshot: what a server needs to rebuild the model (`schema`, `learner`), and what a resumed run must
-    agree with.
+    All `learners` learn the same examples; the first is what is published, the others stand beside it in reports and snapshots.
+    `identity` goes into every snapshot: what a server needs to rebuild the models (`schema`, `learner`, `beside`), and what a resumed run
+    must agree with.
     """
 
     def __init__(
@@ -78,10 +80,9 @@ class Trainer:
         ingest: Ingest | ReadAhead,
         outlet: Outlet,
         joiner: LabelJoiner,
-        learner: Learner,
+        learners: Mapping[str, Learner],
         directory: Path,
         identity: Mapping[str, Any],
-        ftrl: FTRL | None = None,
         baseline: BaselineProcess | None = None,
         baseline_share: float = 1.0,
         lateness_ms: int = 0,
@@ -100,13 +101,14 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.ingest, self.source, self.outlet, self.joiner, self.learner = ingest, ingest.source, outlet, joiner, learner
+        self.ingest, self.source, self.outlet, self.joiner = ingest, ingest.source, outlet, joiner
+        self.learners, self.learner = learners, next(iter(learners.values()))
         self.directory, self.identity = directory, identity
-        self.ftrl, self.baseline, self._baseline_below = ftrl, baseline, _share_threshold(baseline_share)
+        self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
         self.baseline_share = baseline_share
         self.snapshot_examples, self.keep_snapshots, self.max_bad_share = snapshot_examples, keep_snapshots, max_bad_share
         self._flags, self._show, self._notes, self._clock, self._wall_clock = flags, show, notes, clock, wall_clock
-        models = [identity["learner"]["model"], *(beside.name for beside in (ftrl, baseline) if beside)]
+        models = [*learners, *([baseline.name] if baseline else [])]
         self.watermarks = Watermarks(partitions=len(self.source.partitions), lateness_ms=lateness_ms, stall_clicks=stall_clicks)
         self.judge = Judge(gate or Gate(clicks=0), models, baseline.name if baseline else None)
         self.whole = metrics.WholeRun(models)
@@ -117,15 +119,15 @@ class Trainer:
         self.parent: str | None = None
         self._signing = signing
         self._writer = SnapshotWriter(directory / "snapshots", sign=signing.sign if signing else None, check=outlet.check)
-        learner.weights(reuse=True)  # memory for the copies in snapshots is taken now, not while learning waits for the first
+        for learner in learners.values():
+            learner.weights(reuse=True)  # memory for the copies in snapshots is taken now, not while learning waits for the first
         self._cutting = False  # a snapshot is between its copy and the disk
-        self._guard = Guard(
-            learner,
-            self.counters,
-            good=self._last_good,
-            skips_before_rollback=skips_before_rollback,
-            signature=signing.verify if signing else None,
-        )
+        told: dict[str, Any] = {"skips_before_rollback": skips_before_rollback, "signature": signing.verify if signing else None}
+        self._guard = Guard(self.learner, self.counters, good=self._last_good, **told)
+        self._beside = {
+            name: GuardBeside(learner, self.counters, good=partial(self._last_good_of, name), beside=name, **told)
+            for name, learner in list(learners.items())[1:]
+        }
         self._warned: set[str] = set()
         self._lost = 0  # records, as the source tells
         self.first_event_ms: int | None = None
@@ -345,21 +347,27 @@ class Trainer:
 
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
-        if (learned := self._guard.learn(batch, self._following())) is None:
+        following = self._following()
+        if (learned := self._guard.learn(batch, following)) is None:
             return
-        batch, logits = learned
+        batch = batch if learned.kept is None else batch[learned.kept]
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         self.first_event_ms = int(batch.time[0]) if self.first_event_ms is None else self.first_event_ms
         self.last_event_ms = int(batch.time[-1])
-        predicted: dict[str, npt.NDArray[np.floating]] = {self.whole.models[0]: logits.cpu().numpy()}
-        if self.ftrl:
-            with self.stages("learn.ftrl"):
-                predicted[self.ftrl.name] = self.ftrl.learn(np.ascontiguousarray(batch.ids[:, : self._fields]), batch.label, batch.values)
-        chosen = mix64(batch.id_hash) < self._baseline_below if self._baseline_below else None
+        predicted, chosen = {self.whole.models[0]: learned.logits}, {}
+        for name, guard in self._beside.items():
+            with self.stages(f"learn.{name}"):
+                beside = guard.learn(batch, following) or Learned(np.empty(0), np.zeros(len(batch), np.bool_))
+            predicted[name] = beside.logits
+            if beside.kept is not None:
+                chosen[name] = beside.kept
         if self.baseline:
-            share = batch if chosen is None else batch[chosen]
+            share = batch
+            if self._baseline_below:
+                chosen[self.baseline.name] = mix64(batch.id_hash) < self._baseline_below
+                share = batch[chosen[self.baseline.name]]
             self.baseline.submit(share.ids[:, : self._fields], share.values, share.label)  # no cross products
-        self._in_flight.append(_Learned(batch, predicted, chosen))
+        self._in_flight.append(_Learned(batch, predicted, chosen, learned.ends_pretraining))
         failpoint("learn.after")
 
     def _last_good(self) -> tuple[Path | None, int]:
@@ -368,6 +376,17 @@ class Trainer:
         published = self.outlet.published()
         name = published["snapshot"] if published else self.parent
         return self.directory / "snapshots" / name if name else None, self.ledger.count
+
+    def _last_good_of(self, beside: str) -> tuple[Path | None, int]:
+        """The same of a model beside: the newest snapshot of this lineage that has it."""
+        self._settle(wait=True)
+        name = self.parent
+        while name and (path := self.directory / "snapshots" / name).is_dir():
+            manifest, _ = snapshot.load(path, files=())
+            if snapshot.file_name(snapshot.stems(beside)[0]) in manifest["files"]:
+                return path, self.ledger.count
+            name = manifest["parent"]
+        return None, self.ledger.count
 
     def _settle(self, *, wait: bool) -> None:
         """Score the batches that every model has predicted, in order; finish the snapshots that they were waiting for."""
@@ -397,14 +416,14 @@ class Trainer:
             return baseline.take(wait=wait or baseline.full)
 
     def _score(self, learned: _Learned, baseline: npt.NDArray[np.float64] | None) -> None:
-        examples, logits, chosen = learned.examples, learned.logits, {}
+        examples, logits = learned.examples, learned.logits
         if baseline is not None:
             logits[BaselineProcess.name] = metrics.logits(baseline)
-            if learned.chosen is not None:
-                chosen[BaselineProcess.name] = learned.chosen
-        scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, chosen)
+        scored = metrics.Scored(examples.time, examples.label, examples.true_probability, logits, learned.chosen)
         self.whole.add(scored)
         self.judge.add(scored)
+        if learned.ends_pretraining:
+            self.judge.begin_anew("its pre-training has ended, and there is no verdict yet on the network that took over")
         self.windows.add(scored)
         self._close_windows(int(examples.time[-1]))  # examples come in event-time order
 
@@ -451,6 +470,7 @@ class Trainer:
             "stalled": self._stalled(),
             "silent_seconds": round(self._standing.silent_seconds, 1),
             "refused": self.judge.refused,
+            "left_out": {name: guard.left_out for name, guard in self._beside.items() if guard.left_out},
             "counters": {**self.joiner.counts(), **dict(sorted(self.counters.items())), "rejected": self._rejected()},
             "clicks_late": self.joiner.counts()["clicks_late"],
             "click_coverage": self.joiner.click_coverage,
@@ -480,6 +500,8 @@ class Trainer:
             self._settle(wait=True)
         failpoint("cut.before")
         worsened = self._guard.worsened()
+        for guard in self._beside.values():
+            guard.worsened()  # those that predict no numbers any more go back
         self._examples_at_snapshot = self.ledger.count
         try:
             segments = snapshot.stage(self.directory / "snapshots", self.joiner.segments())
@@ -492,13 +514,10 @@ class Trainer:
         named = self._partition_names()
         ready = Examples.concat(self._ready) if self._ready else None
         tensors: dict[str, State] = {
-            "model": dict(self.learner.weights(reuse=True)),
-            "optimizer": dict(self.learner.optimizer_state()),
+            **self._model_tensors(),
             "joiner": {**self.joiner.state_dict(), **{f"watermarks.{n}": array for n, array in self.watermarks.state_dict().items()}},
             "examples": {name: np.ascontiguousarray(array) for name, array in ready.arrays().items()} if ready else {},
         }
-        if self.ftrl:
-            tensors["ftrl"] = self.ftrl.state_dict()
         manifest = {
             **self.identity,
             "sequence": self.sequence,
@@ -512,12 +531,22 @@ class Trainer:
             "first_event_ms": self.first_event_ms,
             "counters": dict(self.counters),
             "guard": self._guard.told(),
+            "guards_beside": {name: guard.told() for name, guard in self._beside.items()},
             "gate": {"last_step": worsened},
         }
         self._in_flight.append(Cut(tensors, manifest, positions, segments))
         if self.baseline:
             self.baseline.mark()
         failpoint("cut.after")
+
+    def _model_tensors(self) -> dict[str, State]:
+        tensors: dict[str, State] = {}
+        for name, learner in self.learners.items():
+            beside = self._beside.get(name)
+            if not (beside and beside.left_out):
+                model, optimizer = snapshot.stems(name if beside else None)
+                tensors[model], tensors[optimizer] = dict(learner.weights(reuse=True)), dict(learner.optimizer_state())
+        return tensors
 
     def _begin_write(self, cut: Cut, baseline: Mapping[str, npt.NDArray[Any]]) -> None:
         self.judge.judge(self._published_evidence)
@@ -554,6 +583,8 @@ class Trainer:
             self._unwritten = None
             self.parent = written.path.name
             self._tell(written)
+            for name in written.not_finite:
+                self._beside[name].roll_back(NOT_FINITE)
 
     def _not_written(self, error: SnapshotError) -> None:
         """A full disk: learning goes on, the next try may succeed, and only the last one ends the run."""
@@ -588,14 +619,15 @@ class Trainer:
     def restore(self, path: Path) -> None:
         """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
         manifest, tensors = snapshot.load(path, signature=self._signing.verify if self._signing else None)
-        for section in ("schema", "learner", "join", "ftrl", "baseline"):
+        _require_same_models(manifest, self.identity, path)
+        for section in ("schema", "join", "baseline"):
             _require_same(manifest[section], self.identity[section], path)
         names = self._partition_names()
         if odd := sorted(set(names) ^ set(manifest["positions"])):
             self._require_same_partitions(odd, names)
             raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
         self._require_same_topics(manifest["topic_ids"])
-        self._guard.load(tensors, manifest, path)
+        self._guard.load(tensors, manifest["guard"], path, last_step=manifest["gate"]["last_step"])
         self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))
         if not self.watermarks.stall_clicks:  # told not to wait any more
             self.watermarks.stalled[:] = False
@@ -606,8 +638,6 @@ class Trainer:
         self.whole.load_state_dict(_part(tensors["metrics"], "whole."))
         self.windows.load_state_dict(_part(tensors["metrics"], "windows."))
         self.judge.load_state_dict(_part(tensors["metrics"], "judge."), manifest["gate"])
-        if self.ftrl:
-            self.ftrl.load_state_dict(tensors["ftrl"])
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         self._ready = [Examples(**tensors["examples"])] if tensors["examples"] else []
@@ -617,6 +647,8 @@ class Trainer:
         self.first_event_ms, self.last_event_ms = manifest["first_event_ms"], manifest["event_time_ms"] or None
         published = self.outlet.published()
         self.sequence, self.parent = manifest["sequence"], path.name
+        for name, guard in self._beside.items():
+            guard.load(tensors, manifest["guards_beside"][name], path, last_step=[])
         self._examples_at_snapshot = self.ledger.count
         positions = {index: manifest["positions"][name] for index, name in enumerate(names)}
         self.source.seek(positions)
@@ -659,6 +691,18 @@ def _require_same(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Pat
                 f"snapshot {path.name} was made with {name} = {saved.get(name)!r:.200}, not {wanted.get(name)!r:.200}; "
                 "use another --state directory for another configuration"
             )
+
+
+def _require_same_models(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Of manifests."""
+    made, asked = (", ".join([of["learner"]["model"], *of.get("beside", {})]) for of in (saved, wanted))
+    if made != asked:
+        raise ConfigError(
+            f"snapshot {path.name} was made with the models {made}, not with {asked}; use another --state directory for other models"
+        )
+    _require_same(saved["learner"], wanted["learner"], path)
+    for name, options in wanted["beside"].items():
+        _require_same(saved["beside"][name], options, path)
 
 
 def _part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:
