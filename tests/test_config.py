@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_ctr.config import Config, duration, format_duration, known_keys, load
+from stream_ctr.config import Config, duration, format_duration, known_keys, load, parse_text
 from stream_ctr.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -47,6 +47,16 @@ WRONG = {
     "configuration: other values": [
         ("join = 5", "join: Input should be a valid dictionary"),
         ("[features]\ncategorical=['a','b']\nnumeric=['b']", "a field is listed twice: b"),
+        ("[features]\ncrosses=['age']", "a cross product is of two or more fields, \"age*category\", got 'age'"),
+        ("[features]\ncrosses=['age*']", "a cross product is of two or more fields, \"age*category\", got 'age*'"),
+        ("[features]\ncrosses=['age*age']", "features.crosses.0: a field is in it twice: 'age*age'"),
+        ("[features]\ncrosses=['a*b', 'b*c', ['b', 'a']]", "features.crosses: a cross product is listed twice: 'b*a'"),
+        ("[features]\ncrosses=[3]", "features.crosses.0: Input should be a valid tuple, got 3"),
+        ("[features]\ncategorical=['age', 'category']\ncrosses=['age*categry']", "no field; did you mean 'category'?"),
+        (
+            "[features]\ncategorical=['a']\nnumeric=['x']\nnumeric_encoding='value'\ncrosses=['a*x']",
+            "features.crosses: 'a*x' has the number 'x', which has one row with numeric_encoding = 'value'; only buckets of it",
+        ),
         ("[model]\nname='deepfn'", "model.name"),
         ("[model]\ntable_bits=40", "model.table_bits"),
         ("[baseline]\nsample_rate=0", "baseline.sample_rate"),
@@ -98,6 +108,20 @@ def test_a_wrong_environment_variable_is_an_error_too():
     with pytest.raises(ConfigError, match=r"STREAM_CTR_LEARN__BACH_SIZE.*did you mean 'STREAM_CTR_LEARN__BATCH_SIZE'"):
         load(environ={"STREAM_CTR_LEARN__BACH_SIZE": "3"})
     assert load(environ={"STREAM_CTR_FEATURES__CATEGORICAL": "a, b", "OTHER": "x"}).features.categorical == ("a", "b")
+
+
+def test_cross_products_are_written_alike_in_a_file_and_on_the_command_line(tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text("[features]\ncategorical = ['age', 'app', 'user', 'x*y']\ncrosses = ['age*app', 'user * app']\n")
+    crosses = (("age", "app"), ("user", "app"))
+    assert load(path, environ={}).features.crosses == crosses
+    assert load(environ={"STREAM_CTR_FEATURES__CROSSES": "age*app, user*app"}).features.crosses == crosses
+    flag = {"crosses": parse_text("features", "crosses", "age*app,user*app")}
+    assert load(environ={}, overrides={"features": flag}).features.crosses == crosses
+    path.write_text(path.read_text().replace("'user * app'", "['user', 'x*y']"))  # a name with a star can only be listed
+    kept = load(path, environ={}).model_dump(mode="json")
+    assert kept["features"]["crosses"] == [["age", "app"], ["user", "x*y"]]
+    assert load(environ={}, base=kept) == load(path, environ={})
 
 
 def test_a_file_that_is_not_there_is_said_so():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 
 import mmh3
 import numpy as np
@@ -21,6 +23,13 @@ def published_id(field: str, value: bytes, *, hash_seed: int = 0, bits: int = 20
     """The README's recipe, with another implementation of the hash."""
     field_seed = mmh3.hash64(field.encode(), hash_seed, signed=False)[0] & 0xFFFFFFFF
     return mmh3.hash64(value, field_seed, signed=False)[0] & ((1 << bits) - 1)
+
+
+def published_cross(members: Sequence[tuple[str, bytes]], *, hash_seed: int = 0, bits: int = 20) -> int:
+    """The recipe for a cross product: of fields, and of the bytes that each hashes."""
+    cross_seed = mmh3.hash64(b"\xff".join(field.encode() for field, _ in members), hash_seed, signed=False)[0] & 0xFFFFFFFF
+    hashes = [published_id(field, value, hash_seed=hash_seed, bits=64).to_bytes(8, "little") for field, value in members]
+    return mmh3.hash64(b"".join(hashes), cross_seed, signed=False)[0] & ((1 << bits) - 1)
 
 
 @settings(deadline=None)
@@ -102,3 +111,70 @@ def test_any_number_hashes_the_text_of_its_bucket_seen_before_or_not(numbers, oc
         b"\xff" if x is None else str(int(np.sign(x) * np.floor(octave * np.log2(1 + np.abs(np.float64(x)))))).encode() for x in numbers * 2
     ]
     assert ids[:, 0].tolist() == [published_id("age", text) for text in expected]
+
+
+CROSSED = (*FIELDS, Field("user", "categorical"))
+TEXTS = st.one_of(st.none(), st.sampled_from(["", "maps", "a word of more than sixteen bytes"]))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(TEXTS, st.one_of(st.none(), st.integers(-(10**6), 10**6)), TEXTS), min_size=1, max_size=10),
+    st.lists(st.permutations(["app", "age", "user"]).flatmap(lambda names: st.integers(2, 3).map(lambda n: tuple(names[:n]))), max_size=3),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+def test_a_server_in_another_language_can_reproduce_the_id_of_a_cross_product(rows, crosses, seed, coded):
+    hashed = [
+        {
+            "app": b"\xff" if app is None else app.encode(),
+            "age": b"\xff" if age is None else str(int(math.copysign(math.floor(2 * math.log2(1 + abs(age))), age))).encode(),
+            "user": b"\xff" if user is None else user.encode(),
+        }
+        for app, age, user in rows
+    ]
+    apps, ages, users = zip(*rows, strict=True)
+    texts = {name: pa.array(column, pa.string()) for name, column in (("app", apps), ("user", users))}
+    columns = {name: column.dictionary_encode() if coded else column for name, column in texts.items()} | {
+        "age": pa.array(ages, pa.float64())
+    }
+    hasher = Hasher(CROSSED, table_bits=20, hash_seed=seed, crosses=crosses)
+    ids, values = hasher.rows(columns)
+    assert values.shape == (len(rows), 0)
+    expected = [
+        [*(published_id(name, row[name], hash_seed=seed) for name in ("app", "age", "user"))]
+        + [published_cross([(name, row[name]) for name in names], hash_seed=seed) for names in crosses]
+        for row in hashed
+    ]
+    assert ids.tolist() == expected
+
+
+def test_cross_products_stand_behind_fields_whose_ids_stay_what_they_were():
+    columns = {"app": pa.array(["a", None]), "age": pa.array([2.5, None], pa.float64()), "user": pa.array(["u", "v"])}
+    for encoding in ("buckets", "value"):
+        plain, plain_values = Hasher(CROSSED, table_bits=20, numeric_encoding=encoding).rows(columns)
+        crossed, values = Hasher(CROSSED, table_bits=20, numeric_encoding=encoding, crosses=[("user", "app")]).rows(columns)
+        assert crossed[:, :3].tolist() == plain.tolist()
+        assert values.tolist() == plain_values.tolist()
+    hasher = Hasher(CROSSED, table_bits=20, crosses=[("user", "app")])
+    assert hasher.rows({name: column[:0] for name, column in columns.items()})[0].shape == (0, 4)
+
+
+def test_cross_products_whose_names_read_alike_in_a_row_have_rows_of_their_own():
+    fields = [Field(name, "categorical") for name in ("ab", "c", "a", "bc", "*", "ab*c")]
+    column = pa.array(["x"])
+    crosses = [("ab", "c"), ("a", "bc"), ("c", "ab"), ("*", "ab*c"), ("ab*c", "*"), ("*", "ab", "c")]
+    ids, _ = Hasher(fields, table_bits=30, crosses=crosses).rows({field.name: column for field in fields})
+    assert len(set(ids[0].tolist())) == len(fields) + len(crosses)
+
+
+@pytest.mark.parametrize(
+    ("names", "encoding", "message"),
+    [
+        (("app", "usr"), "buckets", "'app*usr' has 'usr', which is no field; did you mean 'user'"),
+        (("app", "age"), "value", "'app*age' has the number 'age', which has one row with numeric_encoding = 'value'"),
+    ],
+)
+def test_what_cannot_be_crossed_is_named(names, encoding, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Hasher(CROSSED, table_bits=20, numeric_encoding=encoding, crosses=[names])
