@@ -83,8 +83,8 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """What `records` records held: n impressions with `ids` int32 [n, F], `values` float32 [n, V] and `true_probability` float64 [n], m
-    clicks, and rejects.
+    """What `records` records held: n impressions with `ids` int32 [n, F + C], `values` float32 [n, V] and `true_probability` float64 [n],
+    m clicks, and rejects.
 
     `arrival` [n + m] are indices into the impressions and then the clicks, in order of arrival over both. `with_fields` are the names of
     the fields that any of the impressions had; `with_unknown_fields` is how many events had members that nobody reads. `bad_records` is how

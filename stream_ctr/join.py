@@ -89,7 +89,7 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """n impressions with their final labels: id_hash uint64 · time int64 ms · ids int32 [n, F] · values float32 [n, V] · label uint8 ·
+    """n impressions with their final labels: id_hash uint64 · time int64 ms · ids int32 [n, F + C] · values float32 [n, V] · label uint8 ·
     true_probability float64 (NaN: unknown)."""
 
     id_hash: npt.NDArray[np.uint64]
