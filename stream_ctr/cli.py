@@ -22,7 +22,7 @@ import click
 
 from stream_ctr import __version__
 from stream_ctr.errors import BrokerError, ConfigError, DataError, SnapshotError, StreamCtrError
-from stream_ctr.inspection import dlq, printable, snapshots
+from stream_ctr.inspection import aligned, dlq, printable, snapshots
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -147,6 +147,13 @@ def _load_config(
     help="What reads from Kafka; confluent is librdkafka (pip install 'stream-ctr[confluent]').  [default: kafka-python]",
 )
 @click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of Kafka.")
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="NAME",
+    help="What learns and is published, see `stream-ctr models`; given again, others beside it on the same examples.  [default: deepfm]",
+)
 @_log_options
 @_settings
 @click.option(
@@ -161,9 +168,9 @@ def _load_config(
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), help="Where the table and the network live.  [default: auto]")
 @click.option("--profile", is_flag=True, help="Print at the end where the time of an event went, and what the bound is.")
 def run(
-    topic: str | None, click_topic: str | None, reader: str | None, source: Path | None, log_format: str | None, log_seed: int,
-    bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...], state: Path,
-    until_end: bool, take_over: bool, device: str | None, profile: bool,
+    topic: str | None, click_topic: str | None, reader: str | None, source: Path | None, models: tuple[str, ...], log_format: str | None,
+    log_seed: int, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+    state: Path, until_end: bool, take_over: bool, device: str | None, profile: bool,
 ) -> None:  # fmt: skip
     """Learn from impressions and clicks; report, snapshot, publish.
 
@@ -171,9 +178,12 @@ def run(
     stream-ctr run --topic clicks --state state
     stream-ctr run --topic impressions --click-topic clicks --config my.toml
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
+    stream-ctr run --topic clicks --model deepfm --model fm --model lr
     """
     from stream_ctr import assembly, runs, stages
 
+    if models:
+        extra = (*extra, f"model.name={models[0]}", f"model.beside={','.join(models[1:])}")
     extra = (*extra, f"learn.device={device}") if device else extra
     with runs.state_directory(state, take_over=take_over) as lease:
         key = assembly.signing_key(_load_config(config_path, extra)[0])
@@ -371,10 +381,11 @@ def _run_hook(hook: Sequence[str], pointer: Mapping[str, Any]) -> None:
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )
+@click.option("--model", metavar="NAME", help="One that was learned beside the published one.  [default: the published one]")
 @click.option("--public-key", type=click.Path(path_type=Path), help="A PEM file; what its private key did not sign is refused.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
 @_log_options
-def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_format: str | None, log_seed: int) -> None:
+def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_json: bool, log_format: str | None, log_seed: int) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
     \b
@@ -390,7 +401,7 @@ def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_for
         if newest is None:
             raise SnapshotError(f"{path} has no snapshot yet")
         path = newest
-    scorer = Scorer(path, signature=signature)
+    scorer = Scorer(path, model=model, signature=signature)
     decoder = Decoder(scorer.fields)
     rejected = scored = unknown = 0
     for batch in _open_log(log, log_format, log_seed).batches():
@@ -417,14 +428,20 @@ def score(log: Path, path: Path, public_key: Path | None, as_json: bool, log_for
 
 @main.command()
 @click.option("--data", "log_path", type=click.Path(path_type=Path), help="A log of impressions and clicks.")
-@click.option("--simulate", "simulated", type=click.IntRange(1), metavar="N", help="Instead of a log, N impressions of a simulated app store.")
+@click.option(
+    "--simulate", "simulated", type=click.IntRange(1), metavar="N", help="Instead of a log, N impressions of a simulated app store."
+)
 @_log_options
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the report goes, and all that is kept.")
 @click.option("--quick", is_flag=True, help="A sample: 20,000 impressions, two seeds, three epochs, fewer points; about two minutes.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each system of Table 2.")
 @click.option("--study-seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each point of Figures 7 to 11.")
-@click.option("--study-rows", type=click.IntRange(1), default=1_000_000, show_default=True, help="Training rows for Figures 7 to 11, at most.")
-@click.option("--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part.")
+@click.option(
+    "--study-rows", type=click.IntRange(1), default=1_000_000, show_default=True, help="Training rows for Figures 7 to 11, at most."
+)
+@click.option(
+    "--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part."
+)
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when validation is no better.")
 @click.option("--only", metavar="PART,...", help="Some of table2, figure7 to figure11 and streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
@@ -502,6 +519,29 @@ def _paper_log(path: Path | None, simulated: int | None, log_format: str | None,
 
 
 # -- configuration, broker, demo ----------------------------------------------------------------------------------------------------
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
+def models(as_json: bool) -> None:
+    """List the paper's nine systems: what `run --model` and `model.name` call each, and its line in the paper's Table 1.
+
+    \b
+    stream-ctr models
+    """
+    from stream_ctr.models import MODELS
+
+    if as_json:
+        for name, system in MODELS.items():
+            told = {"high_order": system.high_order, "low_order": system.low_order, "engineering": system.engineering}
+            click.echo(json.dumps({"name": name, "title": system.title, "pretraining": system.pretraining, **told, "says": system.says}))
+        return
+    rows: list[tuple[str, ...]] = [("name", "in the paper", "no pre-training", "high-order", "low-order", "no feature engineering", "")]
+    for name, system in MODELS.items():
+        properties = (not system.pretraining, system.high_order, system.low_order, not system.engineering)
+        rows.append((name, system.title, *("yes" if has else "-" for has in properties), system.says))
+    for line in aligned(rows):
+        click.echo(line)
 
 
 @main.command("config")

@@ -64,6 +64,9 @@ _METRICS = (
 )
 _REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
 _DASH = "–"
+_SENTENCES = 2  # that say who beats whom; of more models a table does
+# Its columns, as `_METRICS`.
+_COMPARED = ("{} minus\nthe model", "verdict", "95 % interval", "gap\nclosed")
 # Counters that are worth a place once they count something.
 _SELDOM = {"impressions_spilled", "impressions_evicted", "clicks_evicted", "ids_forgotten_early"}
 _SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
@@ -87,7 +90,8 @@ class _View:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         report, width = self._report, options.max_width
         parts: list[RenderableType] = [*_flow(_progress(report), width), Text(), _widest_table(report, console, options), Text()]
-        segments = console.render(Group(*parts, *_alarms(report), *_verdicts(report), *_flow(_counts(report), width)), options)
+        verdicts = _verdicts(report) if len(_measured(report).pairs) <= _SENTENCES else [_widest_comparison(report, console, options)]
+        segments = console.render(Group(*parts, *_alarms(report), *verdicts, *_flow(_counts(report), width)), options)
         # A terminal that is not UTF-8 would end the program with an encoding error.
         yield from (
             (Segment(text.translate(_ASCII), style, control) for text, style, control in segments) if options.ascii_only else segments
@@ -96,7 +100,16 @@ class _View:
 
 def _widest_table(report: Report, console: Console, options: ConsoleOptions) -> Table:
     """The table with as many metrics as fit."""
-    tables = [_table(_scopes(report), _METRICS[:count]) for count in range(len(_METRICS), 0, -1)]
+    return _first_that_fits([_table(_scopes(report), _METRICS[:count]) for count in range(len(_METRICS), 0, -1)], console, options)
+
+
+def _widest_comparison(report: Report, console: Console, options: ConsoleOptions) -> Table:
+    heads = [*_COMPARED]
+    return _first_that_fits([_comparison(report, heads[:count]) for count in range(len(heads), 0, -1)], console, options)
+
+
+def _first_that_fits(tables: Sequence[Table], console: Console, options: ConsoleOptions) -> Table:
+    """Of tables that become narrower; else the last."""
     return next(
         (table for table in tables if console.measure(table, options=options.update(width=1000)).maximum <= options.max_width), tables[-1]
     )
@@ -195,43 +208,94 @@ def _alarms(report: Report) -> Iterator[Text]:
         yield Text(f"learning waits: the clicks of {', '.join(map(str, stalled))} are overdue", "red")
     for reason in report.get("refused") or ():
         yield Text(f"snapshots are not published: {reason}", "red")
+    for name in _mapping(report, "left_out"):
+        yield Text(f"{name} diverged and is left out; the others go on", "red")
+
+
+class _Pair(NamedTuple):
+    """Logloss of the first model minus that of another: the smaller, the better for the first."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def winner(self) -> int:
+        """-1 the first, 1 the other, 0 if they cannot be told apart."""
+        return 0 if self.low <= 0.0 <= self.high else -1 if self.difference < 0 else 1
+
+
+class _Measured(NamedTuple):
+    """The stretch by which models are compared with the first."""
+
+    scope: _Scope
+    first: str
+    pairs: Mapping[str, _Pair]
+
+
+def _measured(report: Report) -> _Measured:
+    half = _mapping(report, "last_half")
+    scope = _Scope("last half" if half else "whole run", "", half or report)
+    pairs, known = {}, _mapping(scope.known, "pairs")
+    for name in known:
+        numbers = [_number(_mapping(known, name).get(key)) for key in ("logloss_difference", "low", "high")]
+        if all(number is not None for number in numbers):
+            pairs[name] = _Pair(*(float(number) for number in numbers if number is not None))
+    first = next(iter(_models(scope)), "")
+    return _Measured(scope, first, pairs if first else {})
 
 
 def _verdicts(report: Report) -> Iterator[Text]:
     """In words: who beats whom, and how far the models came from the constant to the best possible."""
-    half = _mapping(report, "last_half")
-    measured = _Scope("last half" if half else "whole run", "", half or report)
-    pairs = _mapping(measured.known, "pairs")
-    for first in _models(measured)[:1]:
-        for name in pairs:
-            numbers = [_number(_mapping(pairs, name).get(key)) for key in ("logloss_difference", "low", "high")]
-            if all(number is not None for number in numbers):
-                difference, low, high = (float(number) for number in numbers if number is not None)
-                yield _paired_words(first, name, difference, low, high, measured.title)
+    measured = _measured(report)
+    for name, pair in measured.pairs.items():
+        yield _paired_words(measured.first, name, pair, measured.scope.title)
     for scope in _scopes(report):
-        if shares := list(_shares_of_gap(scope)):
-            yield Text(f"gap to best possible closed ({scope.title}): {', '.join(shares)}")
+        if shares := _shares_of_gap(scope):
+            words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            yield Text(f"gap to best possible closed ({scope.title}): {words}")
             return
 
 
-def _paired_words(first: str, second: str, difference: float, low: float, high: float, scope: str) -> Text:
-    """`difference` is the logloss of `first` minus that of `second`, so the smaller it is the better for `first`."""
-    if low <= 0.0 <= high:
+def _comparison(report: Report, heads: Sequence[str]) -> Table:
+    """The same as a table, a row a model."""
+    measured = _measured(report)
+    shares = _shares_of_gap(measured.scope)
+    title = f"{measured.scope.title}, logloss in nats per impression"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for head in ("model", *heads):
+        justify: Any = "left" if head in ("model", "verdict") else "right"
+        table.add_column(Text(head.format(measured.first), "dim"), justify=justify, no_wrap=True, vertical="bottom")
+    for name in _models(measured.scope):
+        pair = measured.pairs.get(name)
+        cells = {"gap\nclosed": f"{shares[name]:.0%}" if name in shares else ""}
+        if pair:
+            verdict = {-1: f"{measured.first} is better", 0: "cannot be told apart", 1: f"{name} is better"}[pair.winner]
+            told = (f"{pair.difference:+.5f}", verdict, f"{pair.low:+.5f} to {pair.high:+.5f}")
+            cells |= dict(zip(_COMPARED, told, strict=False))
+        style = "" if pair is None else "green" if pair.winner else "yellow"
+        table.add_row(*(Text(cell) for cell in (name, *(cells.get(head, "") for head in heads))), style=style)
+    return table
+
+
+def _paired_words(first: str, second: str, pair: _Pair, scope: str) -> Text:
+    difference, low, high = pair
+    if not pair.winner:
         words = f"{first} and {second} cannot be told apart: logloss differs by {difference:+.5f} nats per impression"
         return Text(f"{words} ({scope}, 95 % interval {low:+.5f} to {high:+.5f})", "yellow")
-    better, worse = (first, second) if difference < 0 else (second, first)
+    better, worse = (first, second) if pair.winner < 0 else (second, first)
     least, most = sorted((abs(low), abs(high)))
     words = f"{better} beats {worse} by {abs(difference):.5f} nats per impression"
     return Text(f"{words} ({scope}, 95 % interval {least:.5f} to {most:.5f})", "green")
 
 
-def _shares_of_gap(scope: _Scope) -> Iterator[str]:
+def _shares_of_gap(scope: _Scope) -> dict[str, float]:
+    """Model -> how far it came from the constant to the best possible, where that is known."""
     constant, best = (_number(scope.known.get(key)) for key in _REFERENCES.values())
     if constant is None or best is None or not constant > best:
-        return
-    for name in _models(scope):
-        if (logloss := _number(_mapping(scope.known, "models")[name].get("logloss"))) is not None:
-            yield f"{name} {(constant - logloss) / (constant - best):.0%}"
+        return {}
+    known = {name: _number(_mapping(scope.known, "models")[name].get("logloss")) for name in _models(scope)}
+    return {name: (constant - logloss) / (constant - best) for name, logloss in known.items() if logloss is not None}
 
 
 def _flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:

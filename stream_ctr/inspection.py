@@ -51,7 +51,7 @@ def _note(text: str) -> None:
     click.echo(f"note: {text}", err=True)
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Lines of cells under each other, two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -108,7 +108,7 @@ def snapshots() -> None:
 def list_snapshots(directory: Path, as_json: bool) -> None:
     """A line for each snapshot in DIR, the newest last. Nothing is verified.
 
-    DIR is the state directory of a run, or its snapshots folder. The metrics are those of the deep model over the whole run. The
+    DIR is the state directory of a run, or its snapshots folder. The metrics are those of the published model over the whole run. The
     snapshot that subscribers load is marked `published`; one that was not published is `refused`, and `show` has the reasons.
 
     \b
@@ -122,7 +122,7 @@ def list_snapshots(directory: Path, as_json: bool) -> None:
             _say(json.dumps(one))
         return
     cells = [_cells(one) for one in described if "error" not in one]
-    lines = iter(list(_aligned(cells)))
+    lines = iter(list(aligned(cells)))
     for one in described:
         _say(f"{one['snapshot']}  {printable(one['error'], 1000)}" if "error" in one else next(lines))
 
@@ -213,13 +213,13 @@ def show_snapshot(path: Path, snapshot_id: str | None) -> None:
     path = _one(path, snapshot_id)
     manifest, _ = snapshot.load(path, files=())
     told = {name: value for name, value in manifest.items() if name not in ("metrics", "files")}
-    for line in _aligned([[printable(name), printable(text, 2000)] for name, text in _flat(told)]):
+    for line in aligned([[printable(name), printable(text, 2000)] for name, text in _flat(told)]):
         _say(line)
     for name, entry in manifest["files"].items():
         _say(f"\n{name}  {entry['bytes']:,} bytes  SHA-256 {printable(entry['sha256'])}")
         tensors = _tensors(path / name) if name.endswith(".safetensors") else []
         rows = [["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in tensors]
-        for line in _aligned(rows):
+        for line in aligned(rows):
             _say(line)
 
 

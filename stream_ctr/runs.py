@@ -254,6 +254,8 @@ def _out_of_memory(state: Path) -> Iterator[None]:
     ) from reason
 
 
+_MODELS_IN_A_LINE = 3
+_OF_MODELS = ("examples_skipped", "examples_unlearned")  # counted for each model beside as well
 # Counters of what was not learned, and of why.
 _WORTH_A_WORD = (
     "rejected", "records_lost", "impressions_late", "impressions_evicted", "clicks_late", "clicks_unmatched", "clicks_evicted",
@@ -262,19 +264,48 @@ _WORTH_A_WORD = (
 
 
 def _summary(report: Mapping[str, Any], state: Path) -> str:
+    """A line, or, of more than three models, one for each after it."""
+    several = len(report["models"]) > _MODELS_IN_A_LINE
     parts = [f"{report['examples']:,} examples"]
-    parts += [f"{name}: logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" for name, score in report["models"].items() if score["auc"]]
+    scores = {name: score for name, score in report["models"].items() if score["auc"]}
+    if not several:
+        parts += [f"{name}: logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" for name, score in scores.items()]
     if report.get("best_possible_logloss"):
         parts.append(f"best possible logloss {report['best_possible_logloss']:.5f}")
     paired = report["paired"]
-    if paired["low"] is not None:
+    if paired["low"] is not None and not several:
         first, second = paired["models"]
-        interval = f"[{paired['low']:+.5f}, {paired['high']:+.5f}]"
-        parts.append(f"{first} - {second} on the same {paired['count']:,}: {paired['logloss_difference']:+.5f} {interval}")
-    parts += [f"{count:,} {name.replace('_', ' ')}" for name in _WORTH_A_WORD if (count := report["counters"].get(name, 0))]
+        parts.append(f"{first} - {second} {_difference(paired)}")
+    parts += _counted(report["counters"])
     if report["stalled"]:
         parts.append(f"{report['pending']:,} impressions wait for clicks that are overdue (join.stall_clicks = 0 does not wait)")
-    return f"{report['kind']}: {'; '.join(parts)}; snapshot {state / 'snapshots' / report['snapshot']}"
+    line = f"{report['kind']}: {'; '.join(parts)}; snapshot {state / 'snapshots' / report['snapshot']}"
+    return "\n".join([line, *(_model_lines(report) if several else ())])
+
+
+def _model_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    first = next(iter(report["models"]))
+    width = max(map(len, report["models"]))
+    for name, score in report["models"].items():
+        figures = f"logloss {score['logloss']:.5f}, AUC {score['auc']:.4f}" if score["auc"] else "no AUC"
+        paired = report["pairs"].get(name, {"low": None})
+        less = f"; {first} - {name} {_difference(paired)}" if paired["low"] is not None else ""
+        yield f"  {name:<{width}}  {figures}{less}"
+
+
+def _difference(paired: Mapping[str, Any]) -> str:
+    interval = f"[{paired['low']:+.5f}, {paired['high']:+.5f}]"
+    return f"on the same {paired['count']:,}: {paired['logloss_difference']:+.5f} {interval}"
+
+
+def _counted(counters: Mapping[str, int]) -> Iterator[str]:
+    for name in _WORTH_A_WORD:
+        if count := counters.get(name, 0):
+            yield f"{count:,} {name.replace('_', ' ')}"
+        for model in (key.removeprefix(f"{name}.") for key in counters if key.startswith(f"{name}.") and name in _OF_MODELS):
+            yield f"{counters[f'{name}.{model}']:,} {name.replace('_', ' ')} by {model}"
+    if left_out := [key.removeprefix("left_out.") for key in counters if key.startswith("left_out.")]:
+        yield f"left out, for it diverged: {', '.join(left_out)}"
 
 
 @contextlib.contextmanager

@@ -399,7 +399,7 @@ def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_t
         source = Partitions([stream], seed=seed)
         whole = trainer(directory / "ahead", source, **sections(read_ahead))
         finish(whole)
-        everything = ("model", "optimizer", "ftrl", "metrics", "joiner", "examples")
+        everything = ("model", "optimizer", "ftrl.model", "metrics", "joiner", "examples")
         assert_same_snapshots(
             directory / "asked", directory / "ahead", stems=everything, of_manifest=("positions", "ledger", "counters", "examples")
         )
@@ -412,7 +412,7 @@ def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_t
         if newest := snapshot.newest(directory / "dying" / "snapshots"):
             resumed.restore(newest)
         finish(resumed)
-        for stem in ("model", "optimizer", "ftrl", "metrics", "joiner"):
+        for stem in ("model", "optimizer", "ftrl.model", "metrics", "joiner"):
             ours, theirs = snapshots(directory / "dying")[-1][1][stem], snapshots(directory / "asked")[-1][1][stem]
             assert all(np.array_equal(array, theirs[name]) for name, array in ours.items()), stem
     finally:
@@ -429,7 +429,7 @@ def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, see
         source = Partitions(split(stream, 3), seed=seed + 1)
         finish(trainer(directory / "ahead", source, **sections(read_ahead), **short))
         assert_same_snapshots(
-            directory / "asked", directory / "ahead", stems=("model", "optimizer", "ftrl", "metrics"), of_manifest=("ledger", "examples")
+            directory / "asked", directory / "ahead", stems=("model", "optimizer", "ftrl.model", "metrics"), of_manifest=("ledger", "examples")
         )
     finally:
         shutil.rmtree(directory)

@@ -47,7 +47,7 @@ EVENTS_A_SECOND = 1000
 KILL_AFTER_SECONDS = (0.2, 5.0)
 PATIENCE_SECONDS = 120.0
 # What does not depend on how far ahead of the batch the topic had been read.
-COMPARED = ("model", "optimizer", "ftrl", "baseline", "metrics")
+COMPARED = ("model", "optimizer", "ftrl.model", "baseline", "metrics")
 
 
 @dataclass(frozen=True, slots=True)
