@@ -14,9 +14,9 @@ from test_logs import OBD, shared_data
 
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher, hash_ids
-from stream_ctr.models.lr import FTRL, RiverSemantics
 from stream_ctr.logs import open_log
 from stream_ctr.metrics import probabilities
+from stream_ctr.models.lr import FTRL, RiverSemantics
 
 INTERCEPT = -1
 

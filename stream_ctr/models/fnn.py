@@ -1,13 +1,14 @@
 """FNN, the FM-initialised network (Zhang, Du, Wang, "Deep Learning over Multi-field Categorical Data", ECIR 2016).
 
-    z_i = [w_i, V_i1, ..., V_iK] x_i        their (4), from an FM that was trained before
-    y   = MLP([z_1, ..., z_F])              their (1) to (3)
+    z_i = [w_i, V_i1, ..., V_iK] x_i        from an FM that was trained before
+    y   = MLP([z_1, ..., z_F])
 
-It begins as an FM and learns as one: that is the pre-training. Then the network takes over, and learning goes on through `w` and `V`. The
-network has learned nothing by then: in a stream its first predictions are worse than the FM's last.
+It begins as an FM and learns as one: that is the pre-training. Then the network takes over, and learning goes on through `w` and `V`, as
+their fine-tuning does. The network has learned nothing by then: in a stream its first predictions are worse than the FM's last.
 
-Their z also has the FM's constant, which is one for all examples: the bias of the first layer plays its part. Common implementations
-have no FM at all and leave `w` out: then it is an embedding under a network, which the paper's Table 1 would give another line.
+Their z also has the FM's constant, which is one number for all examples: the bias of the first layer plays its part. They have tanh in the
+network; the DeepFM paper, whose table this repeats, gives it relu. Common implementations have no FM at all and leave `w` out: that is an
+embedding under a network, without the pre-training that Table 1 gives FNN a line for.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -74,19 +75,35 @@ def pairwise_inner_products(v: Tensor) -> Tensor:
     return _PairwiseInnerProducts.apply(v, total, y)  # type: ignore[no-untyped-call]
 
 
+@functools.cache
+def _pairs(fields: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of a flattened [F, F]: at which places the pairs i < j are, in their order, and at each place the number of its pair, 0 on the
+    diagonal."""
+    i, j = torch.triu_indices(fields, fields, offset=1)
+    pair_at = torch.zeros(fields, fields, dtype=torch.int64)
+    pair_at[i, j] = pair_at[j, i] = torch.arange(len(i))
+    return (i * fields + j).to(device), pair_at.flatten().to(device)
+
+
 class _InnerProducts(torch.autograd.Function):
+    """Both passes are a product of matrices and a choice of columns; autograd's own backward would add at indices, which is slow, and on a
+    GPU not the same twice."""
+
     @staticmethod
     def forward(ctx: Any, v: Tensor) -> Tensor:
         ctx.save_for_backward(v)
-        i, j = torch.triu_indices(v.shape[1], v.shape[1], offset=1, device=v.device)
-        return torch.bmm(v, v.transpose(1, 2))[:, i, j]
+        places, _ = _pairs(v.shape[1], v.device)
+        return torch.bmm(v, v.transpose(1, 2)).flatten(1).index_select(1, places)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Tensor:
         (v,) = ctx.saved_tensors
-        i, j = torch.triu_indices(v.shape[1], v.shape[1], offset=1, device=v.device)
-        slope = v.new_zeros(len(v), v.shape[1], v.shape[1])  # symmetric, with nothing on the diagonal
-        slope[:, i, j] = slope[:, j, i] = dy
+        fields = v.shape[1]
+        if fields < 2:
+            return torch.zeros_like(v)
+        _, pair_at = _pairs(fields, v.device)
+        slope = dy.index_select(1, pair_at).view(-1, fields, fields)  # symmetric, d/d<v_i, v_j> at (i, j) and (j, i)
+        slope.diagonal(dim1=1, dim2=2).zero_()
         return torch.bmm(slope, v)
 
 
@@ -126,19 +143,29 @@ def dropout_from(generator: torch.Generator | None) -> Iterator[None]:
         _drawing.generator = before
 
 
+_DRAWS = 1 << 16  # that can be told from another
+
+
 class Dropout(nn.Module):
     """Inverted dropout that draws only where `dropout_from` gives it a generator, which the learner sets from (seed, step): a resumed run
-    draws what an uninterrupted one would have drawn."""
+    draws what an uninterrupted one would have drawn. The share that is kept is a multiple of 2^-16.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
+        self._kept = min(max(round((1.0 - rate) * _DRAWS), 1), _DRAWS - 1)  # of so many draws
 
     def forward(self, x: Tensor) -> Tensor:
         if _drawing.generator is None or self.rate == 0.0:
             return x
-        keep = torch.empty_like(x, dtype=torch.float32).bernoulli_(1.0 - self.rate, generator=_drawing.generator)
-        return x * keep.to(x.dtype) / (1.0 - self.rate)
+        keep = self._draw(x.numel(), _drawing.generator).view_as(x)
+        return (x * keep.to(x.dtype)).mul_(_DRAWS / self._kept)
+
+    def _draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """int16 [count] of 1 (keep) and 0. A number of 64 bits is four draws: that takes an eighth of the time of `bernoulli_`."""
+        drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+        return drawn.view(torch.int16)[:count].lt_(self._kept - _DRAWS // 2)
 
 
 # On a CPU torch has products of float32 from MKL, which has no AVX-512 for other makers' processors: oneDNN takes less than half the time

@@ -1,4 +1,4 @@
-"""LR: logistic regression with FTRL-Proximal, exactly Algorithm 1 of McMahan et al., "Ad Click Prediction: a View from the Trenches" (KDD 2013).
+"""LR: logistic regression with FTRL-Proximal, exactly Algorithm 1 of McMahan et al., "Ad Click Prediction: a View from the Trenches", 2013.
 
     w_i     = 0 if |z_i| <= l1, else -(z_i - sgn(z_i) l1) / ((beta + sqrt(n_i)) / alpha + l2)
     p       = sigmoid(x . w)                                                predicted before it is learned

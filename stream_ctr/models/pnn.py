@@ -1,14 +1,17 @@
 """Product-based networks (Qu et al., "Product-based Neural Networks for User Response Prediction", ICDM 2016): IPNN, OPNN and PNN*.
 
-    z   = [f_1, ..., f_F],  f_i = V_i x_i                       their linear signal, (4) to (6)
+    z   = [f_1, ..., f_F],  f_i = V_i x_i                       their linear signal
     p   = inner: p_ij = <f_i, f_j> for i < j                    IPNN
-          outer: p = f f^T [K, K],  f = sum_i f_i               OPNN, their (15): the F^2 outer products laid over each other
+          outer: p = f f^T [K, K],  f = sum_i f_i               OPNN: the F^2 outer products f_i f_j^T, laid over each other
           both                                                  PNN*
-    y   = MLP([z, p])                                           their (1) to (3): W_z and W_p are the two parts of its first layer
+    y   = MLP([z, p])                                           W_z and W_p are the two parts of its first layer
 
-Of the inner products their (10) approximates the weights of each neuron by a matrix of rank one, to save memory. Here each pair has a weight
-of its own, as in most implementations: that is what the approximation stands for, and the pairs are as many as F (F - 1) / 2 inputs only.
-The outer product is theirs; the DeepFM paper finds it "less reliable" since it sums over the fields before it multiplies.
+They approximate the weights that a neuron gives the inner products by a matrix of rank one, to save time and memory. Here each pair has a
+weight of its own, as in most implementations: that is what the approximation stands for, and F (F - 1) / 2 inputs are few. Their p also
+has the pairs i = j, the squared lengths, which are no interactions. Their linear signal keeps one weight for each coordinate and neuron, as
+here; `w` has no part in it. The outer product is theirs, summed over the fields before it is multiplied, which the DeepFM paper says makes
+it less reliable than the inner one (section 2.2). Many implementations instead put a kernel between each pair of fields, a model that came
+later. The constant 1 among their signals is the bias.
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """Wide & Deep (Cheng et al., "Wide & Deep Learning for Recommender Systems", DLRS 2016) in the paper's two forms: LR & DNN and FM & DNN.
 
-    LR & DNN    y = <w, x> + <w_c, phi(x)> + MLP([e_1, ..., e_F])        phi: the configured cross products, if any (their (1) and (3))
+    LR & DNN    y = <w, x> + <w_c, phi(x)> + MLP([e_1, ..., e_F])        phi: the configured cross products, if any
     FM & DNN    y = y_FM(w, U) + MLP([e_1, ..., e_F]),  e_i = V_i x_i    U and V are embeddings of their own
 
-The deep side's last bias is the constant of both. As in the paper one optimiser serves both sides; Cheng et al. have FTRL with L1 on the
-wide one and AdaGrad on the deep one.
+The first is Cheng et al.'s model, the second the DeepFM paper's extension of it (section 2.2). phi is their cross-product transformation,
+hashed like a field: each combination of values that occurs has a weight of its own, and no embedding. The deep side's last bias is the
+constant of both.
+
+Cheng et al. have FTRL with L1 on the wide side and AdaGrad on the deep one. Here all rows step by the table's optimiser and the network by
+Adam, as for the other systems: what the table of the paper compares is models. Common implementations of FM & DNN feed both sides one
+embedding, which is DeepFM.
 """
 
 from __future__ import annotations
@@ -53,11 +58,10 @@ class FMDNN(nn.Module):
         self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
     ) -> None:
         super().__init__()
-        self._k = embedding_dim
         self.deep = MLP(fields * embedding_dim, hidden, activation=activation, dropout=dropout)
 
     def forward(self, w: Tensor, v: Tensor) -> Tensor:
-        u, e = v[..., : self._k], v[..., self._k :]
-        y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(u.contiguous())
+        u, e = v.chunk(2, dim=2)  # [B, F, K] each
+        y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(u)
         y_dnn: Tensor = self.deep(e.flatten(1))
         return y_fm + y_dnn

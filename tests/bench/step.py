@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
+import itertools
 import re
 import statistics
 import sys
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +34,8 @@ from record import fill, machine, print_table  # noqa: E402
 
 from bench import zipf  # noqa: E402
 from stream_ctr.lanes import set_up_process  # noqa: E402
-from stream_ctr.learner import NetworkLearner  # noqa: E402
-from stream_ctr.models import layers  # noqa: E402
+from stream_ctr.learner import NetworkLearner, make_learner  # noqa: E402
+from stream_ctr.models import MODELS, layers  # noqa: E402
 
 FIELDS, K, HIDDEN, BATCH, TABLE_BITS = 39, 10, (400, 400, 400), 4096, 20
 WIDTHS = [FIELDS * K, *HIDDEN, 1]
@@ -82,16 +85,21 @@ class Timed:
         setattr(owner, method, timed)
 
 
+@functools.cache
+def zipf_batches() -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+    with tempfile.TemporaryDirectory() as directory:
+        data = zipf.write(Path(directory), rows=1 << TABLE_BITS, examples=8 * BATCH)
+        ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
+    return [(ids[first : first + BATCH], labels[first : first + BATCH]) for first in range(0, len(ids), BATCH)]
+
+
 def stages(precision: str, steps: int = 30) -> dict[str, float]:
     """Milliseconds of each stage, by name; `a step` is all of it."""
     learner = NetworkLearner(
         "deepfm", fields=FIELDS, embedding_dim=K, hidden=HIDDEN, table_bits=TABLE_BITS, batch_size=BATCH, precision=precision,
         device="cpu", threads=1,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as directory:
-        data = zipf.write(Path(directory), rows=1 << TABLE_BITS, examples=8 * BATCH)
-        ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
-    batches = [(ids[first : first + BATCH], labels[first : first + BATCH]) for first in range(0, len(ids), BATCH)]
+    batches = zipf_batches()
     for batch in batches:
         learner.learn(*batch)
     timed, step = Timed(), learner._step
@@ -111,10 +119,24 @@ def stages(precision: str, steps: int = 30) -> dict[str, float]:
     return {**spent, "what is between": rest - sum(spent.values()), "a step": rest}
 
 
+def system_speed(model: str, precision: str, dropout: float, steps: int = 12) -> float:
+    """Examples a second that one of the nine learns, on as many lanes as there are cores, without the extra pass that dropout asks for."""
+    learner = make_learner(
+        model, fields=FIELDS, embedding_dim=K, hidden=HIDDEN, table_bits=TABLE_BITS, batch_size=BATCH, precision=precision, dropout=dropout,
+        device="cpu", progressive=False,
+    )  # fmt: skip
+    batches = itertools.cycle(zipf_batches())
+    return BATCH / median_seconds(lambda: learner.learn(*next(batches)), steps)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", type=Path, help="put what is printed into the block `step` of this page")
+    parser.add_argument("--systems", action="store_true", help="how fast each of the nine learns, instead; not for the page")
     arguments = parser.parse_args()
+    if arguments.systems:
+        measure_systems()
+        return
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         measure()
     print(printed.getvalue())
@@ -135,6 +157,16 @@ def measure() -> None:
         fastest = [max(each) for each in zip(*(found for by, found in speed.items() if by.endswith(name)), strict=True)]
         print(f"{name} {2e9 * statistics.harmonic_mean(fastest) / FLOP:,.0f} examples/s", end=", " if name == "float32" else "\n")
     print(f"\n\n{machine()}: python tests/bench/step.py")
+
+
+def measure_systems() -> None:
+    """Each number is the median of a dozen steps; other work on the machine is to be seen in it."""
+    set_up_process()
+    settings = list(itertools.product(("fp32", "bf16"), (0.0, 0.5)))
+    print(f"Examples a second, batches of {BATCH:,}\n")
+    speeds = [[system.title, *(f"{system_speed(name, *setting):,.0f}" for setting in settings)] for name, system in MODELS.items()]
+    print_table(["", *(f"{precision}, dropout {dropout}" for precision, dropout in settings)], speeds)
+    print(f"\n{machine()}: python tests/bench/step.py --systems")
 
 
 if __name__ == "__main__":
