@@ -466,7 +466,7 @@ def paper(
 
     from connectors.memory import BatchSource
     from stream_ctr.lanes import set_up_process
-    from stream_ctr.paper import facts, plan, reading
+    from stream_ctr.paper import facts, plan, reading, report
 
     if (log_path is None) == (simulated is None):
         raise click.UsageError("give --data LOG or --simulate N")
@@ -494,8 +494,6 @@ def paper(
         click.echo(f"\nstopped; what is done is kept in {out}, and the same command goes on from there", err=True)
         raise SystemExit(130) from None
     typed = shlex.join(["stream-ctr", *sys.argv[1:]])
-    from stream_ctr.paper import report
-
     report.write(out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs))
     click.echo(f"{out / 'report.html'}")
 

@@ -87,13 +87,8 @@ def of_making(made: Plan, command: str, runs: Sequence[Mapping[str, Any]]) -> di
         "study_seeds": made.wishes.study_seeds,
         "study_rows": made.wishes.study_rows,
         "table_bits": settings.learner["table_bits"],
-        "seconds_total": sum({run_key(run): run["seconds_whole"] for run in runs}.values()),
+        "seconds_total": sum({run["run"]: run["seconds_whole"] for run in runs}.values()),
     }  # fmt: skip
-
-
-def run_key(run: Mapping[str, Any]) -> str:
-    """The same for the same run, wherever it stands."""
-    return repr(sorted((name, value) for name, value in run.items() if name not in ("part", "value")))
 
 
 def _processor() -> str:

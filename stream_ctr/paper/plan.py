@@ -27,16 +27,19 @@ from stream_ctr.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split, first_rows, write_json
 from stream_ctr.paper.experiment import Diverged, Setting, paired, seconds_per_example, stream, train
+from stream_ctr.table import columns
 
 _log = logging.getLogger(__name__)
 
-PARTS = ("table2", "figure7", "figure8", "figure9", "figure10", "figure11", "streaming")
+PARTS = ("table2", "figure6", "figure7", "figure8", "figure9", "figure10", "figure11", "streaming")
 DEEP = tuple(name for name, system in MODELS.items() if name not in ("lr", "fm"))
 _OUTCOMES = 1  # of a run; another number when what a setting means has changed
 _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
 _LEAST_EXAMPLES = 200
 QUICK_IMPRESSIONS = 20_000
+_RATES = ("table_learning_rate", "table_beta", "linear_learning_rate", "linear_beta", "dense_learning_rate", "dense_weight_decay")
+_NEVER = 1 << 62  # examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,10 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
     """Section 3.1, "Parameter Settings", of what the configuration does not set."""
     model, learn = config.model, config.learn
     optimizer = _given(learn, "table_optimizer", "adam")
-    rates = {name: value for name in ("table_beta", "linear_beta", *_RATES) if (value := getattr(learn, name)) is not None}
+    rates = {name: getattr(learn, name) for name in _RATES}
+    if optimizer == "adam":  # one for all parameters
+        own = {name: rates[name] or learn.dense_learning_rate for name in ("table_learning_rate", "linear_learning_rate")}
+        rates = {**{name: value for name, value in rates.items() if not name.endswith("beta")}, **own}
     return Setting(
         system="deepfm",
         seed=learn.seed,
@@ -132,12 +138,9 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
             **rates,
             "table_optimizer": optimizer,
             "progressive": False,
-            "pretrain_examples": 1 << 62,
+            "pretrain_examples": _NEVER,
         },
     )
-
-
-_RATES = ("table_learning_rate", "linear_learning_rate", "dense_learning_rate", "dense_weight_decay")
 
 
 def batch_size(examples: int) -> int:
@@ -153,7 +156,7 @@ def stream_setting(data: Dataset, config: Config, wishes: Wishes) -> Setting:
     """The configuration's, made for a stream; of a short log the batches are smaller, and FNN is an FM for a tenth of it at most."""
     model, learn = config.model, config.learn
     short = len(data) < _SHORT
-    names = ("table_optimizer", "table_beta", "linear_beta", *_RATES)
+    names = ("table_optimizer", *_RATES)
     pretrain = min(model.pretrain_examples, len(data) // 10)
     return Setting(
         system="deepfm",
@@ -190,6 +193,10 @@ def _wanted(made: Plan) -> Iterator[Wanted]:
     for seed in seeds:
         for system in MODELS:
             yield Wanted("table2", "", replace(made.settings, system=system, seed=seed))
+    if made.settings.device != "cpu":  # whose times Table 2 has; LR is always on the CPU
+        for system in MODELS:
+            if system != "lr":
+                yield Wanted("figure6", "", replace(made.settings, system=system, seed=first, device="cpu"))
     for system in MODELS:
         yield Wanted("streaming", "", replace(made.stream, system=system))
     stop = first_rows(made.split, TRAINING, made.wishes.study_rows)
@@ -207,14 +214,17 @@ def _as_the_paper(setting: Setting) -> Setting:
     return replace(setting, activation="paper") if setting.activation == own else setting
 
 
-def studies(hidden: Sequence[int], *, quick: bool = False) -> dict[str, dict[str, dict[str, Any]]]:
+Changes = dict[str, dict[str, Any]]
+
+
+def studies(hidden: Sequence[int], *, quick: bool = False) -> dict[str, Changes]:
     """Figures 7 to 11: part -> value -> what is changed. `hidden` is the setting that all else has.
 
     >>> studies((400, 400, 400))["figure11"]["diamond"], studies((400, 400, 400))["figure8"]["0.9"]
     ({'hidden': (300, 600, 300)}, {'dropout': 0.1})
     """
     width, layers = hidden[len(hidden) // 2], len(hidden)
-    whole = {
+    whole: dict[str, Changes] = {
         "figure7": {name: {"activation": name} for name in ("relu", "tanh")},
         "figure8": {f"{kept:.1f}": {"dropout": round(1 - kept, 1)} for kept in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
         "figure9": {str(neurons): {"hidden": (neurons,) * layers} for neurons in (100, 200, 400, 800)},
@@ -250,10 +260,9 @@ def estimate(made: Plan, out: Path) -> list[str]:
         each = {system: _timed(made, system) for system in dict.fromkeys(setting.system for setting in waiting)}
         few, most = (sum(_seconds(made, setting, each, epochs) for setting in waiting) for epochs in (3, made.wishes.epochs))
         told.append(f"about {_duration(few)} with 3 epochs a run, {_duration(most)} at most")
-    table, beside = memory(made)
-    told.append(
-        f"memory: tables {_bytes(table)}, best weights {_bytes(beside)}; disk: {_bytes(len(made.data) * made.data.row_bytes)} of data"
-    )
+    losses = 4 * made.split.count(TEST) * sum(1 for setting in made.distinct.values() if setting.epochs)
+    disk = len(made.data) * made.data.row_bytes + losses
+    told.append(f"{in_bytes(memory(made))} of memory for the largest table and its best weights; {in_bytes(disk)} of disk")
     return told
 
 
@@ -275,19 +284,16 @@ def _weights(setting: Setting, hidden: Sequence[int]) -> int:
     return sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
 
 
-def memory(made: Plan) -> tuple[int, int]:
-    """Bytes of the largest table, and of the copy of the best epoch's weights."""
+def memory(made: Plan) -> int:
+    """Bytes of the largest table, of its optimiser and of the copy of the best epoch's weights."""
     learner = made.settings.learner
     most = max((MODELS[setting.system].embeddings for setting in made.distinct.values()), default=1)
-    floats = learner["embedding_dim"] * most + 1
-    floats = 3 * floats if learner["table_optimizer"] == "adam" else floats + 2
-    table = 4 * (1 << learner["table_bits"]) * -(-floats // 16) * 16
-    return table, table
+    return 2 * 4 * columns(learner["embedding_dim"], embeddings=most, optimizer=learner["table_optimizer"]) << learner["table_bits"]
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
     """
-    >>> _bytes(7_930_000_000), _bytes(1_245_600)
+    >>> in_bytes(7_930_000_000), in_bytes(1_245_600)
     ('7.9 GB', '1.2 MB')
     """
     for unit, size in (("GB", 1e9), ("MB", 1e6)):
@@ -366,9 +372,9 @@ def _points(made: Plan, outcomes: Mapping[str, dict[str, Any]]) -> list[dict[str
     for wanted in made.wanted:
         outcome = dict(outcomes[made.key(wanted.setting)])
         blocks = outcome.pop("blocks", None)
-        if blocks and "blocks" in reference:
+        if blocks and "blocks" in reference and wanted.setting.system != "deepfm":
             outcome["paired"] = paired(blocks, reference["blocks"], len(made.data))
-        points.append({"part": wanted.part, "value": wanted.value, **outcome})
+        points.append({"part": wanted.part, "value": wanted.value, "run": made.key(wanted.setting), **outcome})
     return points
 
 

@@ -6,11 +6,13 @@ that of the configuration. What is lost on the way is counted, and told with the
 
 from __future__ import annotations
 
+import logging
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +31,7 @@ from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import Dataset
 from stream_ctr.simulate import Simulation
 from stream_ctr.source import Source
+from stream_ctr.text import TextLog, head
 from stream_ctr.watermark import Watermarks
 
 CLICK_DELAY_SECONDS = 0.001
@@ -37,6 +40,9 @@ _LABELLED = (CriteoLog.format, AvazuLog.format, OpenBanditLog.format)
 _LABELLED_WINDOW_MS = 60_000
 _SIMULATED_WINDOW_MS = 6 * 3_600_000  # of ten million clicks ten come later
 _INFER_RECORDS = 4000
+_WORTH_A_WORD = 1 << 30
+
+_log = logging.getLogger(__name__)
 
 
 def read(log: Log, source: Source, config: Config, directory: Path, *, limit: int | None = None, console: Console) -> Dataset:
@@ -59,6 +65,7 @@ def read(log: Log, source: Source, config: Config, directory: Path, *, limit: in
     if found := dataset.existing(directory):
         _require_same(found.about["identity"], identity, directory)
         return found
+    _require_room(expected_rows(log, limit) * dataset.row_bytes(len(fields) + len(hasher.crosses), len(hasher.value_fields)), directory)
     joined = _joined(source, hasher, config, joining)
     hashed = {"fields": len(fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
 
@@ -66,6 +73,35 @@ def read(log: Log, source: Source, config: Config, directory: Path, *, limit: in
         return {"hashed": hashed, "notes": [*log.notes, *joined.notes()]}
 
     return dataset.write(directory, _watched(log, joined, console), identity=identity, limit=limit, about=about)
+
+
+def expected_rows(log: Log, limit: int | None = None) -> int:
+    """How many impressions there are at most, as far as the beginning tells; 0 where it does not: in a compressed or columnar file.
+
+    >>> expected_rows(Simulation(1000)), expected_rows(Simulation(1000), limit=100)
+    (1000, 100)
+    """
+    rows = log.impressions if isinstance(log, Simulation) else _lines(log)
+    return rows if limit is None else min(rows, limit)
+
+
+def _lines(log: Log) -> int:
+    if log.path is None or not isinstance(log, TextLog):
+        return 0
+    with log.path.open("rb") as file:
+        beginning = file.read(1 << 20)
+    plain = beginning.startswith(head(log.path)[:64])
+    return round(log.path.stat().st_size * beginning.count(b"\n") / max(1, len(beginning))) if plain else 0
+
+
+def _require_room(wanted: int, directory: Path) -> None:
+    """On disk, before hours are spent."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(directory.parent).free
+    if wanted > free:
+        raise DataError(f"{directory} will take about {wanted / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free; use another --out")
+    if wanted > _WORTH_A_WORD:
+        _log.warning("%s will take about %.1f GB of disk", directory, wanted / 1e9)
 
 
 def _inferred(source: Source) -> tuple[Field, ...]:
