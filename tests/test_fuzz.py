@@ -226,10 +226,15 @@ def test_a_mutated_log_is_read_or_refused_by_name_and_nothing_else(full, format,
 
 # -- snapshots ----------------------------------------------------------------------------------------------------------------------
 
-LEARNER = {"model": "deepfm", "fields": 2, "value_fields": [1], "embedding_dim": 4, "hidden": [8], "table_bits": 6, "batch_size": 8}
+LEARNER = {
+    "model": "deepfm", "fields": 3, "crosses": 1, "value_fields": [1], "embedding_dim": 4, "hidden": [8], "table_bits": 6, "batch_size": 8,
+}  # fmt: skip
 MANIFEST = {
     "model": "default", "epoch": 3, "sequence": 1, "examples": 1000, "event_time_ms": T, "created_ms": T, "learner": LEARNER,
-    "schema": {"fields": [["app", "categorical"], ["age", "numeric"]], "table_bits": 6, "numeric_encoding": "value"},
+    "schema": {
+        "fields": [["app", "categorical"], ["age", "numeric"], ["os", "categorical"]], "table_bits": 6, "numeric_encoding": "value",
+        "crosses": [["app", "os"]],
+    },
 }  # fmt: skip
 ODD_VALUES = [
     ..., None, True, -1, 0, 1, 3, 63, 2**31, 2**62, 2**64, -(2**63), 10**400, 0.5, 1e308, "", "x", "../../x", "\x1b[2J", "\ud800", "0" * 64,
