@@ -74,17 +74,17 @@ class CpuStep:
         self._lanes = Lanes(threads)
         self._progressive = progressive
         self._generators = [torch.Generator() if dropout else None for _ in self._parts]
-        rows, k = self._parts[-1].stop, table.embedding_dim
+        rows, width = self._parts[-1].stop, table.width
         self._ids = np.zeros((rows, fields), np.int32)
         self._scale = torch.ones(rows, fields) if value_fields else torch.ones(0, 0)
         self._labels = torch.zeros(rows)
-        self._w, self._v = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
-        self._gw, self._gv = torch.zeros(rows, fields), torch.zeros(rows, fields, k)
+        self._w, self._v = torch.zeros(rows, fields), torch.zeros(rows, fields, width)
+        self._gw, self._gv = torch.zeros(rows, fields), torch.zeros(rows, fields, width)
         self._logits = torch.zeros(rows)
         places = rows * fields
         self._keys, self._order, self._spare = np.empty(places, np.int32), np.empty(places, np.int32), np.empty((2, places), np.int32)
-        self._gather = table_kernels.gather(k)
-        self._update = table_kernels.update(k, adagrad=table.rates.adagrad)
+        self._gather = table_kernels.gather(width)
+        self._update = table_kernels.update(table.embedding_dim, table.embeddings, table.rates.optimizer)
 
     def learn(self, ids: Ids, labels: Labels, values: Values | None, steps: int, following: Batch | None = None) -> Tensor | None:
         """One step; the logits [n] from before it. None, and nothing is learned, when one of them or a gradient is not finite, or the
@@ -100,7 +100,7 @@ class CpuStep:
             self._lanes.run([*work[:1], partial(self._sort, n), *work[1:]])
             if not fine.all():
                 return None
-            self._lanes.run([*self._dense_updates(gradients[: len(parts)], steps), *self._table_updates(n)])
+            self._lanes.run([*self._dense_updates(gradients[: len(parts)], steps), *self._table_updates(n, steps)])
         return self._logits[:n].clone()
 
     def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
@@ -171,16 +171,16 @@ class CpuStep:
         pieces = self._adam.pieces(self._lanes.threads)
         return (partial(self._adam.step, gradients, torch.tensor(float(steps)), piece) for piece in pieces)
 
-    def _table_updates(self, n: int) -> Iterator[Task]:
+    def _table_updates(self, n: int, steps: int) -> Iterator[Task]:
         edges = np.linspace(0, n * self._ids.shape[1], 2 * self._lanes.threads + 1).astype(int).tolist()
-        return (partial(self._update_rows, n, first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
+        return (partial(self._update_rows, n, steps, first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
 
-    def _update_rows(self, n: int, first: int, last: int) -> None:
-        places, k = n * self._ids.shape[1], self._table.embedding_dim
-        gw, gv = self._gw.view(-1).numpy(), self._gv.view(-1, k).numpy()
+    def _update_rows(self, n: int, steps: int, first: int, last: int) -> None:
+        places, table = n * self._ids.shape[1], self._table
+        gw, gv = self._gw.view(-1).numpy(), self._gv.view(-1, table.width).numpy()
         self._update(
-            self._table.rows.numpy(), self._keys[:places], self._order[:places], first, last, gw, gv, np.float32(n),
-            *self._table.rates.floats(),
+            table.rows.numpy(), self._keys[:places], self._order[:places], first, last, gw, gv, np.float32(table.rates.times(n)),
+            *table.rates.floats(steps),
         )  # fmt: skip
 
 

@@ -60,15 +60,15 @@ class GpuStep:
             raise ConfigError("device cuda: Triton is not installed; install torch's CUDA build for Linux, or use --device cpu")
         self._model, self._table, self._adam, self._seed = model, table, adam, seed
         self._parameters = tuple(model.parameters())
-        device, k = table.rows.device, table.embedding_dim
+        device, width = table.rows.device, table.width
         self._feed = _Feed(batch_size, fields, value_fields, padding=len(table.rows) - 1, device=device)
         self._place = torch.arange(batch_size, device=device)
         self._generator = torch.Generator(device) if dropout else None
         self._twice = dropout and progressive
-        self._steps = torch.zeros((), device=device)
+        self._steps, self._correction = torch.zeros((), device=device), torch.ones((), device=device)
         self._no_labels = np.zeros(batch_size, np.uint8)
-        self._w, self._v = torch.zeros(batch_size, fields, device=device), torch.zeros(batch_size, fields, k, device=device)
-        self._total, self._pairs = torch.zeros(batch_size, k, device=device), torch.zeros(batch_size, device=device)
+        self._w, self._v = torch.zeros(batch_size, fields, device=device), torch.zeros(batch_size, fields, width, device=device)
+        self._total, self._pairs = torch.zeros(batch_size, width, device=device), torch.zeros(batch_size, device=device)
         self._logits = torch.zeros(batch_size, device=device)
         self._skip = torch.zeros((), device=device)  # 1.0: it must not be learned
         self._verdict = torch.zeros((), pin_memory=device.type == "cuda")  # the same on the host, from `_judged` on
@@ -83,6 +83,7 @@ class GpuStep:
         step = self._recorded_step
         self._feed.load((ids, labels, values))
         self._steps.fill_(float(steps))
+        self._correction.fill_(self._table.rates.correction(steps))
         if self._generator is not None:
             self._generator.manual_seed(draw_seed(self._seed, steps))
         step()
@@ -171,7 +172,7 @@ class GpuStep:
         self._verdict.copy_(self._skip, non_blocking=True)
         if self._parameters:
             self._adam.step(self._gradient, self._steps, slice(None), skip=self._skip)
-        self._update(batch.ids, gw, gv, n, self._skip)
+        self._update(batch.ids, gw, gv, n, self._skip, self._correction)
 
     @cached_property
     def _gradient(self) -> Tensor:

@@ -115,10 +115,11 @@ class NetworkLearner:
     others were scored with it, nor on the number of threads.
 
     With Adagrad and SGD the table's rates are divided by the number of fields: all fields of an example step together, so its logit moves
-    F times as far as each row does, and hot rows would overshoot in the first batches of a model with many fields. With `precision` "bf16"
-    products are of bfloat16 copies, while weights, sums and steps stay float32. A model that begins as another one is that for
-    `pretrain_examples`, then it and its optimisers begin anew on the weights. Without `progressive` the logits that `learn` returns are
-    those of the step itself, in which dropout dropped something: a pass less, for who does not measure by them.
+    F times as far as each row does, and hot rows would overshoot in the first batches of a model with many fields. Adam's are taken as they
+    are, like the dense part's. A rate of 0 is the optimiser's own. With `precision` "bf16" products are of bfloat16 copies, while weights,
+    sums and steps stay float32. A model that begins as another one is that for `pretrain_examples`, then it and its optimisers begin anew
+    on the weights. Without `progressive` the logits that `learn` returns are those of the step itself, in which dropout dropped something:
+    a pass less, for who does not measure by them.
     """
 
     def __init__(
@@ -136,9 +137,9 @@ class NetworkLearner:
         initial_scale: float = 0.01,
         batch_size: int = 512,
         table_optimizer: str = "adagrad",
-        table_learning_rate: float = 1.0,
+        table_learning_rate: float = 0.0,
         table_beta: float = 3.0,
-        linear_learning_rate: float = 2.0,
+        linear_learning_rate: float = 0.0,
         linear_beta: float = 1.0,
         dense_learning_rate: float = 0.001,
         dense_weight_decay: float = 0.0,
@@ -159,8 +160,10 @@ class NetworkLearner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.model = _module(system, fields, embedding_dim, hidden, activation, dropout).to(self.device)
-        together = 1 if table_optimizer == "adam" else fields
-        rates = Rates(table_optimizer, table_learning_rate / together, table_beta, linear_learning_rate / together, linear_beta)
+        rates = Rates.of(
+            table_optimizer, fields=fields, learning_rate=table_learning_rate, beta=table_beta,
+            linear_learning_rate=linear_learning_rate, linear_beta=linear_beta,
+        )  # fmt: skip
         self.table = Table(
             bits=table_bits, embedding_dim=embedding_dim, embeddings=system.embeddings, rates=rates, initial_scale=initial_scale,
             seed=seed, device=self.device,
@@ -251,11 +254,11 @@ class NetworkLearner:
 class LinearLearner:
     """LR: FTRL-Proximal, which learns an example at a time; batches are only how they come. On the CPU, whatever the others are on."""
 
+    pretraining = False
+
     def __init__(
         self, *, fields: int, value_fields: Sequence[int] = (), table_bits: int = 20, batch_size: int = 512, **rates: float
     ) -> None:
-    pretraining = False
-
         self.fields, self.batch_size, self.steps = fields, batch_size, 0
         self._bits = table_bits
         self._ftrl = FTRL(table_bits=table_bits, value_fields=value_fields, **rates)
@@ -283,12 +286,12 @@ class LinearLearner:
     def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         _require_names(weights, {"rows", "pairs", "intercept"})
         rows = weights["rows"]
-        _require_numbers("rows", rows, np.int32, rows.shape[:1])
+        _require_numbers("rows", rows, np.int32, (rows.size,))
         for name, shape in (("pairs", (len(rows), 2)), ("intercept", (2,))):
             _require_numbers(name, weights[name], np.float64, shape)
             if (weights[name][..., 1] < 0).any():  # type: ignore[operator]
                 raise ValueError(f"tensor {name!r} holds a negative sum of squares")
-        if len(rows) and not (0 <= rows.min() and rows.max() < 1 << self._bits):
+        if len(rows) and not (rows.min() >= 0 and rows.max() < 1 << self._bits):
             raise ValueError(f"tensor 'rows' has rows that a table of 2^{self._bits} rows has not")
         self._ftrl.load_state_dict(weights)
 
@@ -318,7 +321,8 @@ def require_shapes(
         raise ValueError(f"{len(hidden)} hidden layers in {len(weights)} tensors")
     with torch.device("meta"):
         dense = _module(system, fields, embedding_dim, hidden, activation, dropout).state_dict()
-    wanted = {"table": (1 << table_bits, columns(embedding_dim * system.embeddings)), **{f"dense.{n}": tuple(t.shape) for n, t in dense.items()}}
+    row = columns(embedding_dim, embeddings=system.embeddings, optimizer=table_optimizer)
+    wanted = {"table": (1 << table_bits, row), **{f"dense.{n}": tuple(t.shape) for n, t in dense.items()}}
     for name, shape in wanted.items():
         if (found := weights[name].shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")

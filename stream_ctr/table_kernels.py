@@ -1,7 +1,7 @@
 """The embedding table's compiled loops on the CPU: gather, sort, and segment-reduce with the optimiser in place.
 
-Two things make them fast. The embedding width is a constant of the compiled code, so its loops become vector instructions. And rows are
-asked for ahead of their use: they lie anywhere in tens of megabytes, and the processor cannot guess where.
+Two things make them fast. The width of the embeddings is a constant of the compiled code, so its loops become vector instructions. And
+rows are asked for ahead of their use: they lie anywhere in tens of megabytes, and the processor cannot guess where.
 """
 
 from __future__ import annotations
@@ -16,8 +16,20 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+LINE = 16  # floats in 64 bytes
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, as of the dense part's
 _AHEAD = 16  # rows
 _DIGIT = 11  # bits of a digit of the radix sort: its counts stay in the first-level cache
+
+
+def used(k: int, embeddings: int, optimizer: str) -> int:
+    """Floats of a row that are in use: V, w and the optimiser's state.
+
+    >>> used(10, 1, "sgd"), used(10, 2, "adagrad"), used(10, 2, "adam")
+    (11, 24, 63)
+    """
+    weights = embeddings * k + 1
+    return weights + {"adagrad": embeddings + 1, "adam": 2 * weights, "sgd": 0}[optimizer]
 
 
 @intrinsic
@@ -39,22 +51,26 @@ def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
 
 
 @cache
-def gather(k: int) -> Callable[..., None]:
-    """The compiled gather for embeddings `k` wide: `rows` [N, width], `ids` [n, F] and `scale` [n, F] of these, empty where it is 1
-    throughout -> `w` [n, F] and `v` [n, F, k]."""
+def gather(width: int) -> Callable[..., None]:
+    """The compiled gather for `width` coordinates: `rows` [N, floats], `ids` [n, F] and `scale` [n, F] of these, empty where it is 1
+    throughout -> `w` [n, F] and `v` [n, F, width]."""
+    lines = -(-(width + 1) // LINE)
 
     @numba.njit(cache=True, nogil=True)
     def compiled(rows, ids, scale, w, v):  # type: ignore[no-untyped-def]
         n, fields = ids.shape
-        flat_ids, flat_scale, flat_w, flat_v = ids.reshape(-1), scale.reshape(-1), w.reshape(-1), v.reshape(-1, k)
+        flat_ids, flat_scale, flat_w, flat_v = ids.reshape(-1), scale.reshape(-1), w.reshape(-1), v.reshape(-1, width)
+        whole, each = rows.reshape(-1, LINE), rows.shape[1] // LINE
         for i in range(n * fields):
-            prefetch(rows, flat_ids[min(i + _AHEAD, n * fields - 1)])
+            ahead = flat_ids[min(i + _AHEAD, n * fields - 1)] * each
+            for line in range(lines):
+                prefetch(whole, ahead + line)
             row = flat_ids[i]
-            for j in range(k):
+            for j in range(width):
                 flat_v[i, j] = rows[row, j]
-            flat_w[i] = rows[row, k]
+            flat_w[i] = rows[row, width]
         for i in range(len(flat_scale)):
-            for j in range(k):
+            for j in range(width):
                 flat_v[i, j] *= flat_scale[i]
             flat_w[i] *= flat_scale[i]
 
@@ -62,50 +78,78 @@ def gather(k: int) -> Callable[..., None]:
 
 
 @cache
-def update(k: int, *, adagrad: bool) -> Callable[..., None]:
-    """The compiled optimiser step for embeddings `k` wide, on the rows whose run in `keys` begins within [first, last).
+def update(k: int, embeddings: int, optimizer: str) -> Callable[..., None]:
+    """The compiled optimiser step for `embeddings` of `k` coordinates, on the rows whose run in `keys` begins within [first, last).
 
     `keys` [n] are ids in ascending order and `order` [n] says where each was; `gw` and `gv` are the gradients of what was gathered. Those
     of one row are summed in the order of the batch, whoever does it, and multiplied by `times`: any split of the rows gives the same table.
     """
+    width, lines = embeddings * k, -(-used(k, embeddings, optimizer) // LINE)
+    adagrad, adam = optimizer == "adagrad", optimizer == "adam"
 
     @numba.njit(cache=True, nogil=True)
     def compiled(rows, keys, order, first, last, gw, gv, times, rate, beta, linear_rate, linear_beta):  # type: ignore[no-untyped-def]
         n = len(keys)
-        total = np.empty(k + 1, np.float32)
+        whole, each = rows.reshape(-1, LINE), rows.shape[1] // LINE
+        total = np.empty(width + 1, np.float32)
         i = first
         while 0 < i < n and keys[i] == keys[i - 1]:  # that run belongs to whoever has its begin
             i += 1
         while i < last:
             key = keys[i]
-            for j in range(k + 1):
+            for j in range(width + 1):
                 total[j] = np.float32(0.0)
             while i < n and keys[i] == key:
                 ahead = min(i + _AHEAD, n - 1)
-                prefetch(rows, keys[ahead])
+                for line in range(lines):
+                    prefetch(whole, keys[ahead] * each + line)
                 prefetch(gv, order[ahead])
                 prefetch(gw, order[ahead])
                 at = order[i]
-                for j in range(k):
+                for j in range(width):
                     total[j] += gv[at, j]
-                total[k] += gw[at]
+                total[width] += gw[at]
                 i += 1
-            for j in range(k + 1):
+            for j in range(width + 1):
                 total[j] *= times
-            step, linear_step = rate, linear_rate
             if adagrad:
-                square = np.float32(0.0)
-                for j in range(k):
-                    square += total[j] * total[j]
-                rows[key, k + 1] += square / np.float32(k)
-                rows[key, k + 2] += total[k] * total[k]
-                step = rate / (beta + np.sqrt(rows[key, k + 1]))
-                linear_step = linear_rate / (linear_beta + np.sqrt(rows[key, k + 2]))
-            for j in range(k):
-                rows[key, j] -= step * total[j]
-            rows[key, k] -= linear_step * total[k]
+                _adagrad(rows, key, total, k, embeddings, rate, beta, linear_rate, linear_beta)
+            elif adam:
+                _adam(rows, key, total, width, rate, beta, linear_rate, linear_beta)
+            else:
+                for j in range(width):
+                    rows[key, j] -= rate * total[j]
+                rows[key, width] -= linear_rate * total[width]
 
     return compiled
+
+
+@numba.njit(inline="always")
+def _adagrad(rows, key, total, k, embeddings, rate, beta, linear_rate, linear_beta):  # type: ignore[no-untyped-def]
+    w = embeddings * k
+    for e in range(embeddings):
+        square = np.float32(0.0)
+        for j in range(e * k, e * k + k):
+            square += total[j] * total[j]
+        rows[key, w + 1 + e] += square / np.float32(k)
+        step = rate / (beta + np.sqrt(rows[key, w + 1 + e]))
+        for j in range(e * k, e * k + k):
+            rows[key, j] -= step * total[j]
+    rows[key, w + 1 + embeddings] += total[w] * total[w]
+    rows[key, w] -= linear_rate / (linear_beta + np.sqrt(rows[key, w + 1 + embeddings])) * total[w]
+
+
+@numba.njit(inline="always")
+def _adam(rows, key, total, width, rate, beta, linear_rate, linear_beta):  # type: ignore[no-untyped-def]
+    """Algorithm 1 of Kingma and Ba in the order of their section 2: the rates are corrected, and epsilon is not."""
+    first, second = width + 1, 2 * (width + 1)
+    for j in range(width + 1):
+        rows[key, first + j] += (total[j] - rows[key, first + j]) * np.float32(1.0 - BETA1)
+        rows[key, second + j] += (total[j] * total[j] - rows[key, second + j]) * np.float32(1.0 - BETA2)
+        total[j] = rows[key, first + j] / (beta + np.sqrt(rows[key, second + j]))
+    for j in range(width):
+        rows[key, j] -= rate * total[j]
+    rows[key, width] -= linear_rate * total[width]
 
 
 def sort_ids(ids: Any, bits: int, keys: Any, order: Any, spare: Any) -> None:

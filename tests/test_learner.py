@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,18 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from stream_ctr import table_kernels
+from stream_ctr import adam, table_kernels
 from stream_ctr.cpu_step import parts_of
 from stream_ctr.errors import ConfigError
-from stream_ctr.learner import NetworkLearner, choose_device
-from stream_ctr.models import DeepFM
+from stream_ctr.learner import NetworkLearner, choose_device, require_shapes
+from stream_ctr.models import MODELS, DeepFM
 from stream_ctr.models.layers import ACTIVATIONS, MLP, Dense, Dropout, dropout_from, pairwise_inner_products
 from stream_ctr.table import Rates, Table, columns
 
 
 def small(**changes) -> NetworkLearner:
     options = {"fields": 3, "embedding_dim": 4, "hidden": [8, 8], "table_bits": 10, "batch_size": 16, "device": "cpu", "initial_scale": 0.3}
-    return NetworkLearner("deepfm", **{**options, **changes})
+    return NetworkLearner(**{"model": "deepfm", **options, **changes})
 
 
 def batch(n: int = 16, *, fields: int = 3, seed: int = 0, rows: int = 1024) -> tuple[np.ndarray, np.ndarray]:
@@ -112,37 +113,104 @@ def test_ids_are_sorted_and_equal_ones_stay_in_their_order(bits):
     assert np.array_equal(keys, np.sort(ids))
 
 
+def stepped(table: Table, ids: np.ndarray, gradient: np.ndarray, *, steps: int = 0, times: float = 1.0, split: Sequence[int] = ()) -> None:
+    """A step with the `gradient` [n, width + 1] of what was gathered for `ids` [n], by one or by those between whom `split` is."""
+    update = table_kernels.update(table.embedding_dim, table.embeddings, table.rates.optimizer)
+    gw, gv = gradient[:, -1].astype(np.float32), gradient[:, :-1].astype(np.float32)
+    for first, last in itertools.pairwise([0, *split, len(ids)]):
+        update(
+            table.rows.numpy(), *sorted_ids(ids, table.bits), first, last, gw, gv, np.float32(times), *table.rates.floats(steps)
+        )  # fmt: skip
+
+
 @pytest.mark.parametrize("optimizer", ["adagrad", "sgd"])
-@pytest.mark.parametrize("split", [[0, 32], [0, 5, 6, 7, 32]])  # by whom the rows are stepped
-def test_a_table_step_equals_a_slow_one_over_the_whole_table(optimizer, split):
+@pytest.mark.parametrize("embeddings", [1, 2])
+@pytest.mark.parametrize("split", [[], [5, 6, 7]])  # by whom the rows are stepped
+def test_a_table_step_equals_a_slow_one_over_the_whole_table(optimizer, embeddings, split):
     rates = Rates(optimizer, learning_rate=0.1, beta=0.5, linear_learning_rate=0.3, linear_beta=2.0)
-    table = Table(bits=5, embedding_dim=3, rates=rates, initial_scale=0.5, seed=3)
-    gather, update = table_kernels.gather(3), table_kernels.update(3, adagrad=rates.adagrad)
+    table = Table(bits=5, embedding_dim=3, embeddings=embeddings, rates=rates, initial_scale=0.5, seed=3)
+    width = 3 * embeddings
     rng = np.random.default_rng(0)
-    weights = table.rows[:, :4].double().numpy().copy()
-    state = np.zeros((32, 2))
+    weights = table.rows[:, : width + 1].double().numpy().copy()
+    state = np.zeros((32, embeddings + 1))
     for _ in range(20):
         ids = rng.integers(0, 32, 32).astype(np.int32)  # with repeats
-        gradient = rng.normal(size=(32, 4))
-        dense = np.zeros((32, 4))
+        gradient = rng.normal(size=(32, width + 1)) * [*np.repeat([1.0, 5.0], 3)[:width], 1.0]
+        dense = np.zeros((32, width + 1))
         np.add.at(dense, ids, 2.0 * gradient)
         if optimizer == "adagrad":
-            state[:, 0] += (dense[:, :3] ** 2).mean(axis=1)
-            state[:, 1] += dense[:, 3] ** 2
-            dense[:, :3] /= 0.5 + np.sqrt(state[:, :1])
-            dense[:, 3] /= 2.0 + np.sqrt(state[:, 1])
-        weights -= [0.1, 0.1, 0.1, 0.3] * dense
-        gw, gv = gradient[:, 3].astype(np.float32), gradient[:, :3].astype(np.float32)
-        for first, last in itertools.pairwise(split):
-            update(table.rows.numpy(), *sorted_ids(ids, 5), first, last, gw, gv, np.float32(2.0), *rates.floats())
-    w, v = np.empty((16, 2), np.float32), np.empty((16, 2, 3), np.float32)
-    gather(table.rows.numpy(), np.arange(32, dtype=np.int32).reshape(16, 2), np.empty((0, 0), np.float32), w, v)
-    assert np.allclose(np.column_stack([v.reshape(32, 3), w.ravel()]), weights, atol=2e-5)
+            for e in range(embeddings):
+                its = slice(3 * e, 3 * e + 3)
+                state[:, e] += (dense[:, its] ** 2).mean(axis=1)
+                dense[:, its] /= 0.5 + np.sqrt(state[:, e, None])
+            state[:, -1] += dense[:, -1] ** 2
+            dense[:, -1] /= 2.0 + np.sqrt(state[:, -1])
+        weights -= [*[0.1] * width, 0.3] * dense
+        stepped(table, ids, gradient, times=2.0, split=split)
+    w, v = np.empty((16, 2), np.float32), np.empty((16, 2, width), np.float32)
+    table_kernels.gather(width)(table.rows.numpy(), np.arange(32, dtype=np.int32).reshape(16, 2), np.empty((0, 0), np.float32), w, v)
+    assert np.allclose(np.column_stack([v.reshape(32, width), w.ravel()]), weights, atol=5e-5)
+
+
+class SparseAdam:
+    """torch's, over the V and w of a table, which are parameters of their own: their rates may differ."""
+
+    def __init__(self, table: Table) -> None:
+        self.v, self.w = (torch.nn.Parameter(part.clone()) for part in table.rows[:, : table.width + 1].split([table.width, 1], dim=1))
+        rates = table.rates.learning_rate, table.rates.linear_learning_rate
+        groups = [{"params": [part], "lr": rate} for part, rate in zip((self.v, self.w), rates, strict=True)]
+        self._optimizer = torch.optim.SparseAdam(groups)
+
+    def step(self, ids: np.ndarray, gradient: np.ndarray) -> None:
+        at, g = torch.from_numpy(ids).long()[None], torch.from_numpy(gradient).float()
+        for part, its in ((self.v, g[:, :-1]), (self.w, g[:, -1:])):
+            part.grad = torch.sparse_coo_tensor(at, its, part.shape, check_invariants=True)
+        self._optimizer.step()
+
+    @property
+    def moments(self) -> list[torch.Tensor]:
+        state = [self._optimizer.state[part] for part in (self.v, self.w)]
+        return [torch.cat([each[name] for each in state], dim=1) for name in ("exp_avg", "exp_avg_sq")]
+
+
+@pytest.mark.parametrize("embeddings", [1, 2])
+@pytest.mark.parametrize("scale", [1.0, 1e-8])  # the latter about as small as epsilon
+def test_adam_on_the_table_is_torchs_sparse_adam(embeddings, scale):
+    rates = Rates.of("adam", fields=9, learning_rate=0.02, beta=3.0, linear_learning_rate=0.005, linear_beta=1.0)
+    table = Table(bits=5, embedding_dim=5, embeddings=embeddings, rates=rates, initial_scale=0.5)
+    theirs, width, rng = SparseAdam(table), 5 * embeddings, np.random.default_rng(0)
+    for step in range(30):
+        ids = (rng.zipf(1.5, 40) % 32).astype(np.int32)  # some often, some never
+        gradient = scale * rng.normal(size=(40, width + 1))
+        theirs.step(ids, gradient)
+        stepped(table, ids, gradient, steps=step, split=[3, 30])
+    ours = table.rows[:, : 3 * (width + 1)].split(width + 1, dim=1)
+    for found, expected, atol in zip(ours, (torch.cat([theirs.v, theirs.w], dim=1), *theirs.moments), (1e-6, 1e-6, 1e-6), strict=True):
+        assert torch.allclose(found, expected, rtol=2e-5, atol=atol * min(scale, 1.0) ** 0.5)
+    assert not torch.equal(table.rows[:, :width], Table(bits=5, embedding_dim=5, embeddings=embeddings, initial_scale=0.5).rows[:, :width])
 
 
 def test_one_row_is_whole_cache_lines():
     assert columns(10) * 4 == columns(13) * 4 == 64
     assert columns(14) == columns(16) == 32
+    assert columns(10, embeddings=2) == 32  # 20 + 1, three n
+    assert columns(10, optimizer="adam") == 48  # three times 10 + 1
+    assert columns(10, embeddings=2, optimizer="adam") == 64  # three times 20 + 1
+    assert columns(15, optimizer="sgd") == 16
+
+
+def test_the_table_forgets_its_optimiser_and_keeps_its_weights():
+    table = Table(bits=4, embedding_dim=3, embeddings=2, rates=Rates("adam", 0.01, 1e-8, 0.01, 1e-8))
+    stepped(table, np.arange(16, dtype=np.int32), np.ones((16, 7)))
+    weights = table.rows[:, :7].clone()
+    assert (table.rows[:, 7:21] != 0).all()
+    table.forget()
+    assert torch.equal(table.rows[:, :7], weights)
+    assert not table.rows[:, 7:].any()
+
+
+def test_adam_on_the_table_has_the_constants_of_the_dense_parts():
+    assert (table_kernels.BETA1, table_kernels.BETA2, table_kernels.EPSILON) == (adam.BETA1, adam.BETA2, adam.EPSILON)
 
 
 # -- the learner ----------------------------------------------------------------------------------------------------------------------
@@ -210,10 +278,44 @@ def test_thirty_steps_equal_those_of_a_plain_learner_in_double_precision(precisi
         assert np.allclose(ours.detach(), theirs.detach(), atol=TOLERANCE[precision] / 4)
 
 
+@pytest.mark.parametrize("model", ["deepfm", "fm_dnn", "fm"])
+def test_thirty_steps_with_adam_throughout_are_those_of_torch_with_sparse_embeddings(model):
+    k, width = 4, 4 * MODELS[model].embeddings
+    learner = small(model=model, table_optimizer="adam", table_learning_rate=0.02, linear_learning_rate=0.01, batch_size=600)
+    module = MODELS[model].module(fields=3, embedding_dim=k, hidden=[8, 8]).double()
+    module.load_state_dict(learner.model.state_dict())
+    v, w = (torch.nn.Embedding.from_pretrained(part.double(), freeze=False, sparse=True)
+            for part in learner.table.rows[:, : width + 1].split([width, 1], dim=1))  # fmt: skip
+    sparse = torch.optim.SparseAdam([{"params": [v.weight], "lr": 0.02}, {"params": [w.weight], "lr": 0.01}])
+    optimizers = sparse, torch.optim.Adam(module.parameters(), lr=0.001)
+    for step in range(30):
+        ids, labels = batch(600 if step % 3 else 517, seed=step)
+        ids[:, 1] %= 5  # hot rows
+        places = torch.from_numpy(ids)
+        logits = module(w(places).squeeze(2), v(places))
+        assert np.allclose(learner.learn(ids, labels).numpy(), logits.detach(), atol=1e-4)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, torch.from_numpy(labels).double())
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert np.allclose(learner.table.rows[:, : width + 1], torch.cat([v.weight, w.weight], dim=1).detach(), atol=1e-4)
+
+
+@pytest.mark.parametrize("fields", [3, 30])
+def test_a_rate_of_0_is_the_optimisers_own_and_that_of_adam_is_not_divided_by_the_number_of_fields(fields):
+    rates = {optimizer: small(fields=fields, table_optimizer=optimizer).table.rates for optimizer in ("adagrad", "sgd", "adam")}
+    found = {optimizer: (each.learning_rate, each.linear_learning_rate) for optimizer, each in rates.items()}
+    assert found == {"adagrad": (1.0 / fields, 2.0 / fields), "sgd": (1.0 / fields, 2.0 / fields), "adam": (0.001, 0.001)}
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_model_is_the_same_bit_for_bit_with_any_number_of_threads(precision):
+@pytest.mark.parametrize("optimizer", [{}, {"table_optimizer": "adam", "model": "fm_dnn"}], ids=["adagrad", "adam"])
+def test_the_model_is_the_same_bit_for_bit_with_any_number_of_threads(precision, optimizer):
     def learned(threads: int) -> dict[str, np.ndarray]:
-        learner = small(batch_size=1500, hidden=[33, 17], dropout=0.2, value_fields=[1], precision=precision, threads=threads)
+        options = {"batch_size": 1500, "hidden": [33, 17], "dropout": 0.2, "value_fields": [1], "precision": precision, **optimizer}
+        learner = small(**options, threads=threads)
         for step in range(4):
             ids, labels = batch(1500 if step else 700, seed=step)
             learner.learn(ids, labels, ids[:, :1].astype(np.float32) / 1024)
@@ -303,15 +405,15 @@ def test_padding_a_short_batch_learns_what_the_short_batch_says():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_learner_restored_from_its_state_goes_on_bit_for_bit(dropout):
-    straight, before = small(dropout=dropout), small(dropout=dropout)
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"table_optimizer": "adam", "model": "fm_dnn"}], ids=str)
+def test_a_learner_restored_from_its_state_goes_on_bit_for_bit(options):
+    straight, before = small(**options), small(**options)
     for step in range(6):
         ids, labels = batch(seed=step)
         straight.learn(ids, labels)
         if step < 3:
             before.learn(ids, labels)
-    after = small(dropout=dropout)
+    after = small(**options)
     after.learn(*batch(seed=7))  # what it was is gone
     after.load_weights(before.weights())
     after.load_optimizer_state(before.optimizer_state())
@@ -359,6 +461,16 @@ def test_weights_of_another_shape_are_refused():
         small(table_bits=9).load_weights(small().weights())
     with pytest.raises(ValueError, match=r"'dense.*expected float32"):
         small(hidden=[8, 7]).load_weights(small().weights())
+
+
+@pytest.mark.parametrize("model", [name for name, system in MODELS.items() if system.module is not None])
+@pytest.mark.parametrize("optimizer", ["adagrad", "sgd", "adam"])
+def test_the_shapes_that_weights_must_have_are_those_that_the_learner_gives_them(model, optimizer):
+    options = {"model": model, "fields": 3, "embedding_dim": 15, "hidden": [8], "activation": "paper", "dropout": 0.0, "table_bits": 4}
+    weights = NetworkLearner(**options, table_optimizer=optimizer, device="cpu").weights()
+    require_shapes(weights, **options, table_optimizer=optimizer)
+    with pytest.raises(ValueError, match="'table' has shape"):
+        require_shapes(weights, **options, table_optimizer="adagrad" if optimizer == "adam" else "adam")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
