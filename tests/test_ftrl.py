@@ -180,6 +180,45 @@ def test_it_goes_on_from_its_state_bit_for_bit_which_has_only_rows_that_were_lea
     assert_equal_states(straight, resumed)
 
 
+@pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.7, 0.3)])
+def test_it_predicts_by_algorithm_1_what_it_would_say_before_learning_and_learns_nothing_of_it(l1, l2):
+    ids, labels, values = stream(600)  # most examples have fields that share a row
+    literal, model = Literal(l1=l1, l2=l2), FTRL(table_bits=6, value_fields=(0, 3), l1=l1, l2=l2)
+    assert model.predict(ids, values).tolist() == [0.0] * 600
+    literal.learn(ids[:400], labels[:400], scales(ids, values)[:400])
+    model.learn(ids[:400], labels[:400], values[:400])
+    before = {name: array.copy() for name, array in model.state_dict().items()}
+    predicted = model.predict(ids[400:], values[400:])
+    assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())
+    for row, scale, logit in zip(ids[400:].tolist(), scales(ids, values)[400:].tolist(), predicted.tolist(), strict=True):
+        w = [literal.weight(i) for i in row]
+        assert logit == pytest.approx(literal.weight(INTERCEPT) + math.fsum(a * b for a, b in zip(w, scale, strict=True)), abs=1e-10)
+    first = slice(400, 401)
+    assert model.learn(ids[first], labels[first], values[first]) == pytest.approx(predicted[:1], abs=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 120), max_size=5), st.integers(1, 20))
+def test_a_prediction_does_not_depend_on_its_company(cuts, fields):
+    ids, labels, _ = stream(120, fields=fields)
+    model = FTRL(table_bits=6)
+    model.learn(ids, labels)
+    parts = [model.predict(part) for part in np.split(ids, sorted(cuts))]
+    assert np.array_equal(np.concatenate(parts), model.predict(ids))
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_an_example_that_is_not_finite_has_no_prediction_and_the_others_have_theirs(odd):
+    ids, labels, values = stream(40, fields=4)
+    model = FTRL(table_bits=6, value_fields=(0, 3))
+    model.learn(ids, labels, values)
+    expected = model.predict(ids, values)
+    values[7, 0] = odd
+    logits = model.predict(ids, values)
+    assert np.isnan(logits[7])
+    assert np.array_equal(np.delete(logits, 7), np.delete(expected, 7))
+
+
 @pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("row", [[5, 1, 2, 3], [5, 5, 2, 5]])
 def test_an_example_that_is_not_finite_has_no_prediction_and_teaches_nothing(odd, row):

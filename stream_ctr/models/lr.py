@@ -72,7 +72,7 @@ class FTRL:
         return logits
 
     def predict(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None) -> Floats:
-        """`ids` [n, F], `values` [n, V] -> logits [n]."""
+        """`ids` [n, F], `values` [n, V] -> logits [n], NaN as in `learn`; learns nothing."""
         logits = np.empty(len(ids))
         values = np.empty((len(ids), 0), np.float32) if values is None else values
         _predict(ids, values, self._table, self._intercept, self._value_fields, *self._rates, logits)
@@ -171,7 +171,8 @@ def _predict(ids, values, table, intercept, value_fields, rate, beta, l1, l2, lo
         for i in range(fields):
             z[i], n[i] = table[ids[e, i], 0], table[ids[e, i], 1]
         _weights(z, n, w, root, rate, beta, l1, l2)
-        logits[e] = _dot(w, x, lanes) + w0
+        logit = _dot(w, x, lanes) + w0
+        logits[e] = logit if math.isfinite(logit) else np.nan
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
