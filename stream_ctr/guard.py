@@ -142,8 +142,10 @@ class Guard:
         was, became = (float(metrics.losses(logits, examples.label).mean()) for logits in (before, after))
         if became <= max(_WORSENED[0] * was, was + _WORSENED[1]):
             return []
-        ended = "its pre-training has ended, and the network that took over has learned nothing yet: " if learned.ends_pretraining else ""
-        return [f"{ended}its last step took the logloss of its own examples from {was:.3g} to {became:.3g}"]
+        step = "its last step"
+        if learned.ends_pretraining:
+            step += " ended its pre-training, the network that took over has learned nothing yet: it"
+        return [f"{step} took the logloss of its own examples from {was:.3g} to {became:.3g}"]
 
     def told(self) -> dict[str, Any]:
         """For a manifest, whose gate has what `worsened` said."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,75 @@ def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embed
     finally:
         process.kill()
         process.wait()
+
+
+# -- several models -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def several(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("several") / "state"
+    named = ["--model", "fm", "--model", "deepfm", "--model", "lr"]
+    printed = succeed("run", "--source", log, "--state", state, *named, *QUICK).stderr.splitlines()
+    assert [line.split()[0] for line in printed[-4:]] == ["fm", "deepfm", "lr", "river_ftrl"]
+    assert "; fm - lr on the same 4,000: " in printed[-2]
+    return state
+
+
+def test_the_first_model_named_is_published_and_the_others_learn_the_same_examples(several, trained):
+    final = reports(several)[-1]
+    assert list(final["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
+    assert final["models"]["deepfm"] == reports(trained)[-1]["models"]["deepfm"]
+    manifest = snapshot.verify(snapshot.newest(several / "snapshots"))
+    assert manifest["learner"]["model"] == "fm"
+    assert list(manifest["beside"]) == ["deepfm", "lr"]
+
+
+def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, trained):
+    beside, alone, published = (
+        succeed("score", "--snapshot", state, log, *named).stdout
+        for state, named in ((several, ["--model", "deepfm"]), (trained, []), (several, []))
+    )
+    assert beside == alone != published
+    subscriber = Subscriber(several, model="deepfm")
+    assert subscriber.next(5.0)
+    row = json.loads(log.read_text().splitlines()[0])["features"]
+    assert subscriber.predict([row])[0] == float(beside.splitlines()[0].split("\t")[1])
+    refused = command("score", "--snapshot", several, log, "--model", "opnn")
+    assert refused.exit_code == 6
+    assert "no model 'opnn'; it has fm, deepfm, lr" in refused.output
+
+
+def test_a_state_goes_on_with_the_models_it_began_with_and_refuses_others(log, several):
+    state = several.parent / "again"
+    shutil.copytree(several, state)
+    assert "resumed from snapshot" in succeed("run", "--source", log, "--state", state, *QUICK).output
+    assert list(reports(state)[-1]["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
+    other = command("run", "--source", log, "--state", state, "--model", "fm", *QUICK)
+    assert other.exit_code == 3
+    assert "made with the models fm, deepfm, lr, not with fm, ftrl" in other.output
+
+
+@pytest.mark.parametrize(("named", "message"), [(["deepfn"], "got 'deepfn'"), (["fm", "fm"], "a model learns once, model.name too: fm")])
+def test_a_model_that_is_not_or_is_named_twice_is_an_error(log, tmp_path, named, message):
+    result = command("run", "--source", log, "--state", tmp_path, *(part for name in named for part in ("--model", name)))
+    assert result.exit_code == 3
+    assert message in result.output
+
+
+def test_the_nine_systems_are_listed_with_what_the_paper_says_of_them():
+    lines = succeed("models").stdout.splitlines()
+    titles = ["LR", "FM", "FNN", "IPNN", "OPNN", "PNN*", "LR & DNN", "FM & DNN", "DeepFM"]
+    at = lines[0].index("in the paper")
+    assert [line[at : lines[0].index("no pre-training")].strip() for line in lines[1:]] == titles
+    known = {told["title"]: told for told in map(json.loads, succeed("models", "--json").stdout.splitlines())}
+    assert list(known) == titles
+    properties = {title: (not of["pretraining"], of["high_order"], of["low_order"], not of["engineering"]) for title, of in known.items()}
+    table_1 = {"FNN": (0, 1, 0, 1), "PNN*": (1, 1, 0, 1), "LR & DNN": (1, 1, 1, 0), "DeepFM": (1, 1, 1, 1)}
+    assert {title: properties[title] for title in table_1} == table_1
+    for line, (title, told) in zip(lines[1:], known.items(), strict=True):
+        assert line.split()[0] == told["name"]
+        assert [cell == "yes" for cell in line[at:].removeprefix(title).split()[:4]] == [bool(has) for has in properties[title]]
 
 
 # -- serving ------------------------------------------------------------------------------------------------------------------------------

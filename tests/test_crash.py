@@ -104,6 +104,19 @@ def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failpoint", ["learn.after:20", "snapshot.file:13", "snapshot.rename:3"])
+def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhile(log, tmp_path, failpoint):
+    named = [part for name in ("deepfm", "fnn", "pnn", "lr") for part in ("--model", name)]
+    arguments = ["--source", log, "--until-end", *OPTIONS, *named, "-X", "model.pretrain_examples=2600"]
+    run("--state", tmp_path / "clean", *arguments)
+    died = ["--state", tmp_path / "died", *arguments]
+    die(failpoint, *died)
+    run(*died, "-X", "learn.threads=2")
+    assert_went_on_as_if_nothing_had_happened(tmp_path / "died", tmp_path / "clean")
+    assert {"fnn.model", "pnn.model", "lr.model"} < end(tmp_path / "died").tensors.keys()
+
+
+@pytest.mark.slow
 def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp_path):
     arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
     for failpoint in ("snapshot.rename", "pointer.before", "snapshot.files", "learn.after:9", "pointer.after"):

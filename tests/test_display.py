@@ -143,6 +143,38 @@ def test_every_model_is_compared_with_the_first_in_a_line_of_its_own() -> None:
     assert [line.split(" by ")[0] for line in lines] == ["deepfm beats ftrl", "deepfm beats river_ftrl"]
 
 
+def with_models(count: int) -> dict[str, Any]:
+    """REPORT with so many models, each a little worse than the one before."""
+    names = ["deepfm", *(f"model_{number}" for number in range(1, count))]
+    models = {name: metrics(0.11 + 0.002 * number, 0.76, 1234567) for number, name in enumerate(names)}
+    pairs = {
+        name: {"logloss_difference": -0.002 * number, "low": -0.002 * number - 0.003, "high": -0.002 * number + 0.003, "count": 9}
+        for number, name in enumerate(names[1:], 1)
+    }
+    return {**{key: value for key, value in REPORT.items() if key != "rolling"}, "models": models, "pairs": pairs}
+
+
+def test_more_than_two_others_are_compared_with_the_first_in_a_table() -> None:
+    lines = drawn(with_models(11))
+    assert not any(" beats " in line or "gap to best" in line for line in lines)
+    compared = lines[lines.index("whole run, logloss in nats per impression") :]
+    assert row(compared, "deepfm ").split() == ["deepfm", "75%"]
+    assert " ".join(row(compared, "model_1 ").split()) == "model_1 -0.00200 cannot be told apart -0.00500 to +0.00100 70%"
+    assert " ".join(row(compared, "model_10 ").split()) == "model_10 -0.02000 deepfm is better -0.02300 to -0.01700 25%"
+    worse = with_models(4)
+    worse["pairs"]["model_3"] = {"logloss_difference": 0.004, "low": 0.001, "high": 0.007, "count": 9}
+    assert "model_3 is better" in row(drawn(worse)[-8:], "model_3 ")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100])
+def test_eleven_models_fit_on_a_narrow_terminal_too(width: int) -> None:
+    lines = drawn(with_models(11), width)
+    assert max(map(len, lines)) <= width
+    assert "…" not in "\n".join(lines)
+    assert sum(line.startswith("model_") for line in lines) == 20
+    assert ("25%" in "\n".join(lines)) == (width >= 80)
+
+
 def test_the_share_of_the_gap_that_each_model_closed_is_said() -> None:
     assert "gap to best possible closed (whole run): deepfm 75%, ftrl 50%, river_ftrl 25%" in drawn(REPORT)  # (14 - 11) / (14 - 10)
 
@@ -256,6 +288,7 @@ def test_what_keeps_a_run_from_learning_or_publishing_stands_in_the_table_and_on
     assert "no broker has answered for 12 s" in told
     assert "learning waits: the clicks of clicks:0, clicks:3 are overdue" in told
     assert "snapshots are not published: its logloss is worse" in told
+    assert "fm diverged and is left out" in "\n".join(drawn({**REPORT, "left_out": {"fm": "the model fm diverged"}}))
 
 
 def test_what_seldom_happens_is_counted_in_the_table_once_it_has_happened() -> None:

@@ -429,7 +429,10 @@ def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, see
         source = Partitions(split(stream, 3), seed=seed + 1)
         finish(trainer(directory / "ahead", source, **sections(read_ahead), **short))
         assert_same_snapshots(
-            directory / "asked", directory / "ahead", stems=("model", "optimizer", "ftrl.model", "metrics"), of_manifest=("ledger", "examples")
+            directory / "asked",
+            directory / "ahead",
+            stems=("model", "optimizer", "ftrl.model", "metrics"),
+            of_manifest=("ledger", "examples"),
         )
     finally:
         shutil.rmtree(directory)

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from connectors import Records
-from stream_ctr import snapshot
+from stream_ctr import Scorer, metrics, snapshot
 from stream_ctr.arrow_events import pack
 from stream_ctr.assembly import build_trainer
 from stream_ctr.cli import main
@@ -160,13 +160,16 @@ def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
     assert_equal_states(tmp_path / "1", tmp_path / "2")
 
 
-@pytest.mark.parametrize("partitions", [1, 3])
-def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(tmp_path, stream, partitions):
-    whole = finish(trainer(tmp_path / "whole", Partitions(split(stream, partitions))))
+SEVERAL = {**SMALL["model"], "name": "deepfm", "beside": ("fnn", "lr", "fm_dnn"), "pretrain_examples": 2500, "dropout": 0.1}
+
+
+@pytest.mark.parametrize(("partitions", "model"), [(1, SMALL["model"]), (3, SMALL["model"]), (2, SEVERAL)])
+def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(tmp_path, stream, partitions, model):
+    whole = finish(trainer(tmp_path / "whole", Partitions(split(stream, partitions)), model=model))
     parts = tmp_path / "parts"
     for seed in range(4):
         source = Partitions(split(stream, partitions), seed=seed, stop_after=1500 if seed < 3 else None)
-        resumed = trainer(parts, source)
+        resumed = trainer(parts, source, model=model, learn={**SMALL["learn"], "threads": 1 + seed % 3})
         newest = snapshot.newest(parts / "snapshots")
         if newest:
             resumed.restore(newest)
@@ -231,6 +234,193 @@ def test_ftrl_learns_every_example_in_order_however_batches_are_cut(tmp_path, st
     states = [final_state(tmp_path / name)["ftrl.model"] for name in ("128", "500")]
     for name, array in states[0].items():
         assert np.array_equal(array, states[1][name]), name
+
+
+# -- several models on the same examples ------------------------------------------------------------------------------------------------
+
+ALONE = {"baseline": {"enabled": False}, "ftrl": {"enabled": False}}
+
+
+def model(name: str, *beside: str, **options: Any) -> dict[str, Any]:
+    return {"model": {**SMALL["model"], "name": name, "beside": beside, **options}}
+
+
+def weights(directory: Path, beside: str | None = None) -> dict[str, np.ndarray]:
+    return final_state(directory)[snapshot.stems(beside)[0]]
+
+
+def assert_same_weights(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture(scope="module")
+def fm_alone(stream: pa.LargeBinaryArray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("alone") / "fm"
+    finish(trainer(directory, Partitions([stream]), **ALONE, **model("fm")))
+    return directory
+
+
+def test_beside_others_a_model_learns_what_it_learns_alone(tmp_path, stream, fm_alone):
+    together = finish(trainer(tmp_path / "many", Partitions([stream]), **ALONE, **model("deepfm", "fm", "lr")))
+    assert list(together["models"]) == ["deepfm", "fm", "lr"]
+    assert_same_weights(weights(tmp_path / "many", "fm"), weights(fm_alone))
+    for name in ("deepfm", "lr"):
+        alone = finish(trainer(tmp_path / name, Partitions([stream]), **ALONE, **model(name)))
+        assert alone["models"][name] == together["models"][name]
+        assert_same_weights(weights(tmp_path / name), weights(tmp_path / "many", None if name == "deepfm" else name))
+
+
+def test_the_first_model_is_compared_with_each_other_one_in_the_order_in_which_they_were_named(tmp_path, stream):
+    report = finish(trainer(tmp_path, Partitions([stream]), **model("fm", "deepfm", "ipnn")))
+    assert list(report["models"]) == ["fm", "deepfm", "ipnn", "ftrl", "river_ftrl"]
+    assert list(report["pairs"]) == ["deepfm", "ipnn", "ftrl", "river_ftrl"]
+    for name, paired in report["pairs"].items():
+        assert paired["count"] == 6000
+        difference = report["models"]["fm"]["logloss"] - report["models"][name]["logloss"]
+        assert paired["logloss_difference"] == pytest.approx(difference, abs=1e-12)
+    stages = report["profile"]["trainer"]
+    assert {"learn", "learn.deepfm", "learn.ipnn", "learn.ftrl"} <= stages.keys()
+
+
+def test_lr_has_the_rates_of_ftrl_which_then_does_not_learn_twice(tmp_path, stream):
+    rates = {"ftrl": {"alpha": 0.3, "l1": 0.2}, "baseline": {"enabled": False}}
+    named = finish(trainer(tmp_path / "lr", Partitions([stream]), **rates, **model("lr", "fm")))
+    beside = finish(trainer(tmp_path / "ftrl", Partitions([stream]), **rates, **model("fm")))
+    assert list(named["models"]) == ["lr", "fm"]
+    assert named["models"]["lr"] == beside["models"]["ftrl"]
+    assert_same_weights(weights(tmp_path / "lr"), weights(tmp_path / "ftrl", "ftrl"))
+
+
+@pytest.mark.parametrize(("name", "beside"), [("fm", None), ("deepfm", "lr"), ("lr", "fm")])
+def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, beside):
+    built = trainer(tmp_path, Partitions([stream]), ftrl={"alpha": 0.3}, **model(name, *([beside] if beside else [])))
+    finish(built)
+    path = snapshot.newest(tmp_path / "snapshots")
+    rows = [json.loads(value)["features"] for value in stream.to_pylist() if b"impression_id" in value and b"features" in value][:50]
+    for of, learner in built.learners.items():
+        scorer = Scorer(path, model=of)
+        expected = learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(np.float64)
+        assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
+    assert np.array_equal(Scorer(path).predict(rows), Scorer(path, model=name).predict(rows))
+    with pytest.raises(SnapshotError, match=f"no model 'opnn'; it has {name}"):
+        Scorer(path, model="opnn")
+
+
+def _columns(fields: Sequence[Field], rows: Sequence[dict[str, Any]]) -> dict[str, pa.Array]:
+    kinds = {"categorical": pa.string(), "numeric": pa.float64()}
+    return {field.name: pa.array([row.get(field.name) for row in rows], kinds[field.kind]) for field in fields}
+
+
+def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> None:
+    """The table of a model becomes NaN before its step number `after`, and before each one from there on."""
+    learner: Any = built.learners[name]
+    learn, calls = learner.learn, []
+
+    def spoiled(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == after or (forever and len(calls) > after):
+            learner.table.rows.fill_(float("nan"))
+        return learn(*arguments, **options)
+
+    learner.learn = spoiled
+
+
+FREQUENT = {"schedule": {"snapshot_examples": 1000}, "snapshots": {"keep": 50}}
+
+
+def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notices(tmp_path, stream, fm_alone, caplog):
+    built = trainer(tmp_path, Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm", "lr"))
+    spoil(built, "deepfm", after=33)  # the fourth snapshot has 32 of its batches
+    report = finish(built)
+    counters = report["counters"]
+    assert (counters["batches_skipped.deepfm"], counters["examples_skipped.deepfm"], counters["rollbacks.deepfm"]) == (8, 8 * 128, 1)
+    assert not {"batches_skipped", "rollbacks", "batches_skipped.lr"} & counters.keys()
+    assert "deepfm, beside the published one, goes back to snapshot 00000004" in caplog.text
+    assert report["left_out"] == {}
+    assert {name: score["count"] for name, score in report["models"].items()} == {"fm": 6000, "deepfm": 6000 - 8 * 128, "lr": 6000}
+    assert report["pairs"]["deepfm"]["count"] == 6000 - 8 * 128
+    assert_same_weights(weights(tmp_path), weights(fm_alone))
+    assert all(np.isfinite(array).all() for array in weights(tmp_path, "deepfm").values())
+
+
+@pytest.mark.parametrize("frequent", [{}, FREQUENT], ids=["no snapshot yet", "snapshots"])
+def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run_is_resumed(tmp_path, stream, fm_alone, frequent, caplog):
+    stopping = Partitions([stream], stop_after=len(stream) - 500)
+    built = trainer(tmp_path, stopping, **ALONE, **frequent, **model("fm", "deepfm", "lr"))
+    spoil(built, "deepfm", after=2, forever=True)
+    assert finish(built)["counters"]["left_out.deepfm"] == 1
+    resumed = trainer(tmp_path, Partitions([stream]), **ALONE, **frequent, **model("fm", "deepfm", "lr"))
+    resumed.restore(snapshot.newest(tmp_path / "snapshots"))
+    report = finish(resumed)
+    assert report["examples"] == 6000
+    assert report["counters"]["left_out.deepfm"] == 1
+    assert list(report["left_out"]) == ["deepfm"]
+    assert report["models"]["deepfm"]["count"] == report["pairs"]["deepfm"]["count"] == 128
+    assert report["models"]["lr"]["count"] == 6000
+    assert "the run goes on without it" in caplog.text
+    assert_same_weights(weights(tmp_path), weights(fm_alone))
+    assert "deepfm.model" not in final_state(tmp_path)
+    with pytest.raises(SnapshotError, match="without the model 'deepfm', which had diverged"):
+        Scorer(snapshot.newest(tmp_path / "snapshots"), model="deepfm")
+
+
+def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(tmp_path, stream, fm_alone):
+    built = trainer(tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm"))
+    begin = built._writer.begin
+
+    def begun(cut: Any) -> None:
+        if cut.manifest["sequence"] == 3:
+            cut.tensors["deepfm.model"]["table"][7, 0] = np.inf  # of a row that the last batch had not
+        begin(cut)
+
+    built._writer.begin = begun
+    report = finish(built)
+    assert (report["counters"]["rollbacks.deepfm"], report["models"]["fm"]["count"]) == (1, 6000)
+    assert_same_weights(weights(tmp_path / "state"), weights(fm_alone))
+    folder = tmp_path / "state" / "snapshots"
+    second, third, fourth = (folder / name for name in snapshot.snapshot_ids(folder)[1:4])
+    assert [(path / "deepfm.model.safetensors").exists() for path in (second, third, fourth)] == [True, False, True]
+    resumed = trainer(tmp_path / "state", Partitions([stream]), **ALONE, **model("fm", "deepfm"))
+    resumed.restore(third)
+    assert resumed.counters["rollbacks.deepfm"] == 1
+    assert_same_weights(dict(resumed.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"])
+
+
+def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
+    documents = [json.loads(value) for value in stream.to_pylist()]
+    numeric = next(field.name for field in Simulation(1, seed=0).fields if field.kind == "numeric")
+    huge = 0
+    for number, event in enumerate(documents):
+        if number % 500 == 250 and event["kind"] == "impression":
+            event["features"][numeric] = 1e38
+            huge += 1
+    values = pa.array([json.dumps(event).encode() for event in documents], pa.large_binary())
+    report = finish(trainer(tmp_path, Partitions([values]), features={"numeric_encoding": "value"}, **ALONE, **model("lr", "fm")))
+    assert huge > 5
+    assert report["counters"]["examples_skipped.fm"] == huge
+    assert (report["examples"], report["models"]["fm"]["count"], report["pairs"]["fm"]["count"]) == (6000, 6000 - huge, 6000 - huge)
+
+
+def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdict_on_the_network_and_learns_on(tmp_path, stream, caplog):
+    lenient = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
+    sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": lenient}
+    report = finish(trainer(tmp_path, Partitions([stream]), **sections, **model("fnn", pretrain_examples=2000)))
+    assert report["examples"] == 6000
+    manifests = [snapshot.load(tmp_path / "snapshots" / name, files=())[0] for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+    refused = [manifest["examples"] for manifest in manifests if manifest["gate"]["refused"]]
+    assert refused == [2048, 3072]
+    assert "is not published: its pre-training has ended, and there is no verdict yet on the network that took over" in caplog.text
+    assert "its last step ended its pre-training, the network that took over has learned nothing yet: it took the logloss" in caplog.text
+    assert report["refused"] == []
+    assert snapshot.read_pointer(tmp_path / "latest.json")["examples"] == 6000
+
+
+@pytest.mark.parametrize("other", [model("deepfm", "lr"), model("deepfm", "lr", "fm"), model("fm", "deepfm"), model("deepfm")])
+def test_a_snapshot_of_other_models_is_refused_by_their_names(tmp_path, stream, other):
+    finish(trainer(tmp_path, Partitions([stream.slice(0, 500)]), **ALONE, **model("deepfm", "fm")))
+    with pytest.raises(ConfigError, match=r"made with the models deepfm, fm, not with .*another --state"):
+        trainer(tmp_path, Partitions([stream]), **ALONE, **other).restore(snapshot.newest(tmp_path / "snapshots"))
 
 
 def test_models_that_are_not_wanted_are_in_no_report_and_no_snapshot(tmp_path, stream):
