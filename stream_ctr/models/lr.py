@@ -88,7 +88,7 @@ class FTRL:
         return {"rows": rows[:count], "pairs": pairs[:count], "intercept": self._intercept.copy()}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        self._table[:] = 0.0
+        self._table = np.zeros(self._table.shape)  # of which memory is taken for what is filled
         self._table[state["rows"]] = state["pairs"]
         self._intercept[:] = state["intercept"]
 
@@ -166,6 +166,9 @@ def _predict(ids, values, table, intercept, value_fields, rate, beta, l1, l2, lo
     lanes = np.empty(_LANES)
     w0 = -intercept[0] / ((beta + math.sqrt(intercept[1])) * rate)
     for e in range(examples):
+        if e + 1 < examples:
+            for i in range(fields):
+                prefetch(table, ids[e + 1, i])
         for v in range(len(value_fields)):
             x[value_fields[v]] = values[e, v]
         for i in range(fields):
