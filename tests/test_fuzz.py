@@ -25,7 +25,7 @@ from stream_ctr.config import Field
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events import Decoder, Events, Rejects
 from stream_ctr.json_events import JsonReader
-from stream_ctr.learner import NetworkLearner
+from stream_ctr.learner import NetworkLearner, make_learner
 from stream_ctr.logs import FORMATS, open_log
 from stream_ctr.subscribe import Scorer, Subscriber
 
@@ -231,6 +231,7 @@ LEARNER = {
 }  # fmt: skip
 MANIFEST = {
     "model": "default", "epoch": 3, "sequence": 1, "examples": 1000, "event_time_ms": T, "created_ms": T, "learner": LEARNER,
+    "beside": {"ftrl": {**LEARNER, "model": "lr", "ftrl": {"alpha": 0.1, "beta": 1.0, "l1": 0.0, "l2": 1.0}}},
     "schema": {
         "fields": [["app", "categorical"], ["age", "numeric"], ["os", "categorical"]], "table_bits": 6, "numeric_encoding": "value",
         "crosses": [["app", "os"]],
@@ -246,7 +247,10 @@ ODD_VALUES = [
 def served(tmp_path):
     """A snapshot that can be served."""
     weights = NetworkLearner(**LEARNER, device="cpu").weights()
-    return snapshot.write(tmp_path / "snapshots", tensors={"model": weights}, manifest=MANIFEST, snapshot_id="00000001-x")
+    beside = make_learner(**MANIFEST["beside"]["ftrl"])
+    beside.learn(np.array([[1, 2, 3, 4], [1, 5, 3, 6]], np.int32), np.array([1, 0], np.uint8), np.ones((2, 1), np.float32))
+    tensors = {"model": weights, "ftrl.model": beside.weights()}
+    return snapshot.write(tmp_path / "snapshots", tensors=tensors, manifest=MANIFEST, snapshot_id="00000001-x")
 
 
 def sign_again(path: Path, name: str, data: bytes) -> None:
@@ -286,12 +290,16 @@ def refusal(read: Callable[[], object]) -> str:
 
 def serve(path: Path) -> None:
     """Everything that reads a snapshot: each loads it or says in its own terms, and briefly, why not; what is loaded predicts."""
-    for read in (snapshot.load, snapshot.verify, lambda path: snapshot.newest(path.parent), predict):
+    for read in (snapshot.load, snapshot.verify, lambda path: snapshot.newest(path.parent), predict, predict_beside):
         assert len(refusal(lambda read=read: read(path))) < 1000
 
 
 def predict(path: Path) -> None:
     assert np.isfinite(Scorer(path).predict([{"app": "maps", "age": 31}, {}])).all()
+
+
+def predict_beside(path: Path) -> None:
+    assert np.isfinite(Scorer(path, model="ftrl").predict([{"app": "maps", "age": 31}, {}])).all()
 
 
 def test_a_mutated_manifest_is_refused_or_loads(full, served):

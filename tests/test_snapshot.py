@@ -103,6 +103,7 @@ def test_only_the_named_files_are_read(tmp_path: Path) -> None:
     path = write(tmp_path)
     damage(path / "joiner.safetensors", -1)  # same size: only a reader of the bytes can notice
     assert set(snapshot.load(path, files=["model"])[1]) == {"model"}
+    assert set(snapshot.load(path, files=lambda manifest: [manifest["model"].replace("deepfm", "model")])[1]) == {"model"}
     with pytest.raises(SnapshotError, match=r"joiner\.safetensors has SHA-256"):
         snapshot.load(path)
     with pytest.raises(SnapshotError, match=r"has no file optimiser\.safetensors; it has model\.safetensors, joiner"):
