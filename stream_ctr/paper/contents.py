@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stream_ctr.paper import figures, published
@@ -49,8 +49,6 @@ def _head(told: Report) -> list[Block]:
     if data.get("simulated") is not None:
         blocks.append(Note(_SIMULATED))
     blocks += [Heading("What came out"), *_findings(told), Heading("Data, settings, machine"), Facts([*_data(data), *_made(told)])]
-    if data.get("notes"):
-        blocks.append(Listing([f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in data["notes"]]))
     settings = Facts([(_words(name), _plain(value)) for name, value in told["settings"].items()])
     return [*blocks, Details("All settings", [settings]), Text("The command:"), Code(str(made["command"]))]
 
@@ -115,6 +113,8 @@ def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "Logloss of a constant", f"{_number(data['constant_logloss'], 5)} on the test part"
     if data.get("best_possible_logloss") is not None:
         yield "Best possible logloss", f"{_number(data['best_possible_logloss'], 5)} on the test part"
+    for note in data.get("notes", ()):
+        yield "Note", f"{note[:1].upper()}{note[1:].rstrip('.')}"
 
 
 _SPLITS = {"random": "at random, the same for all", "time": "by time, the last are the test part"}
@@ -122,8 +122,8 @@ _SPLITS = {"random": "at random, the same for all", "time": "by time, the last a
 
 def _made(told: Report) -> Iterator[tuple[str, str]]:
     made = told["made"]
-    usual = {name: value for name, value in told["settings"].items() if name in _USUAL}
-    yield "Settings", "; ".join(f"{_words(name)} {_plain(value)}" for name, value in usual.items()) or _NONE
+    settings = told["settings"]
+    yield "Settings", "; ".join(says(settings[name]) for name, says in _USUAL.items() if name in settings) or _NONE
     yield (
         "The paper's settings",
         (
@@ -135,16 +135,26 @@ def _made(told: Report) -> Iterator[tuple[str, str]]:
     yield "Seeds", f"{_plain(made.get('seeds'))}{figures_too}{'; with one seed there is no spread to report' if _one_seed(told) else ''}"
     if made.get("table_bits") is not None:
         yield "Embedding table", f"2^{made['table_bits']} = {_count(2 ** made['table_bits'])} rows"
-    machine = made.get("machine", {})
-    machine = ", ".join(f"{name} {_plain(value)}" for name, value in machine.items()) if isinstance(machine, Mapping) else str(machine)
-    yield "Machine", f"{machine}; networks on {made.get('accelerator') or _device(made.get('device', 'cpu'))}"
+    machine = made["machine"]
+    yield (
+        "Machine",
+        f"{machine['processor']}, {machine['cores']} cores; networks on {made.get('accelerator') or _device(made.get('device', 'cpu'))}",
+    )
     versions = {"stream-ctr": made.get("version"), "Python": made.get("python"), "torch": made.get("torch")}
     yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)
     if made.get("seconds_total") is not None:
         yield "Took", _duration(made["seconds_total"])
 
 
-_USUAL = ("dropout", "hidden", "batch_size", "epochs", "embedding_dim", "table_optimizer", "precision")
+_USUAL: Mapping[str, Callable[[Any], str]] = {
+    "dropout": lambda share: f"dropout {share}",
+    "hidden": lambda widths: f"network {'-'.join(map(str, widths))}",
+    "embedding_dim": lambda width: f"K = {width}",
+    "table_optimizer": lambda name: f"table by {name}",
+    "batch_size": lambda size: f"batches of {_count(size)}",
+    "epochs": lambda most: f"at most {most} epochs, the best on validation counts",
+    "precision": lambda name: f"precision {name}",
+}
 
 
 def _words(name: object) -> str:
@@ -189,13 +199,13 @@ def _short(paper: str) -> str:
 
 def _table2(told: Report) -> list[Block]:
     paper, best = _paper(told), told["data"].get("best_possible_logloss")
-    here = f"measured here{_over_seeds(told)}"
+    here = "measured here"
     columns = [Column("system", number=False), Column("AUC", here), Column("logloss", here)]
     columns += [Column("above the best possible", here)] if best is not None else []
-    columns += [Column("difference", "logloss less DeepFM's"), Column("95 % interval", "logloss less DeepFM's")]
-    columns += [Column("seconds", "training"), Column("epochs", "training")]
     if paper:
         columns += [Column(name, f"the paper, on {_short(paper)}", quoted=True) for name in ("AUC", "logloss")]
+    columns += [Column("difference", "logloss less DeepFM's"), Column("95 % interval", "logloss less DeepFM's")]
+    columns += [Column("seconds", "training"), Column("epochs", "training")]
     rows = [_table2_row(told, name, paper, best) for name in told["table2"]]
     blocks: list[Block] = [Heading("Table 2: performance"), Table(_table2_caption(told), columns, rows)]
     if paper:
@@ -217,11 +227,10 @@ def _table2_row(told: Report, name: str, paper: str | None, best: float | None) 
         said = [_best(told, row, name, "auc", 4), _best(told, row, name, "logloss", 5)]
     if best is not None:
         said.append(_number(None if row["logloss"] is None else row["logloss"] - best, 5))
-    said += _difference(row["minus_deepfm"]) if name != "DeepFM" else ["0", _NONE]
-    said += [_number(row["seconds"], significant=3), _number(row["epochs"], significant=2)]
     if paper:
         said += [f"{row['published'][paper]['auc']:.4f}", f"{row['published'][paper]['logloss']:.5f}"]
-    return [name, *said]
+    said += _difference(row["minus_deepfm"]) if name != "DeepFM" else ["0", _NONE]
+    return [name, *said, _number(row["seconds"], significant=3), _number(row["epochs"], significant=2)]
 
 
 def _best(told: Report, row: Mapping[str, Any], name: str, metric: str, digits: int) -> Cell:
@@ -234,21 +243,22 @@ def _best(told: Report, row: Mapping[str, Any], name: str, metric: str, digits: 
 
 def _table2_caption(told: Report) -> str:
     return (
-        f"Test part of {_count(told['data']['test'])} examples. Seconds of training until the best epoch, FNN's pre-training included, on "
-        f"{_device(told['made'].get('device', 'cpu'))}. The best AUC and logloss are set off."
+        f"{_over_seeds(told)}, on {_count(told['data']['test'])} test examples. Seconds of training until the best epoch, FNN's "
+        f"pre-training included, on {_device(told['made'].get('device', 'cpu'))}. The best AUC and logloss are set off, and differences "
+        "whose interval leaves zero out."
     )
 
 
 def _over_seeds(told: Report) -> str:
-    return ", one seed" if _one_seed(told) else ", mean \N{PLUS-MINUS SIGN} standard deviation over seeds"
+    return "One seed" if _one_seed(told) else "Mean \N{PLUS-MINUS SIGN} standard deviation over seeds"
 
 
 def _difference(of: Mapping[str, Any] | None) -> list[Cell]:
     if of is None or of["logloss_difference"] is None:
         return [_NONE, _NONE]
     apart = verdict(of) in ("better", "worse")
-    text = f"{of['logloss_difference']:+.5f}"
-    return [Strong(text) if apart else text, _NONE if of["low"] is None else f"{of['low']:+.5f} to {of['high']:+.5f}"]
+    text = _signed(of["logloss_difference"])
+    return [Strong(text) if apart else text, _NONE if of["low"] is None else f"{_signed(of['low'])} to {_signed(of['high'])}"]
 
 
 def _compared(told: Report) -> dict[str, Mapping[str, float | None]]:
@@ -448,6 +458,10 @@ def _number(value: float | None, digits: int = 4, *, significant: int = 0) -> st
     if not significant:
         return f"{value:.{digits}f}"
     return f"{value:,.0f}" if abs(value) >= 10 ** (significant - 1) else f"{value:.{significant}g}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.5f}".replace("-", "\N{MINUS SIGN}")
 
 
 def _spread(mean: float | None, std: float | None, digits: int) -> str:

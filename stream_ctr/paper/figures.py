@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -28,9 +28,9 @@ AXES = {
 }
 _NOMINAL = {"figure7", "figure11"}  # their values have no order: a line from one to the next would mean nothing
 
-# Okabe and Ito's colours, which the colour-blind tell apart; the yellow and sky blue darkened until white and black both carry them.
+# Okabe and Ito's colours, which the colour-blind tell apart; all but two shifted until white and black both carry them.
 _LOOKS = {
-    "FNN": ("#0072b2", "o"),
+    "FNN": ("#1f83c6", "o"),
     "IPNN": ("#b8860b", "s"),
     "OPNN": ("#009e73", "^"),
     "PNN*": ("#c26a9a", "v"),
@@ -42,6 +42,19 @@ _OTHERS = ("#808080", "o")
 _ACCENT, _PLAIN = _LOOKS["DeepFM"][0], _LOOKS["FNN"][0]
 _INK = "#0a0b0c"  # becomes currentColor
 _SIZE = 4.9, 3.9  # inches, of a panel
+
+
+class _Margins(NamedTuple):
+    """Inches around the axes of a panel: room for names, numbers and titles."""
+
+    left: float
+    right: float
+    bottom: float
+    top: float
+
+
+_NAMES_LEFT = _Margins(0.85, 0.12, 0.62, 0.4)
+_NAMES_RIGHT = _Margins(0.62, 0.95, 0.55, 0.4)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "font.family": "DejaVu Sans",  # comes with Matplotlib
@@ -74,8 +87,8 @@ def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss"))
     """
     draw = _dots if name in _NOMINAL else _lines
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure = _figure(len(metrics))
-        for axes, metric in zip(_row(figure, len(metrics)), metrics, strict=True):
+        figure, panels = _panels(len(metrics), _NAMES_LEFT if name in _NOMINAL else _NAMES_RIGHT)
+        for axes, metric in zip(panels, metrics, strict=True):
             draw(axes, values, metric)
             axes.set_title(METRICS[metric], pad=10)
             if name not in _NOMINAL:
@@ -86,8 +99,8 @@ def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss"))
 def relative_time(times: Mapping[str, Mapping[str, float]]) -> str:
     """Figure 6: each system's training time over LR's, on an axis of powers of ten; `times[device][system]`, a panel a device."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "figure6"}):
-        figure = _figure(len(times))
-        for axes, (device, ratios) in zip(_row(figure, len(times)), times.items(), strict=True):
+        figure, panels = _panels(len(times), _NAMES_LEFT)
+        for axes, (device, ratios) in zip(panels, times.items(), strict=True):
             systems = list(ratios)[::-1]
             axes.set_xscale("log")
             axes.barh(systems, [ratios[s] - 1 for s in systems], left=1, height=0.62, color=[_colour(s) for s in systems])
@@ -104,8 +117,7 @@ def relative_time(times: Mapping[str, Mapping[str, float]]) -> str:
 def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
     """Each system's test logloss less DeepFM's with its interval: `found[system]` has `logloss_difference`, `low` and `high`."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "table2"}):
-        figure = Figure(figsize=(7.2, 3.2), layout="constrained")
-        axes = figure.add_subplot()
+        figure, (axes,) = _panels(1, _NAMES_LEFT._replace(right=0.2, top=0.1), (5.6, 3.3))
         systems = list(found)[::-1]
         for row, system in enumerate(systems):
             middle, low, high = (found[system][part] for part in ("logloss_difference", "low", "high"))
@@ -120,10 +132,10 @@ def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
         axes.set_yticks(range(len(systems)), systems)
         axes.set_ylim(-0.6, len(systems) - 0.4)
         axes.tick_params(axis="y", length=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:+.4g}" if at else "0"))
         axes.grid(axis="x")
-        axes.set_xlabel("better than DeepFM  \N{LEFTWARDS ARROW}  difference in test logloss  \N{RIGHTWARDS ARROW}  worse than DeepFM")
+        axes.set_xlabel("better  \N{LEFTWARDS ARROW}  test logloss less DeepFM's  \N{RIGHTWARDS ARROW}  worse")
         return _svg(figure, "table2")
 
 
@@ -133,12 +145,13 @@ def on_white(picture: str) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n{begin} color="#1c1e21">\n<rect width="100%" height="100%" fill="#ffffff"/>{rest}'
 
 
-def _figure(panels: int) -> Figure:
-    return Figure(figsize=(_SIZE[0] * panels, _SIZE[1]), layout="constrained")
-
-
-def _row(figure: Figure, panels: int) -> list[Axes]:
-    return list(figure.subplots(1, panels, squeeze=False)[0])
+def _panels(count: int, margins: _Margins, size: tuple[float, float] = _SIZE) -> tuple[Figure, list[Axes]]:
+    """Axes of equal size, side by side. (A layout by Matplotlib's engine draws everything twice.)"""
+    width, height = size
+    figure = Figure(figsize=(width * count, height))
+    wide, high = width - margins.left - margins.right, height - margins.top - margins.bottom
+    places = [((i * width + margins.left) / (width * count), margins.bottom / height) for i in range(count)]
+    return figure, [figure.add_axes((x, y, wide / (width * count), high / height)) for x, y in places]
 
 
 def _colour(system: str) -> str:

@@ -116,7 +116,7 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 def _md(text: str) -> str:
     """What Markdown could take for its own gets a backslash; a line stays a line."""
-    line = re.sub(r"[\\`*_\[\]<>|~$]|&(?=[#\w])|^[-+=#]", r"\\\g<0>", " ".join(text.split()))
+    line = re.sub(r"[\\`*_\[\]<>|~$]|&(?=[#\w])|^[-+=#](?=[-+=#\s]|$)", r"\\\g<0>", " ".join(text.split()))
     return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)
 
 
@@ -183,7 +183,8 @@ def _html_table(table: Table) -> str:
     heads = "".join(f"<th scope=col{_class(column)}>{escape(column.title)}</th>" for column in table.columns)
     rows = "\n".join(f"<tr>{''.join(_html_cell(*pair, i) for i, pair in enumerate(_pairs(table, row)))}</tr>" for row in table.rows)
     return (
-        f'<div class=scroll tabindex=0 role=region aria-label="{escape(table.caption)}"><table><caption>{escape(table.caption)}</caption>\n'
+        f'<div class=scroll tabindex=0 role=region aria-label="{escape(table.caption)}"><table>'
+        f"<caption><span>{escape(table.caption)}</span></caption>\n"
         f"<thead>{f'<tr class=groups>{top}</tr>' if grouped else ''}<tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>"
     )
 
@@ -252,9 +253,11 @@ pre { background: var(--quoted); border: 1px solid var(--line); border-radius: 6
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: 0.9rem; line-height: 1.4; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: var(--soft); padding-bottom: 0.5rem; caption-side: top; }
-th, td { padding: 0.32rem 0.75rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-thead th { font-weight: 600; vertical-align: bottom; border-bottom: 1.5px solid var(--ink); }
-tr.groups th { border-bottom: 0; text-align: left; color: var(--soft); font-weight: 500; padding-bottom: 0; white-space: normal; }
+caption span { display: block; position: sticky; left: 0; max-width: min(46rem, calc(100vw - 2rem)); }
+th, td { padding: 0.32rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
+thead th { font-weight: 600; white-space: normal; max-width: 9rem; vertical-align: bottom;
+  border-bottom: 1.5px solid var(--ink); }
+tr.groups th { border-bottom: 0; max-width: none; text-align: left; color: var(--soft); font-weight: 500; padding-bottom: 0; }
 th:first-child { text-align: left; padding-left: 0.15rem; position: sticky; left: 0; background: var(--ground); }
 tbody th { font-weight: 600; }
 td.text, thead th.text { text-align: left; }
@@ -262,7 +265,7 @@ td.quoted, thead th.quoted { background: var(--quoted); color: var(--soft); font
 td strong { color: var(--accent); }
 figure { margin: 1.25rem 0; }
 .panels { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: 1rem 1.5rem; max-width: 68rem; }
-.panels svg { width: 100%; height: auto; max-width: 40rem; display: block; }
+.panels svg { width: 100%; height: auto; max-width: 36rem; display: block; }
 figcaption { color: var(--soft); font-size: 0.9rem; max-width: 46rem; margin-top: 0.4rem; }
 details { margin: 0.75rem 0; }
 summary { cursor: pointer; color: var(--link); font-size: 0.95rem; }
@@ -286,7 +289,7 @@ _FRAME = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,">
 <title>{title}</title>
