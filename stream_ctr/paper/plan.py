@@ -253,7 +253,7 @@ def shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
 
 def estimate(made: Plan, out: Path) -> list[str]:
     """Time, memory and disk, as sentences for who waits; timed on a few batches of each system."""
-    waiting = [setting for key, setting in made.distinct.items() if not _outcome_of(out, key)]
+    waiting = [setting for key, setting in made.distinct.items() if _outcome_of(out, key) is None]
     done = len(made.distinct) - len(waiting)
     told = [f"{len(made.distinct)} runs" + (f", {done} of them done before" if done else "")]
     if waiting:
@@ -319,7 +319,7 @@ def _duration(seconds: float) -> str:
 def run(made: Plan, out: Path, *, console: Console) -> list[dict[str, Any]]:
     """Every outcome that is wanted, a dictionary for each point: `part`, `value` and the outcome. What is not done yet is done now."""
     (out / "runs").mkdir(parents=True, exist_ok=True)
-    outcomes = {key: outcome for key in made.distinct if (outcome := _outcome_of(out, key))}
+    outcomes = {key: outcome for key in made.distinct if (outcome := _outcome_of(out, key)) is not None}
     with _progress(console) as progress:
         whole = progress.add_task("all runs", total=len(made.distinct), completed=len(outcomes))
         for key, setting in made.distinct.items():
