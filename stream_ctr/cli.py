@@ -493,6 +493,8 @@ def paper(
     except KeyboardInterrupt:
         click.echo(f"\nstopped; what is done is kept in {out}, and the same command goes on from there", err=True)
         raise SystemExit(130) from None
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror}") from None
     typed = shlex.join(["stream-ctr", *sys.argv[1:]])
     report.write(out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs))
     click.echo(f"{out / 'report.html'}")

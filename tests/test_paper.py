@@ -117,6 +117,29 @@ def test_every_click_of_the_public_samples_is_found(name: str, column: int, deli
     assert int(read(log, tmp_path / "data").labels.sum()) == clicks > 1000
 
 
+def test_a_log_of_events_is_joined_as_configured_and_its_fields_are_inferred(tmp_path: Path) -> None:
+    simulation = Simulation(1500, seed=4)
+    simulation.write_jsonl(tmp_path / "events.jsonl.gz")
+    whole = read(simulation, tmp_path / "a")
+    window = {"label_window": "6h", "allowed_lateness": "0s"}
+    long = read(open_log(tmp_path / "events.jsonl.gz"), tmp_path / "b", configured=config.load(overrides={**SMALL, "join": window}))
+    short = read(
+        open_log(tmp_path / "events.jsonl.gz"), tmp_path / "c", configured=config.load(overrides={**SMALL, "join": {"label_window": "5s"}})
+    )
+    assert np.array_equal(long.labels, whole.labels)
+    assert np.array_equal(np.sort(long.ids), np.sort(whole.ids))  # fields stand in another order
+    assert 0 < short.labels.sum() < whole.labels.sum()
+    assert any("clicks late" in note for note in short.about["notes"])
+
+
+@pytest.mark.parametrize("most", [0, 1, 500, 1_000_000, 2_500_000])
+def test_first_rows_are_where_a_part_has_so_many(most: int) -> None:
+    split = Split.of(2_500_000, "random")
+    stop = dataset.first_rows(split, TRAINING, most)
+    assert split.count(TRAINING, stop) == min(most, split.count(TRAINING))
+    assert stop == len(split.part) or split.part[stop] == TRAINING
+
+
 def test_numbers_that_multiply_are_kept_with_the_ids(tmp_path: Path) -> None:
     configured = config.load(overrides={**SMALL, "features": {"numeric_encoding": "value"}})
     simulation = Simulation(300, seed=4)

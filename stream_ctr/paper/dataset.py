@@ -30,6 +30,7 @@ TRAINING, VALIDATION, TEST = range(3)
 SPLITS = ("random", "time")
 _HELD_OUT = 0.1
 _CHUNK_BYTES = 512 << 20
+_MANY = 1 << 20
 _ABOUT = "data.json"
 _DTYPES: Mapping[str, npt.DTypeLike] = {
     "ids": np.int32, "values": np.float32, "labels": np.uint8, "time": np.int64, "true_probability": np.float64,
@@ -153,8 +154,8 @@ class Split:
             part[test - round(test * _HELD_OUT) :] = VALIDATION
             part[test:] = TEST
         else:
-            for start in range(0, rows, 1 << 20):
-                index = np.arange(start, min(start + (1 << 20), rows), dtype=np.uint64)
+            for start in range(0, rows, _MANY):
+                index = np.arange(start, min(start + (_MANY), rows), dtype=np.uint64)
                 part[start : start + len(index)][_chosen(index, seed, VALIDATION)] = VALIDATION
                 part[start : start + len(index)][_chosen(index, seed, TEST)] = TEST
         return cls(part)
@@ -163,8 +164,9 @@ class Split:
         """Indices of its examples, ascending."""
         return start + np.flatnonzero(self.part[start:stop] == part)
 
-    def count(self, part: int) -> int:
-        return int(np.count_nonzero(self.part == part))
+    def count(self, part: int, stop: int | None = None) -> int:
+        """How many there are, or there are before `stop`."""
+        return int(np.count_nonzero(self.part[:stop] == part))
 
 
 def _chosen(index: npt.NDArray[np.uint64], seed: int, part: int) -> npt.NDArray[np.bool_]:
@@ -177,7 +179,10 @@ def first_rows(split: Split, part: int, most: int | None) -> int:
     """The example up to which (it excluded) a part has `most` examples; all of them where there are fewer."""
     if most is None or split.count(part) <= most:
         return len(split.part)
-    return int(split.rows(part)[most])
+    start = 0
+    while (found := split.count(part, start + _MANY)) <= most:
+        start += _MANY
+    return int(split.rows(part, start, start + _MANY)[most - found])
 
 
 def shuffled(split: Split, part: int, *, seed: tuple[int, ...], batch_size: int, row_bytes: int, stop: int | None = None) -> Iterator[Rows]:

@@ -7,8 +7,9 @@ Either returns an outcome, a dictionary of plain numbers, which depends on the s
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from stream_ctr import metrics
-from stream_ctr.cpu_step import Labels
+from stream_ctr.cpu_step import Batch, Labels
 from stream_ctr.errors import StreamCtrError
 from stream_ctr.learner import Learner, NetworkLearner, State, make_learner
 from stream_ctr.models import MODELS
@@ -123,7 +124,7 @@ class Fitting:
 
     def __init__(self, learner: Learner, setting: Setting, data: Dataset, split: Split, advance: Advance) -> None:
         self.learner, self.setting, self.data, self.split, self._advance = learner, setting, data, split, advance
-        self.examples = len(split.rows(TRAINING, 0, setting.stop))
+        self.examples = split.count(TRAINING, setting.stop)
         self._validation_rows = split.rows(VALIDATION)
         self._epochs = 0  # of both, where there is pre-training: no two have the same order
 
@@ -154,8 +155,8 @@ class Fitting:
         """The mean loss of its examples."""
         loss = Loss()
         skips = 0
-        for ids, labels, values in self._batches():
-            logits = self.learner.learn(ids, labels, values)
+        for (ids, labels, values), following in with_following(self._batches()):
+            logits = self.learner.learn(ids, labels, values, following=following)
             self._advance(len(labels))
             skips = skips + 1 if logits is None else 0
             if skips >= _SKIPS:
@@ -165,12 +166,18 @@ class Fitting:
         self._epochs += 1
         return loss.mean()
 
-    def _batches(self) -> Iterator[tuple[npt.NDArray[np.int32], Labels, npt.NDArray[np.float32] | None]]:
+    def _batches(self) -> Iterator[Batch]:
         seed = (self.setting.seed, self._epochs)
         rows = shuffled(
             self.split, TRAINING, seed=seed, batch_size=self.setting.batch_size, row_bytes=self.data.row_bytes, stop=self.setting.stop
         )
         return (self.data[batch] for batch in rows)
+
+
+def with_following(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
+    """Each batch with the one after it, which a GPU has on its way meanwhile."""
+    ahead, behind = itertools.tee(batches)
+    return itertools.zip_longest(behind, itertools.islice(ahead, 1, None))
 
 
 class Loss:
@@ -219,10 +226,9 @@ def stream(setting: Setting, data: Dataset, *, advance: Advance = lambda n: None
     logits, skips = np.zeros(len(data)), 0
     came: list[tuple[slice, Tensor]] = []
     began = time.perf_counter()
-    for start in range(0, len(data), setting.batch_size):
-        batch = slice(start, min(start + setting.batch_size, len(data)))
-        ids, labels, values = data[batch]
-        found = learner.learn(ids, labels, values)
+    places = [slice(start, min(start + setting.batch_size, len(data))) for start in range(0, len(data), setting.batch_size)]
+    for batch, ((ids, labels, values), following) in zip(places, with_following(data[place] for place in places), strict=True):
+        found = learner.learn(ids, labels, values, following=following)
         skips = skips + 1 if found is None else 0
         if skips >= _SKIPS:
             raise Diverged(f"no finite loss and gradient in {_SKIPS} batches in a row")

@@ -107,7 +107,7 @@ def require_enough(data: Dataset, split: Split) -> None:
     if len(data) < _LEAST_EXAMPLES:
         raise DataError(f"{len(data):,} impressions are too few to train, validate and test on; at least {_LEAST_EXAMPLES} are needed")
     for part, name in ((TRAINING, "training"), (VALIDATION, "validation"), (TEST, "test")):
-        labels = data.labels[split.rows(part)]
+        labels = data.labels[split.part == part]
         if not 0 < int(labels.sum()) < len(labels):
             what = "no click" if not labels.any() else "nothing but clicks"
             raise DataError(
@@ -274,7 +274,7 @@ def _timed(made: Plan, system: str) -> float:
 
 def _seconds(made: Plan, setting: Setting, each: Mapping[str, float], epochs: int) -> float:
     """A network of other sizes takes as much more time as it has more weights."""
-    examples = len(made.split.rows(TRAINING, 0, setting.stop)) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
+    examples = made.split.count(TRAINING, setting.stop) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
     usual, here = (_weights(made.settings, hidden) for hidden in (made.settings.hidden, setting.hidden))
     return each[setting.system] * examples * (here / usual if MODELS[setting.system].module else 1.0)
 
@@ -394,7 +394,7 @@ def _examples(made: Plan, setting: Setting) -> int:
     if not setting.epochs:
         return len(made.data)
     fits = 2 if MODELS[setting.system].pretraining else 1
-    return fits * setting.epochs * len(made.split.rows(TRAINING, 0, setting.stop))
+    return fits * setting.epochs * made.split.count(TRAINING, setting.stop)
 
 
 def _named(setting: Setting) -> str:
