@@ -16,10 +16,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt  # comes with rich
 
 from stream_ctr.models import MODELS
 from stream_ctr.paper import aggregate, figures, published, report
-from stream_ctr.paper.page import Code, markdown
+from stream_ctr.paper.page import Block, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text, markdown
+from stream_ctr.paper.page import html as html_of
 
 TITLES = ["LR", "FM", "FNN", "IPNN", "OPNN", "PNN*", "LR & DNN", "FM & DNN", "DeepFM"]
 DEEP = [name for name in MODELS if name not in ("lr", "fm")]
@@ -257,6 +259,11 @@ def test_of_other_data_the_paper_has_no_numbers(tmp_path: Path) -> None:
     assert "| 0.45083 |" not in text
 
 
+def test_who_learned_nothing_is_named(tmp_path: Path) -> None:
+    written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "constant_logloss": 0.47})
+    assert "No better than a constant, whose test logloss is 0.47000: LR." in (tmp_path / "report.html").read_text()
+
+
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     told = written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), seeds=1)
     assert told["table2"]["LR"]["auc_std"] is None
@@ -293,9 +300,31 @@ def test_what_comes_from_data_is_text_and_nothing_else(tmp_path: Path) -> None:
     assert page.text.count(NASTY) >= 5
     assert not {"script", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
     assert not [name for _, attributes in page.tags for name in attributes if name.startswith("on")]
-    outside_code = re.sub(r"```.*?```", "", (tmp_path / "report.md").read_text(), flags=re.DOTALL)
-    assert "<script" not in outside_code.replace("\\<", "")
-    assert "![x](" not in outside_code.replace("\\[", "").replace("!\\[", "")
+
+
+EVERYWHERE: list[Block] = [
+    Heading(NASTY, 1), Heading(NASTY), Text(NASTY), Note(NASTY), Listing([NASTY]), Facts([(NASTY, NASTY)]), Code(NASTY),
+    Details(NASTY, [Table(NASTY, [Column(NASTY, NASTY), Column("b", "c")], [[NASTY, Strong(NASTY)]])]),
+    Picture("x", NASTY, "<svg></svg>", ["<svg></svg>"]),
+]  # fmt: skip
+
+
+def test_a_block_shows_its_text_letter_by_letter_in_both_forms() -> None:
+    forms = {"html": html_of(NASTY, EVERYWHERE), "markdown": MarkdownIt("commonmark").enable("table").render(markdown(EVERYWHERE))}
+    for form, page in forms.items():
+        tags = Tags(page)
+        assert tags.text.count(NASTY) >= 14 - (form == "markdown"), form
+        pictures = [attributes["src"] for tag, attributes in tags.tags if tag == "img"]
+        assert pictures == (["figures/x.svg"] if form == "markdown" else [])
+        assert not {"script", "iframe"} & {tag for tag, _ in tags.tags}
+        assert len([tag for tag, _ in tags.tags if tag in ("th", "td")]) == (6 if form == "html" else 4)
+
+
+@pytest.mark.parametrize("text", ["- a", "+ a", "1. a", "12) a", "# a", "=== a", "---", "> a", "a  b", "~~a~~", "a_b_c", "&amp; a", "$a$"])
+def test_a_line_of_markdown_is_no_more_than_its_text(text: str) -> None:
+    page = Tags(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown([Text(text)])))
+    assert [tag for tag, _ in page.tags] == ["p"]
+    assert page.text.split() == text.split()
 
 
 def test_the_html_asks_for_nothing_outside_of_itself(written: tuple[Path, dict[str, Any]]) -> None:

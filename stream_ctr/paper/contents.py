@@ -74,6 +74,9 @@ def _findings(told: Report) -> list[Block]:
     if "LR" in order and len(order) > 1:
         below = order[: order.index("LR")]
         said.append(f"A lower logloss than LR's: {', '.join(below) or 'none'}{' (all others)' if len(below) == len(order) - 1 else ''}.")
+    constant = told["data"].get("constant_logloss")
+    if constant is not None and (above := [name for name in order if rows[name]["logloss"] >= constant]):
+        said.append(f"No better than a constant, whose test logloss is {_number(constant, 5)}: {', '.join(above)}.")
     if (best := told["data"].get("best_possible_logloss")) is not None:
         said.append(_closed(told, order[0], best))
     return [Listing([sentence for sentence in said if sentence])]
@@ -96,7 +99,7 @@ def _closed(told: Report, first: str, best: float) -> str:
     said = f"The best possible test logloss is {_number(best, 5)}; {first} is {_number(lost - best, 5)} above it"
     if constant is None or constant <= best:
         return said + "."
-    return said + f", and has {(constant - lost) / (constant - best):.0%} of what there is to learn beyond a constant."
+    return said + f", and has {_percent((constant - lost) / (constant - best))} of what there is to learn beyond a constant."
 
 
 def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -491,7 +494,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {_plain(of)}" for name, of in value.items())
     if isinstance(value, list | tuple):
-        return ", ".join(map(_plain, value))
+        return ", ".join(map(_plain, value)) or "none"
     return {True: "yes", False: "no", None: "none"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
 
 

@@ -28,18 +28,18 @@ AXES = {
 }
 _NOMINAL = {"figure7", "figure11"}  # their values have no order: a line from one to the next would mean nothing
 
-# Okabe and Ito's colours, which the colour-blind tell apart; all but two shifted until white and black both carry them.
+# Okabe and Ito's colours, which the colour-blind tell apart, where need be shifted until white and black both carry them.
 _LOOKS = {
-    "FNN": ("#1f83c6", "o"),
+    "FNN": ("#0072b2", "o"),
     "IPNN": ("#b8860b", "s"),
     "OPNN": ("#009e73", "^"),
     "PNN*": ("#c26a9a", "v"),
-    "LR & DNN": ("#2f9fd8", "D"),
+    "LR & DNN": ("#56b4e9", "D"),
     "FM & DNN": ("#808080", "P"),
     "DeepFM": ("#d55e00", "*"),
 }
 _OTHERS = ("#808080", "o")
-_ACCENT, _PLAIN = _LOOKS["DeepFM"][0], _LOOKS["FNN"][0]
+_ACCENT, _PLAIN = _LOOKS["DeepFM"][0], "#1f83c6"
 _INK = "#0a0b0c"  # becomes currentColor
 _SIZE = 4.9, 3.9  # inches, of a panel
 
@@ -53,7 +53,7 @@ class _Margins(NamedTuple):
     top: float
 
 
-_NAMES_LEFT = _Margins(0.85, 0.12, 0.62, 0.4)
+_NAMES_LEFT = _Margins(0.85, 0.3, 0.62, 0.4)
 _NAMES_RIGHT = _Margins(0.62, 0.95, 0.55, 0.4)
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
@@ -99,14 +99,14 @@ def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss"))
 def relative_time(times: Mapping[str, Mapping[str, float]]) -> str:
     """Figure 6: each system's training time over LR's, on an axis of powers of ten; `times[device][system]`, a panel a device."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "figure6"}):
-        figure, panels = _panels(len(times), _NAMES_LEFT)
+        figure, panels = _panels(len(times), _NAMES_LEFT._replace(bottom=0.35))
         for axes, (device, ratios) in zip(panels, times.items(), strict=True):
             systems = list(ratios)[::-1]
             axes.set_xscale("log")
             axes.barh(systems, [ratios[s] - 1 for s in systems], left=1, height=0.62, color=[_colour(s) for s in systems])
-            _end_labels(axes, [(ratios[s], f"{ratios[s]:.3g}") for s in systems])
+            _end_labels(axes, [(ratios[s], f"{ratios[s]:,.0f}" if ratios[s] >= 100 else f"{ratios[s]:.3g}") for s in systems])
             axes.set_xlim(min(1, *ratios.values()) / 1.3, max(1, *ratios.values()) * 3)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:g}"))
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
             axes.axvline(1, color=_INK, linewidth=0.9)
             axes.tick_params(axis="y", length=0)
             axes.grid(axis="x")
@@ -117,7 +117,7 @@ def relative_time(times: Mapping[str, Mapping[str, float]]) -> str:
 def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
     """Each system's test logloss less DeepFM's with its interval: `found[system]` has `logloss_difference`, `low` and `high`."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "table2"}):
-        figure, (axes,) = _panels(1, _NAMES_LEFT._replace(right=0.2, top=0.1), (5.6, 3.3))
+        figure, (axes,) = _panels(1, _NAMES_LEFT._replace(bottom=0.5, top=0.1), (5.6, 3.3))
         systems = list(found)[::-1]
         for row, system in enumerate(systems):
             middle, low, high = (found[system][part] for part in ("logloss_difference", "low", "high"))

@@ -269,6 +269,7 @@ figure { margin: 1.25rem 0; }
 figcaption { color: var(--soft); font-size: 0.9rem; max-width: 46rem; margin-top: 0.4rem; }
 details { margin: 0.75rem 0; }
 summary { cursor: pointer; color: var(--link); font-size: 0.95rem; }
+@media (max-width: 50rem) { table { width: max-content; } }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: 0.6rem; } }
 @media print {
   :root { color-scheme: light; --ground: #fff; --ink: #000; --soft: #444; --line: #bbb; --quoted: #f2f2f2; --accent: #8a3600;
