@@ -298,8 +298,8 @@ def stream(examples: int, *, seed: int, crosses: int = 0) -> tuple[np.ndarray, n
     return np.hstack([ids, crossed]).astype(np.int32), labels.astype(np.uint8)
 
 
-def batches(count: int, *, seed: int, crosses: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    ids, labels = stream(128 * count, seed=seed, crosses=crosses)
+def batches(count: int, *, seed: int, crosses: int = 0, size: int = 128) -> list[tuple[np.ndarray, np.ndarray]]:
+    ids, labels = stream(size * count, seed=seed, crosses=crosses)
     return list(zip(np.split(ids, count), np.split(labels, count), strict=True))
 
 
@@ -325,9 +325,9 @@ def test_every_system_learns_a_planted_signal(name, precision):
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_every_system_goes_on_from_its_state_bit_for_bit_on_any_number_of_threads(name, dropout):
-    options = {"dropout": dropout, "pretrain_examples": 256, "batch_size": 600, "crosses": 2}
+    options = {"dropout": dropout, "pretrain_examples": 1200, "batch_size": 600, "crosses": 2}  # two parts a batch, for two lanes
     straight, before, after = (small(name, threads=threads, **options) for threads in (1, 2, 3))
-    steps = batches(5, seed=0, crosses=2)
+    steps = batches(5, seed=0, crosses=2, size=600)
     for ids, labels in steps:
         straight.learn(ids, labels)
     for ids, labels in steps[:3]:
