@@ -364,7 +364,7 @@ def test_the_markdown_links_the_pictures_that_there_are(written: tuple[Path, dic
 def test_every_row_of_a_markdown_table_has_the_cells_of_its_head(written: tuple[Path, dict[str, Any]]) -> None:
     text = (written[0] / "report.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 9
+    assert len(tables) == 14
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
@@ -435,7 +435,7 @@ def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[s
     told, _ = opened
     for width in ("400", "1400"):
         assert told[width]["systems"] == 9
-        assert sorted(told[width]["rows"]) == [7] * 5 + [9] * 4
+        assert sorted(told[width]["rows"]) == [7] * 10 + [9] * 4
         assert told[width]["pictures"] == told[width]["seen"] == 12
         assert told[width]["scrolls"] <= int(width), "the page is wider than its window"
         assert told[width]["cut"] == []

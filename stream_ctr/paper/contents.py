@@ -337,7 +337,7 @@ def _study(told: Report, part: str) -> list[Block]:
         *blocks,
         Picture(part, caption, figures.study(part, values), panels),
         Text(f"Lowest logloss here: {'; '.join(_lowest(values))}."),
-        Details("The numbers", [_study_table(values, part)]),
+        Details("The numbers", [_study_table(values, part, metric) for metric in ("auc", "logloss")]),
     ]
 
 
@@ -359,19 +359,16 @@ def _lowest(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Iterator[s
             yield f"{name} at {min(found, key=lambda value: found[value])}"
 
 
-def _study_table(values: Mapping[str, Mapping[str, Mapping[str, Any]]], part: str) -> Table:
-    columns = [Column("system", number=False), *(Column(value, metric) for metric in ("AUC", "logloss") for value in values)]
+def _study_table(values: Mapping[str, Mapping[str, Mapping[str, Any]]], part: str, metric: str) -> Table:
+    name, digits, best = {"auc": ("AUC", 4, max), "logloss": ("Logloss", 5, min)}[metric]
     rows: list[list[Cell]] = []
-    for name in DEEP:
-        row: list[Cell] = [name]
-        for metric, digits, best in (("auc", 4, max), ("logloss", 5, min)):
-            found = [of.get(name, {}).get(metric) for of in values.values()]
-            first = best((score for score in found if score is not None), default=None)
-            for score, of in zip(found, values.values(), strict=True):
-                text = _spread(score, of.get(name, {}).get(f"{metric}_std"), digits)
-                row.append(Strong(text) if score is not None and score == first else text)
-        rows.append(row)
-    return Table(f"By {figures.AXES[part]}; each system's best is set off.", columns, rows)
+    for system in DEEP:
+        found = [of.get(system, {}) for of in values.values()]
+        first = best((of[metric] for of in found if of.get(metric) is not None), default=None)
+        texts = [(_spread(of.get(metric), of.get(f"{metric}_std"), digits), of.get(metric)) for of in found]
+        rows.append([system, *(Strong(text) if score is not None and score == first else text for text, score in texts)])
+    caption = f"{name} by {figures.AXES[part]}; each system's best is set off."
+    return Table(caption, [Column("system", number=False), *(Column(value) for value in values)], rows)
 
 
 # -- the stream, what is absent, how it was done ------------------------------------------------------------------------------------

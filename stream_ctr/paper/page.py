@@ -276,11 +276,12 @@ summary { cursor: pointer; color: var(--link); font-size: 0.95rem; }
     --link: #000; }
   body { max-width: none; padding: 0; font-size: 9.5pt; }
   nav { display: none; }
-  h2 { margin-top: 1.5rem; break-after: avoid; }
+  h2, h2 + p { break-after: avoid; }
+  h2 { margin-top: 1.5rem; }
   .scroll { overflow: visible; }
   table { font-size: 7.5pt; }
   th, td { padding: 0.2rem 0.4rem; }
-  figure, tr, .note { break-inside: avoid; }
+  figure, table, .note { break-inside: avoid; }
   .panels { grid-template-columns: 1fr 1fr; }
   details::details-content { content-visibility: visible; display: block; block-size: auto; }
 }
