@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick faults bench lint fmt demo
+.PHONY: help install test quick faults bench systems lint fmt demo
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -26,6 +26,9 @@ faults: ## every fault and bad input, on own brokers, half an hour; writes docs/
 bench: ## every case beside its peers, half an hour; writes docs/performance.md (CASES="train ftrl": these only)
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
 	$(BIN)/python tests/bench/step.py --page docs/performance.md
+
+systems: ## the nine systems beside FuxiCTR and DeepCTR-Torch, ten minutes; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": these only)
+	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md
 
 lint: ## style, form and types
 	$(BIN)/ruff check .

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import json
 import subprocess
 import sys
@@ -11,13 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bench import zipf
+from bench import systems, zipf
 from bench.comparison import Comparison, Goal, table
 from bench.contest import Absent, Call, Program, Result, compare, ratio
 from bench.environments import NotRun, Peer
 from bench.streams import WideLog
 
+from stream_ctr.models import MODELS
+
 SPEED = Path(__file__).parent / "bench" / "speed.py"
+CONTENDERS = Path(__file__).parent / "bench" / "contenders"
 
 
 def speed(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -153,3 +158,126 @@ def test_the_wide_stream_has_39_fields_and_clicks() -> None:
     assert len(impressions) == 3000
     assert len(impressions[0]["features"]) == 39
     assert 100 < len(events) - 3000 < 200
+
+
+# -- the nine systems -----------------------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """A trainee whose validation loss after each epoch is known beforehand: it says `wrong[epoch]` of every example."""
+
+    def __init__(self, *models: list[float]) -> None:
+        self.models, self.epoch, self.kept = list(models), 0, [0]
+
+    def batch(self, ids: Any, labels: Any) -> Any:
+        return ids, labels
+
+    def learn(self, batch: Any) -> None:
+        self.epoch += 1  # all examples are one batch
+
+    def predict(self, batch: Any) -> Any:
+        wrong = self.models[0][self.epoch - 1]
+        return np.where(batch[1] == 1, 1 - wrong, wrong)
+
+    def keep(self) -> None:
+        self.kept.append(self.epoch)
+
+    def follow(self) -> bool:
+        self.epoch = 0
+        del self.models[0]
+        return bool(self.models)
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(CONTENDERS))
+    return importlib.import_module("training")
+
+
+def test_training_ends_an_epoch_after_the_best_which_is_the_one_that_counts(training: Any) -> None:
+    labels, parts = np.array([0, 1] * 6, np.uint8), np.array([[0, 1, 2] * 4], np.uint8)
+    data = training.Data(np.zeros((12, 1), np.int32), labels, [1], parts)
+    trainee = Scripted([0.3, 0.2, 0.25, 0.1], [0.4, 0.45])
+    best = training.trained(lambda *_: trainee, argparse.Namespace(epochs=9, batch=12), data, seed=0)
+    assert trainee.kept == [0, 1, 2, 1]  # the third epoch of the first model was no better, the fourth was never trained
+    assert best["epoch"] == 1
+    assert best["logloss"] == pytest.approx(-np.log(0.6))
+
+
+def test_scores_are_those_of_counting_pairs(training: Any) -> None:
+    rng = np.random.default_rng(0)
+    p, labels = rng.integers(1, 9, 60) / 10, rng.integers(0, 2, 60).astype(np.uint8)
+    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in p[labels == 1] for b in p[labels == 0]]
+    found = training.scores(p, labels)
+    assert found["auc"] == pytest.approx(np.mean(pairs))
+    assert found["logloss"] == pytest.approx(-np.mean([np.log(q if y else 1 - q) for q, y in zip(p, labels, strict=True)]))
+
+
+def test_peers_get_the_features_that_ours_gets_counted_within_each_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [f"{n % 2}\t" + "\t".join([str(n % 3), *[""] * 12, *[f"{n % 4:08x}"] * 26]) for n in range(40)]
+    (tmp_path / "criteo").mkdir()
+    (tmp_path / "criteo" / "train.csv").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(systems, "DATA", tmp_path)
+    systems.write_sample(tmp_path / "sample", 3)
+    ids, local, labels, parts = (np.load(tmp_path / "sample" / f"{name}.npy") for name in ("ids", "local", "labels", "parts"))
+    assert labels.tolist() == [n % 2 for n in range(40)]
+    assert parts.shape == (3, 40)
+    sizes = json.loads((tmp_path / "sample" / "sizes.json").read_text())
+    assert sorted(sizes) == [1] * 12 + [3] + [4] * 26
+    for field, size in enumerate(sizes):
+        assert set(local[:, field].tolist()) == set(range(size))
+        assert len(set(zip(ids[:, field].tolist(), local[:, field].tolist(), strict=True))) == size
+
+
+def quality_case(ours: list[float], peer: list[float]) -> dict[str, Any]:
+    repeated = [
+        {"contender": name, "note": "", "repetitions": [{"auc": auc, "logloss": 0.5, "epoch": 2} for auc in values]}
+        for name, values in (("ours", ours), ("FuxiCTR", peer))
+    ]
+    against = systems._against("quality", Result("ours", ours), Result("FuxiCTR", peer))
+    results = [
+        *(result | {"against": {"FuxiCTR": against}} for result in repeated),
+        {"contender": "DeepCTR-Torch", "not_run": systems.NONE},
+    ]
+    return {"system": "fm", "results": results}
+
+
+def test_an_auc_is_not_below_while_it_is_within_the_spread_over_the_seeds() -> None:
+    within = systems.quality_table([quality_case([0.70, 0.72, 0.74], [0.71, 0.73, 0.75])]).splitlines()
+    assert within[2] == "| FM | ours | 0.7200 ± 0.0200 | 0.5000 ± 0.0000 | 2.0 | FuxiCTR -0.0100 [-0.0100, -0.0100] | yes |"
+    assert len(within) == 4  # of what has no such system there is no row
+    assert systems.quality_table([quality_case([0.70, 0.72, 0.74], [0.73, 0.75, 0.77])]).splitlines()[2].endswith("| no |")
+
+
+def test_speeds_stand_beside_each_other_with_their_ratios() -> None:
+    results = [
+        {"contender": "ours, auto", "median": 3000.0, "against": {"FuxiCTR": 3.0}},
+        {"contender": "ours, fp32", "median": 2000.0, "against": {"FuxiCTR": 2.0}},
+        {"contender": "FuxiCTR", "median": 1000.0, "against": {}},
+        {"contender": "DeepCTR-Torch", "not_run": systems.NONE},
+    ]
+    table = systems.speed_table([{"system": "ipnn", "results": results}]).splitlines()
+    assert table[2] == "| IPNN | 3,000 | 2,000 | 1,000 |  | 3.00; 2.00 |  |"
+
+
+def test_each_system_has_a_counterpart() -> None:
+    assert set(systems.COUNTERPARTS) == set(MODELS)
+    assert all(systems.COUNTERPARTS.values())
+
+
+@pytest.mark.slow
+def test_systems_run_quick_keep_their_figures_and_fill_the_page(tmp_path: Path) -> None:
+    kept, page = tmp_path / "systems.json", tmp_path / "page.md"
+    page.write_text("Before.\n<!-- speed -->\n<!-- /speed -->\n")
+    options = ["--quick", "--offline", "--cache", str(tmp_path / "cache"), "--json", str(kept), "--page", str(page)]
+    command = [sys.executable, str(SPEED.with_name("systems.py")), "speed", "--missing", *options, "--systems", "lr"]
+    for further in ([], ["fnn"]):
+        done = subprocess.run([*command, *further], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    cases = {case["system"]: case for case in json.loads(kept.read_text())["cases"]}
+    assert cases.keys() == {"lr", "fnn"}
+    assert cases["lr"]["command"].endswith("--systems lr")  # which --missing has left alone
+    for case in cases.values():
+        assert all("--offline installs nothing" in result["not_run"] for result in case["results"] if "ours" not in result["contender"])
+        assert all(result["median"] > 0 for result in case["results"] if "ours" in result["contender"])
+    assert systems.block("speed", [cases["lr"], cases["fnn"]]) in page.read_text()

@@ -1,4 +1,4 @@
-"""Ours: `stream_ctr.ftrl.FTRL`, ids in memory, a new model each time, on one core."""
+"""Ours: `stream_ctr.models.FTRL`, ids in memory, a new model each time, on one core."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from answers import answer, on_one_core
 
-from stream_ctr.ftrl import FTRL
+from stream_ctr.models import FTRL
 
 
 def main() -> None:

@@ -1,0 +1,73 @@
+"""Ours: one of the nine through `stream_ctr.learner`; LR by exact FTRL, the others with Adam, which is lazy on the table's rows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+import numpy as np
+import numpy.typing as npt
+import training
+from examples import parse
+
+from stream_ctr.lanes import set_up_process
+from stream_ctr.learner import NetworkLearner, State, choose_device, choose_precision, make_learner
+
+Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+
+
+class Ours:
+    def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
+        bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
+        scale = {} if arguments.initial_scale is None else {"initial_scale": arguments.initial_scale}
+        self.learner = make_learner(
+            arguments.system, fields=len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden, activation="relu",
+            dropout=arguments.dropout, table_bits=bits, batch_size=arguments.batch, table_optimizer=arguments.table_optimizer,
+            dense_learning_rate=0.001, pretrain_examples=1 << 40, progressive=False,
+            precision=choose_precision(arguments.precision, choose_device(arguments.device)), device=arguments.device,
+            threads=1 if arguments.epochs else os.cpu_count() or 1, seed=seed, **scale,
+        )  # fmt: skip
+        self._kept: State | None = None
+
+    def batch(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8]) -> Batch:
+        return ids, labels
+
+    def learn(self, batch: Batch) -> object:
+        return self.learner.learn(*batch)
+
+    def predict(self, batch: Batch) -> training.Probabilities:
+        return 1 / (1 + np.exp(-self.learner.predict(batch[0]).astype(np.float64)))
+
+    def keep(self) -> None:
+        if self._pretraining(self.learner):
+            self._kept = self.learner.weights(reuse=True)
+
+    def follow(self) -> bool:
+        learner = self.learner
+        if not self._pretraining(learner):
+            return False
+        if self._kept is not None:
+            learner.load_weights(self._kept)
+        learner.end_pretraining()
+        return True
+
+    @staticmethod
+    def _pretraining(learner: object) -> bool:
+        return isinstance(learner, NetworkLearner) and learner.pretraining
+
+
+def main() -> None:
+    parser = training.options(__doc__)
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
+    parser.add_argument("--table-bits", type=int, default=0, help="as the fields' rows want it unless given")
+    parser.add_argument("--table-optimizer", default="adam")
+    parser.add_argument("--initial-scale", type=float)
+    arguments = parse(parser)
+    set_up_process()  # as `stream-ctr run` does
+    precision = choose_precision(arguments.precision, choose_device(arguments.device))
+    how = "exact FTRL" if arguments.system == "lr" else f"{precision}, lazy {arguments.table_optimizer.capitalize()} on rows"
+    training.run(arguments, Ours, which="ids", note=how)
+
+
+if __name__ == "__main__":
+    main()
