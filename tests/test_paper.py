@@ -274,7 +274,7 @@ def test_what_is_tested_are_the_weights_of_the_epoch_with_the_best_validation(da
 
 
 def test_the_test_part_decides_nothing_but_its_own_scores(data: Dataset, split: Split, tmp_path: Path) -> None:
-    shutil.copytree(Path(data.ids.filename).parent, tmp_path / "other")  # type: ignore[attr-defined]
+    shutil.copytree(data.directory, tmp_path / "other")
     labels = np.fromfile(tmp_path / "other" / "labels.bin", np.uint8)
     labels[split.rows(TEST)] ^= 1
     labels.tofile(tmp_path / "other" / "labels.bin")

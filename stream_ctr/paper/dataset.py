@@ -42,6 +42,7 @@ class Dataset:
     """N examples, mapped from `directory`. `about` is what was written with them: `rows`, the widths of columns, `identity` and more."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.about: dict[str, Any] = json.loads((directory / _ABOUT).read_text())
         shapes = _shapes(self.about["rows"], self.about["fields"], self.about["value_fields"])
         columns = {name: _mapped(directory / f"{name}.bin", _DTYPES[name], shape) for name, shape in shapes.items()}
@@ -53,8 +54,8 @@ class Dataset:
 
     def __getitem__(self, rows: Rows | slice) -> Batch:
         """Copies of ids, labels and values, as a learner takes them."""
-        values = np.array(self.values[rows]) if self.values.shape[1] else None
-        return np.array(self.ids[rows]), np.array(self.labels[rows]), values
+        copied = np.copy if isinstance(rows, slice) else np.asarray  # an index by rows is a copy
+        return copied(self.ids[rows]), copied(self.labels[rows]), copied(self.values[rows]) if self.values.shape[1] else None
 
     @property
     def row_bytes(self) -> int:
@@ -75,7 +76,8 @@ def _shapes(rows: int, fields: int, value_fields: int) -> dict[str, tuple[int, .
 
 
 def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
-    return np.memmap(path, dtype, "r", shape=shape) if np.prod(shape) else np.empty(shape, dtype)
+    mapped = np.memmap(path, dtype, "r", shape=shape) if np.prod(shape) else np.empty(shape, dtype)
+    return np.asarray(mapped)  # indexing a memmap costs more than what is indexed
 
 
 # -- made once ----------------------------------------------------------------------------------------------------------------------

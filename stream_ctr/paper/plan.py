@@ -379,6 +379,8 @@ def _points(made: Plan, outcomes: Mapping[str, dict[str, Any]]) -> list[dict[str
 
 
 def _progress(console: Console) -> Progress:
+    """On a terminal; with lines of a log there is none between them."""
+    hidden = not console.is_terminal or _log.isEnabledFor(logging.INFO)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -386,7 +388,7 @@ def _progress(console: Console) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=hidden)
 
 
 def _examples(made: Plan, setting: Setting) -> int:
