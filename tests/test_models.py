@@ -455,7 +455,8 @@ def test_lr_goes_on_from_its_state():
     for ids, labels in steps[:2]:
         before.learn(ids, labels)
     weights, state = before.weights(), before.optimizer_state()
-    before.learn(*steps[2])  # what was copied stays as it was
+    before.learn(*steps[2])
+    before.weights(reuse=True)  # what was copied before stays as it was
     resumed.learn(*steps[3])
     resumed.load_weights(weights)
     resumed.load_optimizer_state(state)
