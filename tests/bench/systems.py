@@ -73,6 +73,7 @@ COUNTERPARTS: Mapping[str, Mapping[str, str]] = {
 }
 NONE = "it has none"
 TABLE_BITS = 20
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +123,14 @@ def _against(case: str, ours: Result, peer: Result) -> Any:
 
 
 def _student(freedom: int) -> float:
-    """The 97.5 % quantile of Student's distribution (Cornish-Fisher, within 1 % from four degrees of freedom on).
+    """The 97.5 % quantile of Student's distribution, from a table or, beyond it, from that of the normal one.
 
-    >>> [round(_student(n), 2) for n in (4, 9, 30)]  # 2.78, 2.26, 2.04 in tables
-    [2.77, 2.26, 2.04]
+    >>> _student(4), round(_student(30), 2)  # 2.04 in tables
+    (2.776, 2.04)
     """
-    z = 1.959964
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2) + z**7 / (120 * freedom**3)
+    if freedom <= len(_STUDENT):
+        return _STUDENT[freedom - 1]
+    return 1.960 + 2.372 / freedom + 2.822 / freedom**2  # Cornish-Fisher
 
 
 # -- quality --------------------------------------------------------------------------------------------------------------------------
