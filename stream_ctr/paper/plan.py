@@ -37,6 +37,7 @@ _OUTCOMES = 1  # of a run; another number when what a setting means has changed
 _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
 _LEAST_EXAMPLES = 200
+_USUAL_EPOCHS = 3
 QUICK_IMPRESSIONS = 20_000
 _RATES = ("table_learning_rate", "table_beta", "linear_learning_rate", "linear_beta", "dense_learning_rate", "dense_weight_decay")
 _NEVER = 1 << 62  # examples
@@ -258,8 +259,9 @@ def estimate(made: Plan, out: Path) -> list[str]:
     told = [f"{len(made.distinct)} runs" + (f", {done} of them done before" if done else "")]
     if waiting:
         each = {system: _timed(made, system) for system in dict.fromkeys(setting.system for setting in waiting)}
-        few, most = (sum(_seconds(made, setting, each, epochs) for setting in waiting) for epochs in (3, made.wishes.epochs))
-        told.append(f"about {_duration(few)} with 3 epochs a run, {_duration(most)} at most")
+        few, most = (sum(_seconds(made, setting, each, epochs) for setting in waiting) for epochs in (_USUAL_EPOCHS, made.wishes.epochs))
+        at_most = f" with {_USUAL_EPOCHS} epochs a run, {_duration(most)} at most" if made.wishes.epochs > _USUAL_EPOCHS else ""
+        told.append(f"about {_duration(few)}{at_most}")
     losses = 4 * made.split.count(TEST) * sum(1 for setting in made.distinct.values() if setting.epochs)
     disk = len(made.data) * made.data.row_bytes + losses
     told.append(f"{in_bytes(memory(made))} of memory for the largest table and its best weights; {in_bytes(disk)} of disk")
