@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from stream_ctr import metrics, snapshot
 from stream_ctr.errors import DataError, SnapshotError
@@ -88,7 +89,7 @@ class Guard:
         found = self._learner.learn(batch.ids, batch.label, batch.values, following=then)
         if found is None:
             return self._learn_what_is_finite(batch)
-        logits = found.cpu().numpy()
+        logits = _host(found)
         finite = np.isfinite(logits)
         if finite.all():
             return Learned(logits, None)
@@ -100,7 +101,7 @@ class Guard:
         kept, logits = batch[finite], None
         if 0 < len(kept) < len(batch):
             logits = self._learner.learn(kept.ids, kept.label, kept.values)
-        return Learned(logits.cpu().numpy(), finite) if logits is not None else None
+        return Learned(_host(logits), finite) if logits is not None else None
 
     def _count(self, what: str, number: int) -> None:
         self._counters[f"{what}.{self._beside}" if self._beside else what] += number
@@ -200,3 +201,8 @@ class GuardBeside(Guard):
         else:
             self._row = Counter(row)
             self.roll_back(NOT_FINITE)
+
+
+def _host(logits: Tensor) -> npt.NDArray[np.floating]:
+    # `cpu` lets other threads have the interpreter, and waits for it, also when there is nothing to copy.
+    return (logits if logits.device.type == "cpu" else logits.cpu()).numpy()
