@@ -76,13 +76,14 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is wanted of one set of data. `settings` are those of the paper; `stream` those of the configuration."""
+    """All that is wanted of one set of data. `settings` are those of the paper; `stream` and `precision` those of the configuration."""
 
     data: Dataset
     split: Split
     wishes: Wishes
     settings: Setting
     stream: Setting
+    precision: str
     wanted: list[Wanted] = field(default_factory=list)
 
     @property
@@ -99,7 +100,9 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
     """Raises `DataError` when the data are too few, or their test part says nothing."""
     split = Split.of(len(data), wishes.split)
     require_enough(data, split)
-    made = Plan(data, split, wishes, paper_setting(data, split, config, wishes), stream_setting(data, config, wishes))
+    made = Plan(
+        data, split, wishes, paper_setting(data, split, config, wishes), stream_setting(data, config, wishes), config.learn.precision
+    )
     made.wanted.extend(wanted for wanted in _wanted(made) if wanted.part in wishes.only)
     return made
 
@@ -197,7 +200,8 @@ def _wanted(made: Plan) -> Iterator[Wanted]:
     if made.settings.device != "cpu":  # whose times Table 2 has; LR is always on the CPU
         for system in MODELS:
             if system != "lr":
-                yield Wanted("figure6", "", replace(made.settings, system=system, seed=first, device="cpu"))
+                learner = {**made.settings.learner, "precision": choose_precision(made.precision, choose_device("cpu"))}
+                yield Wanted("figure6", "", replace(made.settings, system=system, seed=first, device="cpu", learner=learner))
     for system in MODELS:
         yield Wanted("streaming", "", replace(made.stream, system=system))
     stop = first_rows(made.split, TRAINING, made.wishes.study_rows)
