@@ -282,11 +282,11 @@ class Model(Section):
 class Learn(Section):
     batch_size: int = key(512, ge=1)
     table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
-    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch; it takes rows of three times the floats."""
+    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch; its rows are three times as wide."""
     table_learning_rate: float = key(0.0, ge=0)
     """Of the embeddings; 0: the optimizer's own, adagrad and sgd 1.0, adam 0.001.
 
-    With adagrad and sgd it is divided by the number of fields, which step together; with adagrad a step is rate / (beta + sqrt(n)) gradients.
+    With adagrad and sgd it is divided by the number of fields, which step together. A step of adagrad is rate / (beta + sqrt(n)) gradients.
     """
     table_beta: float = key(3.0, gt=0)
     """Of adagrad only."""
