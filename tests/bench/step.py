@@ -164,7 +164,9 @@ def measure_systems() -> None:
     set_up_process()
     settings = list(itertools.product(("fp32", "bf16"), (0.0, 0.5)))
     print(f"Examples a second, batches of {BATCH:,}\n")
-    speeds = [[system.title, *(f"{system_speed(name, *setting):,.0f}" for setting in settings)] for name, system in MODELS.items()]
+    speeds: list[list[object]] = [
+        [system.title, *(f"{system_speed(name, *setting):,.0f}" for setting in settings)] for name, system in MODELS.items()
+    ]
     print_table(["", *(f"{precision}, dropout {dropout}" for precision, dropout in settings)], speeds)
     print(f"\n{machine()}: python tests/bench/step.py --systems")
 
