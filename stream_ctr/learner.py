@@ -240,10 +240,12 @@ class NetworkLearner:
         for name, tensor in wanted.items():
             _require_numbers(name, weights[name], np.float32, tuple(tensor.shape))
         with self._turn:
+            pretraining = self.pretraining
             self.table.rows.copy_(torch.from_numpy(weights["table"]))
             self.model.load_state_dict({name.removeprefix("dense."): torch.from_numpy(weights[name]) for name in wanted if name != "table"})
             self.adam.refresh()
-            self._step = self._make_step(dropout=self._drops)
+            if self.pretraining != pretraining:
+                self._step = self._make_step(dropout=self._drops)
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         steps, begun = state["steps"].tolist()
