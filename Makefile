@@ -27,7 +27,7 @@ bench: ## every case beside its peers, half an hour; writes docs/performance.md 
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
 	$(BIN)/python tests/bench/step.py --page docs/performance.md
 
-systems: ## the nine systems beside FuxiCTR and DeepCTR-Torch, ten minutes; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": these only)
+systems: ## the nine systems beside FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": these only)
 	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md
 
 lint: ## style, form and types

@@ -11,9 +11,15 @@ from typing import Any
 
 
 def answer(measure: Callable[[], Mapping[str, Any]], *, note: str = "") -> None:
-    print(json.dumps({"note": note}), flush=True)
+    _say({"note": note})
     for _ in sys.stdin:
-        print(json.dumps(measure()), flush=True)
+        _say(measure())
+
+
+def _say(what: Mapping[str, Any]) -> None:
+    """On a line of its own, whatever a library's thread prints at the same moment."""
+    sys.stdout.write(f"\n{json.dumps(what)}\n")
+    sys.stdout.flush()
 
 
 def steps(step: Callable[[], object], *, examples: float, seconds: float, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
