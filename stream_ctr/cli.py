@@ -442,6 +442,7 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 @click.option(
     "--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part."
 )
+@click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Share dropped, but in the streaming table.  [default: 0.5]")
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when validation is no better.")
 @click.option("--only", metavar="PART,...", help="Some of table2, figure7 to figure11 and streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
@@ -450,8 +451,8 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 @click.option("-X", "extra", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration such as model.table_bits.")
 def paper(
     log_path: Path | None, simulated: int | None, log_format: str | None, log_seed: int, out: Path, quick: bool, seeds: int,
-    study_seeds: int, study_rows: int, split: str, epochs: int, only: str | None, restart: bool, device: str, config_path: Path | None,
-    extra: tuple[str, ...],
+    study_seeds: int, study_rows: int, split: str, dropout: float | None, epochs: int, only: str | None,
+    restart: bool, device: str, config_path: Path | None, extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Repeat the DeepFM paper's tables and figures on a log: report.html, report.md and report.json in --out.
 
@@ -472,7 +473,7 @@ def paper(
         raise click.UsageError("give --data LOG or --simulate N")
     wishes = plan.Wishes.of(
         quick=quick, seeds=seeds, study_seeds=study_seeds, study_rows=study_rows, epochs=epochs, split=split, device=device,
-        only=_parts(only, plan.PARTS),
+        dropout=dropout, only=_parts(only, plan.PARTS),
     )  # fmt: skip
     config, properties = _load_config(config_path, extra)
     if properties:

@@ -360,6 +360,12 @@ def test_settings_are_the_papers_and_a_study_changes_one_of_them(data: Dataset) 
             assert sum(changed) <= 1
 
 
+def test_another_dropout_is_that_of_training_and_not_of_the_stream(data: Dataset) -> None:
+    made = planned(data, dropout=0.1)
+    assert {w.setting.dropout for w in made.wanted if w.part == "table2"} == {0.1}
+    assert {w.setting.dropout for w in made.wanted if w.part == "streaming"} == {0.0}
+
+
 def test_what_two_figures_want_is_one_run(data: Dataset) -> None:
     made = planned(data)
     keys = {(w.part, w.value): made.key(w.setting) for w in made.wanted if w.setting.system == "deepfm" and w.setting.seed == 0}

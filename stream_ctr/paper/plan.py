@@ -50,6 +50,8 @@ class Wishes:
     seeds: int = 3
     study_seeds: int = 1
     study_rows: int = 1_000_000
+    dropout: float | None = None
+    """The share dropped, but in the stream; None: that of the configuration, else the paper's."""
     epochs: int = 10
     split: str = "random"
     device: str = "auto"
@@ -131,7 +133,7 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
         system="deepfm",
         seed=learn.seed,
         activation="paper",
-        dropout=_given(model, "dropout", 0.5),
+        dropout=_given(model, "dropout", 0.5) if wishes.dropout is None else wishes.dropout,
         hidden=tuple(_given(model, "hidden", (400, 400, 400))),
         batch_size=_given(learn, "batch_size", batch_size(split.count(TRAINING))),
         epochs=wishes.epochs,
