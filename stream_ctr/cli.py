@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -444,6 +444,7 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 )
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Share dropped, but in the streaming table.  [default: 0.5]")
 @click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when validation is no better.")
+@click.option("--model", "models", multiple=True, metavar="NAME", help="Of `stream-ctr models`, once or more.  [default: all nine]")
 @click.option("--only", metavar="PART,...", help="Some of table2, figure7 to figure11 and streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
@@ -451,8 +452,8 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 @click.option("-X", "extra", multiple=True, metavar="KEY=VALUE", help="Any key of the configuration such as model.table_bits.")
 def paper(
     log_path: Path | None, simulated: int | None, log_format: str | None, log_seed: int, out: Path, quick: bool, seeds: int,
-    study_seeds: int, study_rows: int, split: str, dropout: float | None, epochs: int, only: str | None,
-    restart: bool, device: str, config_path: Path | None, extra: tuple[str, ...],
+    study_seeds: int, study_rows: int, split: str, dropout: float | None, epochs: int,
+    models: tuple[str, ...], only: str | None, restart: bool, device: str, config_path: Path | None, extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Repeat the DeepFM paper's tables and figures on a log: report.html, report.md and report.json in --out.
 
@@ -467,13 +468,14 @@ def paper(
 
     from connectors.memory import BatchSource
     from stream_ctr.lanes import set_up_process
+    from stream_ctr.models import MODELS
     from stream_ctr.paper import facts, plan, reading, report
 
     if (log_path is None) == (simulated is None):
         raise click.UsageError("give --data LOG or --simulate N")
     wishes = plan.Wishes.of(
         quick=quick, seeds=seeds, study_seeds=study_seeds, study_rows=study_rows, epochs=epochs, split=split, device=device,
-        dropout=dropout, only=_parts(only, plan.PARTS),
+        dropout=dropout, models=_chosen("--model", models, MODELS), only=frozenset(_chosen("--only", (only or "").split(","), plan.PARTS)),
     )  # fmt: skip
     config, properties = _load_config(config_path, extra)
     if properties:
@@ -501,11 +503,12 @@ def paper(
     click.echo(f"{out / 'report.html'}")
 
 
-def _parts(only: str | None, known: Sequence[str]) -> frozenset[str]:
-    parts = [part.strip() for part in only.split(",")] if only else list(known)
-    if odd := sorted(set(parts) - set(known)):
-        raise click.BadParameter(f"--only: {odd[0]!r} is none of {', '.join(known)}")
-    return frozenset(parts)
+def _chosen(option: str, names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:
+    """Those of the known that are named; all of them where none is."""
+    named = {name.strip() for name in names} - {""}
+    if odd := sorted(named - set(known)):
+        raise click.BadParameter(f"{option}: {odd[0]!r} is none of {', '.join(known)}")
+    return tuple(name for name in known if not named or name in named)
 
 
 def _paper_log(path: Path | None, simulated: int | None, log_format: str | None, seed: int) -> Log:

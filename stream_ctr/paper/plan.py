@@ -56,6 +56,7 @@ class Wishes:
     split: str = "random"
     device: str = "auto"
     quick: bool = False
+    models: tuple[str, ...] = tuple(MODELS)
     only: frozenset[str] = frozenset(PARTS)
 
     @classmethod
@@ -105,7 +106,7 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
     made = Plan(
         data, split, wishes, paper_setting(data, split, config, wishes), stream_setting(data, config, wishes), config.learn.precision
     )
-    made.wanted.extend(wanted for wanted in _wanted(made) if wanted.part in wishes.only)
+    made.wanted.extend(wanted for wanted in _wanted(made) if wanted.part in wishes.only and wanted.setting.system in wishes.models)
     return made
 
 
@@ -122,7 +123,8 @@ def require_enough(data: Dataset, split: Split) -> None:
 
 
 def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -> Setting:
-    """Section 3.1, "Parameter Settings", of what the configuration does not set."""
+    """Section 3.1, "Parameter Settings", of what the configuration does not set. FNN's FM is trained until it is at its best, or, where
+    model.pretrain_examples is 0, not at all."""
     model, learn = config.model, config.learn
     optimizer = _given(learn, "table_optimizer", "adam")
     rates = {name: getattr(learn, name) for name in _RATES}
@@ -144,7 +146,7 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
             **rates,
             "table_optimizer": optimizer,
             "progressive": False,
-            "pretrain_examples": _NEVER,
+            "pretrain_examples": 0 if _given(model, "pretrain_examples", _NEVER) == 0 else _NEVER,
         },
     )
 
