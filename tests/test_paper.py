@@ -132,14 +132,6 @@ def test_a_log_of_events_is_joined_as_configured_and_its_fields_are_inferred(tmp
     assert any("clicks late" in note for note in short.about["notes"])
 
 
-@pytest.mark.parametrize("most", [0, 1, 500, 1_000_000, 2_500_000])
-def test_first_rows_are_where_a_part_has_so_many(most: int) -> None:
-    split = Split.of(2_500_000, "random")
-    stop = dataset.first_rows(split, TRAINING, most)
-    assert split.count(TRAINING, stop) == min(most, split.count(TRAINING))
-    assert stop == len(split.part) or split.part[stop] == TRAINING
-
-
 def test_numbers_that_multiply_are_kept_with_the_ids(tmp_path: Path) -> None:
     configured = config.load(overrides={**SMALL, "features": {"numeric_encoding": "value"}})
     simulation = Simulation(300, seed=4)
@@ -182,7 +174,7 @@ def test_a_limit_takes_the_first_impressions(tmp_path: Path) -> None:
 # -- split --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", dataset.SPLITS)
+@pytest.mark.parametrize("how", ["random", "time"])
 def test_a_split_leaves_out_nobody_and_has_81_9_and_10_of_a_hundred(how: str) -> None:
     split = Split.of(50_000, how)
     rows = [split.rows(part) for part in (TRAINING, VALIDATION, TEST)]
@@ -202,14 +194,25 @@ def test_a_random_split_is_another_for_another_seed_and_independent_of_what_come
     assert np.array_equal(one.part, longer.part[:2000])
 
 
-@given(rows=st.integers(1, 200), batch_size=st.integers(1, 40), chunk=st.integers(1, 300), seed=st.integers(0, 3), stop=st.integers(1, 200))
-def test_an_epoch_has_every_training_row_once_in_full_batches(rows: int, batch_size: int, chunk: int, seed: int, stop: int) -> None:
+@given(rows=st.integers(1, 200), batch_size=st.integers(1, 40), chunk=st.integers(1, 300), seed=st.integers(0, 3), share=st.floats(0.1, 1))
+def test_an_epoch_has_every_training_row_once_in_full_batches(rows: int, batch_size: int, chunk: int, seed: int, share: float) -> None:
     split = Split.of(rows, "random")
     row_bytes = (512 << 20) // chunk
-    batches = list(dataset.shuffled(split, TRAINING, seed=(seed, 0), batch_size=batch_size, row_bytes=row_bytes, stop=min(stop, rows)))
+    batches = list(dataset.shuffled(split, TRAINING, seed=(seed, 0), batch_size=batch_size, row_bytes=row_bytes, share=share))
     found = np.concatenate([*batches, np.empty(0, np.int64)])
-    assert sorted(found.tolist()) == [row for row in range(min(stop, rows)) if split.part[row] == TRAINING]
+    assert sorted(found.tolist()) == split.rows(TRAINING, share=share).tolist()
+    assert len(found) == split.count(TRAINING, share)
+    assert share < 1 or len(found) == (split.part == TRAINING).sum()
     assert all(len(batch) == batch_size for batch in batches[:-1])
+
+
+def test_a_sample_is_of_old_and_new_rows_alike_and_of_the_same_rows_whenever_it_is_drawn() -> None:
+    split = Split.of(2_500_000, "time")
+    rows = split.rows(TRAINING, share=0.04)
+    assert len(rows) == split.count(TRAINING, 0.04) == pytest.approx(0.04 * split.count(TRAINING), rel=0.01)
+    assert np.histogram(rows, 10, (0, split.count(TRAINING)))[0].tolist() == pytest.approx([len(rows) / 10] * 10, rel=0.05)
+    assert np.array_equal(split.rows(TRAINING, 1_000_000, 1_100_000, share=0.04), rows[(rows >= 1_000_000) & (rows < 1_100_000)])
+    assert set(rows.tolist()) <= set(split.rows(TRAINING, share=0.05).tolist())
 
 
 def test_epochs_have_different_orders_and_the_same_seed_the_same() -> None:
@@ -262,15 +265,35 @@ def test_the_same_seed_gives_the_same_outcome_on_any_number_of_threads_and_anoth
     assert first["logloss"] != other["logloss"]
 
 
-def test_what_is_tested_are_the_weights_of_the_epoch_with_the_best_validation(data: Dataset, split: Split) -> None:
-    rates = {**setting(data, split).learner, "table_learning_rate": 0.02, "linear_learning_rate": 0.02}
-    long = setting(data, split, epochs=8, learner=rates)
-    outcome, _ = experiment.train(long, data, split)
-    best = outcome["best_epoch"]
-    validation = [epoch["logloss"] for epoch in outcome["validation"]]
-    assert 1 <= best == outcome["epochs"] - 1 == int(np.argmin(validation)) + 1  # one epoch of patience
-    shorter, _ = experiment.train(replace(long, epochs=best), data, split)
-    assert (shorter["auc"], shorter["logloss"]) == (outcome["auc"], outcome["logloss"])
+@pytest.mark.parametrize(("system", "table_bits"), [("deepfm", 12), ("deepfm", 16), ("lr", 12)])  # all rows are kept, or those learned
+def test_what_is_tested_are_the_weights_of_the_check_with_the_best_validation(
+    system: str, table_bits: int, data: Dataset, split: Split
+) -> None:
+    fast = {"table_learning_rate": 0.05, "linear_learning_rate": 0.05, "ftrl": {"alpha": 1.0, "beta": 1.0, "l1": 0.0, "l2": 0.0}}
+    long = setting(data, split, system, epochs=8, learner={**setting(data, split).learner, "table_bits": table_bits, **fast})
+    outcome, losses = experiment.train(long, data, split)
+    validation = [check["logloss"] for check in outcome["validation"]]
+    best = int(np.argmin(validation))
+    assert [check["epoch"] for check in outcome["validation"]] == [(n + 1) / 4 for n in range(len(validation))]
+    assert (outcome["best_epoch"], outcome["epochs"]) == ((best + 1) / 4, len(validation) / 4)
+    assert len(validation) == best + 3 < 32  # two checks that are no better, and no two before
+
+    learner, steps = long.make(), -(-split.count(TRAINING) // long.batch_size)
+    of_epoch = {"batch_size": long.batch_size, "row_bytes": data.row_bytes}
+    batches = [rows for epoch in range(8) for rows in dataset.shuffled(split, TRAINING, seed=(0, epoch), **of_epoch)]
+    for rows in batches[: best // 4 * steps + -(-steps * (best % 4 + 1) // 4)]:
+        learner.learn(*data[rows])
+    p = 1 / (1 + np.exp(-experiment.predicted(learner, data, split.rows(TEST))[1]))
+    assert losses == pytest.approx(-np.log(np.where(data.labels[split.rows(TEST)] == 1, p, 1 - p)), rel=1e-9)
+
+
+def test_training_ends_with_the_second_check_in_a_row_that_is_no_better(data: Dataset, split: Split) -> None:
+    outcome, _ = experiment.train(setting(data, split, "fnn", epochs=3), data, split)
+    for checks in (outcome["validation"], outcome["validation_pretraining"]):
+        lowest = np.minimum.accumulate([check["logloss"] for check in checks])
+        worse = [check["logloss"] > low for check, low in zip(checks, lowest, strict=True)]
+        assert not any(one and next for one, next in zip(worse[:-2], worse[1:-1], strict=True))
+        assert len(checks) == 12 or worse[-2:] == [True, True]
 
 
 def test_the_test_part_decides_nothing_but_its_own_scores(data: Dataset, split: Split, tmp_path: Path) -> None:
@@ -376,9 +399,17 @@ def test_what_two_figures_want_is_one_run(data: Dataset) -> None:
 
 def test_studies_of_a_long_log_train_on_a_part_of_it(data: Dataset) -> None:
     made = planned(data, study_rows=1000)
-    stop = next(w.setting.stop for w in made.wanted if w.part == "figure7")
-    assert len(made.split.rows(TRAINING, 0, stop)) == 1000
-    assert all(w.setting.stop == len(data) for w in made.wanted if w.part == "table2")
+    share = next(w.setting.share for w in made.wanted if w.part == "figure7")
+    assert made.split.count(TRAINING, share) == pytest.approx(1000, abs=60)
+    outcome, _ = experiment.train(setting(data, made.split, "fm", share=share), data, made.split)
+    assert outcome["training_examples"] == made.split.count(TRAINING, share)
+    assert all(w.setting.share == 1.0 for w in made.wanted if w.part == "table2")
+
+
+def test_studies_may_have_more_seeds_than_table_2(data: Dataset) -> None:
+    made = planned(data, seeds=1, study_seeds=3)
+    assert {w.setting.seed for w in made.wanted if w.part == "figure7"} == {0, 1, 2}
+    assert {w.setting.seed for w in made.wanted if w.part == "table2"} == {0}
 
 
 def test_quick_has_every_part(data: Dataset) -> None:

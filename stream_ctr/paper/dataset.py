@@ -27,7 +27,7 @@ from stream_ctr.join import Examples
 from stream_ctr.metrics import entropy
 
 TRAINING, VALIDATION, TEST = range(3)
-SPLITS = ("random", "time")
+_SAMPLE = 3
 _HELD_OUT = 0.1
 _CHUNK_BYTES = 512 << 20
 _MANY = 1 << 20
@@ -162,44 +162,36 @@ class Split:
                 part[start : start + len(index)][_chosen(index, seed, TEST)] = TEST
         return cls(part)
 
-    def rows(self, part: int, start: int = 0, stop: int | None = None) -> Rows:
-        """Indices of its examples, ascending."""
-        return start + np.flatnonzero(self.part[start:stop] == part)
+    def rows(self, part: int, start: int = 0, stop: int | None = None, *, share: float = 1.0) -> Rows:
+        """Indices of its examples, ascending; with a `share` those of a sample, which is the same whenever it is asked for."""
+        rows = start + np.flatnonzero(self.part[start:stop] == part)
+        return rows if share >= 1.0 else rows[_chosen(rows.astype(np.uint64), 0, _SAMPLE, share)]
 
-    def count(self, part: int, stop: int | None = None) -> int:
-        """How many there are, or there are before `stop`."""
-        return int(np.count_nonzero(self.part[:stop] == part))
+    def count(self, part: int, share: float = 1.0) -> int:
+        """How many there are, or there are in the sample."""
+        if share >= 1.0:
+            return int(np.count_nonzero(self.part == part))
+        return sum(len(self.rows(part, start, start + _MANY, share=share)) for start in range(0, len(self.part), _MANY))
 
 
-def _chosen(index: npt.NDArray[np.uint64], seed: int, part: int) -> npt.NDArray[np.bool_]:
-    """A tenth of them, whichever the other tenths are."""
+def _chosen(index: npt.NDArray[np.uint64], seed: int, part: int, share: float = _HELD_OUT) -> npt.NDArray[np.bool_]:
+    """Of each its own share of them, whichever are in the others."""
     salt = mix64(np.array([seed * 4 + part + 1], np.uint64))
-    return mix64(mix64(index + np.uint64(1)) ^ salt) < np.uint64(int(_HELD_OUT * 2.0**64))
+    return mix64(mix64(index + np.uint64(1)) ^ salt) < np.uint64(int(share * 2.0**64))
 
 
-def first_rows(split: Split, part: int, most: int | None) -> int:
-    """The example up to which (it excluded) a part has `most` examples; all of them where there are fewer."""
-    if most is None or split.count(part) <= most:
-        return len(split.part)
-    start = 0
-    while (found := split.count(part, start + _MANY)) <= most:
-        start += _MANY
-    return int(split.rows(part, start, start + _MANY)[most - found])
-
-
-def shuffled(split: Split, part: int, *, seed: tuple[int, ...], batch_size: int, row_bytes: int, stop: int | None = None) -> Iterator[Rows]:
-    """The indices of a part's examples in batches, in an order that is another one for each seed.
+def shuffled(split: Split, part: int, *, seed: tuple[int, ...], batch_size: int, row_bytes: int, share: float = 1.0) -> Iterator[Rows]:
+    """The indices of a part's examples, or of a sample of them, in batches, in an order that is another one for each seed.
 
     Chunks of the data, as many rows as half a gigabyte holds, come in random order and are shuffled within, so that memory is bounded by
     a chunk; data of one chunk are shuffled as a whole. The last batch may be short.
     """
     rng = np.random.default_rng(seed)
-    stop = len(split.part) if stop is None else stop
     length = max(1, _CHUNK_BYTES // row_bytes)
-    starts = np.arange(0, stop, length)
+    starts = np.arange(0, len(split.part), length)
     rest = np.empty(0, np.int64)
     for start in rng.permutation(starts).tolist():
-        rows = np.concatenate([rest, rng.permutation(split.rows(part, start, min(start + length, stop)))])
+        rows = np.concatenate([rest, rng.permutation(split.rows(part, start, start + length, share=share))])
         whole = len(rows) - len(rows) % batch_size
         yield from (rows[at : at + batch_size] for at in range(0, whole, batch_size))
         rest = rows[whole:]

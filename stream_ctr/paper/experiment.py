@@ -1,13 +1,15 @@
 """One run: a system with its hyper-parameters and a seed, trained and tested; or one pass over all examples in the order of their times.
 
-`train` goes over the training part until the logloss of the validation part is no longer better (the epoch with the best one counts), and
-scores the test part with the weights of that epoch: the test part decides nothing. `stream` predicts each example before it learns it.
+`train` goes over the training part and scores the validation part four times an epoch, until that has not been better for two checks in a
+row, and scores the test part with the weights of the best check: the test part decides nothing. `stream` predicts each example before it
+learns it.
 Either returns an outcome, a dictionary of plain numbers, which depends on the setting and the data alone but for its times.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -28,7 +30,8 @@ from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, 
 _AT_ONCE = 1 << 16
 _BLOCKS = 128
 _SKIPS = 8
-_NEVER = 1 << 62  # examples
+_CHECKS, _PATIENCE = 4, 2  # of an epoch; as many in a row that are no better end the training
+_FIRST_STEPS = 4
 Losses = npt.NDArray[np.float64]
 Advance = Callable[[int], None]
 
@@ -37,7 +40,7 @@ Advance = Callable[[int], None]
 class Setting:
     """Everything that decides an outcome besides the data. `learner` are options of `make_learner`; `dropout` is the share dropped.
 
-    `epochs` is the most that are trained, 0 one pass in event-time order; `stop` the example at which training ends.
+    `epochs` is the most that are trained, 0 one pass in event-time order; `share` how much of the training part is used.
     """
 
     system: str
@@ -47,7 +50,7 @@ class Setting:
     hidden: tuple[int, ...]
     batch_size: int
     epochs: int
-    stop: int
+    share: float
     device: str
     learner: dict[str, Any]
 
@@ -62,7 +65,7 @@ class Setting:
 
 
 class Diverged(StreamCtrError):
-    """The loss or the gradient is not finite, again and again."""
+    """A loss is not finite, or the gradient again and again."""
 
 
 def auc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
@@ -78,16 +81,26 @@ def auc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
     return float((below.sum() + not_above.sum()) / 2 / (len(clicked) * len(others)))
 
 
-def scores(logits: npt.NDArray[np.float64], labels: Labels) -> dict[str, float]:
-    return {"auc": auc(logits, labels), "logloss": float(metrics.losses(logits, labels).mean())}
+Scores = dict[str, Any]
+
+
+def scores(logits: npt.NDArray[np.float64], labels: Labels) -> Scores:
+    """AUC, None where there is none, and logloss. Raises `Diverged` when a logit is not finite."""
+    if not np.isfinite(logits).all():
+        raise Diverged("a logit is not finite")
+    found = auc(logits, labels)
+    return {"auc": None if math.isnan(found) else found, "logloss": float(metrics.losses(logits, labels).mean())}
 
 
 # -- epochs -------------------------------------------------------------------------------------------------------------------------
 
 
 def train(setting: Setting, data: Dataset, split: Split, *, advance: Advance = lambda n: None) -> tuple[dict[str, Any], Losses]:
-    """The outcome, and the losses of the test part [test] in its order. `advance` is told of each batch. Raises `Diverged`."""
-    pretraining = Fit(0, 0.0, 0.0, [], 0.0)
+    """The outcome, and the losses of the test part [test] in its order. `advance` is told of each batch. Raises `Diverged`.
+
+    Its times are those of a step, the first steps left out, by the steps until the best check.
+    """
+    pretraining: Fit | None = None
     learner = setting.make()
     fitting = Fitting(learner, setting, data, split, advance)
     if isinstance(learner, NetworkLearner) and learner.pretraining:
@@ -95,27 +108,28 @@ def train(setting: Setting, data: Dataset, split: Split, *, advance: Advance = l
         learner.end_pretraining()
     fit = fitting.best()
     labels, logits = predicted(learner, data, split.rows(TEST))
-    seconds = fit.seconds + pretraining.seconds
-    of_epochs = {"epochs": len(fit.validation), "best_epoch": fit.best_epoch, "train_logloss": fit.train_logloss}
+    before = pretraining.seconds if pretraining else 0.0
     outcome = {
-        **setting.told(), **of_epochs, **scores(logits, labels), "validation": fit.validation, "seconds": seconds,
-        "seconds_pretraining": pretraining.seconds, "seconds_per_epoch": fit.seconds_per_epoch,
-        "examples_per_second": fitting.examples / fit.seconds_per_epoch, "device": device_of(learner), "parameters": parameters(learner),
+        **setting.told(), **scores(logits, labels), "epochs": fit.epochs, "best_epoch": fit.best_epoch, "train_logloss": fit.train_logloss,
+        "validation": fit.validation, "seconds": fit.seconds + before, "seconds_pretraining": before,
+        "seconds_per_epoch": fit.seconds_per_epoch, "examples_per_second": fitting.examples / fit.seconds_per_epoch,
+        "training_examples": fitting.examples, "device": device_of(learner), "parameters": parameters(learner),
     }  # fmt: skip
-    if pretraining.validation:
+    if pretraining:
         outcome["validation_pretraining"] = pretraining.validation
     return outcome, metrics.losses(logits, labels)
 
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """`seconds` of training until the best epoch, `validation` after each epoch, `train_logloss` of the last: of each example before it
-    was learned, with what dropout left."""
+    """`epochs` that were trained, in quarters, and after which of them `validation` was best; `seconds` of training until then.
+    `train_logloss` is that of the last epoch, as far as it went: of each example before it was learned, with what dropout left."""
 
-    best_epoch: int
+    epochs: float
+    best_epoch: float
     seconds: float
     seconds_per_epoch: float
-    validation: list[dict[str, float]]
+    validation: list[Scores]
     train_logloss: float
 
 
@@ -124,54 +138,138 @@ class Fitting:
 
     def __init__(self, learner: Learner, setting: Setting, data: Dataset, split: Split, advance: Advance) -> None:
         self.learner, self.setting, self.data, self.split, self._advance = learner, setting, data, split, advance
-        self.examples = split.count(TRAINING, setting.stop)
+        self.examples = split.count(TRAINING, setting.share)
+        self._steps = -(-self.examples // setting.batch_size)
         self._validation_rows = split.rows(VALIDATION)
+        self._kept = Kept(learner, data, split, setting.share)
         self._epochs = 0  # of both, where there is pre-training: no two have the same order
+        self._loss, self._skips = Loss(), 0
 
     def best(self) -> Fit:
-        """Train up to one epoch after the best; the learner then has the weights of the best."""
-        validation: list[dict[str, float]] = []
-        seconds: list[float] = []
-        weights: State = {}
-        best = train_logloss = float("inf")
-        while len(validation) < self.setting.epochs:
-            began = time.perf_counter()
-            train_logloss = self._epoch()
-            synchronize(self.learner)
-            seconds.append(time.perf_counter() - began)
+        """Train until checks in a row are no better; the learner then has the weights of the best."""
+        clock = Clock(self.learner, first=min(_FIRST_STEPS, self._steps - 1))
+        validation: list[Scores] = []
+        best, since = float("inf"), 0
+        for epoch in self._checks(clock):
             labels, logits = predicted(self.learner, self.data, self._validation_rows)
-            validation.append(scores(logits, labels))
-            if not np.isfinite(validation[-1]["logloss"]):
-                raise Diverged("the logloss of the validation part is not finite")
-            if validation[-1]["logloss"] >= best:
+            validation.append({"epoch": epoch, **scores(logits, labels)})
+            if validation[-1]["logloss"] < best:
+                best, since = validation[-1]["logloss"], 0
+                self._kept.keep()
+            elif (since := since + 1) == _PATIENCE:
                 break
-            best, weights = validation[-1]["logloss"], self.learner.weights(reuse=True)
-        at = int(np.argmin([epoch["logloss"] for epoch in validation])) + 1
-        if at < len(validation):
-            self.learner.load_weights(weights)
-        return Fit(at, sum(seconds[:at]), float(np.mean(seconds)), validation, train_logloss)
+        if since:
+            self._kept.bring_back()
+        at = validation[-1 - since]["epoch"]
+        seconds = clock.seconds_per_step * self._steps
+        return Fit(validation[-1]["epoch"], at, seconds * at, seconds, validation, self._loss.mean())
 
-    def _epoch(self) -> float:
-        """The mean loss of its examples."""
-        loss = Loss()
-        skips = 0
-        for (ids, labels, values), following in with_following(self._batches()):
-            logits = self.learner.learn(ids, labels, values, following=following)
-            self._advance(len(labels))
-            skips = skips + 1 if logits is None else 0
-            if skips >= _SKIPS:
-                raise Diverged(f"no finite loss and gradient in {_SKIPS} batches in a row")
-            if logits is not None:
-                loss.add(logits, labels)
-        self._epochs += 1
-        return loss.mean()
+    def _checks(self, clock: Clock) -> Iterator[float]:
+        """Train, and stop at each check: how many epochs it has been by then."""
+        after = {-(-self._steps * check // _CHECKS): check / _CHECKS for check in range(1, _CHECKS + 1)}
+        for epoch in range(self.setting.epochs):
+            self._loss = Loss()
+            for step, (batch, following) in enumerate(with_following(self._batches()), start=1):
+                self._learn(batch, following)
+                clock.stepped()
+                if step in after:
+                    clock.pause()
+                    yield epoch + after[step]
+                    clock.go_on()
+
+    def _learn(self, batch: Batch, following: Batch | None) -> None:
+        logits = self.learner.learn(*batch, following=following)
+        self._advance(len(batch[1]))
+        self._skips = skipped(self._skips, logits)
+        if logits is not None:
+            self._loss.add(logits, batch[1])
 
     def _batches(self) -> Iterator[Batch]:
         seed = (self.setting.seed, self._epochs)
+        self._epochs += 1
         rows = shuffled(
-            self.split, TRAINING, seed=seed, batch_size=self.setting.batch_size, row_bytes=self.data.row_bytes, stop=self.setting.stop
+            self.split, TRAINING, seed=seed, batch_size=self.setting.batch_size, row_bytes=self.data.row_bytes, share=self.setting.share
         )
         return (self.data[batch] for batch in rows)
+
+
+def skipped(before: int, logits: Tensor | None) -> int:
+    """How many batches in a row could not be learned, with this one. Raises `Diverged` when they are many."""
+    if logits is not None:
+        return 0
+    if before + 1 >= _SKIPS:
+        raise Diverged(f"no finite loss and gradient in {_SKIPS} batches in a row")
+    return before + 1
+
+
+class Clock:
+    """How long a step takes. The `first` ones, in which code is compiled and graphs are recorded, are not measured."""
+
+    def __init__(self, learner: Learner, *, first: int) -> None:
+        self._learner, self._first = learner, first
+        self._steps, self._seconds = 0, 0.0  # measured
+        self._began: float | None = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._pretraining, self._left = self._learner.pretraining, self._first
+        self.go_on()
+
+    def stepped(self) -> None:
+        if self._began is not None:
+            self._steps += 1
+        elif self._left:
+            self._left -= 1
+            self.go_on()
+        if self._learner.pretraining != self._pretraining:  # another step, which is recorded in its turn
+            self.pause()
+            self._begin_anew()
+
+    def pause(self) -> None:
+        if self._began is not None:
+            synchronize(self._learner)
+            self._seconds += time.perf_counter() - self._began
+            self._began = None
+
+    def go_on(self) -> None:
+        if not self._left:
+            synchronize(self._learner)
+            self._began = time.perf_counter()
+
+    @property
+    def seconds_per_step(self) -> float:
+        """Until the last pause."""
+        return self._seconds / max(self._steps, 1)
+
+
+class Kept:
+    """The weights of a learner, to be brought back. Of a table that is larger than what is learned, only the rows that are."""
+
+    def __init__(self, learner: Learner, data: Dataset, split: Split, share: float) -> None:
+        self._learner = learner
+        self._rows: Tensor | None = None
+        self._weights: State = {}
+        self._tensors: dict[str, Tensor] = {}
+        if isinstance(learner, NetworkLearner) and share * split.count(TRAINING) * data.ids.shape[1] < len(learner.table.rows):
+            rows = np.unique(data.ids[split.rows(TRAINING, share=share)]).astype(np.int64)
+            self._rows = torch.from_numpy(rows).to(learner.device)
+
+    def keep(self) -> None:
+        learner = self._learner
+        if self._rows is None or not isinstance(learner, NetworkLearner):
+            self._weights = learner.weights(reuse=True)
+        else:
+            dense = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
+            self._tensors = {"table": learner.table.rows[self._rows], **dense}
+
+    def bring_back(self) -> None:
+        learner = self._learner
+        if self._rows is None or not isinstance(learner, NetworkLearner):
+            learner.load_weights(self._weights)
+        else:
+            learner.table.rows[self._rows] = self._tensors.pop("table")
+            learner.model.load_state_dict(self._tensors)
+            learner.adam.refresh()
 
 
 def with_following(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
@@ -225,27 +323,27 @@ def stream(setting: Setting, data: Dataset, *, advance: Advance = lambda n: None
     learner = setting.make()
     logits, skips = np.zeros(len(data)), 0
     came: list[tuple[slice, Tensor]] = []
-    began = time.perf_counter()
     places = [slice(start, min(start + setting.batch_size, len(data))) for start in range(0, len(data), setting.batch_size)]
+    clock = Clock(learner, first=min(_FIRST_STEPS, len(places) - 1))
     for batch, ((ids, labels, values), following) in zip(places, with_following(data[place] for place in places), strict=True):
         found = learner.learn(ids, labels, values, following=following)
-        skips = skips + 1 if found is None else 0
-        if skips >= _SKIPS:
-            raise Diverged(f"no finite loss and gradient in {_SKIPS} batches in a row")
+        skips = skipped(skips, found)
         came.append((batch, torch.from_numpy(learner.predict(ids, values)) if found is None else found))
         advance(len(labels))
         if len(came) >= 256 or batch.stop == len(data):
             for place, some in came:
                 logits[place] = some.double().cpu().numpy()
             came = []
-    seconds = time.perf_counter() - began
+        clock.stepped()
+    clock.pause()
+    seconds = clock.seconds_per_step * len(places)
     labels = np.array(data.labels)
-    losses, half = metrics.losses(logits, labels), len(data) // 2
+    of_all, half = scores(logits, labels), len(data) // 2
     edges = np.linspace(0, len(data), _BLOCKS + 1).astype(int)[:-1]
     return {
-        **setting.told(), **scores(logits, labels), "last_half": scores(logits[half:], labels[half:]), "seconds": seconds,
+        **setting.told(), **of_all, "last_half": scores(logits[half:], labels[half:]), "seconds": seconds,
         "examples_per_second": len(data) / seconds, "device": device_of(learner), "parameters": parameters(learner),
-        "blocks": np.add.reduceat(losses, edges).tolist(),
+        "blocks": np.add.reduceat(metrics.losses(logits, labels), edges).tolist(),
     }  # fmt: skip
 
 

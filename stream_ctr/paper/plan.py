@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,14 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from stream_ctr import __version__
 from stream_ctr.config import Config, Section
 from stream_ctr.errors import DataError
 from stream_ctr.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
-from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split, first_rows, write_json
+from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split, write_json
 from stream_ctr.paper.experiment import Diverged, Setting, paired, seconds_per_example, stream, train
 from stream_ctr.table import columns
 
@@ -33,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 PARTS = ("table2", "figure6", "figure7", "figure8", "figure9", "figure10", "figure11", "streaming")
 DEEP = tuple(name for name, system in MODELS.items() if name not in ("lr", "fm"))
-_OUTCOMES = 1  # of a run; another number when what a setting means has changed
+_OUTCOMES = 2  # of a run; another number when what a setting means has changed
 _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
 _LEAST_EXAMPLES = 200
@@ -139,7 +142,7 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
         hidden=tuple(_given(model, "hidden", (400, 400, 400))),
         batch_size=_given(learn, "batch_size", batch_size(split.count(TRAINING))),
         epochs=wishes.epochs,
-        stop=len(data),
+        share=1.0,
         device=choose_device(wishes.device).type,
         learner={
             **_common(data, config, wishes),
@@ -174,7 +177,7 @@ def stream_setting(data: Dataset, config: Config, wishes: Wishes) -> Setting:
         hidden=model.hidden,
         batch_size=_given(learn, "batch_size", _STREAM_BATCH if short else learn.batch_size),
         epochs=0,
-        stop=len(data),
+        share=1.0,
         device=choose_device(wishes.device).type,
         learner={**_common(data, config, wishes), **{name: getattr(learn, name) for name in names}, "pretrain_examples": pretrain},
     )
@@ -208,12 +211,12 @@ def _wanted(made: Plan) -> Iterator[Wanted]:
                 yield Wanted("figure6", "", replace(made.settings, system=system, seed=first, device="cpu", learner=learner))
     for system in MODELS:
         yield Wanted("streaming", "", replace(made.stream, system=system))
-    stop = first_rows(made.split, TRAINING, made.wishes.study_rows)
-    for seed in seeds[: made.wishes.study_seeds]:
+    share = min(1.0, made.wishes.study_rows / made.split.count(TRAINING))
+    for seed in range(first, first + made.wishes.study_seeds):
         for part, values in studies(made.settings.hidden, quick=made.wishes.quick).items():
             for value, changed in values.items():
                 for system in DEEP:
-                    setting = replace(made.settings, system=system, seed=seed, stop=stop, **changed)
+                    setting = replace(made.settings, system=system, seed=seed, share=share, **changed)
                     yield Wanted(part, value, _as_the_paper(setting))
 
 
@@ -284,7 +287,7 @@ def _timed(made: Plan, system: str) -> float:
 
 def _seconds(made: Plan, setting: Setting, each: Mapping[str, float], epochs: int) -> float:
     """A network of other sizes takes as much more time as it has more weights."""
-    examples = made.split.count(TRAINING, setting.stop) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
+    examples = round(setting.share * made.split.count(TRAINING)) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
     usual, here = (_weights(made.settings, hidden) for hidden in (made.settings.hidden, setting.hidden))
     return each[setting.system] * examples * (here / usual if MODELS[setting.system].module else 1.0)
 
@@ -355,9 +358,17 @@ def _run(made: Plan, setting: Setting, out: Path, key: str, advance: Callable[[i
             outcome = stream(setting, made.data, advance=advance)
     except Diverged as error:
         outcome = {**setting.told(), "failed": str(error)}
-    outcome["seconds_whole"] = time.perf_counter() - began
+    outcome |= {"seconds_whole": time.perf_counter() - began, "machine": machine(), "torch": torch.__version__, "version": __version__}
     write_json(_path(out, key), outcome)
     return outcome
+
+
+def machine() -> dict[str, Any]:
+    """Its processor by name, where the system tells, and how many cores."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return {"processor": next(named, platform.processor() or platform.machine()), "cores": os.cpu_count()}
 
 
 def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -406,12 +417,12 @@ def _examples(made: Plan, setting: Setting) -> int:
     if not setting.epochs:
         return len(made.data)
     fits = 2 if MODELS[setting.system].pretraining else 1
-    return fits * setting.epochs * made.split.count(TRAINING, setting.stop)
+    return fits * setting.epochs * round(setting.share * made.split.count(TRAINING))
 
 
 def _named(setting: Setting) -> str:
     """
-    >>> _named(Setting("fm", 1, "paper", 0.5, (400,), 64, 3, 1000, "cpu", {}))
+    >>> _named(Setting("fm", 1, "paper", 0.5, (400,), 64, 3, 1.0, "cpu", {}))
     'FM, seed 1'
     """
     return f"{MODELS[setting.system].title}, {f'seed {setting.seed}' if setting.epochs else 'streaming'}"
