@@ -77,24 +77,30 @@ def what_is_lost(
 
 class BeyondTheEnd:
     """Whether to wait a moment when what comes next is beyond the end of a log: a topic that was created again has been told by another
-    broker, or will be soon, and that is the better word for it.
+    broker, or will be soon, and that is the better word for it. Each time that it comes to that, anew: a time is over when nobody has asked
+    for ten times as long, which is longer than brokers take to answer.
 
     >>> beyond = BeyondTheEnd(seconds=2.0)
     >>> beyond.may_wait([7], {0: 3}, now=0.0), beyond.may_wait([7], {0: 3}, now=1.0), beyond.may_wait([7], {0: 3}, now=2.5)
     (True, True, False)
     >>> beyond.may_wait([7], {0: 9}, now=3.0)
     False
+    >>> beyond.may_wait([7], {0: 3}, now=30.0), beyond.may_wait([7], {0: 3}, now=49.0), beyond.may_wait([7], {0: 3}, now=9000.0)
+    (True, False, True)
     """
 
     def __init__(self, *, seconds: float) -> None:
         self._seconds = seconds
         self._since: float | None = None
+        self._asked = 0.0
 
     def may_wait(self, wanted: Sequence[int], ends: Mapping[int, int], *, now: float) -> bool:
         if all(offset <= ends[index] for index, offset in enumerate(wanted)):
             self._since = None
             return False
-        self._since = now if self._since is None else self._since
+        if self._since is None or now - self._asked > 10 * self._seconds:
+            self._since = now
+        self._asked = now
         return now - self._since < self._seconds
 
 
