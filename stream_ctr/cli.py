@@ -457,7 +457,8 @@ def paper(
 ) -> None:  # fmt: skip
     """Repeat the DeepFM paper's tables and figures on a log: report.html, report.md and report.json in --out.
 
-    Nine systems, several seeds, the paper's settings. What is done is kept: the same command goes on where it was ended.
+    Nine systems, several seeds, the paper's settings. What is done is kept: the same command goes on where it was ended, and one with
+    --only or --model adds to what is there.
 
     \b
     stream-ctr paper --data train.txt --format criteo --out report --quick
@@ -469,7 +470,7 @@ def paper(
     from connectors.memory import BatchSource
     from stream_ctr.lanes import set_up_process
     from stream_ctr.models import MODELS
-    from stream_ctr.paper import facts, plan, reading, report
+    from stream_ctr.paper import facts, plan, reading, report, work
 
     if (log_path is None) == (simulated is None):
         raise click.UsageError("give --data LOG or --simulate N")
@@ -483,24 +484,37 @@ def paper(
     set_up_process()
     console = Console(stderr=True)
     log = _paper_log(log_path, simulated, log_format, log_seed)
-    if restart:
-        plan.remove(out)
+    made: plan.Plan | None = None
+
+    def write_report() -> None:
+        if made is not None and (runs := work.points(made, out)):
+            typed = shlex.join(["stream-ctr", *sys.argv[1:]])
+            report.write(out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs))
+            click.echo(f"{out / 'report.html'}")
+
     try:
-        source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
-        data = reading.read(log, source, config, out / "data", limit=plan.QUICK_IMPRESSIONS if quick else None, console=console)
-        _tell(data.about["notes"])
-        made = plan.plan(data, config, wishes)
-        for line in plan.estimate(made, out):
-            click.echo(line, err=True)
-        runs = plan.run(made, out, console=console)
+        with work.held(out):
+            if restart:
+                work.remove(out)
+            limit = plan.QUICK_IMPRESSIONS if quick else None
+            rows = reading.expected_rows(log, limit)
+            click.echo(work.expected(config, wishes, rows, reading.expected_bytes(log, config, rows)), err=True)
+            source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
+            data = reading.read(log, source, config, out / "data", limit=limit, console=console)
+            _tell(data.about["notes"])
+            made = plan.plan(data, config, wishes)
+            for line in work.estimate(made, out):
+                click.echo(line, err=True)
+            try:
+                work.run(made, out, console=console)
+            finally:  # of what is done, when it was stopped
+                write_report()
     except KeyboardInterrupt:
-        click.echo(f"\nstopped; what is done is kept in {out}, and the same command goes on from there", err=True)
+        kept = f"what is done is kept in {out}, and the same command goes on from there" if made else "nothing was done yet"
+        click.echo(f"\nstopped; {kept}", err=True)
         raise SystemExit(130) from None
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}") from None
-    typed = shlex.join(["stream-ctr", *sys.argv[1:]])
-    report.write(out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs))
-    click.echo(f"{out / 'report.html'}")
 
 
 def _chosen(option: str, names: Sequence[str], known: Collection[str]) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from stream_ctr.history import Log
 from stream_ctr.join import Examples
 from stream_ctr.logs import open_log
 from stream_ctr.models import MODELS
-from stream_ctr.paper import dataset, experiment, plan, published, reading
+from stream_ctr.paper import dataset, experiment, plan, published, reading, work
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split
 from stream_ctr.paper.experiment import Setting
 from stream_ctr.simulate import FIELDS, Simulation
@@ -145,9 +145,9 @@ def test_a_second_reading_uses_what_the_first_wrote_unless_the_log_or_the_hashin
     written = (tmp_path / "data" / "ids.bin").stat().st_mtime_ns
     assert np.array_equal(read(Simulation(300, seed=4), tmp_path / "data").ids, first.ids)
     assert (tmp_path / "data" / "ids.bin").stat().st_mtime_ns == written
-    with pytest.raises(DataError, match="holds other data: log is 'simulation-4' there and 'simulation-5' here.*--restart"):
+    with pytest.raises(DataError, match="holds other data: it is of simulation-4, and this is simulation-5.*--restart"):
         read(Simulation(300, seed=5), tmp_path / "data")
-    with pytest.raises(DataError, match="holds other data: hashing"):
+    with pytest.raises(DataError, match="holds other data: table_bits is 12 there and 13 here"):
         read(Simulation(300, seed=4), tmp_path / "data", configured=config.load(overrides={"model": {"table_bits": 13}}))
 
 
@@ -348,6 +348,35 @@ def test_a_pass_predicts_each_example_before_it_learns_it(data: Dataset) -> None
     assert outcome["blocks"][0] == pytest.approx(losses[: len(data) // 128].sum(), rel=1e-6)
 
 
+def with_labels(data: Dataset, directory: Path, labels: np.ndarray[Any, np.dtype[np.uint8]]) -> Dataset:
+    shutil.copytree(data.directory, directory)
+    labels.astype(np.uint8).tofile(directory / "labels.bin")
+    return Dataset(directory)
+
+
+def test_half_a_pass_without_clicks_has_no_auc_and_can_be_written(data: Dataset, tmp_path: Path) -> None:
+    early = with_labels(data, tmp_path / "early", np.arange(len(data)) % 7 == np.where(np.arange(len(data)) < 3000, 0, 7))
+    of_stream = replace(plan.stream_setting(data, config.load(overrides=SMALL), plan.Wishes(device="cpu")), system="lr")
+    outcome = experiment.stream(of_stream, early)
+    dataset.write_json(tmp_path / "outcome.json", outcome)
+    assert outcome["last_half"]["auc"] is None
+    assert outcome["last_half"]["logloss"] > 0 < outcome["auc"]
+
+
+@pytest.mark.parametrize("part", ["validation", "test"])
+def test_a_logit_that_is_not_finite_is_no_score(part: str, data: Dataset, split: Split, tmp_path: Path) -> None:
+    shutil.copytree(data.directory, tmp_path / "odd")
+    ids, values = np.array(data.ids), np.ones((len(data), 1), np.float32)
+    about = {**data.about, "value_fields": 1, "hashed": {**data.about["hashed"], "value_fields": [0]}}
+    values[split.rows(TEST if part == "test" else VALIDATION)[0]] = 3e38
+    ids.tofile(tmp_path / "odd" / "ids.bin")
+    values.tofile(tmp_path / "odd" / "values.bin")
+    (tmp_path / "odd" / "data.json").write_text(json.dumps(about))
+    odd = Dataset(tmp_path / "odd")
+    with pytest.raises(experiment.Diverged, match="not finite"):
+        experiment.train(setting(odd, split, "fm"), odd, split)
+
+
 def test_paired_is_the_first_less_the_reference() -> None:
     found = experiment.paired([3.0] * 20, [1.0] * 20, 40)
     assert found == {"logloss_difference": 1.0, "low": 1.0, "high": 1.0, "count": 40, "blocks": 20}
@@ -437,17 +466,18 @@ def test_the_estimate_counts_what_is_left_and_its_memory(data: Dataset, tmp_path
     (tmp_path / "runs").mkdir()
     first = next(iter(made.distinct))
     (tmp_path / "runs" / f"{first}.json").write_text("{}")
-    runs, seconds, room = plan.estimate(made, tmp_path)
+    runs, seconds, room = work.estimate(made, tmp_path)
     assert runs == "9 runs, 1 of them done before"
     assert "with 3 epochs a run" in seconds
     floats = 32  # of a row: 2 x 4 + 1 coordinates with two moments each, in lines of 16
-    assert room.startswith(plan.in_bytes(2 * 4 * floats * 2**12))
+    assert room.startswith(work.in_bytes(2 * 4 * floats * 2**12 + 64 * len(data)))
 
 
 def test_a_run_that_diverges_is_told_and_stops_no_other(data: Dataset, tmp_path: Path) -> None:
     made = plan.plan(data, config.load(overrides={**SMALL, "learn": {"dense_learning_rate": 1e30}}), plan.Wishes(
         device="cpu", seeds=1, epochs=1, only=frozenset(["table2"])))  # fmt: skip
-    points = {point["system"]: point for point in plan.run(made, tmp_path, console=Console(quiet=True))}
+    work.run(made, tmp_path, console=Console(quiet=True))
+    points = {point["system"]: point for point in work.points(made, tmp_path)}
     assert "finite" in points["deepfm"]["failed"]
     assert points["lr"]["auc"] > 0.5
 

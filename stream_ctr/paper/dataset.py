@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +83,31 @@ def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDA
 
 
 def existing(directory: Path) -> Dataset | None:
-    """What an earlier run has written completely."""
-    return Dataset(directory) if (directory / _ABOUT).exists() else None
+    """What an earlier run has written completely. Raises `DataError` when there is something else instead."""
+    if (directory / _ABOUT).exists():
+        return Dataset(directory)
+    require_own(directory)
+    return None
+
+
+def require_own(directory: Path) -> None:
+    """Raises `DataError` when there is something in it that is none of the files which are written here."""
+    if foreign := sorted(path.name for path in directory.glob("*") if not _is_own(path)):
+        raise DataError(f"{directory} holds other files, such as {foreign[0]}, and they are left alone: use another --out")
+
+
+def _is_own(path: Path) -> bool:
+    own = {f"{name}.bin" for name in _DTYPES} | {_ABOUT}
+    return path.is_file() and (path.name in own or path.name.startswith(f".{_ABOUT}."))
+
+
+def remove(directory: Path) -> None:
+    """What was written here. Raises `DataError`, with nothing removed, when there is something else."""
+    require_own(directory)
+    for path in directory.glob("*"):
+        path.unlink()
+    if directory.is_dir():
+        directory.rmdir()
 
 
 def write(
@@ -95,7 +117,7 @@ def write(
     """The first `limit` of `examples` as columns in `directory`, which is there when all is written and not before. What `about` says when
     all is read is kept with them."""
     unfinished = directory.with_name(f"{directory.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    remove(unfinished)
     unfinished.mkdir(parents=True)
     try:
         widths = _write_columns(unfinished, examples, limit)

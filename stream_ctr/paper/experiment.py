@@ -110,7 +110,8 @@ def train(setting: Setting, data: Dataset, split: Split, *, advance: Advance = l
     labels, logits = predicted(learner, data, split.rows(TEST))
     before = pretraining.seconds if pretraining else 0.0
     outcome = {
-        **setting.told(), **scores(logits, labels), "epochs": fit.epochs, "best_epoch": fit.best_epoch, "train_logloss": fit.train_logloss,
+        **setting.told(), **scores(logits, labels), "epochs": fit.epochs, "best_epoch": fit.best_epoch,
+        "train_logloss": fit.train_logloss if math.isfinite(fit.train_logloss) else None,
         "validation": fit.validation, "seconds": fit.seconds + before, "seconds_pretraining": before,
         "seconds_per_epoch": fit.seconds_per_epoch, "examples_per_second": fitting.examples / fit.seconds_per_epoch,
         "training_examples": fitting.examples, "device": device_of(learner), "parameters": parameters(learner),
@@ -372,16 +373,21 @@ def parameters(learner: Learner) -> int:
 
 
 def seconds_per_example(setting: Setting, data: Dataset, split: Split, *, batches: int = 4) -> float:
-    """Measured on a few batches, the first left out."""
+    """Measured on a few batches after the first ones; of a system that is pre-trained for an example of either."""
     learner = replace(setting, epochs=1).make()
-    rows = split.rows(TRAINING, 0, min(len(data), (batches + 2) * setting.batch_size * 2))
-    parts = [rows[at : at + setting.batch_size] for at in range(0, len(rows), setting.batch_size)][: batches + 1]
-    learned, began = 0, 0.0
-    for index, part in enumerate(parts):
-        if index == min(1, len(parts) - 1):
-            synchronize(learner)
-            began = time.perf_counter()
+    rows = split.rows(TRAINING, 0, 4 * (batches + _FIRST_STEPS) * setting.batch_size)
+    parts = [rows[at : at + setting.batch_size] for at in range(0, len(rows), setting.batch_size)][: batches + _FIRST_STEPS]
+    seconds = _seconds_per_step(learner, data, parts)
+    if isinstance(learner, NetworkLearner) and learner.pretraining:
+        learner.end_pretraining()
+        seconds += _seconds_per_step(learner, data, parts)
+    return seconds / setting.batch_size
+
+
+def _seconds_per_step(learner: Learner, data: Dataset, parts: list[Rows]) -> float:
+    clock = Clock(learner, first=min(_FIRST_STEPS, len(parts) - 1))
+    for part in parts:
         learner.learn(*data[part])
-        learned += len(part) if began else 0
-    synchronize(learner)
-    return (time.perf_counter() - began) / max(learned, 1)
+        clock.stepped()
+    clock.pause()
+    return clock.seconds_per_step

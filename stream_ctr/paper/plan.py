@@ -1,38 +1,24 @@
-"""Which runs a table or a figure wants, what they will take, and the loop that does those which are not done.
+"""Which runs a table or a figure wants, each with its setting: the paper's, of what the configuration does not set.
 
-An outcome is a file in DIR/runs, named after everything that decides it, and there only when the run has ended. So whatever ends the
-process, the next one with the same data goes on after the last run that ended; and what two figures want is done once.
+What two figures want is one run, known by a key, which is made of everything that decides its outcome.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import os
-import platform
-import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from stream_ctr import __version__
 from stream_ctr.config import Config, Section
 from stream_ctr.errors import DataError
 from stream_ctr.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
-from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split, write_json
-from stream_ctr.paper.experiment import Diverged, Setting, paired, seconds_per_example, stream, train
-from stream_ctr.table import columns
-
-_log = logging.getLogger(__name__)
+from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split
+from stream_ctr.paper.experiment import Setting
 
 PARTS = ("table2", "figure6", "figure7", "figure8", "figure9", "figure10", "figure11", "streaming")
 DEEP = tuple(name for name, system in MODELS.items() if name not in ("lr", "fm"))
@@ -40,7 +26,6 @@ _OUTCOMES = 2  # of a run; another number when what a setting means has changed
 _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
 _LEAST_EXAMPLES = 200
-_USUAL_EPOCHS = 3
 QUICK_IMPRESSIONS = 20_000
 _RATES = ("table_learning_rate", "table_beta", "linear_learning_rate", "linear_beta", "dense_learning_rate", "dense_weight_decay")
 _NEVER = 1 << 62  # examples
@@ -82,7 +67,8 @@ class Wanted(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that is wanted of one set of data. `settings` are those of the paper; `stream` and `precision` those of the configuration."""
+    """All that the report can have of one set of data. `settings` are those of the paper; `stream` and `precision` those of the
+    configuration."""
 
     data: Dataset
     split: Split
@@ -93,9 +79,15 @@ class Plan:
     wanted: list[Wanted] = field(default_factory=list)
 
     @property
+    def asked(self) -> list[Wanted]:
+        """Those that the command is to do: of the parts and systems it names. Figure 6 shows the times of Table 2's runs."""
+        parts = self.wishes.only | ({"table2"} if "figure6" in self.wishes.only else set())
+        return [wanted for wanted in self.wanted if wanted.part in parts and wanted.setting.system in self.wishes.models]
+
+    @property
     def distinct(self) -> dict[str, Setting]:
-        """The runs by their keys."""
-        return {self.key(wanted.setting): wanted.setting for wanted in self.wanted}
+        """The runs that are asked for, by their keys."""
+        return {self.key(wanted.setting): wanted.setting for wanted in self.asked}
 
     def key(self, setting: Setting) -> str:
         decides = {"version": _OUTCOMES, "data": self.data.about["identity"], "split": self.wishes.split, **asdict(setting)}
@@ -109,7 +101,7 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
     made = Plan(
         data, split, wishes, paper_setting(data, split, config, wishes), stream_setting(data, config, wishes), config.learn.precision
     )
-    made.wanted.extend(wanted for wanted in _wanted(made) if wanted.part in wishes.only and wanted.setting.system in wishes.models)
+    made.wanted.extend(_wanted(made))
     return made
 
 
@@ -200,8 +192,7 @@ def _given(section: Section, name: str, otherwise: Any) -> Any:
 
 def _wanted(made: Plan) -> Iterator[Wanted]:
     first = made.settings.seed
-    seeds = range(first, first + made.wishes.seeds)
-    for seed in seeds:
+    for seed in range(first, first + made.wishes.seeds):
         for system in MODELS:
             yield Wanted("table2", "", replace(made.settings, system=system, seed=seed))
     if made.settings.device != "cpu":  # whose times Table 2 has; LR is always on the CPU
@@ -258,185 +249,3 @@ def shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
     peak = peak * layers / peak.sum()
     sizes = {"constant": np.ones(layers), "increasing": rising, "diamond": peak, "decreasing": rising[::-1]}
     return {name: tuple(int(round(width * share)) for share in of.tolist()) for name, of in sizes.items()}
-
-
-# -- what it takes ------------------------------------------------------------------------------------------------------------------
-
-
-def estimate(made: Plan, out: Path) -> list[str]:
-    """Time, memory and disk, as sentences for who waits; timed on a few batches of each system."""
-    waiting = [setting for key, setting in made.distinct.items() if _outcome_of(out, key) is None]
-    done = len(made.distinct) - len(waiting)
-    told = [f"{len(made.distinct)} runs" + (f", {done} of them done before" if done else "")]
-    if waiting:
-        each = {system: _timed(made, system) for system in dict.fromkeys(setting.system for setting in waiting)}
-        few, most = (sum(_seconds(made, setting, each, epochs) for setting in waiting) for epochs in (_USUAL_EPOCHS, made.wishes.epochs))
-        at_most = f" with {_USUAL_EPOCHS} epochs a run, {_duration(most)} at most" if made.wishes.epochs > _USUAL_EPOCHS else ""
-        told.append(f"about {_duration(few)}{at_most}")
-    losses = 4 * made.split.count(TEST) * sum(1 for setting in made.distinct.values() if setting.epochs)
-    disk = len(made.data) * made.data.row_bytes + losses
-    told.append(f"{in_bytes(memory(made))} of memory for the largest table and its best weights; {in_bytes(disk)} of disk")
-    return told
-
-
-def _timed(made: Plan, system: str) -> float:
-    """Seconds an example of an epoch, twice for a system that is pre-trained."""
-    seconds = seconds_per_example(replace(made.settings, system=system), made.data, made.split)
-    return seconds * (2 if MODELS[system].pretraining else 1)
-
-
-def _seconds(made: Plan, setting: Setting, each: Mapping[str, float], epochs: int) -> float:
-    """A network of other sizes takes as much more time as it has more weights."""
-    examples = round(setting.share * made.split.count(TRAINING)) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
-    usual, here = (_weights(made.settings, hidden) for hidden in (made.settings.hidden, setting.hidden))
-    return each[setting.system] * examples * (here / usual if MODELS[setting.system].module else 1.0)
-
-
-def _weights(setting: Setting, hidden: Sequence[int]) -> int:
-    widths = (setting.learner["fields"] * setting.learner["embedding_dim"], *hidden)
-    return sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
-
-
-def memory(made: Plan) -> int:
-    """Bytes of the largest table, of its optimiser and of the copy of the best epoch's weights."""
-    learner = made.settings.learner
-    most = max((MODELS[setting.system].embeddings for setting in made.distinct.values()), default=1)
-    return 2 * 4 * columns(learner["embedding_dim"], embeddings=most, optimizer=learner["table_optimizer"]) << learner["table_bits"]
-
-
-def in_bytes(count: float) -> str:
-    """
-    >>> in_bytes(7_930_000_000), in_bytes(1_245_600)
-    ('7.9 GB', '1.2 MB')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42.4), _duration(400), _duration(8000)
-    ('42 s', '7 min', '2 h 13 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-# -- the loop -----------------------------------------------------------------------------------------------------------------------
-
-
-def run(made: Plan, out: Path, *, console: Console) -> list[dict[str, Any]]:
-    """Every outcome that is wanted, a dictionary for each point: `part`, `value` and the outcome. What is not done yet is done now."""
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    outcomes = {key: outcome for key in made.distinct if (outcome := _outcome_of(out, key)) is not None}
-    with _progress(console) as progress:
-        whole = progress.add_task("all runs", total=len(made.distinct), completed=len(outcomes))
-        for key, setting in made.distinct.items():
-            if key in outcomes:
-                continue
-            part = progress.add_task(_named(setting), total=_examples(made, setting))
-            outcomes[key] = _run(made, setting, out, key, lambda n, part=part: progress.advance(part, n))  # type: ignore[misc]
-            progress.remove_task(part)
-            progress.advance(whole)
-            _log.info("%s (%d of %d): %s", _named(setting), len(outcomes), len(made.distinct), _told(outcomes[key]))
-    return _points(made, outcomes)
-
-
-def _run(made: Plan, setting: Setting, out: Path, key: str, advance: Callable[[int], None]) -> dict[str, Any]:
-    """Do it and keep its outcome. One that diverged is an outcome too."""
-    began = time.perf_counter()
-    try:
-        if setting.epochs:
-            outcome, losses = train(setting, made.data, made.split, advance=advance)
-            outcome["losses"] = f"runs/{key}.npy"
-            _write_array(out / outcome["losses"], losses.astype(np.float32))
-        else:
-            outcome = stream(setting, made.data, advance=advance)
-    except Diverged as error:
-        outcome = {**setting.told(), "failed": str(error)}
-    outcome |= {"seconds_whole": time.perf_counter() - began, "machine": machine(), "torch": torch.__version__, "version": __version__}
-    write_json(_path(out, key), outcome)
-    return outcome
-
-
-def machine() -> dict[str, Any]:
-    """Its processor by name, where the system tells, and how many cores."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(named, platform.processor() or platform.machine()), "cores": os.cpu_count()}
-
-
-def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with unfinished.open("wb") as file:
-        np.save(file, array)
-    os.replace(unfinished, path)
-
-
-def _path(out: Path, key: str) -> Path:
-    return out / "runs" / f"{key}.json"
-
-
-def _outcome_of(out: Path, key: str) -> dict[str, Any] | None:
-    path = _path(out, key)
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _points(made: Plan, outcomes: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    reference = next((outcomes[made.key(w.setting)] for w in made.wanted if w.part == "streaming" and w.setting.system == "deepfm"), {})
-    points = []
-    for wanted in made.wanted:
-        outcome = dict(outcomes[made.key(wanted.setting)])
-        blocks = outcome.pop("blocks", None)
-        if blocks and "blocks" in reference and wanted.setting.system != "deepfm":
-            outcome["paired"] = paired(blocks, reference["blocks"], len(made.data))
-        points.append({"part": wanted.part, "value": wanted.value, "run": made.key(wanted.setting), **outcome})
-    return points
-
-
-def _progress(console: Console) -> Progress:
-    """On a terminal; with lines of a log there is none between them."""
-    hidden = not console.is_terminal or _log.isEnabledFor(logging.INFO)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, console=console, transient=True, disable=hidden)
-
-
-def _examples(made: Plan, setting: Setting) -> int:
-    """That a run learns at most."""
-    if not setting.epochs:
-        return len(made.data)
-    fits = 2 if MODELS[setting.system].pretraining else 1
-    return fits * setting.epochs * round(setting.share * made.split.count(TRAINING))
-
-
-def _named(setting: Setting) -> str:
-    """
-    >>> _named(Setting("fm", 1, "paper", 0.5, (400,), 64, 3, 1.0, "cpu", {}))
-    'FM, seed 1'
-    """
-    return f"{MODELS[setting.system].title}, {f'seed {setting.seed}' if setting.epochs else 'streaming'}"
-
-
-def _told(outcome: Mapping[str, Any]) -> str:
-    if "failed" in outcome:
-        return outcome["failed"]
-    return f"AUC {outcome['auc']:.4f}, logloss {outcome['logloss']:.4f} in {outcome['seconds_whole']:.1f} s"
-
-
-def remove(out: Path) -> None:
-    """All that an earlier command has written there, and nothing else."""
-    for name in ("data", "data.unfinished", "runs"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("report.json", "report.md", "report.html"):
-        (out / name).unlink(missing_ok=True)

@@ -85,6 +85,13 @@ def expected_rows(log: Log, limit: int | None = None) -> int:
     return rows if limit is None else min(rows, limit)
 
 
+def expected_bytes(log: Log, config: Config, rows: int) -> int:
+    """On disk; 0 where neither the configuration nor the format tells the fields."""
+    fields = config.features.fields() or log.fields or ()
+    crosses, values = len(config.features.crosses), sum(field.kind == "numeric" for field in fields)
+    return rows * dataset.row_bytes(len(fields) + crosses, values if config.features.numeric_encoding != "buckets" else 0) if fields else 0
+
+
 def _lines(log: Log) -> int:
     if log.path is None or not isinstance(log, TextLog):
         return 0
@@ -143,10 +150,26 @@ def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, A
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
     for name in wanted:
         if found.get(name) != wanted[name]:
-            raise DataError(
-                f"{directory} holds other data: {name} is {found.get(name)!r:.200} there and {wanted[name]!r:.200} here. "
-                "Use another --out, or --restart to begin anew in this one"
-            )
+            difference = _difference(name, found.get(name), wanted[name])
+            raise DataError(f"{directory} holds other data: {difference}. Use another --out, or --restart to begin anew in this one")
+
+
+def _difference(name: str, found: Any, wanted: Any) -> str:
+    """In words.
+
+    >>> _difference("hashing", {"table_bits": 12, "crosses": []}, {"table_bits": 20, "crosses": []})
+    'table_bits is 12 there and 20 here'
+    >>> _difference("limit", 20000, None)
+    'the first 20,000 impressions there, as with --quick, and all here'
+    """
+    if name == "limit":
+        there, here = (f"the first {most:,} impressions" if most else "all" for most in (found, wanted))
+        return f"{there} there{', as with --quick,' if found else ''} and {here} here"
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        return next(f"{key} is {found.get(key)} there and {wanted[key]} here" for key in wanted if found.get(key) != wanted[key])
+    if name == "fields":
+        return "its fields are others"
+    return f"the log's {name} is {found} there and {wanted} here" if name != "log" else f"it is of {found}, and this is {wanted}"
 
 
 def _watched(log: Log, joined: Joined, console: Console) -> Iterator[Examples]:
