@@ -19,7 +19,7 @@ import pytest
 from markdown_it import MarkdownIt  # comes with rich
 
 from stream_ctr.models import MODELS
-from stream_ctr.paper import aggregate, figures, published, report
+from stream_ctr.paper import aggregate, facts, figures, published, report
 from stream_ctr.paper.page import Block, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text, markdown
 from stream_ctr.paper.page import html as html_of
 
@@ -34,16 +34,23 @@ DATA: dict[str, Any] = {
     "name": "criteo_sample.txt", "format": "criteo", "impressions": 7200, "clicks": 1843, "ctr": 1843 / 7200, "fields": 39,
     "categorical": 26, "numeric": 13, "crosses": 0, "train": 5832, "validation": 648, "test": TEST_EXAMPLES, "split": "random",
     "best_possible_logloss": None, "constant_logloss": 0.5689, "simulated": None,
-    "sample_of": "a sample of 7,200 of Criteo's 45,840,617 rows", "notes": ["numeric fields are cut into 40 steps"],
+    "numeric_encoding": facts.encoded({"numeric_encoding": "buckets", "buckets_per_octave": 2.0}), "whole": facts.whole("criteo", 7200),
+    "notes": ["3 events were no events"],
 }  # fmt: skip
 SIMULATED = {**DATA, "name": "the simulated app store", "format": "simulated", "simulated": 7, "best_possible_logloss": 0.4489,
-             "sample_of": None, "impressions": 1_000_000}  # fmt: skip
+             "whole": None, "impressions": 1_000_000}  # fmt: skip
 MADE: dict[str, Any] = {
     "command": "stream-ctr paper --data criteo_sample.txt --format criteo --out report", "quick": False, "seeds": 3, "study_seeds": 2,
-    "machine": {"processor": "AMD EPYC 9R14", "cores": 2}, "device": "cpu", "version": "0.1.0", "python": "3.11.7", "torch": "2.13.0",
+    "device": "cpu", "accelerator": None, "python": "3.11.7",
     "settings": {"dropout": 0.5, "hidden": [400, 400, 400], "batch_size": 128, "epochs": 10, "embedding_dim": 10, "table_bits": 20,
-                 "ftrl": {"alpha": 0.1, "beta": 1.0}}, "table_bits": 20, "seconds_total": 5321.0,
+                 "table_optimizer": "adam", "dense_learning_rate": 0.001, "precision": "bfloat16", "ftrl": {"alpha": 0.1, "beta": 1.0},
+                 "streaming": {"table_optimizer": "adagrad", "dropout": 0.0, "hidden": [64, 32], "batch_size": 128,
+                               "pretrain_examples": 720}},
+    "seconds_total": 5321.0,
 }  # fmt: skip
+
+
+MACHINE = {"processor": "AMD EPYC 9R14", "cores": 2}
 
 
 def of_part(found: list[dict[str, Any]], *parts: str) -> list[dict[str, Any]]:
@@ -55,12 +62,21 @@ def outcome(system: str, seed: int, rng: np.random.Generator, **changed: Any) ->
     logloss = LOGLOSS[system] + 0.0006 * float(rng.standard_normal())
     told = {
         "system": system, "seed": seed, "activation": MODELS[system].activation, "dropout": 0.5, "hidden": [400, 400, 400],
-        "batch_size": 128, "epochs": 5, "best_epoch": 4, "auc": 1.157 - 0.79 * logloss, "logloss": logloss, "train_logloss": logloss - 0.01,
-        "validation": [], "seconds": SECONDS[system] * (1 + 0.05 * float(rng.random())), "device": "cpu",
-        "seconds_pretraining": 14.0 if system == "fnn" else 0.0, "seconds_per_epoch": SECONDS[system] / 4,
+        "batch_size": 128, "epochs": 1.25, "best_epoch": 0.75, "auc": 1.157 - 0.79 * logloss,
+        "logloss": logloss, "train_logloss": logloss - 0.01,
+        "validation": checks(logloss + 0.002), "machine": MACHINE, "version": "0.1.0", "torch": "2.13.0",
+        "seconds": SECONDS[system] * (1 + 0.05 * float(rng.random())), "device": "cpu",
+        "seconds_pretraining": 14.0 if system == "fnn" else 0.0, "seconds_per_epoch": SECONDS[system] / 2,
         "examples_per_second": 4e6 / SECONDS[system], "parameters": 477_000 if network else 1,
     }  # fmt: skip
+    if system == "fnn":
+        told["validation_pretraining"] = checks(0.461)
     return told | changed
+
+
+def checks(best: float) -> list[dict[str, float]]:
+    """Of a validation that is at its best after three quarters of an epoch."""
+    return [{"epoch": 0.25 * i, "auc": 0.79, "logloss": best + 0.001 * abs(i - 3)} for i in range(1, 6)]
 
 
 def runs(out: Path, *, seeds: int = 3, study_seeds: int = 2, device: str = "cpu") -> list[dict[str, Any]]:
@@ -179,10 +195,94 @@ def test_a_system_is_told_apart_only_when_its_interval_leaves_zero_out(low: floa
     assert aggregate.verdict({"low": low, "high": high}) == verdict
 
 
-def test_times_are_told_by_device_and_over_lrs() -> None:
-    found = [of_table2("lr", 0, seconds=2.0), of_table2("lr", 1, seconds=4.0), of_table2("fm", 0, seconds=6.0),
-             of_table2("fm", 0, seconds=1.5, device="cuda", part="figure6")]  # fmt: skip
-    assert aggregate.relative_times(aggregate.seconds(found)) == {"cpu": {"LR": 1.0, "FM": 2.0}, "cuda": {"FM": 0.5}}
+def test_a_systems_time_is_the_median_over_seeds_beside_lrs() -> None:
+    found = [of_table2("lr", seed, seconds=s, seconds_per_epoch=1.0) for seed, s in enumerate([90.0, 2.0, 1.0])]
+    found += [of_table2("fm", seed, seconds=s, seconds_per_epoch=4.0) for seed, s in enumerate([5.0, 6.0, 80.0])]
+    found.append(of_table2("fm", 0, seconds=1.5, seconds_per_epoch=0.5, device="cuda", part="figure6"))
+    times = aggregate.times(found)
+    assert aggregate.relative_times(times)["cpu"]["FM"] == {"median": 3.0, "least": 2.5, "most": 40.0}
+    assert aggregate.relative_times(times)["cuda"] == {"FM": {"median": 0.75, "least": 0.75, "most": 0.75}}
+    assert aggregate.relative_times(times, "seconds_per_epoch")["cpu"]["FM"]["median"] == 4.0
+
+
+def test_where_lrs_epoch_is_too_short_to_time_there_are_no_multiples_of_it(tmp_path: Path) -> None:
+    found = [run | {"seconds_per_epoch": 0.02} if run["system"] == "lr" else run for run in of_part(runs(tmp_path), "table2")]
+    told = written_with(tmp_path, found)
+    assert told["figure6"] == {}
+    assert told["figure6_times"]["cpu"]["FM"]["seconds_per_epoch"]["median"] == pytest.approx(14 / 2)
+    text = (tmp_path / "report.md").read_text()
+    assert "Too short to time: an epoch of LR takes 0.02 s" in text
+    assert "over LR's" not in text
+
+
+def test_times_are_of_one_machine_and_all_machines_are_named(tmp_path: Path) -> None:
+    other = {"processor": "Ampere Altra", "cores": 64}
+    found = of_part(runs(tmp_path), "table2")
+    found = [run | {"machine": other, "seconds": 1e6} if run["system"] == "deepfm" else run for run in found]
+    told = written_with(tmp_path, found)
+    assert "DeepFM" not in told["figure6"]["cpu"]
+    assert [where["machine"] for where in told["machines"]] == [MACHINE, other]
+    text = (tmp_path / "report.md").read_text()
+    assert "AMD EPYC 9R14, 2 cores" in text
+    assert "Ampere Altra, 64 cores" in text
+
+
+def test_a_study_chooses_by_validation_and_not_by_the_test_part(tmp_path: Path) -> None:
+    """The lowest test logloss is at relu, the lowest validation logloss at tanh."""
+    found = [of_table2("ipnn", 0, part="figure7", value=value, logloss=test, validation=checks(validation))
+             for value, test, validation in (("relu", 0.40, 0.46), ("tanh", 0.41, 0.45))]  # fmt: skip
+    told = written_with(tmp_path, found)
+    assert told["figure7"]["tanh"]["IPNN"]["validation_logloss"] == 0.45
+    text = (tmp_path / "report.md").read_text()
+    assert "Lowest logloss on validation: IPNN at tanh." in text
+    assert "| IPNN | 0.40000 | **0.41000** |" in text
+
+
+def test_who_beats_lr_is_said_by_an_interval_and_not_by_order(tmp_path: Path) -> None:
+    """FM is below LR by far less than the two seeds of each differ, DeepFM by far more."""
+    kept = {"lr": (0.500, 0.500), "fm": (0.489, 0.509), "deepfm": (0.400, 0.401)}
+    found = [of_table2(system, seed, logloss=of[seed], losses=f"{system}-{seed}.npy") for system, of in kept.items() for seed in (0, 1)]
+    for run in found:
+        np.save(tmp_path / run["losses"], np.full(200, run["logloss"], np.float32))
+    told = written_with(tmp_path, found, seeds=2)
+    assert told["table2"]["FM"]["minus_lr"]["logloss_difference"] == pytest.approx(-0.001, abs=1e-6)
+    assert told["table2"]["LR"]["minus_lr"] is None
+    assert (told["against_lr"]["FM"], told["against_lr"]["DeepFM"]) == ("same", "better")
+    text = (tmp_path / "report.md").read_text()
+    assert "Lower logloss than LR's, interval below zero: DeepFM." in text
+    assert "Not told apart from LR, interval around zero: FM." in text
+
+
+@pytest.mark.parametrize("systems", [["lr"], ["fm"], ["lr", "fm"], ["fnn", "ipnn"], ["deepfm"]])
+def test_a_report_of_some_systems_holds_those_alone(tmp_path: Path, systems: list[str]) -> None:
+    told = written_with(tmp_path, [run for run in runs(tmp_path) if run["system"] in systems])
+    assert list(told["table2"]) == TITLES
+    text = (tmp_path / "report.md").read_text()
+    rows = re.findall(r"^\| ([^|]+) \|", text.partition("## Table 2")[2].partition("## Table 1")[0], flags=re.MULTILINE)
+    named = {MODELS[system].title for system in systems}
+    assert {row for row in rows if row in [title.replace("*", r"\*") for title in TITLES]} == named
+    assert ("DeepFM's" in text) == ("deepfm" in systems)
+
+
+def test_what_fnn_had_from_its_fm_stands_beside_it(tmp_path: Path) -> None:
+    told = written_with(tmp_path, [of_table2("fnn", 0, validation=checks(0.4634))])
+    assert told["table2"]["FNN"]["pretraining"] == {"validation_logloss": 0.461, "epochs": 0.75}
+    text = (tmp_path / "report.md").read_text()
+    assert "0.46100, after 0.75 epochs. That of the network on its embeddings is 0.46340: 0.00240 above it." in text
+
+
+def test_a_dropout_that_is_not_the_papers_is_said_to_be_given(tmp_path: Path) -> None:
+    said = "The dropout of Table 2, 0.1, was given by hand"
+    for dropout in (0.1, 0.5):
+        written_with(tmp_path, of_part(runs(tmp_path), "table2"), settings={**MADE["settings"], "dropout": dropout})
+        assert (said in (tmp_path / "report.md").read_text()) == (dropout == 0.1)
+
+
+def test_a_log_in_criteos_format_is_not_called_criteos(tmp_path: Path) -> None:
+    written_with(tmp_path, of_part(runs(tmp_path), "table2"))
+    text = (tmp_path / "report.md").read_text()
+    assert "The log is in Criteo's format and has 7,200 rows" in text
+    assert "sample of" not in text
 
 
 # -- report.json --------------------------------------------------------------------------------------------------------------------
@@ -198,6 +298,9 @@ def test_report_json_keeps_its_contract(written: tuple[Path, dict[str, Any]]) ->
         assert all(isinstance(row[name], float) for name in ("auc", "auc_std", "logloss", "logloss_std", "seconds", "epochs"))
         assert row["published"]["criteo"].keys() == row["published"]["company"].keys() == {"auc", "logloss"}
     assert told["order"] == sorted(TITLES, key=lambda title: told["table2"][title]["logloss"])
+    for other, kind in (("DeepFM", "minus_deepfm"), ("LR", "minus_lr")):
+        assert [name for name, row in told["table2"].items() if row[kind] is None] == [other]
+        assert told["table2"]["FM"][kind].keys() == {"logloss_difference", "low", "high", "seeds"}
     assert told["figure6"]["cpu"]["LR"] == 1.0
     for part, values in published.VALUES.items():
         assert list(told[part]) == list(values)
@@ -229,6 +332,16 @@ def test_what_failed_or_was_not_run_is_named(tmp_path: Path) -> None:
         assert all(missing in text for missing in told["missing"])
 
 
+def test_a_system_that_a_whole_figure_lacks_is_named_once(tmp_path: Path) -> None:
+    found = [run for run in runs(tmp_path, seeds=1) if run["part"] in ("table2", "figure7", "streaming")]
+    found = [
+        run for run in found if run["part"] != "figure7" or (run["system"] != "fnn" and (run["system"], run["value"]) != ("pnn", "tanh"))
+    ]
+    told = aggregate.missing(found)
+    assert told[:2] == ["Figure 7: no run of FNN.", "Figure 7, tanh: no run of PNN*."]
+    assert told[2:] == [f"Figure {number}: not run." for number in (8, 9, 10, 11)]
+
+
 def test_a_report_of_nothing_is_a_report_that_says_so(tmp_path: Path) -> None:
     told = written_with(tmp_path, [])
     assert list(told["table2"]) == TITLES
@@ -249,11 +362,11 @@ def test_the_papers_numbers_of_the_matching_data_stand_beside_ours(tmp_path: Pat
         text = (tmp_path / name).read_text()
         assert re.findall(rf"{there}(?= \||</td>)", text)
         assert not re.findall(rf"{absent}(?= \||</td>)", text)
-        assert ("simulated" in text) == (data is SIMULATED)
+        assert ("The log is simulated" in text) == (data is SIMULATED)
 
 
 def test_of_other_data_the_paper_has_no_numbers(tmp_path: Path) -> None:
-    written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "format": "avazu", "sample_of": None})
+    written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "format": "avazu", "whole": None})
     text = (tmp_path / "report.md").read_text()
     assert "The paper has no numbers on this data." in text
     assert "| 0.45083 |" not in text
@@ -295,7 +408,7 @@ class Tags(html.parser.HTMLParser):
 
 def test_what_comes_from_data_is_text_and_nothing_else(tmp_path: Path) -> None:
     found = [*of_part(runs(tmp_path, seeds=1), "table2"), {"part": "table2", "value": NASTY, "system": "lr", "seed": 9, "failed": NASTY}]
-    written_with(tmp_path, found, {**DATA, "name": NASTY, "notes": [NASTY], "split": NASTY}, command=NASTY)
+    written_with(tmp_path, found, {**DATA, "name": NASTY, "notes": [NASTY], "whole": NASTY}, command=NASTY)
     page = Tags((tmp_path / "report.html").read_text())
     assert page.text.count(NASTY) >= 5
     assert not {"script", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
@@ -364,7 +477,7 @@ def test_the_markdown_links_the_pictures_that_there_are(written: tuple[Path, dic
 def test_every_row_of_a_markdown_table_has_the_cells_of_its_head(written: tuple[Path, dict[str, Any]]) -> None:
     text = (written[0] / "report.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
-    assert len(tables) == 14
+    assert len(tables) == 20
     for table in tables:
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
@@ -435,7 +548,7 @@ def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[s
     told, _ = opened
     for width in ("400", "1400"):
         assert told[width]["systems"] == 9
-        assert sorted(told[width]["rows"]) == [7] * 10 + [9] * 4
+        assert sorted(told[width]["rows"]) == [7] * 15 + [9] * 5
         assert told[width]["pictures"] == told[width]["seen"] == 12
         assert told[width]["scrolls"] <= int(width), "the page is wider than its window"
         assert told[width]["cut"] == []

@@ -6,8 +6,9 @@ A run is a dictionary: `part` (of the report) and `value` (of the factor that th
 
 from __future__ import annotations
 
+import json
 import math
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -28,6 +29,7 @@ TITLES = tuple(system.title for system in MODELS.values())
 _BLOCKS = 128
 _BLOCKS_LEAST = 10
 _DRAWS = 10_000
+_LEAST_SECONDS = 0.5
 
 
 def title(run: Run) -> str:
@@ -43,6 +45,16 @@ def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
     """
     found = np.array(list(values), np.float64)
     return (float(found.mean()) if len(found) else None), (float(found.std(ddof=1)) if len(found) > 1 else None)
+
+
+def median(values: Iterable[float]) -> float | None:
+    """Of times: one that was disturbed does not move it. None without any.
+
+    >>> median([1.0, 2.0, 60.0]), median([])
+    (2.0, None)
+    """
+    found = list(values)
+    return float(np.median(found)) if found else None
 
 
 def scores(runs: Sequence[Run]) -> dict[str, float | None]:
@@ -97,39 +109,62 @@ def _draws(blocks: int) -> npt.NDArray[np.float64]:
 def table2(runs: Iterable[Run], losses: Callable[[Run], Floats]) -> dict[str, dict[str, Any]]:
     """A row for each of the nine, with None where no run says anything. `losses` gives a run's test losses [n]."""
     by_title = _by_title(_of_part(runs, "table2"))
-    of_deepfm = {run["seed"]: run for run in by_title["DeepFM"]}
-    rows = {}
-    for name in TITLES:
-        found = by_title[name]
-        difference = None if name == "DeepFM" else _minus([(run, of_deepfm.get(run["seed"])) for run in found], losses)
-        rows[name] = {**_row(found), "published": _published(name), "minus_deepfm": difference}
-    return rows
+    return {
+        name: {
+            **_row(found),
+            "published": _published(name),
+            "minus_deepfm": _minus(found, by_title["DeepFM"], losses),
+            "minus_lr": _minus(found, by_title["LR"], losses),
+        }
+        for name, found in by_title.items()
+    }
 
 
 def _row(runs: Sequence[Run]) -> dict[str, Any]:
     told: dict[str, Any] = {**scores(runs), "runs": len(runs), "seeds": sorted(run["seed"] for run in runs)}
-    kinds = {"seconds": "seconds", "seconds_pretraining": "seconds_pretraining", "seconds_per_epoch": "seconds_per_epoch",
-             "epochs": "best_epoch", "examples_per_second": "examples_per_second", "parameters": "parameters",
-             "train_logloss": "train_logloss"}  # fmt: skip
-    for name, of_run in kinds.items():
-        told[name] = mean_std(run[of_run] for run in runs if run.get(of_run) is not None)[0]
+    told["validation_logloss"], told["validation_logloss_std"] = mean_std(map(validation_logloss, runs))
+    told["pretraining"] = _pretraining(runs)
+    told |= {kind: median(run[kind] for run in runs) for kind in _TIMES}
+    told |= {name: mean_std(run[of_run] for run in runs)[0] for name, of_run in _MEANS.items()}
     return {**told, "device": "/".join(sorted({run["device"] for run in runs})) or None}
+
+
+_TIMES = ("seconds", "seconds_pretraining", "seconds_per_epoch", "examples_per_second")
+_MEANS = {"epochs": "best_epoch", "epochs_trained": "epochs", "parameters": "parameters", "train_logloss": "train_logloss"}
+
+
+def validation_logloss(run: Run) -> float:
+    """That of the weights which were tested: the best check's.
+
+    >>> validation_logloss({"validation": [{"epoch": 0.25, "logloss": 0.5}, {"epoch": 0.5, "logloss": 0.4}]})
+    0.4
+    """
+    return min(check["logloss"] for check in run["validation"])
+
+
+def _pretraining(runs: Sequence[Run]) -> dict[str, float | None] | None:
+    """Validation logloss and epochs of the FM that FNN began as; None of what has begun as nothing."""
+    best = [min(found, key=lambda check: check["logloss"]) for run in runs if (found := run.get("validation_pretraining"))]
+    if not best:
+        return None
+    return {"validation_logloss": mean_std(check["logloss"] for check in best)[0], "epochs": mean_std(check["epoch"] for check in best)[0]}
 
 
 def _published(name: str) -> dict[str, dict[str, float]]:
     return {data: rows[name]._asdict() for data, rows in published.TABLE2.items()}
 
 
-def _minus(pairs: Sequence[tuple[Run, Run | None]], losses: Callable[[Run], Floats]) -> Difference | None:
-    """Over the seeds that both have, and only where both kept their losses."""
-    both = [(mine, other) for mine, other in pairs if other is not None and mine.get("losses") and other.get("losses")]
-    if not both:
+def _minus(runs: Sequence[Run], others: Sequence[Run], losses: Callable[[Run], Floats]) -> Difference | None:
+    """Over the seeds that both have, and only where both kept their losses; None of a system and itself."""
+    of_seed = {run["seed"]: run for run in others if run.get("losses")}
+    both = [(run, of_seed[run["seed"]]) for run in runs if run.get("losses") and run["seed"] in of_seed]
+    if not both or runs is others:
         return None
-    return paired_difference(np.stack([losses(mine) for mine, _ in both]), np.stack([losses(other) for _, other in both]))
+    return paired_difference(np.stack([losses(run) for run, _ in both]), np.stack([losses(other) for _, other in both]))
 
 
 def verdict(difference: Mapping[str, Any] | None) -> str:
-    """Against DeepFM: `worse`, `better`, `same` where the interval holds zero, `unknown` without an interval."""
+    """`worse` than the other, `better`, `same` where the interval holds zero, `unknown` without an interval."""
     if difference is None or difference["low"] is None:
         return "unknown"
     return "worse" if difference["low"] > 0 else "better" if difference["high"] < 0 else "same"
@@ -140,29 +175,59 @@ def order(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return sorted((name for name in rows if rows[name]["logloss"] is not None), key=lambda name: rows[name]["logloss"])
 
 
-def seconds(runs: Iterable[Run]) -> dict[str, dict[str, float]]:
-    """Mean training time by device and system, until the best epoch, pre-training included."""
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+def machines(runs: Iterable[Run]) -> list[dict[str, Any]]:
+    """Where the runs were done and with which versions, most runs first."""
+    found = Counter(json.dumps({name: run[name] for name in ("machine", "version", "torch")}, sort_keys=True) for run in _ended(runs))
+    return [{**json.loads(where), "runs": count} for where, count in found.most_common()]
+
+
+def times(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Training times by device and system, of one machine: the one that timed the most systems.
+
+    `seconds` until the best check, FNN's pre-training included, and `seconds_per_epoch`; of each the median over seeds, least and most.
+    """
+    found: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in _of_part(runs, "table2", "figure6"):
-        found[run["device"]][title(run)].append(run["seconds"])
+        found.setdefault(json.dumps(run["machine"], sort_keys=True), {}).setdefault((run["device"], title(run)), []).append(run)
+    if not found:
+        return {}
+    timed = max(found.values(), key=lambda of: ("LR" in {name for _, name in of}, len(of)))
     return {
-        device: {name: float(np.mean(found[device][name])) for name in TITLES if name in found[device]}
-        for device in sorted(found, key=lambda device: (device != "cpu", device))
+        device: {name: _time(timed[device, name]) for name in TITLES if (device, name) in timed}
+        for device in sorted({device for device, _ in timed}, key=lambda device: (device != "cpu", device))
     }
 
 
-def relative_times(times: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Figure 6: |training time of a system| / |training time of LR|, by device. LR has no GPU code: its time is always a CPU's.
-
-    >>> relative_times({"cpu": {"LR": 2.0, "FM": 3.0}, "cuda": {"FM": 1.0}})
-    {'cpu': {'LR': 1.0, 'FM': 1.5}, 'cuda': {'FM': 0.5}}
-    """
-    told = {}
-    for device, of in times.items():
-        of_lr = of.get("LR", times.get("cpu", {}).get("LR"))
-        if of_lr and (set(of) - {"LR"}):
-            told[device] = {name: time / of_lr for name, time in of.items()}
+def _time(runs: Sequence[Run]) -> dict[str, Any]:
+    told: dict[str, Any] = {"runs": len(runs)}
+    for kind in ("seconds", "seconds_per_epoch"):
+        taken = [float(run[kind]) for run in runs]
+        told[kind] = {"median": float(np.median(taken)), "least": min(taken), "most": max(taken)}
     return told
+
+
+def too_short(times: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether LR's epoch takes so little that a multiple of it would be mostly noise."""
+    of_lr = times.get("cpu", {}).get("LR")
+    return of_lr is not None and of_lr["seconds_per_epoch"]["median"] < _LEAST_SECONDS
+
+
+def relative_times(times: Mapping[str, Mapping[str, Any]], kind: str = "seconds") -> dict[str, dict[str, dict[str, float]]]:
+    """Figure 6: |training time of a system| / |training time of LR|, by device; the latter is LR's median. `kind` may be
+    `seconds_per_epoch`. LR has no GPU code: its time is always a CPU's. Empty without LR, without others and where LR's is too short.
+
+    >>> lr, fm = ({"seconds": {"median": s}, "seconds_per_epoch": {"median": s}} for s in (2.0, 3.0))
+    >>> relative_times({"cpu": {"LR": lr, "FM": fm}})
+    {'cpu': {'LR': {'median': 1.0}, 'FM': {'median': 1.5}}}
+    """
+    of_lr = times.get("cpu", {}).get("LR")
+    if of_lr is None or too_short(times):
+        return {}
+    return {
+        device: {name: {part: spent / of_lr[kind]["median"] for part, spent in time[kind].items()} for name, time in of.items()}
+        for device, of in times.items()
+        if set(of) - {"LR"}
+    }
 
 
 def study(runs: Iterable[Run], part: str) -> dict[str, dict[str, dict[str, Any]]]:
@@ -170,7 +235,22 @@ def study(runs: Iterable[Run], part: str) -> dict[str, dict[str, dict[str, Any]]
     found: dict[str, dict[str, list[Run]]] = {}
     for run in _of_part(runs, part):
         found.setdefault(str(run["value"]), {}).setdefault(title(run), []).append(run)
-    return {value: {name: {**scores(of[name]), "runs": len(of[name])} for name in TITLES if name in of} for value, of in found.items()}
+    return {value: {name: _study_point(of[name]) for name in TITLES if name in of} for value, of in found.items()}
+
+
+def _study_point(runs: Sequence[Run]) -> dict[str, Any]:
+    validation, spread = mean_std(map(validation_logloss, runs))
+    return {**scores(runs), "validation_logloss": validation, "validation_logloss_std": spread, "runs": len(runs)}
+
+
+def chosen(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """Of a study, the value at which each system's validation logloss is the lowest: the test part chooses nothing."""
+    best = {}
+    for name in DEEP:
+        found = {value: of[name]["validation_logloss"] for value, of in values.items() if name in of}
+        if found:
+            best[name] = min(found, key=lambda value: found[value])
+    return best
 
 
 def streaming(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
@@ -203,8 +283,10 @@ def missing(runs: Sequence[Run]) -> list[str]:
             told.append(f"{name}: not run.")
         elif absent := [value for value in published.VALUES[part] if value not in values]:
             told.append(f"{name}: not run at {', '.join(absent)}.")
+        ran = [system for system in DEEP if any(system in of for of in values.values())]
+        told += _lacking(name, [(system, system in ran) for system in DEEP]) if values else []
         for value, of in values.items():
-            told += _lacking(f"{name}, {value}", [(system, of.get(system)) for system in DEEP])
+            told += _lacking(f"{name}, {value}", [(system, of.get(system)) for system in ran])
     return told + _lacking("Streaming", list(_by_title(_of_part(runs, "streaming")).items()))
 
 
@@ -215,8 +297,12 @@ def _lacking(where: str, found: Sequence[tuple[str, object]]) -> list[str]:
     return [f"{where}: no run of {', '.join(absent)}."] if absent else []
 
 
+def _ended(runs: Iterable[Run]) -> list[Run]:
+    return [run for run in runs if not run.get("failed")]
+
+
 def _of_part(runs: Iterable[Run], *parts: str) -> list[Run]:
-    return [run for run in runs if run["part"] in parts and not run.get("failed")]
+    return [run for run in _ended(runs) if run["part"] in parts]
 
 
 def _by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:

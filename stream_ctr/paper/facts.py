@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from stream_ctr import __version__
 from stream_ctr.history import Log
-from stream_ctr.learner import choose_device
+from stream_ctr.paper.aggregate import STUDIES
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, about_test
 from stream_ctr.paper.plan import Plan
 from stream_ctr.simulate import Simulation
 
 # Rows of the public sets, as their challenges gave them out for training.
 _WHOLE: Mapping[str, tuple[str, int]] = {"criteo": ("Criteo", 45_840_617), "avazu": ("Avazu", 40_428_967)}
+_NOT_TOLD = ("pretrain_examples", "threads", "progressive", "fields", "crosses", "value_fields")
 
 
 def of_data(log: Log, made: Plan) -> dict[str, Any]:
@@ -44,39 +42,57 @@ def of_data(log: Log, made: Plan) -> dict[str, Any]:
         "split": made.wishes.split,
         **about_test(data, split),
         "simulated": log.seed if isinstance(log, Simulation) else None,
-        "sample_of": sample_of(log.format, len(data)),
+        "numeric_encoding": encoded(identity["hashing"]) if "numeric" in kinds else None,
+        "whole": whole(log.format, len(data)),
         "notes": [*data.about["notes"], *_of_studies(made)],
     }
 
 
-def sample_of(format: str, impressions: int) -> str | None:
-    """
-    >>> sample_of("criteo", 7200), sample_of("criteo", 45_840_617)
-    ("a sample of 7,200 of Criteo's 45,840,617 rows", None)
+def whole(format: str, impressions: int) -> str | None:
+    """How long the public log is that has this format, where this one is shorter: it may be a part of it or somebody else's.
+
+    >>> whole("criteo", 7200), whole("criteo", 45_840_617)
+    ("The log is in Criteo's format and has 7,200 rows; the training set of Criteo's challenge has 45,840,617.", None)
     """
     name, rows = _WHOLE.get(format, ("", 0))
-    return f"a sample of {impressions:,} of {name}'s {rows:,} rows" if impressions < rows else None
+    if impressions >= rows:
+        return None
+    return f"The log is in {name}'s format and has {impressions:,} rows; the training set of {name}'s challenge has {rows:,}."
+
+
+def encoded(hashing: Mapping[str, Any]) -> str:
+    """How a number becomes an id of the table.
+
+    >>> encoded({"numeric_encoding": "buckets", "buckets_per_octave": 2.0})
+    'hashed by logarithmic bucket, 2 an octave'
+    """
+    return {
+        "buckets": f"hashed by logarithmic bucket, {hashing['buckets_per_octave']:g} an octave",
+        "value": "one row of the table a field, times the value",
+        "log_value": "one row of the table a field, times sign(x) log(1 + |x|)",
+    }[hashing["numeric_encoding"]]
 
 
 def _of_studies(made: Plan) -> list[str]:
-    stops = {wanted.setting.stop for wanted in made.wanted if wanted.part.startswith("figure")} - {len(made.data)}
-    return [f"figures 7 to 11 train on the first {made.wishes.study_rows:,} rows of the training part" for _ in stops]
+    """Where they train on less than Table 2 does."""
+    asked = any(wanted.part in STUDIES for wanted in made.wanted)
+    if not asked or made.split.count(TRAINING) <= made.wishes.study_rows:
+        return []
+    return [f"figures 7 to 11 train on about {made.wishes.study_rows:,} rows of the training part"]
 
 
 def of_making(made: Plan, command: str, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Settings, machine and versions. `seconds_total` is of all runs, whenever they were done."""
+    """The command and what it set. `seconds_total` is of all runs, whenever and wherever they were done."""
     settings, stream = made.settings, made.stream
     return {
         "command": command,
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
-        "device": choose_device(made.wishes.device).type,
-        "accelerator": torch.cuda.get_device_name() if choose_device(made.wishes.device).type == "cuda" else None,
-        "version": __version__,
+        "device": settings.device,
+        "accelerator": torch.cuda.get_device_name() if settings.device == "cuda" else None,
         "python": platform.python_version(),
-        "torch": torch.__version__,
         "settings": {
             "dropout": settings.dropout, "hidden": list(settings.hidden), "batch_size": settings.batch_size, "epochs": settings.epochs,
-            **{name: value for name, value in settings.learner.items() if name not in ("pretrain_examples", "threads", "progressive")},
+            **{name: value for name, value in settings.learner.items() if name not in _NOT_TOLD},
+            "pretraining": settings.learner["pretrain_examples"] > 0,
             "streaming": {
                 "dropout": stream.dropout, "hidden": list(stream.hidden), "batch_size": stream.batch_size,
                 **{name: stream.learner[name] for name in ("table_optimizer", "pretrain_examples")},
@@ -85,16 +101,5 @@ def of_making(made: Plan, command: str, runs: Sequence[Mapping[str, Any]]) -> di
         "quick": made.wishes.quick,
         "seeds": made.wishes.seeds,
         "study_seeds": made.wishes.study_seeds,
-        "study_rows": made.wishes.study_rows,
-        "table_bits": settings.learner["table_bits"],
         "seconds_total": sum({run["run"]: run["seconds_whole"] for run in runs}.values()),
     }  # fmt: skip
-
-
-def _processor() -> str:
-    """Its name, where the system tells."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor() or platform.machine()
-    )

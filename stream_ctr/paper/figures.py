@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -38,8 +39,7 @@ _LOOKS = {
     "FM & DNN": ("#808080", "P"),
     "DeepFM": ("#d55e00", "*"),
 }
-_OTHERS = ("#808080", "o")
-_ACCENT, _PLAIN = _LOOKS["DeepFM"][0], "#1f83c6"
+_ACCENT, _PLAIN, _GREY = _LOOKS["DeepFM"][0], "#1f83c6", "#808080"
 _INK = "#0a0b0c"  # becomes currentColor
 _SIZE = 4.9, 3.9  # inches, of a panel
 
@@ -96,22 +96,39 @@ def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss"))
         return _svg(figure, name + "".join(f"-{metric}" for metric in metrics if len(metrics) == 1))
 
 
-def relative_time(times: Mapping[str, Mapping[str, float]]) -> str:
-    """Figure 6: each system's training time over LR's, on an axis of powers of ten; `times[device][system]`, a panel a device."""
+Ratios = Mapping[str, Mapping[str, Mapping[str, float]]]  # device -> system -> {"median", "least", "most"}
+
+
+def relative_time(whole: Ratios, per_epoch: Ratios) -> str:
+    """Figure 6: each system's training time over LR's, on an axis of powers of ten, a panel a device. A bar goes to the median of the
+    whole training, its whisker from the least to the most; a hollow diamond is an epoch."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "figure6"}):
-        figure, panels = _panels(len(times), _NAMES_LEFT._replace(bottom=0.35))
-        for axes, (device, ratios) in zip(panels, times.items(), strict=True):
-            systems = list(ratios)[::-1]
-            axes.set_xscale("log")
-            axes.barh(systems, [ratios[s] - 1 for s in systems], left=1, height=0.62, color=[_colour(s) for s in systems])
-            _end_labels(axes, [(ratios[s], f"{ratios[s]:,.0f}" if ratios[s] >= 100 else f"{ratios[s]:.3g}") for s in systems])
-            axes.set_xlim(min(1, *ratios.values()) / 1.3, max(1, *ratios.values()) * 3)
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
-            axes.axvline(1, color=_INK, linewidth=0.9)
-            axes.tick_params(axis="y", length=0)
-            axes.grid(axis="x")
+        figure, panels = _panels(len(whole), _NAMES_LEFT._replace(bottom=0.62))
+        for axes, device in zip(panels, whole, strict=True):
+            _bars(axes, whole[device], per_epoch[device])
             axes.set_title({"cpu": "CPU", "cuda": "GPU"}.get(device, device) + ": training time, LR = 1", pad=10)
-        return _svg(figure, "figure6-" + "-".join(times))
+        return _svg(figure, "figure6-" + "-".join(whole))
+
+
+def _bars(axes: Axes, whole: Mapping[str, Mapping[str, float]], per_epoch: Mapping[str, Mapping[str, float]]) -> None:
+    systems = list(whole)[::-1]
+    middle, least, most = (np.array([whole[system][part] for system in systems]) for part in ("median", "least", "most"))
+    epoch = [per_epoch[system]["median"] for system in systems]
+    axes.set_xscale("log")
+    axes.barh(systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems], label="until the best check")
+    axes.errorbar(middle, systems, xerr=(middle - least, most - middle), fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+    axes.plot(epoch, systems, "D", color="none", markeredgecolor=_INK, markersize=5, label="an epoch")
+    _end_labels(axes, [(max(*ends), _times(ratio)) for *ends, ratio in zip(most, epoch, middle, strict=True)])
+    axes.set_xlim(min(1, *least, *epoch) / 1.3, max(1, *most, *epoch) * 3)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
+    axes.axvline(1, color=_INK, linewidth=0.9)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=2, columnspacing=1.2)
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
 def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
@@ -124,7 +141,7 @@ def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
             if middle is None:
                 continue
             apart = low is not None and high is not None and (low > 0 or high < 0)
-            colour = _PLAIN if apart else _OTHERS[0]
+            colour = _PLAIN if apart else _GREY
             if low is not None and high is not None:
                 axes.plot([low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
             axes.plot(middle, row, "o", color=colour if apart else "none", markeredgecolor=colour, markersize=7, markeredgewidth=1.6)
@@ -164,7 +181,7 @@ def _lines(axes: Axes, values: Study, metric: str) -> None:
     for system in _systems(values, metric):
         points = [(i, *_point(of, system, metric)) for i, of in enumerate(values.values()) if _score(of, system, metric) is not None]
         at, means, spread = zip(*points, strict=True)
-        colour, marker = _LOOKS.get(system, _OTHERS)
+        colour, marker = _LOOKS[system]
         first = system == "DeepFM"
         axes.errorbar(at, means, spread if any(spread) else None, color=colour, elinewidth=0.8, marker=marker,
                       markersize=10 if first else 5, linewidth=2.4 if first else 1.3, zorder=3 if first else 2)  # fmt: skip
@@ -183,7 +200,7 @@ def _name_ends(axes: Axes, ends: Iterable[tuple[str, float, float]]) -> None:
     low, high = axes.get_ylim()
     places = apart([(y - low) / (high - low) for _, _, y in ends], gap=0.062)
     for (system, x, y), place in zip(ends, places, strict=True):
-        colour = _LOOKS.get(system, _OTHERS)[0]
+        colour = _LOOKS[system][0]
         axes.annotate(system, (x, y), (1.05, place), xycoords="data", textcoords="axes fraction", va="center", color=colour, fontsize=9,
                       weight="bold" if system == "DeepFM" else "normal", annotation_clip=False,
                       arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5})  # fmt: skip
@@ -209,11 +226,10 @@ def apart(wanted: Sequence[float], *, gap: float) -> list[float]:
 def _dots(axes: Axes, values: Study, metric: str) -> None:
     """A row a system, a dot a value."""
     systems = _systems(values, metric)[::-1]
-    looks = list(_LOOKS.values())
     for row, system in enumerate(systems):
         found = [score for of in values.values() if (score := _score(of, system, metric)) is not None]
         axes.plot([min(found), max(found)], [row, row], color=_INK, alpha=0.25, linewidth=1.2, zorder=1)
-    for (colour, marker), (value, of), shift in zip(looks[:1] + looks[1:4], values.items(), _shifts(len(values)), strict=False):
+    for (colour, marker), (value, of), shift in zip(_LOOKS.values(), values.items(), _shifts(len(values)), strict=False):
         points = [
             (row + shift, *_point(of, system, metric)) for row, system in enumerate(systems) if _score(of, system, metric) is not None
         ]
@@ -237,7 +253,7 @@ def _shifts(count: int) -> list[float]:
 def _systems(values: Study, metric: str) -> list[str]:
     """Those with such a score anywhere, in the paper's order."""
     present = {system for of in values.values() for system in of if of[system].get(metric) is not None}
-    return [system for system in _LOOKS if system in present] + sorted(present - set(_LOOKS))
+    return [system for system in _LOOKS if system in present]
 
 
 def _score(of: Mapping[str, Mapping[str, float | None]], system: str, part: str) -> float | None:

@@ -43,18 +43,23 @@ def write(out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapp
 def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any], losses: Callable[[Run], Floats]) -> Report:
     """What report.json holds. `losses` gives the test losses [n] of a run of Table 2. A number that is not finite becomes None."""
     rows = aggregate.table2(runs, losses)
-    times = aggregate.seconds(runs)
+    times = aggregate.times(runs)
+    over_lr = {kind: aggregate.relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch")}
     told = {
         "format": 1,
-        "made": dict(made),
+        "made": {name: value for name, value in made.items() if name != "settings"},
+        "machines": aggregate.machines(runs),
         "data": dict(data),
-        "settings": dict(made.get("settings", {})),
+        "settings": dict(made["settings"]),
         "table1": {system.title: _properties(name) for name, system in MODELS.items()},
         "table2": rows,
         "order": aggregate.order(rows),
         "against_deepfm": {name: verdict(row["minus_deepfm"]) for name, row in rows.items() if name != "DeepFM"},
-        "figure6": aggregate.relative_times(times),
-        "figure6_seconds": times,
+        "against_lr": {name: verdict(row["minus_lr"]) for name, row in rows.items() if name != "LR"},
+        "figure6": {device: {name: of[name]["median"] for name in of} for device, of in over_lr["seconds"].items()},
+        "figure6_over_lr": over_lr,
+        "figure6_times": times,
+        "figure6_too_short": aggregate.too_short(times),
         **{part: aggregate.study(runs, part) for part in STUDIES},
         "streaming": aggregate.streaming(runs),
         "failed": aggregate.failures(runs),
