@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 
 from stream_ctr.models.layers import Dense
+from stream_ctr.table_kernels import BETA1, BETA2, EPSILON
 
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
 _BLOCK = 64  # floats
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -26,8 +26,8 @@ class FlatAdam:
     With `low`, the `Dense` layers but output neurons get copies of theirs in bfloat16, made anew with each step.
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, weight_decay: float = 0.0, low: bool = False) -> None:
-        self.learning_rate, self._weight_decay = learning_rate, weight_decay
+    def __init__(self, model: nn.Module, *, learning_rate: float, low: bool = False) -> None:
+        self.learning_rate, self.weight_decay = learning_rate, 0.0
         named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in named.items()}
         self.vector = nn.utils.parameters_to_vector(model.parameters()).detach() if named else torch.empty(0)
@@ -61,7 +61,7 @@ class FlatAdam:
             gradient.add_(part[piece])
         adam(
             [self.vector[piece]], [gradient], [self.moments[0][piece]], [self.moments[1][piece]], [], [steps],
-            lr=self.learning_rate, weight_decay=self._weight_decay, beta1=BETA1, beta2=BETA2, eps=EPSILON,
+            lr=self.learning_rate, weight_decay=self.weight_decay, beta1=BETA1, beta2=BETA2, eps=EPSILON,
             fused=True, found_inf=skip, amsgrad=False, maximize=False,
         )  # fmt: skip
         if self.low is not None:

@@ -259,7 +259,7 @@ class Model(Section):
     beside: tuple[ModelName, ...] = ()
     """Others that learn the same examples and are compared with it; the keys below are theirs too, each has a table of its own."""
     embedding_dim: int = key(10, ge=1, le=512)
-    hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = (400, 400, 400)
+    hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = key((400, 400, 400), max_length=64)
     activation: Literal["paper", "relu", "tanh", "sigmoid"] = "paper"
     """paper: tanh for IPNN, relu for the others."""
     dropout: float = key(0.0, ge=0, lt=1)
@@ -267,7 +267,7 @@ class Model(Section):
     table_bits: int = key(20, ge=4, le=31)
     """The table has 2 ** table_bits rows."""
     initial_scale: float = key(0.01, ge=0)
-    pretrain_examples: int = key(100_000, ge=0)
+    pretrain_examples: int = key(20_000, ge=0)
     """How many FNN learns as the FM that its network begins with."""
 
     @field_validator("beside")
@@ -282,7 +282,7 @@ class Model(Section):
 class Learn(Section):
     batch_size: int = key(512, ge=1)
     table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
-    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch; its rows are three times as wide."""
+    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch, which are up to three times as wide."""
     table_learning_rate: float = key(0.0, ge=0)
     """Of the embeddings; 0: the optimizer's own, adagrad and sgd 1.0, adam 0.001.
 
@@ -291,7 +291,7 @@ class Learn(Section):
     table_beta: float = key(3.0, gt=0)
     """Of adagrad only."""
     linear_learning_rate: float = key(0.0, ge=0)
-    """Of the first-order weights, likewise; 0: adagrad and sgd 2.0, adam 0.001."""
+    """Of the first-order weights, likewise, but crosses count as fields; 0: adagrad and sgd 2.0, adam 0.001."""
     linear_beta: float = key(1.0, gt=0)
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)
@@ -309,7 +309,7 @@ class Learn(Section):
 
 
 class Ftrl(Section):
-    """FTRL-Proximal as published: it trains `lr`. Where that is not among the models, it learns every impression beside them as `ftrl`."""
+    """FTRL-Proximal as published: it trains `lr`. Where that is not among the models, it stands beside them as `ftrl`."""
 
     enabled: bool = True
     alpha: float = key(0.1, gt=0)

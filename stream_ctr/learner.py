@@ -12,6 +12,7 @@ not an extra pass but what learning yields.
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -73,7 +74,8 @@ class Learner(Protocol):
         """One step on n <= batch_size examples; their logits [n] from before it (on the device).
 
         `ids` int32 [n, F], or [n, F + C] with those of cross products, `labels` uint8 [n], `values` float32 [n, V]. None, and nothing is
-        learned, when a logit or a gradient is not finite or the gradient is exploding. `following` are the ids, labels and values of the
+        learned, when a logit or a gradient is not finite or the gradient is exploding; LR, which learns an example at a time, has NaN for
+        those that it does not learn instead. `following` are the ids, labels and values of the
         next call, if they are known: a GPU has them on their way meanwhile.
         """
         ...
@@ -101,7 +103,14 @@ class Learner(Protocol):
 
 
 def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RATES, **options: Any) -> Learner:
-    """The learner of one of `MODELS`. `options` are those of `NetworkLearner`, whichever it is; `ftrl` are the rates of LR's."""
+    """The learner of one of `MODELS`. `options` are those of `NetworkLearner`, whichever it is; `ftrl` are the rates of LR's.
+
+    >>> make_learner("lr", fields=2, tabel_bits=8)
+    Traceback (most recent call last):
+    TypeError: a learner has no option 'tabel_bits'
+    """
+    if odd := sorted(options.keys() - inspect.signature(NetworkLearner).parameters.keys()):
+        raise TypeError(f"a learner has no option {odd[0]!r}")
     if MODELS[model].module is not None:
         return NetworkLearner(model, fields=fields, **options)
     of_table: dict[str, Any] = {name: options[name] for name in ("table_bits", "value_fields", "batch_size") if name in options}
@@ -115,11 +124,13 @@ class NetworkLearner:
     others were scored with it, nor on the number of threads.
 
     With Adagrad and SGD the table's rates are divided by the number of fields: all fields of an example step together, so its logit moves
-    F times as far as each row does, and hot rows would overshoot in the first batches of a model with many fields. Adam's are taken as they
-    are, like the dense part's. A rate of 0 is the optimiser's own. With `precision` "bf16" products are of bfloat16 copies, while weights,
-    sums and steps stay float32. A model that begins as another one is that for `pretrain_examples`, then it and its optimisers begin anew
-    on the weights. Without `progressive` the logits that `learn` returns are those of the step itself, in which dropout dropped something:
-    a pass less, for who does not measure by them.
+    F times as far as each row does, and hot rows would overshoot in the first batches of a model with many fields. The rate of first-order
+    weights is divided by F + C where those of C cross products are summed too. Adam's are taken as they are, like the dense part's. A rate
+    of 0 is the optimiser's own. With `precision` "bf16" products are of bfloat16 copies, while weights, sums and steps stay float32.
+
+    A model that begins as another one is that for `pretrain_examples`, then it and its optimisers begin anew on the weights; the dense
+    part's decay begins with it. Without `progressive` the logits that `learn` returns are those of the step itself, in which dropout
+    dropped something: a pass less, for who does not measure by them.
     """
 
     def __init__(
@@ -161,14 +172,15 @@ class NetworkLearner:
             torch.manual_seed(seed)
             self.model = _module(system, fields, embedding_dim, hidden, activation, dropout).to(self.device)
         rates = Rates.of(
-            table_optimizer, fields=fields, learning_rate=table_learning_rate, beta=table_beta,
+            table_optimizer, fields=fields, columns=self.columns, learning_rate=table_learning_rate, beta=table_beta,
             linear_learning_rate=linear_learning_rate, linear_beta=linear_beta,
         )  # fmt: skip
         self.table = Table(
             bits=table_bits, embedding_dim=embedding_dim, embeddings=system.embeddings, rates=rates, initial_scale=initial_scale,
             seed=seed, device=self.device,
         )  # fmt: skip
-        self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, weight_decay=dense_weight_decay, low=precision == "bf16")
+        self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, low=precision == "bf16")
+        self._weight_decay = dense_weight_decay
         self._turn = threading.Lock()  # a step has one set of buffers
         self._copy: Tensor | None = None
         step = partial(CpuStep, threads=threads or os.cpu_count() or 1) if self.device.type == "cpu" else GpuStep
@@ -176,7 +188,7 @@ class NetworkLearner:
             step, self.model, self.table, self.adam, fields=self.columns, value_fields=value_fields, batch_size=batch_size,
             seed=seed, progressive=progressive,
         )  # fmt: skip
-        self._step = self._make_step(dropout=self._drops)
+        self._step = self._prepared_step()
         if self.pretraining and not self._pretrain_steps:
             self.end_pretraining()
 
@@ -188,13 +200,18 @@ class NetworkLearner:
     def _drops(self) -> bool:
         return not self.pretraining and any(isinstance(layer, Dropout) and layer.rate > 0 for layer in self.model.modules())
 
+    def _prepared_step(self) -> CpuStep | GpuStep:
+        """Of the model that it is now; made anew when that changes, since what a step does was recorded."""
+        self.adam.weight_decay = 0.0 if self.pretraining else self._weight_decay  # else a network that rests would decay to nothing
+        return self._make_step(dropout=self._drops)
+
     def end_pretraining(self) -> None:
         """Its weights are what the model begins with; the optimisers begin anew."""
         self.model.begin_network()  # type: ignore[operator]
         self.table.forget()
         self.adam.forget()
         self._begun = self.steps
-        self._step = self._make_step(dropout=self._drops)  # what a step does was recorded
+        self._step = self._prepared_step()
 
     def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
         self._require_values(values)
@@ -245,7 +262,7 @@ class NetworkLearner:
             self.model.load_state_dict({name.removeprefix("dense."): torch.from_numpy(weights[name]) for name in wanted if name != "table"})
             self.adam.refresh()
             if self.pretraining != pretraining:
-                self._step = self._make_step(dropout=self._drops)
+                self._step = self._prepared_step()
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         steps, begun = state["steps"].tolist()
@@ -263,24 +280,27 @@ class LinearLearner:
     ) -> None:
         self.fields, self.batch_size, self.steps = fields, batch_size, 0
         self._bits = table_bits
+        self._turn = threading.Lock()  # while an example is learned, its rows are marked
         self._ftrl = FTRL(table_bits=table_bits, value_fields=value_fields, **rates)
 
     def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
         """An example whose logit is not finite is not learned, the others are."""
-        logits = self._ftrl.learn(self._of_fields(ids), labels, values)
-        self.steps += 1
+        with self._turn:
+            logits = self._ftrl.learn(self._of_fields(ids), labels, values)
+            self.steps += 1
         return torch.from_numpy(logits)
 
     def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
-        return self._ftrl.predict(self._of_fields(ids), values)
+        with self._turn:
+            return self._ftrl.predict(self._of_fields(ids), values)
 
     def _of_fields(self, ids: Ids) -> Ids:
         return np.ascontiguousarray(ids[:, : self.fields])
 
     def weights(self, *, reuse: bool = False) -> State:
         """The pairs (z, n), which are weights and optimiser in one."""
-        state = self._ftrl.state_dict()
-        return state if reuse else {name: array.copy() for name, array in state.items()}
+        with self._turn:
+            return self._ftrl.state_dict(reuse=reuse)
 
     def optimizer_state(self) -> State:
         return {"steps": np.array([self.steps])}
@@ -295,7 +315,8 @@ class LinearLearner:
                 raise ValueError(f"tensor {name!r} holds a negative sum of squares")
         if len(rows) and not (rows.min() >= 0 and rows.max() < 1 << self._bits):
             raise ValueError(f"tensor 'rows' has rows that a table of 2^{self._bits} rows has not")
-        self._ftrl.load_state_dict(weights)
+        with self._turn:
+            self._ftrl.load_state_dict(weights)
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])
@@ -319,8 +340,6 @@ def require_shapes(
     system = MODELS[model]
     if system.module is None:
         return  # its table is as large as the weights say, or not even that
-    if len(hidden) > len(weights):
-        raise ValueError(f"{len(hidden)} hidden layers in {len(weights)} tensors")
     with torch.device("meta"):
         dense = _module(system, fields, embedding_dim, hidden, activation, dropout).state_dict()
     row = columns(embedding_dim, embeddings=system.embeddings, optimizer=table_optimizer)

@@ -61,9 +61,11 @@ class Rates:
 
     @classmethod
     def of(
-        cls, optimizer: str, *, fields: int, learning_rate: float, beta: float, linear_learning_rate: float, linear_beta: float
-    ) -> Rates:
-        """A rate of 0 is the optimiser's own. With Adagrad and SGD both are divided by the number of fields.
+        cls, optimizer: str, *, fields: int, columns: int = 0, learning_rate: float, beta: float, linear_learning_rate: float,
+        linear_beta: float,
+    ) -> Rates:  # fmt: skip
+        """A rate of 0 is the optimiser's own. With Adagrad and SGD they are divided by the number of fields; that of w by the number of
+        `columns`, where the w of cross products are summed too.
 
         >>> Rates.of("adagrad", fields=4, learning_rate=0.0, beta=3.0, linear_learning_rate=1.0, linear_beta=1.0)
         Rates(optimizer='adagrad', learning_rate=0.25, beta=3.0, linear_learning_rate=0.25, linear_beta=1.0)
@@ -74,7 +76,7 @@ class Rates:
         rate, linear_rate = learning_rate or own, linear_learning_rate or linear_own
         if optimizer == "adam":
             return cls(optimizer, rate, EPSILON, linear_rate, EPSILON)
-        return cls(optimizer, rate / fields, beta, linear_rate / fields, linear_beta)
+        return cls(optimizer, rate / fields, beta, linear_rate / (columns or fields), linear_beta)
 
     def correction(self, steps: int) -> float:
         """What the rates are multiplied by in the step after `steps` others: with Adam, what corrects its moments, which began with 0

@@ -17,7 +17,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 LINE = 16  # floats in 64 bytes
-BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, as of the dense part's
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8  # of Adam, here and for the dense part
 _AHEAD = 16  # rows
 _DIGIT = 11  # bits of a digit of the radix sort: its counts stay in the first-level cache
 

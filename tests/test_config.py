@@ -142,6 +142,17 @@ def test_every_file_in_configs_loads_and_is_explained(path):
     assert "stream-ctr run" in path.read_text()
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_no_file_in_configs_gives_a_system_another_activation_than_its_own(path):
+    assert load(path, environ={}).model.activation == "paper"
+
+
+def test_a_network_has_at_most_64_layers():
+    assert len(load(environ={}, overrides={"model": {"hidden": (8,) * 64}}).model.hidden) == 64
+    with pytest.raises(ConfigError, match=r"model\.hidden: .*at most 64"):
+        load(environ={}, overrides={"model": {"hidden": (8,) * 65}})
+
+
 def test_the_annotated_file_shows_every_key_with_its_default():
     text = (CONFIGS / "events.toml").read_text()
     shown = tomllib.loads(text)

@@ -16,7 +16,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_ctr import adam, table_kernels
+from stream_ctr import table_kernels
 from stream_ctr.cpu_step import parts_of
 from stream_ctr.errors import ConfigError
 from stream_ctr.learner import NetworkLearner, choose_device, require_shapes
@@ -148,10 +148,6 @@ def test_the_table_forgets_its_optimiser_and_keeps_its_weights():
     assert not table.rows[:, 7:].any()
 
 
-def test_adam_on_the_table_has_the_constants_of_the_dense_parts():
-    assert (table_kernels.BETA1, table_kernels.BETA2, table_kernels.EPSILON) == (adam.BETA1, adam.BETA2, adam.EPSILON)
-
-
 # -- the learner ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +245,13 @@ def test_a_rate_of_0_is_the_optimisers_own_and_that_of_adam_is_not_divided_by_th
     rates = {optimizer: small(fields=fields, table_optimizer=optimizer).table.rates for optimizer in ("adagrad", "sgd", "adam")}
     found = {optimizer: (each.learning_rate, each.linear_learning_rate) for optimizer, each in rates.items()}
     assert found == {"adagrad": (1.0 / fields, 2.0 / fields), "sgd": (1.0 / fields, 2.0 / fields), "adam": (0.001, 0.001)}
+
+
+@pytest.mark.parametrize("model", ["lr_dnn", "deepfm"])
+def test_the_rate_of_first_order_weights_is_divided_by_as_many_as_are_summed(model):
+    rates = small(model=model, crosses=5, table_learning_rate=0.6, linear_learning_rate=2.4).table.rates
+    summed = 8 if model == "lr_dnn" else 3
+    assert (rates.learning_rate, rates.linear_learning_rate) == (pytest.approx(0.6 / 3), pytest.approx(2.4 / summed))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

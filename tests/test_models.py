@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.func import functional_call
 
+from stream_ctr.config import Model
 from stream_ctr.learner import LinearLearner, NetworkLearner, make_learner, require_shapes
 from stream_ctr.models import FM, FNN, MODELS
 from stream_ctr.models.layers import (
@@ -376,8 +378,9 @@ def test_fnn_is_an_fm_until_its_examples_are_over():
     assert changed == [3, 4, 5]
 
 
-def test_fnn_keeps_embeddings_and_begins_its_optimisers_anew():
-    fnn = small("fnn", pretrain_examples=256)
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_fnn_keeps_embeddings_and_begins_its_optimisers_anew(decay):
+    fnn = small("fnn", pretrain_examples=256, dense_weight_decay=decay)
     first, second, third = batches(3, seed=0)
     fnn.learn(*first)
     untouched = {key: value for key, value in fnn.weights().items() if key.startswith("dense.deep")}
@@ -433,6 +436,16 @@ def test_fnn_without_pre_training_is_a_network_at_once():
     assert not model.pretraining
 
 
+def test_the_weights_of_fnns_network_decay_once_it_has_begun():
+    decaying, other = (small("fnn", pretrain_examples=256, dense_weight_decay=decay) for decay in (10.0, 0.0))
+    for step, (ids, labels) in enumerate(batches(60, seed=0)):
+        decaying.learn(ids, labels)
+        other.learn(ids, labels)
+        sizes = [np.abs(learner.weights()["dense.deep.layers.0.weight"]).sum() for learner in (decaying, other)]
+        assert bool(sizes[0] == sizes[1]) is (step < 2)
+    assert sizes[0] < 0.9 * sizes[1]
+
+
 # -- LR in the learner ----------------------------------------------------------------------------------------------------------------
 
 
@@ -463,6 +476,41 @@ def test_lr_goes_on_from_its_state():
     for ids, labels in steps[2:]:
         resumed.learn(ids, labels)
     assert_equal(straight.weights() | straight.optimizer_state(), resumed.weights() | resumed.optimizer_state())
+
+
+def test_copies_of_lrs_weights_stay_as_they_were_except_in_the_memory_that_is_to_be_used_again():
+    learner, (first, second) = small("lr"), batches(2, seed=0)
+    learner.learn(*first)
+    reused, own = learner.weights(reuse=True), learner.weights()
+    kept = {name: array.copy() for name, array in own.items()}
+    learner.learn(*second)
+    learner.weights()
+    assert_equal(own, kept)
+    assert_equal(reused, kept)
+    assert not np.array_equal(learner.weights(reuse=True)["pairs"], kept["pairs"])
+    assert not np.array_equal(reused["pairs"], kept["pairs"])
+    assert_equal(own, kept)
+
+
+def test_lr_that_learns_in_one_thread_predicts_numbers_in_another():
+    learner = small("lr", table_bits=4)
+    ids, labels = stream(20_000, seed=0)
+    ids = (ids % 16).astype(np.int32)
+    with ThreadPoolExecutor(1) as other:
+        learning = other.submit(lambda: [learner.learn(ids, labels) for _ in range(30)])
+        predicted = [np.isfinite(learner.predict(ids[:2000])).all()]
+        while not learning.done():
+            predicted.append(np.isfinite(learner.predict(ids[:2000])).all())
+    assert len(predicted) > 10
+    assert all(predicted)
+    assert len(learning.result()) == 30
+
+
+@pytest.mark.parametrize("name", ["lr", "fm"])
+def test_an_option_that_no_learner_has_is_an_error_whichever_it_is(name):
+    with pytest.raises(TypeError, match="no option 'tabel_bits'"):
+        small(name, tabel_bits=8)
+    small(name, crosses=2, dense_weight_decay=0.1, threads=1, precision="fp32")
 
 
 def test_rates_of_ftrl_are_for_lr_alone():
@@ -529,9 +577,15 @@ def test_a_learners_own_weights_have_its_shapes(name):
     require_shapes(small(name).weights(), model=name, **CLAIM)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_of_the_default_network_have_its_shapes(name):
+    hidden = {"hidden": Model().hidden, "table_bits": 4}
+    require_shapes(small(name, **hidden).weights(), model=name, **{**CLAIM, **hidden})
+
+
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fm"])
 @pytest.mark.parametrize(
-    "wrong", [{"table_bits": 9}, {"embedding_dim": 40}, {"hidden": [16]}, {"hidden": [17, 16]}, {"hidden": [16] * 10**6}, {"fields": 5}]
+    "wrong", [{"table_bits": 9}, {"embedding_dim": 40}, {"hidden": [16]}, {"hidden": [17, 16]}, {"hidden": [16] * 64}, {"fields": 5}]
 )
 def test_weights_of_other_shapes_are_refused(name, wrong):
     with pytest.raises((KeyError, ValueError)):

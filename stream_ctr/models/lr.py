@@ -7,7 +7,7 @@
     z_i    += g_i - sigma_i w_i,  n_i += g_i^2                              for all i with x_i != 0
 
 One compiled loop over the examples in their order, so that nothing depends on how they were cut into batches. A coordinate is a row of
-the table that the deep model hashes to, its pair (z, n) a quarter of a cache line; what is not a number in the input changes nothing.
+the table that the other models hash to, its pair (z, n) a quarter of a cache line; what is not a number in the input changes nothing.
 
 >>> model = FTRL(table_bits=4, alpha=0.1, l2=0.0)
 >>> ids, labels = np.array([[1, 2], [1, 3]], np.int32), np.array([1, 0], np.uint8)
@@ -39,8 +39,6 @@ class FTRL:
     are one coordinate, whose value is their sum. The default rates were close to the best of a grid on samples of Criteo and Avazu
     and on a simulated stream. Raises `ValueError` unless `alpha` and `beta` are positive.
     """
-
-    name = "ftrl"
 
     def __init__(
         self,
@@ -78,13 +76,11 @@ class FTRL:
         _predict(ids, values, self._table, self._intercept, self._value_fields, *self._rates, logits)
         return logits
 
-    def state_dict(self) -> State:
-        """`rows` int32 [m] that were learned, their `pairs` (z, n) [m, 2] and that of the `intercept`.
-
-        Copies, in memory that the next call uses again.
-        """
-        count = _copy_learned(self._table, *self._copied)
-        rows, pairs = self._copied
+    def state_dict(self, *, reuse: bool = False) -> State:
+        """Copies of the `rows` int32 [m] that were learned, their `pairs` (z, n) [m, 2] and that of the `intercept`; with `reuse` in memory
+        that the next such call uses again."""
+        rows, pairs = self._copied if reuse else (np.empty_like(self._copied[0]), np.empty_like(self._copied[1]))
+        count = _copy_learned(self._table, rows, pairs)
         return {"rows": rows[:count], "pairs": pairs[:count], "intercept": self._intercept.copy()}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
