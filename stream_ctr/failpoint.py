@@ -24,7 +24,7 @@ FAILPOINTS = {
     "poll.after": "records were read, none of them is joined",
     "join.after": "records are joined, what became of them is not learned",
     "learn.before": "a batch is cut, no model has seen it",
-    "learn.after": "the deep model has learned a batch, the baseline may not have",
+    "learn.after": "the models here have learned a batch, the baseline may not have",
     "cut.before": "a snapshot is due, nothing of the state is copied",
     "cut.after": "the state is copied, nothing of it is on disk",
     "snapshot.file": "one more tensor file of an unfinished snapshot is on disk",

@@ -79,6 +79,11 @@ class Judge:
         self._recent = metrics.Tally(self._models)
         self.refused = [why] if self._gate.clicks else []
 
+    def go_back(self, told: Mapping[str, Any]) -> None:
+        """The model is the one of an earlier snapshot again, which what was gathered is not of: the verdict is the one of its manifest."""
+        self._recent = metrics.Tally(self._models)
+        self._take(told)
+
     def told(self) -> dict[str, Any]:
         """The last verdict, for a manifest."""
         return {"evidence": self._evidence, "refused": self.refused}
@@ -89,6 +94,9 @@ class Judge:
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]], told: Mapping[str, Any]) -> None:
         for name, array in self._recent.arrays().items():
             array[:] = state[name]
+        self._take(told)
+
+    def _take(self, told: Mapping[str, Any]) -> None:
         self._evidence, self.refused = told["evidence"], told["refused"] if self._gate.clicks else []
 
 

@@ -39,7 +39,8 @@ class Learned(NamedTuple):
 class Guard:
     """Stands between the batches and the learner.
 
-    `good` gives the snapshot to go back to, if there is one, and the number of examples trained so far. What is skipped and unlearned is
+    `good` gives the snapshot to go back to, if there is one, and the number of examples trained so far. `begins_again` is given what its
+    gate said where that takes the model back into its pre-training. What is skipped and unlearned is
     counted in `counters`; of a model `beside` the published one, under its name.
     """
 
@@ -52,7 +53,9 @@ class Guard:
         skips_before_rollback: int,
         signature: snapshot.Verify | None = None,
         beside: str | None = None,
+        begins_again: Callable[[Mapping[str, Any]], None] = lambda told: None,
     ) -> None:
+        self._begins_again = begins_again
         self._learner, self._counters, self._good, self._signature = learner, counters, good, signature
         self._skips_before_rollback = skips_before_rollback
         self._beside, self._stems = beside, snapshot.stems(beside)
@@ -115,7 +118,10 @@ class Guard:
             remedy = "Lower the learning rates, or use log_value rather than value for large numbers"
             raise DataError(f"{self._who} diverged: {why}, and {good}. {remedy}")
         manifest, tensors = snapshot.load(path, files=self._stems, signature=self._signature)
+        pretraining = self._learner.pretraining
         self._load_model(tensors, path)
+        if self._learner.pretraining and not pretraining:
+            self._begins_again(manifest["gate"])
         self._row["skipped"] = self._row["learned"] = 0
         self._last, self._last_step = None, []
         unlearned = trained - manifest["examples"]

@@ -123,7 +123,7 @@ class Trainer:
             learner.weights(reuse=True)  # memory for the copies in snapshots is taken now, not while learning waits for the first
         self._cutting = False  # a snapshot is between its copy and the disk
         told: dict[str, Any] = {"skips_before_rollback": skips_before_rollback, "signature": signing.verify if signing else None}
-        self._guard = Guard(self.learner, self.counters, good=self._last_good, **told)
+        self._guard = Guard(self.learner, self.counters, good=self._last_good, begins_again=self.judge.go_back, **told)
         self._beside = {
             name: GuardBeside(learner, self.counters, good=partial(self._last_good_of, name), beside=name, **told)
             for name, learner in list(learners.items())[1:]
@@ -381,11 +381,12 @@ class Trainer:
         """The same of a model beside: the newest snapshot of this lineage that has it."""
         self._settle(wait=True)
         name = self.parent
-        while name and (path := self.directory / "snapshots" / name).is_dir():
-            manifest, _ = snapshot.load(path, files=())
+        root = self.directory / "snapshots"
+        while name in snapshot.snapshot_ids(root):
+            manifest, _ = snapshot.load(root / name, files=(), signature=self._signing.verify if self._signing else None)
             if snapshot.file_name(snapshot.stems(beside)[0]) in manifest["files"]:
-                return path, self.ledger.count
-            name = manifest["parent"]
+                return root / name, self.ledger.count
+            name = manifest.get("parent")
         return None, self.ledger.count
 
     def _settle(self, *, wait: bool) -> None:

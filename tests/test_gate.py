@@ -93,6 +93,18 @@ def test_a_verdict_waits_for_clicks_enough_and_then_begins_anew():
     assert judge.refused == []
 
 
+def test_a_judge_of_a_model_that_went_back_has_the_verdict_of_that_time_and_begins_anew():
+    judge = Judge(Gate(clicks=1000), MODELS, BASELINE)
+    judge.add(scored(10_000))
+    judge.begin_anew("it is another model")
+    judge.add(scored(10_000, model=3.0))
+    good = {"evidence": {"logloss": 0.3}, "refused": []}
+    judge.go_back(good)
+    assert judge.told() == good
+    judge.judge(lambda: None)
+    assert judge.told() == good, "nothing is gathered yet"
+
+
 def test_a_judge_goes_on_from_its_state():
     one, other = (Judge(Gate(clicks=1000), MODELS, BASELINE) for _ in range(2))
     one.add(scored(2000, model=3.0))

@@ -15,12 +15,13 @@ import pytest
 from click.testing import CliRunner
 
 from connectors import Records
-from stream_ctr import Scorer, metrics, snapshot
+from stream_ctr import Scorer, Subscriber, metrics, snapshot
 from stream_ctr.arrow_events import pack
 from stream_ctr.assembly import build_trainer
 from stream_ctr.cli import main
 from stream_ctr.config import Field, load
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
+from stream_ctr.models import MODELS
 from stream_ctr.outlet import Outlet
 from stream_ctr.simulate import Simulation
 from stream_ctr.trainer import Trainer
@@ -363,6 +364,8 @@ def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run
     assert "deepfm.model" not in final_state(tmp_path)
     with pytest.raises(SnapshotError, match="without the model 'deepfm', which had diverged"):
         Scorer(snapshot.newest(tmp_path / "snapshots"), model="deepfm")
+    assert Subscriber(tmp_path, model="deepfm").next(0.0) is None
+    assert "without the model 'deepfm', which had diverged" in caplog.text
 
 
 def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(tmp_path, stream, fm_alone):
@@ -414,6 +417,32 @@ def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdic
     assert "its last step ended its pre-training, the network that took over has learned nothing yet: it took the logloss" in caplog.text
     assert report["refused"] == []
     assert snapshot.read_pointer(tmp_path / "latest.json")["examples"] == 6000
+
+
+def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again_and_published_as_it_was(tmp_path, stream):
+    gate = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
+    sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": gate, "learn": {**SMALL["learn"], "skips_before_rollback": 2}}
+    built = trainer(tmp_path, Partitions([stream]), **sections, **model("fnn", pretrain_examples=2000))
+    spoil(built, "fnn", after=18)  # the network has learned one batch
+    report = finish(built)
+    assert (report["counters"]["rollbacks"], report["examples"]) == (1, 6000 - 2 * 128)
+    folder = tmp_path / "snapshots"
+    manifests = [snapshot.load(folder / name, files=())[0] for name in snapshot.snapshot_ids(folder)]
+    refused = {manifest["examples"]: manifest["gate"]["refused"] for manifest in manifests}
+    assert refused[2048] == ["its pre-training has ended, and there is no verdict yet on the network that took over"]
+    assert refused[3072] == []  # seven more batches as the FM, of too few clicks for a verdict
+    assert refused[4096] == refused[2048]
+    assert manifests[2]["gate"]["evidence"] == manifests[0]["gate"]["evidence"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_system_is_served_with_the_default_network(tmp_path, stream, name):
+    built = trainer(tmp_path, Partitions([stream.slice(0, 300)]), **ALONE, model={"name": name, "table_bits": 4})
+    finish(built)
+    scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
+    rows = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}]
+    expected = built.learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(np.float64)
+    assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
 
 
 @pytest.mark.parametrize("other", [model("deepfm", "lr"), model("deepfm", "lr", "fm"), model("fm", "deepfm"), model("deepfm")])
