@@ -299,6 +299,7 @@ def simulate(impressions: int, seed: int, out: Path) -> None:
 @click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Follow the state directory of a run.")
 @click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
 @click.option("--model-name", default="default", show_default=True, help="Whose pointer on the topic.")
+@click.option("--model", metavar="NAME", help="One that is learned beside the published one.  [default: the published one]")
 @click.option("--once", is_flag=True, help="Load one snapshot and stop; exit code 6 when there is none in time.")
 @click.option("--timeout", type=click.FloatRange(0), default=30.0, show_default=True, help="Seconds that --once waits.")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object a line.")
@@ -306,8 +307,9 @@ def simulate(impressions: int, seed: int, out: Path) -> None:
 @click.option("--exec", "command", metavar="COMMAND", help="Run this for each snapshot; {path} stands for its directory. No shell.")
 @_settings
 def subscribe(
-    state: Path | None, topic: str | None, model_name: str, once: bool, timeout: float, as_json: bool, public_key: Path | None,
-    command: str | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None, extra: tuple[str, ...],
+    state: Path | None, topic: str | None, model_name: str, model: str | None, once: bool, timeout: float, as_json: bool,
+    public_key: Path | None, command: str | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None,
+    extra: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Follow published snapshots; verify and load each, print a line.
 
@@ -328,7 +330,7 @@ def subscribe(
         raise click.UsageError("--state and --topic are two ways to follow; give one")
     with contextlib.ExitStack() as stack:
         if state:
-            subscriber = Subscriber(state, public_key=public_key)
+            subscriber = Subscriber(state, model=model, public_key=public_key)
         else:
             from connectors import kafka
 
@@ -337,7 +339,7 @@ def subscribe(
             stack.enter_context(runs.connector_errors())
             reader = kafka.PointerReader(client, topic or config.snapshots.topic)
             stack.callback(reader.close)
-            subscriber = Subscriber(TopicPointers(reader, model_name=model_name), public_key=public_key)
+            subscriber = Subscriber(TopicPointers(reader, model_name=model_name), model=model, public_key=public_key)
         stack.enter_context(runs.signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 

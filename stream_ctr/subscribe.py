@@ -23,10 +23,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr import metrics, snapshot
-from stream_ctr.config import Features, Field, Ftrl, Learn, Model
-from stream_ctr.errors import SnapshotError
+from stream_ctr.config import Features, Field, Ftrl, Learn, Model, nearest
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.features import Hasher
 from stream_ctr.learner import make_learner, require_shapes
+from stream_ctr.models import MODELS
 from stream_ctr.rows import one_line
 from stream_ctr.signing import PublicKey
 from stream_ctr.snapshot import Pointer
@@ -34,6 +35,7 @@ from stream_ctr.snapshot import Pointer
 _log = logging.getLogger(__name__)
 _FILE_POLL_SECONDS = 0.1
 _LARGEST_BATCH = 1 << 20
+_NAMES = (*MODELS, "ftrl")  # the latter is an `lr` that stands beside the others
 
 
 class Scorer:
@@ -205,7 +207,8 @@ class Subscriber:
     """Predicts with the newest published snapshot, swapped in whole while calls go on; with `model` by one that is learned beside.
 
     `source` is a state directory, or anything with `poll` like `TopicPointers`. With `public_key`, a PEM file, snapshots that are not
-    signed with its private key are refused. `predict` raises `SnapshotError` before the first one.
+    signed with its private key are refused. `predict` raises `SnapshotError` before the first one. A `model` that no run can have is a
+    `ConfigError`; snapshots that were taken without it are passed over, with a warning.
     """
 
     def __init__(
@@ -217,6 +220,8 @@ class Subscriber:
         public_key: str | Path | None = None,
         on_snapshot: Callable[[Pointer], None] | None = None,
     ) -> None:
+        if model is not None and model not in _NAMES:
+            raise ConfigError(f"there is no model {model!r:.80}{nearest(model, _NAMES)}")
         self._signature = verifier(public_key)
         self._pointers: Pointers = FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
         self._model, self._device, self._on_snapshot = model, device, on_snapshot

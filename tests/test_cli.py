@@ -230,6 +230,10 @@ def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, train
     assert subscriber.next(5.0)
     row = json.loads(log.read_text().splitlines()[0])["features"]
     assert subscriber.predict([row])[0] == float(beside.splitlines()[0].split("\t")[1])
+    assert json.loads(succeed("subscribe", "--state", several, "--once", "--json", "--model", "deepfm").stdout)["examples"] == IMPRESSIONS
+    misspelled = command("subscribe", "--state", several, "--once", "--model", "lr_dmn")
+    assert misspelled.exit_code == 3
+    assert "no model 'lr_dmn'; did you mean 'lr_dnn'?" in misspelled.output
     refused = command("score", "--snapshot", several, log, "--model", "opnn")
     assert refused.exit_code == 6
     assert "no model 'opnn'; it has fm, deepfm, lr" in refused.output
