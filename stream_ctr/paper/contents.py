@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stream_ctr.paper import figures, published
-from stream_ctr.paper.aggregate import STUDIES, chosen, verdict
+from stream_ctr.paper.aggregate import STUDIES, chosen, relative_times, too_short, verdict
 from stream_ctr.paper.page import Block, Cell, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text
 
 Report = Mapping[str, Any]
@@ -340,28 +340,28 @@ def _at_the_limit(told: Report) -> list[Block]:
 
 
 def _figure6(told: Report) -> list[Block]:
-    times = told["figure6_times"]
-    blocks: list[Block] = [Heading("Figure 6: training time"), _claim("figure6")]
+    times = told["figure6"]
     if not times:
-        return [*blocks, Note("Not run.")]
-    tables = [_time_table(told, device) for device in times]
-    if not told["figure6"]:
-        return [*blocks, Note(_no_ratio(told)), *tables]
-    over = told["figure6_over_lr"]
-    panels = [figures.relative_time({device: over["seconds"][device]}, over["seconds_per_epoch"]) for device in told["figure6"]]
-    picture = Picture("figure6", _figure6_caption(told), figures.relative_time(over["seconds"], over["seconds_per_epoch"]), panels)
+        return []
+    blocks: list[Block] = [Heading("Figure 6: training time"), _claim("figure6")]
+    whole, per_epoch = (relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch"))
+    tables = [_time_table(told, device, whole.get(device), per_epoch.get(device)) for device in times]
+    if not whole:
+        return [*blocks, Note(_no_ratio(times)), *tables]
+    panels = [figures.relative_time({device: of}, per_epoch) for device, of in whole.items()]
+    picture = Picture("figure6", _figure6_caption(told), figures.relative_time(whole, per_epoch), panels)
     return [*blocks, picture, Details("The numbers", tables)]
 
 
-def _no_ratio(told: Report) -> str:
-    if not told["figure6_too_short"]:
+def _no_ratio(times: Mapping[str, Mapping[str, Any]]) -> str:
+    if not too_short(times):
         return "No multiples of LR's time: LR and another system must have been timed on one machine."
-    epoch = told["figure6_times"]["cpu"]["LR"]["seconds_per_epoch"]["median"]
+    epoch = times["cpu"]["LR"]["seconds_per_epoch"]["median"]
     return f"Too short to time: an epoch of LR takes {_number(epoch, significant=1)} s, and a multiple of that would be mostly noise."
 
 
 def _figure6_caption(told: Report) -> str:
-    gpu = " in the GPU's panel too, for it has no GPU code" if "cuda" in told["figure6"] else ""
+    gpu = " in the GPU's panel too, for it has no GPU code" if set(told["figure6"]) - {"cpu"} else ""
     several = " Of several machines, one is shown." if len({str(where["machine"]) for where in told["machines"]}) > 1 else ""
     return (
         "Bars: training time until the best check over LR's, medians over seeds, FNN's pre-training included; whiskers from the least to "
@@ -370,25 +370,39 @@ def _figure6_caption(told: Report) -> str:
     )
 
 
-def _time_table(told: Report, device: str) -> Table:
-    over = told["figure6_over_lr"]
+Times = Mapping[str, Mapping[str, Any]]  # by system
+
+
+def _time_table(told: Report, device: str, whole: Times | None, per_epoch: Times | None) -> Table:
     columns = [Column("system", number=False), Column("runs")]
     for group in ("until the best check", "an epoch"):
         columns += [Column("seconds", group), Column("least to most", group)]
-        columns += [Column("over LR's", group)] if told["figure6"] else []
-    columns += [Column(name, "runs of Table 2") for name in ("seconds of pre-training", "examples a second", "parameters of the network")]
+        columns += [Column("over LR's", group)] if whole else []
+    columns += [Column("seconds of pre-training"), Column("examples a second"), Column("parameters of the network")]
     rows: list[list[Cell]] = []
-    for name, time in told["figure6_times"][device].items():
+    for name, time in told["figure6"][device].items():
         said: list[Cell] = [name, str(time["runs"])]
-        for kind in ("seconds", "seconds_per_epoch"):
-            middle, least, most = (_number(time[kind][part], significant=2) for part in ("median", "least", "most"))
-            said += [middle, f"{least} to {most}"]
-            if told["figure6"]:
-                said.append(_number(over[kind][device][name]["median"] if device in over[kind] else None, significant=2))
-        row = told["table2"][name]
-        pretraining = _number(row["seconds_pretraining"] or None, significant=2)
-        rows.append([*said, pretraining, _number(row["examples_per_second"], significant=2), _count(row["parameters"])])
+        for kind, over in (("seconds", whole), ("seconds_per_epoch", per_epoch)):
+            said += _taken(time[kind], time["runs"])
+            said += [_number(over[name]["median"], significant=2)] if over else []
+        rows.append([*said, *_of_table2(told["table2"][name], device)])
     return Table(f"Training time on the {_device(device)}.", columns, rows)
+
+
+def _taken(seconds: Mapping[str, float], runs: int) -> list[Cell]:
+    middle, least, most = (_number(seconds[part], significant=2) for part in ("median", "least", "most"))
+    return [middle, f"{least} to {most}" if runs > 1 else _NONE]
+
+
+def _of_table2(row: Mapping[str, Any], device: str) -> list[Cell]:
+    """Where Table 2 was on that device."""
+    if row["device"] != device:
+        return [_NONE] * 3
+    return [
+        _number(row["seconds_pretraining"] or None, significant=2),
+        _number(row["examples_per_second"], significant=2),
+        _count(row["parameters"]),
+    ]
 
 
 def _device(device: str) -> str:
@@ -398,9 +412,9 @@ def _device(device: str) -> str:
 def _study(told: Report, part: str) -> list[Block]:
     values = told[part]
     number = part.removeprefix("figure")
-    blocks: list[Block] = [Heading(f"Figure {number}: {_SUBJECT[part]}"), _claim(part)]
     if not values:
         return []
+    blocks: list[Block] = [Heading(f"Figure {number}: {_SUBJECT[part]}"), _claim(part)]
     caption = f"Test AUC and logloss by {figures.AXES[part]}, all else as in the settings. {_whiskers(values)}"
     panels = [figures.study(part, values, [metric]) for metric in ("auc", "logloss")]
     best = [f"{name} at {value}" for name, value in chosen(values).items()]

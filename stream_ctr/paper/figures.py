@@ -15,6 +15,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 Study = Mapping[str, Mapping[str, Mapping[str, float | None]]]  # value -> system -> {"auc", "auc_std", "logloss", "logloss_std"}
@@ -115,16 +116,17 @@ def _bars(axes: Axes, whole: Mapping[str, Mapping[str, float]], per_epoch: Mappi
     middle, least, most = (np.array([whole[system][part] for system in systems]) for part in ("median", "least", "most"))
     epoch = [per_epoch[system]["median"] for system in systems]
     axes.set_xscale("log")
-    axes.barh(systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems], label="until the best check")
+    axes.barh(systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems])
     axes.errorbar(middle, systems, xerr=(middle - least, most - middle), fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
-    axes.plot(epoch, systems, "D", color="none", markeredgecolor=_INK, markersize=5, label="an epoch")
+    (diamonds,) = axes.plot(epoch, systems, "D", color="none", markeredgecolor=_INK, markersize=5)
     _end_labels(axes, [(max(*ends), _times(ratio)) for *ends, ratio in zip(most, epoch, middle, strict=True)])
     axes.set_xlim(min(1, *least, *epoch) / 1.3, max(1, *most, *epoch) * 3)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
     axes.axvline(1, color=_INK, linewidth=0.9)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=2, columnspacing=1.2)
+    named = {"until the best check": Patch(color=_PLAIN), "an epoch": diamonds}
+    axes.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=2, columnspacing=1.2)
 
 
 def _times(ratio: float) -> str:

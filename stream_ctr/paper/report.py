@@ -43,8 +43,6 @@ def write(out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapp
 def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any], losses: Callable[[Run], Floats]) -> Report:
     """What report.json holds. `losses` gives the test losses [n] of a run of Table 2. A number that is not finite becomes None."""
     rows = aggregate.table2(runs, losses)
-    times = aggregate.times(runs)
-    over_lr = {kind: aggregate.relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch")}
     told = {
         "format": 1,
         "made": {name: value for name, value in made.items() if name != "settings"},
@@ -56,10 +54,7 @@ def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, A
         "order": aggregate.order(rows),
         "against_deepfm": {name: verdict(row["minus_deepfm"]) for name, row in rows.items() if name != "DeepFM"},
         "against_lr": {name: verdict(row["minus_lr"]) for name, row in rows.items() if name != "LR"},
-        "figure6": {device: {name: of[name]["median"] for name in of} for device, of in over_lr["seconds"].items()},
-        "figure6_over_lr": over_lr,
-        "figure6_times": times,
-        "figure6_too_short": aggregate.too_short(times),
+        "figure6": _figure6(aggregate.times(runs)),
         **{part: aggregate.study(runs, part) for part in STUDIES},
         "streaming": aggregate.streaming(runs),
         "failed": aggregate.failures(runs),
@@ -71,6 +66,15 @@ def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, A
 def _properties(name: str) -> dict[str, bool]:
     system = MODELS[name]
     return {part: getattr(system, part) for part in published.Properties._fields}
+
+
+def _figure6(times: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Report:
+    """Times and, unless LR's are missing or too short, how many times LR's they are."""
+    ratios = aggregate.relative_times(times)
+    return {
+        device: {name: {**time, "over_lr": ratios.get(device, {}).get(name, {}).get("median")} for name, time in of.items()}
+        for device, of in times.items()
+    }
 
 
 def _finite(value: Any) -> Any:
