@@ -102,8 +102,9 @@ class Learner(Protocol):
         ...
 
 
-def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RATES, **options: Any) -> Learner:
+def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RATES, serving: bool = False, **options: Any) -> Learner:
     """The learner of one of `MODELS`. `options` are those of `NetworkLearner`, whichever it is; `ftrl` are the rates of LR's.
+    For `serving`, which is loading weights and predicting, LR takes no more memory than its weights do.
 
     >>> make_learner("lr", fields=2, tabel_bits=8)
     Traceback (most recent call last):
@@ -114,7 +115,7 @@ def make_learner(model: str, *, fields: int, ftrl: Mapping[str, float] = _NO_RAT
     if MODELS[model].module is not None:
         return NetworkLearner(model, fields=fields, **options)
     of_table: dict[str, Any] = {name: options[name] for name in ("table_bits", "value_fields", "batch_size") if name in options}
-    return LinearLearner(fields=fields, **of_table, **cast("dict[str, Any]", ftrl))
+    return (ServedLinear if serving else LinearLearner)(fields=fields, **of_table, **cast("dict[str, Any]", ftrl))
 
 
 class NetworkLearner:
@@ -306,20 +307,61 @@ class LinearLearner:
         return {"steps": np.array([self.steps])}
 
     def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        _require_names(weights, {"rows", "pairs", "intercept"})
-        rows = weights["rows"]
-        _require_numbers("rows", rows, np.int32, (rows.size,))
-        for name, shape in (("pairs", (len(rows), 2)), ("intercept", (2,))):
-            _require_numbers(name, weights[name], np.float64, shape)
-            if (weights[name][..., 1] < 0).any():  # type: ignore[operator]
-                raise ValueError(f"tensor {name!r} holds a negative sum of squares")
-        if len(rows) and not (rows.min() >= 0 and rows.max() < 1 << self._bits):
-            raise ValueError(f"tensor 'rows' has rows that a table of 2^{self._bits} rows has not")
+        _require_linear(weights, self._bits)
         with self._turn:
             self._ftrl.load_state_dict(weights)
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
         self.steps = int(state["steps"][0])
+
+
+class ServedLinear(LinearLearner):
+    """LR that was learned elsewhere. Its table holds the rows that were learned side by side, and one for all others: how many rows there
+    might be, which nothing but a manifest says, costs no memory."""
+
+    def __init__(self, *, table_bits: int = 20, **options: Any) -> None:
+        super().__init__(table_bits=0, **options)
+        self._bits, self._rows = table_bits, np.empty(0, np.int32)
+        self._make = partial(FTRL, **{name: value for name, value in options.items() if name not in ("fields", "batch_size")})
+
+    def learn(self, ids: Ids, labels: Labels, values: Values | None = None, *, following: Batch | None = None) -> Tensor | None:
+        raise TypeError("it was made for serving, and does not learn")
+
+    def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        _require_linear(weights, self._bits)
+        count = len(weights["rows"])
+        ftrl = self._make(table_bits=count.bit_length())
+        ftrl.load_state_dict({**weights, "rows": np.arange(count)})
+        with self._turn:
+            self._rows, self._ftrl = weights["rows"].astype(np.int32), ftrl
+
+    def weights(self, *, reuse: bool = False) -> State:
+        with self._turn:
+            state = self._ftrl.state_dict(reuse=reuse)
+            return {**state, "rows": self._rows[state["rows"]]}
+
+    def _of_fields(self, ids: Ids) -> Ids:
+        """Where they lie among the rows; behind them where they are none."""
+        ids, count = ids[:, : self.fields], len(self._rows)
+        places = np.searchsorted(self._rows, ids)
+        if count:
+            places[self._rows[np.minimum(places, count - 1)] != ids] = count
+        return places.astype(np.int32)
+
+
+def _require_linear(weights: Mapping[str, npt.NDArray[np.generic]], bits: int) -> None:
+    """Raises `ValueError` unless they are those of LR over 2 ** `bits` rows."""
+    _require_names(weights, {"rows", "pairs", "intercept"})
+    rows = cast("npt.NDArray[np.int32]", weights["rows"])
+    _require_numbers("rows", rows, np.int32, (rows.size,))
+    for name, shape in (("pairs", (len(rows), 2)), ("intercept", (2,))):
+        _require_numbers(name, weights[name], np.float64, shape)
+        if (weights[name][..., 1] < 0).any():  # type: ignore[operator]
+            raise ValueError(f"tensor {name!r} holds a negative sum of squares")
+    if len(rows) and not (rows.min() >= 0 and rows.max() < 1 << bits):
+        raise ValueError(f"tensor 'rows' has rows that a table of 2^{bits} rows has not")
+    if (rows[1:] <= rows[:-1]).any():
+        raise ValueError("tensor 'rows' does not ascend")
 
 
 def require_shapes(
@@ -339,7 +381,7 @@ def require_shapes(
     `ValueError`."""
     system = MODELS[model]
     if system.module is None:
-        return  # its table is as large as the weights say, or not even that
+        return  # served, it takes what its weights take
     with torch.device("meta"):
         dense = _module(system, fields, embedding_dim, hidden, activation, dropout).state_dict()
     row = columns(embedding_dim, embeddings=system.embeddings, optimizer=table_optimizer)

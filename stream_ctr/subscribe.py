@@ -61,7 +61,7 @@ class Scorer:
             self.fields, hashing, learning = _described(self.manifest, model)
             self.hasher = Hasher(self.fields, **hashing)
             _require_bounds(tensors, learning)
-            self.learner = make_learner(**learning, value_fields=self.hasher.value_fields, device=device)
+            self.learner = make_learner(**learning, value_fields=self.hasher.value_fields, device=device, serving=True)
             self.learner.load_weights(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(f"snapshot {path} does not describe a model that this version can build: {one_line(error, 500)}") from None

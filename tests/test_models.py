@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import resource
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -530,6 +531,8 @@ LR_WEIGHTS = {"rows": np.array([3, 7], np.int32), "pairs": np.array([[0.5, 1.0],
     [
         ({"rows": np.array([3, 256], np.int32)}, "a table of 2\\^8 rows has not"),
         ({"rows": np.array([-1, 3], np.int32)}, "a table of 2\\^8 rows has not"),
+        ({"rows": np.array([7, 3], np.int32)}, "'rows' does not ascend"),
+        ({"rows": np.array([3, 3], np.int32)}, "'rows' does not ascend"),
         ({"rows": np.array([3, 7])}, "'rows' is int64"),
         ({"rows": np.array([[3, 7]], np.int32)}, "'rows' is int32 \\(1, 2\\), expected"),
         ({"rows": np.array(3, np.int32)}, "'rows' is int32 \\(\\), expected"),
@@ -544,8 +547,9 @@ LR_WEIGHTS = {"rows": np.array([3, 7], np.int32), "pairs": np.array([[0.5, 1.0],
     ],
     ids=str,
 )
-def test_weights_that_are_none_of_lr_are_refused_and_change_nothing(changed, message):
-    learner = small("lr")
+@pytest.mark.parametrize("serving", [False, True])
+def test_weights_that_are_none_of_lr_are_refused_and_change_nothing(serving, changed, message):
+    learner = small("lr", serving=serving)
     learner.load_weights(LR_WEIGHTS)
     with pytest.raises(ValueError, match=message):
         learner.load_weights({**LR_WEIGHTS, **changed})
@@ -556,6 +560,33 @@ def test_weights_that_are_none_of_lr_are_refused_and_change_nothing(changed, mes
 def test_weights_of_lr_must_all_be_there(name):
     with pytest.raises(ValueError, match=f"{name!r} is missing"):
         small("lr").load_weights({key: value for key, value in LR_WEIGHTS.items() if key != name})
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_lr_predicts_the_same_bits_where_it_is_served_with_rows_that_it_never_saw_among_them(steps):
+    there = small("lr", value_fields=[1], table_bits=20)
+    ids, labels = stream(300, seed=0)
+    ids *= 1000  # apart, so that there are rows between those that were learned
+    values = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
+    for _ in range(steps):
+        there.learn(ids[:200], labels[:200], values[:200])
+    here = small("lr", value_fields=[1], table_bits=20, serving=True)
+    here.load_weights(there.weights())
+    ids[::3, 0], ids[1::3, 2], ids[2::3, 3] = 0, 2**20 - 1, 7777
+    assert np.array_equal(here.predict(ids, values), there.predict(ids, values))
+    assert_equal(here.weights(), there.weights())
+    with pytest.raises(TypeError, match="does not learn"):
+        here.learn(ids, labels, values)
+
+
+def test_lr_that_is_served_takes_memory_for_its_weights_whatever_its_table_is_said_to_be():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    learner = small("lr", serving=True, table_bits=31)
+    rows = np.arange(0, 2**31, 2**16, dtype=np.int64).astype(np.int32)  # each on a page of its own
+    learner.load_weights({"rows": rows, "pairs": np.ones((len(rows), 2)), "intercept": np.zeros(2)})
+    far = learner.predict(np.full((1, F), rows[-1]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
+    assert far != 0.0 == learner.predict(np.full((1, F), rows[-1] + 1))
 
 
 def test_lr_that_has_learned_nothing_has_weights_too():
