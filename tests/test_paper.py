@@ -265,7 +265,7 @@ def test_the_same_seed_gives_the_same_outcome_on_any_number_of_threads_and_anoth
     assert first["logloss"] != other["logloss"]
 
 
-@pytest.mark.parametrize(("system", "table_bits"), [("deepfm", 12), ("deepfm", 16), ("lr", 12)])  # all rows are kept, or those learned
+@pytest.mark.parametrize(("system", "table_bits"), [("deepfm", 12), ("deepfm", 18), ("lr", 12)])  # all rows are kept, or those learned
 def test_what_is_tested_are_the_weights_of_the_check_with_the_best_validation(
     system: str, table_bits: int, data: Dataset, split: Split
 ) -> None:
