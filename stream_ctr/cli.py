@@ -439,15 +439,15 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each system of Table 2.")
 @click.option("--study-seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each point of Figures 7 to 11.")
 @click.option(
-    "--study-rows", type=click.IntRange(1), default=1_000_000, show_default=True, help="Training rows for Figures 7 to 11, at most."
+    "--study-rows", type=click.IntRange(1), default=1_000_000, show_default=True, help="Training rows for Figures 7 to 11, drawn by chance."
 )
 @click.option(
     "--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part."
 )
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Share dropped, but in the streaming table.  [default: 0.5]")
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when validation is no better.")
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when half an epoch was no better on validation.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Of `stream-ctr models`, once or more.  [default: all nine]")
-@click.option("--only", metavar="PART,...", help="Some of table2, figure7 to figure11 and streaming.")
+@click.option("--only", metavar="PART,...", help="Do only some: table2, figure6 to figure11, streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
 @click.option("--config", "config_path", type=click.Path(path_type=Path), help="A TOML file; what it does not set is the paper's.")
