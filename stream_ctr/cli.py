@@ -445,7 +445,7 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
     "--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part."
 )
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Share dropped, but in the streaming table.  [default: 0.5]")
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; a run ends when half an epoch was no better on validation.")
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; half an epoch no better ends a run.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Of `stream-ctr models`, once or more.  [default: all nine]")
 @click.option("--only", metavar="PART,...", help="Do only some: table2, figure6 to figure11, streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")
