@@ -374,7 +374,7 @@ def test_of_other_data_the_paper_has_no_numbers(tmp_path: Path) -> None:
 
 def test_who_learned_nothing_is_named(tmp_path: Path) -> None:
     written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "constant_logloss": 0.47})
-    assert "No better than a constant, whose test logloss is 0.47000: LR." in (tmp_path / "report.html").read_text()
+    assert "No better than the best constant, whose test logloss is 0.47000: LR." in (tmp_path / "report.html").read_text()
 
 
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:

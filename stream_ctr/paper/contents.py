@@ -77,7 +77,7 @@ def _findings(told: Report) -> list[Block]:
     said += _against(told, "DeepFM", "against_deepfm") + _against(told, "LR", "against_lr")
     constant = told["data"]["constant_logloss"]
     if constant is not None and (above := [name for name in order if rows[name]["logloss"] >= constant]):
-        said.append(f"No better than a constant, whose test logloss is {_number(constant, 5)}: {', '.join(above)}.")
+        said.append(f"No better than the best constant, whose test logloss is {_number(constant, 5)}: {', '.join(above)}.")
     if (best := told["data"]["best_possible_logloss"]) is not None:
         said.append(_closed(told, order[0], best))
     return [Listing(said)]
@@ -110,7 +110,7 @@ def _closed(told: Report, first: str, best: float) -> str:
     said = f"The best possible test logloss is {_number(best, 5)}; {first} is {_number(lost - best, 5)} above it"
     if constant is None or constant <= lost:
         return said + "."
-    return said + f", and has {_percent((constant - lost) / (constant - best))} of what there is to learn beyond a constant."
+    return said + f", and has {_percent((constant - lost) / (constant - best))} of what there is to learn beyond the best constant."
 
 
 def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -125,7 +125,7 @@ def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     validation = f"{_count(data['validation'])} for validation"
     yield "Split", f"{how}: {_count(data['train'])} examples to train, {validation}, {_count(data['test'])} to test"
     if data["constant_logloss"] is not None:
-        yield "Logloss of a constant", f"{_number(data['constant_logloss'], 5)} on the test part"
+        yield "Logloss of the best constant", f"{_number(data['constant_logloss'], 5)} on the test part"
     if data["best_possible_logloss"] is not None:
         yield "Best possible logloss", f"{_number(data['best_possible_logloss'], 5)} on the test part"
     for note in data["notes"]:
@@ -153,7 +153,7 @@ def _made(told: Report) -> Iterator[tuple[str, str]]:
 
 def _machine(where: Mapping[str, Any], *, several: bool) -> str:
     machine = where["machine"]
-    runs = f"; {_count(where['runs'])} runs of the tables and figures" if several else ""
+    runs = f"; {_count(where['runs'])} points of the tables and figures" if several else ""
     return f"{machine['processor']}, {machine['cores']} cores; stream-ctr {where['version']}, torch {where['torch']}{runs}"
 
 
