@@ -342,6 +342,15 @@ def test_a_system_that_a_whole_figure_lacks_is_named_once(tmp_path: Path) -> Non
     assert told[2:] == [f"Figure {number}: not run." for number in (8, 9, 10, 11)]
 
 
+def test_a_point_alone_is_no_study(tmp_path: Path) -> None:
+    found = [of_table2(system, 0, part="figure7", value="relu") for system in ("fnn", "opnn")]
+    written_with(tmp_path, [*found, of_table2("opnn", 0, part="figure7", value="tanh")])
+    (tmp_path / "one").mkdir()
+    written_with(tmp_path / "one", found)
+    assert "| FNN |" not in (tmp_path / "report.md").read_text().partition("## Figure 7")[2]
+    assert "## Figure 7" not in (tmp_path / "one" / "report.md").read_text()
+
+
 def test_a_report_of_nothing_is_a_report_that_says_so(tmp_path: Path) -> None:
     told = written_with(tmp_path, [])
     assert list(told["table2"]) == TITLES

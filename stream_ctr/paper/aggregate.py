@@ -243,6 +243,17 @@ def _study_point(runs: Sequence[Run]) -> dict[str, Any]:
     return {**scores(runs), "validation_logloss": validation, "validation_logloss_std": spread, "runs": len(runs)}
 
 
+def compared(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Of a study, the systems that were run at more than one value: the default's may be there from Table 2 alone.
+
+    >>> compared({"relu": {"FNN": 1, "IPNN": 2}, "tanh": {"FNN": 3}})
+    {'relu': {'FNN': 1}, 'tanh': {'FNN': 3}}
+    """
+    counts = Counter(name for of in values.values() for name in of)
+    found = {value: {name: point for name, point in of.items() if counts[name] > 1} for value, of in values.items()}
+    return {value: of for value, of in found.items() if of}
+
+
 def chosen(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
     """Of a study, the value at which each system's validation logloss is the lowest: the test part chooses nothing."""
     best = {}

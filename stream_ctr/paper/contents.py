@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stream_ctr.paper import figures, published
-from stream_ctr.paper.aggregate import STUDIES, chosen, relative_times, too_short, verdict
+from stream_ctr.paper.aggregate import STUDIES, chosen, compared, relative_times, too_short, verdict
 from stream_ctr.paper.page import Block, Cell, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text
 
 Report = Mapping[str, Any]
@@ -85,7 +85,7 @@ def _findings(told: Report) -> list[Block]:
 
 def _papers_order(told: Report) -> Iterator[str]:
     """By both metrics, which do not agree there."""
-    if (paper := _paper(told)) is None:
+    if (paper := _paper(told)) is None or len(told["order"]) < 2:
         return
     of = {name: scores for name, scores in published.TABLE2[paper].items() if name in told["order"]}
     by_logloss = sorted(of, key=lambda name: of[name].logloss)
@@ -410,7 +410,7 @@ def _device(device: str) -> str:
 
 
 def _study(told: Report, part: str) -> list[Block]:
-    values = told[part]
+    values = compared(told[part])
     number = part.removeprefix("figure")
     if not values:
         return []
