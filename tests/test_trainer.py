@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from connectors import Records
 from stream_ctr import Scorer, Subscriber, metrics, snapshot
@@ -388,6 +390,38 @@ def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_fini
     resumed.restore(third)
     assert resumed.counters["rollbacks.deepfm"] == 1
     assert_same_weights(dict(resumed.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"])
+
+
+@pytest.mark.parametrize("parent", [..., "../other/snapshots/00000001-x", 7, None])
+def test_a_model_beside_follows_parents_to_snapshots_of_this_run_only(tmp_path, stream, parent):
+    built = trainer(tmp_path, Partitions([stream.slice(0, 3000)]), **ALONE, **FREQUENT, **model("fm", "deepfm"))
+    finish(built)
+    newest = snapshot.newest(tmp_path / "snapshots")
+    before = snapshot.snapshot_ids(tmp_path / "snapshots")[-2]
+    manifest = json.loads((newest / "manifest.json").read_text())
+    assert manifest["parent"] == before
+    assert built._last_good_of("deepfm")[0] == newest
+    del manifest["files"]["deepfm.model.safetensors"]
+    (newest / "deepfm.model.safetensors").unlink()
+    (newest / "manifest.json").write_text(json.dumps(manifest))
+    assert built._last_good_of("deepfm")[0] == newest.parent / before
+    other = {name: value for name, value in manifest.items() if name != "parent"} | ({} if parent is ... else {"parent": parent})
+    (newest / "manifest.json").write_text(json.dumps(other))
+    assert built._last_good_of("deepfm")[0] is None
+
+
+def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
+    key = tmp_path / "key.pem"
+    key.write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    signed = {"snapshots": {"signing_key": str(key)}}
+    built = trainer(tmp_path / "state", Partitions([stream.slice(0, 1000)]), **ALONE, **signed, **model("fm", "deepfm"))
+    finish(built)
+    newest = snapshot.newest(tmp_path / "state" / "snapshots")
+    assert built._last_good_of("deepfm")[0] == newest
+    manifest = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": "x"}))
+    with pytest.raises(SnapshotError, match="sign"):
+        built._last_good_of("deepfm")
 
 
 def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
