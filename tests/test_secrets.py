@@ -31,7 +31,7 @@ COMMANDS = {
     "config": ["config", "{login}"],
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
-UNTRIED = {"demo", "broker"}  # they take no password
+UNTRIED = {"demo", "broker", "models", "paper"}  # they take no password
 
 
 def test_every_command_is_tried() -> None:
