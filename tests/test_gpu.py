@@ -93,6 +93,7 @@ def test_update_is_that_of_the_cpu_wherever_the_runs_of_a_row_begin_and_end(k, e
     assert torch.equal(after[untouched], before[untouched])
 
 
+@pytest.mark.slow
 def test_a_row_that_is_in_every_example_is_summed_by_many_the_same_way_each_time():
     ids = np.random.default_rng(0).integers(0, 64, (2100, 2)).astype(np.int32)
     ids[:, 0] = 7  # over more chunks than are added at a time

@@ -322,6 +322,7 @@ def test_values_that_are_missing_are_an_error():
         learner.learn(*batch())
 
 
+@pytest.mark.slow
 def test_a_model_of_bf16_serves_on_a_processor_without_it():
     learner, ids = small(precision="bf16"), batch()[0]
     there = learner.predict(ids)

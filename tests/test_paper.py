@@ -528,6 +528,7 @@ def test_the_report_has_nine_systems(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_second_command_does_nothing_twice_and_restart_does_all(tmp_path: Path) -> None:
     arguments = ("--simulate", 1000, "--out", tmp_path, "--seeds", 1, "--epochs", 1, "--only", "table2")
     assert paper(*arguments).exit_code == 0

@@ -166,7 +166,9 @@ def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
 SEVERAL = {**SMALL["model"], "name": "deepfm", "beside": ("fnn", "lr", "fm_dnn"), "pretrain_examples": 2500, "dropout": 0.1}
 
 
-@pytest.mark.parametrize(("partitions", "model"), [(1, SMALL["model"]), (3, SMALL["model"]), (2, SEVERAL)])
+@pytest.mark.parametrize(
+    ("partitions", "model"), [pytest.param(1, SMALL["model"], marks=pytest.mark.slow), (3, SMALL["model"]), (2, SEVERAL)]
+)
 def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(tmp_path, stream, partitions, model):
     whole = finish(trainer(tmp_path / "whole", Partitions(split(stream, partitions)), model=model))
     parts = tmp_path / "parts"
