@@ -276,7 +276,7 @@ def test_what_is_tested_are_the_weights_of_the_check_with_the_best_validation(
     best = int(np.argmin(validation))
     assert [check["epoch"] for check in outcome["validation"]] == [(n + 1) / 4 for n in range(len(validation))]
     assert (outcome["best_epoch"], outcome["epochs"]) == ((best + 1) / 4, len(validation) / 4)
-    assert len(validation) == best + 3 < 32  # two checks that are no better, and no two before
+    assert len(validation) == best + 5 < 32  # four checks that are no better, and no four before
 
     learner, steps = long.make(), -(-split.count(TRAINING) // long.batch_size)
     of_epoch = {"batch_size": long.batch_size, "row_bytes": data.row_bytes}
@@ -287,13 +287,16 @@ def test_what_is_tested_are_the_weights_of_the_check_with_the_best_validation(
     assert losses == pytest.approx(-np.log(np.where(data.labels[split.rows(TEST)] == 1, p, 1 - p)), rel=1e-9)
 
 
-def test_training_ends_with_the_second_check_in_a_row_that_is_no_better(data: Dataset, split: Split) -> None:
-    outcome, _ = experiment.train(setting(data, split, "fnn", epochs=3), data, split)
+@pytest.mark.parametrize(("share", "patience"), [(1.0, 4), (0.9, 2)])
+def test_training_ends_when_the_checks_of_an_epoch_are_no_better_and_on_a_sample_those_of_half_a_one(
+    share: float, patience: int, data: Dataset, split: Split
+) -> None:
+    outcome, _ = experiment.train(setting(data, split, "fnn", epochs=3, share=share), data, split)
     for checks in (outcome["validation"], outcome["validation_pretraining"]):
-        lowest = np.minimum.accumulate([check["logloss"] for check in checks])
-        worse = [check["logloss"] > low for check, low in zip(checks, lowest, strict=True)]
-        assert not any(one and next for one, next in zip(worse[:-2], worse[1:-1], strict=True))
-        assert len(checks) == 12 or worse[-2:] == [True, True]
+        losses = [check["logloss"] for check in checks]
+        since = [n - int(np.argmin(losses[: n + 1])) for n in range(len(losses))]  # checks since the best
+        assert all(checks_since < patience for checks_since in since[:-1])
+        assert len(checks) == 12 or since[-1] == patience
 
 
 def test_the_test_part_decides_nothing_but_its_own_scores(data: Dataset, split: Split, tmp_path: Path) -> None:
