@@ -287,16 +287,13 @@ def test_what_is_tested_are_the_weights_of_the_check_with_the_best_validation(
     assert losses == pytest.approx(-np.log(np.where(data.labels[split.rows(TEST)] == 1, p, 1 - p)), rel=1e-9)
 
 
-@pytest.mark.parametrize(("share", "patience"), [(1.0, 4), (0.9, 2)])
-def test_training_ends_when_the_checks_of_an_epoch_are_no_better_and_on_a_sample_those_of_half_a_one(
-    share: float, patience: int, data: Dataset, split: Split
-) -> None:
-    outcome, _ = experiment.train(setting(data, split, "fnn", epochs=3, share=share), data, split)
+def test_training_ends_when_the_checks_of_an_epoch_are_no_better(data: Dataset, split: Split) -> None:
+    outcome, _ = experiment.train(setting(data, split, "fnn", epochs=3), data, split)
     for checks in (outcome["validation"], outcome["validation_pretraining"]):
         losses = [check["logloss"] for check in checks]
         since = [n - int(np.argmin(losses[: n + 1])) for n in range(len(losses))]  # checks since the best
-        assert all(checks_since < patience for checks_since in since[:-1])
-        assert len(checks) == 12 or since[-1] == patience
+        assert all(checks_since < 4 for checks_since in since[:-1])
+        assert len(checks) == 12 or since[-1] == 4
 
 
 def test_the_test_part_decides_nothing_but_its_own_scores(data: Dataset, split: Split, tmp_path: Path) -> None:

@@ -517,9 +517,8 @@ def _method(told: Report) -> list[Block]:
         Heading("How it was done"),
         Text(
             "Training: each epoch has an order of its own, shuffled as a whole or, of data above half a gigabyte, in parts of that size. "
-            "Four times an epoch the logloss of the validation part is taken; four checks in a row that are no better end a training (two "
-            "where figures 7 to 11 train on a sample of the rows), and the weights of the best check are tested. "
-            "The test part chooses nothing here. It does where somebody picks a setting by the "
+            "Four times an epoch the logloss of the validation part is taken; four checks in a row that are no better end a training, and "
+            "the weights of the best check are tested. The test part chooses nothing here. It does where somebody picks a setting by the "
             "test scores of a report and runs again."
         ),
         Text(

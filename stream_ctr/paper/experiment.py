@@ -30,7 +30,9 @@ from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, 
 _AT_ONCE = 1 << 16
 _BLOCKS = 128
 _SKIPS = 8
-_CHECKS = 4  # of the validation part, an epoch
+# Of the validation part, an epoch; as many in a row that are no better end a training. Not fewer: what is seen for the second time is
+# overfitted first, and interactions may be found later in the same epoch.
+_CHECKS = 4
 _FIRST_STEPS = 4
 Losses = npt.NDArray[np.float64]
 Advance = Callable[[int], None]
@@ -53,12 +55,6 @@ class Setting:
     share: float
     device: str
     learner: dict[str, Any]
-
-    @property
-    def patience(self) -> int:
-        """As many checks in a row that are no better end the training: those of an epoch, since what is seen again is at first made worse;
-        of half an epoch for the many runs on a sample."""
-        return _CHECKS if self.share == 1.0 else _CHECKS // 2
 
     def make(self) -> Learner:
         own = {"activation": self.activation, "dropout": self.dropout, "hidden": list(self.hidden), "batch_size": self.batch_size}
@@ -163,7 +159,7 @@ class Fitting:
             if validation[-1]["logloss"] < best:
                 best, since = validation[-1]["logloss"], 0
                 self._kept.keep()
-            elif (since := since + 1) == self.setting.patience:
+            elif (since := since + 1) == _CHECKS:
                 break
         if since:
             self._kept.bring_back()
