@@ -676,7 +676,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
-    process = begin(tmp_path, *WORK)
+    process = begin(tmp_path, *WORK, "--seeds", 50)  # on no machine is it done by then
     wait_for(lambda: len(list((tmp_path / "runs").glob("*.json"))) >= 1, process)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=30)
