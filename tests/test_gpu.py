@@ -179,6 +179,7 @@ def same(one: NetworkLearner, other: NetworkLearner) -> bool:
     return all(np.array_equal(array, state(other)[name]) for name, array in state(one).items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -194,6 +194,7 @@ class Plain:
 TOLERANCE = {"fp32": 2e-5, "bf16": 3e-2}  # of a logit after 30 steps; the logits are of order 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
 def test_thirty_steps_equal_those_of_a_plain_learner_in_double_precision(precision, weight_decay):
@@ -213,6 +214,7 @@ def test_thirty_steps_equal_those_of_a_plain_learner_in_double_precision(precisi
         assert np.allclose(ours.detach(), theirs.detach(), atol=TOLERANCE[precision] / 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["deepfm", "fm_dnn", "fm"])
 def test_thirty_steps_with_adam_throughout_are_those_of_torch_with_sparse_embeddings(model):
     k, width = 4, 4 * MODELS[model].embeddings

@@ -578,6 +578,7 @@ def test_flags_are_served_between_batches(tmp_path, stream):
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_memory", "held"), [("1GB", False), ("4MiB", True)])
 def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_of_its_room(tmp_path, stream, max_memory, held):
     class Uneven(Partitions):
