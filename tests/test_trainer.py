@@ -380,6 +380,7 @@ def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_fini
         if cut.manifest["sequence"] == 3:
             cut.tensors["deepfm.model"]["table"][7, 0] = np.inf  # of a row that the last batch had not
         begin(cut)
+        built._writer._writing.exception()  # waits: when it is told of depends on no disk
 
     built._writer.begin = begun
     report = finish(built)
