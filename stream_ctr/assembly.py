@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from stream_ctr.baseline import BaselineProcess
-from stream_ctr.config import Config, Field, size
+from stream_ctr.config import Config, Field, in_milliseconds, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.events import Decoder
 from stream_ctr.features import Hasher
@@ -53,11 +52,11 @@ def build_trainer(
     learning = _learner_options(config, hasher)
     published, *beside = learning
     joining = {
-        "label_window_ms": _milliseconds(config.join.label_window),
-        "early_click_wait_ms": _milliseconds(config.join.early_click_wait),
-        "duplicate_horizon_ms": _milliseconds(config.join.duplicate_horizon),
+        "label_window_ms": in_milliseconds(config.join.label_window),
+        "early_click_wait_ms": in_milliseconds(config.join.early_click_wait),
+        "duplicate_horizon_ms": in_milliseconds(config.join.duplicate_horizon),
     }
-    lateness_ms = _milliseconds(config.join.allowed_lateness)
+    lateness_ms = in_milliseconds(config.join.allowed_lateness)
     river = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {"value_fields": hasher.value_fields}
     features = {
         "categorical": [f.name for f in fields if f.kind == "categorical"],
@@ -81,7 +80,7 @@ def build_trainer(
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
     learners = {name: make_learner(**of, device=config.learn.device, threads=config.learn.threads) for name, of in learning.items()}
-    decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead))
+    decoder = Decoder(fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=in_milliseconds(config.input.max_ahead))
     ingest = Ingest(source, decoder, hasher, idle_seconds=config.join.idle_timeout.total_seconds(), clock=clock, wall_clock=wall_clock)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=config.input.read_ahead) if config.input.read_ahead else ingest,
@@ -94,7 +93,7 @@ def build_trainer(
         baseline_share=config.baseline.sample_rate,
         lateness_ms=lateness_ms,
         stall_clicks=config.join.stall_clicks,
-        window_ms=_milliseconds(config.metrics.window),
+        window_ms=in_milliseconds(config.metrics.window),
         rolling_windows=config.metrics.rolling_windows,
         snapshot_examples=config.schedule.snapshot_examples,
         keep_snapshots=config.snapshots.keep,
@@ -130,7 +129,3 @@ def _common_options(config: Config, hasher: Hasher) -> dict[str, Any]:
     learn = config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"})
     of_input = {"fields": len(hasher.fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
     return {**of_input, **model, **learn}
-
-
-def _milliseconds(length: timedelta) -> int:
-    return round(length.total_seconds() * 1000)

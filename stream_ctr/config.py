@@ -99,12 +99,16 @@ def format_duration(length: timedelta) -> str:
     >>> format_duration(timedelta(minutes=90)), format_duration(timedelta(milliseconds=1500))
     ('90m', '1500ms')
     """
-    milliseconds = round(length.total_seconds() * 1000)
+    milliseconds = in_milliseconds(length)
     for unit in ("d", "h", "m", "s"):
         size = round(_UNIT_SECONDS[unit] * 1000)
         if milliseconds and milliseconds % size == 0:
             return f"{milliseconds // size}{unit}"
     return f"{milliseconds}ms"
+
+
+def in_milliseconds(length: timedelta) -> int:
+    return round(length.total_seconds() * 1000)
 
 
 _SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}

@@ -10,7 +10,6 @@ import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
-from stream_ctr.config import Config, Field, size
+from stream_ctr.config import Config, Field, in_milliseconds, size
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.events import Decoder, infer_fields
 from stream_ctr.features import Hasher
@@ -129,19 +128,19 @@ def _joining(log: Log, config: Config) -> dict[str, Any]:
         return {"label_window_ms": _SIMULATED_WINDOW_MS, "early_click_wait_ms": 0, "lateness_ms": 0, "stall_clicks": 0.0}
     join = config.join
     return {
-        "label_window_ms": _milliseconds(join.label_window), "early_click_wait_ms": _milliseconds(join.early_click_wait),
-        "lateness_ms": _milliseconds(join.allowed_lateness), "stall_clicks": join.stall_clicks,
+        "label_window_ms": in_milliseconds(join.label_window), "early_click_wait_ms": in_milliseconds(join.early_click_wait),
+        "lateness_ms": in_milliseconds(join.allowed_lateness), "stall_clicks": join.stall_clicks,
     }  # fmt: skip
 
 
 def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, Any]) -> Joined:
     decoder = Decoder(
-        hasher.fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=_milliseconds(config.input.max_ahead)
+        hasher.fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=in_milliseconds(config.input.max_ahead)
     )  # fmt: skip
     joiner = LabelJoiner(
         fields=len(hasher.fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits,
         label_window_ms=joining["label_window_ms"], early_click_wait_ms=joining["early_click_wait_ms"],
-        duplicate_horizon_ms=_milliseconds(config.join.duplicate_horizon), max_bytes=size(config.join.max_memory),
+        duplicate_horizon_ms=in_milliseconds(config.join.duplicate_horizon), max_bytes=size(config.join.max_memory),
     )  # fmt: skip
     watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=joining["lateness_ms"], stall_clicks=joining["stall_clicks"])
     return Joined(Ingest(source, decoder, hasher), joiner, watermarks)
@@ -180,10 +179,6 @@ def _watched(log: Log, joined: Joined, console: Console) -> Iterator[Examples]:
             rows += len(examples)
             progress.update(task, completed=log.progress, description=f"reading {log.name}: {rows:,} impressions")
             yield examples
-
-
-def _milliseconds(length: timedelta) -> int:
-    return round(length.total_seconds() * 1000)
 
 
 class Joined:
