@@ -17,7 +17,6 @@ A batch of zstd expands to `MAX_BATCH_BYTES` at most, or it is damage; for the o
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import logging
@@ -36,7 +35,7 @@ import pyarrow as pa
 from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
 from connectors.kafka_diagnosis import explain_silence, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import librdkafka_options
-from connectors.kafka_topics import NEWS_SECONDS, BeyondTheEnd, KnownTopics, Topics, deleted_before, what_is_lost
+from connectors.kafka_topics import Doubt, KnownTopics, Topics, deleted_before, what_is_lost
 from connectors.records import POLL_BYTES, Records
 
 __all__ = ["ConfluentSource"]
@@ -86,7 +85,7 @@ class ConfluentSource:
             self.partitions = self._cluster.partitions(topics)
             self._index = {partition: index for index, partition in enumerate(self.partitions)}
             self._assigned = [self._library.TopicPartition(*partition) for partition in self.partitions]
-            self._beyond = BeyondTheEnd(seconds=NEWS_SECONDS)
+            self._doubt: Doubt | None = None
             self._lost = np.zeros(len(self.partitions), np.int64)
             self._highwater = np.zeros(len(self.partitions), np.int64)
             self._topics = _TopicWatch(self._cluster, topics, min(topic_check_seconds, asked_every))
@@ -109,6 +108,9 @@ class ConfluentSource:
         self._topics.look()
         if self._failed:
             self._recover()
+        if self._doubt:
+            self._settle(self._doubt)
+            return Records.empty()
         records = _joined([self._columns(messages) for messages in self._consume(timeout_seconds)])
         np.maximum.at(self._position, records.partition, records.offset + 1)
         if self._failed:
@@ -138,7 +140,7 @@ class ConfluentSource:
             raise PositionLost("; ".join(lost))
         moved = np.flatnonzero(wanted != self._position).tolist()
         self._position = wanted
-        self._failed = None
+        self._failed = self._doubt = None
         self._read_on(again={*positions, *moved})
 
     def lost(self) -> dict[int, int]:
@@ -315,25 +317,31 @@ class ConfluentSource:
         if self._quiet()[index]:
             return  # it fails again when it is read on
         if error.name() in _POSITION_GONE:
-            self._recover_position(error)
+            if 0 <= message.offset() != self._position[index]:
+                return  # that it failed before it was sent elsewhere
+            self._doubt = Doubt(error.str(), retention=error.name() != "_LOG_TRUNCATION")
         elif error.name() in _DAMAGE:
             self._recover_damage(index, message)
         else:
             raise KafkaReadFailed(f"reading {self._names()} failed: {error.str()}")
 
-    def _recover_position(self, error: Any) -> None:
+    def _settle(self, doubt: Doubt) -> None:
+        """Go on after what retention deleted, where that is wanted; raises what is known, and waits for it until then."""
         self._topics.look(wait_for_it=True)
-        with contextlib.suppress(KafkaUnreachable):
-            if not self._beyond.may_wait(self._position.tolist(), self.ends(), now=time.monotonic()):
-                self._position = self._position_after(error)
-        self._read_on(again=range(len(self.partitions)))  # from where it was, this fails again, and the next poll comes here
-
-    def _position_after(self, error: Any) -> npt.NDArray[np.int64]:
-        wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
-        lost = self._what_is_lost(wanted)
-        if lost or wanted is self._position or error.name() == "_LOG_TRUNCATION":
-            raise PositionLost("; ".join(lost) or error.str())
-        return wanted
+        try:
+            explained = doubt.explained(self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic())
+            if not explained and not doubt.over:
+                time.sleep(_BETWEEN_SECONDS)
+                return
+            wanted = self._pass_over_deleted(self._position) if explained and self._skip_lost else self._position
+            lost = self._what_is_lost(wanted)
+        except KafkaUnreachable:
+            return
+        if lost or wanted is self._position:
+            raise PositionLost("; ".join(lost) or f"{doubt.why}: was the topic created again?")
+        self._doubt = None
+        self._position = wanted
+        self._read_on(again=range(len(self.partitions)))
 
     def _pass_over_deleted(self, wanted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         self.ends()  # asked first: when that fails, nothing is counted twice

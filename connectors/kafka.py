@@ -74,7 +74,7 @@ from connectors.errors import (
 )
 from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
 from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
-from connectors.kafka_topics import NEWS_SECONDS, BeyondTheEnd, KnownTopics, deleted_before, what_is_lost
+from connectors.kafka_topics import Doubt, KnownTopics, deleted_before, what_is_lost
 from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch
 from connectors.records import POLL_BYTES, Records
 
@@ -152,7 +152,7 @@ class KafkaSource:
             self._columns = Columns(most_records, full_bytes=POLL_BYTES, most_value_bytes=max_record_bytes + 1)
             inside.read_into(self._columns, self._consumer, self._index, _CODECS)
             self._position = self._offsets(self.beginning())
-            self._beyond = BeyondTheEnd(seconds=NEWS_SECONDS)
+            self._doubt: Doubt | None = None
             self._lost = np.zeros(len(self._assigned), np.int64)
             self._failed: dict[int, inside.Failure] = {}
             self._unanswered = inside.Unanswered(self._consumer, self._index)
@@ -171,6 +171,9 @@ class KafkaSource:
         if self.finished:
             return Records.empty()
         self._topics.look()
+        if self._doubt:
+            self._settle(self._doubt)
+            return Records.empty()
         inside.hand_out_what_was_set_aside(self._consumer)
         failed = self._due_failure()
         try:
@@ -280,6 +283,7 @@ class KafkaSource:
             self._committer.close()
 
     def _seek(self, indexes: Collection[int]) -> None:
+        self._doubt = None
         for index in indexes:
             self._consumer.seek(self._assigned[index], int(self._position[index]))
         self._apply_pauses()
@@ -319,7 +323,8 @@ class KafkaSource:
         """Go past what cannot be read, where that is wanted and possible; raises what to tell otherwise."""
         error = failed.error
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
-            self._recover_position(error)
+            self._doubt = Doubt(str(error), retention=not isinstance(error, LogTruncationError))
+            self._settle(self._doubt)
         elif failed.partition is not None and not isinstance(error, TopicAuthorizationFailedError | MemoryError):
             self._recover_damage(failed.partition, failed.offset, error)
         elif isinstance(error, KafkaError):
@@ -327,17 +332,19 @@ class KafkaSource:
         else:
             raise error
 
-    def _recover_position(self, error: KafkaError) -> None:
+    def _settle(self, doubt: Doubt) -> None:
+        """Go on after what retention deleted, where that is wanted; raises what is known, and waits for it until then."""
         self._topics.look(wait=True)
         try:
-            if self._beyond.may_wait(self._position.tolist(), self.ends(), now=time.monotonic()):
-                return  # the next poll comes here again
-            wanted = self._pass_over_deleted(self._position) if self._skip_lost else self._position
+            explained = doubt.explained(self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic())
+            if not explained and not doubt.over:
+                return
+            wanted = self._pass_over_deleted(self._position) if explained and self._skip_lost else self._position
             lost = self._what_is_lost(wanted)
         except KafkaUnreachable:
             return
-        if lost or wanted is self._position or isinstance(error, LogTruncationError):
-            raise PositionLost("; ".join(lost) or str(error)) from error
+        if lost or wanted is self._position:
+            raise PositionLost("; ".join(lost) or f"{doubt.why}: was the topic created again?")
         self._position = wanted
         self._seek(range(len(self._assigned)))
 
@@ -381,11 +388,11 @@ class _Topics:
 
     def look(self, *, wait: bool = False) -> None:
         """Compare, when the brokers have told anything new; `wait` until they do. Silence of theirs says nothing."""
-        now = time.monotonic()
+        now, told_before = time.monotonic(), inside.topics_asked_at(self._consumer)
         if wait or now - self._looked >= self._check_seconds:
             self._looked = now
             inside.ask_for_topics(self._consumer)
-        while wait and self._told_at == inside.topics_asked_at(self._consumer) and time.monotonic() < now + ANSWER_SECONDS:
+        while wait and told_before == inside.topics_asked_at(self._consumer) and time.monotonic() < now + ANSWER_SECONDS:
             time.sleep(0.02)
         if self._told_at != inside.topics_asked_at(self._consumer):
             self._told_at = inside.topics_asked_at(self._consumer)

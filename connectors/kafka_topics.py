@@ -75,33 +75,37 @@ def what_is_lost(
     return lost
 
 
-class BeyondTheEnd:
-    """Whether to wait a moment when what comes next is beyond the end of a log: a topic that was created again has been told by another
-    broker, or will be soon, and that is the better word for it. Each time that it comes to that, anew: a time is over when nobody has asked
-    for ten times as long, which is longer than brokers take to answer.
+class Doubt:
+    """Of a position that a broker does not find in its log, as long as nobody says why. Retention explains one before the beginning; else
+    the topic may have been created again. That is told by another broker, or will be soon, and is the better word for it, so it is waited
+    for. Nothing may be read meanwhile: the log may grow past the position, and be another one.
 
-    >>> beyond = BeyondTheEnd(seconds=2.0)
-    >>> beyond.may_wait([7], {0: 3}, now=0.0), beyond.may_wait([7], {0: 3}, now=1.0), beyond.may_wait([7], {0: 3}, now=2.5)
-    (True, True, False)
-    >>> beyond.may_wait([7], {0: 9}, now=3.0)
+    >>> doubt = Doubt("offset 7 is out of range", seconds=2.0)
+    >>> doubt.explained([7, 3], {0: 9, 1: 0}, {0: 12, 1: 3}, now=0.0)
+    True
+    >>> doubt.explained([7, 3], {0: 0, 1: 0}, {0: 12, 1: 3}, now=0.0)
     False
-    >>> beyond.may_wait([7], {0: 3}, now=30.0), beyond.may_wait([7], {0: 3}, now=49.0), beyond.may_wait([7], {0: 3}, now=9000.0)
-    (True, False, True)
+    >>> doubt.explained([7, 3], {0: 9, 1: 0}, {0: 12, 1: 2}, now=1.0), doubt.over
+    (False, False)
+    >>> doubt.explained([7, 3], {0: 0, 1: 0}, {0: 12, 1: 3}, now=2.0), doubt.over
+    (False, True)
     """
 
-    def __init__(self, *, seconds: float) -> None:
+    def __init__(self, why: str, *, retention: bool = True, seconds: float = NEWS_SECONDS) -> None:
+        self.why = why
+        self.over = False
+        self._retention = retention  # whether it may explain it
         self._seconds = seconds
         self._since: float | None = None
-        self._asked = 0.0
 
-    def may_wait(self, wanted: Sequence[int], ends: Mapping[int, int], *, now: float) -> bool:
-        if all(offset <= ends[index] for index, offset in enumerate(wanted)):
-            self._since = None
-            return False
-        if self._since is None or now - self._asked > 10 * self._seconds:
-            self._since = now
-        self._asked = now
-        return now - self._since < self._seconds
+    def explained(self, wanted: Sequence[int], beginning: Mapping[int, int], ends: Mapping[int, int], *, now: float) -> bool:
+        """Whether retention explains it, by the beginnings and ends of the logs; if not for long, the doubt is `over` without that."""
+        within_ends = all(offset <= ends[index] for index, offset in enumerate(wanted))
+        if self._retention and within_ends and any(offset < beginning[index] for index, offset in enumerate(wanted)):
+            return True
+        self._since = now if self._since is None else self._since
+        self.over = now - self._since >= self._seconds
+        return False
 
 
 def deleted_before(

@@ -20,6 +20,7 @@ from test_connectors import (  # noqa: F401 - these run here too
     numbered,
     open_source,
     poll_until,
+    read_nothing,
     rows,
     test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told,
     test_a_frozen_broker_shows_as_silence_and_a_thawed_one_does_not,
@@ -139,6 +140,33 @@ def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topi
         found = rows(source, lambda: source.finished)[0]
         assert source.lost() == {0: 1}
     assert [(offset, value) for offset, _, value in found] == [(0, bytes(11)), (2, b"after")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes", [True, False], ids=["news", "no news"])
+def test_nothing_is_read_of_a_log_that_grows_past_a_position_that_it_did_not_hold(
+    comes: bool, kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(kafka_broker, topic, 1, numbered([50]))
+    admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
+    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+        poll_until(source, lambda: source.positions() == {0: 50})
+        source.pause({0})
+        source.poll(0.5)
+        with monkeypatch.context() as slow_news:
+            slow_news.setattr(source._cluster, "described", lambda _: None)
+            admin.delete_topics([topic])
+            write(kafka_broker, topic, 1, numbered([3]))
+            source.pause(())
+            poll_until(source, lambda: source._doubt is not None)
+            write(kafka_broker, topic, 1, numbered([100]))
+            if not comes:
+                with pytest.raises(PositionLost, match="created again"):
+                    read_nothing(source)
+                return
+            assert not len(source.poll(0.5))
+        with pytest.raises(TopicChanged, match="was deleted and created again"):
+            read_nothing(source)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import kafka
 import kafka.codec
@@ -556,6 +556,40 @@ def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_
         source.pause(())
         with pytest.raises(TopicChanged, match="was deleted and created again"):
             poll_until(source, lambda: False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes", [True, False], ids=["news", "no news"])
+def test_nothing_is_read_of_a_log_that_grows_past_a_position_that_it_did_not_hold(
+    comes: bool, kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(kafka_broker, topic, 1, numbered([50]))
+    admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
+    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+        poll_until(source, lambda: source.positions() == {0: 50})
+        source.pause({0})
+        source.poll(0.5)
+        old = connectors.kafka.inside.topics(source._consumer, [topic])
+        with monkeypatch.context() as slow_news:
+            slow_news.setattr(connectors.kafka.inside, "topics", lambda *_: old)
+            admin.delete_topics([topic])
+            write(kafka_broker, topic, 1, numbered([3]))
+            source.pause(())
+            poll_until(source, lambda: source._doubt is not None)
+            write(kafka_broker, topic, 1, numbered([100]))
+            if not comes:
+                with pytest.raises(PositionLost, match="created again"):
+                    read_nothing(source)
+                return
+            assert not len(source.poll(0.5))
+        with pytest.raises(TopicChanged, match="was deleted and created again"):
+            read_nothing(source)
+
+
+def read_nothing(source: Any) -> NoReturn:
+    for _ in range(100):
+        assert not len(source.poll(0.1))
+    raise AssertionError("it waits on")
 
 
 @pytest.mark.slow
