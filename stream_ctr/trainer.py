@@ -21,15 +21,15 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr import metrics, snapshot
+from stream_ctr import joining, metrics, snapshot
 from stream_ctr.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.features import mix64
 from stream_ctr.gate import Gate, Judge
 from stream_ctr.guard import NOT_FINITE, Guard, GuardBeside, Learned
-from stream_ctr.ingest import Came, Columns, Ingest, ReadAhead, Taken
-from stream_ctr.join import Arrivals, Examples, LabelJoiner, Ledger
+from stream_ctr.ingest import Columns, Ingest, ReadAhead, Taken
+from stream_ctr.join import Examples, LabelJoiner, Ledger
 from stream_ctr.learner import Learner
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
@@ -233,16 +233,8 @@ class Trainer:
         if columns.with_unknown_fields:
             self.counters["fields_unknown"] += columns.with_unknown_fields
         self._reject(columns)
-        impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival
-        n = len(impressions)
-        partition = np.concatenate([impressions.partition, clicks.partition])[arrival]
-        limit = np.empty(len(arrival), np.int64)
-        limit[arrival] = self.watermarks.observe(partition, np.concatenate([impressions.time, clicks.time])[arrival], arrival >= n)
-        # A partition that was excused and comes back may be behind what has been closed meanwhile.
-        limit = np.maximum(limit, self.joiner.watermark)
-        self._look_for_fields(columns.with_fields, n)
-        self.joiner.push_impressions(_arrivals(impressions, limit[:n]), columns.ids, columns.values, columns.true_probability)
-        self.joiner.push_clicks(_arrivals(clicks, limit[n:]))
+        self._look_for_fields(columns.with_fields, len(columns.impressions))
+        joining.push(columns, self.joiner, self.watermarks)
 
     def _look_for_fields(self, with_fields: frozenset[str], impressions: int) -> None:
         """Warn of fields that the first impressions of a run never had: a wrong name teaches the model nothing, and says nothing."""
@@ -674,10 +666,6 @@ class Trainer:
                     f"topic {topic!r} was deleted and created again (its id was {known[topic]}, now it is {found}): positions in the old "
                     "one mean nothing in it. To begin anew use another --state directory; what was learned stays in this one"
                 )
-
-
-def _arrivals(came: Came, limit: npt.NDArray[np.int64]) -> Arrivals:
-    return Arrivals(came.id_hash, came.time, came.partition, came.place, limit)
 
 
 def _share_threshold(share: float) -> np.uint64 | None:

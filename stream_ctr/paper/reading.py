@@ -13,18 +13,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from rich.console import Console
 from rich.progress import Progress
 
+from stream_ctr import joining
 from stream_ctr.config import Config, Field, in_milliseconds, size
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.events import Decoder, infer_fields
 from stream_ctr.features import Hasher
 from stream_ctr.history import Log
-from stream_ctr.ingest import Came, Columns, Ingest
-from stream_ctr.join import Arrivals, Examples, LabelJoiner
+from stream_ctr.ingest import Ingest
+from stream_ctr.join import Examples, LabelJoiner
 from stream_ctr.labelled_logs import AvazuLog, CriteoLog, OpenBanditLog
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import Dataset
@@ -194,21 +193,11 @@ class Joined:
             taken = self._ingest.take(0.25)
             standing = taken.standing
             if taken.columns:
-                self._push(taken.columns)
+                joining.push(taken.columns, self._joiner, self._watermarks)
+                self.rejected.update(taken.columns.rejected.reason)
             watermark = self._watermarks.overall(excused=standing.idle)
             yield from _all(lambda watermark=watermark: self._joiner.advance(watermark))  # type: ignore[misc]
         yield from _all(self._joiner.drain)
-
-    def _push(self, columns: Columns) -> None:
-        impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival
-        n = len(impressions)
-        time = np.concatenate([impressions.time, clicks.time])
-        partition = np.concatenate([impressions.partition, clicks.partition])
-        limit = np.empty(len(arrival), np.int64)
-        limit[arrival] = self._watermarks.observe(partition[arrival], time[arrival], arrival >= n)
-        self._joiner.push_impressions(_arrivals(impressions, limit[:n]), columns.ids, columns.values, columns.true_probability)
-        self._joiner.push_clicks(_arrivals(clicks, limit[n:]))
-        self.rejected.update(columns.rejected.reason)
 
     def notes(self) -> list[str]:
         """What was lost on the way, a sentence each."""
@@ -221,7 +210,3 @@ class Joined:
 def _all(leave: Callable[[], Examples]) -> Iterator[Examples]:
     while len(examples := leave()):
         yield examples
-
-
-def _arrivals(came: Came, limit: npt.NDArray[np.int64]) -> Arrivals:
-    return Arrivals(came.id_hash, came.time, came.partition, came.place, limit)
