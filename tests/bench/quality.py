@@ -38,6 +38,10 @@ from connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
 DATA = Path(os.environ.get("STREAM_CTR_DATA") or ROOT.parent / "shared" / "data")
 # Samples of a few thousand impressions need smaller steps than a stream that goes on.
 SAMPLE_OPTIONS = ("-X", "learn.batch_size=128", "-X", "join.label_window=10m")
+# What reports call the models of a run, and what the tables do.
+TITLES = {"river_ftrl": "River FTRL", "ftrl": "exact FTRL", "deepfm": "DeepFM"}
+LINEAR = ("river_ftrl", "ftrl")
+DIFFERENCES = [f"DeepFM - {TITLES[name]} [95 %]" for name in LINEAR]
 
 
 def stream_ctr(*arguments: object) -> None:
@@ -66,8 +70,10 @@ def kafka(directory: Path) -> Iterator[tuple[str, str]]:
         yield broker.bootstrap_servers, f"Apache Kafka {installation.version}"
 
 
-def interval(paired: dict[str, Any]) -> str:
-    return f"{paired['logloss_difference']:+.5f} [{paired['low']:+.5f}, {paired['high']:+.5f}]"
+def differences(summary: dict[str, Any]) -> list[str]:
+    """Of DeepFM's logloss and that of each linear model on the same examples."""
+    pairs = [summary["pairs"][name] for name in LINEAR]
+    return [f"{pair['logloss_difference']:+.5f} [{pair['low']:+.5f}, {pair['high']:+.5f}]" for pair in pairs]
 
 
 def simulated(arguments: argparse.Namespace) -> None:
@@ -79,15 +85,14 @@ def simulated(arguments: argparse.Namespace) -> None:
             stream_ctr("run", "--source", log, "--state", state, "--until-end", "-X", f"learn.seed={seed}")
             half = final(state)["last_half"]
         constant, best = half["constant_logloss"], half["best_possible_logloss"]
-        models = {name: half[name] for name in ("deepfm", "river_ftrl")}
-        closed = {name: (constant - score["logloss"]) / (constant - best) for name, score in models.items()}
-        losses = [f"{half[name]['logloss']:.5f} ({closed[name]:.1%})" for name in ("river_ftrl", "deepfm")]
-        rows.append([seed, f"{constant:.5f}", *losses, f"{best:.5f}", f"{models['deepfm']['auc']:.4f}", interval(half["paired"])])
+        closed = {name: (constant - half[name]["logloss"]) / (constant - best) for name in TITLES}
+        losses = [f"{half[name]['logloss']:.5f} ({closed[name]:.1%})" for name in TITLES]
+        rows.append([seed, f"{constant:.5f}", *losses, f"{best:.5f}", f"{half['deepfm']['auc']:.4f}", *differences(half)])
     print(
         f"{arguments.impressions:,} simulated impressions, one pass; "
         "logloss over the last half (share of the gap from constant to best possible)\n"
     )
-    print_table(["seed", "constant", "River FTRL", "DeepFM", "best possible", "DeepFM AUC", "DeepFM - River [95 %]"], rows)
+    print_table(["seed", "constant", *TITLES.values(), "best possible", "DeepFM AUC", *DIFFERENCES], rows)
 
 
 def samples(arguments: argparse.Namespace) -> None:
@@ -103,12 +108,10 @@ def samples(arguments: argparse.Namespace) -> None:
                 stream_ctr(*run, *SAMPLE_OPTIONS)
                 report = final(state)
                 quarter = report["last_quarter"]
-                scores = [f"{quarter[m]['logloss']:.4f} / {quarter[m]['auc']:.4f}" for m in ("river_ftrl", "deepfm")]
-                rows.append(
-                    [log_format, report["examples"], seed, f"{quarter['constant_logloss']:.4f}", *scores, interval(quarter["paired"])]
-                )
+                scores = [f"{quarter[name]['logloss']:.4f} / {quarter[name]['auc']:.4f}" for name in TITLES]
+                rows.append([log_format, report["examples"], seed, f"{quarter['constant_logloss']:.4f}", *scores, *differences(quarter)])
     print(f"samples through {broker}, one pass, logloss / AUC over the last quarter; options {' '.join(SAMPLE_OPTIONS)}\n")
-    print_table(["log", "impressions", "seed", "constant", "River FTRL", "DeepFM", "DeepFM - River logloss [95 %]"], rows)
+    print_table(["log", "impressions", "seed", "constant", *TITLES.values(), *DIFFERENCES], rows)
 
 
 def joins(_: argparse.Namespace) -> None:
