@@ -11,7 +11,8 @@ Cases
   train-10m  the same at batch 1024 with 10 M rows: ours and PyTorch with dense Adam
   ingest     Kafka -> decode -> hash -> join, a window of 60 s, the broker on the same cores: ours with kafka-python, confluent-kafka and
              Arrow batches, Flink SQL's interval join, json.loads and a dict
-  pipeline   Kafka -> learned and measured, FTRL on all, River on 1/16: ours, json.loads + dict + River, and ours train only on the same
+  pipeline   Kafka -> learned and measured, FTRL on all, River on 1/16: ours, json.loads + dict + River, and of ours the parts alone, which
+             bound it: training on the same examples, all up to the join, River on its share
   ftrl       exact FTRL-Proximal, ids in memory, one core: ours, Vowpal Wabbit, River
   memory     a million impressions pending, against none
   flat       processor time an event as a stream grows to 20 M impressions
@@ -38,12 +39,13 @@ import json
 import os
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -54,7 +56,7 @@ from record import commit, fill, machine  # noqa: E402
 
 from bench import zipf  # noqa: E402
 from bench.comparison import Comparison, Goal, table  # noqa: E402
-from bench.contest import Absent, Call, Contender, Measurement, Program, compare  # noqa: E402
+from bench.contest import Absent, Call, Contender, Measurement, Program, Result, compare  # noqa: E402
 from bench.environments import NotRun, Peer  # noqa: E402
 from bench.streams import Topic, filled_topic  # noqa: E402
 
@@ -158,18 +160,20 @@ def ingest(bench: Bench) -> Iterator[Comparison]:
 
 def pipeline(bench: Bench) -> Iterator[Comparison]:
     batch = bench.size(4096, 256)
-    for stream, events in (("simulated", bench.size(400_000, 20_000)), ("wide", bench.size(200_000, 10_000))):
+    for stream, events in (("simulated", bench.size(1_200_000, 20_000)), ("wide", bench.size(600_000, 10_000))):
         with tempfile.TemporaryDirectory(dir=bench.directory) as name, filled_topic(stream, events, Path(name)) as topic:
             learning = ["-X", f"learn.batch_size={batch}", "-X", "baseline.sample_rate=0.0625", *JOIN]
             learning += ["-X", "model.hidden=16"] if bench.quick else []
             whole = Program("ours", "stream_run", [*topic.options, "--", *learning, *topic.run_options])
             confluent = Program("ours, confluent-kafka", "stream_run", [*whole.arguments, "--client", "confluent"])
-            only = train_only(Path(name) / "examples", topic, batch, bench)
+            parts = [*on_examples(Path(name) / "examples", topic, batch, bench), joined("ours, to the join only", topic)]
+            only = parts[0]
             plain = ["--window-ms", 1000 * WINDOW_SECONDS, "--events", bench.size(50_000, 2_000), "--model", "river"]
             peer = Program("json.loads + dict + River", "json_pipeline", [*topic.options, *plain])
             goals = [Goal("ours", least=40_000), Goal("ours", least=0.6, times=only.name)]
             title = f"Kafka -> learned and measured, FTRL on all, River on 1/16: {described(topic, stream)}"
-            yield bench.compare(f"pipeline-{stream}", title, "events/s", [whole, confluent, only, peer], *goals, peer=peer.name)
+            compared = bench.compare(f"pipeline-{stream}", title, "events/s", [whole, confluent, *parts, peer], *goals, peer=peer.name)
+            yield replace(compared, results=[*compared.results, together("the parts, one after the other", compared.results, parts)])
 
 
 def ftrl(bench: Bench) -> Iterator[Comparison]:
@@ -274,16 +278,35 @@ def flink(bench: Bench, topic: Topic) -> Contender:
     return Program(name, "flink_join", [*options, "--parallelism", os.cpu_count() or 1, "--features", *features], bench.peer("flink"))
 
 
-def train_only(directory: Path, topic: Topic, batch: int, bench: Bench) -> Contender:
-    """Ours on the examples of the topic, which our own join has put into the directory."""
-    name = "ours, train only"
+def on_examples(directory: Path, topic: Topic, batch: int, bench: Bench) -> list[Contender]:
+    """Ours and River on the examples of the topic, which our own join has put into the directory; both count events."""
+    names = ("ours, train only", "River alone, on 1/16")
     saved = joined("examples", topic)
     (result,) = compare([Program(saved.name, saved.script, ["--save", directory, *saved.arguments])], rounds=1)
     if result.reason:
-        return Absent(name, result.reason)
+        return [Absent(name, result.reason) for name in names]
     options = [*network(bench), "--batch", batch, "--fields", len(topic.fields), "--table-bits", 20, "--precision", "auto"]
     events = topic.events / result.repetitions[0]["examples"]
-    return Program(name, "learner", ["--data", directory, *options, "--events-per-example", events])
+    river = ["--examples", bench.size(30_000, 1_000), "--events-per-example", 16 * events]
+    return [
+        Program(names[0], "learner", ["--data", directory, *options, "--events-per-example", events]),
+        Program(names[1], "river_ftrl", ["--data", directory, *river], note="on one core"),
+    ]
+
+
+def together(name: str, results: Sequence[Result], parts: Sequence[Contender]) -> Result:
+    """How fast it would be, round by round, if cores did these parts one after the other and nothing else: a bound for what does them all.
+
+    The second of them keeps one core busy, the others all.
+    """
+    by_name = {result.name: result for result in results}
+    values = [by_name[part.name].values if part.name in by_name else [] for part in parts]
+    if not all(values):
+        return Result(name, reason="a part was not measured")
+    cores = os.cpu_count() or 1
+    bound = [1 / (1 / training + 1 / (cores * river) + 1 / joining) for training, river, joining in zip(*values, strict=True)]
+    times = statistics.median(all_ / training for all_, training in zip(bound, values[0], strict=True))
+    return Result(name, bound, note=f"computed from the three rows; {times:.2f} x {parts[0].name}, which is what can be reached at most")
 
 
 def described(topic: Topic, stream: str) -> str:

@@ -16,6 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="what zipf.write has written")
     parser.add_argument("--examples", type=int, required=True)
+    parser.add_argument("--events-per-example", type=float, default=1.0, help="count events, of which some are not among the examples")
     arguments = parser.parse_args()
     on_one_core()
     ids, labels = np.load(arguments.data / "ids.npy")[: arguments.examples], np.load(arguments.data / "labels.npy")
@@ -27,7 +28,8 @@ def main() -> None:
         for x, label in examples:
             model.predict_proba_one(x)
             model.learn_one(x, label)
-        return {"count": len(examples), "seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - processor}
+        count = len(examples) * arguments.events_per_example
+        return {"count": count, "seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - processor}
 
     answer(measure, note=f"River {river.__version__}, the first {len(examples):,} examples")
 
