@@ -28,8 +28,8 @@ from kafka.errors import KafkaError
 
 from connectors.embedded import answers_metadata, dies_with_parent, free_port
 
-START_SECONDS = 60.0
-STOP_SECONDS = 30.0
+START_SECONDS = 180.0
+STOP_SECONDS = 120.0
 SASL_USER, SASL_PASSWORD = "tester", "marker-secret-5f2c"
 _JAVA_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 
@@ -127,7 +127,7 @@ class ApacheBroker:
 
     def launch(self) -> None:
         heap = "-Xmx384m" if len(self._quorum.controllers) == 1 else "-Xmx256m"
-        with open(self._log, "ab") as output:
+        with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
                 dies_with_parent(self.installation.command("kafka.Kafka", str(self._configuration), heap=heap)),
                 stdin=subprocess.DEVNULL,
@@ -141,7 +141,7 @@ class ApacheBroker:
         while not answers_metadata(self._ports["PLAIN"]):
             if self.process is None or self.process.poll() is not None or time.monotonic() > deadline:
                 self.kill()
-                raise RuntimeError(f"{self.installation} did not start: {self._log.read_text(errors='replace')[-2000:]}")
+                raise RuntimeError(f"{self.installation} did not start: {self.log.read_text(errors='replace')[-2000:]}")
             time.sleep(0.05)
 
     def stop(self) -> None:
@@ -192,7 +192,8 @@ class ApacheBroker:
         return self._directory / "server.properties"
 
     @property
-    def _log(self) -> Path:
+    def log(self) -> Path:
+        """What it writes of itself."""
         return self._directory / "server.log"
 
     def _properties(self) -> dict[str, object]:
@@ -231,7 +232,7 @@ class ApacheBroker:
             "transaction.state.log.min.isr": min(2, replicas),
             "transaction.state.log.num.partitions": 1,
             "group.initial.rebalance.delay.ms": 0,
-            "broker.session.timeout.ms": 2000,  # a killed broker may register again after that long
+            "broker.session.timeout.ms": 6000,  # a killed broker may register again after that long; one that starves is cut off
             "broker.heartbeat.interval.ms": 500,
             "log.cleaner.dedupe.buffer.size": 4 << 20,
             "log.retention.ms": -1,  # half a minute after its start a broker deletes what is old, and tests write times of 1970

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 import torch
 from brokers import ApacheBroker, KafkaMissing, find_kafka
+from hypothesis import HealthCheck, settings
+from patience import end_of
 from reliability import MATRIX, Outcome, Report
 
+from connectors import confluent, embedded, kafka
 from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
 
 if not torch.cuda.is_available():
@@ -34,6 +37,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_SPOKEN_TO] = []
     config.stash[_REPORT] = Report()
+    # The same examples each time, however long they take; with --faults others each time.
+    patient: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+    settings.register_profile("tests", derandomize=not config.getoption("--faults"), **patient)
+    settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -58,7 +65,25 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     result = yield
     if result.when == "call" or not result.passed:  # a setup that skips or fails has no call
         item.config.stash[_REPORT].add(item, result, item.stash.get(_OUTCOME, Outcome()))
+    if result.failed:
+        result.sections += _ends_of_logs(item)
     return result
+
+
+def _ends_of_logs(item: pytest.Item) -> list[tuple[str, str]]:
+    """What the processes of a test have written to files, with their names."""
+    funcargs: dict[str, Any] = getattr(item, "funcargs", {})
+    directory, apache = funcargs.get("tmp_path"), funcargs.get("apache")
+    logs = [*sorted(directory.glob("*.log")), *sorted(directory.glob("*/*.log"))] if directory else []
+    logs += [apache.log] if apache else []
+    return [(f"end of {log.name}", end_of(log.read_text(errors="replace"))) for log in logs if log.is_file()]
+
+
+def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
+    """Of a long text that lacks something, pytest would show the two ends of a line."""
+    if op == "in" and isinstance(left, str) and isinstance(right, str) and len(right) > 200:
+        return [f"{left!r} in the text that ends with", *end_of(right).splitlines()]
+    return None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -103,6 +128,17 @@ def _describe_apache() -> str:
         return str(find_kafka())
     except KafkaMissing as error:
         return str(error)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patient_clients() -> Iterator[None]:
+    """A broker that has a share of a busy machine answers, if late."""
+    with pytest.MonkeyPatch.context() as patch:
+        for client in (kafka, confluent):
+            patch.setattr(client, "BOOTSTRAP_SECONDS", 30.0)
+            patch.setattr(client, "ANSWER_SECONDS", 30.0)
+        patch.setattr(embedded, "START_SECONDS", 60.0)
+        yield
 
 
 @pytest.fixture(scope="session")
