@@ -237,6 +237,17 @@ def test_a_layer_and_its_gradients_are_those_of_torch(activation):
     assert all(torch.allclose(x, y, atol=1e-14) for x, y in zip(ours, torch.autograd.grad(theirs, operands, slope), strict=True))
 
 
+def test_an_activation_that_there_is_not_is_refused_where_the_layer_is_made():
+    with pytest.raises(ValueError, match="one of relu, tanh, sigmoid, none, got 'gelu'"):
+        small("deepfm", activation="gelu")
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0, float("nan")])
+def test_a_share_that_cannot_be_dropped_is_refused(rate):
+    with pytest.raises(ValueError, match="at least 0 and less than 1"):
+        small("deepfm", dropout=rate)
+
+
 @pytest.mark.parametrize("rate", [0.0001, 0.1, 0.4, 0.5, 0.9, 0.9999])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_keeps_its_share_and_the_mean(rate, dtype):
@@ -521,6 +532,12 @@ def test_rates_of_ftrl_are_for_lr_alone():
         learner.learn(ids, labels)
     assert np.ptp(strict.predict(ids)) == 0.0 < np.ptp(loose.predict(ids))
     small("fm", ftrl={"l1": 50.0})
+
+
+@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"beta": float("nan")}, {"l1": -1.0}, {"l2": float("nan")}])
+def test_rates_that_ftrl_cannot_learn_with_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*must be"):
+        small("lr", ftrl=wrong)
 
 
 LR_WEIGHTS = {"rows": np.array([3, 7], np.int32), "pairs": np.array([[0.5, 1.0], [-1.0, 2.0]]), "intercept": np.array([0.1, 0.2])}

@@ -32,7 +32,7 @@ from stream_ctr.history import Log
 from stream_ctr.join import Examples
 from stream_ctr.logs import open_log
 from stream_ctr.models import MODELS
-from stream_ctr.paper import dataset, experiment, plan, published, reading, work
+from stream_ctr.paper import dataset, experiment, intervals, plan, published, reading, words, work
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split
 from stream_ctr.paper.experiment import Setting
 from stream_ctr.simulate import FIELDS, Simulation
@@ -163,6 +163,27 @@ def test_of_a_reading_that_breaks_off_nothing_is_taken_for_data(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         dataset.write(tmp_path / "data", breaks_off(), identity={})
     assert dataset.existing(tmp_path / "data") is None
+
+
+def test_data_that_are_not_as_they_were_written_are_an_error_that_says_how_to_have_them_anew(tmp_path: Path) -> None:
+    read(Simulation(300, seed=4), tmp_path / "data")
+    (tmp_path / "data" / "ids.bin").write_bytes(b"cut short")
+    with pytest.raises(DataError, match="data is damaged .*--restart reads it again"):
+        read(Simulation(300, seed=4), tmp_path / "data")
+
+
+def test_a_configured_field_that_no_impression_has_is_named_and_of_none_at_all_nothing_is_learned(tmp_path: Path) -> None:
+    path = criteo(tmp_path / "log.tsv", 300)
+
+    def of_fields(*names: str) -> Dataset:
+        configured = config.load(overrides={**SMALL, "features": {"categorical": names}})
+        log = open_log(path, format="criteo", click_delay_seconds=reading.CLICK_DELAY_SECONDS)
+        return read(log, tmp_path / "-".join(names), configured=configured)
+
+    assert of_fields("C1", "C1o").about["notes"][-1] == "no impression has C1o: are these fields spelled as in the log?"
+    assert not any("spelled" in note for note in of_fields("C1").about["notes"])
+    with pytest.raises(DataError, match="no impression has C1o, C2o: are these fields spelled as in the log"):
+        of_fields("C1o", "C2o")
 
 
 def test_a_limit_takes_the_first_impressions(tmp_path: Path) -> None:
@@ -378,7 +399,7 @@ def test_a_logit_that_is_not_finite_is_no_score(part: str, data: Dataset, split:
 
 
 def test_paired_is_the_first_less_the_reference() -> None:
-    found = experiment.paired([3.0] * 20, [1.0] * 20, 40)
+    found = intervals.paired([3.0] * 20, [1.0] * 20, 40)
     assert found == {"logloss_difference": 1.0, "low": 1.0, "high": 1.0, "count": 40, "blocks": 20}
 
 
@@ -468,9 +489,11 @@ def test_the_estimate_counts_what_is_left_and_its_memory(data: Dataset, tmp_path
     (tmp_path / "runs" / f"{first}.json").write_text("{}")
     runs, seconds, room = work.estimate(made, tmp_path)
     assert runs == "9 runs, 1 of them done before"
+    of_one = replace(made, wishes=replace(made.wishes, models=("fm",)))
+    assert work.estimate(of_one, tmp_path)[0] == "1 run"
     assert "with 3 epochs a run" in seconds
     floats = 32  # of a row: 2 x 4 + 1 coordinates with two moments each, in lines of 16
-    assert room.startswith(work.in_bytes(2 * 4 * floats * 2**12 + 64 * len(data)))
+    assert room.startswith(words.in_bytes(2 * 4 * floats * 2**12 + 64 * len(data)))
 
 
 def test_memory_and_disk_are_told_before_the_log_is_read() -> None:
@@ -478,7 +501,7 @@ def test_memory_and_disk_are_told_before_the_log_is_read() -> None:
     told = work.expected(config.load(overrides=SMALL), plan.Wishes(), rows, reading.expected_bytes(Simulation(rows), config.load(), rows))
     fields, table = len(FIELDS), 2 * 4 * 32 * 2**12  # rows of 2 x 4 + 1 coordinates with two moments each, in lines of 16 floats
     disk = rows * (4 * fields + 1 + 8 + 8)
-    assert told == f"about 1,000,000 impressions to read; {(table + 64 * rows) / 1e6:.1f} MB of memory, {disk / 1e6:.1f} MB of disk"
+    assert told == f"at most about 1,000,000 impressions to read; {(table + 64 * rows) / 1e6:.1f} MB of memory, {disk / 1e6:.1f} MB of disk"
 
 
 def test_a_run_that_diverges_is_told_and_stops_no_other(data: Dataset, tmp_path: Path) -> None:
@@ -556,6 +579,20 @@ def test_figure_6_is_of_the_runs_of_table_2(data: Dataset) -> None:
     assert {w.part for w in planned(data, only=frozenset(["figure6"])).asked} == {"table2"}
 
 
+@pytest.mark.parametrize("kind", ["json", "npy"])
+def test_an_outcome_that_is_damaged_is_named_and_done_again_when_it_is_deleted(kind: str, tmp_path: Path) -> None:
+    arguments = ("--simulate", 1000, "--out", tmp_path, "--seeds", 1, "--epochs", 1, "--only", "table2", "--model", "lr", "--model", "fm")
+    paper(*arguments)
+    first = comparable(tmp_path)
+    (damaged,) = (tmp_path / "runs").glob(f"fm-*.{kind}")
+    damaged.write_bytes(damaged.read_bytes()[:200])
+    result = paper(*arguments)
+    assert (result.exit_code, f"{damaged} is damaged; delete " in result.output) == (5, True)
+    damaged.with_suffix(".json").unlink()
+    assert "2 runs, 1 of them done before" in paper(*arguments).output
+    assert comparable(tmp_path) == first
+
+
 def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     arguments = ("--simulate", 1000, "--out", tmp_path, "--seeds", 1, "--epochs", 1, "--only", "table2", "--model", "lr")
     assert paper(*arguments).exit_code == 0
@@ -613,13 +650,36 @@ def test_what_cannot_be_written_is_an_error_and_no_traceback(where: str, tmp_pat
         (("--data", "{dir}/log.tsv", "--format", "critoe", "--out", "{dir}"), 3, "unknown log format 'critoe'; did you mean 'criteo'?"),
         (("--simulate", 1000, "--out", "{dir}", "--only", "table3"), 2, "'table3' is none of table2"),
         (("--simulate", 1000, "--out", "{dir}", "-X", "model.hiden=3"), 3, "unknown key 'model.hiden'"),
-        (("--data", "{dir}/never.tsv", "--format", "criteo", "--out", "{dir}"), 5, "no click among the"),
+        (("--data", "{dir}/never.tsv", "--format", "criteo", "--out", "{dir}"), 5, "no click among the 300 impressions of the log"),
+        (("--data", "{dir}/shown.jsonl", "--out", "{dir}"), 5, "A log of events must hold clicks as well as impressions"),
+        (("--data", "{dir}/clicked.jsonl", "--out", "{dir}"), 5, "nothing but clicks among the 300 impressions of the log"),
+        (
+            ("--data", "{dir}/early.jsonl", "--split", "time", "--out", "{dir}"),
+            5,
+            "no click among the 27 impressions of the validation part",
+        ),
+        (("--data", "{dir}/log.tsv", "--format", "events", "--out", "{dir}"), 5, "record 1 is no event: "),
+        (("--data", "{dir}/seconds.jsonl", "--out", "{dir}"), 5, "300 records cannot be read as events (time_"),
+        (("--data", "{dir}/bare.jsonl", "--out", "{dir}"), 5, "none of the first 300 records of the log is an impression with features\n"),
     ],
 )
 def test_what_cannot_be_done_is_said(arguments: Sequence[object], code: int, told: str, tmp_path: Path) -> None:
     criteo(tmp_path / "log.tsv", 300)
     never = criteo(tmp_path / "never.tsv", 300).read_text().splitlines()
     (tmp_path / "never.tsv").write_text("\n".join("0" + line[1:] for line in never) + "\n")
+    shown = [
+        {"kind": "impression", "impression_id": str(i), "time": 1_700_000_000_000 + i, "features": {"a": str(i % 3)}} for i in range(300)
+    ]
+    clicks = [{"kind": "click", "impression_id": event["impression_id"], "time": event["time"]} for event in shown]
+    both = list(zip(shown, clicks, strict=True))
+    for name, lines in (
+        ("shown", shown),
+        ("clicked", [event for pair in both for event in pair]),
+        ("early", [event for i, pair in enumerate(both) for event in pair[: 1 + (i < 200 and i % 2)]]),
+        ("bare", [{**event, "features": {}} for event in shown]),
+        ("seconds", [{**event, "time": event["time"] // 1000} for event in shown]),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(event) + "\n" for event in lines))
     result = paper(*(str(argument).format(dir=tmp_path) for argument in arguments))
     assert result.exit_code == code
     assert told in result.output

@@ -19,7 +19,7 @@ import pytest
 from markdown_it import MarkdownIt  # comes with rich
 
 from stream_ctr.models import MODELS
-from stream_ctr.paper import aggregate, facts, figures, published, report
+from stream_ctr.paper import aggregate, facts, figures, intervals, published, report
 from stream_ctr.paper.page import Block, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text, markdown
 from stream_ctr.paper.page import html as html_of
 
@@ -159,7 +159,7 @@ def test_a_difference_is_paired_by_seed_and_by_example() -> None:
 
 def test_the_interval_of_one_seed_is_that_of_the_test_examples() -> None:
     noise = np.random.default_rng(3).standard_normal((1, 100_000))
-    told = aggregate.paired_difference(0.5 + noise, np.zeros_like(noise))
+    told = intervals.paired_difference(0.5 + noise, np.zeros_like(noise))
     half = 1.96 / np.sqrt(100_000)  # standard deviation 1
     assert told["low"] is not None
     assert told["high"] is not None
@@ -169,7 +169,7 @@ def test_the_interval_of_one_seed_is_that_of_the_test_examples() -> None:
 def test_the_interval_of_three_seeds_that_differ_is_students() -> None:
     """No spread over examples: the 97.5 % quantile of Student's t with 2 degrees of freedom is 4.303."""
     losses = np.array([[0.1], [0.2], [0.3]]) * np.ones((3, 1000))
-    told = aggregate.paired_difference(losses, np.zeros_like(losses))
+    told = intervals.paired_difference(losses, np.zeros_like(losses))
     half = 4.303 * 0.1 / np.sqrt(3)
     assert told["logloss_difference"] == pytest.approx(0.2)
     assert told["high"] == pytest.approx(0.2 + half, rel=0.1)
@@ -184,7 +184,7 @@ def test_the_interval_of_equal_systems_leaves_zero_out_about_once_in_twenty_time
     for _ in range(300):
         examples = 0.04 * rng.standard_normal((1, 500))  # what is the same for all seeds: the test part
         losses = examples + 0.002 * rng.standard_normal((3, 1)) + 0.01 * rng.standard_normal((3, 500))
-        missed += aggregate.verdict(aggregate.paired_difference(losses, np.zeros((3, 500)))) != "same"
+        missed += intervals.verdict(intervals.paired_difference(losses, np.zeros((3, 500)))) != "same"
     assert 2 <= missed <= 24  # 15 on average, if it is exact; wider is honest, narrower is not
 
 
@@ -192,7 +192,7 @@ def test_the_interval_of_equal_systems_leaves_zero_out_about_once_in_twenty_time
     ("low", "high", "verdict"), [(0.1, 0.2, "worse"), (-0.2, -0.1, "better"), (-0.1, 0.1, "same"), (None, None, "unknown")]
 )
 def test_a_system_is_told_apart_only_when_its_interval_leaves_zero_out(low: float | None, high: float | None, verdict: str) -> None:
-    assert aggregate.verdict({"low": low, "high": high}) == verdict
+    assert intervals.verdict({"low": low, "high": high}) == verdict
 
 
 def test_a_systems_time_is_the_median_over_seeds_beside_lrs() -> None:

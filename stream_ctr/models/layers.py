@@ -152,6 +152,8 @@ class Dropout(nn.Module):
     """
 
     def __init__(self, rate: float) -> None:
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {rate}")
         super().__init__()
         self.rate = rate
         self._kept = min(max(round((1.0 - rate) * _DRAWS), 1), _DRAWS - 1)  # of so many draws
@@ -210,6 +212,8 @@ class Dense(nn.Linear):
     """
 
     def __init__(self, inputs: int, outputs: int, activation: str = "none") -> None:
+        if activation not in _ACTIVATE:
+            raise ValueError(f"activation must be one of {', '.join(_ACTIVATE)}, got {activation!r}")
         super().__init__(inputs, outputs)
         self.activation = activation
         self.low: tuple[Tensor, Tensor] | None = None

@@ -37,7 +37,7 @@ class FTRL:
 
     The intercept has no l1 and no l2: how often anybody clicks is not shrunk towards one half. Two fields of an example that share a row
     are one coordinate, whose value is their sum. The default rates were close to the best of a grid on samples of Criteo and Avazu
-    and on a simulated stream. Raises `ValueError` unless `alpha` and `beta` are positive.
+    and on a simulated stream. Raises `ValueError` unless `alpha` and `beta` are positive and `l1` and `l2` at least 0.
     """
 
     def __init__(
@@ -52,6 +52,8 @@ class FTRL:
     ) -> None:
         if not (alpha > 0 and beta > 0):  # with beta 0 a gradient so small that its square is 0 would make a weight infinite
             raise ValueError(f"alpha and beta must be positive, got {alpha} and {beta}")
+        if not (l1 >= 0 and l2 >= 0):
+            raise ValueError(f"l1 and l2 must be at least 0, got {l1} and {l2}")
         self._value_fields = np.array(value_fields, np.int64)
         self._rates = (1.0 / alpha, beta, l1, l2)
         self._table = np.zeros((1 << table_bits, 2))  # (z, n)

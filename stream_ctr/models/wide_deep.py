@@ -8,8 +8,8 @@ hashed like a field: each combination of values that occurs has a weight of its 
 constant of both.
 
 Cheng et al. have FTRL with L1 on the wide side and AdaGrad on the deep one. Here all rows step by the table's optimiser and the network by
-Adam, as for the other systems: what the table of the paper compares is models. Common implementations of FM & DNN feed both sides one
-embedding, which is DeepFM.
+Adam, as for the other systems: what the paper's table compares is models, and it too has one optimiser for both sides (its footnote 6).
+Common implementations of FM & DNN feed both sides one embedding, which is DeepFM.
 """
 
 from __future__ import annotations

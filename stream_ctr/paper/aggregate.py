@@ -7,28 +7,22 @@ A run is a dictionary: `part` (of the report) and `value` (of the factor that th
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from stream_ctr.models import MODELS
 from stream_ctr.paper import published
+from stream_ctr.paper.intervals import Difference, Floats, paired_difference
 
 Run = Mapping[str, Any]
-Floats = npt.NDArray[np.floating]
-Difference = dict[str, float | int | None]
+Report = Mapping[str, Any]  # what report.json holds
 
-STUDIES = ("figure7", "figure8", "figure9", "figure10", "figure11")
+STUDIES = tuple(published.VALUES)
 DEEP = tuple(system.title for system in MODELS.values() if system.high_order)
 TITLES = tuple(system.title for system in MODELS.values())
-_BLOCKS = 128
-_BLOCKS_LEAST = 10
-_DRAWS = 10_000
 _LEAST_SECONDS = 0.5
 
 
@@ -63,47 +57,6 @@ def scores(runs: Sequence[Run]) -> dict[str, float | None]:
     for metric in ("auc", "logloss"):
         told[metric], told[f"{metric}_std"] = mean_std(run[metric] for run in runs)
     return told
-
-
-def paired_difference(losses: Floats, reference: Floats) -> Difference:
-    """Mean loss of a system less that of another on the same test examples, and a 95 % interval for both kinds of chance.
-
-    `losses` and `reference` are [S, n]: S seeds, n test examples in their order. Each of 10,000 draws takes blocks of neighbouring examples
-    with replacement - another test part might have been drawn - and adds the error of a mean over S seeds, which has Student's t
-    distribution with S - 1 degrees of freedom: three seeds are few, and the interval says so. With one seed it holds the test examples
-    alone. No bounds below ten examples.
-
-    >>> once, twice = np.full((3, 100), 0.25), np.full((3, 100), 0.75)
-    >>> paired_difference(twice, once)
-    {'logloss_difference': 0.5, 'low': 0.5, 'high': 0.5, 'seeds': 3}
-    """
-    seeds, examples = losses.shape
-    blocks, counts = _blocks(losses, reference)
-    difference = float(blocks.sum() / examples / seeds)
-    told: Difference = {"logloss_difference": difference, "low": None, "high": None, "seeds": seeds}
-    if len(counts) < _BLOCKS_LEAST:
-        return told
-    drawn = _draws(len(counts))
-    errors = (drawn @ blocks.mean(axis=0)) / (drawn @ counts) - difference
-    if seeds > 1:
-        spread = (blocks.sum(axis=1) / examples).std(ddof=1) / math.sqrt(seeds)
-        errors = errors + spread * np.random.default_rng(1).standard_t(seeds - 1, _DRAWS)
-    low, high = (difference + np.quantile(errors, (0.025, 0.975))).tolist()
-    return {**told, "low": low, "high": high}
-
-
-def _blocks(losses: Floats, reference: Floats) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Sums of differences [S, blocks] and how many examples each block has [blocks]."""
-    examples = losses.shape[1]
-    edges = np.linspace(0, examples, min(_BLOCKS, examples) + 1).astype(np.int64)
-    sums = [np.add.reduceat(a.astype(np.float64) - b.astype(np.float64), edges[:-1]) for a, b in zip(losses, reference, strict=True)]
-    return np.array(sums), np.diff(edges).astype(np.float64)
-
-
-@lru_cache(maxsize=2)
-def _draws(blocks: int) -> npt.NDArray[np.float64]:
-    """How often each block is drawn [draws, blocks]: every system is compared on the same draws."""
-    return np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS).astype(np.float64)
 
 
 def table2(runs: Iterable[Run], losses: Callable[[Run], Floats]) -> dict[str, dict[str, Any]]:
@@ -161,13 +114,6 @@ def _minus(runs: Sequence[Run], others: Sequence[Run], losses: Callable[[Run], F
     if not both or runs is others:
         return None
     return paired_difference(np.stack([losses(run) for run, _ in both]), np.stack([losses(other) for _, other in both]))
-
-
-def verdict(difference: Mapping[str, Any] | None) -> str:
-    """`worse` than the other, `better`, `same` where the interval holds zero, `unknown` without an interval."""
-    if difference is None or difference["low"] is None:
-        return "unknown"
-    return "worse" if difference["low"] > 0 else "better" if difference["high"] < 0 else "same"
 
 
 def order(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -38,13 +38,19 @@ Rows = npt.NDArray[np.int64]
 
 
 class Dataset:
-    """N examples, mapped from `directory`. `about` is what was written with them: `rows`, the widths of columns, `identity` and more."""
+    """N examples, mapped from `directory`. `about` is what was written with them: `rows`, the widths of columns, `identity` and more.
+
+    Raises `DataError` when the files are not as they were written.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self.about: dict[str, Any] = json.loads((directory / _ABOUT).read_text())
-        shapes = _shapes(self.about["rows"], self.about["fields"], self.about["value_fields"])
-        columns = {name: _mapped(directory / f"{name}.bin", _DTYPES[name], shape) for name, shape in shapes.items()}
+        try:
+            self.about: dict[str, Any] = json.loads((directory / _ABOUT).read_text())
+            shapes = _shapes(self.about["rows"], self.about["fields"], self.about["value_fields"])
+            columns = {name: _mapped(directory / f"{name}.bin", _DTYPES[name], shape) for name, shape in shapes.items()}
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(f"what was read before into {directory} is damaged ({error}); --restart reads it again") from None
         self.ids, self.values, self.labels = columns["ids"], columns["values"], columns["labels"]
         self.time, self.true_probability = columns["time"], columns["true_probability"]
 
@@ -179,7 +185,7 @@ class Split:
             part[test:] = TEST
         else:
             for start in range(0, rows, _MANY):
-                index = np.arange(start, min(start + (_MANY), rows), dtype=np.uint64)
+                index = np.arange(start, min(start + _MANY, rows), dtype=np.uint64)
                 part[start : start + len(index)][_chosen(index, seed, VALIDATION)] = VALIDATION
                 part[start : start + len(index)][_chosen(index, seed, TEST)] = TEST
         return cls(part)

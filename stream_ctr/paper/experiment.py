@@ -26,9 +26,9 @@ from stream_ctr.errors import StreamCtrError
 from stream_ctr.learner import Learner, NetworkLearner, State, make_learner
 from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, Split, shuffled
+from stream_ctr.paper.intervals import block_sums
 
 _AT_ONCE = 1 << 16
-_BLOCKS = 128
 _SKIPS = 8
 # Of the validation part, an epoch; as many in a row that are no better end a training. Not fewer: what is seen for the second time is
 # overfitted first, and interactions may be found later in the same epoch.
@@ -342,18 +342,11 @@ def stream(setting: Setting, data: Dataset, *, advance: Advance = lambda n: None
     seconds = clock.seconds_per_step * len(places)
     labels = np.array(data.labels)
     of_all, half = scores(logits, labels), len(data) // 2
-    edges = np.linspace(0, len(data), _BLOCKS + 1).astype(int)[:-1]
     return {
         **setting.told(), **of_all, "last_half": scores(logits[half:], labels[half:]), "seconds": seconds,
         "examples_per_second": len(data) / seconds, "device": device_of(learner), "parameters": parameters(learner),
-        "blocks": np.add.reduceat(metrics.losses(logits, labels), edges).tolist(),
+        "blocks": block_sums(metrics.losses(logits, labels)).tolist(),
     }  # fmt: skip
-
-
-def paired(blocks: list[float], reference: list[float], examples: int) -> dict[str, float | int | None]:
-    """The interval of the mean difference between two passes over the same `examples`: the first less the reference."""
-    counts = np.diff(np.linspace(0, examples, len(blocks) + 1).astype(int))
-    return metrics.paired_interval(np.stack([np.array(blocks) - np.array(reference), counts.astype(np.float64)], axis=1))
 
 
 # -- of a learner -------------------------------------------------------------------------------------------------------------------

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stream_ctr.config import Config, Section
+from stream_ctr.cpu_step import Labels
 from stream_ctr.errors import DataError
 from stream_ctr.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
+from stream_ctr.paper import published
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split
 from stream_ctr.paper.experiment import Setting
 
-PARTS = ("table2", "figure6", "figure7", "figure8", "figure9", "figure10", "figure11", "streaming")
-DEEP = tuple(name for name, system in MODELS.items() if name not in ("lr", "fm"))
+PARTS = ("table2", "figure6", *published.VALUES, "streaming")
+DEEP = tuple(name for name, system in MODELS.items() if system.high_order)
 _OUTCOMES = 2  # of a run; another number when what a setting means has changed
 _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
@@ -108,13 +110,22 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
 def require_enough(data: Dataset, split: Split) -> None:
     if len(data) < _LEAST_EXAMPLES:
         raise DataError(f"{len(data):,} impressions are too few to train, validate and test on; at least {_LEAST_EXAMPLES} are needed")
+    if not 0 < np.count_nonzero(data.labels) < len(data):
+        raise DataError(
+            f"{_of_one_kind(data.labels)} among the {len(data):,} impressions of the log: nothing can be learned. A log of events must "
+            "hold clicks as well as impressions, and those without a click too; a click counts within join.label_window of its impression"
+        )
     for part, name in ((TRAINING, "training"), (VALIDATION, "validation"), (TEST, "test")):
         labels = data.labels[split.part == part]
         if not 0 < int(labels.sum()) < len(labels):
-            what = "no click" if not labels.any() else "nothing but clicks"
             raise DataError(
-                f"{what} among the {len(labels):,} impressions of the {name} part: there is no AUC without both. Give a longer log"
+                f"{_of_one_kind(labels)} among the {len(labels):,} impressions of the {name} part: there is no AUC without both. "
+                "Give a longer log or another --split"
             )
+
+
+def _of_one_kind(labels: Labels) -> str:
+    return "nothing but clicks" if labels.any() else "no click"
 
 
 def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -> Setting:
@@ -130,8 +141,8 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
         system="deepfm",
         seed=learn.seed,
         activation="paper",
-        dropout=_given(model, "dropout", 0.5) if wishes.dropout is None else wishes.dropout,
-        hidden=tuple(_given(model, "hidden", (400, 400, 400))),
+        dropout=_given(model, "dropout", published.DROPOUT) if wishes.dropout is None else wishes.dropout,
+        hidden=tuple(_given(model, "hidden", published.HIDDEN)),
         batch_size=_given(learn, "batch_size", batch_size(split.count(TRAINING))),
         epochs=wishes.epochs,
         share=1.0,

@@ -7,7 +7,7 @@ Numbers stand in its Table 2 alone; of Figures 6 to 11 there are pictures and se
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 SOURCE = (
     "Huifeng Guo, Ruiming Tang, Yunming Ye, Zhenguo Li and Xiuqiang He: DeepFM: A Factorization-Machine based Neural Network for CTR "
@@ -44,6 +44,8 @@ COMPANY: Mapping[str, Scores] = {
     "DeepFM": Scores(0.8715, 0.02618),
 }
 TABLE2: Mapping[str, Mapping[str, Scores]] = {"criteo": CRITEO, "company": COMPANY}
+
+NAMES: Mapping[str, str] = {"criteo": "Criteo", "company": "Company*"}
 
 # Section 3.1: what each data set is.
 DATA: Mapping[str, str] = {
@@ -98,3 +100,12 @@ CLAIMS: Mapping[str, str] = {
     "figure10": "more hidden layers improve the performance at first; it is degraded if their number keeps increasing, by overfitting.",
     "figure11": "the constant network shape is empirically better than the other three.",
 }
+
+
+def counterpart(data: Mapping[str, Any]) -> str | None:
+    """Which of the paper's two data sets a log is to be seen beside, by its `format` and whether it is `simulated`.
+
+    >>> counterpart({"format": "criteo", "simulated": None}), counterpart({"format": "avazu", "simulated": None})
+    ('criteo', None)
+    """
+    return "criteo" if data["format"] == "criteo" else "company" if data["simulated"] is not None else None

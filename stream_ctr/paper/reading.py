@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def read(log: Log, source: Source, config: Config, directory: Path, *, limit: in
     hashed = {"fields": len(fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
 
     def about() -> dict[str, Any]:
-        return {"hashed": hashed, "notes": [*log.notes, *joined.notes()]}
+        return {"hashed": hashed, "notes": [*log.notes, *joined.notes(), *_unseen(fields, joined)]}
 
     return dataset.write(directory, _watched(log, joined, console), identity=identity, limit=limit, about=about)
 
@@ -114,9 +114,12 @@ def _inferred(source: Source) -> tuple[Field, ...]:
     start = source.positions()
     records = source.poll(0.25)
     source.seek(start)
-    fields = infer_fields(records.value[:_INFER_RECORDS])
+    beginning = records.value[:_INFER_RECORDS]
+    fields = infer_fields(beginning)
     if not fields:
-        raise DataError("no impression with features at the beginning of the log: nothing to learn from")
+        _, rejected = Decoder(()).decode(beginning)
+        first = f"; record {rejected.row[0] + 1} is no event: {rejected.message[0]}" if len(rejected) else ""
+        raise DataError(f"none of the first {len(beginning):,} records of the log is an impression with features{first}")
     return fields
 
 
@@ -143,6 +146,17 @@ def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, A
     )  # fmt: skip
     watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=joining["lateness_ms"], stall_clicks=joining["stall_clicks"])
     return Joined(Ingest(source, decoder, hasher), joiner, watermarks)
+
+
+def _unseen(fields: Sequence[Field], joined: Joined) -> Iterator[str]:
+    """A note on fields that no impression had. Raises `DataError` when these are all."""
+    unseen = [field.name for field in fields if field.name not in joined.with_fields]
+    if not unseen or not joined.impressions:
+        return
+    said = f"no impression has {', '.join(unseen)}: are these fields spelled as in the log?"
+    if len(unseen) == len(fields):
+        raise DataError(said)
+    yield said
 
 
 def _require_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path) -> None:
@@ -186,6 +200,7 @@ class Joined:
     def __init__(self, ingest: Ingest, joiner: LabelJoiner, watermarks: Watermarks) -> None:
         self._ingest, self._joiner, self._watermarks = ingest, joiner, watermarks
         self.rejected: Counter[str] = Counter()
+        self.with_fields: set[str] = set()  # that any impression had
 
     def __iter__(self) -> Iterator[Examples]:
         standing = self._ingest.standing()
@@ -195,15 +210,20 @@ class Joined:
             if taken.columns:
                 joining.push(taken.columns, self._joiner, self._watermarks)
                 self.rejected.update(taken.columns.rejected.reason)
+                self.with_fields |= taken.columns.with_fields
             watermark = self._watermarks.overall(excused=standing.idle)
             yield from _all(lambda watermark=watermark: self._joiner.advance(watermark))  # type: ignore[misc]
         yield from _all(self._joiner.drain)
+
+    @property
+    def impressions(self) -> int:
+        return self._joiner.counts()["impressions"]
 
     def notes(self) -> list[str]:
         """What was lost on the way, a sentence each."""
         lost = ("impressions_late", "impressions_duplicate", "impressions_evicted", "clicks_late", "clicks_unmatched", "clicks_evicted")
         counts = self._joiner.counts()
-        found = [f"{count:,} events were no events ({reason})" for reason, count in sorted(self.rejected.items())]
+        found = [f"{count:,} records cannot be read as events ({reason})" for reason, count in sorted(self.rejected.items())]
         return found + [f"{counts[name]:,} {name.replace('_', ' ')}" for name in lost if counts.get(name)]
 
 

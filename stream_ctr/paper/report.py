@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from stream_ctr.errors import DataError
 from stream_ctr.models import MODELS
 from stream_ctr.paper import aggregate, figures, published
-from stream_ctr.paper.aggregate import STUDIES, Floats, Run, verdict
+from stream_ctr.paper.aggregate import STUDIES, Run
 from stream_ctr.paper.contents import contents, title
+from stream_ctr.paper.intervals import Floats, verdict
 from stream_ctr.paper.page import Block, Picture, html, markdown
 
 Report = dict[str, Any]
@@ -26,7 +28,11 @@ def write(out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapp
     """The report of these runs, which is also written into `out`. `losses` of a run is the file of its test losses, below `out`."""
 
     def losses(run: Run) -> Floats:
-        loaded: Floats = np.load(out / run["losses"], mmap_mode="r", allow_pickle=False)
+        path = out / run["losses"]
+        try:
+            loaded: Floats = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            raise DataError(f"{path} is damaged; delete {path.with_suffix('.json')}, and the same command does that run again") from None
         return loaded
 
     told = report(runs, data=data, made=made, losses=losses)

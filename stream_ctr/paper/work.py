@@ -30,8 +30,10 @@ from stream_ctr.errors import DataError
 from stream_ctr.models import MODELS
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json
-from stream_ctr.paper.experiment import Diverged, Setting, paired, seconds_per_example, stream, train
+from stream_ctr.paper.experiment import Diverged, Setting, seconds_per_example, stream, train
+from stream_ctr.paper.intervals import paired
 from stream_ctr.paper.plan import PARTS, Plan, Wishes
+from stream_ctr.paper.words import duration, in_bytes
 from stream_ctr.table import columns
 
 _USUAL_EPOCHS = 3
@@ -50,7 +52,7 @@ def expected(config: Config, wishes: Wishes, rows: int, disk: int) -> str:
     held = in_bytes(memory(wishes.models, config.model.embedding_dim, optimizer, config.model.table_bits, rows))
     if not rows:
         return f"how many impressions there are to read is unknown; {held} of memory, and {_PASS_BYTES} bytes for each impression"
-    return f"about {rows:,} impressions to read; {held} of memory" + (f", {in_bytes(disk)} of disk" if disk else "")
+    return f"at most about {rows:,} impressions to read; {held} of memory" + (f", {in_bytes(disk)} of disk" if disk else "")
 
 
 def estimate(made: Plan, out: Path) -> list[str]:
@@ -58,12 +60,12 @@ def estimate(made: Plan, out: Path) -> list[str]:
     runs = made.distinct
     waiting = [setting for key, setting in runs.items() if not _path(out, key).exists()]
     done = len(runs) - len(waiting)
-    told = [f"{len(runs)} runs" + (f", {done} of them done before" if done else "")]
+    told = [f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}" + (f", {done} of them done before" if done else "")]
     if waiting:
         each = {pair: _timed(made, *pair) for pair in dict.fromkeys((setting.system, setting.device) for setting in waiting)}
-        few, most = (sum(_seconds(made, setting, each, epochs) for setting in waiting) for epochs in (_USUAL_EPOCHS, made.wishes.epochs))
-        at_most = f" with {_USUAL_EPOCHS} epochs a run, {_duration(most)} at most" if made.wishes.epochs > _USUAL_EPOCHS else ""
-        told.append(f"about {_duration(few)}{at_most}")
+        few, most = (_all(made, waiting, each, epochs) for epochs in (_USUAL_EPOCHS, made.wishes.epochs))
+        at_most = f" with {_USUAL_EPOCHS} epochs a run, {duration(most)} at most" if made.wishes.epochs > _USUAL_EPOCHS else ""
+        told.append(f"about {duration(few)}{at_most}")
     losses = 4 * made.split.count(TEST) * sum(1 for setting in runs.values() if setting.epochs)
     learner = made.settings.learner
     systems = {setting.system for setting in runs.values()}
@@ -78,6 +80,11 @@ def _timed(made: Plan, system: str, device: str) -> float:
     usual = replace(made.settings, system=system, device=device)
     learner = {**made.settings.learner, "precision": setting.learner["precision"]}
     return seconds_per_example(replace(usual, learner=learner), made.data, made.split)
+
+
+def _all(made: Plan, waiting: Sequence[Setting], each: Mapping[tuple[str, str], float], epochs: int) -> float:
+    """Seconds, at least one, to two digits: the third would say nothing."""
+    return max(1.0, float(f"{sum(_seconds(made, setting, each, epochs) for setting in waiting):.2g}"))
 
 
 def _seconds(made: Plan, setting: Setting, each: Mapping[tuple[str, str], float], epochs: int) -> float:
@@ -96,28 +103,6 @@ def memory(systems: Iterable[str], embedding_dim: int, optimizer: str, table_bit
     """Bytes of the largest table and its optimiser, as much again for the best weights, and what is held of each of `rows` examples."""
     most = max((MODELS[system].embeddings for system in systems), default=1)
     return (2 * 4 * columns(embedding_dim, embeddings=most, optimizer=optimizer) << table_bits) + _PASS_BYTES * rows
-
-
-def in_bytes(count: float) -> str:
-    """
-    >>> in_bytes(7_930_000_000), in_bytes(1_245_600)
-    ('7.9 GB', '1.2 MB')
-    """
-    for unit, size in (("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"
-
-
-def _duration(seconds: float) -> str:
-    """
-    >>> _duration(42.4), _duration(400), _duration(8000)
-    ('42 s', '7 min', '2 h 13 min')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------------------
@@ -192,7 +177,7 @@ def points(made: Plan, out: Path) -> list[dict[str, Any]]:
     outcomes: dict[str, dict[str, Any]] = {}
     for key in dict.fromkeys(made.key(wanted.setting) for wanted in made.wanted):
         if _path(out, key).exists():
-            outcomes[key] = json.loads(_path(out, key).read_text())
+            outcomes[key] = _outcome(_path(out, key))
     reference = outcomes.get(made.key(replace(made.stream, system="deepfm")), {})
     found = []
     for wanted in made.wanted:
@@ -203,6 +188,14 @@ def points(made: Plan, out: Path) -> list[dict[str, Any]]:
                 outcome["paired"] = paired(blocks, reference["blocks"], len(made.data))
             found.append({"part": wanted.part, "value": wanted.value, "run": key, **outcome})
     return found
+
+
+def _outcome(path: Path) -> dict[str, Any]:
+    try:
+        outcome: dict[str, Any] = json.loads(path.read_text())
+    except ValueError:
+        raise DataError(f"{path} is damaged; delete it, and the same command does that run again") from None
+    return outcome
 
 
 def _progress(console: Console) -> Progress:
