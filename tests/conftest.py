@@ -12,7 +12,7 @@ import pytest
 import torch
 from brokers import ApacheBroker, KafkaMissing, find_kafka
 from hypothesis import HealthCheck, settings
-from patience import end_of
+from patience import end_of, end_what_was_started
 from reliability import MATRIX, Outcome, Report
 
 from connectors import confluent, embedded, kafka
@@ -137,8 +137,15 @@ def _patient_clients() -> Iterator[None]:
         for client in (kafka, confluent):
             patch.setattr(client, "BOOTSTRAP_SECONDS", 30.0)
             patch.setattr(client, "ANSWER_SECONDS", 30.0)
+        patch.setitem(kafka._PRODUCER_DEFAULTS, "max_block_ms", 30_000)
         patch.setattr(embedded, "START_SECONDS", 60.0)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left() -> Iterator[None]:
+    yield
+    end_what_was_started()
 
 
 @pytest.fixture(scope="session")
