@@ -575,9 +575,9 @@ class Trainer:
             self._cutting = False
             self._unwritten = None
             self.parent = written.path.name
-            self._tell(written)
-            for name in written.not_finite:
+            for name in written.not_finite:  # before what they go back to is too old to be kept
                 self._beside[name].roll_back(NOT_FINITE)
+            self._tell(written)
 
     def _not_written(self, error: SnapshotError) -> None:
         """A full disk: learning goes on, the next try may succeed, and only the last one ends the run."""
