@@ -93,6 +93,7 @@ def _act() -> None:
     if _ARMED.action == "out-of-memory":
         raise MemoryError(f"{VARIABLE}={_ARMED.name}")
     if _ARMED.action != "kill":
+        os.write(2, f"waiting, by {VARIABLE}={_ARMED.name}:{_ARMED.time}\n".encode())
         sleep(float(_ARMED.action.removeprefix("sleep:")))
         return
     os.write(2, f"ended by {VARIABLE}={_ARMED.name}:{_ARMED.time}\n".encode())

@@ -7,6 +7,8 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +21,7 @@ from stream_ctr.lease import Lease, epochs
 from stream_ctr.snapshot import Pointer
 
 _log = logging.getLogger(__name__)
-_PATIENCE_SECONDS = 5.0  # with another process that is publishing
+_PATIENCE_SECONDS = 5.0  # with another process that is publishing; this one's own threads take turns, however long that takes
 # Of a dead letter's value on a topic: brokers take messages of up to a megabyte unless told otherwise.
 _LARGEST_LETTER = 900_000
 _LETTER_BYTES, _MOST_LETTERS_BYTES = 500, 16 << 20  # of one without its value; of all on their way to the broker
@@ -62,6 +64,7 @@ class Outlet:
         self._letters: list[tuple[dict[str, str], bytes]] = []  # of which it is not known whether the broker has them
         self._letters_bytes = self._letters_kept = 0
         self._directory = directory
+        self._turn = threading.Lock()  # to publish, or to remove what is old
         self._sink = sink
         self._metrics_topic, self._snapshot_topic, self._model_name = metrics_topic, snapshot_topic, model_name
 
@@ -171,7 +174,7 @@ class Outlet:
             lock = (self._directory / "latest.lock").open("a")
         except OSError as error:
             raise SnapshotError(f"cannot publish in {self._directory}: {error.strerror}") from None
-        with lock:
+        with lock, self._turn:
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while True:
                 try:
@@ -210,11 +213,18 @@ class Outlet:
             raise ConfigError(f"{len(self._unwritten)} times something was not written, the last time {self._unwritten[-1]}")
 
     def _append(self, name: str, line: str) -> None:
+        path, whole = self._directory / name, None
         try:
-            with (self._directory / name).open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with path.open("a+b") as file:
+                whole = file.tell()
+                if whole and os.pread(file.fileno(), 1, whole - 1) != b"\n":  # what a crash left is half a line
+                    file.write(b"\n")
+                file.write(line.encode() + b"\n")
         except OSError as error:
-            self._unwritten.append(f"a line of {self._directory / name}: {error.strerror}")
+            if whole is not None:  # half a line would spoil the next one
+                with contextlib.suppress(OSError):
+                    os.truncate(path, whole)
+            self._unwritten.append(f"a line of {path}: {error.strerror}")
             _log.error("could not write %s", self._unwritten[-1])
 
     @contextlib.contextmanager

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from test_snapshot import in_child
 
 from stream_ctr import snapshot
 from stream_ctr.errors import BrokerError, ConfigError
@@ -105,3 +107,21 @@ def test_a_report_that_cannot_be_written_is_an_error_at_the_end_only(tmp_path: P
     with pytest.raises(ConfigError, match=r"reports.jsonl"):
         outlet.flush()
     Outlet(tmp_path / "fine").flush()
+
+
+def test_a_report_for_which_there_is_no_room_spoils_no_other(tmp_path: Path) -> None:
+    def report() -> None:
+        outlet = Outlet(tmp_path)
+        outlet.report({"n": 1})
+        _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))  # a longer file fails to grow, as on a full disk
+        outlet.report({"n": 2, "long": "x" * 50_000})
+        outlet.report({"n": 3})
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        outlet.report({"n": 4, "long": "x" * 50_000})
+
+    (tmp_path / "reports.jsonl").write_text('{"n": 0}\n{"n": ')  # a crash has left half a line
+    assert in_child(report) == 0
+    first, half, *others = (tmp_path / "reports.jsonl").read_text().splitlines()
+    assert [json.loads(line)["n"] for line in (first, *others)] == [0, 1, 3, 4]
+    assert half == '{"n": '
