@@ -6,8 +6,10 @@ refused. It is for demonstrations and tests; what must survive a restart belongs
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import random
 import socket
 import struct
 import subprocess
@@ -22,6 +24,8 @@ from connectors.errors import EmbeddedUnavailable
 
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0
+# What the system gives to outgoing connections, one of which could take a port before the broker does, or while that restarts.
+_GIVEN_PORTS, _FIRST_PORT = Path("/proc/sys/net/ipv4/ip_local_port_range"), 10_000
 
 # Metadata v1 for no topics, correlation id 7, no client id: (size, api, version, correlation, client length, topics).
 _METADATA_REQUEST = struct.pack(">ihhihi", 14, 3, 1, 7, -1, 0)
@@ -51,11 +55,19 @@ def dies_with_parent(command: Sequence[str]) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listened on a moment ago."""
-    with socket.socket() as probe:
+    """A TCP port on the loopback interface that nothing listened on a moment ago, and that no outgoing connection is given meanwhile."""
+    try:
+        first_given = int(_GIVEN_PORTS.read_text().split()[0])
+    except OSError:  # not Linux, whose range is the lowest
+        first_given = 32768
+    ports = range(_FIRST_PORT, first_given)
+    for port in random.sample(ports, k=min(100, len(ports))):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    with socket.socket() as probe:  # the system has left nothing to choose from
         probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+        return int(probe.getsockname()[1])
 
 
 class EmbeddedBroker:

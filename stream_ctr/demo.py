@@ -38,7 +38,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
         except EmbeddedUnavailable as error:
             runs.say(f"note: {error}; reading the same stream without a broker")
             report = runs.train_on_log(simulation, config, lease)
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 60.0
         while (pointer := subscriber.pointer) is None or pointer["snapshot"] != report["snapshot"]:
             if time.monotonic() > deadline:
                 break
