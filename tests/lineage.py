@@ -58,6 +58,11 @@ def published(state: Path) -> dict[str, Any] | None:
     return snapshot.verify(Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"]) if pointer else None
 
 
+def reports(state: Path) -> list[dict[str, Any]]:
+    """All that are whole: one may just be written."""
+    whole, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
 def last_report(state: Path) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads((state / "reports.jsonl").read_text().splitlines()[-1])
-    return report
+    return reports(state)[-1]

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
 from lineage import SMALL, Fingerprint, last_report, newest, published
+from patience import PATIENCE_SECONDS
 from record import formatted
 from test_trainer import Partitions, assert_equal_states, finish, split, trainer
 
@@ -54,7 +55,9 @@ def run(*arguments: object) -> Result:
 def die(failpoint: str, *arguments: object) -> None:
     """`stream-ctr run` in a process of its own that ends at the failpoint."""
     command = [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, VARIABLE: failpoint}, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        command, env={**os.environ, VARIABLE: failpoint}, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+    )
     assert done.returncode == EXIT_CODE, done.stderr
 
 
@@ -139,7 +142,7 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
     sink = kafka.KafkaSink(client)
     for batch in Simulation(IMPRESSIONS, seed=5).batches():
         sink.send_batch(topic, batch.value)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     own = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
     arguments = ["--topic", topic, "--bootstrap-servers", kafka_broker, "--state", tmp_path, "--until-end", *OPTIONS, *own]
@@ -149,8 +152,8 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
     assert (ours.examples, ours.ledger, ours.tensors) == (theirs.examples, theirs.ledger, theirs.tensors)
     reader = kafka.PointerReader(client, f"{topic}.snapshots")
     pointers: Sequence[tuple[str, bytes | None]] = []
-    while polled := reader.poll(2.0):
-        pointers = [*pointers, *polled]
+    while not reader.caught_up:
+        pointers = [*pointers, *reader.poll(1.0)]
     reader.close()
     assert pointers[-1] == ("default", pointers[-1][1])
     assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(json.loads(pointers[-1][1] or b""))
@@ -224,14 +227,14 @@ def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_th
     sink = kafka.KafkaSink(client)
     for number in range(12_000):
         sink.send(topic, b"%d" % number, partition=0)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     source = kafka.KafkaSource([topic], client=client, group="test")
     read = poll_until(source, lambda values: len(values) > 0)
     assert len(read) < 12_000  # the client has more of partition 0 in hand
     source.pause({0})
     assert not poll_until(source, lambda values: len(values) > 0, seconds=1.0)
     sink.send(topic, b"other", partition=1)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     assert poll_until(source, lambda values: len(values) > 0) == [b"other"]
     source.pause({1})
     read += poll_until(source, lambda values: len(values) == 12_000 - len(read))
@@ -240,7 +243,7 @@ def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_th
     sink.close()
 
 
-def poll_until(source: kafka.KafkaSource, enough: Callable[[list[bytes]], bool], seconds: float = 5.0) -> list[bytes]:
+def poll_until(source: kafka.KafkaSource, enough: Callable[[list[bytes]], bool], seconds: float = PATIENCE_SECONDS) -> list[bytes]:
     values: list[bytes] = []
     deadline = time.monotonic() + seconds
     while not enough(values) and time.monotonic() < deadline:

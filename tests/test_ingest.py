@@ -16,6 +16,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_SECONDS as WAIT
 from test_trainer import Partitions, assert_equal_states, finish, split, trainer
 
 from connectors import Records
@@ -29,7 +30,6 @@ from stream_ctr.ingest import Ingest, ReadAhead, Silence, Standing, Taken
 from stream_ctr.simulate import Simulation
 
 FIELDS = [Field("app", "categorical")]
-WAIT = 10.0  # seconds; far more than anything here takes
 
 
 def impression(number: int) -> bytes:

@@ -8,12 +8,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from lineage import SMALL, newest, published
+from patience import PATIENCE_SECONDS, started, wait_until
 
 from stream_ctr import snapshot
 from stream_ctr.cli import main
@@ -94,15 +94,7 @@ def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_p
 
 def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(state), *SMALL, *options]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-
-
-def wait_for_snapshot(state: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while not (state / "latest.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    return started(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 
 
 @pytest.mark.fault(9, injected="a second `run` while the first one learns")
@@ -113,18 +105,19 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(tm
     Simulation(40_000, seed=2).write_jsonl(log)
     frequent = ["-X", "schedule.snapshot_examples=1024", "-X", "schedule.report_every=100ms"]
     a = start(state, log, *frequent)
-    wait_for_snapshot(state, a)
+    wait_until(lambda: (state / "latest.json").exists())
+    assert a.poll() is None
     os.kill(a.pid, signal.SIGSTOP)
     refused = start(state, log)
-    assert refused.wait(60) == 3
+    assert refused.wait(PATIENCE_SECONDS) == 3
     assert f"in use by process {a.pid}" in (refused.stderr.read() if refused.stderr else "")
 
     b = start(state, log, "--take-over", *frequent)
-    assert b.wait(120) == 0, b.stderr
+    assert b.wait(PATIENCE_SECONDS) == 0, b.stderr.read() if b.stderr else ""
     before = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
     left = newest(state)
     os.kill(a.pid, signal.SIGCONT)
-    _, said = a.communicate(timeout=60)
+    _, said = a.communicate(timeout=PATIENCE_SECONDS)
     assert a.returncode == 3, said
     assert f"was taken over by process {b.pid}" in said
     assert {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()} == before

@@ -45,7 +45,7 @@ from stream_ctr.simulate import Simulation  # noqa: E402
 SNAPSHOT_EXAMPLES = 1024
 EVENTS_A_SECOND = 1000
 KILL_AFTER_SECONDS = (0.2, 5.0)
-PATIENCE_SECONDS = 120.0
+PATIENCE_SECONDS = 240.0
 # What does not depend on how far ahead of the batch the topic had been read.
 COMPARED = ("model", "optimizer", "ftrl.model", "baseline", "metrics")
 
@@ -134,7 +134,7 @@ def _produce(client: Mapping[str, object], topic: str, stop: threading.Event, fa
                 for value in batch.value.slice(start, share).to_pylist():
                     sink.send(topic, value, partition=next(sent) // 1024 % partitions)
                 if stop.wait(0.1):
-                    sink.flush(30)
+                    sink.flush(PATIENCE_SECONDS)
                     return
     except kafka.KafkaFailure as error:
         failure.append(error)
