@@ -20,6 +20,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from lineage import SMALL, Fingerprint, last_report, newest
+from patience import PATIENCE_SECONDS
 from test_cli import command, own_topics, read_headers, succeed
 from test_events import FIELDS, GOOD, T, features, record
 from test_fuzz import EVENTS, Strict, ipc, served, sign_again, told  # noqa: F401 - a fixture
@@ -322,7 +323,7 @@ def test_a_topic_with_everything_bad_between_the_good_records_teaches_what_it_te
     sink = kafka.KafkaSink(client)
     keys = pa.array([f"key {i % 7}".encode() for i in range(len(values))], pa.large_binary())
     sink.send_batch(topic, pa.array(values, pa.large_binary()), keys=keys)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     args = ["--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end", *own_topics(topic)]
     result = succeed("run", "--state", tmp_path, *args, *RUN)

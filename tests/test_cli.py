@@ -20,6 +20,8 @@ import pytest
 from click.testing import CliRunner, Result
 from lineage import SMALL as QUICK
 from lineage import newest as newest_snapshot
+from lineage import reports
+from patience import PATIENCE_SECONDS, started, wait_until
 
 from connectors import kafka
 from stream_ctr import Scorer, Subscriber, metrics, snapshot, stages
@@ -40,10 +42,6 @@ def succeed(*arguments: object) -> Result:
     result = command(*arguments)
     assert result.exit_code == 0, result.output + (repr(result.exception) if result.exception else "")
     return result
-
-
-def reports(state: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (state / "reports.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +107,14 @@ def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(broker, to
     sink = kafka.KafkaSink(client)
     # An --until-end closes every window at the end of what it saw; a run that is stopped does not. So the first part is stopped.
     sink.send_batch(topic, values.slice(0, 2500), np.full(2500, -1), None)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     process = start(*args)
-    wait_for(lambda: has_learned(tmp_path, process))
+    wait_until(lambda: has_learned(tmp_path, process))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     assert reports(tmp_path)[-1]["kind"] == "stopped"
     sink.send_batch(topic, values.slice(2500), np.full(len(values) - 2500, -1), None)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     result = succeed("run", *args, "--until-end")
     assert "resumed from snapshot" in result.output
@@ -134,7 +132,7 @@ def test_impressions_and_clicks_may_have_a_topic_each(broker, topic, log, traine
         for name, rows in ((topic, events.impressions.row), (f"{topic}-clicks", events.clicks.row)):
             kafka.ensure_topic(client, name)
             sink.send_batch(name, batch.value.take(pa.array(rows)), batch.time[rows], None)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     succeed(
         "run", "--topic", topic, "--click-topic", f"{topic}-clicks", "--state", tmp_path, "--bootstrap-servers", broker, "--until-end",
@@ -151,7 +149,7 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
     for batch in open_log(log).batches():
         sink.send_batch(topic, batch.value, batch.time, batch.key)
     sink.send(topic, b'{"kind":"impression"}')
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     succeed("run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic))
     final = reports(tmp_path)[-1]
@@ -172,9 +170,9 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
 def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number, outcome):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
     process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
-    wait_for(lambda: has_learned(tmp_path, process))
+    wait_until(lambda: has_learned(tmp_path, process))
     process.send_signal(number)
-    assert process.wait(60) == 0
+    assert process.wait(PATIENCE_SECONDS) == 0
     last = reports(tmp_path)[-1]
     assert last["kind"] == "stopped"
     _, tensors = snapshot.load(snapshot.newest(tmp_path / "snapshots"))
@@ -189,7 +187,7 @@ def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embed
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
     process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
     try:
-        wait_for(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip() != "")
+        wait_until(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip() != "")
         result = command("run", "--source", log, "--state", tmp_path)
         assert result.exit_code == 3
         assert f"in use by process {process.pid}" in result.output
@@ -227,7 +225,7 @@ def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, train
     )
     assert beside == alone != published
     subscriber = Subscriber(several, model="deepfm")
-    assert subscriber.next(5.0)
+    assert subscriber.next(PATIENCE_SECONDS)
     row = json.loads(log.read_text().splitlines()[0])["features"]
     assert subscriber.predict([row])[0] == float(beside.splitlines()[0].split("\t")[1])
     assert json.loads(succeed("subscribe", "--state", several, "--once", "--json", "--model", "deepfm").stdout)["examples"] == IMPRESSIONS
@@ -318,7 +316,7 @@ def test_a_subscriber_refuses_a_flipped_byte_and_keeps_the_model_it_has(log, tmp
     args = ["run", "--source", log, "--state", tmp_path, *QUICK, "-X", "schedule.snapshot_examples=1500"]
     succeed(*args)
     subscriber = Subscriber(tmp_path)
-    assert subscriber.next(5.0)
+    assert subscriber.next(PATIENCE_SECONDS)
     newest = snapshot.newest(tmp_path / "snapshots")
     before = subscriber.predict([{"app_id": "a1"}])
     model = newest / "model.safetensors"
@@ -346,7 +344,7 @@ def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(bro
             "-X", "schedule.snapshot_examples=1500", "-X", "snapshots.keep=10",
         )  # fmt: skip
         newest = snapshot.snapshot_ids(tmp_path / "snapshots")[-1]
-        wait_for(lambda: seen[-1:] == [newest])
+        wait_until(lambda: seen[-1:] == [newest])
         assert subscriber.predict([{}]).shape == (1,)
     reader.close()
     line = succeed("subscribe", "--topic", snapshots, "--bootstrap-servers", broker, "--once", "--json").stdout
@@ -359,13 +357,13 @@ def test_a_subscriber_in_another_process_sees_each_published_snapshot(log, tmp_p
     state = tmp_path / "state"
     state.mkdir()
     command = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(state), "--json"]
-    follower = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    follower = started(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     succeed("run", "--source", log, "--state", state, *QUICK)
     pointer = json.loads(follower.stdout.readline())
     assert pointer["verified"] is True
     assert pointer["snapshot"] == snapshot.newest(state / "snapshots").name
     follower.send_signal(signal.SIGTERM)
-    assert follower.wait(20) == 0
+    assert follower.wait(PATIENCE_SECONDS) == 0
 
 
 # -- history ------------------------------------------------------------------------------------------------------------------------------
@@ -397,9 +395,9 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
     ]
     path = tmp_path / "slow.jsonl"
     path.write_text("\n".join(values))
-    started = time.monotonic()
+    began = time.monotonic()
     succeed("replay", path, "--topic", topic, "--bootstrap-servers", embedded_broker, "--speed", "10")
-    assert time.monotonic() - started >= 2.0  # 20 s of events at ten times real time
+    assert time.monotonic() - began >= 2.0  # 20 s of events at ten times real time
     assert len(read_all(embedded_broker, topic)) == 21
 
 
@@ -407,11 +405,11 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
 
 
 @pytest.mark.slow
-def test_no_broker_exits_4_within_ten_seconds_and_says_three_ways(tmp_path):
-    started = time.monotonic()
+def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
+    monkeypatch.setattr(kafka, "BOOTSTRAP_SECONDS", 2.0)
     result = command("run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path)
-    assert time.monotonic() - started < 10
     assert result.exit_code == 4
+    assert "no Kafka broker answered within 2 s" in result.output
     for way in ("stream-ctr broker", "deploy/compose.yaml", "--bootstrap-servers", "--source"):
         assert way in result.output
 
@@ -445,7 +443,8 @@ def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequ
 
 
 @pytest.mark.slow
-def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path):
+def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path, monkeypatch):
+    monkeypatch.setattr(kafka, "BOOTSTRAP_SECONDS", 1.0)
     properties = tmp_path / "client.properties"
     properties.write_text("bootstrap.servers=127.0.0.1:2\n")
     result = command("run", "--kafka-config", properties, "--state", tmp_path / "a")
@@ -477,17 +476,21 @@ def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path)
 def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(embedded_broker, topic, tmp_path):
     client = kafka.client_options(embedded_broker, {})
     kafka.ensure_topic(client, topic)
-    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    arguments = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic)]
+    process = start(*arguments, stderr=subprocess.PIPE)
+    assert process.stderr
+    said = iter(process.stderr.readline, b"")
+    assert any(b"waiting for the first impressions" in line for line in said)
     sink = kafka.KafkaSink(client)
-    time.sleep(6)
     for i in range(30):
         features = {"app": "x"} if i == 0 else {"app": "x", "campaign": "c", "price": 1.5}
         event = {"kind": "impression", "impression_id": str(i), "time": int(time.time() * 1000), "features": features}
         sink.send(topic, json.dumps(event).encode())
-        sink.flush(10)
-    time.sleep(14)
+        sink.flush(PATIENCE_SECONDS)
+    assert any(b"no fields configured; inferred" in line for line in said)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    _, rest = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 0, rest
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
     assert manifest["schema"]["fields"] == [["app", "categorical"], ["campaign", "categorical"], ["price", "numeric"]]
 
@@ -495,11 +498,13 @@ def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(emb
 @pytest.mark.slow
 def test_a_signal_while_waiting_for_impressions_ends_with_0(embedded_broker, topic, tmp_path):
     kafka.ensure_topic(kafka.client_options(embedded_broker, {}), topic)
-    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
-    wait_for(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text())
-    time.sleep(3)
+    arguments = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic)]
+    process = start(*arguments, stderr=subprocess.PIPE)
+    assert process.stderr
+    assert any(b"waiting for the first impressions" in line for line in iter(process.stderr.readline, b""))
     process.send_signal(signal.SIGINT)
-    assert process.wait(20) == 0
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, b"nothing was learned" in said) == (0, True), said
 
 
 def test_a_topic_that_does_not_exist_is_said_so(embedded_broker, tmp_path):
@@ -534,18 +539,10 @@ def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(e
 # -- what the tests need ------------------------------------------------------------------------------------------------------------------
 
 
-def start(*arguments: object) -> subprocess.Popen[bytes]:
+def start(*arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """`stream-ctr run` as a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)], env={**os.environ, "STREAM_CTR_SCHEDULE__REPORT_EVERY": "500ms"}
-    )
-
-
-def wait_for(condition, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.1)
+    environment = {**os.environ, "STREAM_CTR_SCHEDULE__REPORT_EVERY": "500ms"}
+    return started(subprocess.Popen([sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)], env=environment, stderr=stderr))
 
 
 def has_learned(state: Path, process: subprocess.Popen[bytes]) -> bool:
@@ -575,24 +572,13 @@ def committed(servers: str, topic: str) -> dict[int, int]:
     return offsets
 
 
-def read_records(servers: str, topic: str) -> list[Any]:
-    """Until nothing more comes: the embedded broker's end offsets are not exact."""
-    from kafka import TopicPartition
-
-    reader = consumer(servers)
-    reader.assign([TopicPartition(topic, p) for p in sorted(reader.partitions_for_topic(topic))])
-    reader.seek_to_beginning()
-    records: list[Any] = []
-    while polled := reader.poll(2000):
-        for some in polled.values():
-            records += some
-    reader.close()
-    return records
+def read_records(servers: str, topic: str) -> list[kafka.StoredRecord]:
+    return list(kafka.stored_records(kafka.client_options(servers, {}), topic))
 
 
 def read_all(servers: str, topic: str) -> list[tuple[bytes, bytes]]:
-    return [(record.key, record.value) for record in read_records(servers, topic)]
+    return [(record.key or b"", record.value or b"") for record in read_records(servers, topic)]
 
 
 def read_headers(servers: str, topic: str) -> list[tuple[bytes, dict[str, bytes]]]:
-    return [(record.value, dict(record.headers)) for record in read_records(servers, topic)]
+    return [(record.value or b"", dict(record.headers)) for record in read_records(servers, topic)]

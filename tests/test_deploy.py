@@ -14,6 +14,7 @@ import yaml
 from brokers import KafkaMissing, find_kafka
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from patience import PATIENCE_SECONDS
 
 from connectors.embedded import answers_metadata, dies_with_parent, free_port
 from connectors.kafka_options import client_options, parse_properties
@@ -128,7 +129,7 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
     configuration = tmp_path / "server.properties"
     configuration.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
     storage = kafka.command("kafka.tools.StorageTool", "format", "--cluster-id", "5L6g3nShT-eMCtK--X86sw", "--config", str(configuration))
-    subprocess.run(storage, check=True, capture_output=True, timeout=60)
+    subprocess.run(storage, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
     with open(tmp_path / "server.log", "wb") as log:
         command = dies_with_parent(kafka.command("kafka.Kafka", str(configuration)))
         broker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -140,13 +141,13 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
         shell = [*services["topics"]["entrypoint"], *services["topics"]["command"]]
         script = here(shell[-1].replace("$$", "$").replace("/opt/kafka/bin/kafka-topics.sh", topics))
         for _ in range(2):  # a second `up` runs it again
-            subprocess.run([*shell[:-1], script], check=True, capture_output=True, timeout=120)
+            subprocess.run([*shell[:-1], script], check=True, capture_output=True, timeout=PATIENCE_SECONDS)
         describe = kafka.command("org.apache.kafka.tools.TopicCommand", "--bootstrap-server", f"127.0.0.1:{ports['9092']}", "--describe")
-        described = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=60).stdout
+        described = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
     finally:
         broker.terminate()
         try:
-            broker.wait(30)
+            broker.wait(PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:
             broker.kill()
             broker.wait()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE_SECONDS
 from rich.console import Console
 
 from stream_ctr.display import LiveTable, final_table
@@ -277,7 +278,7 @@ def test_no_color_leaves_out_colours() -> None:
 
 def test_nothing_is_written_when_the_output_is_piped() -> None:
     program = "from stream_ctr.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
     assert (done.stdout, done.stderr) == ("end\n", "")
 
 

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from patience import PATIENCE_SECONDS
 
 from connectors import kafka
-from stream_ctr import Subscriber, snapshot
+from stream_ctr import Subscriber, outlet, snapshot
 from stream_ctr.cli import main
 from stream_ctr.inspection import printable
 from stream_ctr.outlet import Outlet
@@ -199,14 +200,14 @@ def test_where_there_is_no_snapshot_every_command_exits_6_and_says_what_to_give(
 def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publishes(log, state, tmp_path):
     older, newest = ids(state)[1], ids(state)[-1]
     subscriber = Subscriber(state)
-    assert subscriber.next(2.0)["snapshot"] == newest
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest
     rows = [{"app_id": "a1", "hour": "20"}, {}]
     newer_model = subscriber.predict(rows)
     before = json.loads((state / "latest.json").read_text())
     manifest = (state / "snapshots" / older / "manifest.json").read_bytes()
 
     assert newest in succeed("snapshots", "rollback", state, older).stdout
-    taken = subscriber.next(2.0)
+    taken = subscriber.next(PATIENCE_SECONDS)
     assert (taken["snapshot"], taken["epoch"]) == (older, before["epoch"] + 1)
     assert not np.array_equal(subscriber.predict(rows), newer_model)
     assert (state / "snapshots" / older / "manifest.json").read_bytes() == manifest  # nothing in a snapshot ever changes
@@ -217,7 +218,7 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
     extra = [json.dumps({"kind": "impression", "impression_id": f"x{n}", "time": "2025-01-01T12:00:00Z", "features": {}}) for n in range(9)]
     longer.write_bytes((log.with_name("bad.jsonl")).read_bytes() + "".join(line + "\n" for line in extra).encode())
     assert f"resumed from snapshot {newest}" in succeed("run", "--source", longer, "--state", state, *QUICK).output
-    again = subscriber.next(2.0)
+    again = subscriber.next(PATIENCE_SECONDS)
     assert again["snapshot"] == ids(state)[-1] > newest
     assert again["epoch"] == before["epoch"] + 2
     assert again["examples"] == IMPRESSIONS + len(extra)
@@ -230,14 +231,15 @@ def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
     running = Outlet(state)
     running.publish(paths[-2], manifests[-2])
     subscriber = Subscriber(state)
-    assert subscriber.next(2.0)["snapshot"] == paths[-2].name
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-2].name
     succeed("snapshots", "rollback", state, paths[0].name)
-    assert subscriber.next(2.0)["snapshot"] == paths[0].name
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[0].name
     running.publish(paths[-1], manifests[-1])
-    assert subscriber.next(2.0)["snapshot"] == paths[-1].name
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-1].name
 
 
-def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(state):
+def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(state, monkeypatch):
+    monkeypatch.setattr(outlet, "_PATIENCE_SECONDS", PATIENCE_SECONDS)
     path = state / "snapshots" / ids(state)[0]
     manifest = snapshot.verify(path)
     told: list[tuple[int, int]] = []
@@ -280,9 +282,9 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
     sink.close()
     reader = kafka.PointerReader(client, topic)
     subscriber = Subscriber(TopicPointers(reader))
-    assert subscriber.next(10.0)["snapshot"] == newest.name
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest.name
     succeed("snapshots", "rollback", state, ids(state)[0], "--topic", topic, "--bootstrap-servers", embedded_broker)
-    assert subscriber.next(10.0)["snapshot"] == ids(state)[0]
+    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == ids(state)[0]
     reader.close()
     assert subscriber.pointer == snapshot.read_pointer(state / "latest.json")
 
@@ -311,7 +313,7 @@ def made_letters(servers: str, log: Path, state: Path) -> Lettered:
     sink = kafka.KafkaSink(client)
     for number, value in enumerate([*log.read_bytes().splitlines()[:100], *BAD]):
         sink.send(there.topic, value, partition=number % 2)
-    sink.flush(30)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     topics = ("-X", f"metrics.topic={there.topic}.metrics", "-X", f"snapshots.topic={there.topic}.snapshots")
     succeed("run", *there.where, "--state", state, "--until-end", *QUICK, *topics)
@@ -386,7 +388,7 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
     headers = [(f"__stream_ctr.errors.{name}", nasty) for name in ("topic", "partition", "offset", "reason", "message")]
     sink.send(f"{topic}.dlq", nasty, headers=headers)
     sink.send(f"{topic}.dlq", b"")  # by somebody else, without any header
-    sink.flush(10)
+    sink.flush(PATIENCE_SECONDS)
     sink.close()
     where = ("--topic", topic, "--bootstrap-servers", embedded_broker)
     for arguments in (["ls"], ["show"], ["replay", "--reason", "other"], ["ls", "--json"]):

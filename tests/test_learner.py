@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_SECONDS
 
 from stream_ctr import table_kernels
 from stream_ctr.cpu_step import parts_of
@@ -337,7 +338,7 @@ def test_a_model_of_bf16_serves_on_a_processor_without_it():
     """
     with tempfile.TemporaryDirectory() as directory:
         path, narrow = f"{directory}/logits.npy", {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-        subprocess.run([sys.executable, "-c", program, path], env=narrow, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", program, path], env=narrow, check=True, timeout=PATIENCE_SECONDS)
         assert np.allclose(np.load(path), there, atol=0.02)
 
 

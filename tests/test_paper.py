@@ -20,6 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 from hypothesis import given
 from hypothesis import strategies as st
+from patience import PATIENCE_SECONDS, started
 from rich.console import Console
 
 from connectors.memory import BatchSource
@@ -694,11 +695,11 @@ def test_other_data_in_the_directory_are_an_error_that_says_how_to_begin_anew(tm
 
 def begin(out: Path, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "stream_ctr", "paper", "--device", "cpu", *SMALL_OPTIONS, "--out", str(out), *map(str, arguments)]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return started(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
@@ -739,7 +740,7 @@ def test_ctrl_c_ends_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     process = begin(tmp_path, *WORK, "--seeds", 50)  # on no machine is it done by then
     wait_for(lambda: len(list((tmp_path / "runs").glob("*.json"))) >= 1, process)
     process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=120)
+    _, told = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 130
     assert "the same command goes on" in told
     assert sum(row["auc"] is not None for row in report(tmp_path)["table2"].values()) >= 1

@@ -30,6 +30,7 @@ from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 from kafka.record.legacy_records import LegacyRecordBatchBuilder
 from kafka.record.util import calc_crc32c, encode_varint
+from patience import PATIENCE_SECONDS
 
 import connectors.kafka
 from connectors import kafka_inside as inside
@@ -655,13 +656,13 @@ def test_a_compacted_topic_is_read_with_its_gaps(tmp_path: Path, topic: str) -> 
             admin.create_topics({topic: {"num_partitions": 1, "configs": configs}}, wait_for_metadata=True)
         assert not ensure_topic(client, topic)
         written = 0
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + PATIENCE_SECONDS
         with closing(KafkaSink(client)) as sink:
             while True:
                 for index in range(100):
                     sink.send(topic, b"%d" % written, key=b"%d" % (index % (30 + written % 7)))
                     written += 1
-                sink.flush(10.0)
+                sink.flush(PATIENCE_SECONDS)
                 with closing(KafkaSource([topic], client=client, group="g", until_end=True)) as source:
                     offsets: list[int] = []
                     contents: list[bytes | None] = []

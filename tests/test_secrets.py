@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from brokers import SASL_PASSWORD, SASL_USER, ApacheBroker
 from lineage import SMALL
+from patience import PATIENCE_SECONDS
 from reliability import Outcome
 
 from stream_ctr.cli import main
@@ -68,7 +69,9 @@ def test_a_password_is_found_nowhere(apache: ApacheBroker, topic: str, tmp_path:
         places = {"log": log, "topic": topic, "state": state, "snapshot": held[0], "out": tmp_path / "out.jsonl"}
         line = [word for part in arguments for word in (login if part == "{login}" else [part.format(**places)])]
         command = [sys.executable, "-m", "stream_ctr", "-vv", *line, *(own if name == "run" else [])]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=120, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        done = subprocess.run(
+            command, capture_output=True, check=False, timeout=PATIENCE_SECONDS, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+        )
         assert done.returncode == 0, (name, done.stderr[-2000:])
         said += done.stdout + done.stderr
     assert b"DEBUG" in said

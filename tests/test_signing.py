@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from lineage import SMALL
+from patience import PATIENCE_SECONDS
 
 from stream_ctr import snapshot
 from stream_ctr.cli import main
@@ -52,7 +53,7 @@ def test_a_signed_snapshot_is_loaded_with_the_public_key_and_by_who_asks_for_non
     private, public = keys
     assert run(log, tmp_path, "-X", f"snapshots.signing_key={private}").exit_code == 0
     for subscriber in (Subscriber(tmp_path, public_key=public), Subscriber(tmp_path)):
-        assert subscriber.next(5)
+        assert subscriber.next(PATIENCE_SECONDS)
     assert verify(tmp_path, public).exit_code == 0
     again = run(log, tmp_path, "-X", f"snapshots.signing_key={private}")
     assert "resumed from snapshot" in again.output
