@@ -61,7 +61,7 @@ def free_port() -> int:
     except OSError:  # not Linux, whose range is the lowest
         first_given = 32768
     ports = range(_FIRST_PORT, first_given)
-    for port in random.sample(ports, k=min(100, len(ports))):
+    for port in random.SystemRandom().sample(ports, k=min(100, len(ports))):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
