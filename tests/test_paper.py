@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -651,6 +652,9 @@ def test_what_cannot_be_written_is_an_error_and_no_traceback(where: str, tmp_pat
         (("--data", "{dir}/log.tsv", "--format", "critoe", "--out", "{dir}"), 3, "unknown log format 'critoe'; did you mean 'criteo'?"),
         (("--simulate", 1000, "--out", "{dir}", "--only", "table3"), 2, "'table3' is none of table2"),
         (("--simulate", 1000, "--out", "{dir}", "-X", "model.hiden=3"), 3, "unknown key 'model.hiden'"),
+        (("--simulate", 1000, "--out", "{dir}", "-X", "model.hidden="), 3, "model.hidden has no layer"),
+        (("--simulate", 1000, "--out", "{dir}", "-X", "join.max_memory=1KiB"), 3, "join.max_memory = '1KiB': at least 1 MiB are needed"),
+        (("--simulate", 1000, "--out", "{dir}", "--only", "figure7", "--model", "fm"), 3, "nothing to do: Figures 7 to 11 are of networks"),
         (("--data", "{dir}/never.tsv", "--format", "criteo", "--out", "{dir}"), 5, "no click among the 300 impressions of the log"),
         (("--data", "{dir}/shown.jsonl", "--out", "{dir}"), 5, "A log of events must hold clicks as well as impressions"),
         (("--data", "{dir}/clicked.jsonl", "--out", "{dir}"), 5, "nothing but clicks among the 300 impressions of the log"),
@@ -695,7 +699,9 @@ def test_other_data_in_the_directory_are_an_error_that_says_how_to_begin_anew(tm
 
 def begin(out: Path, *arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "stream_ctr", "paper", "--device", "cpu", *SMALL_OPTIONS, "--out", str(out), *map(str, arguments)]
-    return started(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    # A shell has what it runs in the background, and all that comes of it, ignore Ctrl-C.
+    heeds_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return started(subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, preexec_fn=heeds_ctrl_c))
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
