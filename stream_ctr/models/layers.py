@@ -213,7 +213,7 @@ class Dense(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, activation: str = "none") -> None:
         if activation not in _ACTIVATE:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATE)}, got {activation!r}")
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         super().__init__(inputs, outputs)
         self.activation = activation
         self.low: tuple[Tensor, Tensor] | None = None

@@ -15,7 +15,7 @@ import numpy as np
 
 from stream_ctr.config import Config, Section
 from stream_ctr.cpu_step import Labels
-from stream_ctr.errors import DataError
+from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
 from stream_ctr.paper import published
@@ -62,6 +62,15 @@ class Wanted(NamedTuple):
     part: str
     value: str
     setting: Setting
+
+
+def require_possible(config: Config, wishes: Wishes) -> None:
+    """Raises `ConfigError` for what no data can help: a device that is not there, networks without layers, nothing to do."""
+    choose_device(wishes.device)
+    if not _given(config.model, "hidden", published.HIDDEN):
+        raise ConfigError("model.hidden has no layer; the paper's networks need at least one, such as model.hidden=400,400,400")
+    if wishes.only <= published.VALUES.keys() and not set(wishes.models) & set(DEEP):
+        raise ConfigError(f"nothing to do: Figures 7 to 11 are of networks, so give --model one of {', '.join(DEEP)}")
 
 
 # -- which runs ---------------------------------------------------------------------------------------------------------------------

@@ -139,11 +139,15 @@ def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, A
     decoder = Decoder(
         hasher.fields, max_record_bytes=config.input.max_record_bytes, max_ahead_ms=in_milliseconds(config.input.max_ahead)
     )  # fmt: skip
-    joiner = LabelJoiner(
-        fields=len(hasher.fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits,
-        label_window_ms=joining["label_window_ms"], early_click_wait_ms=joining["early_click_wait_ms"],
-        duplicate_horizon_ms=in_milliseconds(config.join.duplicate_horizon), max_bytes=size(config.join.max_memory),
-    )  # fmt: skip
+    try:
+        joiner = LabelJoiner(
+            fields=len(hasher.fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits,
+            label_window_ms=joining["label_window_ms"], early_click_wait_ms=joining["early_click_wait_ms"],
+            duplicate_horizon_ms=in_milliseconds(config.join.duplicate_horizon), max_bytes=size(config.join.max_memory),
+            over_bound=config.join.over_memory,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
     watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=joining["lateness_ms"], stall_clicks=joining["stall_clicks"])
     return Joined(Ingest(source, decoder, hasher), joiner, watermarks)
 

@@ -32,7 +32,7 @@ from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json
 from stream_ctr.paper.experiment import Diverged, Setting, seconds_per_example, stream, train
 from stream_ctr.paper.intervals import paired
-from stream_ctr.paper.plan import PARTS, Plan, Wishes
+from stream_ctr.paper.plan import PARTS, Plan, Wishes, require_possible
 from stream_ctr.paper.words import duration, in_bytes
 from stream_ctr.table import columns
 
@@ -47,7 +47,8 @@ _log = logging.getLogger(__name__)
 
 
 def expected(config: Config, wishes: Wishes, rows: int, disk: int) -> str:
-    """What can be told before `rows` impressions are read, which take `disk` bytes; 0: unknown."""
+    """What can be told before `rows` impressions are read, which take `disk` bytes; 0: unknown. Raises `ConfigError` for what cannot be."""
+    require_possible(config, wishes)
     optimizer = config.learn.table_optimizer if "table_optimizer" in config.learn.model_fields_set else "adam"
     held = in_bytes(memory(wishes.models, config.model.embedding_dim, optimizer, config.model.table_bits, rows))
     if not rows:
