@@ -111,6 +111,9 @@ def _log_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_MISSPELT = 0.75  # as like as that to a key of the configuration no Kafka client property is
+
+
 def _load_config(
     config_path: Path | None, extra: tuple[str, ...], *, base: Mapping[str, Any] | None = None, **inputs: str | None
 ) -> tuple[Config, dict[str, str]]:
@@ -129,6 +132,8 @@ def _load_config(
             overrides.setdefault(section, {})[option] = config.parse_text(section, option, value)
         elif section in config.Config.model_fields:
             raise ConfigError(f"unknown key {name!r}{config.nearest(name, known)}")
+        elif meant := config.nearest(name, known, cutoff=_MISSPELT):
+            raise ConfigError(f"unknown key {name!r}{meant}")
         else:
             properties[name] = value
     return config.load(config_path, overrides=overrides, base=base), properties
@@ -398,10 +403,10 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
     from stream_ctr.subscribe import Scorer, verifier
 
     signature = verifier(public_key)
-    if (path / "snapshots").is_dir():
+    if path.is_dir() and not (path / "manifest.json").exists():
         newest = snapshot.newest(path / "snapshots", signature=signature)
         if newest is None:
-            raise SnapshotError(f"{path} has no snapshot yet")
+            raise SnapshotError(f"{path} is no snapshot, for it has no manifest.json, and no run has left one in it")
         path = newest
     scorer = Scorer(path, model=model, signature=signature)
     decoder = Decoder(scorer.fields)
@@ -419,7 +424,9 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
             lines = [f"{printable(name, 1000)}\t{p!r}" for name, p in zip(identities, probabilities, strict=True)]
         if lines:
             click.echo("\n".join(lines))
-    if scored and unknown == scored:
+    if not scored:
+        click.echo("warning: there is no impression to score", err=True)
+    elif unknown == scored:
         click.echo("warning: no impression has any of the fields that this snapshot was trained on", err=True)
     if rejected:
         click.echo(f"warning: {rejected} records are no events and were not scored", err=True)
@@ -435,7 +442,7 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
 )
 @_log_options
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, help="Where the report goes, and all that is kept.")
-@click.option("--quick", is_flag=True, help="A sample: 20,000 impressions, two seeds, three epochs, fewer points; about two minutes.")
+@click.option("--quick", is_flag=True, help="A sample: 20,000 impressions, two seeds, three epochs, fewer points; a minute or two.")
 @click.option("--seeds", type=click.IntRange(1), default=3, show_default=True, help="Runs of each system of Table 2.")
 @click.option("--study-seeds", type=click.IntRange(1), default=1, show_default=True, help="Runs of each point of Figures 7 to 11.")
 @click.option(
@@ -445,7 +452,7 @@ def score(log: Path, path: Path, model: str | None, public_key: Path | None, as_
     "--split", type=click.Choice(["random", "time"]), default="random", show_default=True, help="How a tenth becomes the test part."
 )
 @click.option("--dropout", type=click.FloatRange(0, 1, max_open=True), help="Share dropped, but in the streaming table.  [default: 0.5]")
-@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; half an epoch no better ends a run.")
+@click.option("--epochs", type=click.IntRange(1), default=10, show_default=True, help="At most; an epoch that is no better ends a run.")
 @click.option("--model", "models", multiple=True, metavar="NAME", help="Of `stream-ctr models`, once or more.  [default: all nine]")
 @click.option("--only", metavar="PART,...", help="Do only some: table2, figure6 to figure11, streaming.")
 @click.option("--restart", is_flag=True, help="Begin anew: what an earlier command has left in --out is deleted.")

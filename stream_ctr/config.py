@@ -411,9 +411,9 @@ def known_keys() -> Iterator[str]:
             yield f"{section}.{name}"
 
 
-def nearest(word: str, words: Iterable[str]) -> str:
+def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`"; did you mean 'x'?"` for the word most like `word`, or nothing."""
-    match = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    match = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f"; did you mean {match[0]!r}?" if match else ""
 
 

@@ -30,7 +30,7 @@ from stream_ctr.assembly import build_trainer, signing_key
 from stream_ctr.config import Config, Field
 from stream_ctr.display import LiveTable, final_table
 from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrError
-from stream_ctr.events import infer_fields
+from stream_ctr.events import Decoder, infer_fields
 from stream_ctr.lease import Lease
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
@@ -332,6 +332,7 @@ def _inferred_fields(source: Source, stopping: Stopping, *, max_record_bytes: in
     """
     start = source.positions()
     values: list[pa.LargeBinaryArray] = []
+    first: pa.LargeBinaryArray | None = None
     fields: tuple[Field, ...] = ()
     deadline = waiting_since = 0.0
     read = 0
@@ -342,6 +343,7 @@ def _inferred_fields(source: Source, stopping: Stopping, *, max_record_bytes: in
         if len(records):
             read += len(records)
             sample = records.value.take(pa.array(range(min(len(records), 4 * _INFER_RECORDS))))  # a copy: the rest need not be kept
+            first = sample if first is None else first
             if values or infer_fields(sample, max_record_bytes=max_record_bytes):
                 values.append(sample)
                 deadline = deadline if fields else time.monotonic() + _INFER_SECONDS
@@ -355,12 +357,26 @@ def _inferred_fields(source: Source, stopping: Stopping, *, max_record_bytes: in
         return ()
     if not fields:
         where = ", ".join(sorted({topic for topic, _ in source.partitions}))
-        raise DataError(f"no impression with features among {read:,} records of {where}: nothing to learn from")
+        raise DataError(f"no impression with features among {read:,} records of {where}: nothing to learn from{_seen(first)}")
     source.seek(start)
     for kind, remark in (("categorical", ""), ("numeric", " - numbers are taken as quantities; list ids in features.categorical")):
         if names := [field.name for field in fields if field.kind == kind]:
             say(f"note: no fields configured; inferred as {kind}: {', '.join(one_line(name, 60) for name in names)}{remark}")
     return fields
+
+
+def _seen(values: pa.LargeBinaryArray | None) -> str:
+    """What records without a single impression that has features are instead.
+
+    >>> _seen(pa.array([b'{"type":"impression"}'], pa.large_binary()))
+    '. The first that is no event: kind must be impression or click, got None'
+    """
+    if values is None:
+        return ""
+    events, rejects = Decoder(()).decode(values)
+    if len(rejects):
+        return f". The first that is no event: {one_line(rejects.message[0])}"
+    return f". Of the first {len(values):,} {len(events.impressions):,} are impressions without features, {len(events.clicks):,} are clicks"
 
 
 def produce(

@@ -23,9 +23,10 @@ from lineage import newest as newest_snapshot
 from lineage import reports
 from patience import PATIENCE_SECONDS, started, wait_until
 
-from connectors import kafka
-from stream_ctr import Scorer, Subscriber, metrics, snapshot, stages
+from connectors import kafka, kafka_options
+from stream_ctr import Scorer, Subscriber, cli, metrics, snapshot, stages
 from stream_ctr.cli import main
+from stream_ctr.config import known_keys, nearest
 from stream_ctr.events import Decoder
 from stream_ctr.logs import open_log
 from stream_ctr.simulate import Simulation
@@ -418,6 +419,8 @@ def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["run", "-X", "learn.bach_size=3"], 3, "did you mean 'learn.batch_size'"),
+        (["run", "-X", "lern.batch_size=3"], 3, "unknown key 'lern.batch_size'; did you mean 'learn.batch_size'"),
+        (["run", "-X", "batch_size=3"], 3, "did you mean 'learn.batch_size'"),
         (["run", "-X", "securty.protocol=SSL"], 3, "did you mean 'security.protocol'"),
         (["run", "-X", "novalue"], 2, "KEY=VALUE"),
         (["run", "--source", "x.jsonl", "-X", "ssl.cafil=x"], 3, "ssl.cafil"),
@@ -440,6 +443,41 @@ def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequ
     assert result.exit_code == code, result.output
     assert message in result.output
     assert "Traceback" not in result.output
+
+
+def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
+    options = kafka_options._OPTIONS.keys() | kafka_options._REFUSED.keys()
+    assert len(options) > 50
+    assert not [name for name in options if nearest(name, known_keys(), cutoff=cli._MISSPELT)]
+
+
+@pytest.mark.parametrize(
+    ("lines", "seen"),
+    [
+        (['{"kind":"click","impression_id":"a","time":1735689600000}'] * 3, "0 are impressions without features, 3 are clicks"),
+        (['{"type":"click","impression_id":"a","time":1735689600000}'], "kind must be impression or click, got None"),
+        (["{}", "{"], "The first that is no event"),
+    ],
+)
+def test_a_log_without_impressions_is_refused_with_what_is_in_it(lines, seen, tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(f"{line}\n" for line in lines))
+    result = command("run", "--source", log, "--state", tmp_path / "state")
+    assert result.exit_code == 5
+    assert "nothing to learn from" in result.output
+    assert seen in result.output
+
+
+def test_score_says_that_there_is_no_snapshot_yet_or_no_impression(log, trained, tmp_path):
+    (tmp_path / "begun").mkdir()
+    assert "no run has left one in it" in command("score", "--snapshot", tmp_path / "begun", log).output
+    clicks = tmp_path / "clicks.jsonl"
+    clicks.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"click"' in line))
+    assert clicks.stat().st_size
+    result = command("score", "--snapshot", trained, clicks)
+    assert result.exit_code == 0
+    assert "no impression to score" in result.output
+    assert "no impression" not in command("score", "--snapshot", trained, log).output
 
 
 @pytest.mark.slow
