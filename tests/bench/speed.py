@@ -14,6 +14,7 @@ Cases
   pipeline   Kafka -> learned and measured, FTRL on all, River on 1/16: ours, json.loads + dict + River, and of ours the parts alone, which
              bound it: training on the same examples, all up to the join, River on its share
   ftrl       exact FTRL-Proximal, ids in memory, one core: ours, Vowpal Wabbit, River
+  join       watermarks, lateness and the join alone, a million impressions pending, one core
   memory     a million impressions pending, against none
   flat       processor time an event as a stream grows to 20 M impressions
   start      `stream-ctr --help`
@@ -191,6 +192,13 @@ def ftrl(bench: Bench) -> Iterator[Comparison]:
     yield bench.compare("ftrl", title, "examples/s", contenders, Goal("ours", least=2.0, times=peer), peer=peer)
 
 
+def join(bench: Bench) -> Iterator[Comparison]:
+    pending, impressions = bench.size(1_000_000, 30_000), bench.size(2_000_000, 30_000)
+    ours = Program("ours", "joiner", ["--pending", pending, "--impressions", impressions])
+    title = f"The join alone: {pending:,} impressions of {zipf.FIELDS} fields pending, one core"
+    yield bench.compare("join", title, "events/s", [ours], Goal("ours", least=1_000_000))
+
+
 def memory(bench: Bench) -> Iterator[Comparison]:
     count = bench.size(1_000_000, 100_000)
     arguments = ["--impressions", count, "--pending"]
@@ -243,8 +251,8 @@ def gpu(bench: Bench) -> Iterator[Comparison]:
 
 
 CASES: dict[str, Case] = {
-    "train": train, "train-10m": train_10m, "ingest": ingest, "pipeline": pipeline, "ftrl": ftrl, "memory": memory, "flat": flat,
-    "start": start, "pause": pause, "gpu": gpu,
+    "train": train, "train-10m": train_10m, "ingest": ingest, "pipeline": pipeline, "ftrl": ftrl, "join": join, "memory": memory,
+    "flat": flat, "start": start, "pause": pause, "gpu": gpu,
 }  # fmt: skip
 
 
