@@ -85,17 +85,22 @@ def main(verbose: int) -> None:
 # -- options that several commands share --------------------------------------------------------------------------------------------
 
 
+_CONFIG = click.option(
+    "--config", "config_path", type=click.Path(path_type=Path), help="A TOML file; see configs/ and `stream-ctr config`."
+)  # fmt: skip
+
+
+def _extra(which: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    return click.option(
+        "-X", "extra", multiple=True, metavar="KEY=VALUE", help=f"{which} key of the configuration such as learn.batch_size."
+    )
+
+
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option(
-            "-X",
-            "extra",
-            multiple=True,
-            metavar="KEY=VALUE",
-            help="A Kafka client property, or any key of the configuration such as learn.batch_size.",
-        ),
+        _extra("A Kafka client property, or any"),
         click.option("--kafka-config", type=click.Path(path_type=Path), help="A Java client.properties file."),
-        click.option("--config", "config_path", type=click.Path(path_type=Path), help="A TOML file; see configs/ and `stream-ctr config`."),
+        _CONFIG,
         click.option("--bootstrap-servers", metavar="HOST:PORT,...", help="Kafka brokers.  [default: localhost:9092]"),
     ):
         command = option(command)
@@ -607,18 +612,14 @@ def broker(port: int) -> None:
 @click.option("--impressions", type=click.IntRange(1000), default=200_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--state", type=click.Path(path_type=Path, file_okay=False), help="Where to keep it.  [default: a temporary directory]")
-@_settings
-def demo(
-    impressions: int, seed: int, state: Path | None, bootstrap_servers: str | None, config_path: Path | None, kafka_config: Path | None,
-    extra: tuple[str, ...],
-) -> None:  # fmt: skip
+@_extra("Any")
+@_CONFIG
+def demo(impressions: int, seed: int, state: Path | None, config_path: Path | None, extra: tuple[str, ...]) -> None:
     """All of it on this machine: an embedded broker, a simulated stream, the trainer, a subscriber. About a minute on two cores."""
     import tempfile
 
     from stream_ctr.demo import run_demo
 
-    if bootstrap_servers or kafka_config:
-        raise click.UsageError("the demo brings a broker of its own; use `run` with yours")
     # A demo is short: report often enough to be watched.
     config, properties = _load_config(config_path, extra, base={"schedule": {"report_every": "1s", "snapshot_every": "10s"}})
     if properties:

@@ -618,7 +618,10 @@ class Trainer:
         names = self._partition_names()
         if odd := sorted(set(names) ^ set(manifest["positions"])):
             self._require_same_partitions(odd, names)
-            raise ConfigError(f"snapshot {path.name} was made from {sorted(manifest['positions'])}, the input has {sorted(names)}")
+            made, given = (", ".join(sorted(of)) for of in (manifest["positions"], names))
+            raise ConfigError(
+                f"snapshot {path.name} was made from {made}, the input is {given}; use another --state directory for another input"
+            )
         self._require_same_topics(manifest["topic_ids"])
         self._guard.load(tensors, manifest["guard"], path, last_step=manifest["gate"]["last_step"])
         self.watermarks.load_state_dict(_part(tensors["joiner"], "watermarks."))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -499,7 +500,7 @@ def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path)
     Simulation(3000, seed=6).write_jsonl(other)
     result = command("run", "--source", other, "--state", state, *QUICK)
     assert result.exit_code == 3
-    assert "was made from" in result.output
+    assert re.search(r"was made from \S+:0, the input is \S+:0; use another --state directory", result.output)
     moved = tmp_path / "moved" / log.name  # the same log elsewhere is the same log; a shorter one lacks what comes next
     moved.parent.mkdir()
     moved.write_bytes(log.read_bytes())
