@@ -1,6 +1,6 @@
 """One run: a system with its hyper-parameters and a seed, trained and tested; or one pass over all examples in the order of their times.
 
-`train` goes over the training part and scores the validation part four times an epoch, until that has not been better for two checks in a
+`train` goes over the training part and scores the validation part four times an epoch, until that has not been better for four checks in a
 row, and scores the test part with the weights of the best check: the test part decides nothing. `stream` predicts each example before it
 learns it.
 Either returns an outcome, a dictionary of plain numbers, which depends on the setting and the data alone but for its times.

@@ -75,7 +75,7 @@ def _properties(name: str) -> dict[str, bool]:
 
 
 def _figure6(times: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Report:
-    """Times and, unless LR's are missing or too short, how many times LR's they are."""
+    """Times and, where LR's are known, how many times those they are."""
     ratios = aggregate.relative_times(times)
     return {
         device: {name: {**time, "over_lr": ratios.get(device, {}).get(name, {}).get("median")} for name, time in of.items()}

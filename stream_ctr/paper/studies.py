@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from stream_ctr.paper import figures, published
-from stream_ctr.paper.aggregate import Report, chosen, compared, relative_times, too_short
+from stream_ctr.paper.aggregate import Report, chosen, compared, relative_times, rough
 from stream_ctr.paper.page import Block, Cell, Column, Details, Heading, Note, Picture, Strong, Table, Text
 from stream_ctr.paper.words import NONE, count, number, spread
 
@@ -20,17 +20,16 @@ def figure6(told: Report) -> list[Block]:
     whole, per_epoch = (relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch"))
     tables = [_time_table(told, device, whole.get(device), per_epoch.get(device)) for device in times]
     if not whole:
-        return [*blocks, Note(_no_ratio(times)), *tables]
+        note = Note("No multiples of LR's time: LR and another system must have been timed on one machine.")
+        return [*blocks, note, *tables]
     panels = [figures.relative_time({device: of}, per_epoch) for device, of in whole.items()]
     picture = Picture("figure6", _figure6_caption(told), figures.relative_time(whole, per_epoch), panels)
-    return [*blocks, picture, Details("The numbers", tables)]
+    return [*blocks, *([_of_short_times(times)] if rough(times) else []), picture, Details("The numbers", tables)]
 
 
-def _no_ratio(times: Mapping[str, Mapping[str, Any]]) -> str:
-    if not too_short(times):
-        return "No multiples of LR's time: LR and another system must have been timed on one machine."
+def _of_short_times(times: Mapping[str, Mapping[str, Any]]) -> Note:
     epoch = times["cpu"]["LR"]["seconds_per_epoch"]["median"]
-    return f"Too short to time: an epoch of LR takes {number(epoch, significant=1)} s, and a multiple of that would be mostly noise."
+    return Note(f"An epoch of LR takes {number(epoch, significant=1)} s here: read multiples of so short a time as orders of magnitude.")
 
 
 def _figure6_caption(told: Report) -> str:
