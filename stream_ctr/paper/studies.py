@@ -37,8 +37,8 @@ def _figure6_caption(told: Report) -> str:
     several = " Of several machines, one is shown." if len({str(where["machine"]) for where in told["machines"]}) > 1 else ""
     return (
         "Bars: training time until the best check over LR's, medians over seeds, FNN's pre-training included; whiskers from the least to "
-        "the most. Diamonds: an epoch over LR's, since how many epochs a system needs is another question. The axis goes by powers of ten. "
-        f"LR is FTRL-Proximal in compiled code on one CPU core{gpu}.{several}"
+        "the most. Diamonds: an epoch over LR's, since how many epochs a system needs is another question. The numbers are these two, in "
+        f"this order. The axis goes by powers of ten. LR is FTRL-Proximal in compiled code on one CPU core{gpu}.{several}"
     )
 
 
