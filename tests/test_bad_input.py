@@ -511,6 +511,7 @@ print(events, log.rejected.first, (resource.getrusage(resource.RUSAGE_SELF).ru_m
 
 
 @pytest.mark.bad_input("file: gzip bomb", via="--source")
+@pytest.mark.slow
 def test_a_line_that_decompresses_without_end_takes_bounded_memory_and_is_named(tmp_path, outcome):
     path = tmp_path / "log.jsonl.gz"
     with gzip.open(path, "wb", compresslevel=1) as file:

@@ -626,6 +626,7 @@ def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(broker: s
     assert topic_partitions(client_options(broker, {}), topic) is None
 
 
+@pytest.mark.slow
 def test_partitions_without_records_are_not_silent(broker: str, topic: str) -> None:
     write(broker, topic, 3, numbered([5, 0, 0]))
     with open_source(broker, topic, until_end=False) as source:

@@ -199,6 +199,7 @@ class StoppedAtTheEnd(Partitions):
         return records
 
 
+@pytest.mark.slow
 def test_a_run_with_nothing_left_to_read_still_learns_what_waited_and_keeps_it(tmp_path, stream):
     finish(trainer(tmp_path / "whole", Partitions(split(stream, 4))))
     stopped = finish(trainer(tmp_path / "parts", StoppedAtTheEnd(split(stream, 4))))

@@ -206,6 +206,7 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     put=st.sampled_from([None, "absent", float("nan"), True, "text", [], {}, -1]),
     width=st.integers(20, 160),
 )
+@pytest.mark.slow
 def test_no_missing_or_odd_value_stops_the_drawing(lost: list[tuple[str, ...]], put: object, width: int) -> None:
     report = copy.deepcopy(REPORT)
     for path in lost:

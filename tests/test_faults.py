@@ -140,6 +140,7 @@ def live(directory: Path, source: Live, **sections: Any) -> Any:
 
 @pytest.mark.fault(15, injected="4 partitions, one of them silent")
 @pytest.mark.fault(16, injected="the silent partition wakes with records an hour old")
+@pytest.mark.slow
 def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harms_nobody(tmp_path, stream, outcome):
     *three, waking = split(stream, 4)
     old = [{**event, "time": event["time"] - 3_600_000, "impression_id": f"old-{i}"} for i, event in enumerate(documents(waking)[:200])]
@@ -165,6 +166,7 @@ def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harm
 
 @pytest.mark.fault(17, injected="one record in 20 from clocks that are 2 h ahead, 2 h behind, at 1970, at 2099")
 @pytest.mark.parametrize("source", ["log", "broker"])
+@pytest.mark.slow
 def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, source, outcome):
     events = documents(stream)
     now = int(time.time() * 1000)
@@ -202,6 +204,7 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
 
 @pytest.mark.fault(18, injected="the trainer's wall clock an hour on, and back, between two polls")
 @pytest.mark.parametrize("moved", [-3600.0, 3600.0])
+@pytest.mark.slow
 def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(tmp_path, stream, moved, outcome):
     class Jumping(Live):
         polls = 100
@@ -233,6 +236,7 @@ def delayed_clicks(events: Sequence[dict[str, Any]], start: float, end: float) -
     ]
 
 
+@pytest.mark.slow
 def test_impressions_whose_clicks_are_delayed_wait_and_get_their_labels(tmp_path, stream, caplog):
     events = encoded(delayed_clicks(documents(stream), 0.4, 0.8))
     plain = finish(trainer(tmp_path / "plain", Partitions([stream])))
@@ -245,6 +249,7 @@ def test_impressions_whose_clicks_are_delayed_wait_and_get_their_labels(tmp_path
     assert deaf["counters"]["clicks_late"] > 100, "without the breaker their impressions are taught as not clicked"
 
 
+@pytest.mark.slow
 def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_and_goes_on_later(tmp_path, stream):
     events = delayed_clicks(documents(stream), 0.5, 1.0)
     join = {"label_window": "60s", "stall_clicks": 20}
@@ -289,6 +294,7 @@ def test_a_topic_of_clicks_that_ends_early_teaches_nothing_of_the_impressions_af
 
 
 @pytest.mark.parametrize("why", ["no broker answers", "the trainer was away"])
+@pytest.mark.slow
 def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp_path, stream, why):
     """They are 20 s apart; the one that is behind has nothing new for 40 s by the clock, when it could not have spoken."""
     logs = apart(stream, lambda event: True)
@@ -327,6 +333,7 @@ def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp
     assert ledgers[0] == ledgers[1]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_while_its_last_windows_close_goes_on_bit_for_bit(tmp_path, stream):
     join = {"label_window": "1h"}
     finish(trainer(tmp_path / "whole", Partitions([stream]), join=join))
@@ -421,6 +428,7 @@ def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_publish
     outcome("skipped, rolled back three times, then exit 5; the published snapshot is from before", times=1)
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_published(tmp_path, stream, caplog):
     class Forgets(Partitions):
         """Somewhere in the stream the table is filled with nonsense, finite as it is."""
@@ -507,6 +515,7 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
 
 @pytest.mark.fault(20, injected="a byte flipped, a file cut, two files swapped, in the newest snapshot; then in all")
 @pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest"])
+@pytest.mark.slow
 def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(log, clean, tmp_path, harm, outcome):
     def damage(path: Path) -> None:
         model, optimizer = path / "model.safetensors", path / "optimizer.safetensors"

@@ -206,6 +206,7 @@ def seeds_of_logs() -> dict[str, list[bytes]]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.slow
 def test_a_mutated_log_is_read_or_refused_by_name_and_nothing_else(full, format, tmp_path):
     seeds, numbers = seeds_of_logs()[format], itertools.count()
 

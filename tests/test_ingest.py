@@ -421,6 +421,7 @@ def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_t
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000))
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.slow
 def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, seed, read_ahead):
     directory = Path(tempfile.mkdtemp())
     short = {"join": {"label_window": "5s", "allowed_lateness": "1s"}}  # then partitions are ahead of others
@@ -454,6 +455,7 @@ def test_a_snapshot_is_never_past_what_was_joined(tmp_path, stream):
     assert ahead[-1] == 0
 
 
+@pytest.mark.slow
 def test_a_run_told_to_stop_leaves_what_it_has_not_taken_to_the_next_one(tmp_path, stream):
     finish(trainer(tmp_path / "whole", Partitions([stream], seed=1), **AHEAD))
     stopped = trainer(tmp_path / "parts", Partitions([stream], seed=1), **AHEAD)

@@ -336,6 +336,7 @@ def test_ls_counts_the_letters_by_reason(lettered):
     assert lines[-1] == [str(len(BAD)), "in all"]
 
 
+@pytest.mark.slow
 def test_replay_puts_back_the_same_bytes_into_the_same_partitions(broker, log, tmp_path):
     lettered = made_letters(broker, log, tmp_path)
     where = lettered.where

@@ -328,6 +328,7 @@ def without_spilling(counts: dict[str, int]) -> dict[str, int]:
 
 @settings(max_examples=250, deadline=None)
 @given(logs_with_polls(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.booleans())
+@pytest.mark.slow
 def test_spilling_changes_no_example_no_label_no_order_and_no_counter_at_any_moment(case, in_memory, segment_rows, at_most, restart):
     log, polls = case
     parts, free, seen = run(log, iter(polls))

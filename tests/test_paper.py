@@ -277,6 +277,7 @@ def test_auc_is_the_share_of_pairs_in_order(examples: list[tuple[int, bool]]) ->
 
 
 @pytest.mark.parametrize("system", ["lr", "fnn", "deepfm"])
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_outcome_on_any_number_of_threads_and_another_another(
     system: str, data: Dataset, split: Split
 ) -> None:
@@ -610,6 +611,7 @@ def test_what_is_not_ours_is_left_alone(tmp_path: Path) -> None:
     assert "holds other files, such as train.txt" in refused.output
 
 
+@pytest.mark.slow
 def test_restart_removes_all_that_was_written(tmp_path: Path) -> None:
     assert paper("--simulate", 1000, "--out", tmp_path, "--seeds", 1, "--epochs", 1, "--only", "table2,streaming").exit_code == 0
     (tmp_path / "runs" / ".fm-0123456789abcdef.json.77").touch()  # of a process that was killed

@@ -254,6 +254,7 @@ def test_who_beats_lr_is_said_by_an_interval_and_not_by_order(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("systems", [["lr"], ["fm"], ["lr", "fm"], ["fnn", "ipnn"], ["deepfm"]])
+@pytest.mark.slow
 def test_a_report_of_some_systems_holds_those_alone(tmp_path: Path, systems: list[str]) -> None:
     told = written_with(tmp_path, [run for run in runs(tmp_path) if run["system"] in systems])
     assert list(told["table2"]) == TITLES

@@ -594,6 +594,7 @@ spoils = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), edges | st.binar
 
 @settings(deadline=None, max_examples=300)
 @given(batches(), spoils, st.integers(-1, 9), st.integers(0, 400), st.integers(1, 9), st.sampled_from([1, 5, 100]))
+@pytest.mark.slow
 def test_no_byte_outside_is_looked_at_whatever_a_batch_holds(
     interpreted: ModuleType, batch: Batch, steps: list[tuple[float, int, bytes]], more: int, last: int, most: int, value_bytes: int
 ) -> None:
@@ -618,6 +619,7 @@ EMPTY = replace(COMPACTED, records=[], last_offset_delta=0)
 @settings(deadline=None, max_examples=100)
 @example([COMPACTED, EMPTY, EMPTY], [(0.5, 0, b"\x00")], 1, False)  # nothing to read, then damage
 @given(st.lists(batches(), max_size=3), spoils, st.integers(0, 400), st.booleans())
+@pytest.mark.slow
 def test_no_bytes_crash_or_hang_it(some: list[Batch], steps: list[tuple[float, int, bytes]], position: int, right_checksum: bool) -> None:
     stored, _, _ = write_down(some, [0] * len(some))
     stored = spoiled(stored, steps)

@@ -61,6 +61,7 @@ def test_a_signed_snapshot_is_loaded_with_the_public_key_and_by_who_asks_for_non
 
 @pytest.mark.security("only what the trainer's key signed is loaded", how="no signature, another key's, half of one, a changed manifest")
 @pytest.mark.parametrize("forgery", ["unsigned", "another key", "a changed manifest", "half a signature"])
+@pytest.mark.slow
 def test_what_the_key_did_not_sign_is_refused_before_anything_is_loaded(log, tmp_path, keys, forgery, caplog, outcome):
     private, public = keys
     signer = write_keys(tmp_path, "other")[0] if forgery == "another key" else private

@@ -167,7 +167,8 @@ SEVERAL = {**SMALL["model"], "name": "deepfm", "beside": ("fnn", "lr", "fm_dnn")
 
 
 @pytest.mark.parametrize(
-    ("partitions", "model"), [pytest.param(1, SMALL["model"], marks=pytest.mark.slow), (3, SMALL["model"]), (2, SEVERAL)]
+    ("partitions", "model"),
+    [pytest.param(1, SMALL["model"], marks=pytest.mark.slow), (3, SMALL["model"]), pytest.param(2, SEVERAL, marks=pytest.mark.slow)],
 )
 def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(tmp_path, stream, partitions, model):
     whole = finish(trainer(tmp_path / "whole", Partitions(split(stream, partitions)), model=model))
@@ -214,6 +215,7 @@ def test_the_last_report_says_what_happened_to_every_event(tmp_path, stream):
     assert all(w["provisional"] is False for w in windows)
 
 
+@pytest.mark.slow
 def test_the_baseline_learns_a_deterministic_share_and_is_compared_on_it(tmp_path, stream):
     share = {"baseline": {"sample_rate": 0.25}}
     a = finish(trainer(tmp_path / "a", Partitions([stream], seed=1), **share))
@@ -298,6 +300,7 @@ def test_lr_has_the_rates_of_ftrl_which_then_does_not_learn_twice(tmp_path, stre
 
 
 @pytest.mark.parametrize(("name", "beside"), [("fm", None), ("deepfm", "lr"), ("lr", "fm")])
+@pytest.mark.slow
 def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, beside):
     built = trainer(tmp_path, Partitions([stream]), ftrl={"alpha": 0.3}, **model(name, *([beside] if beside else [])))
     finish(built)
@@ -455,6 +458,7 @@ def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_
     assert (report["examples"], report["models"]["fm"]["count"], report["pairs"]["fm"]["count"]) == (6000, 6000 - huge, 6000 - huge)
 
 
+@pytest.mark.slow
 def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdict_on_the_network_and_learns_on(tmp_path, stream, caplog):
     lenient = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
     sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": lenient}
@@ -469,6 +473,7 @@ def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdic
     assert snapshot.read_pointer(tmp_path / "latest.json")["examples"] == 6000
 
 
+@pytest.mark.slow
 def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again_and_published_as_it_was(tmp_path, stream):
     gate = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
     sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": gate, "learn": {**SMALL["learn"], "skips_before_rollback": 2}}
