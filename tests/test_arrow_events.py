@@ -363,6 +363,7 @@ def test_names_that_are_no_text_are_refused_wherever_they_stand():
 SEEDS = [make() for make in WAYS.values()]
 
 
+@pytest.mark.slow
 def test_mutated_streams_are_read_or_refused_and_their_neighbours_are_read(full):
     neighbour = WAYS["coded ids and kinds"]()
 

@@ -351,6 +351,7 @@ def test_the_name_of_a_field_is_harmless_in_messages(kind, outcome):
 
 
 @pytest.mark.bad_input("path-like names", via="fields, model name, ids")
+@pytest.mark.slow
 def test_names_that_look_like_paths_or_steer_a_terminal_are_names_and_nothing_else(tmp_path, outcome):
     names = {"../../x": "../../y", "/etc/passwd": "z", "\x1b[31mred": "\r\n", "nul\0": "\0"}
     values = [record(impression_id=f"../{i}", time=T + 50 * i, features=names) for i in range(300)]

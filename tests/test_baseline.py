@@ -55,6 +55,7 @@ def test_probabilities_are_rivers_own_from_before_each_update(process):
     assert collect(process).tolist() == by_hand(ids, labels)
 
 
+@pytest.mark.slow
 def test_a_marker_returns_the_state_at_its_place_in_the_sequence(process):
     ids, values, labels = stream()
     process.submit(ids[:200], values[:200], labels[:200])

@@ -19,9 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
-from lineage import SMALL as QUICK
+from lineage import SMALL, reports
 from lineage import newest as newest_snapshot
-from lineage import reports
 from patience import PATIENCE_SECONDS, started, wait_until
 
 from connectors import kafka, kafka_options
@@ -34,6 +33,7 @@ from stream_ctr.simulate import Simulation
 from stream_ctr.subscribe import TopicPointers
 
 IMPRESSIONS = 4000
+QUICK = [*SMALL, "-X", "baseline.enabled=false"]
 
 
 def command(*arguments: object) -> Result:
@@ -205,7 +205,7 @@ def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embed
 def several(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("several") / "state"
     named = ["--model", "fm", "--model", "deepfm", "--model", "lr"]
-    printed = succeed("run", "--source", log, "--state", state, *named, *QUICK).stderr.splitlines()
+    printed = succeed("run", "--source", log, "--state", state, *named, *SMALL).stderr.splitlines()
     assert [line.split()[0] for line in printed[-4:]] == ["fm", "deepfm", "lr", "river_ftrl"]
     assert "; fm - lr on the same 4,000: " in printed[-2]
     return state
@@ -239,12 +239,13 @@ def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, train
     assert "no model 'opnn'; it has fm, deepfm, lr" in refused.output
 
 
+@pytest.mark.slow
 def test_a_state_goes_on_with_the_models_it_began_with_and_refuses_others(log, several):
     state = several.parent / "again"
     shutil.copytree(several, state)
-    assert "resumed from snapshot" in succeed("run", "--source", log, "--state", state, *QUICK).output
+    assert "resumed from snapshot" in succeed("run", "--source", log, "--state", state, *SMALL).output
     assert list(reports(state)[-1]["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
-    other = command("run", "--source", log, "--state", state, "--model", "fm", *QUICK)
+    other = command("run", "--source", log, "--state", state, "--model", "fm", *SMALL)
     assert other.exit_code == 3
     assert "made with the models fm, deepfm, lr, not with fm, ftrl" in other.output
 
@@ -568,7 +569,7 @@ def test_every_command_says_what_it_does_and_help_is_quick():
 
 @pytest.mark.slow
 def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(embedded_broker, tmp_path):
-    result = succeed("demo", "--impressions", 5000, "--seed", 1, "--state", tmp_path, *QUICK, "-X", "join.label_window=10m")
+    result = succeed("demo", "--impressions", 5000, "--seed", 1, "--state", tmp_path, *SMALL, "-X", "join.label_window=10m")
     newest = reports(tmp_path)[-1]["snapshot"]
     for part in ("deepfm", "river_ftrl", "best possible", f"subscriber: loaded {newest}", "reports.jsonl"):
         assert part in result.stdout

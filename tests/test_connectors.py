@@ -816,6 +816,7 @@ def test_pointers_without_a_key_are_left_out(embedded_broker: str, topic: str) -
 # When nothing answers
 
 
+@pytest.mark.slow
 def test_an_unreachable_broker_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 1.0)
     client = client_options("127.0.0.1:1,no.such.host.invalid:9092", {})
@@ -854,6 +855,7 @@ def refusal(servers: str, options: dict[str, str], topic: str, expected: str, mo
     return caught.value
 
 
+@pytest.mark.slow
 def test_a_tls_client_does_not_hang_at_a_silent_peer(embedded_broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 0.2)
     client = client_options(embedded_broker, {"security.protocol": "SSL"})

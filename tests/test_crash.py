@@ -19,7 +19,7 @@ from faults.kill_rounds import HEADER, kill_rounds, rows
 from lineage import SMALL, Fingerprint, last_report, newest, published
 from patience import PATIENCE_SECONDS
 from record import formatted
-from test_trainer import Partitions, assert_equal_states, finish, split, trainer
+from test_trainer import RIVER, Partitions, assert_equal_states, finish, split, trainer
 
 from connectors import Records, kafka
 from stream_ctr import snapshot
@@ -201,9 +201,9 @@ class StoppedAtTheEnd(Partitions):
 
 @pytest.mark.slow
 def test_a_run_with_nothing_left_to_read_still_learns_what_waited_and_keeps_it(tmp_path, stream):
-    finish(trainer(tmp_path / "whole", Partitions(split(stream, 4))))
-    stopped = finish(trainer(tmp_path / "parts", StoppedAtTheEnd(split(stream, 4))))
-    resumed = trainer(tmp_path / "parts", Partitions(split(stream, 4)))
+    finish(trainer(tmp_path / "whole", Partitions(split(stream, 4)), **RIVER))
+    stopped = finish(trainer(tmp_path / "parts", StoppedAtTheEnd(split(stream, 4)), **RIVER))
+    resumed = trainer(tmp_path / "parts", Partitions(split(stream, 4)), **RIVER)
     resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))
     assert resumed.source.finished
     assert finish(resumed)["examples"] == 6000 > stopped["examples"]
@@ -217,8 +217,6 @@ def test_the_snapshot_that_a_run_goes_on_from_stays_though_newer_ones_are_damage
     (tmp_path / "snapshots" / damaged / "model.safetensors").write_bytes(b"")
     resumed = trainer(tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 1})
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
-    assert resumed.baseline
-    resumed.baseline.close()
     assert good in snapshot.snapshot_ids(tmp_path / "snapshots")
 
 
@@ -315,6 +313,7 @@ def test_what_is_no_failpoint_is_refused(text):
         parse(text)
 
 
+@pytest.mark.slow
 def test_a_run_with_an_unknown_failpoint_does_not_begin(log, tmp_path):
     command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(tmp_path / "state")]
     environment: Mapping[str, str] = {**os.environ, VARIABLE: "snapshot.renamed"}

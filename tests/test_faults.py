@@ -21,7 +21,7 @@ from click.testing import CliRunner
 from lineage import SMALL, Fingerprint, last_report, newest, published
 from patience import PATIENCE_SECONDS, catches, started, wait_until
 from test_cli import own_topics
-from test_trainer import Partitions, finish, split, trainer
+from test_trainer import RIVER, Partitions, finish, split, trainer
 
 from connectors import Records, kafka
 from connectors.memory import BatchSource
@@ -364,6 +364,7 @@ def test_many_bad_records_and_then_good_ones_are_still_a_flood(tmp_path, stream)
 
 
 @pytest.mark.fault(22, injected="a number of 1e38 in one impression of 500, taken as it is (numeric_encoding = value)")
+@pytest.mark.slow
 def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_learned(tmp_path, stream, outcome):
     events = documents(stream)
     numeric = next(name for name, value in events[0]["features"].items() if isinstance(value, (int, float)) and not isinstance(value, bool))
@@ -372,7 +373,7 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
         if number % 500 == 250 and event["kind"] == "impression":
             event["features"][numeric] = 1e38
             huge += 1
-    built = trainer(tmp_path, Partitions([encoded(events)]), features={"numeric_encoding": "value"}, **FREQUENT)
+    built = trainer(tmp_path, Partitions([encoded(events)]), features={"numeric_encoding": "value"}, **RIVER, **FREQUENT)
     report = finish(built)
     counters = report["counters"]
     assert counters["examples_skipped"] == huge
@@ -441,7 +442,7 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
                 self.trainer.learner.table.rows[:, :4].add_(3.0)
             return super().poll(timeout_seconds)
 
-    built = trainer(tmp_path, Forgets([stream]), snapshots={"gate_clicks": 100, "keep": 20}, **FREQUENT)
+    built = trainer(tmp_path, Forgets([stream]), **RIVER, snapshots={"gate_clicks": 100, "keep": 20}, **FREQUENT)
     report = finish(built)
     manifests = [snapshot.load(tmp_path / "snapshots" / name, files=())[0] for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
     refused = [manifest["sequence"] for manifest in manifests if manifest["gate"]["refused"]]
@@ -652,6 +653,7 @@ def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, t
     outcome("the trainer's state equals that of a run without subscribers; the slow one has the newest after SIGCONT")
 
 
+@pytest.mark.slow
 def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log, tmp_path, caplog):
     assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
     names = snapshot.snapshot_ids(tmp_path / "snapshots")

@@ -146,6 +146,7 @@ def told(decoded: tuple[Events, Rejects]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_the_fast_way_and_the_strict_way_tell_the_same_of_any_bytes(full):
 
     @fuzz(full, 300, st.lists(records, min_size=1, max_size=30))

@@ -289,6 +289,7 @@ def test_without_triton_the_gpu_step_says_what_to_do(monkeypatch):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_learner_on_the_cpu_needs_no_triton():
     program = "import sys; sys.modules['triton'] = None; import stream_ctr.learner, stream_ctr.gpu_step as g; print(g.triton_kernels)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "None\n"

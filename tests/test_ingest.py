@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from patience import PATIENCE_SECONDS as WAIT
-from test_trainer import Partitions, assert_equal_states, finish, split, trainer
+from test_trainer import RIVER, Partitions, assert_equal_states, finish, split, trainer
 
 from connectors import Records
 from connectors.errors import PositionLost
@@ -335,7 +335,7 @@ def test_closing_ends_the_thread_whatever_it_is_doing(busy):
 
 # -- beneath the trainer ------------------------------------------------------------------------------------------------------------------
 
-AHEAD = {"input": {"read_ahead": 700}}
+AHEAD = {"input": {"read_ahead": 700}, **RIVER}
 
 
 @pytest.fixture(scope="module")
@@ -548,10 +548,11 @@ def test_a_stage_that_an_error_leaves_is_left():
     assert spent.nanoseconds() == {"learn": 20, "learn.gather": 10, "join": 10}
 
 
+@pytest.mark.slow
 def test_learning_that_waits_for_the_baseline_says_so_once_and_what_to_do(tmp_path, stream, caplog, monkeypatch):
     monkeypatch.setattr("stream_ctr.baseline._MOST_WAITING_BYTES", 1)
     with caplog.at_level("WARNING"):
-        finish(trainer(tmp_path, Partitions([stream])))
+        finish(trainer(tmp_path, Partitions([stream]), **RIVER))
     said = [record.getMessage() for record in caplog.records if "river_ftrl" in record.getMessage()]
     assert len(said) == 1
     assert "learning is no faster than it" in said[0]

@@ -325,6 +325,7 @@ def lettered(embedded_broker: str, log: Path, tmp_path_factory: pytest.TempPathF
     return made_letters(embedded_broker, log, tmp_path_factory.mktemp("lettered"))
 
 
+@pytest.mark.slow
 def test_ls_counts_the_letters_by_reason(lettered):
     where = lettered.where
     counts = {one["reason"]: one["letters"] for one in json_lines("dlq", "ls", *where)}
@@ -352,6 +353,7 @@ def test_replay_puts_back_the_same_bytes_into_the_same_partitions(broker, log, t
     assert values_of(lettered.servers, f"{lettered.topic}.dlq") == letters  # they stay
 
 
+@pytest.mark.slow
 def test_replay_with_a_reason_puts_back_those_alone_and_without_any_choice_nothing(lettered):
     where = lettered.where
     before = len(values_of(lettered.servers, lettered.topic))

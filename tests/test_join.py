@@ -440,6 +440,7 @@ def test_a_joiner_of_one_megabyte_spills_and_gives_what_one_without_a_bound_give
     horizon=st.sampled_from([0, 100_000]),
     restart=st.booleans(),
 )
+@pytest.mark.slow
 def test_the_bound_holds_after_every_call_and_every_event_is_accounted_for(seed, polls, max_bytes, over_bound, window, horizon, restart):
     with tempfile.TemporaryDirectory() as root:
 
@@ -537,6 +538,7 @@ def test_the_registry_forgets_the_oldest_ids_first_and_counts_them():
     st.integers(0, 9),
     st.integers(0, 100),
 )
+@pytest.mark.slow
 def test_the_index_finds_every_id_however_it_grew_and_was_purged(steps, near_the_end, before):
     """Ids that all want the last places of the table, so that they run past its end, against a dictionary."""
     index, truth = Index(1 << 16), {}
@@ -614,6 +616,7 @@ def test_a_full_disk_gives_up_impressions_and_nothing_else_and_spilling_goes_on_
     settled(target, leave(target.drain))
 
 
+@pytest.mark.slow
 def test_the_disk_does_not_fill_with_those_that_were_given_up(tmp_path):
     target, most = bounded(1 << 20, tmp_path, label_window_ms=10**9), 0
     for start in range(0, 100_000, 1000):

@@ -65,6 +65,7 @@ def test_a_value_of_any_spelling_in_any_place_is_read_as_by_the_strict_parser(fu
         same([GOOD, document.encode("utf-8", "surrogatepass"), GOOD])
 
 
+@pytest.mark.slow
 def test_numbers_are_rounded_as_by_the_strict_parser(full):
     @fuzz(full, 300, st.lists(numbers, min_size=1, max_size=20))
     def check(texts: list[str]) -> None:
@@ -73,6 +74,7 @@ def test_numbers_are_rounded_as_by_the_strict_parser(full):
         same([GOOD.replace(str(T).encode(), text.encode()) for text in texts])
 
 
+@pytest.mark.slow
 def test_times_are_read_as_by_the_strict_parser(full):
     part = st.integers(0, 70).map("{:02d}".format)
     texts = st.one_of(

@@ -75,6 +75,7 @@ def obey_modes() -> None:
 
 
 @pytest.mark.fault(21, injected="state directory with mode 0555; lock held by another process")
+@pytest.mark.slow
 def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path, outcome):
     log = tmp_path / "log.jsonl"
     Simulation(10, seed=0).write_jsonl(log)

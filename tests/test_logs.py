@@ -323,6 +323,7 @@ def every_format(folder: Path) -> dict[str, Path]:
     return {name: folder / name for name in names} | {"obd": OBD}
 
 
+@pytest.mark.slow
 def test_every_format_is_sniffed_and_two_passes_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = dict(
         zip(every_format(tmp_path).items(), ("events", "events", "parquet", "arrow", "arrow", "criteo", "avazu", "obd"), strict=True)

@@ -320,6 +320,7 @@ def test_training_ends_when_the_checks_of_an_epoch_are_no_better(data: Dataset, 
         assert len(checks) == 12 or since[-1] == 4
 
 
+@pytest.mark.slow
 def test_the_test_part_decides_nothing_but_its_own_scores(data: Dataset, split: Split, tmp_path: Path) -> None:
     shutil.copytree(data.directory, tmp_path / "other")
     labels = np.fromfile(tmp_path / "other" / "labels.bin", np.uint8)
@@ -337,6 +338,7 @@ def test_scores_of_the_test_part_are_those_of_its_losses(data: Dataset, split: S
     assert outcome["logloss"] == pytest.approx(np.mean(losses))
 
 
+@pytest.mark.slow
 def test_fnn_is_first_the_fm_that_fm_is_and_its_time_counts(data: Dataset, split: Split) -> None:
     fm, _ = experiment.train(setting(data, split, "fm"), data, split)
     fnn, _ = experiment.train(setting(data, split, "fnn"), data, split)
@@ -539,6 +541,7 @@ def comparable(out: Path) -> dict[str, Any]:
     return told
 
 
+@pytest.mark.slow
 def test_the_report_has_nine_systems(tmp_path: Path) -> None:
     result = paper("--simulate", 1500, "--out", tmp_path, "--seeds", 2, "--epochs", 1, "--only", "table2")
     assert result.exit_code == 0, result.output
@@ -567,6 +570,7 @@ def test_a_second_command_does_nothing_twice_and_restart_does_all(tmp_path: Path
     assert not any(path.stat().st_mtime_ns == at for path, at in before.items())
 
 
+@pytest.mark.slow
 def test_a_command_for_one_part_adds_to_the_report_and_takes_nothing_from_it(tmp_path: Path) -> None:
     small = ("--simulate", 1000, "--out", tmp_path, "--seeds", 1, "--epochs", 1)
     assert paper(*small, "--only", "table2").exit_code == 0

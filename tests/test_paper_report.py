@@ -320,6 +320,7 @@ def test_the_same_runs_give_the_same_bytes(written: tuple[Path, dict[str, Any]],
         assert (tmp_path / name).read_bytes() == (first / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_what_failed_or_was_not_run_is_named(tmp_path: Path) -> None:
     found = [run for run in runs(tmp_path) if run["part"] != "figure9" and not (run["system"] == "opnn" and run["part"] == "table2")]
     found = [run for run in found if not (run["part"] == "figure8" and run["value"] == "0.9")]
@@ -554,6 +555,7 @@ def opened(written: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 
 
 @browser_only
+@pytest.mark.slow
 def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[str, Any], str]) -> None:
     told, _ = opened
     for width in ("400", "1400"):
@@ -567,6 +569,7 @@ def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[s
 
 
 @browser_only
+@pytest.mark.slow
 def test_a_browser_has_nothing_to_complain_of_and_nothing_to_ask_for(opened: tuple[dict[str, Any], str]) -> None:
     told, console = opened
     assert re.findall(r".*:CONSOLE.*", console) == []

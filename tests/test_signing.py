@@ -42,7 +42,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(log: Path, state: Path, *options: str) -> Any:
-    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *SMALL, *options])
+    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *SMALL, "-X", "baseline.enabled=false", *options])
 
 
 def verify(state: Path, key: Path) -> Any:
