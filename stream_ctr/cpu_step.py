@@ -150,7 +150,10 @@ class CpuStep:
             self._logits[part] = logits.detach()
         slope = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
         slope[max(n - part.start, 0) :] = 0.0  # of the rows that are padding
-        gw, gv, *rest = torch.autograd.grad(logits, (w, v, *self._parameters), slope, materialize_grads=True)
+        # Of a scalar: a gradient to begin with would be checked by code of torch's whose import, sympy and all, takes half a second.
+        with torch.enable_grad():
+            sloped = torch.dot(logits, slope)
+        gw, gv, *rest = torch.autograd.grad(sloped, (w, v, *self._parameters), materialize_grads=True)
         if len(scale := self._scale[part]):
             gw, gv = gw * scale, gv * scale.unsqueeze(2)
         self._gw[part], self._gv[part] = gw, gv
