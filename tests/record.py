@@ -10,6 +10,10 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# What decides how fast products are, the widest first: a model's name may not tell.
+_INSTRUCTIONS = {
+    "amx_bf16": " (AMX)", "avx512_bf16": " (AVX-512, bfloat16)", "avx512f": " (AVX-512)", "avx2": " (AVX2)"
+}  # fmt: skip
 
 
 def formatted(header: list[str], rows: list[list[object]]) -> str:
@@ -41,5 +45,8 @@ def commit() -> str:
 
 def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    return f"{os.cpu_count()} x {model}, Python {platform.python_version()}, commit {commit()}, {time.strftime('%Y-%m-%d')}"
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    flags = told.get("flags", "").split()
+    widest = next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), "")
+    processor = f"{os.cpu_count()} x {told.get('model name', '?')}{widest}"
+    return f"{processor}, Python {platform.python_version()}, commit {commit()}, {time.strftime('%Y-%m-%d')}"

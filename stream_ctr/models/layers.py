@@ -173,6 +173,7 @@ class Dropout(nn.Module):
 # On a CPU torch has products of float32 from MKL, which has no AVX-512 for other makers' processors: oneDNN takes less than half the time
 # there. This is the operation that torch's own compiler makes of a linear layer.
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+_AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
 _ONEDNN_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()  # others' models may come to any processor
 
 
@@ -199,8 +200,7 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dz = _BACK[ctx.activation](dy, y)
-        # Of bfloat16, torch's product is the faster one here.
-        slope = torch.mm(dz.t(), x) if x.dtype == torch.bfloat16 else _linear(dz.t(), x.t(), None)
+        slope = _linear(dz.t(), x.t(), None) if _AVX512 and x.dtype == torch.float32 else torch.mm(dz.t(), x)  # the faster one of each
         return _linear(dz, weight.t(), None).to(ctx.wants), slope, dz.sum(0), None, None, None
 
 
