@@ -300,7 +300,8 @@ class Learn(Section):
     dense_learning_rate: float = key(0.001, gt=0)
     dense_weight_decay: float = key(0.0, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the dense part's products (its weights are fp32); auto: bf16 where the processor or the GPU has it. A resumed run keeps it.
+    """Of the dense part's products (its weights are fp32); auto: bf16 where the processor or the GPU has it. A resumed run keeps it,
+    unless it is told another.
 
     On a GPU those of fp32 are TF32's: 10 bits of mantissa in the factors, fp32 in the sums.
     """

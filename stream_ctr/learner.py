@@ -13,6 +13,7 @@ not an extra pass but what learning yields.
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
@@ -32,6 +33,7 @@ from stream_ctr.models import FTRL, MODELS, System
 from stream_ctr.models.layers import Dropout
 from stream_ctr.table import Rates, Table, columns
 
+_log = logging.getLogger(__name__)
 State = dict[str, npt.NDArray[Any]]
 _NO_RATES: Mapping[str, float] = {}
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm
@@ -50,12 +52,19 @@ def choose_precision(name: str, device: torch.device) -> str:
     >>> choose_precision("fp32", torch.device("cpu"))
     'fp32'
     """
-    if name != "auto":
-        return name
+    able = _has_bfloat16(device)
+    if name == "bf16" and not able:
+        _log.warning(
+            "learn.precision = bf16: there are no such products in this processor, so they take many times as long as those of fp32"
+        )
+    return ("bf16" if able else "fp32") if name == "auto" else name
+
+
+def _has_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     able: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
-    return "bf16" if any(able.get(name) for name in _BFLOAT16) else "fp32"
+    return any(able.get(name) for name in _BFLOAT16)
 
 
 class Learner(Protocol):

@@ -31,6 +31,7 @@ from stream_ctr.config import Config, Field
 from stream_ctr.display import LiveTable, final_table
 from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrError
 from stream_ctr.events import Decoder, infer_fields
+from stream_ctr.learner import choose_device
 from stream_ctr.lease import Lease
 from stream_ctr.outlet import Outlet
 from stream_ctr.rows import one_line
@@ -184,6 +185,7 @@ def _train(
     *,
     notes: Callable[[], Sequence[str]] = tuple,
 ) -> dict[str, Any]:
+    choose_device(config.learn.device)  # one that is not there is told of before anything is waited for
     stopping = Stopping()
     schedule = Schedule(
         {"report": config.schedule.report_every.total_seconds(), "snapshot": config.schedule.snapshot_every.total_seconds()}

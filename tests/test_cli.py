@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from lineage import SMALL, reports
 from lineage import newest as newest_snapshot
@@ -209,6 +210,14 @@ def several(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert [line.split()[0] for line in printed[-4:]] == ["fm", "deepfm", "lr", "river_ftrl"]
     assert "; fm - lr on the same 4,000: " in printed[-2]
     return state
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_device_that_is_not_there_is_told_of_before_the_log_is_read(log, tmp_path):
+    refused = command("run", "--source", log, "--state", tmp_path, "--device", "cuda", *QUICK)
+    assert refused.exit_code == 3
+    assert "no CUDA GPU is available here; use --device cpu or auto" in refused.output
+    assert "inferred as" not in refused.output
 
 
 def test_the_first_model_named_is_published_and_the_others_learn_the_same_examples(several, trained):

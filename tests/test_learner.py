@@ -20,7 +20,7 @@ from patience import PATIENCE_SECONDS
 from stream_ctr import table_kernels
 from stream_ctr.cpu_step import parts_of
 from stream_ctr.errors import ConfigError
-from stream_ctr.learner import NetworkLearner, choose_device, require_shapes
+from stream_ctr.learner import NetworkLearner, choose_device, choose_precision, require_shapes
 from stream_ctr.models import MODELS, DeepFM
 from stream_ctr.table import Rates, Table, columns
 
@@ -425,6 +425,17 @@ def test_the_shapes_that_weights_must_have_are_those_that_the_learner_gives_them
 def test_cuda_without_a_gpu_is_a_clear_error():
     with pytest.raises(ConfigError, match="no CUDA GPU"):
         choose_device("cuda")
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_bfloat16_is_chosen_where_the_processor_has_it_and_warned_of_where_not(able, monkeypatch, caplog):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": able})
+    cpu = torch.device("cpu")
+    assert choose_precision("auto", cpu) == ("bf16" if able else "fp32")
+    assert choose_precision("fp32", cpu) == "fp32"
+    assert not caplog.records
+    assert choose_precision("bf16", cpu) == "bf16"
+    assert ("they take many times as long as those of fp32" in caplog.text) is not able
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

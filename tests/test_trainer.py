@@ -569,6 +569,19 @@ def test_a_snapshot_of_another_configuration_is_refused_by_name(tmp_path, stream
         other.restore(snapshot.newest(tmp_path / "snapshots"))
 
 
+def test_a_run_may_go_on_with_another_precision_and_says_so(tmp_path, stream, caplog):
+    several = {"model": {**SMALL["model"], "beside": ("fm",)}}
+    finish(trainer(tmp_path, Partitions([stream.slice(0, 600)]), learn={**SMALL["learn"], "precision": "bf16"}, **several))
+    before = final_state(tmp_path)["model"]
+    resumed = trainer(tmp_path, Partitions([stream]), learn={**SMALL["learn"], "precision": "fp32"}, **several)
+    resumed.restore(snapshot.newest(tmp_path / "snapshots"))
+    assert caplog.text.count("was made with precision bf16; from here on it is fp32") == 1
+    after = resumed.learner.weights()
+    assert all(np.array_equal(before[name], array) for name, array in after.items())
+    assert finish(resumed)["examples"] == 6000
+    assert snapshot.verify(snapshot.newest(tmp_path / "snapshots"))["learner"]["precision"] == "fp32"
+
+
 def test_snapshots_by_number_of_examples_name_their_parent_and_old_ones_go(tmp_path, stream):
     finish(trainer(tmp_path, Partitions([stream]), schedule={"snapshot_examples": 1000}, snapshots={"keep": 2}))
     names = snapshot.snapshot_ids(tmp_path / "snapshots")
