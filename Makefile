@@ -17,8 +17,8 @@ install: ## the package, editable, and all it is developed with, in the tested v
 test: ## every test and every example in a docstring, a file at a time on each of three processes: many wait for a broker
 	$(BIN)/python -m pytest -n 3 --dist loadfile
 
-quick: ## the inner loop: all but the slow tests, under two minutes
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not slow"
+quick: ## the inner loop: all but the slow tests, which wait for nobody: two processes, under two minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 faults: ## every fault and bad input, on own brokers, half an hour; writes docs/reliability.md (ROWS=4,19: these only)
 	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md --fault-rows=$(ROWS)
