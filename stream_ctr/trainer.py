@@ -694,11 +694,11 @@ def _require_same_models(saved: Mapping[str, Any], wanted: Mapping[str, Any], pa
         )
     # But for the precision: weights are float32 in either, and a run may have to go on where there is no bfloat16.
     before, now = saved["learner"]["precision"], wanted["learner"]["precision"]
-    if before != now:
-        _log.warning("snapshot %s was made with precision %s; from here on it is %s", path.name, before, now)
     _require_same({**saved["learner"], "precision": now}, wanted["learner"], path)
     for name, options in wanted["beside"].items():
         _require_same({**saved["beside"][name], "precision": now}, options, path)
+    if before != now:
+        _log.warning("snapshot %s was made with precision %s; from here on it is %s", path.name, before, now)
 
 
 def _part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:

@@ -24,6 +24,9 @@ SMALL = [
 ]
 
 
+QUICK = [*SMALL, "-X", "baseline.enabled=false"]  # its process takes a second to start
+
+
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
     """A snapshot without its name, its times, its parent, its sequence and its epoch. `tensors`: file stem -> SHA-256 of all its arrays."""

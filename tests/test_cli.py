@@ -20,7 +20,7 @@ import pyarrow as pa
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from lineage import SMALL, reports
+from lineage import QUICK, SMALL, reports
 from lineage import newest as newest_snapshot
 from patience import PATIENCE_SECONDS, started, wait_until
 
@@ -34,7 +34,6 @@ from stream_ctr.simulate import Simulation
 from stream_ctr.subscribe import TopicPointers
 
 IMPRESSIONS = 4000
-QUICK = [*SMALL, "-X", "baseline.enabled=false"]
 
 
 def command(*arguments: object) -> Result:

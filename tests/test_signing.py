@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
-from lineage import SMALL
+from lineage import QUICK
 from patience import PATIENCE_SECONDS
 
 from stream_ctr import snapshot
@@ -42,7 +42,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(log: Path, state: Path, *options: str) -> Any:
-    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *SMALL, "-X", "baseline.enabled=false", *options])
+    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *QUICK, *options])
 
 
 def verify(state: Path, key: Path) -> Any:

@@ -12,7 +12,7 @@ Cases
   ingest     Kafka -> decode -> hash -> join, a window of 60 s, the broker on the same cores: ours with kafka-python, confluent-kafka and
              Arrow batches, Flink SQL's interval join, json.loads and a dict
   pipeline   Kafka -> learned and measured, FTRL on all, River on 1/16: ours, json.loads + dict + River, and of ours the parts alone, which
-             bound it: training on the same examples, all up to the join, River on its share
+             tell what to expect: training on the same examples, all up to the join, River on its share
   ftrl       exact FTRL-Proximal, ids in memory, one core: ours, Vowpal Wabbit, River
   join       watermarks, lateness and the join alone, a million impressions pending, one core
   memory     a million impressions pending, against none
@@ -303,7 +303,9 @@ def on_examples(directory: Path, topic: Topic, batch: int, bench: Bench) -> list
 
 
 def together(name: str, results: Sequence[Result], parts: Sequence[Contender]) -> Result:
-    """How fast it would be, round by round, if cores did these parts one after the other and nothing else: a bound for what does them all.
+    """How fast it would be, round by round, if cores did these parts one after the other and nothing else.
+
+    Not quite a bound for what does them all: where a part leaves a core idle, another may use it.
 
     The second of them keeps one core busy, the others all.
     """
@@ -312,9 +314,11 @@ def together(name: str, results: Sequence[Result], parts: Sequence[Contender]) -
     if not all(values):
         return Result(name, reason="a part was not measured")
     cores = os.cpu_count() or 1
-    bound = [1 / (1 / training + 1 / (cores * river) + 1 / joining) for training, river, joining in zip(*values, strict=True)]
-    times = statistics.median(all_ / training for all_, training in zip(bound, values[0], strict=True))
-    return Result(name, bound, note=f"computed from the three rows; {times:.2f} x {parts[0].name}, which is what can be reached at most")
+    whole = [1 / (1 / training + 1 / (cores * river) + 1 / joining) for training, river, joining in zip(*values, strict=True)]
+    times = statistics.median(all_ / training for all_, training in zip(whole, values[0], strict=True))
+    return Result(
+        name, whole, note=f"computed from the three rows; {times:.2f} x {parts[0].name}, where no part uses what another leaves idle"
+    )
 
 
 def described(topic: Topic, stream: str) -> str:
