@@ -3,6 +3,6 @@
 `connectors` is a generic import name. It ships inside the stream-ctr wheel only and is not meant to be installed on its own.
 """
 
-from connectors.records import Records
+from stream_ctr.connectors.records import Records
 
 __all__ = ["Records"]

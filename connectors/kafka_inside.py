@@ -14,7 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from connectors.record_batches import FORMAT, Codecs, Columns, StoredBatches, after_batch, format_of
+from stream_ctr.connectors.record_batches import (
+    FORMAT,
+    Codecs,
+    Columns,
+    StoredBatches,
+    after_batch,
+    format_of,
+)
 
 Partition = Any  # kafka.TopicPartition
 
@@ -29,9 +36,15 @@ class Unanswered:
         self._index = index
         self._since = np.full(len(index), np.nan)
         self._fetcher = consumer._fetcher
-        self._create, self._handle = self._fetcher._create_fetch_requests, self._fetcher._handle_fetch_response
+        self._create, self._handle = (
+            self._fetcher._create_fetch_requests,
+            self._fetcher._handle_fetch_response,
+        )
         # The consumer's thread calls these, by name each time.
-        self._fetcher._create_fetch_requests, self._fetcher._handle_fetch_response = self._asking, self._answered
+        self._fetcher._create_fetch_requests, self._fetcher._handle_fetch_response = (
+            self._asking,
+            self._answered,
+        )
 
     def seconds(self, wanted: npt.NDArray[np.bool_]) -> float:
         """The longest of the wanted partitions [P]; 0 when all have been answered."""
@@ -47,16 +60,26 @@ class Unanswered:
                     self._since[self._index[partition]] = now
         return requests
 
-    def _answered(self, node: Any, offsets: Mapping[Partition, int], sent: float, response: Any) -> None:
-        told = [(topic.topic, partition) for topic in response.responses for partition in topic.partitions]
-        failed = {(topic, partition.partition_index) for topic, partition in told if partition.error_code}
+    def _answered(
+        self, node: Any, offsets: Mapping[Partition, int], sent: float, response: Any
+    ) -> None:
+        told = [
+            (topic.topic, partition)
+            for topic in response.responses
+            for partition in topic.partitions
+        ]
+        failed = {
+            (topic, partition.partition_index) for topic, partition in told if partition.error_code
+        }
         for partition in offsets:
             if tuple(partition) not in failed:
                 self._since[self._index[partition]] = np.nan
         self._handle(node, offsets, sent, response)
 
 
-def read_into(columns: Columns, consumer: Any, index: Mapping[Partition, int], codecs: Codecs) -> None:
+def read_into(
+    columns: Columns, consumer: Any, index: Mapping[Partition, int], codecs: Codecs
+) -> None:
     """Have `consumer.poll` put what it reads into the columns, each partition under its index, and return only that there is something.
 
     All else the client does as ever. Batches of formats that the columns' reader does not know, the client parses by itself.
@@ -67,8 +90,12 @@ def read_into(columns: Columns, consumer: Any, index: Mapping[Partition, int], c
     def open_fetched(offset: int, partition: Partition, records: Any, **options: Any) -> Any:
         stored = records._buffer
         if (found := format_of(stored)) is not None and found < FORMAT:
-            return _parsed_into(columns, index[partition], parse(offset, partition, records, **options))
-        aborted = [(one.first_offset, one.producer_id) for one in options["aborted_transactions"] or ()]
+            return _parsed_into(
+                columns, index[partition], parse(offset, partition, records, **options)
+            )
+        aborted = [
+            (one.first_offset, one.producer_id) for one in options["aborted_transactions"] or ()
+        ]
         batches = StoredBatches(stored, offset, aborted=aborted, codecs=codecs)
         return _Fetched(columns, index[partition], partition, batches, options["on_drain"])
 
@@ -80,7 +107,12 @@ class _Fetched:
     """What was fetched of a partition, with the interface of the client's own parser."""
 
     def __init__(
-        self, columns: Columns, index: int, partition: Partition, batches: StoredBatches, on_drain: Callable[[_Fetched], object]
+        self,
+        columns: Columns,
+        index: int,
+        partition: Partition,
+        batches: StoredBatches,
+        on_drain: Callable[[_Fetched], object],
     ) -> None:
         self.topic_partition = partition
         self.next_fetch_offset = batches.position
@@ -98,7 +130,10 @@ class _Fetched:
         try:
             taken = self._batches.take(self._columns, self._index, most)
         finally:
-            self.next_fetch_offset, self.leader_epoch = self._batches.position, self._batches.leader_epoch
+            self.next_fetch_offset, self.leader_epoch = (
+                self._batches.position,
+                self._batches.leader_epoch,
+            )
         self.bytes_read += taken
         if self._batches.exhausted:
             self.drain()
@@ -120,7 +155,12 @@ def _parsed_into(columns: Columns, index: int, parsed: Any) -> Any:
     def take_into(most: int) -> _Taken:
         records = take(min(most, columns.most_records - columns.count))
         for record in records:
-            columns.append(index, record.offset, -1 if record.timestamp is None else record.timestamp, record.value)
+            columns.append(
+                index,
+                record.offset,
+                -1 if record.timestamp is None else record.timestamp,
+                record.value,
+            )
         return _Taken(most if columns.full else len(records))
 
     parsed.take = take_into
@@ -197,7 +237,9 @@ def next_offset(consumer: Any, partition: Partition) -> int:
     return int(consumer._subscription.assignment[partition].position.offset)
 
 
-def offset_after_batch(consumer: Any, partition: Partition, offset: int, seconds: float) -> int | None:
+def offset_after_batch(
+    consumer: Any, partition: Partition, offset: int, seconds: float
+) -> int | None:
     """The first offset after the stored batch that holds this one; None when it is not found out in time.
 
     Fetches it again and reads no more than the headers of batches, which the checksum of a damaged batch does not vouch for.
@@ -207,7 +249,11 @@ def offset_after_batch(consumer: Any, partition: Partition, offset: int, seconds
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for fetch in list(fetcher._completed_fetches):
-            if fetch.topic_partition == partition and fetch.fetched_offset == offset and fetch.partition_data.records:
+            if (
+                fetch.topic_partition == partition
+                and fetch.fetched_offset == offset
+                and fetch.partition_data.records
+            ):
                 return after_batch(fetch.partition_data.records, offset)
         fetcher.send_fetches()
         time.sleep(0.05)
@@ -233,7 +279,10 @@ def topics(consumer: Any, names: Sequence[str]) -> dict[str, tuple[str | None, f
     """(id, partitions) of those of the topics that exist, as the brokers last told; no id from brokers that give none."""
     cluster = consumer._cluster
     return {
-        name: (str(id_) if (id_ := cluster.topic_id(name)) and id_.int else None, frozenset(partitions))
+        name: (
+            str(id_) if (id_ := cluster.topic_id(name)) and id_.int else None,
+            frozenset(partitions),
+        )
         for name in names
         if (partitions := cluster.partitions_for_topic(name))
     }

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from connectors.errors import KafkaOptionError
+from stream_ctr.connectors.errors import KafkaOptionError
 
 IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowledged
 
@@ -31,10 +31,12 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
      'sasl_plain_password': '***', 'linger_ms': 20}
     >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})
     Traceback (most recent call last):
-    connectors.errors.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
+    stream_ctr.connectors.errors.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
     """
     rest = dict(properties)
-    servers = bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
+    servers = (
+        bootstrap_servers or rest.get("bootstrap.servers") or rest.get("metadata.broker.list") or ""
+    )
     rest.pop("bootstrap.servers", None)
     rest.pop("metadata.broker.list", None)
     options: dict[str, object] = {"bootstrap_servers": _server_list(servers)}
@@ -57,9 +59,13 @@ def librdkafka_options(client: Mapping[str, object]) -> dict[str, str | int]:
         if name in _LIBRDKAFKA:
             options[_LIBRDKAFKA[name]] = _as_librdkafka(value)
     if options.get("sasl.mechanism") == "AWS_MSK_IAM":
-        raise KafkaOptionError("'sasl.mechanism' is AWS_MSK_IAM, which the client confluent does not have; the client kafka-python does")
+        raise KafkaOptionError(
+            "'sasl.mechanism' is AWS_MSK_IAM, which the client confluent does not have; the client kafka-python does"
+        )
     if "ssl.certificate.location" in options:
-        options.setdefault("ssl.key.location", options["ssl.certificate.location"])  # a PEM file may hold both
+        options.setdefault(
+            "ssl.key.location", options["ssl.certificate.location"]
+        )  # a PEM file may hold both
     return options
 
 
@@ -115,8 +121,13 @@ def _translate(key: str, value: str) -> dict[str, object]:
     if key == "sasl.jaas.config":
         return _jaas_login(value)
     if key not in _OPTIONS:
-        near = difflib.get_close_matches(key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1)
-        raise KafkaOptionError(f"Kafka option {key!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+        near = difflib.get_close_matches(
+            key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1
+        )
+        raise KafkaOptionError(
+            f"Kafka option {key!r} does not exist"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     name, read = _OPTIONS[key]
     try:
         translated = read(value)
@@ -188,7 +199,9 @@ def _pem_file(value: str) -> object:
     except OSError as error:
         raise ValueError(f"a PEM file that can be read ({error.strerror})") from error
     if b"-----BEGIN" not in content:
-        raise ValueError("a PEM file, which keytool -exportcert -rfc or openssl pkcs12 -nodes makes from a JKS or PKCS12 store")
+        raise ValueError(
+            "a PEM file, which keytool -exportcert -rfc or openssl pkcs12 -nodes makes from a JKS or PKCS12 store"
+        )
     return value
 
 
@@ -208,7 +221,10 @@ def _as_librdkafka(value: object) -> str | int:
 _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     # both clients
     "client.id": ("client_id", _text),
-    "client.dns.lookup": ("client_dns_lookup", _one_of("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only")),
+    "client.dns.lookup": (
+        "client_dns_lookup",
+        _one_of("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only"),
+    ),
     "connections.max.idle.ms": ("connections_max_idle_ms", _whole),
     "max.in.flight.requests.per.connection": ("max_in_flight_requests_per_connection", _whole),
     "metadata.max.age.ms": ("metadata_max_age_ms", _whole),
@@ -218,7 +234,10 @@ _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     "request.timeout.ms": ("request_timeout_ms", _whole),
     "retry.backoff.ms": ("retry_backoff_ms", _whole),
     "send.buffer.bytes": ("send_buffer_bytes", _whole),
-    "security.protocol": ("security_protocol", _one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")),
+    "security.protocol": (
+        "security_protocol",
+        _one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
+    ),
     "sasl.mechanism": ("sasl_mechanism", _mechanism),
     "sasl.mechanisms": ("sasl_mechanism", _mechanism),
     "sasl.username": ("sasl_plain_username", _text),
@@ -331,30 +350,53 @@ def _server_list(servers: str) -> list[str]:
     listed = [server.strip() for server in servers.split(",") if server.strip()]
     for server in listed:
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):\d{1,5}", server):
-            shown = "another (not shown: it may hold a password)" if "@" in server or "//" in server else repr(server)
-            raise KafkaOptionError(f"a bootstrap server must be host:port, such as localhost:9092, got {shown}")
+            shown = (
+                "another (not shown: it may hold a password)"
+                if "@" in server or "//" in server
+                else repr(server)
+            )
+            raise KafkaOptionError(
+                f"a bootstrap server must be host:port, such as localhost:9092, got {shown}"
+            )
     if not listed:
         raise KafkaOptionError("no bootstrap server is given: host:port, such as localhost:9092")
     return listed
 
 
 def _jaas_login(value: str) -> dict[str, object]:
-    found = {name: re.sub(r"\\(.)", r"\1", double) or single or bare for name, double, single, bare in _JAAS_OPTION.findall(value)}
+    found = {
+        name: re.sub(r"\\(.)", r"\1", double) or single or bare
+        for name, double, single, bare in _JAAS_OPTION.findall(value)
+    }
     if "username" not in found or "password" not in found:
-        raise KafkaOptionError('Kafka option \'sasl.jaas.config\' must hold username="..." and password="..." (the value is not shown)')
-    return {"sasl_plain_username": found["username"], "sasl_plain_password": Secret(found["password"])}
+        raise KafkaOptionError(
+            'Kafka option \'sasl.jaas.config\' must hold username="..." and password="..." (the value is not shown)'
+        )
+    return {
+        "sasl_plain_username": found["username"],
+        "sasl_plain_password": Secret(found["password"]),
+    }
 
 
 def _check_login(options: Mapping[str, object]) -> None:
     protocol = str(options.get("security_protocol", "PLAINTEXT"))
     mechanism = str(options.get("sasl_mechanism", ""))
     if any(name.startswith("sasl_") for name in options) and not protocol.startswith("SASL_"):
-        raise KafkaOptionError(f"a login is given, but 'security.protocol' is {protocol}: set it to SASL_SSL (or SASL_PLAINTEXT)")
+        raise KafkaOptionError(
+            f"a login is given, but 'security.protocol' is {protocol}: set it to SASL_SSL (or SASL_PLAINTEXT)"
+        )
     if any(name.startswith("ssl_") for name in options) and not protocol.endswith("SSL"):
-        raise KafkaOptionError(f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL")
+        raise KafkaOptionError(
+            f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL"
+        )
     if protocol.startswith("SASL_") and not mechanism:
-        raise KafkaOptionError(f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512")
-    if mechanism.startswith(("PLAIN", "SCRAM")) and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys():
+        raise KafkaOptionError(
+            f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"
+        )
+    if (
+        mechanism.startswith(("PLAIN", "SCRAM"))
+        and not {"sasl_plain_username", "sasl_plain_password"} <= options.keys()
+    ):
         needed = "'sasl.username' and 'sasl.password' (or 'sasl.jaas.config') are needed"
         raise KafkaOptionError(f"'sasl.mechanism' is {mechanism}, so {needed}")
 
@@ -376,4 +418,9 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def _unescape(text: str) -> str:
-    return _ESCAPED.sub(lambda found: chr(int(found[1][1:], 16)) if len(found[1]) == 5 else _CONTROL.get(found[1], found[1]), text)
+    return _ESCAPED.sub(
+        lambda found: (
+            chr(int(found[1][1:], 16)) if len(found[1]) == 5 else _CONTROL.get(found[1], found[1])
+        ),
+        text,
+    )

@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from connectors.errors import TopicChanged
+from stream_ctr.connectors.errors import TopicChanged
 
 log = logging.getLogger(__name__)
 
 NEWS_SECONDS = 2.0  # that news of a topic may take to all brokers
-Topics = Mapping[str, tuple[str | None, frozenset[int]]]  # name: (id, partitions); no id from brokers that give none
+Topics = Mapping[
+    str, tuple[str | None, frozenset[int]]
+]  # name: (id, partitions); no id from brokers that give none
 
 
 class KnownTopics:
@@ -23,7 +25,7 @@ class KnownTopics:
     >>> known.compare({"clicks": ("a1", frozenset({0, 1}))}, now=0.0)
     >>> known.compare({"clicks": ("b2", frozenset({0, 1}))}, now=1.0)
     Traceback (most recent call last):
-    connectors.errors.TopicChanged: topic 'clicks' was deleted and created again: its id was a1 and is b2
+    stream_ctr.connectors.errors.TopicChanged: topic 'clicks' was deleted and created again: its id was a1 and is b2
     """
 
     def __init__(self, topics: Topics, *, missing_seconds: float) -> None:
@@ -44,7 +46,9 @@ class KnownTopics:
             self._missing_since.pop(name, None)
             id_now, partitions_now = told[name]
             if id_ and id_now and id_ != id_now:
-                raise TopicChanged(f"topic {name!r} was deleted and created again: its id was {id_} and is {id_now}")
+                raise TopicChanged(
+                    f"topic {name!r} was deleted and created again: its id was {id_} and is {id_now}"
+                )
             if added := sorted(partitions_now - partitions):
                 listed = ", ".join(map(str, added))
                 were = f"partition {listed} was" if len(added) == 1 else f"partitions {listed} were"
@@ -57,7 +61,10 @@ class KnownTopics:
 
 
 def what_is_lost(
-    partitions: Sequence[tuple[str, int]], wanted: Sequence[int], beginning: Mapping[int, int], ends: Mapping[int, int]
+    partitions: Sequence[tuple[str, int]],
+    wanted: Sequence[int],
+    beginning: Mapping[int, int],
+    ends: Mapping[int, int],
 ) -> list[str]:
     """Why the (topic, partition) pairs cannot be read on at the wanted offsets, by the beginnings and ends of their logs.
 
@@ -69,9 +76,13 @@ def what_is_lost(
         where = f"partition {partition} of topic {topic!r}"
         if offset < beginning[index]:
             gone = beginning[index] - offset
-            lost.append(f"{where} begins at offset {beginning[index]}, but {offset} comes next: {gone} were deleted")
+            lost.append(
+                f"{where} begins at offset {beginning[index]}, but {offset} comes next: {gone} were deleted"
+            )
         elif offset > ends[index]:
-            lost.append(f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?")
+            lost.append(
+                f"{where} ends at offset {ends[index]}, but {offset} comes next: was the topic created again?"
+            )
     return lost
 
 
@@ -98,10 +109,21 @@ class Doubt:
         self._seconds = seconds
         self._since: float | None = None
 
-    def explained(self, wanted: Sequence[int], beginning: Mapping[int, int], ends: Mapping[int, int], *, now: float) -> bool:
+    def explained(
+        self,
+        wanted: Sequence[int],
+        beginning: Mapping[int, int],
+        ends: Mapping[int, int],
+        *,
+        now: float,
+    ) -> bool:
         """Whether retention explains it, by the beginnings and ends of the logs; if not for long, the doubt is `over` without that."""
         within_ends = all(offset <= ends[index] for index, offset in enumerate(wanted))
-        if self._retention and within_ends and any(offset < beginning[index] for index, offset in enumerate(wanted)):
+        if (
+            self._retention
+            and within_ends
+            and any(offset < beginning[index] for index, offset in enumerate(wanted))
+        ):
             return True
         self._since = now if self._since is None else self._since
         self.over = now - self._since >= self._seconds
@@ -109,15 +131,24 @@ class Doubt:
 
 
 def deleted_before(
-    partitions: Sequence[tuple[str, int]], wanted: npt.NDArray[np.int64], beginning: Mapping[int, int]
+    partitions: Sequence[tuple[str, int]],
+    wanted: npt.NDArray[np.int64],
+    beginning: Mapping[int, int],
 ) -> npt.NDArray[np.int64]:
     """How many offsets from the wanted ones [P] on each log has lost [P], by its beginning; a warning for each (topic, partition).
 
     >>> deleted_before([("clicks", 0), ("clicks", 1)], np.array([7, 3]), {0: 0, 1: 5}).tolist()
     [0, 2]
     """
-    gone = np.maximum(np.array([beginning[index] for index in range(len(partitions))], np.int64) - wanted, 0)
+    gone = np.maximum(
+        np.array([beginning[index] for index in range(len(partitions))], np.int64) - wanted, 0
+    )
     for index in np.flatnonzero(gone).tolist():
         topic, partition = partitions[index]
-        log.warning("%d records of partition %d of topic %r were deleted before they were read", gone[index], partition, topic)
+        log.warning(
+            "%d records of partition %d of topic %r were deleted before they were read",
+            gone[index],
+            partition,
+            topic,
+        )
     return gone

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from connectors.errors import PositionLost
-from connectors.records import Records
+from stream_ctr.connectors.errors import PositionLost
+from stream_ctr.connectors.records import Records
 
 
 class BatchSource:
@@ -44,7 +44,9 @@ class BatchSource:
         values = self._next_batch()
         offset = np.arange(self._position, self._position + len(values), dtype=np.int64)
         self._position += len(values)
-        return Records(np.zeros(len(values), np.int32), offset, np.full(len(values), -1, np.int64), values)
+        return Records(
+            np.zeros(len(values), np.int32), offset, np.full(len(values), -1, np.int64), values
+        )
 
     def positions(self) -> dict[int, int]:
         """The index of the next record to read."""
@@ -57,12 +59,16 @@ class BatchSource:
         """
         for index, position in positions.items():
             if index != 0 or position < 0:
-                raise PositionLost(f"{self.partitions[0][0]} has one partition, 0, from position 0: it cannot go to {index}: {position}")
+                raise PositionLost(
+                    f"{self.partitions[0][0]} has one partition, 0, from position 0: it cannot go to {index}: {position}"
+                )
             self._restart()
             while self._position < position:
                 batch = self._next_batch()
                 if not len(batch):
-                    raise PositionLost(f"{self.partitions[0][0]} ends at {self._position}, but {position} comes next: is it the same log?")
+                    raise PositionLost(
+                        f"{self.partitions[0][0]} ends at {self._position}, but {position} comes next: is it the same log?"
+                    )
                 used = min(len(batch), position - self._position)
                 self._rest = batch[used:]
                 self._position += used

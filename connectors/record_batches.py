@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from connectors.records import Records
+from stream_ctr.connectors.records import Records
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -65,7 +65,11 @@ def format_of(stored: bytes) -> int | None:
     >>> format_of(bytes(16) + b"\\x02"), format_of(b"")
     (2, None)
     """
-    return int.from_bytes(stored[_FORMAT_AT : _FORMAT_AT + 1], signed=True) if len(stored) > _FORMAT_AT else None
+    return (
+        int.from_bytes(stored[_FORMAT_AT : _FORMAT_AT + 1], signed=True)
+        if len(stored) > _FORMAT_AT
+        else None
+    )
 
 
 def after_batch(stored: bytes, offset: int) -> int | None:
@@ -119,10 +123,19 @@ class Columns:
 
     def append(self, partition: int, offset: int, time: int, value: bytes | None) -> None:
         """One more record; there must be room for it."""
-        index, used, size = self.count, int(self.ends[self.count]), min(len(value or b""), self.most_value_bytes)
+        index, used, size = (
+            self.count,
+            int(self.ends[self.count]),
+            min(len(value or b""), self.most_value_bytes),
+        )
         while used + size > len(self.data):
             self.grow()
-        self.partition[index], self.offset[index], self.time[index], self.ends[index + 1] = partition, offset, time, used + size
+        self.partition[index], self.offset[index], self.time[index], self.ends[index + 1] = (
+            partition,
+            offset,
+            time,
+            used + size,
+        )
         if value is not None:
             self.data[used : used + size] = np.frombuffer(value, np.uint8, size)
             self.valid[index >> 3] |= 1 << (index & 7)
@@ -165,7 +178,14 @@ class StoredBatches:
     read then; neither is what follows a batch of an older format.
     """
 
-    def __init__(self, stored: bytes, position: int, *, aborted: Iterable[tuple[int, int]] = (), codecs: Codecs) -> None:
+    def __init__(
+        self,
+        stored: bytes,
+        position: int,
+        *,
+        aborted: Iterable[tuple[int, int]] = (),
+        codecs: Codecs,
+    ) -> None:
         self.position = position  # the next offset, after what was taken
         self.leader_epoch = -1  # of the batch that was read last
         self._asked_for = position
@@ -216,7 +236,11 @@ class StoredBatches:
         while (end := self._next_end()) is not None:
             header = self._header(end)
             payload = self._stored[self._at + _HEADER.size : end]
-            wanted = not self._is_for_nobody(header, payload) and header.records > 0 and header.last_offset >= self.position
+            wanted = (
+                not self._is_for_nobody(header, payload)
+                and header.records > 0
+                and header.last_offset >= self.position
+            )
             batch = _OpenBatch(header, self._expanded(header, payload)) if wanted else None
             self._open_at, self._at, self.leader_epoch = self._at, end, header.leader_epoch
             if batch:
@@ -224,7 +248,9 @@ class StoredBatches:
             self.position = max(self.position, header.last_offset + 1)
         if self._at and self.position == self._asked_for:
             # To ask again would yield the same for good.
-            raise DamagedBatch(f"offset {self.position} was asked for, and there are only batches that end before it")
+            raise DamagedBatch(
+                f"offset {self.position} was asked for, and there are only batches that end before it"
+            )
         return None
 
     def _next_end(self) -> int | None:
@@ -234,20 +260,29 @@ class StoredBatches:
             return None
         (length,) = _LENGTH.unpack_from(stored, at + _LENGTH_AT)
         end: int = at + _LENGTH_AT + _LENGTH.size + length
-        older = at > 0 and int.from_bytes(stored[at + _FORMAT_AT : at + _FORMAT_AT + 1], signed=True) < FORMAT
+        older = (
+            at > 0
+            and int.from_bytes(stored[at + _FORMAT_AT : at + _FORMAT_AT + 1], signed=True) < FORMAT
+        )
         return None if end > len(stored) or older else end
 
     def _header(self, end: int) -> BatchHeader:
         at, stored = self._at, self._stored
         if end - at < _HEADER.size:
-            raise DamagedBatch(f"the batch at offset {self.position} is shorter than its own header")
+            raise DamagedBatch(
+                f"the batch at offset {self.position} is shorter than its own header"
+            )
         header = BatchHeader._make(_HEADER.unpack_from(stored, at))
         if header.format != FORMAT:
-            raise DamagedBatch(f"the batch at offset {self.position} has format {header.format}, which is not known")
+            raise DamagedBatch(
+                f"the batch at offset {self.position} has format {header.format}, which is not known"
+            )
         if self._codecs.crc32c(stored[at + _CHECKSUM_COVERS_FROM : end]) != header.checksum:
             raise DamagedBatch(f"the batch at offset {header.base_offset} failed crc check")
         if header.records < 0 or header.last_offset_delta < 0 or header.last_offset >= _GREATEST:
-            raise DamagedBatch(f"the batch at offset {header.base_offset} says that it ends before it begins, or has no end")
+            raise DamagedBatch(
+                f"the batch at offset {header.base_offset} says that it ends before it begins, or has no end"
+            )
         return header
 
     def _expanded(self, header: BatchHeader, payload: memoryview) -> Bytes:
@@ -255,13 +290,17 @@ class StoredBatches:
         if not codec:
             return np.frombuffer(payload, np.uint8)
         if codec not in self._codecs.expand:
-            raise DamagedBatch(f"the batch at offset {header.base_offset} is compressed in a way that is not known: {codec}")
+            raise DamagedBatch(
+                f"the batch at offset {header.base_offset} is compressed in a way that is not known: {codec}"
+            )
         try:
             return np.frombuffer(self._codecs.expand[codec](payload), np.uint8)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
-            raise DamagedBatch(f"the batch at offset {header.base_offset} cannot be decompressed: {error!r}") from error
+            raise DamagedBatch(
+                f"the batch at offset {header.base_offset} cannot be decompressed: {error!r}"
+            ) from error
 
     def _is_for_nobody(self, header: BatchHeader, payload: memoryview) -> bool:
         """Whether it tells how a transaction ended, or belongs to one that was aborted."""
@@ -272,7 +311,9 @@ class StoredBatches:
             self._aborted_producers.add(self._aborted.popleft()[1])
         if control and header.records and _is_abort_marker(header, self._expanded(header, payload)):
             self._aborted_producers.discard(header.producer_id)
-        return control or bool(header.attributes & _TRANSACTIONAL and header.producer_id in self._aborted_producers)
+        return control or bool(
+            header.attributes & _TRANSACTIONAL and header.producer_id in self._aborted_producers
+        )
 
 
 class _OpenBatch:
@@ -305,7 +346,9 @@ class _OpenBatch:
 def _is_abort_marker(header: BatchHeader, body: Bytes) -> bool:
     record = Record(*_record(body, 0))
     if record.after < 0 or record.key_size < _MARKER.size:
-        raise DamagedBatch(f"the batch at offset {header.base_offset} has a malformed marker of a transaction")
+        raise DamagedBatch(
+            f"the batch at offset {header.base_offset} has a malformed marker of a transaction"
+        )
     return bool(_MARKER.unpack_from(body.data, record.key_at)[1] == 0)
 
 
@@ -379,7 +422,15 @@ def _record(body, at):  # type: ignore[no-untyped-def]
         at = _skip(at, header_size, end)
         if at > end:
             break
-    return (at if well and at == end else -1), offset_delta, time_delta, key_at, key_size, value_at, value_size
+    return (
+        (at if well and at == end else -1),
+        offset_delta,
+        time_delta,
+        key_at,
+        key_size,
+        value_at,
+        value_size,
+    )
 
 
 @numba.njit(cache=True, nogil=True)
@@ -408,7 +459,9 @@ def _append(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """(the place after the last record that was appended, how many records there are now); there must have been a check before."""
     while at < len(body) and index < limit and ends[index] < full_bytes:
-        after, offset_delta, time_delta, _key_at, _key_size, value_at, value_size = _record(body, at)
+        after, offset_delta, time_delta, _key_at, _key_size, value_at, value_size = _record(
+            body, at
+        )
         if base + offset_delta >= position:
             used, size = ends[index], min(max(value_size, 0), most_value_bytes)
             if size > len(data) - used:

@@ -38,8 +38,18 @@ class Records:
         keep = self.offset < ends[self.partition]
         if keep.all():
             return self
-        return Records(self.partition[keep], self.offset[keep], self.time[keep], self.value.filter(pa.array(keep)))
+        return Records(
+            self.partition[keep],
+            self.offset[keep],
+            self.time[keep],
+            self.value.filter(pa.array(keep)),
+        )
 
     @classmethod
     def empty(cls) -> Records:
-        return cls(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int64), pa.array([], pa.large_binary()))
+        return cls(
+            np.empty(0, np.int32),
+            np.empty(0, np.int64),
+            np.empty(0, np.int64),
+            pa.array([], pa.large_binary()),
+        )

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stream_ctr.subscribe import Scorer as Scorer
-    from stream_ctr.subscribe import Subscriber as Subscriber
+    from stream_ctr.snapshots.subscriber import Scorer, Subscriber
 
 __version__ = "0.1.0"
 __all__ = ["Scorer", "Subscriber", "__version__"]
@@ -17,7 +16,7 @@ __all__ = ["Scorer", "Subscriber", "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name in {"Scorer", "Subscriber"}:
-        from stream_ctr import subscribe
+        from stream_ctr.snapshots import subscriber as subscribe
 
         return getattr(subscribe, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,63 +12,43 @@ stream_ctr.errors.ConfigError: unknown key 'modle'; did you mean 'model'?
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PlainSerializer,
+    ValidationError,
+    field_validator,
+)
 from pydantic import Field as key
 
 from stream_ctr.errors import ConfigError
+from stream_ctr.events.field import Field, cross, require_members, shown_cross
+from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
 # Environment names of the project that are not configuration keys.
-ENVIRONMENT_OTHERS = {"STREAM_CTR_DATA", "STREAM_CTR_FAILPOINT", "STREAM_CTR_SNAPSHOT", "STREAM_CTR_SNAPSHOT_ID"}
+ENVIRONMENT_OTHERS = {
+    "STREAM_CTR_DATA",
+    "STREAM_CTR_FAILPOINT",
+    "STREAM_CTR_SNAPSHOT",
+    "STREAM_CTR_SNAPSHOT_ID",
+}
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LONGEST_SECONDS = 36500 * 86400.0  # sums of event times and a few of these stay far from the end of 64 bits
+_LONGEST_SECONDS = (
+    36500 * 86400.0
+)  # sums of event times and a few of these stay far from the end of 64 bits
 _LARGEST_SIZE = 2**60
 _NOT_SHOWN = "the value is not shown"
-
-
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A column of an impression's features. `kind` says how its values become table rows (see `features.Hasher`)."""
-
-    name: str
-    kind: Literal["categorical", "numeric"]
-
-
-def cross(names: object) -> object:
-    """The fields of a cross product, written "age*category"; a list of names is taken as it is.
-
-    >>> cross("age * category")
-    ('age', 'category')
-    """
-    return tuple(part.strip() for part in names.split("*")) if isinstance(names, str) else names
-
-
-def require_members(crosses: Sequence[Sequence[str]], fields: Sequence[Field], numeric_encoding: str) -> None:
-    """Raises `ValueError` when a cross product has a member that is no field, or a number that is not in buckets."""
-    kinds = {field.name: field.kind for field in fields}
-    for names in crosses:
-        for name in names:
-            if name not in kinds:
-                raise ValueError(f"{shown_cross(names)} has {name!r:.80}, which is no field{nearest(name, kinds)}")
-            if kinds[name] == "numeric" and numeric_encoding != "buckets":
-                raise ValueError(
-                    f"{shown_cross(names)} has the number {name!r:.80}, which has one row with numeric_encoding = {numeric_encoding!r}; "
-                    "only buckets of it can be crossed"
-                )
-
-
-def shown_cross(names: Sequence[str]) -> str:
-    return repr("*".join(names))[:120]
 
 
 def duration(text: object) -> timedelta:
@@ -138,8 +118,15 @@ def _positive(length: timedelta) -> timedelta:
     return length
 
 
-Duration = Annotated[timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)]
-Period = Annotated[timedelta, BeforeValidator(duration), AfterValidator(_positive), PlainSerializer(format_duration, return_type=str)]
+Duration = Annotated[
+    timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)
+]
+Period = Annotated[
+    timedelta,
+    BeforeValidator(duration),
+    AfterValidator(_positive),
+    PlainSerializer(format_duration, return_type=str),
+]
 """A duration of at least a millisecond."""
 
 
@@ -148,12 +135,16 @@ Size = Annotated[str, AfterValidator(lambda text: size(text) and text)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 def _some_fields(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(names) < 2 or not all(names):
-        raise ValueError(f'a cross product is of two or more fields, "age*category", got {shown_cross(names)}')
+        raise ValueError(
+            f'a cross product is of two or more fields, "age*category", got {shown_cross(names)}'
+        )
     if len(set(names)) < len(names):
         raise ValueError(f"a field is in it twice: {shown_cross(names)}")
     return names
@@ -189,7 +180,9 @@ class Input(Section):
     @classmethod
     def _no_login(cls, servers: str) -> str:
         if "@" in servers or "//" in servers:
-            raise ValueError(f"is host:port,...; a login goes into the Kafka options sasl.username and sasl.password ({_NOT_SHOWN})")
+            raise ValueError(
+                f"is host:port,...; a login goes into the Kafka options sasl.username and sasl.password ({_NOT_SHOWN})"
+            )
         return servers
 
 
@@ -221,7 +214,11 @@ class Features(Section):
         for at, names in enumerate(crosses):
             if any(sorted(names) == sorted(other) for other in crosses[:at]):
                 raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
-        if {"categorical", "numeric", "numeric_encoding"} <= info.data.keys():  # else they are the error
+        if {
+            "categorical",
+            "numeric",
+            "numeric_encoding",
+        } <= info.data.keys():  # else they are the error
             fields = _fields(info.data["categorical"], info.data["numeric"])
             require_members(crosses if fields else (), fields, info.data["numeric_encoding"])
         return crosses
@@ -231,7 +228,10 @@ class Features(Section):
 
 
 def _fields(categorical: Sequence[str], numeric: Sequence[str]) -> tuple[Field, ...]:
-    return (*(Field(name, "categorical") for name in categorical), *(Field(name, "numeric") for name in numeric))
+    return (
+        *(Field(name, "categorical") for name in categorical),
+        *(Field(name, "numeric") for name in numeric),
+    )
 
 
 class Join(Section):
@@ -391,7 +391,12 @@ def load(
 
     Raises `ConfigError` that names each wrong key, the nearest match and the value.
     """
-    layers = [base or {}, _read_toml(path) if path else {}, _from_environment(environ), overrides or {}]
+    layers = [
+        base or {},
+        _read_toml(path) if path else {},
+        _from_environment(environ),
+        overrides or {},
+    ]
     merged: dict[str, Any] = {}
     for layer in layers:
         for section, values in layer.items():
@@ -412,12 +417,6 @@ def known_keys() -> Iterator[str]:
             yield f"{section}.{name}"
 
 
-def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`"; did you mean 'x'?"` for the word most like `word`, or nothing."""
-    match = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text("utf-8"))
@@ -429,7 +428,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     """STREAM_CTR_SECTION__KEY=value; lists are written a,b,c."""
-    names = {f"{ENVIRONMENT_PREFIX}{dotted.replace('.', '__').upper()}": dotted for dotted in known_keys()}
+    names = {
+        f"{ENVIRONMENT_PREFIX}{dotted.replace('.', '__').upper()}": dotted
+        for dotted in known_keys()
+    }
     layer: dict[str, Any] = {}
     for name, value in environ.items():
         if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHERS:
@@ -456,10 +458,16 @@ def _explain(error: ValidationError) -> Iterator[str]:
         if problem["type"] == "extra_forbidden":
             owner = Config.model_fields[where[0]].annotation if len(where) > 1 else Config
             assert isinstance(owner, type)
-            words = owner.model_fields if len(where) == 1 else [f"{where[0]}.{name}" for name in owner.model_fields]
+            words = (
+                owner.model_fields
+                if len(where) == 1
+                else [f"{where[0]}.{name}" for name in owner.model_fields]
+            )
             name = ".".join(where[:2])
             yield f"unknown key {name!r}{nearest(name, words)}"
         else:
             reason = problem["msg"].removeprefix("Value error, ")
             shown = f"{problem['input']!r:.200}"
-            yield f"{'.'.join(where)}: {reason}" + ("" if shown in reason or _NOT_SHOWN in reason else f", got {shown}")
+            yield f"{'.'.join(where)}: {reason}" + (
+                "" if shown in reason or _NOT_SHOWN in reason else f", got {shown}"
+            )

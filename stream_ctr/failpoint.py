@@ -42,7 +42,9 @@ FAILPOINTS = {
     "retain.after": "snapshots that are too old are gone",
 }
 
-_SPELLED = re.compile(r"([^:=]*)(?::([1-9][0-9]*))?(?:=(kill|out-of-memory|sleep:[0-9]+(?:\.[0-9]+)?))?")
+_SPELLED = re.compile(
+    r"([^:=]*)(?::([1-9][0-9]*))?(?:=(kill|out-of-memory|sleep:[0-9]+(?:\.[0-9]+)?))?"
+)
 
 
 class Armed(NamedTuple):
@@ -66,7 +68,9 @@ def parse(text: str) -> Armed:
     spelled = _SPELLED.fullmatch(text)
     if spelled is None:
         actions = "=kill, =sleep:SECONDS, =out-of-memory or nothing"
-        raise ConfigError(f"{VARIABLE}={text!r} must be NAME or NAME:N with N from 1 on, then {actions}")
+        raise ConfigError(
+            f"{VARIABLE}={text!r} must be NAME or NAME:N with N from 1 on, then {actions}"
+        )
     name, count, action = spelled.groups()
     if name not in FAILPOINTS:
         near = difflib.get_close_matches(name, FAILPOINTS, n=1)

@@ -38,7 +38,9 @@ def stream_ctr(checkout: Path, folder: Path, *arguments: object, failpoint: str 
     """Run `stream-ctr` from `checkout` in `folder`; its exit code, which is 0 or that of a failpoint."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "STREAM_CTR_FAILPOINT": failpoint}
     command = [sys.executable, "-m", "stream_ctr", *map(str, arguments)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     if done.returncode != (KILLED if failpoint else 0):
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
     return done.returncode
@@ -75,7 +77,16 @@ def record(checkout: Path, wanted: list[str]) -> dict[str, Any]:
         for name, (path, log_format) in SAMPLES.items():
             if (DATA / path).exists():
                 config = ROOT / "configs" / f"{name}.toml"
-                runs[name] = ["--source", DATA / path, "--format", log_format, "--config", config, "-X", "model.table_bits=18"]
+                runs[name] = [
+                    "--source",
+                    DATA / path,
+                    "--format",
+                    log_format,
+                    "--config",
+                    config,
+                    "-X",
+                    "model.table_bits=18",
+                ]
 
         for name, arguments in runs.items():
             if name in wanted:
@@ -99,18 +110,32 @@ def differences(before: Any, after: Any, path: str = "") -> list[str]:
     """Where two JSON values differ, a line each."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = sorted({*before, *after})
-        return [line for name in names for line in differences(before.get(name), after.get(name), f"{path}.{name}")]
+        return [
+            line
+            for name in names
+            for line in differences(before.get(name), after.get(name), f"{path}.{name}")
+        ]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         pairs = enumerate(zip(before, after, strict=True))
-        return [line for index, (one, other) in pairs for line in differences(one, other, f"{path}[{index}]")]
-    return [] if before == after else [f"{path.lstrip('.')}: {str(before)[:200]} -> {str(after)[:200]}"]
+        return [
+            line
+            for index, (one, other) in pairs
+            for line in differences(one, other, f"{path}[{index}]")
+        ]
+    return (
+        []
+        if before == after
+        else [f"{path.lstrip('.')}: {str(before)[:200]} -> {str(after)[:200]}"]
+    )
 
 
 RUNS = ["demo", "criteo", "avazu", "obd", "three-models", "resumed"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     recording = commands.add_parser("record")
     recording.add_argument("out", type=Path)
@@ -126,7 +151,9 @@ def main() -> None:
         print(f"{len(found)} runs: {', '.join(found)}")
         return
     before, after = (json.loads(path.read_text()) for path in (given.before, given.after))
-    different = [line for name in before for line in differences(before[name], after.get(name), name)]
+    different = [
+        line for name in before for line in differences(before[name], after.get(name), name)
+    ]
     left_out = [name for name in RUNS if name not in before or name not in after]
     print("\n".join(different) or f"equal: {', '.join(before)}")
     if left_out:

@@ -10,18 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from brokers import ApacheBroker, KafkaMissing, find_kafka
 from hypothesis import HealthCheck, settings
-from patience import end_of, end_what_was_started
-from reliability import MATRIX, Outcome, Report
+from support.brokers import ApacheBroker, KafkaMissing, find_kafka
+from support.fuzzing import served  # noqa: F401 - a fixture
+from support.patience import end_of, end_what_was_started
+from support.reliability import MATRIX, Outcome, Report
+from support.trainers import stream  # noqa: F401 - a fixture
 
-from connectors import confluent, embedded, kafka
-from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
+from stream_ctr.connectors import confluent, embedded, kafka
+from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: the GPU's kernels then run on the CPU
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton: the GPU's kernels then run on the CPU
+    )
 
-collect_ignore_glob = ["bench/contenders/*"]  # programs of their own; some need what only a peer's environment has
+collect_ignore_glob = [
+    "bench/contenders/*"
+]  # programs of their own; some need what only a peer's environment has
 
 _SPOKEN_TO = pytest.StashKey[list[str]]()
 _REPORT = pytest.StashKey[Report]()
@@ -29,9 +35,18 @@ _OUTCOME = pytest.StashKey[Outcome]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--faults", metavar="PAGE", help="run the long tests too, and write what the marked tests showed into PAGE")
+    parser.addoption(
+        "--faults",
+        metavar="PAGE",
+        help="run the long tests too, and write what the marked tests showed into PAGE",
+    )
 
-    parser.addoption("--fault-rows", metavar="N,N", default="", help="with --faults: only the tests of these rows of the fault matrix")
+    parser.addoption(
+        "--fault-rows",
+        metavar="N,N",
+        default="",
+        help="with --faults: only the tests of these rows of the fault matrix",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -50,7 +65,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="long: make faults runs it"))
     elif config.getoption("--fault-rows"):
         rows = set(_rows(config))
-        chosen = [item for item in items if rows & {mark.args[0] for mark in item.iter_markers("fault")}]
+        chosen = [
+            item for item in items if rows & {mark.args[0] for mark in item.iter_markers("fault")}
+        ]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 
@@ -61,7 +78,9 @@ def _rows(config: pytest.Config) -> list[int]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     result = yield
     if result.when == "call" or not result.passed:  # a setup that skips or fails has no call
         item.config.stash[_REPORT].add(item, result, item.stash.get(_OUTCOME, Outcome()))
@@ -74,9 +93,15 @@ def _ends_of_logs(item: pytest.Item) -> list[tuple[str, str]]:
     """What the processes of a test have written to files, with their names."""
     funcargs: dict[str, Any] = getattr(item, "funcargs", {})
     directory, apache = funcargs.get("tmp_path"), funcargs.get("apache")
-    logs = [*sorted(directory.glob("*.log")), *sorted(directory.glob("*/*.log"))] if directory else []
+    logs = (
+        [*sorted(directory.glob("*.log")), *sorted(directory.glob("*/*.log"))] if directory else []
+    )
     logs += [apache.log] if apache else []
-    return [(f"end of {log.name}", end_of(log.read_text(errors="replace"))) for log in logs if log.is_file()]
+    return [
+        (f"end of {log.name}", end_of(log.read_text(errors="replace")))
+        for log in logs
+        if log.is_file()
+    ]
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
@@ -90,7 +115,11 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
 def pytest_testnodedown(node: Any) -> None:
     """A worker of pytest-xdist has ended: what it spoke to belongs into the report."""
     spoken_to = node.config.stash[_SPOKEN_TO]
-    spoken_to += [broker for broker in getattr(node, "workeroutput", {}).get("spoken_to", []) if broker not in spoken_to]
+    spoken_to += [
+        broker
+        for broker in getattr(node, "workeroutput", {}).get("spoken_to", [])
+        if broker not in spoken_to
+    ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -108,12 +137,16 @@ def pytest_report_header() -> str:
     return f"brokers: {_describe_embedded()}; {_describe_apache()}"
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
     spoken_to = config.stash[_SPOKEN_TO]
     if spoken_to:
         terminalreporter.write_line(f"broker: the tests spoke to {'; '.join(spoken_to)}")
     if config.getoption("--faults") and (failing := config.stash[_REPORT].failing(_rows(config))):
-        terminalreporter.write_line(f"faults: rows without evidence, or with a failure: {', '.join(map(str, failing))}")
+        terminalreporter.write_line(
+            f"faults: rows without evidence, or with a failure: {', '.join(map(str, failing))}"
+        )
 
 
 def _describe_embedded() -> str:
@@ -161,7 +194,9 @@ def embedded_broker(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def apache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ApacheBroker]:
+def apache(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[ApacheBroker]:
     """A real Apache Kafka broker; tests that need it are skipped, with the reason, where there is none."""
     try:
         kafka = find_kafka()
@@ -187,7 +222,9 @@ def kafka_version(apache: ApacheBroker) -> str:
 @pytest.fixture(params=["embedded", pytest.param("apache", marks=pytest.mark.slow)])
 def broker(request: pytest.FixtureRequest) -> str:
     """The bootstrap servers of the embedded broker and of a real one, in turn."""
-    servers: str = request.getfixturevalue({"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param])
+    servers: str = request.getfixturevalue(
+        {"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param]
+    )
     return servers
 
 

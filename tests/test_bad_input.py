@@ -19,20 +19,26 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
-from lineage import SMALL, Fingerprint, last_report, newest
-from patience import PATIENCE_SECONDS
-from test_cli import command, own_topics, read_headers, succeed
-from test_events import FIELDS, GOOD, T, features, record
-from test_fuzz import EVENTS, Strict, ipc, served, sign_again, told  # noqa: F401 - a fixture
-from test_logs import AVAZU_HEADER, COLUMNS, OBD, avazu_line, criteo_line, nested
+from support.commands import command, own_topics, read_headers, succeed
+from support.event_records import FIELDS, GOOD, T, features, record
+from support.fuzzing import (
+    EVENTS,
+    Strict,
+    ipc,
+    sign_again,
+    told,
+)
+from support.lineage import SMALL, Fingerprint, last_report, newest
+from support.patience import PATIENCE_SECONDS
+from support.sample_logs import AVAZU_HEADER, COLUMNS, OBD, avazu_line, criteo_line, nested
 
-from connectors import kafka
 from stream_ctr import Scorer
-from stream_ctr.config import Field
+from stream_ctr.connectors import kafka
 from stream_ctr.errors import DataError, SnapshotError
-from stream_ctr.events import Decoder
-from stream_ctr.features import Hasher
-from stream_ctr.logs import open_log
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.features import Hasher
+from stream_ctr.events.field import Field
+from stream_ctr.logs.open import open_log
 
 ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
     "empty value": {"no bytes": (b"", "empty"), "white space": (b"  \n ", "empty")},
@@ -63,7 +69,10 @@ ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
         "as time": (record(time=2**63), "wrong_time"),
         "as category": (features(app=2**63), "wrong_type"),
         "of 400 digits as number": (GOOD.replace(b"31", b"9" * 400), "wrong_type"),
-        "of 5,000 digits in a member that nobody reads": (GOOD[:-1] + b',"x":' + b"9" * 5000 + b"}", "not_json"),
+        "of 5,000 digits in a member that nobody reads": (
+            GOOD[:-1] + b',"x":' + b"9" * 5000 + b"}",
+            "not_json",
+        ),
     },
     "true for a number, text for a number": {
         "true": (features(age=True), "wrong_type"),
@@ -94,7 +103,10 @@ ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
         "null features": (record(features=None), "missing_features"),
         "features a list": (record(features=[1]), "wrong_type"),
     },
-    "a 10 MB value": {"text": (features(app="m" * 10_000_000), "too_large"), "spaces": (GOOD + b" " * 10_000_000, "too_large")},
+    "a 10 MB value": {
+        "text": (features(app="m" * 10_000_000), "too_large"),
+        "spaces": (GOOD + b" " * 10_000_000, "too_large"),
+    },
     "time 0, negative, in seconds, far future, text": {
         "0": (record(time=0), "time_out_of_range"),
         "negative": (record(time=-T), "time_out_of_range"),
@@ -106,7 +118,10 @@ ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
         "without zone": (record(time="2025-01-01T00:00:00"), "wrong_time"),
     },
     "CR/LF, ANSI escapes, 1 MB of garbage in an id": {
-        "steering a terminal": (b'{"kind":"\\u001b[2J\\r\\n\\u202e","impression_id":"\\u001b]0;owned\\u0007"}', "unknown_kind"),
+        "steering a terminal": (
+            b'{"kind":"\\u001b[2J\\r\\n\\u202e","impression_id":"\\u001b]0;owned\\u0007"}',
+            "unknown_kind",
+        ),
         "an id of 1 MB": (record(impression_id="\x1b[31m\r\n" * 150_000), "too_large"),
     },
 }
@@ -128,7 +143,10 @@ ODD = {
 
 def each(cases: Any, via: str) -> list[Any]:
     """The cases, each marked as evidence for its row of the table."""
-    return [pytest.param(*key, marks=pytest.mark.bad_input(key[0], via=via), id=f"{key[0]}: {key[1]}") for key in cases]
+    return [
+        pytest.param(*key, marks=pytest.mark.bad_input(key[0], via=via), id=f"{key[0]}: {key[1]}")
+        for key in cases
+    ]
 
 
 def all_of(via: str) -> Callable[[Any], Any]:
@@ -149,12 +167,21 @@ def all_of(via: str) -> Callable[[Any], Any]:
 def test_a_bad_record_is_rejected_with_its_reason_and_harms_no_other(what, name, outcome):
     value, reason = BAD[what, name]
     for decoder in (Decoder(FIELDS), Strict(FIELDS)):
-        for before, after in ((0, 0), (1, 1), (70, 50)):  # alone, in a block that is small, in one that is halved
-            events, rejects = decoder.decode(pa.array([*[GOOD] * before, value, *[GOOD] * after], pa.large_binary()))
+        for before, after in (
+            (0, 0),
+            (1, 1),
+            (70, 50),
+        ):  # alone, in a block that is small, in one that is halved
+            events, rejects = decoder.decode(
+                pa.array([*[GOOD] * before, value, *[GOOD] * after], pa.large_binary())
+            )
             assert (rejects.row.tolist(), rejects.reason) == ([before], [reason])
             assert rejects.message[0].isprintable()
             assert len(rejects.message[0]) < 300
-            assert events.impressions.row.tolist() == [*range(before), *range(before + 1, before + 1 + after)]
+            assert events.impressions.row.tolist() == [
+                *range(before),
+                *range(before + 1, before + 1 + after),
+            ]
             assert set(events.impressions.features["app"].to_pylist()) <= {"maps"}
     outcome("counted, no dead letter" if value is None else f"dead letter: {reason}")
 
@@ -164,7 +191,11 @@ def test_an_odd_record_is_read_and_what_nobody_reads_of_it_is_counted(what, name
     value, unknown = ODD[what, name]
     for decoder in (Decoder(FIELDS), Strict(FIELDS)):
         for around in (0, 1, 60):
-            read = told(decoder.decode(pa.array([GOOD] * around + [value] + [GOOD] * around, pa.large_binary())))
+            read = told(
+                decoder.decode(
+                    pa.array([GOOD] * around + [value] + [GOOD] * around, pa.large_binary())
+                )
+            )
             assert read["rejects"] == []
             assert [column[around] for column in read["features"].values()] == ["maps", 31.0]
             assert read["with_unknown_fields"] == unknown
@@ -173,11 +204,15 @@ def test_an_odd_record_is_read_and_what_nobody_reads_of_it_is_counted(what, name
 
 def test_members_that_nobody_reads_are_counted_as_a_reader_of_every_member_counts_them():
     def unread(value: bytes) -> bool:
-        pairs = json.loads(value, object_pairs_hook=lambda pairs: [pair for pair in pairs if pair[1] is not None])
+        pairs = json.loads(
+            value, object_pairs_hook=lambda pairs: [pair for pair in pairs if pair[1] is not None]
+        )
         names = [name for name, _ in pairs]
         inner = [name for name, value in pairs if name == "features" for name, _ in value]
         known = {"kind", "impression_id", "time", "features", "true_probability"}
-        return bool(len(names) > len(set(names) & known) or len(inner) > len(set(inner) & {"app", "age"}))
+        return bool(
+            len(names) > len(set(names) & known) or len(inner) > len(set(inner) & {"app", "age"})
+        )
 
     rng = np.random.default_rng(0)
     values = []
@@ -186,7 +221,13 @@ def test_members_that_nobody_reads_are_counted_as_a_reader_of_every_member_count
         if rng.random() < 0.5:
             document["features"] = {
                 name: value
-                for name, value in (("app", "a:b"), ("age", 5), ("x", '"y":1'), ("z", {"q": ["a:b", {"r": None}]}), ("n", None))
+                for name, value in (
+                    ("app", "a:b"),
+                    ("age", 5),
+                    ("x", '"y":1'),
+                    ("z", {"q": ["a:b", {"r": None}]}),
+                    ("n", None),
+                )
                 if rng.random() < 0.4
             }
         values.append(json.dumps(document, indent=2 if rng.random() < 0.3 else None).encode())
@@ -195,10 +236,15 @@ def test_members_that_nobody_reads_are_counted_as_a_reader_of_every_member_count
     assert 50 < events.with_unknown_fields == sum(map(unread, values)) < 250
 
 
-@pytest.mark.bad_input("time 0, negative, in seconds, far future, text", via="Kafka records, whose time the broker knows")
+@pytest.mark.bad_input(
+    "time 0, negative, in seconds, far future, text",
+    via="Kafka records, whose time the broker knows",
+)
 def test_an_event_far_ahead_of_its_record_is_rejected_and_one_without_a_record_time_is_not(outcome):
     ahead = record(time=T + 300_001)
-    values = pa.array([ahead, ahead, record(time=T + 300_000), record(time=T - 10**10)], pa.large_binary())
+    values = pa.array(
+        [ahead, ahead, record(time=T + 300_000), record(time=T - 10**10)], pa.large_binary()
+    )
     events, rejects = Decoder(FIELDS).decode(values, np.array([T, -1, T, T]))
     assert (rejects.row.tolist(), rejects.reason) == ([0], ["time_in_future"])
     assert events.impressions.row.tolist() == [1, 2, 3]
@@ -207,7 +253,9 @@ def test_an_event_far_ahead_of_its_record_is_rejected_and_one_without_a_record_t
 
 @pytest.mark.bad_input("a value that decompresses past the limit", via="records")
 def test_a_record_over_the_size_limit_is_rejected_unread(outcome):
-    events, rejects = Decoder(FIELDS, max_record_bytes=200).decode(pa.array([GOOD, features(app="m" * 200)], pa.large_binary()))
+    events, rejects = Decoder(FIELDS, max_record_bytes=200).decode(
+        pa.array([GOOD, features(app="m" * 200)], pa.large_binary())
+    )
     assert (rejects.reason, len(events.impressions)) == (["too_large"], 1)
     outcome("dead letter: too_large")
 
@@ -234,7 +282,16 @@ def stream(impressions: int) -> list[bytes]:
     events = []
     for i in range(impressions):
         at, app = T + 50 * i, ["maps", "mail", "chat"][rng.integers(3)]
-        events.append((at, record(impression_id=f"i{i}", time=at, features={"app": app, "age": int(rng.integers(80))})))
+        events.append(
+            (
+                at,
+                record(
+                    impression_id=f"i{i}",
+                    time=at,
+                    features={"app": app, "age": int(rng.integers(80))},
+                ),
+            )
+        )
         if rng.random() < (0.5 if app == "maps" else 0.1):
             events.append((at + 900, click(f"i{i}", at + 900)))
     return [value for _, value in sorted(events, key=lambda event: event[0])]
@@ -250,7 +307,10 @@ REPEATED = 40
 def repeated() -> list[bytes]:
     """Impressions that were there, with other features; clicks of impressions that have one."""
     clicked = [json.loads(value) for value in stream(500) if b"click" in value][:REPEATED]
-    again = [record(impression_id=f"i{i}", time=T + 50 * i + 3, features={"app": "other", "age": 1}) for i in range(REPEATED)]
+    again = [
+        record(impression_id=f"i{i}", time=T + 50 * i + 3, features={"app": "other", "age": 1})
+        for i in range(REPEATED)
+    ]
     return again + [click(event["impression_id"], event["time"] + 3) for event in clicked]
 
 
@@ -263,15 +323,24 @@ def among(events: list[bytes], others: list[Any]) -> list[Any]:
     return mixed + events[len(others) * step :]
 
 
-RUN = [*SMALL, *(part for pair in ("features.categorical=app", "features.numeric=age", "baseline.enabled=true") for part in ("-X", pair))]
+RUN = [
+    *SMALL,
+    *(
+        part
+        for pair in ("features.categorical=app", "features.numeric=age", "baseline.enabled=true")
+        for part in ("-X", pair)
+    ),
+]
 
 
 def learned_the_same(one: Fingerprint | None, other: Fingerprint | None) -> bool:
     assert one
     assert other
-    return (one.examples, one.ledger, one.weights_sha256) == (other.examples, other.ledger, other.weights_sha256) and one.same(
-        other, "model", "optimizer", "baseline", "metrics"
-    )
+    return (one.examples, one.ledger, one.weights_sha256) == (
+        other.examples,
+        other.ledger,
+        other.weights_sha256,
+    ) and one.same(other, "model", "optimizer", "baseline", "metrics")
 
 
 @pytest.fixture(scope="module")
@@ -290,23 +359,40 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> Fingerprint:
 @all_of("a log of JSON lines")
 @pytest.mark.bad_input("same id with other features, two clicks", via="a log of JSON lines")
 @pytest.mark.bad_input("unknown extra fields", via="a log of JSON lines")
-def test_a_log_with_everything_bad_between_the_good_lines_teaches_what_it_teaches_without(clean, tmp_path, outcome):
-    bad = [(value, reason) for value, reason in BAD.values() if value is not None and value.strip() and b"\n" not in value]
+def test_a_log_with_everything_bad_between_the_good_lines_teaches_what_it_teaches_without(
+    clean, tmp_path, outcome
+):
+    bad = [
+        (value, reason)
+        for value, reason in BAD.values()
+        if value is not None and value.strip() and b"\n" not in value
+    ]
     extra = [value[:-1] + b',"server":"x"}' for value in stream(3000)[:100]]
     log = tmp_path / "log.jsonl"
-    log.write_bytes(b"\n".join(among([*extra, *stream(3000)[100:]], [value for value, _ in bad] + repeated())))
+    log.write_bytes(
+        b"\n".join(among([*extra, *stream(3000)[100:]], [value for value, _ in bad] + repeated()))
+    )
     result = succeed("run", "--source", log, "--state", tmp_path / "state", *RUN)
     assert learned_the_same(newest(tmp_path / "state"), clean)
     counters = last_report(tmp_path / "state")["counters"]
-    assert {reason: counters[f"rejected.{reason}"] for _, reason in bad} == Counter(reason for _, reason in bad)
+    assert {reason: counters[f"rejected.{reason}"] for _, reason in bad} == Counter(
+        reason for _, reason in bad
+    )
     assert counters["rejected"] == len(bad)
     assert (counters["impressions_duplicate"], counters["clicks_duplicate"]) == (REPEATED, REPEATED)
     assert counters["fields_unknown"] == len(extra)
-    letters = [json.loads(line) for line in (tmp_path / "state" / "dead_letters.jsonl").read_text().splitlines()]
-    kept = sorted((base64.b64decode(letter["value_base64"]), letter["reason"]) for letter in letters)
+    letters = [
+        json.loads(line)
+        for line in (tmp_path / "state" / "dead_letters.jsonl").read_text().splitlines()
+    ]
+    kept = sorted(
+        (base64.b64decode(letter["value_base64"]), letter["reason"]) for letter in letters
+    )
     assert kept == sorted(bad)
     assert "\x1b" not in result.output
-    outcome("counted by reason, kept with its bytes; ledger, weights, baseline, metrics equal to the log without it")
+    outcome(
+        "counted by reason, kept with its bytes; ledger, weights, baseline, metrics equal to the log without it"
+    )
 
 
 @pytest.mark.slow
@@ -316,7 +402,9 @@ def test_a_topic_with_everything_bad_between_the_good_records_teaches_what_it_te
     embedded_broker, topic, clean, tmp_path, outcome
 ):
     """The keys are anybody's: a key says where a record goes, the id in the value says what it is."""
-    bad = [(value, reason) for value, reason in BAD.values() if value is None or len(value) < 500_000]
+    bad = [
+        (value, reason) for value, reason in BAD.values() if value is None or len(value) < 500_000
+    ]
     values = among(stream(3000), [value for value, _ in bad] + repeated())
     client = kafka.client_options(embedded_broker, {})
     kafka.ensure_topic(client, topic)
@@ -325,15 +413,26 @@ def test_a_topic_with_everything_bad_between_the_good_records_teaches_what_it_te
     sink.send_batch(topic, pa.array(values, pa.large_binary()), keys=keys)
     sink.flush(PATIENCE_SECONDS)
     sink.close()
-    args = ["--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end", *own_topics(topic)]
+    args = [
+        "--topic",
+        topic,
+        "--bootstrap-servers",
+        embedded_broker,
+        "--until-end",
+        *own_topics(topic),
+    ]
     result = succeed("run", "--state", tmp_path, *args, *RUN)
     assert learned_the_same(newest(tmp_path), clean)
     final = last_report(tmp_path)
-    assert {reason: final["counters"][f"rejected.{reason}"] for _, reason in bad} == Counter(reason for _, reason in bad)
+    assert {reason: final["counters"][f"rejected.{reason}"] for _, reason in bad} == Counter(
+        reason for _, reason in bad
+    )
     assert final["counters"]["records"] == len(values)  # every offset is passed
     letters = read_headers(embedded_broker, f"{topic}.dlq")
     expected = [(value, reason.encode()) for value, reason in bad if value is not None]
-    assert sorted((value or b"", headers["__stream_ctr.errors.reason"]) for value, headers in letters) == sorted(expected)
+    assert sorted(
+        (value or b"", headers["__stream_ctr.errors.reason"]) for value, headers in letters
+    ) == sorted(expected)
     assert "\x1b" not in result.output
     outcome(
         "counted by reason; on the dead-letter topic with its bytes and reason; ledger, weights, baseline, metrics equal to the clean run"
@@ -344,7 +443,9 @@ def test_a_topic_with_everything_bad_between_the_good_records_teaches_what_it_te
 @pytest.mark.parametrize("kind", ["numeric", "categorical"])
 def test_the_name_of_a_field_is_harmless_in_messages(kind, outcome):
     name = "../\x1b[31m" + 300 * "x"
-    _, rejects = Decoder([Field(name, kind)]).decode(pa.array([record(features={name: [1]})], pa.large_binary()))
+    _, rejects = Decoder([Field(name, kind)]).decode(
+        pa.array([record(features={name: [1]})], pa.large_binary())
+    )
     assert rejects.message[0].isprintable()
     assert len(rejects.message[0]) < 300
     outcome("escaped and cut")
@@ -352,15 +453,30 @@ def test_the_name_of_a_field_is_harmless_in_messages(kind, outcome):
 
 @pytest.mark.bad_input("path-like names", via="fields, model name, ids")
 @pytest.mark.slow
-def test_names_that_look_like_paths_or_steer_a_terminal_are_names_and_nothing_else(tmp_path, outcome):
+def test_names_that_look_like_paths_or_steer_a_terminal_are_names_and_nothing_else(
+    tmp_path, outcome
+):
     names = {"../../x": "../../y", "/etc/passwd": "z", "\x1b[31mred": "\r\n", "nul\0": "\0"}
     values = [record(impression_id=f"../{i}", time=T + 50 * i, features=names) for i in range(300)]
     state = tmp_path / "a" / "b" / "state"
-    (tmp_path / "log.jsonl").write_bytes(b"\n".join([*values, *(click(f"../{i}", T + 50 * 300) for i in range(9))]))
-    result = succeed("run", "--source", tmp_path / "log.jsonl", "--state", state, *SMALL, "-X", "snapshots.model_name=../../model")
+    (tmp_path / "log.jsonl").write_bytes(
+        b"\n".join([*values, *(click(f"../{i}", T + 50 * 300) for i in range(9))])
+    )
+    result = succeed(
+        "run",
+        "--source",
+        tmp_path / "log.jsonl",
+        "--state",
+        state,
+        *SMALL,
+        "-X",
+        "snapshots.model_name=../../model",
+    )
     assert last_report(state)["counters"]["clicks_joined"] == 9
     assert "\x1b" not in result.output
-    assert sorted(path.name for path in tmp_path.rglob("*") if state not in (path, *path.parents)) == ["a", "b", "log.jsonl"]
+    assert sorted(
+        path.name for path in tmp_path.rglob("*") if state not in (path, *path.parents)
+    ) == ["a", "b", "log.jsonl"]
     outcome("names only: nothing is written outside the state directory")
 
 
@@ -373,7 +489,9 @@ def parquet(table: pa.Table) -> Callable[[Path], object]:
 
 def altered(**columns: Any) -> Callable[[Path], object]:
     """The columns of a good file but for these; None: without it."""
-    table = pa.table({name: values for name, values in {**COLUMNS, **columns}.items() if values is not None})
+    table = pa.table(
+        {name: values for name, values in {**COLUMNS, **columns}.items() if values is not None}
+    )
     return parquet(table)
 
 
@@ -463,7 +581,9 @@ READ: dict[tuple[str, str], tuple[str, Callable[[Path], object], int, str]] = {
 
 
 @pytest.mark.parametrize(("what", "name"), each(READ, "--source"))
-def test_a_file_with_bad_rows_is_read_past_them_and_the_first_is_named_with_its_line(what, name, tmp_path, outcome):
+def test_a_file_with_bad_rows_is_read_past_them_and_the_first_is_named_with_its_line(
+    what, name, tmp_path, outcome
+):
     file, write, events, note = READ[what, name]
     write(tmp_path / file)
     log = open_log(tmp_path / file)
@@ -476,7 +596,11 @@ def test_a_file_with_bad_rows_is_read_past_them_and_the_first_is_named_with_its_
     assert note in notes
     assert notes.isprintable()
     assert (str(tmp_path / file) in notes) == bool(note)
-    outcome("the rest is read; lines counted, the first named with its number" if note else "read as it is meant")
+    outcome(
+        "the rest is read; lines counted, the first named with its number"
+        if note
+        else "read as it is meant"
+    )
 
 
 @contextmanager
@@ -521,12 +645,19 @@ def test_a_line_that_decompresses_without_end_takes_bounded_memory_and_is_named(
             file.write(b"x" * (1 << 20))
         file.write(b"\n" + EVENTS[0] + b"\n")
     assert path.stat().st_size < 4 << 20
-    done = subprocess.run([sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True)
-    events, *first, grown = done.stdout.split(maxsplit=1)[0], *done.stdout.split(maxsplit=1)[1].rsplit(maxsplit=1)
+    done = subprocess.run(
+        [sys.executable, "-c", BOMB, path], capture_output=True, text=True, check=True
+    )
+    events, *first, grown = (
+        done.stdout.split(maxsplit=1)[0],
+        *done.stdout.split(maxsplit=1)[1].rsplit(maxsplit=1),
+    )
     assert events == "2"
     assert first == ["[(2, 'the line is longer than 16 MiB')]"]
     assert int(grown) < 100  # MiB, of 200
-    outcome("200 MiB in one line: that line is skipped and named, memory grows by less than 100 MiB")
+    outcome(
+        "200 MiB in one line: that line is skipped and named, memory grows by less than 100 MiB"
+    )
 
 
 # -- snapshots ----------------------------------------------------------------------------------------------------------------------
@@ -545,16 +676,34 @@ def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
 WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "a name": (renamed, "tensor"),
     "one too few": (lambda tensors: {"table": tensors["table"]}, "tensor"),
-    "one too many": (lambda tensors: {**tensors, "dense.other": tensors["table"]}, "tensor 'dense.other'"),
+    "one too many": (
+        lambda tensors: {**tensors, "dense.other": tensors["table"]},
+        "tensor 'dense.other'",
+    ),
     "a shape": (lambda tensors: {**tensors, "table": tensors["table"][:-1]}, "tensor 'table'"),
-    "a transposed one": (lambda tensors: {**tensors, "table": np.ascontiguousarray(tensors["table"].T)}, "tensor 'table'"),
-    "a dtype": (lambda tensors: {**tensors, "table": tensors["table"].astype(np.float64)}, "tensor 'table'"),
-    "NaN": (lambda tensors: {**tensors, "table": np.full_like(tensors["table"], np.nan)}, "not finite"),
-    "infinity": (lambda tensors: {**tensors, "table": np.full_like(tensors["table"], -np.inf)}, "not finite"),
+    "a transposed one": (
+        lambda tensors: {**tensors, "table": np.ascontiguousarray(tensors["table"].T)},
+        "tensor 'table'",
+    ),
+    "a dtype": (
+        lambda tensors: {**tensors, "table": tensors["table"].astype(np.float64)},
+        "tensor 'table'",
+    ),
+    "NaN": (
+        lambda tensors: {**tensors, "table": np.full_like(tensors["table"], np.nan)},
+        "not finite",
+    ),
+    "infinity": (
+        lambda tensors: {**tensors, "table": np.full_like(tensors["table"], -np.inf)},
+        "not finite",
+    ),
 }
 
 
-@pytest.mark.bad_input("safetensors with wrong names, shapes, dtypes, NaN, or a pickle renamed", via="a snapshot, behind a true hash")
+@pytest.mark.bad_input(
+    "safetensors with wrong names, shapes, dtypes, NaN, or a pickle renamed",
+    via="a snapshot, behind a true hash",
+)
 @pytest.mark.parametrize("name", WRONG_TENSORS)
 def test_tensors_that_are_not_those_of_the_model_are_refused(name, served, outcome):  # noqa: F811
     from safetensors.numpy import save
@@ -567,8 +716,15 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(name, served, outco
     outcome("refused, the tensor named")
 
 
-@pytest.mark.bad_input("safetensors with wrong names, shapes, dtypes, NaN, or a pickle renamed", via="a snapshot, behind a true hash")
-@pytest.mark.parametrize("data", [b"\x80\x04cos\nsystem\n(S'false'\ntR.", b"PK\x03\x04" + bytes(60), b""], ids=["pickle", "zip", "empty"])
+@pytest.mark.bad_input(
+    "safetensors with wrong names, shapes, dtypes, NaN, or a pickle renamed",
+    via="a snapshot, behind a true hash",
+)
+@pytest.mark.parametrize(
+    "data",
+    [b"\x80\x04cos\nsystem\n(S'false'\ntR.", b"PK\x03\x04" + bytes(60), b""],
+    ids=["pickle", "zip", "empty"],
+)
 def test_a_file_of_another_kind_under_a_safetensors_name_is_refused(data, served, outcome):  # noqa: F811
     sign_again(served, "model.safetensors", data)
     with pytest.raises(SnapshotError, match=r"model\.safetensors is not a safetensors file"):

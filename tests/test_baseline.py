@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from river import linear_model, optim
 
-from stream_ctr.baseline import BaselineFailed, BaselineProcess, Marker
-from stream_ctr.river_ftrl import RiverFTRL
+from stream_ctr.learn.baseline import BaselineFailed, BaselineProcess, Marker
+from stream_ctr.learn.river_ftrl import RiverFTRL
 
 NONE = np.empty((0, 0), np.float32)
 
@@ -18,7 +18,11 @@ NONE = np.empty((0, 0), np.float32)
 def stream(n: int = 400, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     ids = rng.zipf(1.5, (n, 4)).astype(np.int32) % 50
-    return ids, np.empty((n, 0), np.float32), (rng.random(n) < 0.2 + 0.6 * (ids[:, 0] == 1)).astype(np.uint8)
+    return (
+        ids,
+        np.empty((n, 0), np.float32),
+        (rng.random(n) < 0.2 + 0.6 * (ids[:, 0] == 1)).astype(np.uint8),
+    )
 
 
 def by_hand(ids: np.ndarray, labels: np.ndarray) -> list[float]:
@@ -101,7 +105,9 @@ def test_submitting_never_waits_for_the_process():
         os.kill(process._process.pid, signal.SIGSTOP)
         ids, values, labels = stream(4000)
         for _ in range(100):
-            process.submit(ids, values, labels)  # 400,000 events, far more than a pipe holds; stopped, it never reads them
+            process.submit(
+                ids, values, labels
+            )  # 400,000 events, far more than a pipe holds; stopped, it never reads them
         assert process.take(wait=False) is None
         assert process.waiting_bytes > 100 * ids.nbytes
         assert not process.full

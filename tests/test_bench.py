@@ -26,29 +26,54 @@ CONTENDERS = Path(__file__).parent / "bench" / "contenders"
 
 
 def speed(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(SPEED), *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, str(SPEED), *arguments], capture_output=True, text=True, check=False
+    )
 
 
 @pytest.mark.slow
 def test_a_quick_run_measures_prints_keeps_and_fills_the_page(tmp_path: Path) -> None:
     cases = ("train", "ftrl", "memory", "start")
     kept, page = tmp_path / "speed.json", tmp_path / "page.md"
-    kept.write_text(json.dumps({"cases": [{"name": "ftrl", "of": "an earlier run"}, {"name": "other"}]}))
+    kept.write_text(
+        json.dumps({"cases": [{"name": "ftrl", "of": "an earlier run"}, {"name": "other"}]})
+    )
     page.write_text("Before.\n" + "".join(f"<!-- {name} -->\n<!-- /{name} -->\n" for name in cases))
-    options = ("--quick", "--offline", "--only", "ours", "--cache", str(tmp_path / "cache"), "--json", str(kept), "--page", str(page))
+    options = (
+        "--quick",
+        "--offline",
+        "--only",
+        "ours",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--json",
+        str(kept),
+        "--page",
+        str(page),
+    )
     done = speed(*cases, *options)
     assert done.returncode == 0, done.stderr
     measured = {case["name"]: case for case in json.loads(kept.read_text())["cases"]}
     assert measured.keys() == {*cases, "other"}
     for name in cases:
-        assert measured[name]["command"].startswith("python tests/bench/speed.py train ftrl memory start --quick")
+        assert measured[name]["command"].startswith(
+            "python tests/bench/speed.py train ftrl memory start --quick"
+        )
         assert measured[name]["commit"]
         assert measured[name]["versions"]["torch"]
-        assert [result.get("not_run") for result in measured[name]["results"]] == [None] * len(measured[name]["results"])
-        assert all(len(result["repetitions"]) == 1 and result["median"] > 0 for result in measured[name]["results"])
+        assert [result.get("not_run") for result in measured[name]["results"]] == [None] * len(
+            measured[name]["results"]
+        )
+        assert all(
+            len(result["repetitions"]) == 1 and result["median"] > 0
+            for result in measured[name]["results"]
+        )
         assert measured[name]["title"] in done.stdout
         assert table(measured[name]) in page.read_text()
-    assert [goal["met"] for goal in measured["train"]["goals"]] == [None, None]  # their peer was not there
+    assert [goal["met"] for goal in measured["train"]["goals"]] == [
+        None,
+        None,
+    ]  # their peer was not there
 
     one = tmp_path / "one.json"
     one.write_text(json.dumps({"cases": [measured["start"]]}))
@@ -61,7 +86,9 @@ def test_a_case_that_there_is_not_is_an_error_that_names_those_there_are() -> No
     assert "no case 'trian': there are train, train-10m, ingest" in done.stderr
 
 
-def test_rounds_go_in_turn_and_a_contender_that_fails_has_its_reason_while_the_others_go_on() -> None:
+def test_rounds_go_in_turn_and_a_contender_that_fails_has_its_reason_while_the_others_go_on() -> (
+    None
+):
     order: list[str] = []
     numbers = count(1)
 
@@ -75,7 +102,9 @@ def test_rounds_go_in_turn_and_a_contender_that_fails_has_its_reason_while_the_o
             raise NotRun("it is tired")
         return {"value": 1.0}
 
-    results = compare([Call("fine", fine), Absent("absent", "there is none"), Call("failing", failing)], rounds=3)
+    results = compare(
+        [Call("fine", fine), Absent("absent", "there is none"), Call("failing", failing)], rounds=3
+    )
     assert order == ["fine", "failing", "fine", "failing", "fine"]
     assert [result.reason for result in results] == ["", "there is none", "it is tired"]
     assert results[0].values == [5.0, 10.0, 15.0]
@@ -85,17 +114,28 @@ def test_rounds_go_in_turn_and_a_contender_that_fails_has_its_reason_while_the_o
 def test_a_peer_that_is_not_installed_is_not_installed_offline(tmp_path: Path) -> None:
     peer = Peer("peer", ("a-package==1.0",), tmp_path, offline=True)
     (result,) = compare([Program("peer", "vowpal", [], peer)], rounds=1)
-    assert result.reason == f"a-package==1.0 is not installed in {tmp_path}, and --offline installs nothing"
+    assert (
+        result.reason
+        == f"a-package==1.0 is not installed in {tmp_path}, and --offline installs nothing"
+    )
     assert not list(tmp_path.iterdir())
 
 
 def test_a_program_that_dies_says_its_last_words() -> None:
-    (result,) = compare([Program("ours", "pending", ["--impressions", "many", "--pending", "all"])], rounds=1)
-    assert result.reason == "ended with status 2: pending.py: error: argument --impressions: invalid int value: 'many'"
+    (result,) = compare(
+        [Program("ours", "pending", ["--impressions", "many", "--pending", "all"])], rounds=1
+    )
+    assert (
+        result.reason
+        == "ended with status 2: pending.py: error: argument --impressions: invalid int value: 'many'"
+    )
 
 
 def test_a_ratio_is_taken_within_each_round() -> None:
-    ours, peer = Result("ours", [10.0, 2.0, 30.0]), Result("peer", [5.0, 1.0, 10.0])  # the second round was slow for both
+    ours, peer = (
+        Result("ours", [10.0, 2.0, 30.0]),
+        Result("peer", [5.0, 1.0, 10.0]),
+    )  # the second round was slow for both
     assert ratio(ours, peer) == 2.0
     assert ratio(ours, Result("none")) is None
 
@@ -113,7 +153,11 @@ def test_a_ratio_is_taken_within_each_round() -> None:
     ],
 )
 def test_goals(goal: Goal, text: str, reached: float | None, met: bool | None) -> None:
-    results = [Result("ours", [8.0, 9.0, 10.0]), Result("peer", [2.0, 2.0, 2.0]), Result("absent", reason="there is none")]
+    results = [
+        Result("ours", [8.0, 9.0, 10.0]),
+        Result("peer", [2.0, 2.0, 2.0]),
+        Result("absent", reason="there is none"),
+    ]
     (judged,) = Comparison("case", "A case", "s", results, [goal]).as_json()["goals"]
     assert judged == {"contender": goal.of, "goal": text, "reached": reached, "met": met}
 
@@ -124,18 +168,26 @@ def test_the_table_has_spread_ratio_and_verdict_and_the_reason_of_what_was_not_r
         Result("peer", [4000.0, 4500.0]),
         Result("absent", reason="no wheel fits"),
     ]
-    case = Comparison("case", "A case", "k/s", results, [Goal("ours", least=3.0, times="peer")], peer="peer").as_json()
+    case = Comparison(
+        "case", "A case", "k/s", results, [Goal("ours", least=3.0, times="peer")], peer="peer"
+    ).as_json()
     lines = table(case | {"machine": "a machine", "command": "a command"}).splitlines()
     assert lines[0] == "**A case**"
     assert "| ours | 8,500 | 8,000..9,000 | 2 | at least 3 x peer | no (2) |" in lines
     assert "| absent | not run |  |  |  |  |" in lines
     assert lines[-1] == "a machine: `a command`"
-    assert [line for line in lines if line.startswith("- ")] == ["- ours: as it is", "- absent: not run: no wheel fits"]
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- ours: as it is",
+        "- absent: not run: no wheel fits",
+    ]
 
 
 def test_a_case_that_nobody_could_run_is_one_line() -> None:
     results = [Result("ours", reason="no GPU here"), Result("peer", reason="no GPU here")]
-    assert table(Comparison("gpu", "On a GPU", "k/s", results).as_json()) == "**On a GPU**\n\nnot measured: no GPU here"
+    assert (
+        table(Comparison("gpu", "On a GPU", "k/s", results).as_json())
+        == "**On a GPU**\n\nnot measured: no GPU here"
+    )
 
 
 def test_all_contenders_get_the_same_examples(tmp_path: Path) -> None:
@@ -198,8 +250,15 @@ def test_training_ends_an_epoch_after_the_best_which_is_the_one_that_counts(trai
     labels, parts = np.array([0, 1] * 6, np.uint8), np.array([[0, 1, 2] * 4], np.uint8)
     data = training.Data(np.zeros((12, 1), np.int32), labels, [1], parts)
     trainee = Scripted([0.3, 0.2, 0.25, 0.1], [0.4, 0.45])
-    best = training.trained(lambda *_: trainee, argparse.Namespace(epochs=9, batch=12), data, seed=0)
-    assert trainee.kept == [0, 1, 2, 1]  # the third epoch of the first model was no better, the fourth was never trained
+    best = training.trained(
+        lambda *_: trainee, argparse.Namespace(epochs=9, batch=12), data, seed=0
+    )
+    assert trainee.kept == [
+        0,
+        1,
+        2,
+        1,
+    ]  # the third epoch of the first model was no better, the fourth was never trained
     assert best["epoch"] == 1
     assert best["logloss"] == pytest.approx(-np.log(0.6))
 
@@ -207,19 +266,30 @@ def test_training_ends_an_epoch_after_the_best_which_is_the_one_that_counts(trai
 def test_scores_are_those_of_counting_pairs(training: Any) -> None:
     rng = np.random.default_rng(0)
     p, labels = rng.integers(1, 9, 60) / 10, rng.integers(0, 2, 60).astype(np.uint8)
-    pairs = [1.0 if a > b else 0.5 if a == b else 0.0 for a in p[labels == 1] for b in p[labels == 0]]
+    pairs = [
+        1.0 if a > b else 0.5 if a == b else 0.0 for a in p[labels == 1] for b in p[labels == 0]
+    ]
     found = training.scores(p, labels)
     assert found["auc"] == pytest.approx(np.mean(pairs))
-    assert found["logloss"] == pytest.approx(-np.mean([np.log(q if y else 1 - q) for q, y in zip(p, labels, strict=True)]))
+    assert found["logloss"] == pytest.approx(
+        -np.mean([np.log(q if y else 1 - q) for q, y in zip(p, labels, strict=True)])
+    )
 
 
-def test_peers_get_the_features_that_ours_gets_counted_within_each_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [f"{n % 2}\t" + "\t".join([str(n % 3), *[""] * 12, *[f"{n % 4:08x}"] * 26]) for n in range(40)]
+def test_peers_get_the_features_that_ours_gets_counted_within_each_field(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        f"{n % 2}\t" + "\t".join([str(n % 3), *[""] * 12, *[f"{n % 4:08x}"] * 26])
+        for n in range(40)
+    ]
     (tmp_path / "criteo").mkdir()
     (tmp_path / "criteo" / "train.csv").write_text("\n".join(rows) + "\n")
     monkeypatch.setattr(systems, "DATA", tmp_path)
     systems.write_sample(tmp_path / "sample", 3)
-    ids, local, labels, parts = (np.load(tmp_path / "sample" / f"{name}.npy") for name in ("ids", "local", "labels", "parts"))
+    ids, local, labels, parts = (
+        np.load(tmp_path / "sample" / f"{name}.npy") for name in ("ids", "local", "labels", "parts")
+    )
     assert labels.tolist() == [n % 2 for n in range(40)]
     assert parts.shape == (3, 40)
     sizes = json.loads((tmp_path / "sample" / "sizes.json").read_text())
@@ -231,7 +301,11 @@ def test_peers_get_the_features_that_ours_gets_counted_within_each_field(tmp_pat
 
 def quality_case(ours: list[float], peer: list[float]) -> dict[str, Any]:
     repeated = [
-        {"contender": name, "note": "", "repetitions": [{"auc": auc, "logloss": 0.5, "epoch": 2} for auc in values]}
+        {
+            "contender": name,
+            "note": "",
+            "repetitions": [{"auc": auc, "logloss": 0.5, "epoch": 2} for auc in values],
+        }
         for name, values in (("ours", ours), ("FuxiCTR", peer))
     ]
     against = systems._against("quality", Result("ours", ours), Result("FuxiCTR", peer))
@@ -243,10 +317,19 @@ def quality_case(ours: list[float], peer: list[float]) -> dict[str, Any]:
 
 
 def test_an_auc_is_not_below_while_it_is_within_the_spread_over_the_seeds() -> None:
-    within = systems.quality_table([quality_case([0.70, 0.72, 0.74], [0.71, 0.73, 0.75])]).splitlines()
-    assert within[2] == "| FM | ours | 0.7200 ± 0.0200 | 0.5000 ± 0.0000 | 2.0 | FuxiCTR -0.0100 [-0.0100, -0.0100] | yes |"
+    within = systems.quality_table(
+        [quality_case([0.70, 0.72, 0.74], [0.71, 0.73, 0.75])]
+    ).splitlines()
+    assert (
+        within[2]
+        == "| FM | ours | 0.7200 ± 0.0200 | 0.5000 ± 0.0000 | 2.0 | FuxiCTR -0.0100 [-0.0100, -0.0100] | yes |"
+    )
     assert len(within) == 4  # of what has no such system there is no row
-    assert systems.quality_table([quality_case([0.70, 0.72, 0.74], [0.73, 0.75, 0.77])]).splitlines()[2].endswith("| no |")
+    assert (
+        systems.quality_table([quality_case([0.70, 0.72, 0.74], [0.73, 0.75, 0.77])])
+        .splitlines()[2]
+        .endswith("| no |")
+    )
 
 
 def test_speeds_stand_beside_each_other_with_their_ratios() -> None:
@@ -269,8 +352,25 @@ def test_each_system_has_a_counterpart() -> None:
 def test_systems_run_quick_keep_their_figures_and_fill_the_page(tmp_path: Path) -> None:
     kept, page = tmp_path / "systems.json", tmp_path / "page.md"
     page.write_text("Before.\n<!-- speed -->\n<!-- /speed -->\n")
-    options = ["--quick", "--offline", "--cache", str(tmp_path / "cache"), "--json", str(kept), "--page", str(page)]
-    command = [sys.executable, str(SPEED.with_name("systems.py")), "speed", "--missing", *options, "--systems", "lr"]
+    options = [
+        "--quick",
+        "--offline",
+        "--cache",
+        str(tmp_path / "cache"),
+        "--json",
+        str(kept),
+        "--page",
+        str(page),
+    ]
+    command = [
+        sys.executable,
+        str(SPEED.with_name("systems.py")),
+        "speed",
+        "--missing",
+        *options,
+        "--systems",
+        "lr",
+    ]
     for further in ([], ["fnn"]):
         done = subprocess.run([*command, *further], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -278,6 +378,12 @@ def test_systems_run_quick_keep_their_figures_and_fill_the_page(tmp_path: Path) 
     assert cases.keys() == {"lr", "fnn"}
     assert cases["lr"]["command"].endswith("--systems lr")  # which --missing has left alone
     for case in cases.values():
-        assert all("--offline installs nothing" in result["not_run"] for result in case["results"] if "ours" not in result["contender"])
-        assert all(result["median"] > 0 for result in case["results"] if "ours" in result["contender"])
+        assert all(
+            "--offline installs nothing" in result["not_run"]
+            for result in case["results"]
+            if "ours" not in result["contender"]
+        )
+        assert all(
+            result["median"] > 0 for result in case["results"] if "ours" in result["contender"]
+        )
     assert systems.block("speed", [cases["lr"], cases["fnn"]]) in page.read_text()

@@ -19,31 +19,26 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from click.testing import CliRunner, Result
-from lineage import QUICK, SMALL, reports
-from lineage import newest as newest_snapshot
-from patience import PATIENCE_SECONDS, started, wait_until
+from support.commands import command, own_topics, read_headers, read_records, succeed
+from support.lineage import QUICK, SMALL, reports
+from support.lineage import newest as newest_snapshot
+from support.patience import PATIENCE_SECONDS, started, wait_until
 
-from connectors import kafka, kafka_options
-from stream_ctr import Scorer, Subscriber, cli, metrics, snapshot, stages
-from stream_ctr.cli import main
-from stream_ctr.config import known_keys, nearest
-from stream_ctr.events import Decoder
-from stream_ctr.logs import open_log
-from stream_ctr.simulate import Simulation
-from stream_ctr.subscribe import TopicPointers
+from stream_ctr import Scorer, Subscriber
+from stream_ctr.cli import main as cli
+from stream_ctr.cli.main import main
+from stream_ctr.config import known_keys
+from stream_ctr.connectors import kafka, kafka_options
+from stream_ctr.evaluate import metrics
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.logs.open import open_log
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.messages import nearest
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.subscriber import TopicPointers
+from stream_ctr.train import stage_timer as stages
 
 IMPRESSIONS = 4000
-
-
-def command(*arguments: object) -> Result:
-    return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-
-def succeed(*arguments: object) -> Result:
-    result = command(*arguments)
-    assert result.exit_code == 0, result.output + (repr(result.exception) if result.exception else "")
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +55,6 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return state
 
 
-def own_topics(topic: str) -> list[str]:
-    """Metrics and snapshots on topics of this test alone."""
-    return ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
-
-
 # -- the main job -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -75,18 +65,47 @@ def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
     assert (table in printed) == bool(asked)
 
 
-@pytest.mark.parametrize(("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")])
+@pytest.mark.parametrize(
+    ("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")]
+)
 @pytest.mark.slow
-def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(broker, topic, log, trained, tmp_path, partitions, wire):
-    succeed("replay", log, "--topic", topic, "--partitions", partitions, "--bootstrap-servers", broker, "--wire", wire, "--batch", 300)
-    args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic)]
+def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
+    broker, topic, log, trained, tmp_path, partitions, wire
+):
+    succeed(
+        "replay",
+        log,
+        "--topic",
+        topic,
+        "--partitions",
+        partitions,
+        "--bootstrap-servers",
+        broker,
+        "--wire",
+        wire,
+        "--batch",
+        300,
+    )
+    args = [
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        broker,
+        "--until-end",
+        *QUICK,
+        *own_topics(topic),
+    ]
     succeed("run", *args)
     final, from_file = reports(tmp_path)[-1], reports(trained)[-1]
     assert final["kind"] == "final"
     assert final["ledger"] == from_file["ledger"]  # the same labels for the same impressions
     assert final["counters"]["clicks"] == from_file["counters"]["clicks"]
     if partitions == 1:
-        assert final["models"] == from_file["models"]  # and the same order of learning: the same model, bit for bit
+        assert (
+            final["models"] == from_file["models"]
+        )  # and the same order of learning: the same model, bit for bit
         assert newest_snapshot(tmp_path).weights_sha256 == newest_snapshot(trained).weights_sha256
 
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
@@ -101,11 +120,22 @@ def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
 
 
 @pytest.mark.slow
-def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(broker, topic, log, trained, tmp_path):
+def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(
+    broker, topic, log, trained, tmp_path
+):
     values = pa.concat_arrays([batch.value for batch in open_log(log).batches()])
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic)
-    args = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, *QUICK, *own_topics(topic)]
+    args = [
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        broker,
+        *QUICK,
+        *own_topics(topic),
+    ]
     sink = kafka.KafkaSink(client)
     # An --until-end closes every window at the end of what it saw; a run that is stopped does not. So the first part is stopped.
     sink.send_batch(topic, values.slice(0, 2500), np.full(2500, -1), None)
@@ -143,7 +173,9 @@ def test_impressions_and_clicks_may_have_a_topic_each(broker, topic, log, traine
     assert reports(tmp_path)[-1]["ledger"] == reports(trained)[-1]["ledger"]
 
 
-def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(broker, topic, log, trained, tmp_path):
+def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(
+    broker, topic, log, trained, tmp_path
+):
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic)
     sink = kafka.KafkaSink(client)
@@ -153,7 +185,18 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
     sink.send(topic, b'{"kind":"impression"}')
     sink.flush(PATIENCE_SECONDS)
     sink.close()
-    succeed("run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic))
+    succeed(
+        "run",
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        broker,
+        "--until-end",
+        *QUICK,
+        *own_topics(topic),
+    )
     final = reports(tmp_path)[-1]
     assert final["ledger"] == reports(trained)[-1]["ledger"]
     assert final["counters"]["rejected"] == 2
@@ -163,15 +206,29 @@ def test_bad_records_go_to_the_dead_letter_topic_untouched_and_harm_no_other(bro
         (b'{"kind":"impression"}', b"missing_id"),
     ]
     assert letters[0][1]["__stream_ctr.errors.topic"] == topic.encode()
-    assert letters[1][1]["__stream_ctr.errors.offset"] == str(final["counters"]["records"] - 1).encode()
+    assert (
+        letters[1][1]["__stream_ctr.errors.offset"]
+        == str(final["counters"]["records"] - 1).encode()
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.fault(3, injected="SIGTERM, SIGINT while it learns from a topic")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, tmp_path, number, outcome):
+def test_a_signal_finishes_cleanly_with_a_snapshot(
+    embedded_broker, topic, log, tmp_path, number, outcome
+):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
-    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    process = start(
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        embedded_broker,
+        *QUICK,
+        *own_topics(topic),
+    )
     wait_until(lambda: has_learned(tmp_path, process))
     process.send_signal(number)
     assert process.wait(PATIENCE_SECONDS) == 0
@@ -185,11 +242,24 @@ def test_a_signal_finishes_cleanly_with_a_snapshot(embedded_broker, topic, log, 
 
 
 @pytest.mark.slow
-def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(embedded_broker, topic, log, tmp_path):
+def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(
+    embedded_broker, topic, log, tmp_path
+):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", embedded_broker)
-    process = start("--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic))
+    process = start(
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        embedded_broker,
+        *QUICK,
+        *own_topics(topic),
+    )
     try:
-        wait_until(lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip() != "")
+        wait_until(
+            lambda: (tmp_path / "lock").exists() and (tmp_path / "lock").read_text().strip() != ""
+        )
         result = command("run", "--source", log, "--state", tmp_path)
         assert result.exit_code == 3
         assert f"in use by process {process.pid}" in result.output
@@ -219,7 +289,9 @@ def test_a_device_that_is_not_there_is_told_of_before_the_log_is_read(log, tmp_p
     assert "inferred as" not in refused.output
 
 
-def test_the_first_model_named_is_published_and_the_others_learn_the_same_examples(several, trained):
+def test_the_first_model_named_is_published_and_the_others_learn_the_same_examples(
+    several, trained
+):
     final = reports(several)[-1]
     assert list(final["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
     assert final["models"]["deepfm"] == reports(trained)[-1]["models"]["deepfm"]
@@ -238,7 +310,12 @@ def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, train
     assert subscriber.next(PATIENCE_SECONDS)
     row = json.loads(log.read_text().splitlines()[0])["features"]
     assert subscriber.predict([row])[0] == float(beside.splitlines()[0].split("\t")[1])
-    assert json.loads(succeed("subscribe", "--state", several, "--once", "--json", "--model", "deepfm").stdout)["examples"] == IMPRESSIONS
+    assert (
+        json.loads(
+            succeed("subscribe", "--state", several, "--once", "--json", "--model", "deepfm").stdout
+        )["examples"]
+        == IMPRESSIONS
+    )
     misspelled = command("subscribe", "--state", several, "--once", "--model", "lr_dmn")
     assert misspelled.exit_code == 3
     assert "no model 'lr_dmn'; did you mean 'lr_dnn'?" in misspelled.output
@@ -251,16 +328,28 @@ def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, train
 def test_a_state_goes_on_with_the_models_it_began_with_and_refuses_others(log, several):
     state = several.parent / "again"
     shutil.copytree(several, state)
-    assert "resumed from snapshot" in succeed("run", "--source", log, "--state", state, *SMALL).output
+    assert (
+        "resumed from snapshot" in succeed("run", "--source", log, "--state", state, *SMALL).output
+    )
     assert list(reports(state)[-1]["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
     other = command("run", "--source", log, "--state", state, "--model", "fm", *SMALL)
     assert other.exit_code == 3
     assert "made with the models fm, deepfm, lr, not with fm, ftrl" in other.output
 
 
-@pytest.mark.parametrize(("named", "message"), [(["deepfn"], "got 'deepfn'"), (["fm", "fm"], "a model learns once, model.name too: fm")])
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [(["deepfn"], "got 'deepfn'"), (["fm", "fm"], "a model learns once, model.name too: fm")],
+)
 def test_a_model_that_is_not_or_is_named_twice_is_an_error(log, tmp_path, named, message):
-    result = command("run", "--source", log, "--state", tmp_path, *(part for name in named for part in ("--model", name)))
+    result = command(
+        "run",
+        "--source",
+        log,
+        "--state",
+        tmp_path,
+        *(part for name in named for part in ("--model", name)),
+    )
     assert result.exit_code == 3
     assert message in result.output
 
@@ -270,14 +359,27 @@ def test_the_nine_systems_are_listed_with_what_the_paper_says_of_them():
     titles = ["LR", "FM", "FNN", "IPNN", "OPNN", "PNN*", "LR & DNN", "FM & DNN", "DeepFM"]
     at = lines[0].index("in the paper")
     assert [line[at : lines[0].index("no pre-training")].strip() for line in lines[1:]] == titles
-    known = {told["title"]: told for told in map(json.loads, succeed("models", "--json").stdout.splitlines())}
+    known = {
+        told["title"]: told
+        for told in map(json.loads, succeed("models", "--json").stdout.splitlines())
+    }
     assert list(known) == titles
-    properties = {title: (not of["pretraining"], of["high_order"], of["low_order"], not of["engineering"]) for title, of in known.items()}
-    table_1 = {"FNN": (0, 1, 0, 1), "PNN*": (1, 1, 0, 1), "LR & DNN": (1, 1, 1, 0), "DeepFM": (1, 1, 1, 1)}
+    properties = {
+        title: (not of["pretraining"], of["high_order"], of["low_order"], not of["engineering"])
+        for title, of in known.items()
+    }
+    table_1 = {
+        "FNN": (0, 1, 0, 1),
+        "PNN*": (1, 1, 0, 1),
+        "LR & DNN": (1, 1, 1, 0),
+        "DeepFM": (1, 1, 1, 1),
+    }
     assert {title: properties[title] for title in table_1} == table_1
     for line, (title, told) in zip(lines[1:], known.items(), strict=True):
         assert line.split()[0] == told["name"]
-        assert [cell == "yes" for cell in line[at:].removeprefix(title).split()[:4]] == [bool(has) for has in properties[title]]
+        assert [cell == "yes" for cell in line[at:].removeprefix(title).split()[:4]] == [
+            bool(has) for has in properties[title]
+        ]
 
 
 # -- serving ------------------------------------------------------------------------------------------------------------------------------
@@ -289,20 +391,32 @@ def test_score_prints_the_trainers_own_probabilities(log, trained):
     ids, probabilities = zip(*(line.split("\t") for line in printed), strict=True)
     assert len(printed) == IMPRESSIONS
     scorer = Scorer(path)
-    events = [Decoder(scorer.fields).decode(batch.value)[0].impressions for batch in open_log(log).batches()]
+    events = [
+        Decoder(scorer.fields).decode(batch.value)[0].impressions
+        for batch in open_log(log).batches()
+    ]
     assert list(ids) == [name for part in events for name in part.impression_id.to_pylist()]
 
     # A trainer that goes on from this snapshot predicts its next batch with the same weights, before it learns from it.
-    rows, values = scorer.hasher.rows({name: column.slice(0, 128) for name, column in events[0].features.items()})
+    rows, values = scorer.hasher.rows(
+        {name: column.slice(0, 128) for name, column in events[0].features.items()}
+    )
     own = scorer.learner.learn(rows, np.zeros(128, np.uint8), values).double().numpy()
     assert metrics.probabilities(own).tolist() == [float(p) for p in probabilities[:128]]
-    as_json = [json.loads(line) for line in succeed("score", "--snapshot", trained, log, "--json").stdout.splitlines()]
+    as_json = [
+        json.loads(line)
+        for line in succeed("score", "--snapshot", trained, log, "--json").stdout.splitlines()
+    ]
     assert as_json[7] == {"impression_id": ids[7], "probability": float(probabilities[7])}
 
 
 def test_predict_in_python_equals_score(log, trained):
     scorer = Scorer(snapshot.newest(trained / "snapshots"))
-    rows = [json.loads(line)["features"] for line in log.read_text().splitlines() if '"impression"' in line][:50]
+    rows = [
+        json.loads(line)["features"]
+        for line in log.read_text().splitlines()
+        if '"impression"' in line
+    ][:50]
     printed = succeed("score", "--snapshot", trained, log).stdout.splitlines()[:50]
     assert scorer.predict(rows).tolist() == [float(line.split("\t")[1]) for line in printed]
 
@@ -310,7 +424,9 @@ def test_predict_in_python_equals_score(log, trained):
 def test_subscribe_once_prints_a_verified_snapshot_and_runs_the_hook(trained, tmp_path):
     marker = tmp_path / "hook"
     hook = f"{sys.executable} -c \"import os,sys; open('{marker}','w').write(sys.argv[1] + os.environ['STREAM_CTR_SNAPSHOT_ID'])\" {{path}}"
-    line = json.loads(succeed("subscribe", "--state", trained, "--once", "--json", "--exec", hook).stdout)
+    line = json.loads(
+        succeed("subscribe", "--state", trained, "--once", "--json", "--exec", hook).stdout
+    )
     assert line["verified"] is True
     assert line["examples"] == IMPRESSIONS
     assert marker.read_text() == line["path"] + line["snapshot"]
@@ -324,7 +440,16 @@ def test_subscribe_once_without_any_snapshot_exits_6(tmp_path):
 
 
 def test_a_subscriber_refuses_a_flipped_byte_and_keeps_the_model_it_has(log, tmp_path):
-    args = ["run", "--source", log, "--state", tmp_path, *QUICK, "-X", "schedule.snapshot_examples=1500"]
+    args = [
+        "run",
+        "--source",
+        log,
+        "--state",
+        tmp_path,
+        *QUICK,
+        "-X",
+        "schedule.snapshot_examples=1500",
+    ]
     succeed(*args)
     subscriber = Subscriber(tmp_path)
     assert subscriber.next(PATIENCE_SECONDS)
@@ -334,7 +459,9 @@ def test_a_subscriber_refuses_a_flipped_byte_and_keeps_the_model_it_has(log, tmp
     data = bytearray(model.read_bytes())
     data[-100] ^= 1
     model.write_bytes(data)
-    (tmp_path / "latest.json").write_text((tmp_path / "latest.json").read_text() + " ")  # published again
+    (tmp_path / "latest.json").write_text(
+        (tmp_path / "latest.json").read_text() + " "
+    )  # published again
     assert subscriber.next(1.0) is None
     assert subscriber.predict([{"app_id": "a1"}]) == before
     result = command("score", "--snapshot", newest, log)
@@ -342,14 +469,18 @@ def test_a_subscriber_refuses_a_flipped_byte_and_keeps_the_model_it_has(log, tmp
     assert "model.safetensors" in result.output
 
 
-def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(broker, topic, log, tmp_path):
+def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(
+    broker, topic, log, tmp_path
+):
     succeed("replay", log, "--topic", topic, "--bootstrap-servers", broker)
     client = kafka.client_options(broker, {})
     snapshots = f"{topic}.snapshots"
     kafka.ensure_topic(client, snapshots, compacted=True)
     seen: list[str] = []
     reader = kafka.PointerReader(client, snapshots)
-    with Subscriber(TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer["snapshot"])) as subscriber:
+    with Subscriber(
+        TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer["snapshot"])
+    ) as subscriber:
         succeed(
             "run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic),
             "-X", "schedule.snapshot_examples=1500", "-X", "snapshots.keep=10",
@@ -358,7 +489,9 @@ def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(bro
         wait_until(lambda: seen[-1:] == [newest])
         assert subscriber.predict([{}]).shape == (1,)
     reader.close()
-    line = succeed("subscribe", "--topic", snapshots, "--bootstrap-servers", broker, "--once", "--json").stdout
+    line = succeed(
+        "subscribe", "--topic", snapshots, "--bootstrap-servers", broker, "--once", "--json"
+    ).stdout
     assert json.loads(line)["snapshot"] == newest
 
 
@@ -382,7 +515,16 @@ def test_a_subscriber_in_another_process_sees_each_published_snapshot(log, tmp_p
 
 def test_the_open_bandit_log_joins_to_the_last_impression(tmp_path):
     path = Path(__file__).parent / "data" / "obd" / "impressions.csv"
-    result = succeed("run", "--source", path, "--state", tmp_path, *QUICK, "--config", Path(__file__).parents[1] / "configs" / "obd.toml")
+    result = succeed(
+        "run",
+        "--source",
+        path,
+        "--state",
+        tmp_path,
+        *QUICK,
+        "--config",
+        Path(__file__).parents[1] / "configs" / "obd.toml",
+    )
     rows = path.read_text().splitlines()[1:]
     clicked = sum(row.split(",")[5] == "1" for row in rows)
     final = reports(tmp_path)[-1]
@@ -394,20 +536,31 @@ def test_the_open_bandit_log_joins_to_the_last_impression(tmp_path):
 
 
 def test_simulate_writes_the_same_bytes_for_the_same_seed(log, tmp_path):
-    succeed("simulate", "--impressions", IMPRESSIONS, "--seed", 5, "--out", tmp_path / "again.jsonl")
+    succeed(
+        "simulate", "--impressions", IMPRESSIONS, "--seed", 5, "--out", tmp_path / "again.jsonl"
+    )
     assert (tmp_path / "again.jsonl").read_bytes() == log.read_bytes()
 
 
 @pytest.mark.slow
 def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic, tmp_path):
     values = [
-        json.dumps({"kind": "impression", "impression_id": str(i), "time": 1735689600000 + 1000 * i, "features": {"a": "x"}})
+        json.dumps(
+            {
+                "kind": "impression",
+                "impression_id": str(i),
+                "time": 1735689600000 + 1000 * i,
+                "features": {"a": "x"},
+            }
+        )
         for i in range(21)
     ]
     path = tmp_path / "slow.jsonl"
     path.write_text("\n".join(values))
     began = time.monotonic()
-    succeed("replay", path, "--topic", topic, "--bootstrap-servers", embedded_broker, "--speed", "10")
+    succeed(
+        "replay", path, "--topic", topic, "--bootstrap-servers", embedded_broker, "--speed", "10"
+    )
     assert time.monotonic() - began >= 2.0  # 20 s of events at ten times real time
     assert len(read_all(embedded_broker, topic)) == 21
 
@@ -418,7 +571,9 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
 @pytest.mark.slow
 def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
     monkeypatch.setattr(kafka, "BOOTSTRAP_SECONDS", 2.0)
-    result = command("run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path)
+    result = command(
+        "run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path
+    )
     assert result.exit_code == 4
     assert "no Kafka broker answered within 2 s" in result.output
     for way in ("stream-ctr broker", "deploy/compose.yaml", "--bootstrap-servers", "--source"):
@@ -429,7 +584,11 @@ def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
     ("arguments", "code", "message"),
     [
         (["run", "-X", "learn.bach_size=3"], 3, "did you mean 'learn.batch_size'"),
-        (["run", "-X", "lern.batch_size=3"], 3, "unknown key 'lern.batch_size'; did you mean 'learn.batch_size'"),
+        (
+            ["run", "-X", "lern.batch_size=3"],
+            3,
+            "unknown key 'lern.batch_size'; did you mean 'learn.batch_size'",
+        ),
         (["run", "-X", "batch_size=3"], 3, "did you mean 'learn.batch_size'"),
         (["run", "-X", "securty.protocol=SSL"], 3, "did you mean 'security.protocol'"),
         (["run", "-X", "novalue"], 2, "KEY=VALUE"),
@@ -447,7 +606,9 @@ def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
         (["runn"], 2, "runn"),
     ],
 )
-def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(arguments: Sequence[str], code, message, tmp_path, monkeypatch):
+def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(
+    arguments: Sequence[str], code, message, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     result = command(*arguments)
     assert result.exit_code == code, result.output
@@ -464,8 +625,14 @@ def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
 @pytest.mark.parametrize(
     ("lines", "seen"),
     [
-        (['{"kind":"click","impression_id":"a","time":1735689600000}'] * 3, "0 are impressions without features, 3 are clicks"),
-        (['{"type":"click","impression_id":"a","time":1735689600000}'], "kind must be impression or click, got None"),
+        (
+            ['{"kind":"click","impression_id":"a","time":1735689600000}'] * 3,
+            "0 are impressions without features, 3 are clicks",
+        ),
+        (
+            ['{"type":"click","impression_id":"a","time":1735689600000}'],
+            "kind must be impression or click, got None",
+        ),
         (["{}", "{"], "The first that is no event"),
     ],
 )
@@ -480,9 +647,14 @@ def test_a_log_without_impressions_is_refused_with_what_is_in_it(lines, seen, tm
 
 def test_score_says_that_there_is_no_snapshot_yet_or_no_impression(log, trained, tmp_path):
     (tmp_path / "begun").mkdir()
-    assert "no run has left one in it" in command("score", "--snapshot", tmp_path / "begun", log).output
+    assert (
+        "no run has left one in it"
+        in command("score", "--snapshot", tmp_path / "begun", log).output
+    )
     clicks = tmp_path / "clicks.jsonl"
-    clicks.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"click"' in line))
+    clicks.write_text(
+        "".join(line for line in log.read_text().splitlines(keepends=True) if '"click"' in line)
+    )
     assert clicks.stat().st_size
     result = command("score", "--snapshot", trained, clicks)
     assert result.exit_code == 0
@@ -497,7 +669,15 @@ def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path, m
     properties.write_text("bootstrap.servers=127.0.0.1:2\n")
     result = command("run", "--kafka-config", properties, "--state", tmp_path / "a")
     assert (result.exit_code, "127.0.0.1:2" in result.output) == (4, True)
-    result = command("run", "--kafka-config", properties, "--bootstrap-servers", "127.0.0.1:3", "--state", tmp_path / "b")
+    result = command(
+        "run",
+        "--kafka-config",
+        properties,
+        "--bootstrap-servers",
+        "127.0.0.1:3",
+        "--state",
+        tmp_path / "b",
+    )
     assert (result.exit_code, "127.0.0.1:3" in result.output) == (4, True)
 
 
@@ -509,8 +689,12 @@ def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path)
     Simulation(3000, seed=6).write_jsonl(other)
     result = command("run", "--source", other, "--state", state, *QUICK)
     assert result.exit_code == 3
-    assert re.search(r"was made from \S+:0, the input is \S+:0; use another --state directory", result.output)
-    moved = tmp_path / "moved" / log.name  # the same log elsewhere is the same log; a shorter one lacks what comes next
+    assert re.search(
+        r"was made from \S+:0, the input is \S+:0; use another --state directory", result.output
+    )
+    moved = (
+        tmp_path / "moved" / log.name
+    )  # the same log elsewhere is the same log; a shorter one lacks what comes next
     moved.parent.mkdir()
     moved.write_bytes(log.read_bytes())
     succeed("run", "--source", moved, "--state", state, *QUICK)
@@ -521,10 +705,21 @@ def test_another_log_of_the_same_name_is_not_mixed_into_the_model(log, tmp_path)
 
 
 @pytest.mark.slow
-def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(embedded_broker, topic, tmp_path):
+def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(
+    embedded_broker, topic, tmp_path
+):
     client = kafka.client_options(embedded_broker, {})
     kafka.ensure_topic(client, topic)
-    arguments = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic)]
+    arguments = [
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        embedded_broker,
+        *QUICK,
+        *own_topics(topic),
+    ]
     process = start(*arguments, stderr=subprocess.PIPE)
     assert process.stderr
     said = iter(process.stderr.readline, b"")
@@ -532,7 +727,12 @@ def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(emb
     sink = kafka.KafkaSink(client)
     for i in range(30):
         features = {"app": "x"} if i == 0 else {"app": "x", "campaign": "c", "price": 1.5}
-        event = {"kind": "impression", "impression_id": str(i), "time": int(time.time() * 1000), "features": features}
+        event = {
+            "kind": "impression",
+            "impression_id": str(i),
+            "time": int(time.time() * 1000),
+            "features": features,
+        }
         sink.send(topic, json.dumps(event).encode())
         sink.flush(PATIENCE_SECONDS)
     assert any(b"no fields configured; inferred" in line for line in said)
@@ -540,16 +740,31 @@ def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(emb
     _, rest = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, rest
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
-    assert manifest["schema"]["fields"] == [["app", "categorical"], ["campaign", "categorical"], ["price", "numeric"]]
+    assert manifest["schema"]["fields"] == [
+        ["app", "categorical"],
+        ["campaign", "categorical"],
+        ["price", "numeric"],
+    ]
 
 
 @pytest.mark.slow
 def test_a_signal_while_waiting_for_impressions_ends_with_0(embedded_broker, topic, tmp_path):
     kafka.ensure_topic(kafka.client_options(embedded_broker, {}), topic)
-    arguments = ["--topic", topic, "--state", tmp_path, "--bootstrap-servers", embedded_broker, *QUICK, *own_topics(topic)]
+    arguments = [
+        "--topic",
+        topic,
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        embedded_broker,
+        *QUICK,
+        *own_topics(topic),
+    ]
     process = start(*arguments, stderr=subprocess.PIPE)
     assert process.stderr
-    assert any(b"waiting for the first impressions" in line for line in iter(process.stderr.readline, b""))
+    assert any(
+        b"waiting for the first impressions" in line for line in iter(process.stderr.readline, b"")
+    )
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, b"nothing was learned" in said) == (0, True), said
@@ -557,7 +772,9 @@ def test_a_signal_while_waiting_for_impressions_ends_with_0(embedded_broker, top
 
 def test_a_topic_that_does_not_exist_is_said_so(embedded_broker, tmp_path):
     missing = f"missing-{uuid.uuid4().hex}"
-    result = command("run", "--topic", missing, "--bootstrap-servers", embedded_broker, "--state", tmp_path)
+    result = command(
+        "run", "--topic", missing, "--bootstrap-servers", embedded_broker, "--state", tmp_path
+    )
     assert result.exit_code == 4
     assert missing in result.output
 
@@ -571,17 +788,40 @@ def test_every_command_says_what_it_does_and_help_is_quick():
                 assert parameter.help or parameter.show_default, f"{name} {parameter.name}"
     heavy = ("torch", "river", "pyarrow", "numba", "kafka")
     program = f"import sys, stream_ctr.cli; print([m for m in {heavy} if m in sys.modules])"
-    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
     assert loaded.stdout.strip() == "[]"
 
 
 @pytest.mark.slow
-def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(embedded_broker, tmp_path):
-    result = succeed("demo", "--impressions", 5000, "--seed", 1, "--state", tmp_path, *SMALL, "-X", "join.label_window=10m")
+def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(
+    embedded_broker, tmp_path
+):
+    result = succeed(
+        "demo",
+        "--impressions",
+        5000,
+        "--seed",
+        1,
+        "--state",
+        tmp_path,
+        *SMALL,
+        "-X",
+        "join.label_window=10m",
+    )
     newest = reports(tmp_path)[-1]["snapshot"]
-    for part in ("deepfm", "river_ftrl", "best possible", f"subscriber: loaded {newest}", "reports.jsonl"):
+    for part in (
+        "deepfm",
+        "river_ftrl",
+        "best possible",
+        f"subscriber: loaded {newest}",
+        "reports.jsonl",
+    ):
         assert part in result.stdout
-    assert reports(tmp_path)[-1]["best_possible_logloss"] < reports(tmp_path)[-1]["constant_logloss"]
+    assert (
+        reports(tmp_path)[-1]["best_possible_logloss"] < reports(tmp_path)[-1]["constant_logloss"]
+    )
 
 
 # -- what the tests need ------------------------------------------------------------------------------------------------------------------
@@ -590,18 +830,28 @@ def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(e
 def start(*arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """`stream-ctr run` as a process of its own."""
     environment = {**os.environ, "STREAM_CTR_SCHEDULE__REPORT_EVERY": "500ms"}
-    return started(subprocess.Popen([sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)], env=environment, stderr=stderr))
+    return started(
+        subprocess.Popen(
+            [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)],
+            env=environment,
+            stderr=stderr,
+        )
+    )
 
 
 def has_learned(state: Path, process: subprocess.Popen[bytes]) -> bool:
     assert process.poll() is None
-    return (state / "reports.jsonl").exists() and any(line["kind"] == "report" and line["examples"] for line in reports(state))
+    return (state / "reports.jsonl").exists() and any(
+        line["kind"] == "report" and line["examples"] for line in reports(state)
+    )
 
 
 def consumer(servers: str, **options: Any):
     from kafka import KafkaConsumer
 
-    return KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False, **options)
+    return KafkaConsumer(
+        bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False, **options
+    )
 
 
 def ends_of(servers: str, topic: str) -> dict[int, int]:
@@ -615,18 +865,13 @@ def committed(servers: str, topic: str) -> dict[int, int]:
     from kafka import TopicPartition
 
     reader = consumer(servers, group_id="stream-ctr")
-    offsets = {p: reader.committed(TopicPartition(topic, p)) for p in sorted(reader.partitions_for_topic(topic))}
+    offsets = {
+        p: reader.committed(TopicPartition(topic, p))
+        for p in sorted(reader.partitions_for_topic(topic))
+    }
     reader.close()
     return offsets
 
 
-def read_records(servers: str, topic: str) -> list[kafka.StoredRecord]:
-    return list(kafka.stored_records(kafka.client_options(servers, {}), topic))
-
-
 def read_all(servers: str, topic: str) -> list[tuple[bytes, bytes]]:
     return [(record.key or b"", record.value or b"") for record in read_records(servers, topic)]
-
-
-def read_headers(servers: str, topic: str) -> list[tuple[bytes, dict[str, bytes]]]:
-    return [(record.value or b"", dict(record.headers)) for record in read_records(servers, topic)]

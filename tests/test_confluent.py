@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import test_connectors
-from brokers import SASL_PASSWORD, SASL_USER, ApacheBroker, make_certificates
 from click.testing import CliRunner
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
-from lineage import SMALL, newest
-from patience import PATIENCE_SECONDS
+from support.brokers import SASL_PASSWORD, SASL_USER, ApacheBroker, make_certificates
+from support.lineage import SMALL, newest
+from support.patience import PATIENCE_SECONDS
+from support.topics import produced
 from test_connectors import (  # noqa: F401 - these run here too
     count,
     damaged,
@@ -50,15 +51,21 @@ from test_connectors import (  # noqa: F401 - these run here too
     test_values_up_to_the_limit_are_whole,
     write,
 )
-from test_faults_kafka import produced
 
-import connectors.confluent
-import connectors.kafka_diagnosis
-from connectors.confluent import ConfluentSource
-from connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaRefused, KafkaUnreachable, PositionLost, TopicChanged
-from connectors.kafka import KafkaSink, client_options, ensure_topic, topic_partitions
-from connectors.kafka_options import _LIBRDKAFKA, _OPTIONS, librdkafka_options
-from stream_ctr.cli import main
+import stream_ctr.connectors.confluent
+import stream_ctr.connectors.kafka_diagnosis
+from stream_ctr.cli.main import main
+from stream_ctr.connectors.confluent import ConfluentSource
+from stream_ctr.connectors.errors import (
+    KafkaOptionError,
+    KafkaReadFailed,
+    KafkaRefused,
+    KafkaUnreachable,
+    PositionLost,
+    TopicChanged,
+)
+from stream_ctr.connectors.kafka import KafkaSink, client_options, ensure_topic, topic_partitions
+from stream_ctr.connectors.kafka_options import _LIBRDKAFKA, _OPTIONS, librdkafka_options
 
 pytest.importorskip("confluent_kafka")
 
@@ -67,19 +74,25 @@ pytest.importorskip("confluent_kafka")
 def _the_tests_of_the_other_source_open_this_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_connectors, "KafkaSource", ConfluentSource)
     # What they set in the module of the source, they set in this one's.
-    theirs = SimpleNamespace(kafka=connectors.confluent, kafka_diagnosis=connectors.kafka_diagnosis)
-    monkeypatch.setattr(test_connectors, "connectors", theirs)
+    theirs = SimpleNamespace(
+        kafka=stream_ctr.connectors.confluent, kafka_diagnosis=stream_ctr.connectors.kafka_diagnosis
+    )
+    monkeypatch.setattr(test_connectors, "stream_ctr", SimpleNamespace(connectors=theirs))
 
 
-def test_a_poll_ends_when_its_values_have_many_bytes(embedded_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.confluent, "POLL_BYTES", 100_000)
-    monkeypatch.setattr(connectors.confluent, "_AT_ONCE", 5)
+def test_a_poll_ends_when_its_values_have_many_bytes(
+    embedded_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_ctr.connectors.confluent, "POLL_BYTES", 100_000)
+    monkeypatch.setattr(stream_ctr.connectors.confluent, "_AT_ONCE", 5)
     write(embedded_broker, topic, 1, [[b"%d " % index + bytes(10_000) for index in range(100)]])
     with open_source(embedded_broker, topic) as source:
         polls = []
         while not source.finished:
             polls.append(source.poll(1.0))
-    assert max(map(len, polls)) < 10 + 5  # the tenth reaches the bound, its piece is read to the end
+    assert (
+        max(map(len, polls)) < 10 + 5
+    )  # the tenth reaches the bound, its piece is read to the end
     assert [offset for records in polls for offset in records.offset.tolist()] == list(range(100))
 
 
@@ -87,7 +100,9 @@ def test_a_poll_ends_when_its_values_have_many_bytes(embedded_broker: str, topic
 
 
 @pytest.mark.slow
-def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(kafka_broker: str, topic: str) -> None:
+def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(
+    kafka_broker: str, topic: str
+) -> None:
     write(kafka_broker, topic, 2, numbered([100, 100]))
     options = {"max.poll.records": "10"}
     with (
@@ -103,20 +118,31 @@ def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(kafka_b
         second = rows(skipping, lambda: skipping.finished)
         assert 0 < read < 60
         assert skipping.lost() == {0: 0, 1: 60 - read}
-        assert [offset for offset, _, _ in first.get(1, []) + second[1]] == [*range(read), *range(60, 100)]
+        assert [offset for offset, _, _ in first.get(1, []) + second[1]] == [
+            *range(read),
+            *range(60, 100),
+        ]
         stopping.seek({0: 5, 1: 10}, skip_lost=True)
         assert (stopping.positions(), stopping.lost()) == ({0: 5, 1: 60}, {0: 0, 1: 50})
-        with pytest.raises(PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"):
+        with pytest.raises(
+            PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"
+        ):
             stopping.seek({0: 101}, skip_lost=True)
 
 
 @pytest.mark.slow
-def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: ApacheBroker, damaged: str) -> None:  # noqa: F811
+def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(
+    apache: ApacheBroker,
+    damaged: str,  # noqa: F811
+) -> None:  # noqa: F811
     with open_source(apache.bootstrap_servers, damaged) as source:
         found = rows(source, lambda: source.positions()[0] == 10)[0]
         assert [value for _, _, value in found] == [b"value %d" % index for index in range(10)]
         for _ in range(2):  # it neither hangs nor goes on
-            with pytest.raises(KafkaReadFailed, match=f"partition 0 of topic '{damaged}' cannot be read on at offset 10: "):
+            with pytest.raises(
+                KafkaReadFailed,
+                match=f"partition 0 of topic '{damaged}' cannot be read on at offset 10: ",
+            ):
                 poll_until(source, lambda: False)
             assert source.positions()[0] == 10
     with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
@@ -124,12 +150,18 @@ def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: Apa
         assert offsets == [*range(10), *range(20, 30)]
         assert source.lost() == {0: 10, 1: 0}
         source.seek({0: 13})
-        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [*range(20, 30)]
+        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [
+            *range(20, 30)
+        ]
 
 
 @pytest.mark.slow
-def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(connectors.confluent._RULES, "receive.message.max.bytes", 4 << 20)
+def test_a_batch_that_expands_beyond_the_limit_is_damage(
+    kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        stream_ctr.connectors.confluent._RULES, "receive.message.max.bytes", 4 << 20
+    )
     client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
     ensure_topic(client, topic)
     with closing(KafkaSink(client, compression="zstd")) as sink:
@@ -137,9 +169,14 @@ def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topi
             sink.send(topic, value)
             sink.flush(PATIENCE_SECONDS)
     options = {"fetch.max.bytes": str(2 << 20)}
-    with open_source(kafka_broker, topic, options=options) as source, pytest.raises(KafkaReadFailed, match="cannot be read on at offset 1"):
+    with (
+        open_source(kafka_broker, topic, options=options) as source,
+        pytest.raises(KafkaReadFailed, match="cannot be read on at offset 1"),
+    ):
         rows(source, lambda: source.finished)
-    with open_source(kafka_broker, topic, options=options, on_lost="skip", max_record_bytes=10) as source:
+    with open_source(
+        kafka_broker, topic, options=options, on_lost="skip", max_record_bytes=10
+    ) as source:
         found = rows(source, lambda: source.finished)[0]
         assert source.lost() == {0: 1}
     assert [(offset, value) for offset, _, value in found] == [(0, bytes(11)), (2, b"after")]
@@ -148,13 +185,22 @@ def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topi
 @pytest.mark.slow
 @pytest.mark.parametrize("comes", [True, False], ids=["news", "no news"])
 def test_nothing_is_read_of_a_log_that_grows_past_a_position_that_it_did_not_hold(
-    comes: bool, kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    comes: bool,
+    kafka_broker: str,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     if comes:
         request.getfixturevalue("news_may_take_long")
     write(kafka_broker, topic, 1, numbered([50]))
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
-    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+    with (
+        closing(admin),
+        open_source(
+            kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip"
+        ) as source,
+    ):
         poll_until(source, lambda: source.positions() == {0: 50})
         source.pause({0})
         source.poll(0.5)
@@ -175,7 +221,9 @@ def test_nothing_is_read_of_a_log_that_grows_past_a_position_that_it_did_not_hol
 
 
 @pytest.mark.slow
-def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(kafka_broker: str, topic: str) -> None:
+def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(
+    kafka_broker: str, topic: str
+) -> None:
     # Not on the embedded broker: Tansu 0.6 answers a fetch from a deleted topic with a leader and no name, and librdkafka 2.16.0 crashes.
     write(kafka_broker, topic, 1, numbered([5]))
     with (
@@ -196,15 +244,22 @@ def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(kafka_bro
 
 
 def test_an_unreachable_broker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
-    with pytest.raises(KafkaUnreachable, match="no Kafka broker answered within 0.3 s .*127.0.0.1:1: connection refused"):
+    monkeypatch.setattr(stream_ctr.connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
+    with pytest.raises(
+        KafkaUnreachable,
+        match="no Kafka broker answered within 0.3 s .*127.0.0.1:1: connection refused",
+    ):
         ConfluentSource(["clicks"], client=client_options("127.0.0.1:1", {}), group="g")
 
 
-def test_a_tls_client_does_not_hang_at_a_silent_peer(embedded_broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
+def test_a_tls_client_does_not_hang_at_a_silent_peer(
+    embedded_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_ctr.connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
     with pytest.raises(KafkaRefused, match="accepts connections, but let nobody in"):
-        ConfluentSource(["t"], client=client_options(embedded_broker, {"security.protocol": "SSL"}), group="g")
+        ConfluentSource(
+            ["t"], client=client_options(embedded_broker, {"security.protocol": "SSL"}), group="g"
+        )
 
 
 @pytest.mark.slow
@@ -222,8 +277,16 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     by_address = apache.tls_servers.replace("localhost", "127.0.0.1")
     other_authority = {"ssl.ca.location": str(tmp_path / "ca.pem")}
     for servers, options, expected in (
-        (apache.tls_servers, {"sasl.password": "another-" + SASL_PASSWORD}, "the login was refused, check sasl.username"),
-        (apache.tls_servers, other_authority, "the certificate is not of an authority that is trusted here"),
+        (
+            apache.tls_servers,
+            {"sasl.password": "another-" + SASL_PASSWORD},
+            "the login was refused, check sasl.username",
+        ),
+        (
+            apache.tls_servers,
+            other_authority,
+            "the certificate is not of an authority that is trusted here",
+        ),
         (by_address, {}, "the certificate is .*another host's"),
     ):
         error = refusal(servers, good | options, topic, expected, monkeypatch)
@@ -235,7 +298,10 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
 
 def test_every_option_of_a_consumer_has_a_name_in_librdkafka() -> None:
     known = {name for name, _ in _OPTIONS.values() if name in KafkaConsumer.DEFAULT_CONFIG}
-    assert known - _LIBRDKAFKA.keys() == {"group_id", "max_poll_records"}  # there is no group; a poll is not librdkafka's
+    assert known - _LIBRDKAFKA.keys() == {
+        "group_id",
+        "max_poll_records",
+    }  # there is no group; a poll is not librdkafka's
 
 
 def test_every_option_is_taken_by_librdkafka(embedded_broker: str, topic: str) -> None:
@@ -265,21 +331,33 @@ def test_a_secret_is_whole_for_the_client_and_names_are_its_own() -> None:
 
 def test_what_this_client_cannot_do_is_an_error_with_the_way_out(tmp_path: Path) -> None:
     aws = client_options("a:1", {"security.protocol": "SASL_SSL", "sasl.mechanism": "AWS_MSK_IAM"})
-    with pytest.raises(KafkaOptionError, match="AWS_MSK_IAM, which the client confluent does not have"):
+    with pytest.raises(
+        KafkaOptionError, match="AWS_MSK_IAM, which the client confluent does not have"
+    ):
         ConfluentSource(["t"], client=aws, group="g")
     for options, message in (
-        ({"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI"}, "does not take its options: .*GSSAPI"),
+        (
+            {"security.protocol": "SASL_SSL", "sasl.mechanism": "GSSAPI"},
+            "does not take its options: .*GSSAPI",
+        ),
         ({"fetch.max.wait.ms": "-1"}, 'does not take its options: .*"fetch.wait.max.ms"'),
-        ({"security.protocol": "SSL", "ssl.cipher.suites": "none such"}, "does not take its options: .*cipher"),
+        (
+            {"security.protocol": "SSL", "ssl.cipher.suites": "none such"},
+            "does not take its options: .*cipher",
+        ),
     ):
         with pytest.raises(KafkaOptionError, match=message):
             ConfluentSource(["t"], client=client_options("127.0.0.1:1", options), group="g")
 
 
-def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_the_library_the_error_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "confluent_kafka", None)
     monkeypatch.setitem(sys.modules, "confluent_kafka.admin", None)
-    done = CliRunner().invoke(main, ["run", "--client", "confluent", "--state", str(tmp_path / "state")])
+    done = CliRunner().invoke(
+        main, ["run", "--client", "confluent", "--state", str(tmp_path / "state")]
+    )
     assert done.exit_code == 3
     assert "pip install 'stream-ctr[confluent]'" in done.output
 
@@ -288,13 +366,28 @@ def test_without_the_library_the_error_says_how_to_get_it(monkeypatch: pytest.Mo
 
 
 @pytest.mark.slow
-def test_a_run_may_change_its_client_and_ends_alike(kafka_broker: str, topic: str, tmp_path: Path) -> None:
+def test_a_run_may_change_its_client_and_ends_alike(
+    kafka_broker: str, topic: str, tmp_path: Path
+) -> None:
     def run(state: str, client: str) -> None:
-        arguments = ["run", "--topic", topic, "--bootstrap-servers", kafka_broker, "--until-end", "--client", client]
+        arguments = [
+            "run",
+            "--topic",
+            topic,
+            "--bootstrap-servers",
+            kafka_broker,
+            "--until-end",
+            "--client",
+            client,
+        ]
         done = CliRunner().invoke(main, [*arguments, "--state", str(tmp_path / state), *SMALL])
         assert done.exit_code == 0, done.output
 
-    clients = {"neither": ("kafka-python", "kafka-python"), "to": ("kafka-python", "confluent"), "from": ("confluent", "kafka-python")}
+    clients = {
+        "neither": ("kafka-python", "kafka-python"),
+        "to": ("kafka-python", "confluent"),
+        "from": ("confluent", "kafka-python"),
+    }
     for number in range(2):
         produced(kafka_broker, topic, slice(3000 * number, 3000 * (number + 1)))
         for state, client in clients.items():
@@ -303,7 +396,11 @@ def test_a_run_may_change_its_client_and_ends_alike(kafka_broker: str, topic: st
     assert first
     for other in others:
         assert other
-        assert (other.examples, other.ledger, other.positions) == (first.examples, first.ledger, first.positions)
+        assert (other.examples, other.ledger, other.positions) == (
+            first.examples,
+            first.ledger,
+            first.positions,
+        )
         assert other.weights_sha256 == first.weights_sha256
         assert other.same(first, "model", "optimizer", "baseline")
     assert first.examples > 2000

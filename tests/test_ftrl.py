@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from river import linear_model, optim
-from test_logs import OBD, shared_data
+from support.sample_logs import OBD, shared_data
 
-from stream_ctr.events import Decoder
-from stream_ctr.features import Hasher, hash_ids
-from stream_ctr.logs import open_log
-from stream_ctr.metrics import probabilities
-from stream_ctr.models.lr import FTRL, RiverSemantics
+from stream_ctr.evaluate.metrics import probabilities
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.features import Hasher, hash_ids
+from stream_ctr.learn.ftrl import FTRL, RiverSemantics
+from stream_ctr.logs.open import open_log
 
 INTERCEPT = -1
 
@@ -24,7 +24,9 @@ INTERCEPT = -1
 class Literal:
     """Algorithm 1, line by line; the intercept is a coordinate without l1 and l2."""
 
-    def __init__(self, *, alpha: float = 0.1, beta: float = 1.0, l1: float = 0.0, l2: float = 1.0) -> None:
+    def __init__(
+        self, *, alpha: float = 0.1, beta: float = 1.0, l1: float = 0.0, l2: float = 1.0
+    ) -> None:
         self.alpha, self.beta, self.l1, self.l2 = alpha, beta, l1, l2
         self.z: dict[int, float] = defaultdict(float)
         self.n: dict[int, float] = defaultdict(float)
@@ -32,7 +34,12 @@ class Literal:
     def weight(self, i: int) -> float:
         l1, l2 = (0.0, 0.0) if i == INTERCEPT else (self.l1, self.l2)
         z = self.z[i]
-        return 0.0 if abs(z) <= l1 else -(z - math.copysign(l1, z)) / ((self.beta + math.sqrt(self.n[i])) / self.alpha + l2)
+        return (
+            0.0
+            if abs(z) <= l1
+            else -(z - math.copysign(l1, z))
+            / ((self.beta + math.sqrt(self.n[i])) / self.alpha + l2)
+        )
 
     def learn_one(self, x: dict[int, float], y: int) -> float:
         w = {i: self.weight(i) for i in x}
@@ -55,7 +62,9 @@ class Literal:
         return out
 
 
-def stream(n: int, *, fields: int = 7, rows: int = 64, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def stream(
+    n: int, *, fields: int = 7, rows: int = 64, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, labels that depend on them, and values of fields 0 and 3; with few rows most examples have fields that share one."""
     rng = np.random.default_rng(seed)
     ids = (rng.zipf(1.3, (n, fields)) % rows).astype(np.int32)
@@ -92,7 +101,9 @@ def test_three_steps_worked_out_by_hand():
     assert pair(model, 3) == pytest.approx([2 * p, 4 * p * p], rel=1e-10)
     assert pair(model, 1) == pytest.approx([-0.02148349320, 0.512386886720], rel=1e-9)
     # The third: |z_1| <= l1, so its weight is 0 again, w_5 = -(p - 1/4) / ((1 + p) / 0.1 + 1), w_3 = -(2p - 1/4) / ((1 + 2p) / 0.1 + 1).
-    assert model.learn(*step) == pytest.approx([0.00347941430867 - 0.01626541981812 + 2 * -0.03645486726777], rel=1e-11)
+    assert model.learn(*step) == pytest.approx(
+        [0.00347941430867 - 0.01626541981812 + 2 * -0.03645486726777], rel=1e-11
+    )
 
 
 @pytest.mark.parametrize(("l1", "l2"), [(0.0, 0.0), (0.0, 1.0), (0.7, 0.3), (2.0, 5.0)])
@@ -104,13 +115,21 @@ def test_it_is_algorithm_1_also_where_fields_share_a_row(l1, l2):
     state = model.state_dict()
     for row, (z, n) in zip(state["rows"].tolist(), state["pairs"].tolist(), strict=True):
         assert (z, n) == pytest.approx((literal.z[row], literal.n[row]), rel=1e-9, abs=1e-12)
-    assert state["rows"].tolist() == sorted(row for row in literal.n if row != INTERCEPT and literal.n[row])
-    assert state["intercept"] == pytest.approx([literal.z[INTERCEPT], literal.n[INTERCEPT]], rel=1e-9)
+    assert state["rows"].tolist() == sorted(
+        row for row in literal.n if row != INTERCEPT and literal.n[row]
+    )
+    assert state["intercept"] == pytest.approx(
+        [literal.z[INTERCEPT], literal.n[INTERCEPT]], rel=1e-9
+    )
 
 
-def by_river(ids: np.ndarray, labels: np.ndarray, scales: np.ndarray, **options: float) -> list[float]:
+def by_river(
+    ids: np.ndarray, labels: np.ndarray, scales: np.ndarray, **options: float
+) -> list[float]:
     """Probabilities from before each update."""
-    river = linear_model.LogisticRegression(optimizer=optim.FTRLProximal(**options), intercept_lr=0.02)
+    river = linear_model.LogisticRegression(
+        optimizer=optim.FTRLProximal(**options), intercept_lr=0.02
+    )
     expected = []
     for row, scale, label in zip(ids.tolist(), scales.tolist(), labels.tolist(), strict=True):
         x = dict(zip(row, scale, strict=True))
@@ -124,7 +143,9 @@ def test_with_rivers_semantics_it_is_river_to_nine_digits_over_ten_thousand_even
     ids, labels, values = stream(10_000, rows=500)
     options = {"alpha": 0.5, "l1": l1, "l2": l2}
     expected = by_river(ids, labels, scales(ids, values), **options)
-    model = RiverSemantics(table_bits=9, value_fields=(0, 3), intercept_learning_rate=0.02, **options)
+    model = RiverSemantics(
+        table_bits=9, value_fields=(0, 3), intercept_learning_rate=0.02, **options
+    )
     assert np.abs(probabilities(model.learn(ids, labels, values)) - expected).max() < 1e-9
     assert np.std(expected) > 0.1, "or there is nothing to compare"
     exact = FTRL(table_bits=9, value_fields=(0, 3), **options).learn(ids, labels, values)
@@ -132,7 +153,9 @@ def test_with_rivers_semantics_it_is_river_to_nine_digits_over_ten_thousand_even
 
 
 @pytest.mark.parametrize(
-    "path", [OBD, "obd/impressions.csv", "criteo/train.csv", "avazu/train.csv"], ids=["obd, a part", "obd", "criteo", "avazu"]
+    "path",
+    [OBD, "obd/impressions.csv", "criteo/train.csv", "avazu/train.csv"],
+    ids=["obd, a part", "obd", "criteo", "avazu"],
 )
 def test_with_rivers_semantics_it_is_river_on_the_first_ten_thousand_impressions_of_real_logs(path):
     log = open_log(path if path is OBD else shared_data(path))
@@ -141,7 +164,12 @@ def test_with_rivers_semantics_it_is_river_on_the_first_ten_thousand_impressions
     shown, clicked = [], []
     for batch in log.batches():
         events, _ = decoder.decode(batch.value)
-        shown.append((hash_ids(events.impressions.impression_id), hasher.rows(events.impressions.features)[0]))
+        shown.append(
+            (
+                hash_ids(events.impressions.impression_id),
+                hasher.rows(events.impressions.features)[0],
+            )
+        )
         clicked.append(hash_ids(events.clicks.impression_id))
     keys, ids = (np.concatenate(arrays)[:10_000] for arrays in zip(*shown, strict=True))
     labels = np.isin(keys, np.concatenate(clicked)).astype(np.uint8)
@@ -156,13 +184,18 @@ def test_with_rivers_semantics_it_is_river_on_the_first_ten_thousand_impressions
 def test_it_does_not_depend_on_where_batches_end(cuts, fields, seed):
     ids, labels, _ = stream(120, fields=fields, seed=seed)
     whole, parts = FTRL(table_bits=6), FTRL(table_bits=6)
-    logits = [parts.learn(i, y) for i, y in zip(np.split(ids, sorted(cuts)), np.split(labels, sorted(cuts)), strict=True)]
+    logits = [
+        parts.learn(i, y)
+        for i, y in zip(np.split(ids, sorted(cuts)), np.split(labels, sorted(cuts)), strict=True)
+    ]
     assert np.array_equal(np.concatenate(logits), whole.learn(ids, labels))
     assert_equal_states(whole, parts)
 
 
 def assert_equal_states(one: FTRL, other: FTRL) -> None:
-    for (name, array), copied in zip(one.state_dict().items(), other.state_dict().values(), strict=True):
+    for (name, array), copied in zip(
+        one.state_dict().items(), other.state_dict().values(), strict=True
+    ):
         assert np.array_equal(array, copied), name
 
 
@@ -181,7 +214,9 @@ def test_it_goes_on_from_its_state_bit_for_bit_which_has_only_rows_that_were_lea
 
 
 @pytest.mark.parametrize(("l1", "l2"), [(0.0, 1.0), (0.7, 0.3)])
-def test_it_predicts_by_algorithm_1_what_it_would_say_before_learning_and_learns_nothing_of_it(l1, l2):
+def test_it_predicts_by_algorithm_1_what_it_would_say_before_learning_and_learns_nothing_of_it(
+    l1, l2
+):
     ids, labels, values = stream(600)  # most examples have fields that share a row
     literal, model = Literal(l1=l1, l2=l2), FTRL(table_bits=6, value_fields=(0, 3), l1=l1, l2=l2)
     assert model.predict(ids, values).tolist() == [0.0] * 600
@@ -190,11 +225,18 @@ def test_it_predicts_by_algorithm_1_what_it_would_say_before_learning_and_learns
     before = {name: array.copy() for name, array in model.state_dict().items()}
     predicted = model.predict(ids[400:], values[400:])
     assert all(np.array_equal(array, before[name]) for name, array in model.state_dict().items())
-    for row, scale, logit in zip(ids[400:].tolist(), scales(ids, values)[400:].tolist(), predicted.tolist(), strict=True):
+    for row, scale, logit in zip(
+        ids[400:].tolist(), scales(ids, values)[400:].tolist(), predicted.tolist(), strict=True
+    ):
         w = [literal.weight(i) for i in row]
-        assert logit == pytest.approx(literal.weight(INTERCEPT) + math.fsum(a * b for a, b in zip(w, scale, strict=True)), abs=1e-10)
+        assert logit == pytest.approx(
+            literal.weight(INTERCEPT) + math.fsum(a * b for a, b in zip(w, scale, strict=True)),
+            abs=1e-10,
+        )
     first = slice(400, 401)
-    assert model.learn(ids[first], labels[first], values[first]) == pytest.approx(predicted[:1], abs=1e-12)
+    assert model.learn(ids[first], labels[first], values[first]) == pytest.approx(
+        predicted[:1], abs=1e-12
+    )
 
 
 @settings(max_examples=30, deadline=None)
@@ -225,7 +267,10 @@ def test_an_example_that_is_not_finite_has_no_prediction_and_teaches_nothing(odd
     ids, labels, values = stream(300, fields=4)
     whole, without = (FTRL(table_bits=6, value_fields=(0, 3), l1=0.1) for _ in range(2))
     expected = without.learn(ids, labels, values)
-    ids, labels, values = (np.insert(array, 150, one, axis=0) for array, one in ((ids, row), (labels, 1), (values, [odd, 1.0])))
+    ids, labels, values = (
+        np.insert(array, 150, one, axis=0)
+        for array, one in ((ids, row), (labels, 1), (values, [odd, 1.0]))
+    )
     logits = whole.learn(ids, labels, values)
     assert np.isnan(logits[150])
     assert np.array_equal(np.delete(logits, 150), expected)

@@ -5,15 +5,22 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stream_ctr import metrics
-from stream_ctr.gate import Gate, Judge, evidence
+from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.gate import Gate, Judge, evidence
 
 MODELS = ("deepfm", "ftrl", "river_ftrl")
 BASELINE = "river_ftrl"
 
 
 def scored(
-    n: int, *, model: float = 0.0, baseline: float = 0.0, ftrl: float = 5.0, rate: float = 0.2, seed: int = 0, share: float = 1.0
+    n: int,
+    *,
+    model: float = 0.0,
+    baseline: float = 0.0,
+    ftrl: float = 5.0,
+    rate: float = 0.2,
+    seed: int = 0,
+    share: float = 1.0,
 ) -> metrics.Scored:
     """n examples whose logits are known; `model`, `baseline` and `ftrl` are added to what each predicts."""
     rng = np.random.default_rng(seed)

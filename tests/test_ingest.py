@@ -16,24 +16,28 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from patience import PATIENCE_SECONDS as WAIT
-from test_trainer import RIVER, Partitions, assert_equal_states, finish, split, trainer
+from support.patience import PATIENCE_SECONDS as WAIT
+from support.trainers import RIVER, Partitions, assert_equal_states, finish, split, trainer
 
-from connectors import Records
-from connectors.errors import PositionLost
-from stream_ctr import snapshot, stages
-from stream_ctr.arrow_events import pack
-from stream_ctr.config import Field
-from stream_ctr.events import Clicks, Decoder, Events, Impressions, Rejects
-from stream_ctr.features import Hasher, hash_ids
-from stream_ctr.ingest import Ingest, ReadAhead, Silence, Standing, Taken
-from stream_ctr.simulate import Simulation
+from stream_ctr.connectors import Records
+from stream_ctr.connectors.errors import PositionLost
+from stream_ctr.events.arrow_events import pack
+from stream_ctr.events.decoder import Clicks, Decoder, Events, Impressions, Rejects
+from stream_ctr.events.features import Hasher, hash_ids
+from stream_ctr.events.field import Field
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import snapshot
+from stream_ctr.train import stage_timer as stages
+from stream_ctr.train.ingest import Ingest, ReadAhead, Silence, Standing, Taken
 
 FIELDS = [Field("app", "categorical")]
 
 
 def impression(number: int) -> bytes:
-    return b'{"kind":"impression","impression_id":"i%d","time":%d,"features":{"app":"a"}}' % (number, 1735689600000 + number)
+    return b'{"kind":"impression","impression_id":"i%d","time":%d,"features":{"app":"a"}}' % (
+        number,
+        1735689600000 + number,
+    )
 
 
 def click(number: int) -> bytes:
@@ -68,7 +72,12 @@ class Polls:
         self.asked += 1
         offset = np.arange(self._read, self._read + len(brought))
         self._read += len(brought)
-        return Records(np.zeros(len(brought), np.int32), offset, np.full(len(brought), -1), pa.array(brought, pa.large_binary()))
+        return Records(
+            np.zeros(len(brought), np.int32),
+            offset,
+            np.full(len(brought), -1),
+            pa.array(brought, pa.large_binary()),
+        )
 
     def positions(self) -> dict[int, int]:
         return {0: self._read}
@@ -148,12 +157,24 @@ def test_impressions_and_clicks_are_put_in_order_of_arrival_and_rejects_keep_the
     taken = ingest(Polls([click(7), impression(1), b"junk", impression(2), click(2), None])).take(0)
     columns = taken.columns
     assert columns
-    assert (columns.records, columns.events, len(columns.impressions), len(columns.clicks)) == (6, 6, 2, 2)
+    assert (columns.records, columns.events, len(columns.impressions), len(columns.clicks)) == (
+        6,
+        6,
+        2,
+        2,
+    )
     came = np.concatenate([columns.impressions.id_hash, columns.clicks.id_hash])[columns.arrival]
     assert came.tolist() == hash_ids(pa.array(["i7", "i1", "i2", "i2"])).tolist()
-    assert (columns.impressions.place.tolist(), columns.clicks.place.tolist()) == ([1 << 20, 3 << 20], [0, 4 << 20])
+    assert (columns.impressions.place.tolist(), columns.clicks.place.tolist()) == (
+        [1 << 20, 3 << 20],
+        [0, 4 << 20],
+    )
     rejected = columns.rejected
-    assert (rejected.offset.tolist(), rejected.value, rejected.reason) == ([2, 5], [b"junk", None], ["not_json", "tombstone"])
+    assert (rejected.offset.tolist(), rejected.value, rejected.reason) == (
+        [2, 5],
+        [b"junk", None],
+        ["not_json", "tombstone"],
+    )
     assert columns.with_fields == {"app"}
     assert taken.standing.positions == {0: 6}
 
@@ -165,13 +186,22 @@ def test_events_of_one_record_keep_their_order_and_come_before_those_of_the_next
         def decode(self, values, received=None):
             row = np.arange(len(values))
             ids, times = pa.array(["i"] * 2 * len(values)), np.full(2 * len(values), 1735689600000)
-            features, unknown = {"app": pa.array(["a"] * 2 * len(values))}, np.full(2 * len(values), np.nan)
-            impressions = Impressions(row.repeat(2), np.tile([0, 2], len(values)), ids, times, features, unknown)
-            clicks = Clicks(row, np.full(len(values), 1), ids.slice(0, len(values)), times[: len(values)])
+            features, unknown = (
+                {"app": pa.array(["a"] * 2 * len(values))},
+                np.full(2 * len(values), np.nan),
+            )
+            impressions = Impressions(
+                row.repeat(2), np.tile([0, 2], len(values)), ids, times, features, unknown
+            )
+            clicks = Clicks(
+                row, np.full(len(values), 1), ids.slice(0, len(values)), times[: len(values)]
+            )
             nothing = np.empty(0, np.int64)
             return Events(impressions, clicks), Rejects(nothing, nothing, [], [], [])
 
-    columns = Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).columns
+    columns = (
+        Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).columns
+    )
     assert columns
     place = np.concatenate([columns.impressions.place, columns.clicks.place])
     assert place[columns.arrival].tolist() == [0, 1, 2, 1 << 20, (1 << 20) + 1, (1 << 20) + 2]
@@ -181,15 +211,27 @@ def test_a_partition_is_idle_when_it_could_have_spoken_and_did_not():
     silence, nobody = Silence(2, now=0.0), np.array([], np.int32)
     assert silence.after_poll(np.array([0, 0]), now=0.5).tolist() == [0.0, 0.5]
     assert silence.after_poll(nobody, now=1.5).tolist() == [1.0, 1.5]
-    assert silence.after_poll(nobody, now=60.0, brokers_silent=True).tolist() == [1.0, 1.5]  # nobody could have
-    assert silence.after_poll(nobody, now=100.0).tolist() == [2.0, 2.5]  # nobody polled: only a second of it counts
+    assert silence.after_poll(nobody, now=60.0, brokers_silent=True).tolist() == [
+        1.0,
+        1.5,
+    ]  # nobody could have
+    assert silence.after_poll(nobody, now=100.0).tolist() == [
+        2.0,
+        2.5,
+    ]  # nobody polled: only a second of it counts
     assert silence.after_poll(np.array([1]), now=100.5).tolist() == [2.5, 0.0]
 
 
 def test_a_reader_that_waits_for_room_makes_no_partition_idle():
     now = [0.0]
     source = Topic([impression(1)], [impression(2)])
-    reading = Ingest(source, Decoder(FIELDS), Hasher(FIELDS, table_bits=10), idle_seconds=30.0, clock=lambda: now[0])
+    reading = Ingest(
+        source,
+        Decoder(FIELDS),
+        Hasher(FIELDS, table_bits=10),
+        idle_seconds=30.0,
+        clock=lambda: now[0],
+    )
     with ReadAhead(reading, most_records=1) as ahead:
         ahead.take(WAIT)
         until(lambda: ahead._ready)  # full
@@ -205,8 +247,20 @@ def test_a_reader_that_waits_for_room_makes_no_partition_idle():
 def told(taken: Taken) -> tuple[object, ...]:
     columns, standing = taken.columns, taken.standing
     assert columns
-    arrays = (columns.ids, columns.impressions.place, columns.clicks.id_hash, columns.arrival, columns.rejected.offset, standing.caught_up)
-    return (columns.records, standing.positions, standing.finished, *(array.tolist() for array in arrays))
+    arrays = (
+        columns.ids,
+        columns.impressions.place,
+        columns.clicks.id_hash,
+        columns.arrival,
+        columns.rejected.offset,
+        standing.caught_up,
+    )
+    return (
+        columns.records,
+        standing.positions,
+        standing.finished,
+        *(array.tolist() for array in arrays),
+    )
 
 
 @given(
@@ -217,14 +271,27 @@ def told(taken: Taken) -> tuple[object, ...]:
 @settings(max_examples=50, deadline=None)
 def test_what_is_read_ahead_is_what_is_read_when_asked(sizes, most_records, most_bytes):
     numbers = iter(range(1000))
-    polls = [[click(n) if n % 3 else impression(n) if n % 2 else b"junk" for n in (next(numbers) for _ in range(size))] for size in sizes]
+    polls = [
+        [
+            click(n) if n % 3 else impression(n) if n % 2 else b"junk"
+            for n in (next(numbers) for _ in range(size))
+        ]
+        for size in sizes
+    ]
     asked = everything(ingest(Polls(*polls)))
-    with ReadAhead(ingest(Polls(*polls)), most_records=most_records, most_bytes=most_bytes) as ahead:
+    with ReadAhead(
+        ingest(Polls(*polls)), most_records=most_records, most_bytes=most_bytes
+    ) as ahead:
         assert list(map(told, everything(ahead))) == list(map(told, asked))
 
 
 @pytest.mark.parametrize(
-    ("bound", "polls_ahead"), [({"most_records": 25}, 3), ({"most_records": 1}, 1), ({"most_records": 10**9, "most_bytes": 1}, 1)]
+    ("bound", "polls_ahead"),
+    [
+        ({"most_records": 25}, 3),
+        ({"most_records": 1}, 1),
+        ({"most_records": 10**9, "most_bytes": 1}, 1),
+    ],
 )
 def test_the_reader_is_ahead_by_one_poll_over_the_bound_and_no_more(bound, polls_ahead):
     source = Polls(*[[impression(n) for n in range(10)]] * 50)
@@ -270,9 +337,13 @@ def test_when_nothing_comes_in_time_the_source_stands_as_before():
         assert ahead.take(WAIT).columns
 
 
-@pytest.mark.parametrize("error", [PositionLost("gone"), MemoryError("full"), ZeroDivisionError("a bug")])
+@pytest.mark.parametrize(
+    "error", [PositionLost("gone"), MemoryError("full"), ZeroDivisionError("a bug")]
+)
 def test_an_error_comes_after_what_was_read_before_it_with_the_traceback_it_had(error):
-    with ReadAhead(ingest(Polls([impression(1)], [impression(2)], error)), most_records=100) as ahead:
+    with ReadAhead(
+        ingest(Polls([impression(1)], [impression(2)], error)), most_records=100
+    ) as ahead:
         until(lambda: ahead.take(0.0).columns)
         until(lambda: ahead._ended)  # it has happened, and it waits for its turn
         assert ahead.take(WAIT).columns
@@ -290,7 +361,11 @@ def test_an_error_of_decoding_is_raised_where_it_is_taken():
                 raise AssertionError("a bug in decoding")
             return super().decode(values, received)
 
-    reading = Ingest(Polls([impression(1)], [impression(2), click(2)]), Broken(FIELDS), Hasher(FIELDS, table_bits=10))
+    reading = Ingest(
+        Polls([impression(1)], [impression(2), click(2)]),
+        Broken(FIELDS),
+        Hasher(FIELDS, table_bits=10),
+    )
     with ReadAhead(reading, most_records=100) as ahead:
         assert ahead.take(WAIT).columns
         with pytest.raises(AssertionError, match="a bug in decoding"):
@@ -318,7 +393,11 @@ def test_only_the_reader_touches_the_source_once_it_reads_and_pausing_reaches_it
 
 @pytest.mark.parametrize("busy", ["full", "in a poll", "ended", "failed", "not begun"])
 def test_closing_ends_the_thread_whatever_it_is_doing(busy):
-    polls = {"full": [[impression(1)]] * 9, "ended": [[impression(1)]], "failed": [KeyError("x")]}.get(busy)
+    polls = {
+        "full": [[impression(1)]] * 9,
+        "ended": [[impression(1)]],
+        "failed": [KeyError("x")],
+    }.get(busy)
     source = Polls(*polls) if polls else Topic()
     ahead = ReadAhead(ingest(source), most_records=1)
     if busy not in ("not begun", "failed"):
@@ -374,14 +453,21 @@ def killed() -> None:
 
 
 def snapshots(directory: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]]:
-    return [snapshot.load(directory / "snapshots" / name) for name in snapshot.snapshot_ids(directory / "snapshots")]
+    return [
+        snapshot.load(directory / "snapshots" / name)
+        for name in snapshot.snapshot_ids(directory / "snapshots")
+    ]
 
 
-def assert_same_snapshots(one: Path, other: Path, *, stems: Sequence[str], of_manifest: Sequence[str]) -> None:
+def assert_same_snapshots(
+    one: Path, other: Path, *, stems: Sequence[str], of_manifest: Sequence[str]
+) -> None:
     ours, theirs = snapshots(one), snapshots(other)
     assert len(ours) == len(theirs) > 1
     for (manifest, tensors), (other_manifest, other_tensors) in zip(ours, theirs, strict=True):
-        assert [manifest[name] for name in of_manifest] == [other_manifest[name] for name in of_manifest]
+        assert [manifest[name] for name in of_manifest] == [
+            other_manifest[name] for name in of_manifest
+        ]
         for stem in stems:
             assert tensors[stem].keys() == other_tensors[stem].keys()
             for name, array in tensors[stem].items():
@@ -389,9 +475,13 @@ def assert_same_snapshots(one: Path, other: Path, *, stems: Sequence[str], of_ma
 
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000), kill=st.integers(0, 22))
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @pytest.mark.slow
-def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_that_does_neither(stream, seed, read_ahead, kill):
+def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_that_does_neither(
+    stream, seed, read_ahead, kill
+):
     """One partition: then polls, and so also what is pending and the positions, are the same at every snapshot before the kill."""
     directory = Path(tempfile.mkdtemp())
     try:
@@ -401,32 +491,50 @@ def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_t
         finish(whole)
         everything = ("model", "optimizer", "ftrl.model", "metrics", "joiner", "examples")
         assert_same_snapshots(
-            directory / "asked", directory / "ahead", stems=everything, of_manifest=("positions", "ledger", "counters", "examples")
+            directory / "asked",
+            directory / "ahead",
+            stems=everything,
+            of_manifest=("positions", "ledger", "counters", "examples"),
         )
-        dying = trainer(directory / "dying", Partitions([stream], seed=seed), **sections(read_ahead))
+        dying = trainer(
+            directory / "dying", Partitions([stream], seed=seed), **sections(read_ahead)
+        )
         learn_until(dying, kill, killed)
         with pytest.raises(Killed):
             finish(dying)
         assert not readers()
-        resumed = trainer(directory / "dying", Partitions([stream], seed=seed + 1), **sections(read_ahead))
+        resumed = trainer(
+            directory / "dying", Partitions([stream], seed=seed + 1), **sections(read_ahead)
+        )
         if newest := snapshot.newest(directory / "dying" / "snapshots"):
             resumed.restore(newest)
         finish(resumed)
         for stem in ("model", "optimizer", "ftrl.model", "metrics", "joiner"):
-            ours, theirs = snapshots(directory / "dying")[-1][1][stem], snapshots(directory / "asked")[-1][1][stem]
+            ours, theirs = (
+                snapshots(directory / "dying")[-1][1][stem],
+                snapshots(directory / "asked")[-1][1][stem],
+            )
             assert all(np.array_equal(array, theirs[name]) for name, array in ours.items()), stem
     finally:
         shutil.rmtree(directory)
 
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000))
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @pytest.mark.slow
 def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, seed, read_ahead):
     directory = Path(tempfile.mkdtemp())
-    short = {"join": {"label_window": "5s", "allowed_lateness": "1s"}}  # then partitions are ahead of others
+    short = {
+        "join": {"label_window": "5s", "allowed_lateness": "1s"}
+    }  # then partitions are ahead of others
     try:
-        finish(trainer(directory / "asked", Partitions(split(stream, 3), seed=seed), **sections(0), **short))
+        finish(
+            trainer(
+                directory / "asked", Partitions(split(stream, 3), seed=seed), **sections(0), **short
+            )
+        )
         source = Partitions(split(stream, 3), seed=seed + 1)
         finish(trainer(directory / "ahead", source, **sections(read_ahead), **short))
         assert_same_snapshots(
@@ -489,7 +597,22 @@ def test_a_record_of_many_events_is_bad_by_the_share_of_its_bad_events():
         pack(pa.array(lines[:2], pa.large_binary()), events_a_record=2),
         pack(pa.array(lines, pa.large_binary()), events_a_record=4),
     )
-    columns = ingest(Polls([*good.to_pylist(), *part.to_pylist(), b"junk", None, b"\xff\xff\xff\xff", impression(4)])).take(0).columns
+    columns = (
+        ingest(
+            Polls(
+                [
+                    *good.to_pylist(),
+                    *part.to_pylist(),
+                    b"junk",
+                    None,
+                    b"\xff\xff\xff\xff",
+                    impression(4),
+                ]
+            )
+        )
+        .take(0)
+        .columns
+    )
     assert (columns.records, columns.bad_records) == (6, 0.25 + 2)
     assert columns.rejected.event == [2, None, None, None]
 
@@ -498,10 +621,14 @@ def test_a_record_of_many_events_is_bad_by_the_share_of_its_bad_events():
 
 
 @pytest.mark.parametrize("read_ahead", [0, 700])
-def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(tmp_path, stream, read_ahead):
+def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(
+    tmp_path, stream, read_ahead
+):
     built = trainer(tmp_path, Partitions([stream]), **sections(read_ahead))
     ticks: list[int] = []
-    built.stages = stages.Stages(clock=lambda: ticks.append(len(ticks)) or 10**6 * len(ticks))  # every look at it is a millisecond later
+    built.stages = stages.Stages(
+        clock=lambda: ticks.append(len(ticks)) or 10**6 * len(ticks)
+    )  # every look at it is a millisecond later
     told = built.outlet.report
     at_report: list[int] = []
     built.outlet.report = lambda report: at_report.append(len(ticks)) or told(report)
@@ -509,30 +636,67 @@ def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(tm
     assert {"poll", "decode", "hash"} <= known["reader"].keys()
     assert ("wait.trainer" in known["reader"]) == bool(read_ahead)
     assert {"join", "learn", "score", "snapshot", "wait.reader"} <= known["trainer"].keys()
-    began = 2  # the clock was looked at when the stages were made, and when the first one was entered
-    assert sum(stage["seconds"] for stage in known["trainer"].values()) == pytest.approx((at_report[-1] - began) / 1000)
+    began = (
+        2  # the clock was looked at when the stages were made, and when the first one was entered
+    )
+    assert sum(stage["seconds"] for stage in known["trainer"].values()) == pytest.approx(
+        (at_report[-1] - began) / 1000
+    )
     for stage in known["trainer"].values():
-        assert stage["ns_per_event"] == pytest.approx(1e9 * stage["seconds"] / len(stream), abs=1e9 * 0.0006 / len(stream))
+        assert stage["ns_per_event"] == pytest.approx(
+            1e9 * stage["seconds"] / len(stream), abs=1e9 * 0.0006 / len(stream)
+        )
 
 
 @pytest.mark.parametrize(
     ("reader", "trainer_", "bound", "words"),
     [
-        ({"poll": 1, "wait.trainer": 9}, {"learn": 8, "wait.reader": 1, "wait.baseline": 1}, "learning", "for the baseline 10%"),
+        (
+            {"poll": 1, "wait.trainer": 9},
+            {"learn": 8, "wait.reader": 1, "wait.baseline": 1},
+            "learning",
+            "for the baseline 10%",
+        ),
         (
             {"poll": 5, "decode": 4, "wait.source": 1, "wait.trainer": 0},
             {"learn": 2, "wait.reader": 8},
             "ingest",
             "waits for the reader 80%",
         ),
-        ({"poll": 1, "wait.source": 9}, {"learn": 2, "wait.reader": 8}, "source", "mostly for records"),
-        ({"poll": 6, "decode": 4}, {"learn": 6, "wait.reader": 4}, "ingest", "ingest and learning take turns"),
-        ({"poll": 1, "wait.trainer": 9}, {"learn": 2, "wait.baseline": 8}, "baseline", "a lower baseline.sample_rate"),
-        ({"poll": 1, "wait.trainer": 9}, {"learn": 7, "wait.baseline": 3}, "baseline", "waits for it 30%"),
+        (
+            {"poll": 1, "wait.source": 9},
+            {"learn": 2, "wait.reader": 8},
+            "source",
+            "mostly for records",
+        ),
+        (
+            {"poll": 6, "decode": 4},
+            {"learn": 6, "wait.reader": 4},
+            "ingest",
+            "ingest and learning take turns",
+        ),
+        (
+            {"poll": 1, "wait.trainer": 9},
+            {"learn": 2, "wait.baseline": 8},
+            "baseline",
+            "a lower baseline.sample_rate",
+        ),
+        (
+            {"poll": 1, "wait.trainer": 9},
+            {"learn": 7, "wait.baseline": 3},
+            "baseline",
+            "waits for it 30%",
+        ),
     ],
 )
 def test_the_bound_is_who_needs_the_most_time(reader, trainer_, bound, words):
-    known = stages.profile(*({name: seconds * 10**9 for name, seconds in thread.items()} for thread in (reader, trainer_)), events=10)
+    known = stages.profile(
+        *(
+            {name: seconds * 10**9 for name, seconds in thread.items()}
+            for thread in (reader, trainer_)
+        ),
+        events=10,
+    )
     assert known["bound"] == bound
     last = stages.table(known).splitlines()[-1]
     assert words in last
@@ -549,8 +713,10 @@ def test_a_stage_that_an_error_leaves_is_left():
 
 
 @pytest.mark.slow
-def test_learning_that_waits_for_the_baseline_says_so_once_and_what_to_do(tmp_path, stream, caplog, monkeypatch):
-    monkeypatch.setattr("stream_ctr.baseline._MOST_WAITING_BYTES", 1)
+def test_learning_that_waits_for_the_baseline_says_so_once_and_what_to_do(
+    tmp_path, stream, caplog, monkeypatch
+):
+    monkeypatch.setattr("stream_ctr.learn.baseline._MOST_WAITING_BYTES", 1)
     with caplog.at_level("WARNING"):
         finish(trainer(tmp_path, Partitions([stream]), **RIVER))
     said = [record.getMessage() for record in caplog.records if "river_ftrl" in record.getMessage()]
@@ -562,6 +728,12 @@ def test_learning_that_waits_for_the_baseline_says_so_once_and_what_to_do(tmp_pa
 def test_a_partition_that_is_idle_in_a_topic_that_goes_on_is_only_so_when_it_was_read_to_its_end():
     now = [0.0]
     source = Topic([impression(1)], [])
-    reading = Ingest(source, Decoder(FIELDS), Hasher(FIELDS, table_bits=10), idle_seconds=0.0, clock=lambda: now[0])
+    reading = Ingest(
+        source,
+        Decoder(FIELDS),
+        Hasher(FIELDS, table_bits=10),
+        idle_seconds=0.0,
+        clock=lambda: now[0],
+    )
     standing: list[Standing] = [reading.take(0).standing, reading.take(0).standing]
     assert [one.idle.tolist() for one in standing] == [[False], [True]]

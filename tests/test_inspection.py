@@ -12,15 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from patience import PATIENCE_SECONDS
+from support.patience import PATIENCE_SECONDS
 
-from connectors import kafka
-from stream_ctr import Subscriber, outlet, snapshot
-from stream_ctr.cli import main
-from stream_ctr.inspection import printable
-from stream_ctr.outlet import Outlet
-from stream_ctr.simulate import Simulation
-from stream_ctr.subscribe import TopicPointers
+from stream_ctr import Subscriber
+from stream_ctr.cli.main import main
+from stream_ctr.connectors import kafka
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.messages import printable
+from stream_ctr.snapshots import publisher as outlet
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.subscriber import TopicPointers
 
 QUICK = [
     part
@@ -80,7 +82,9 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A state directory with three snapshots, and the bad records of its log as dead letters."""
     state: Path = tmp_path_factory.mktemp("trained") / "state"
     bad = log.with_name("bad.jsonl")
-    bad.write_bytes(log.read_bytes() + b"".join(value + b"\n" for value in BAD if b"\n" not in value))
+    bad.write_bytes(
+        log.read_bytes() + b"".join(value + b"\n" for value in BAD if b"\n" not in value)
+    )
     succeed("run", "--source", bad, "--state", state, *QUICK)
     return state
 
@@ -92,7 +96,9 @@ def state(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, copied)
     newest = snapshot.newest(copied / "snapshots")
     assert newest
-    snapshot.write_pointer(copied / "latest.json", snapshot.pointer_for(newest, snapshot.verify(newest)))
+    snapshot.write_pointer(
+        copied / "latest.json", snapshot.pointer_for(newest, snapshot.verify(newest))
+    )
     return copied
 
 
@@ -139,20 +145,33 @@ def test_ls_goes_on_past_a_snapshot_that_cannot_be_read(state):
 def test_show_has_the_manifest_without_metrics_and_every_tensor(trained):
     newest = trained / "snapshots" / ids(trained)[-1]
     printed = succeed("snapshots", "show", newest).stdout
-    assert printed == succeed("snapshots", "show", trained).stdout == succeed("snapshots", "show", trained, newest.name).stdout
+    assert (
+        printed
+        == succeed("snapshots", "show", trained).stdout
+        == succeed("snapshots", "show", trained, newest.name).stdout
+    )
     manifest, tensors = snapshot.load(newest)
-    for line in (["learner.model", "deepfm"], ["examples", str(IMPRESSIONS)], ["ledger.sum", str(manifest["ledger"]["sum"])]):
+    for line in (
+        ["learner.model", "deepfm"],
+        ["examples", str(IMPRESSIONS)],
+        ["ledger.sum", str(manifest["ledger"]["sum"])],
+    ):
         assert line in [printed_line.split() for printed_line in printed.splitlines()]
     assert "logloss" not in printed
     for stem, named in tensors.items():
         assert manifest["files"][f"{stem}.safetensors"]["sha256"] in printed
         for name, array in named.items():
-            assert any(line.split()[:1] == [name] and line.endswith(json.dumps(list(array.shape))) for line in printed.splitlines()), name
+            assert any(
+                line.split()[:1] == [name] and line.endswith(json.dumps(list(array.shape)))
+                for line in printed.splitlines()
+            ), name
     assert command("snapshots", "show", trained, "nope").exit_code == 6
 
 
 def test_verify_says_ok_for_every_snapshot_or_for_the_one_named(trained):
-    assert succeed("snapshots", "verify", trained).stdout.splitlines() == [f"{name}  ok" for name in ids(trained)]
+    assert succeed("snapshots", "verify", trained).stdout.splitlines() == [
+        f"{name}  ok" for name in ids(trained)
+    ]
     first = ids(trained)[0]
     assert succeed("snapshots", "verify", trained / "snapshots" / first).stdout == f"{first}  ok\n"
 
@@ -189,15 +208,21 @@ def test_verify_holds_the_published_manifest_to_its_pointer(state):
     assert (result.exit_code, result.stdout.splitlines()[0].split()[0]) == (6, "latest.json")
 
 
-@pytest.mark.parametrize("arguments", [["ls"], ["show"], ["verify"], ["rollback", "00000001-20250101T000000Z"]])
-def test_where_there_is_no_snapshot_every_command_exits_6_and_says_what_to_give(arguments, tmp_path):
+@pytest.mark.parametrize(
+    "arguments", [["ls"], ["show"], ["verify"], ["rollback", "00000001-20250101T000000Z"]]
+)
+def test_where_there_is_no_snapshot_every_command_exits_6_and_says_what_to_give(
+    arguments, tmp_path
+):
     for directory in (tmp_path, tmp_path / "missing"):
         result = command("snapshots", arguments[0], directory, *arguments[1:])
         assert result.exit_code == 6
         assert f"there is no snapshot in {directory}" in result.output
 
 
-def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publishes(log, state, tmp_path):
+def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publishes(
+    log, state, tmp_path
+):
     older, newest = ids(state)[1], ids(state)[-1]
     subscriber = Subscriber(state)
     assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest
@@ -210,14 +235,33 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
     taken = subscriber.next(PATIENCE_SECONDS)
     assert (taken["snapshot"], taken["epoch"]) == (older, before["epoch"] + 1)
     assert not np.array_equal(subscriber.predict(rows), newer_model)
-    assert (state / "snapshots" / older / "manifest.json").read_bytes() == manifest  # nothing in a snapshot ever changes
-    assert [one["snapshot"] for one in json_lines("snapshots", "ls", state) if one["published"]] == [older]
+    assert (
+        state / "snapshots" / older / "manifest.json"
+    ).read_bytes() == manifest  # nothing in a snapshot ever changes
+    assert [
+        one["snapshot"] for one in json_lines("snapshots", "ls", state) if one["published"]
+    ] == [older]
 
     # The run goes on from what it learned last, not from what is served.
     longer = tmp_path / "bad.jsonl"  # the same log, grown
-    extra = [json.dumps({"kind": "impression", "impression_id": f"x{n}", "time": "2025-01-01T12:00:00Z", "features": {}}) for n in range(9)]
-    longer.write_bytes((log.with_name("bad.jsonl")).read_bytes() + "".join(line + "\n" for line in extra).encode())
-    assert f"resumed from snapshot {newest}" in succeed("run", "--source", longer, "--state", state, *QUICK).output
+    extra = [
+        json.dumps(
+            {
+                "kind": "impression",
+                "impression_id": f"x{n}",
+                "time": "2025-01-01T12:00:00Z",
+                "features": {},
+            }
+        )
+        for n in range(9)
+    ]
+    longer.write_bytes(
+        (log.with_name("bad.jsonl")).read_bytes() + "".join(line + "\n" for line in extra).encode()
+    )
+    assert (
+        f"resumed from snapshot {newest}"
+        in succeed("run", "--source", longer, "--state", state, *QUICK).output
+    )
     again = subscriber.next(PATIENCE_SECONDS)
     assert again["snapshot"] == ids(state)[-1] > newest
     assert again["epoch"] == before["epoch"] + 2
@@ -238,7 +282,9 @@ def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
     assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-1].name
 
 
-def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(state, monkeypatch):
+def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(
+    state, monkeypatch
+):
     monkeypatch.setattr(outlet, "_PATIENCE_SECONDS", PATIENCE_SECONDS)
     path = state / "snapshots" / ids(state)[0]
     manifest = snapshot.verify(path)
@@ -283,7 +329,16 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
     reader = kafka.PointerReader(client, topic)
     subscriber = Subscriber(TopicPointers(reader))
     assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest.name
-    succeed("snapshots", "rollback", state, ids(state)[0], "--topic", topic, "--bootstrap-servers", embedded_broker)
+    succeed(
+        "snapshots",
+        "rollback",
+        state,
+        ids(state)[0],
+        "--topic",
+        topic,
+        "--bootstrap-servers",
+        embedded_broker,
+    )
     assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == ids(state)[0]
     reader.close()
     assert subscriber.pointer == snapshot.read_pointer(state / "latest.json")
@@ -293,7 +348,9 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
 
 
 def values_of(servers: str, topic: str) -> list[bytes | None]:
-    return [record.value for record in kafka.stored_records(kafka.client_options(servers, {}), topic)]
+    return [
+        record.value for record in kafka.stored_records(kafka.client_options(servers, {}), topic)
+    ]
 
 
 class Lettered(NamedTuple):
@@ -315,7 +372,12 @@ def made_letters(servers: str, log: Path, state: Path) -> Lettered:
         sink.send(there.topic, value, partition=number % 2)
     sink.flush(PATIENCE_SECONDS)
     sink.close()
-    topics = ("-X", f"metrics.topic={there.topic}.metrics", "-X", f"snapshots.topic={there.topic}.snapshots")
+    topics = (
+        "-X",
+        f"metrics.topic={there.topic}.metrics",
+        "-X",
+        f"snapshots.topic={there.topic}.snapshots",
+    )
     succeed("run", *there.where, "--state", state, "--until-end", *QUICK, *topics)
     return there
 
@@ -346,7 +408,9 @@ def test_replay_puts_back_the_same_bytes_into_the_same_partitions(broker, log, t
     letters = values_of(lettered.servers, f"{lettered.topic}.dlq")
     assert sorted(letters) == sorted(BAD)
     assert f"{len(BAD)}  in all" in succeed("dlq", "replay", *where, "--all").stdout
-    back = [record for record in kafka.stored_records(client, lettered.topic) if record not in before]
+    back = [
+        record for record in kafka.stored_records(client, lettered.topic) if record not in before
+    ]
     assert sorted((record.partition, record.value) for record in back) == sorted(
         (number % 2, value) for number, value in enumerate(BAD, start=100)
     )
@@ -361,12 +425,19 @@ def test_replay_with_a_reason_puts_back_those_alone_and_without_any_choice_nothi
         result = command("dlq", "replay", *where, *refused)
         assert result.exit_code == 2
         assert "--reason" in result.output
-    assert "the letters there are have other reasons: " in succeed("dlq", "replay", *where, "--reason", "none_such").output
+    assert (
+        "the letters there are have other reasons: "
+        in succeed("dlq", "replay", *where, "--reason", "none_such").output
+    )
     assert len(values_of(lettered.servers, lettered.topic)) == before
     counts = {one["reason"]: one["letters"] for one in json_lines("dlq", "ls", *where)}
     reason = min(counts)
     succeed("dlq", "replay", *where, "--reason", reason)
-    assert len(values_of(lettered.servers, lettered.topic)) == before + counts[reason] < before + len(BAD)
+    assert (
+        len(values_of(lettered.servers, lettered.topic))
+        == before + counts[reason]
+        < before + len(BAD)
+    )
 
 
 def test_show_names_the_original_place_and_raw_has_the_exact_bytes(lettered):
@@ -375,10 +446,14 @@ def test_show_names_the_original_place_and_raw_has_the_exact_bytes(lettered):
     for number in range(100, 100 + len(BAD)):
         assert f"{lettered.topic}  partition {number % 2}  offset {number // 2}  " in shown
     for number in (101, 104):
-        raw = command("dlq", "show", *where, "--raw", "--partition", number % 2, "--offset", number // 2)
+        raw = command(
+            "dlq", "show", *where, "--raw", "--partition", number % 2, "--offset", number // 2
+        )
         assert raw.stdout_bytes == BAD[number - 100]
     assert command("dlq", "show", *where, "--raw").exit_code == 2
-    assert "choose with --partition" in command("dlq", "show", *where, "--raw", "--offset", 50).output  # one in each partition
+    assert (
+        "choose with --partition" in command("dlq", "show", *where, "--raw", "--offset", 50).output
+    )  # one in each partition
     assert command("dlq", "show", *where, "--raw", "--offset", 49).exit_code == 5
     assert len(succeed("dlq", "show", *where, "--limit", 2).stdout.splitlines()) == 4
 
@@ -388,7 +463,10 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
     kafka.ensure_topic(client, f"{topic}.dlq")
     sink = kafka.KafkaSink(client)
     nasty = b"\x1b[31mred\x9b\r\n\t\xe2\x80\xae\x7f"
-    headers = [(f"__stream_ctr.errors.{name}", nasty) for name in ("topic", "partition", "offset", "reason", "message")]
+    headers = [
+        (f"__stream_ctr.errors.{name}", nasty)
+        for name in ("topic", "partition", "offset", "reason", "message")
+    ]
     sink.send(f"{topic}.dlq", nasty, headers=headers)
     sink.send(f"{topic}.dlq", b"")  # by somebody else, without any header
     sink.flush(PATIENCE_SECONDS)
@@ -399,7 +477,10 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
         assert "red" in printed
         assert all(character == "\n" or character.isprintable() for character in printed), printed
     assert "\\x1b[31mred\\x9b\\r\\n\\t\\u202e\\x7f" in succeed("dlq", "show", *where).stdout
-    assert "does not tell which topic" in succeed("dlq", "replay", *where, "--reason", "unknown").output
+    assert (
+        "does not tell which topic"
+        in succeed("dlq", "replay", *where, "--reason", "unknown").output
+    )
 
 
 def test_what_is_shown_is_cut_and_says_so():
@@ -408,7 +489,9 @@ def test_what_is_shown_is_cut_and_says_so():
     assert printable(b"\xf0\x9f\x98\x80" * 60, 50) == "\U0001f600" * 50 + "... (240 bytes)"
 
 
-def test_letters_of_a_state_directory_are_shown_and_go_to_a_file_or_a_topic(embedded_broker, topic, log, trained, tmp_path):
+def test_letters_of_a_state_directory_are_shown_and_go_to_a_file_or_a_topic(
+    embedded_broker, topic, log, trained, tmp_path
+):
     written = [value for value in BAD if b"\n" not in value]
     where = ("--state", trained)
     assert sum(one["letters"] for one in json_lines("dlq", "ls", *where)) == len(written)
@@ -418,7 +501,9 @@ def test_letters_of_a_state_directory_are_shown_and_go_to_a_file_or_a_topic(embe
     succeed("dlq", "replay", *where, "--all", "--out", out)
     assert out.read_bytes().splitlines() == written
     kafka.ensure_topic(kafka.client_options(embedded_broker, {}), topic)
-    succeed("dlq", "replay", *where, "--all", "--topic", topic, "--bootstrap-servers", embedded_broker)
+    succeed(
+        "dlq", "replay", *where, "--all", "--topic", topic, "--bootstrap-servers", embedded_broker
+    )
     assert sorted(values_of(embedded_broker, topic)) == sorted(written)
     assert command("dlq", "replay", *where, "--all").exit_code == 2
     assert command("dlq", "ls", *where, "--topic", topic).exit_code == 2
@@ -427,7 +512,9 @@ def test_letters_of_a_state_directory_are_shown_and_go_to_a_file_or_a_topic(embe
 def test_a_letter_of_two_lines_is_not_torn_into_two(lettered, tmp_path):
     out = tmp_path / "out"
     result = succeed("dlq", "replay", *lettered.where, "--all", "--out", out)
-    assert sorted(out.read_bytes().splitlines()) == sorted(value for value in BAD if b"\n" not in value)
+    assert sorted(out.read_bytes().splitlines()) == sorted(
+        value for value in BAD if b"\n" not in value
+    )
     assert "more than one line" in result.output
 
 

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stream_ctr import joining
-from stream_ctr.ingest import Came, Columns, Rejected
-from stream_ctr.join import LabelJoiner
-from stream_ctr.watermark import Watermarks
+from stream_ctr.events.batch import Came, Columns, Rejected
+from stream_ctr.join import joining
+from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.watermark import Watermarks
 
 WINDOW = 1000
 
@@ -53,31 +53,63 @@ def pushed(*events: Event, partitions: int = 1) -> LabelJoiner:
     return joiner
 
 
-def test_a_click_is_late_when_its_partition_was_past_the_window_before_it_arrived_and_not_when_that_came_after() -> None:
-    shown, click, far_later = Event("impression", 1, 0), Event("click", 1, 500), Event("impression", 2, 5000)
+def test_a_click_is_late_when_its_partition_was_past_the_window_before_it_arrived_and_not_when_that_came_after() -> (
+    None
+):
+    shown, click, far_later = (
+        Event("impression", 1, 0),
+        Event("click", 1, 500),
+        Event("impression", 2, 5000),
+    )
     assert late(pushed(shown, click, far_later)) == (0, 0)
     assert late(pushed(shown, far_later, click)) == (0, 1)
     assert late(pushed(far_later, shown)) == (1, 0)
 
 
 def test_another_partition_that_is_further_makes_nothing_late() -> None:
-    assert late(pushed(Event("impression", 2, 5000, 1), Event("impression", 1, 0), Event("click", 1, 500), partitions=2)) == (0, 0)
-    assert late(pushed(Event("click", 9, 5000, 1), Event("impression", 1, 0), Event("impression", 2, 10), partitions=2)) == (0, 0)
+    assert late(
+        pushed(
+            Event("impression", 2, 5000, 1),
+            Event("impression", 1, 0),
+            Event("click", 1, 500),
+            partitions=2,
+        )
+    ) == (0, 0)
+    assert late(
+        pushed(
+            Event("click", 9, 5000, 1),
+            Event("impression", 1, 0),
+            Event("impression", 2, 10),
+            partitions=2,
+        )
+    ) == (0, 0)
 
 
 def test_watermarks_are_told_what_is_a_click_by_which_they_know_that_none_come() -> None:
     watermarks = Watermarks(partitions=2, lateness_ms=0)
-    events = Event("click", 1, 500, 1), Event("impression", 1, 0), Event("click", 2, 600, 1), Event("click", 3, 700)
+    events = (
+        Event("click", 1, 500, 1),
+        Event("impression", 1, 0),
+        Event("click", 2, 600, 1),
+        Event("click", 3, 700),
+    )
     joining.push(columns(*events), LabelJoiner(fields=1, label_window_ms=WINDOW), watermarks)
     assert (watermarks.impressions.tolist(), watermarks.clicks.tolist()) == ([1, 0], [1, 2])
 
 
 def test_what_comes_behind_all_that_has_been_closed_is_late_in_any_partition() -> None:
     """The second partition was idle, and nobody waited for it."""
-    joiner, watermarks = LabelJoiner(fields=1, label_window_ms=WINDOW), Watermarks(partitions=2, lateness_ms=0)
-    joining.push(columns(Event("impression", 1, 0), Event("impression", 2, 5000)), joiner, watermarks)
+    joiner, watermarks = (
+        LabelJoiner(fields=1, label_window_ms=WINDOW),
+        Watermarks(partitions=2, lateness_ms=0),
+    )
+    joining.push(
+        columns(Event("impression", 1, 0), Event("impression", 2, 5000)), joiner, watermarks
+    )
     assert joiner.advance(watermarks.overall(excused=np.array([False, True]))).time.tolist() == [0]
-    joining.push(columns(Event("impression", 3, 100, 1), Event("impression", 4, 4500, 1)), joiner, watermarks)
+    joining.push(
+        columns(Event("impression", 3, 100, 1), Event("impression", 4, 4500, 1)), joiner, watermarks
+    )
     assert late(joiner) == (1, 0)
     assert joiner.drain().time.tolist() == [4500, 5000]
 
@@ -85,9 +117,21 @@ def test_what_comes_behind_all_that_has_been_closed_is_late_in_any_partition() -
 def test_an_impression_keeps_its_own_ids_values_and_truth() -> None:
     joiner = LabelJoiner(fields=2, value_fields=1, label_window_ms=WINDOW)
     of_two = columns(Event("impression", 1, 10), Event("click", 2, 20), Event("impression", 2, 20))
-    ids, values, truth = np.array([[3, 4], [5, 6]], np.int32), np.array([[0.5], [0.25]], np.float32), np.array([0.125, 0.75])
-    given = {name: getattr(of_two, name) for name in Columns.__slots__} | {"ids": ids, "values": values, "true_probability": truth}
+    ids, values, truth = (
+        np.array([[3, 4], [5, 6]], np.int32),
+        np.array([[0.5], [0.25]], np.float32),
+        np.array([0.125, 0.75]),
+    )
+    given = {name: getattr(of_two, name) for name in Columns.__slots__} | {
+        "ids": ids,
+        "values": values,
+        "true_probability": truth,
+    }
     joining.push(Columns(**given), joiner, Watermarks(partitions=1, lateness_ms=0))
     found = joiner.drain()
-    assert (found.ids.tolist(), found.values.tolist(), found.label.tolist()) == (ids.tolist(), values.tolist(), [0, 1])
+    assert (found.ids.tolist(), found.values.tolist(), found.label.tolist()) == (
+        ids.tolist(),
+        values.tolist(),
+        [0, 1],
+    )
     assert found.true_probability.tolist() == truth.tolist()

@@ -12,18 +12,21 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from lineage import SMALL, newest, published
-from patience import PATIENCE_SECONDS, started, wait_until
+from support.lineage import SMALL, newest, published
+from support.patience import PATIENCE_SECONDS, started, wait_until
 
-from stream_ctr import snapshot
-from stream_ctr.cli import main
+from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError
-from stream_ctr.lease import Lease, TakenOver
-from stream_ctr.simulate import Simulation
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.lease import Lease, TakenOver
 
 
 def test_a_second_lease_is_refused_and_names_the_holder(tmp_path):
-    with Lease(tmp_path), pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .*--take-over"):
+    with (
+        Lease(tmp_path),
+        pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .*--take-over"),
+    ):
         Lease(tmp_path)
     Lease(tmp_path).close()  # free again
 
@@ -37,7 +40,9 @@ def test_each_lease_has_a_higher_epoch_also_when_nothing_was_written_under_it(tm
 
 
 def test_the_epoch_is_above_that_of_every_snapshot_and_of_what_is_published(tmp_path):
-    path = snapshot.write(tmp_path / "snapshots", tensors={}, manifest={"epoch": 7}, snapshot_id=snapshot.new_id(1, 0))
+    path = snapshot.write(
+        tmp_path / "snapshots", tensors={}, manifest={"epoch": 7}, snapshot_id=snapshot.new_id(1, 0)
+    )
     with Lease(tmp_path) as lease:
         assert lease.epoch == 8
     told = {"model": "m", "sequence": 1, "examples": 1, "event_time_ms": 0, "created_ms": 0}
@@ -81,25 +86,53 @@ def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_p
     Simulation(10, seed=0).write_jsonl(log)
     state = tmp_path / "state"
     state.mkdir(mode=0o555)
-    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(state)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, preexec_fn=obey_modes)
+    command = [
+        sys.executable,
+        "-m",
+        "stream_ctr",
+        "run",
+        "--source",
+        str(log),
+        "--state",
+        str(state),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, preexec_fn=obey_modes
+    )
     assert done.returncode == 3, done.stderr
     assert f"cannot write in the state directory {state}" in done.stderr
     assert "Traceback" not in done.stderr
     with Lease(tmp_path / "held"):
-        result = CliRunner().invoke(main, ["run", "--source", str(log), "--state", str(tmp_path / "held")])
+        result = CliRunner().invoke(
+            main, ["run", "--source", str(log), "--state", str(tmp_path / "held")]
+        )
     assert result.exit_code == 3
     assert f"in use by process {os.getpid()}" in result.output
-    outcome("exit 3 at once; the message names the directory, or the holder's process and host", times=2)
+    outcome(
+        "exit 3 at once; the message names the directory, or the holder's process and host", times=2
+    )
 
 
 def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "stream_ctr", "run", "--source", str(log), "--state", str(state), *SMALL, *options]
+    command = [
+        sys.executable,
+        "-m",
+        "stream_ctr",
+        "run",
+        "--source",
+        str(log),
+        "--state",
+        str(state),
+        *SMALL,
+        *options,
+    ]
     return started(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
 
 
 @pytest.mark.fault(9, injected="a second `run` while the first one learns")
-@pytest.mark.fault(10, injected="SIGSTOP of A between two snapshots, B with --take-over to the end, SIGCONT of A")
+@pytest.mark.fault(
+    10, injected="SIGSTOP of A between two snapshots, B with --take-over to the end, SIGCONT of A"
+)
 @pytest.mark.slow
 def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(tmp_path, outcome):
     log, state = tmp_path / "log.jsonl", tmp_path / "state"
@@ -125,5 +158,11 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(tm
     assert newest(state) == left
     pointed = published(state)
     assert pointed is not None
-    assert pointed["examples"] == 40_000 == json.loads((state / "reports.jsonl").read_text().splitlines()[-1])["examples"]
-    outcome("the second is refused and names the holder; A finds B's lease, changes no file, publishes nothing, exit 3")
+    assert (
+        pointed["examples"]
+        == 40_000
+        == json.loads((state / "reports.jsonl").read_text().splitlines()[-1])["examples"]
+    )
+    outcome(
+        "the second is refused and names the holder; A finds B's lease, changes no file, publishes nothing, exit 3"
+    )

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss, roc_auc_score
 
-from stream_ctr import metrics
-from stream_ctr.metrics import Score, Scored, Tally, WholeRun, Windows, paired_interval
+from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.metrics import Score, Scored, Tally, WholeRun, Windows, paired_interval
 
 MODELS = ("deepfm", "ftrl", "river_ftrl")
 
@@ -29,18 +29,35 @@ class Stream:
     def __getitem__(self, rows: slice) -> Scored:
         logits = {model: logits[rows] for model, logits in self.logits.items()}
         logits["river_ftrl"] = logits["river_ftrl"][self.chosen[rows]]
-        return Scored(self.time[rows], self.labels[rows], self.truth[rows], logits, {"river_ftrl": self.chosen[rows]})
+        return Scored(
+            self.time[rows],
+            self.labels[rows],
+            self.truth[rows],
+            logits,
+            {"river_ftrl": self.chosen[rows]},
+        )
 
     def loss(self, model: str) -> np.ndarray:
         return metrics.losses(self.logits[model], self.labels)
 
 
-def stream(n: int = 5000, *, seed: int = 0, start: int = 0, step: int = 100, share: float = 0.5) -> Stream:
+def stream(
+    n: int = 5000, *, seed: int = 0, start: int = 0, step: int = 100, share: float = 0.5
+) -> Stream:
     rng = np.random.default_rng(seed)
     truth = rng.normal(-2, 1.5, n)
     labels = (rng.random(n) < metrics.probabilities(truth)).astype(np.uint8)
-    logits = {model: truth + rng.normal(0, noise, n) for model, noise in zip(MODELS, (0.3, 0.6, 1.0), strict=True)}
-    return Stream(start + step * np.arange(n), labels, metrics.probabilities(truth), logits, rng.random(n) < share)
+    logits = {
+        model: truth + rng.normal(0, noise, n)
+        for model, noise in zip(MODELS, (0.3, 0.6, 1.0), strict=True)
+    }
+    return Stream(
+        start + step * np.arange(n),
+        labels,
+        metrics.probabilities(truth),
+        logits,
+        rng.random(n) < share,
+    )
 
 
 def test_auc_and_logloss_agree_with_scikit_learn_within_the_stated_bound():
@@ -52,10 +69,16 @@ def test_auc_and_logloss_agree_with_scikit_learn_within_the_stated_bound():
         exact = roc_auc_score(data.labels, data.logits["deepfm"])
         assert abs(summary["auc"] - exact) <= summary["auc_error_bound"] + 1e-12
         assert summary["auc_error_bound"] < 0.002
-        assert summary["logloss"] == pytest.approx(log_loss(data.labels, metrics.probabilities(data.logits["deepfm"])), rel=1e-12)
+        assert summary["logloss"] == pytest.approx(
+            log_loss(data.labels, metrics.probabilities(data.logits["deepfm"])), rel=1e-12
+        )
         ctr = data.labels.mean()
-        assert summary["ne"] == pytest.approx(summary["logloss"] / -(ctr * np.log(ctr) + (1 - ctr) * np.log(1 - ctr)))
-        assert summary["pred_over_actual"] == pytest.approx(metrics.probabilities(data.logits["deepfm"]).sum() / data.labels.sum())
+        assert summary["ne"] == pytest.approx(
+            summary["logloss"] / -(ctr * np.log(ctr) + (1 - ctr) * np.log(1 - ctr))
+        )
+        assert summary["pred_over_actual"] == pytest.approx(
+            metrics.probabilities(data.logits["deepfm"]).sum() / data.labels.sum()
+        )
         assert summary["count"] == 5000
 
 
@@ -81,7 +104,9 @@ def test_extreme_logits_stay_finite():
     score.add(np.array([-1e4, 1e4]), np.array([1, 0], np.uint8))
     assert score.summary()["logloss"] == 1e4
     assert np.isfinite(metrics.logits(np.array([0.0, 1.0]))).all()
-    assert np.allclose(metrics.logits(metrics.probabilities(np.array([-30.0, 0.0, 12.0]))), [-30, 0, 12])
+    assert np.allclose(
+        metrics.logits(metrics.probabilities(np.array([-30.0, 0.0, 12.0]))), [-30, 0, 12]
+    )
 
 
 def test_scores_of_parts_add_up_to_the_score_of_the_whole():
@@ -122,14 +147,20 @@ def test_the_whole_run_and_its_tail_are_what_a_list_of_all_examples_says():
     assert run.length > 64
     chosen = data.chosen
     for model in ("deepfm", "ftrl"):
-        assert summary["models"][model]["logloss"] == pytest.approx(data.loss(model).mean(), rel=1e-12)
+        assert summary["models"][model]["logloss"] == pytest.approx(
+            data.loss(model).mean(), rel=1e-12
+        )
     assert summary["models"]["river_ftrl"]["count"] == chosen.sum()
-    assert summary["best_possible_logloss"] == pytest.approx(log_loss(data.labels, data.truth), rel=1e-9)
+    assert summary["best_possible_logloss"] == pytest.approx(
+        log_loss(data.labels, data.truth), rel=1e-9
+    )
     assert summary["constant_logloss"] == pytest.approx(metrics.entropy(data.labels.mean()))
     half = run.summary(last=0.5)
     start = half["from_example"]
     assert abs(start - 150_000) <= run.length / 2
-    assert half["models"]["deepfm"]["logloss"] == pytest.approx(data.loss("deepfm")[start:].mean(), rel=1e-12)
+    assert half["models"]["deepfm"]["logloss"] == pytest.approx(
+        data.loss("deepfm")[start:].mean(), rel=1e-12
+    )
     assert half["pairs"].keys() == {"ftrl", "river_ftrl"}
     assert half["paired"] == {"models": ["deepfm", "river_ftrl"], **half["pairs"]["river_ftrl"]}
     for model, both in (("ftrl", np.ones(len(chosen), bool)), ("river_ftrl", chosen)):
@@ -146,14 +177,20 @@ def test_models_that_are_alone_are_compared_with_nobody():
     run, batch = WholeRun(["deepfm"]), stream(500)
     run.add(Scored(batch.time, batch.labels, batch.truth, {"deepfm": batch.logits["deepfm"]}, {}))
     summary = run.summary()
-    assert (summary["paired"]["models"], summary["paired"]["logloss_difference"], summary["pairs"]) == (["deepfm"], None, {})
+    assert (
+        summary["paired"]["models"],
+        summary["paired"]["logloss_difference"],
+        summary["pairs"],
+    ) == (["deepfm"], None, {})
 
 
 def test_the_paired_interval_covers_the_truth_about_95_times_in_100():
     rng = np.random.default_rng(1)
     covered = 0
     for _ in range(300):
-        mean_of_block = rng.normal(0.01, 0.05, 40)  # neighbours are alike: blocks differ more than their examples
+        mean_of_block = rng.normal(
+            0.01, 0.05, 40
+        )  # neighbours are alike: blocks differ more than their examples
         blocks = np.stack([mean_of_block * 200 + rng.normal(0, 1, 40), np.full(40, 200.0)], axis=1)
         interval = paired_interval(blocks)
         covered += interval["low"] <= 0.01 <= interval["high"]
@@ -174,7 +211,9 @@ def test_windows_are_of_the_impressions_event_time_provisional_until_closed_and_
     assert [(w["start_ms"], w["end_ms"], w["provisional"]) for w in final] == [
         (0, 10_000, False), (10_000, 20_000, False), (20_000, 30_000, False),
     ]  # fmt: skip
-    assert final[1]["models"]["deepfm"]["logloss"] == pytest.approx(data.loss("deepfm")[100:200].mean())
+    assert final[1]["models"]["deepfm"]["logloss"] == pytest.approx(
+        data.loss("deepfm")[100:200].mean()
+    )
     assert final[1]["pairs"]["ftrl"]["count"] == 100
     assert windows.close(before_ms=35_000) == []
     windows.add(data[350:1000])

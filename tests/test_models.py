@@ -18,7 +18,7 @@ from torch.autograd import gradcheck
 from torch.func import functional_call
 
 from stream_ctr.config import Model
-from stream_ctr.learner import LinearLearner, NetworkLearner, make_learner, require_shapes
+from stream_ctr.learn.learner import LinearLearner, NetworkLearner, make_learner, require_shapes
 from stream_ctr.models import FM, FNN, MODELS
 from stream_ctr.models.layers import (
     ACTIVATIONS,
@@ -38,7 +38,11 @@ Vector = list[float]
 # -- the formulas, in loops -----------------------------------------------------------------------------------------------------------
 
 
-def mlp(layers: Sequence[tuple[np.ndarray, np.ndarray]], a: Vector, activation: Callable[[float], float] = math.tanh) -> float:
+def mlp(
+    layers: Sequence[tuple[np.ndarray, np.ndarray]],
+    a: Vector,
+    activation: Callable[[float], float] = math.tanh,
+) -> float:
     for depth, (weight, bias) in enumerate(layers):
         z = [bias[o] + sum(weight[o, i] * a[i] for i in range(len(a))) for o in range(len(bias))]
         a = [activation(one) for one in z] if depth < len(layers) - 1 else z
@@ -79,7 +83,9 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "opnn": lambda w, v, layers: mlp(layers, joined(v) + superposed(v)),
     "pnn": lambda w, v, layers: mlp(layers, joined(v) + pairs(v) + superposed(v)),
     "lr_dnn": lambda w, v, layers: sum(w) + mlp(layers, joined(v[:F])),
-    "fm_dnn": lambda w, v, layers: fm(w, [one[:K] for one in v], None) + mlp(layers, joined([one[K:] for one in v])),
+    "fm_dnn": lambda w, v, layers: (
+        fm(w, [one[:K] for one in v], None) + mlp(layers, joined([one[K:] for one in v]))
+    ),
     "deepfm": lambda w, v, layers: fm(w, v, None) + mlp(layers, joined(v)),
 }
 
@@ -89,7 +95,9 @@ def module(name: str, *, activation: str = "tanh", dropout: float = 0.0) -> nn.M
     torch.manual_seed(0)
     make = MODELS[name].module
     assert make is not None
-    model = make(fields=F, embedding_dim=K, hidden=[5, 4], activation=activation, dropout=dropout).double()
+    model = make(
+        fields=F, embedding_dim=K, hidden=[5, 4], activation=activation, dropout=dropout
+    ).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.7)
     return model
@@ -103,10 +111,16 @@ def inputs(name: str, *, examples: int = 3, crosses: int = 0) -> tuple[torch.Ten
 
 
 def layers_of(model: nn.Module) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(d.weight.detach().numpy(), d.bias.detach().numpy()) for d in model.modules() if isinstance(d, Dense)]
+    return [
+        (d.weight.detach().numpy(), d.bias.detach().numpy())
+        for d in model.modules()
+        if isinstance(d, Dense)
+    ]
 
 
-def assert_is(formula: Callable[..., float], model: nn.Module, w: torch.Tensor, v: torch.Tensor) -> None:
+def assert_is(
+    formula: Callable[..., float], model: nn.Module, w: torch.Tensor, v: torch.Tensor
+) -> None:
     expected = [formula(w[e].tolist(), v[e].tolist(), layers_of(model)) for e in range(len(w))]
     assert model(w, v).tolist() == pytest.approx(expected, rel=1e-12)
     assert np.ptp(expected) > 0.1, "or anything would do"
@@ -119,7 +133,14 @@ def test_all_but_lr_are_modules_with_a_formula():
 @pytest.mark.parametrize("name", MODULES)
 def test_a_system_is_its_formula_written_out(name):
     model = module(name)
-    constant = next((float(value) for key, value in model.state_dict().items() if key.endswith("bias") and not value.ndim), 0.0)
+    constant = next(
+        (
+            float(value)
+            for key, value in model.state_dict().items()
+            if key.endswith("bias") and not value.ndim
+        ),
+        0.0,
+    )
     formula = partial(fm, bias=constant) if FORMULAS[name] is fm else FORMULAS[name]
     assert_is(formula, model, *inputs(name))
 
@@ -144,20 +165,34 @@ def test_the_two_sides_of_fm_and_dnn_have_embeddings_of_their_own():
     model, (w, v) = module("fm_dnn"), inputs("fm_dnn")
     y_fm = model(w, v) - model.deep(v[..., K:].flatten(1))
     v[..., K:] = 0.0
-    assert torch.allclose(model(w, v) - model.deep(torch.zeros(1, F * K, dtype=torch.float64)), y_fm)
+    assert torch.allclose(
+        model(w, v) - model.deep(torch.zeros(1, F * K, dtype=torch.float64)), y_fm
+    )
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_activation_is_the_one_that_was_asked_for(activation):
-    literal = {"tanh": math.tanh, "relu": lambda z: max(z, 0.0), "sigmoid": lambda z: 1 / (1 + math.exp(-z))}[activation]
+    literal = {
+        "tanh": math.tanh,
+        "relu": lambda z: max(z, 0.0),
+        "sigmoid": lambda z: 1 / (1 + math.exp(-z)),
+    }[activation]
     model = module("deepfm", activation=activation)
-    assert_is(lambda w, v, layers: fm(w, v, None) + mlp(layers, joined(v), literal), model, *inputs("deepfm"))
+    assert_is(
+        lambda w, v, layers: fm(w, v, None) + mlp(layers, joined(v), literal),
+        model,
+        *inputs("deepfm"),
+    )
 
 
 def test_the_paper_gives_tanh_to_ipnn_and_relu_to_all_others():
     def activations(name: str) -> set[str]:
-        learner = NetworkLearner(name, fields=F, embedding_dim=K, hidden=[5], table_bits=4, batch_size=8, device="cpu")
-        return {layer.activation for layer in learner.model.modules() if isinstance(layer, Dense)} - {"none"}
+        learner = NetworkLearner(
+            name, fields=F, embedding_dim=K, hidden=[5], table_bits=4, batch_size=8, device="cpu"
+        )
+        return {
+            layer.activation for layer in learner.model.modules() if isinstance(layer, Dense)
+        } - {"none"}
 
     assert {name: activations(name) for name in MODULES} == {
         name: set() if name == "fm" else {"tanh" if name == "ipnn" else "relu"} for name in MODULES
@@ -171,7 +206,9 @@ def test_fm_is_the_sum_over_field_pairs_and_not_what_flattened_coordinates_give(
     v = [[1.0, 2.0], [3.0, -1.0], [0.5, 4.0]]
     by_pairs = (1 * 3 - 2 * 1) + (1 * 0.5 + 2 * 4) + (3 * 0.5 - 1 * 4)
     flat = joined(v)
-    over_coordinates = 0.5 * (sum(flat) ** 2 - sum(one * one for one in flat))  # as if each of F * K numbers were a field of its own
+    over_coordinates = 0.5 * (
+        sum(flat) ** 2 - sum(one * one for one in flat)
+    )  # as if each of F * K numbers were a field of its own
     assert (by_pairs, over_coordinates) == (7.0, 29.5)
     assert pairwise_inner_products(torch.tensor([v])).tolist() == [by_pairs]
     assert FM()(torch.zeros(1, 3), torch.tensor([v])).tolist() == [by_pairs]
@@ -180,22 +217,34 @@ def test_fm_is_the_sum_over_field_pairs_and_not_what_flattened_coordinates_give(
 @pytest.mark.parametrize("fields", [1, 2, 3, 7])
 @pytest.mark.parametrize("k", [1, 4])
 def test_products_are_those_of_each_pair_in_the_order_of_the_pairs(fields, k):
-    v = torch.randn(5, fields, k, dtype=torch.float64, generator=torch.Generator().manual_seed(fields))
-    expected = [[float(one[i] @ one[j]) for i, j in itertools.combinations(range(fields), 2)] for one in v]
-    assert np.allclose(inner_products(v).reshape(5, -1), np.array(expected).reshape(5, -1), atol=1e-12)
+    v = torch.randn(
+        5, fields, k, dtype=torch.float64, generator=torch.Generator().manual_seed(fields)
+    )
+    expected = [
+        [float(one[i] @ one[j]) for i, j in itertools.combinations(range(fields), 2)] for one in v
+    ]
+    assert np.allclose(
+        inner_products(v).reshape(5, -1), np.array(expected).reshape(5, -1), atol=1e-12
+    )
     assert np.allclose(pairwise_inner_products(v), [sum(one) for one in expected], atol=1e-12)
-    assert np.allclose(outer_product(v.sum(dim=1)), [superposed(one.tolist()) for one in v], atol=1e-12)
+    assert np.allclose(
+        outer_product(v.sum(dim=1)), [superposed(one.tolist()) for one in v], atol=1e-12
+    )
 
 
 # -- gradients ------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [1, 2, 5])
-@pytest.mark.parametrize("layer", [inner_products, pairwise_inner_products, lambda v: outer_product(v.sum(dim=1))])
+@pytest.mark.parametrize(
+    "layer", [inner_products, pairwise_inner_products, lambda v: outer_product(v.sum(dim=1))]
+)
 def test_the_gradient_of_a_product_agrees_with_finite_differences(layer, fields):
     v = torch.randn(3, fields, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert gradcheck(layer, v.requires_grad_())
-    apart = torch.randn(3, fields, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))[..., 2:]
+    apart = torch.randn(
+        3, fields, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )[..., 2:]
     assert gradcheck(layer, apart.requires_grad_()), "where the coordinates do not lie side by side"
 
 
@@ -222,7 +271,11 @@ def test_the_gradient_of_a_system_agrees_with_finite_differences(name, activatio
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp_has_one_activation_after_each_hidden_layer_and_none_at_the_end(activation):
     mlp = MLP(4, [3, 2], activation=activation)
-    assert [layer.activation for layer in mlp.layers if isinstance(layer, Dense)] == [activation, activation, "none"]
+    assert [layer.activation for layer in mlp.layers if isinstance(layer, Dense)] == [
+        activation,
+        activation,
+        "none",
+    ]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -234,7 +287,10 @@ def test_a_layer_and_its_gradients_are_those_of_torch(activation):
     assert torch.equal(layer(a), theirs)
     operands, slope = (a, layer.weight, layer.bias), torch.randn(7, 3, dtype=torch.float64)
     ours = torch.autograd.grad(layer(a), operands, slope)
-    assert all(torch.allclose(x, y, atol=1e-14) for x, y in zip(ours, torch.autograd.grad(theirs, operands, slope), strict=True))
+    assert all(
+        torch.allclose(x, y, atol=1e-14)
+        for x, y in zip(ours, torch.autograd.grad(theirs, operands, slope), strict=True)
+    )
 
 
 def test_an_activation_that_there_is_not_is_refused_where_the_layer_is_made():
@@ -258,7 +314,9 @@ def test_dropout_keeps_its_share_and_the_mean(rate, dtype):
     assert abs(kept - n * keep) < 5 * math.sqrt(n * keep * rate) + n / 2**16
     scale = float(dropped.max())
     assert dropped.unique().tolist() == [0.0, scale]
-    assert scale == pytest.approx(1 / keep, rel=0.1 if keep < 0.01 else 0.005 if dtype == torch.bfloat16 else 1e-3)
+    assert scale == pytest.approx(
+        1 / keep, rel=0.1 if keep < 0.01 else 0.005 if dtype == torch.bfloat16 else 1e-3
+    )
 
 
 def test_what_is_dropped_is_independent_of_its_neighbours():
@@ -296,7 +354,14 @@ def test_the_gradient_of_dropout_is_what_it_kept():
 
 
 def small(name: str, **changes: Any) -> Any:
-    options = {"embedding_dim": 4, "hidden": [16, 16], "table_bits": 8, "batch_size": 128, "device": "cpu", "initial_scale": 0.05}
+    options = {
+        "embedding_dim": 4,
+        "hidden": [16, 16],
+        "table_bits": 8,
+        "batch_size": 128,
+        "device": "cpu",
+        "initial_scale": 0.05,
+    }
     return make_learner(name, fields=F, **{**options, **changes})
 
 
@@ -305,14 +370,25 @@ def stream(examples: int, *, seed: int, crosses: int = 0) -> tuple[np.ndarray, n
     rng = np.random.default_rng(seed)
     values = rng.integers(0, 4, (examples, F))
     ids = values + 4 * np.arange(F)
-    logits = np.array([-2.0, -1.0, 0.5, 1.5])[values[:, 0]] + np.array([1.0, -1.0, 0.0, 0.0])[values[:, 1]]
+    logits = (
+        np.array([-2.0, -1.0, 0.5, 1.5])[values[:, 0]]
+        + np.array([1.0, -1.0, 0.0, 0.0])[values[:, 1]]
+    )
     logits += np.where((values[:, 2] + values[:, 3]) % 2 == 0, 1.0, -1.0)
-    crossed = np.stack([16 + 16 * c + 4 * values[:, c] + values[:, c + 1] for c in range(crosses)], axis=1) if crosses else ids[:, :0]
+    crossed = (
+        np.stack(
+            [16 + 16 * c + 4 * values[:, c] + values[:, c + 1] for c in range(crosses)], axis=1
+        )
+        if crosses
+        else ids[:, :0]
+    )
     labels = rng.random(examples) < 1 / (1 + np.exp(-logits))
     return np.hstack([ids, crossed]).astype(np.int32), labels.astype(np.uint8)
 
 
-def batches(count: int, *, seed: int, crosses: int = 0, size: int = 128) -> list[tuple[np.ndarray, np.ndarray]]:
+def batches(
+    count: int, *, seed: int, crosses: int = 0, size: int = 128
+) -> list[tuple[np.ndarray, np.ndarray]]:
     ids, labels = stream(size * count, seed=seed, crosses=crosses)
     return list(zip(np.split(ids, count), np.split(labels, count), strict=True))
 
@@ -324,7 +400,9 @@ def logloss(logits: np.ndarray, labels: np.ndarray) -> float:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_system_learns_a_planted_signal(name, precision):
-    learner = small(name, precision=precision, crosses=3, pretrain_examples=128 * 60, dense_learning_rate=0.005)
+    learner = small(
+        name, precision=precision, crosses=3, pretrain_examples=128 * 60, dense_learning_rate=0.005
+    )
     for ids, labels in batches(200, seed=0, crosses=3):
         logits = learner.learn(ids, labels)
         assert logits is not None
@@ -339,7 +417,12 @@ def test_every_system_learns_a_planted_signal(name, precision):
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_every_system_goes_on_from_its_state_bit_for_bit_on_any_number_of_threads(name, dropout):
-    options = {"dropout": dropout, "pretrain_examples": 1200, "batch_size": 600, "crosses": 2}  # two parts a batch, for two lanes
+    options = {
+        "dropout": dropout,
+        "pretrain_examples": 1200,
+        "batch_size": 600,
+        "crosses": 2,
+    }  # two parts a batch, for two lanes
     straight, before, after = (small(name, threads=threads, **options) for threads in (1, 2, 3))
     steps = batches(5, seed=0, crosses=2, size=600)
     for ids, labels in steps:
@@ -350,7 +433,9 @@ def test_every_system_goes_on_from_its_state_bit_for_bit_on_any_number_of_thread
     after.load_optimizer_state(before.optimizer_state())
     for ids, labels in steps[3:]:
         after.learn(ids, labels)
-    assert_equal(straight.weights() | straight.optimizer_state(), after.weights() | after.optimizer_state())
+    assert_equal(
+        straight.weights() | straight.optimizer_state(), after.weights() | after.optimizer_state()
+    )
 
 
 def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> None:
@@ -361,7 +446,9 @@ def assert_equal(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> No
 
 @pytest.mark.parametrize("name", MODULES)
 def test_without_the_extra_pass_the_model_learns_the_same(name):
-    with_pass, without = (small(name, dropout=0.3, progressive=progressive) for progressive in (True, False))
+    with_pass, without = (
+        small(name, dropout=0.3, progressive=progressive) for progressive in (True, False)
+    )
     for ids, labels in batches(3, seed=0):
         predicted, dropped = with_pass.learn(ids, labels), without.learn(ids, labels)
     assert_equal(with_pass.weights(), without.weights())
@@ -374,7 +461,9 @@ def test_columns_behind_the_fields_are_for_who_wants_them():
         with_crosses, without = small(name, crosses=2), small(name)
         with_crosses.learn(ids, labels)
         without.learn(ids[:, :F], labels)
-        assert np.array_equal(with_crosses.predict(ids), without.predict(ids[:, :F])) is (name != "lr_dnn"), name
+        assert np.array_equal(with_crosses.predict(ids), without.predict(ids[:, :F])) is (
+            name != "lr_dnn"
+        ), name
 
 
 # -- FNN changes ----------------------------------------------------------------------------------------------------------------------
@@ -401,7 +490,9 @@ def test_fnn_keeps_embeddings_and_begins_its_optimisers_anew(decay):
         fm.learn(*one)
     fnn.learn(*second)
     assert not fnn.pretraining
-    assert_equal(untouched, {key: value for key, value in fnn.weights().items() if key in untouched})
+    assert_equal(
+        untouched, {key: value for key, value in fnn.weights().items() if key in untouched}
+    )
     k, table = 4, fnn.weights()["table"]
     assert np.array_equal(table[:, : k + 1], fm.weights()["table"][:, : k + 1])
     assert not table[:, k + 1 :].any()
@@ -449,11 +540,16 @@ def test_fnn_without_pre_training_is_a_network_at_once():
 
 
 def test_the_weights_of_fnns_network_decay_once_it_has_begun():
-    decaying, other = (small("fnn", pretrain_examples=256, dense_weight_decay=decay) for decay in (10.0, 0.0))
+    decaying, other = (
+        small("fnn", pretrain_examples=256, dense_weight_decay=decay) for decay in (10.0, 0.0)
+    )
     for step, (ids, labels) in enumerate(batches(60, seed=0)):
         decaying.learn(ids, labels)
         other.learn(ids, labels)
-        sizes = [np.abs(learner.weights()["dense.deep.layers.0.weight"]).sum() for learner in (decaying, other)]
+        sizes = [
+            np.abs(learner.weights()["dense.deep.layers.0.weight"]).sum()
+            for learner in (decaying, other)
+        ]
         assert bool(sizes[0] == sizes[1]) is (step < 2)
     assert sizes[0] < 0.9 * sizes[1]
 
@@ -468,7 +564,9 @@ def test_lr_learns_from_an_example_what_it_predicted_of_it():
     for e in range(300):
         one = slice(e, e + 1)
         before = learner.predict(ids[one], values[one])
-        assert learner.learn(ids[one], labels[one], values[one]).tolist() == pytest.approx(before.tolist(), abs=1e-12)
+        assert learner.learn(ids[one], labels[one], values[one]).tolist() == pytest.approx(
+            before.tolist(), abs=1e-12
+        )
     assert learner.steps == 300
 
 
@@ -487,7 +585,10 @@ def test_lr_goes_on_from_its_state():
     resumed.load_optimizer_state(state)
     for ids, labels in steps[2:]:
         resumed.learn(ids, labels)
-    assert_equal(straight.weights() | straight.optimizer_state(), resumed.weights() | resumed.optimizer_state())
+    assert_equal(
+        straight.weights() | straight.optimizer_state(),
+        resumed.weights() | resumed.optimizer_state(),
+    )
 
 
 def test_copies_of_lrs_weights_stay_as_they_were_except_in_the_memory_that_is_to_be_used_again():
@@ -534,13 +635,19 @@ def test_rates_of_ftrl_are_for_lr_alone():
     small("fm", ftrl={"l1": 50.0})
 
 
-@pytest.mark.parametrize("wrong", [{"alpha": 0.0}, {"beta": float("nan")}, {"l1": -1.0}, {"l2": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong", [{"alpha": 0.0}, {"beta": float("nan")}, {"l1": -1.0}, {"l2": float("nan")}]
+)
 def test_rates_that_ftrl_cannot_learn_with_are_refused(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*must be"):
         small("lr", ftrl=wrong)
 
 
-LR_WEIGHTS = {"rows": np.array([3, 7], np.int32), "pairs": np.array([[0.5, 1.0], [-1.0, 2.0]]), "intercept": np.array([0.1, 0.2])}
+LR_WEIGHTS = {
+    "rows": np.array([3, 7], np.int32),
+    "pairs": np.array([[0.5, 1.0], [-1.0, 2.0]]),
+    "intercept": np.array([0.1, 0.2]),
+}
 
 
 @pytest.mark.parametrize(
@@ -553,10 +660,19 @@ LR_WEIGHTS = {"rows": np.array([3, 7], np.int32), "pairs": np.array([[0.5, 1.0],
         ({"rows": np.array([3, 7])}, "'rows' is int64"),
         ({"rows": np.array([[3, 7]], np.int32)}, "'rows' is int32 \\(1, 2\\), expected"),
         ({"rows": np.array(3, np.int32)}, "'rows' is int32 \\(\\), expected"),
-        ({"rows": np.array([3], np.int32)}, "'pairs' is float64 \\(2, 2\\), expected .* \\(1, 2\\)"),
+        (
+            {"rows": np.array([3], np.int32)},
+            "'pairs' is float64 \\(2, 2\\), expected .* \\(1, 2\\)",
+        ),
         ({"pairs": np.array([[0.5, -1.0], [1.0, 2.0]])}, "'pairs' holds a negative sum of squares"),
-        ({"pairs": np.array([[0.5, np.inf], [1.0, 2.0]])}, "'pairs' holds values that are not finite"),
-        ({"pairs": np.array([[np.nan, 1.0], [1.0, 2.0]])}, "'pairs' holds values that are not finite"),
+        (
+            {"pairs": np.array([[0.5, np.inf], [1.0, 2.0]])},
+            "'pairs' holds values that are not finite",
+        ),
+        (
+            {"pairs": np.array([[np.nan, 1.0], [1.0, 2.0]])},
+            "'pairs' holds values that are not finite",
+        ),
         ({"pairs": np.ones((2, 2), np.float32)}, "'pairs' is float32"),
         ({"intercept": np.array([0.1, -0.2])}, "'intercept' holds a negative sum of squares"),
         ({"intercept": np.array([0.1])}, "'intercept' is float64 \\(1,\\)"),
@@ -633,7 +749,15 @@ def test_weights_of_the_default_network_have_its_shapes(name):
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fm"])
 @pytest.mark.parametrize(
-    "wrong", [{"table_bits": 9}, {"embedding_dim": 40}, {"hidden": [16]}, {"hidden": [17, 16]}, {"hidden": [16] * 64}, {"fields": 5}]
+    "wrong",
+    [
+        {"table_bits": 9},
+        {"embedding_dim": 40},
+        {"hidden": [16]},
+        {"hidden": [17, 16]},
+        {"hidden": [16] * 64},
+        {"fields": 5},
+    ],
 )
 def test_weights_of_other_shapes_are_refused(name, wrong):
     with pytest.raises((KeyError, ValueError)):
@@ -651,7 +775,10 @@ def test_an_fm_has_a_table_for_any_number_of_fields_and_no_network():
 def test_the_weights_of_one_system_are_not_those_of_another():
     learners = {name: small(name, embedding_dim=10) for name in MODELS}
     for one, other in itertools.permutations(MODELS, 2):
-        if {one, other} != {"lr_dnn", "deepfm"}:  # which have the same tensors and use them in another way
+        if {one, other} != {
+            "lr_dnn",
+            "deepfm",
+        }:  # which have the same tensors and use them in another way
             with pytest.raises(ValueError, match="tensor"):
                 learners[other].load_weights(learners[one].weights())
 

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from test_snapshot import in_child
+from support.processes import in_child
 
-from stream_ctr import snapshot
 from stream_ctr.errors import BrokerError, ConfigError
-from stream_ctr.outlet import Outlet
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.publisher import Outlet
 
 
 class Away(Exception):
@@ -28,7 +28,14 @@ class Broker:
         self.headers: list[Sequence[tuple[str, bytes]]] = []
         self.keys: list[bytes | None] = []
 
-    def send(self, topic: str, value: bytes, *, key: bytes | None = None, headers: Sequence[tuple[str, bytes]] = ()) -> None:
+    def send(
+        self,
+        topic: str,
+        value: bytes,
+        *,
+        key: bytes | None = None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
         self.flush(0)
         self.sent.append((topic, value))
         self.headers.append(headers)
@@ -41,13 +48,21 @@ class Broker:
 
 def letters(directory: Path) -> list[str]:
     path = directory / "dead_letters.jsonl"
-    return [json.loads(line)["offset"] for line in path.read_text().splitlines()] if path.exists() else []
+    return (
+        [json.loads(line)["offset"] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
 
 
-def test_a_broker_that_is_away_loses_no_report_and_no_letter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_broker_that_is_away_loses_no_report_and_no_letter(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     broker = Broker()
     outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), metrics_topic="m")
-    outlet.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")  # sent, but not known to have arrived
+    outlet.dead_letter(
+        "clicks", 0, 5, b"junk", "not_json", "x"
+    )  # sent, but not known to have arrived
     broker.away = True
     outlet.report({"n": 1})
     outlet.dead_letter("clicks", 0, 7, b"junk", "not_json", "x")
@@ -55,13 +70,18 @@ def test_a_broker_that_is_away_loses_no_report_and_no_letter(tmp_path: Path, cap
     outlet.dead_letter("clicks", 0, 9, b"junk", "not_json", "x")
     outlet.report({"n": 2})
     assert [topic for topic, _ in broker.sent] == ["clicks.dlq", "clicks.dlq", "m"]
-    assert [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()] == [{"n": 1}, {"n": 2}]
+    assert [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()] == [
+        {"n": 1},
+        {"n": 2},
+    ]
     outlet.flush()
     assert letters(tmp_path) == ["5", "7"]
     assert "2 dead letters that no broker took are in" in caplog.text
 
 
-def test_letters_that_do_not_arrive_before_a_snapshot_are_in_the_file_by_then(tmp_path: Path) -> None:
+def test_letters_that_do_not_arrive_before_a_snapshot_are_in_the_file_by_then(
+    tmp_path: Path,
+) -> None:
     broker = Broker()
     outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,))
     outlet.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")
@@ -77,23 +97,42 @@ def test_a_letter_that_no_broker_would_take_is_cut_and_says_so(tmp_path: Path) -
     assert dict(broker.headers[-1])["__stream_ctr.errors.cut_to"] == b"900000"
 
 
-def test_the_letters_of_one_record_have_keys_of_their_own_and_name_their_event(tmp_path: Path) -> None:
+def test_the_letters_of_one_record_have_keys_of_their_own_and_name_their_event(
+    tmp_path: Path,
+) -> None:
     broker = Broker()
     outlet = Outlet(tmp_path, sink=broker)
     for event in (None, 0, 7):
         outlet.dead_letter("clicks", 2, 5, b"x", "missing_id", "x", event=event)
     assert broker.keys == [b"clicks-2-5", b"clicks-2-5-0", b"clicks-2-5-7"]
-    assert [dict(headers).get("__stream_ctr.errors.event") for headers in broker.headers] == [None, b"0", b"7"]
+    assert [dict(headers).get("__stream_ctr.errors.event") for headers in broker.headers] == [
+        None,
+        b"0",
+        b"7",
+    ]
 
 
-def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_at_the_end_or_that_is_an_error(tmp_path: Path) -> None:
-    told = {"model": "m", "epoch": 1, "sequence": 1, "examples": 1, "event_time_ms": 0, "created_ms": 0}
-    path = snapshot.write(tmp_path / "snapshots", tensors={}, manifest=told, snapshot_id=snapshot.new_id(1, 0))
+def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_at_the_end_or_that_is_an_error(
+    tmp_path: Path,
+) -> None:
+    told = {
+        "model": "m",
+        "epoch": 1,
+        "sequence": 1,
+        "examples": 1,
+        "event_time_ms": 0,
+        "created_ms": 0,
+    }
+    path = snapshot.write(
+        tmp_path / "snapshots", tensors={}, manifest=told, snapshot_id=snapshot.new_id(1, 0)
+    )
     broker = Broker()
     outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), snapshot_topic="s")
     broker.away = True
     outlet.publish(path, told)
-    with pytest.raises(BrokerError, match="the pointer to snapshot 00000001-.* did not reach topic 's'"):
+    with pytest.raises(
+        BrokerError, match="the pointer to snapshot 00000001-.* did not reach topic 's'"
+    ):
         outlet.flush()
     broker.away = False
     outlet.flush()
@@ -114,7 +153,9 @@ def test_a_report_for_which_there_is_no_room_spoils_no_other(tmp_path: Path) -> 
         outlet = Outlet(tmp_path)
         outlet.report({"n": 1})
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))  # a longer file fails to grow, as on a full disk
+        resource.setrlimit(
+            resource.RLIMIT_FSIZE, (20_000, most)
+        )  # a longer file fails to grow, as on a full disk
         outlet.report({"n": 2, "long": "x" * 50_000})
         outlet.report({"n": 3})
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -20,7 +20,21 @@ from markdown_it import MarkdownIt  # comes with rich
 
 from stream_ctr.models import MODELS
 from stream_ctr.paper import aggregate, facts, figures, intervals, published, report
-from stream_ctr.paper.page import Block, Code, Column, Details, Facts, Heading, Listing, Note, Picture, Strong, Table, Text, markdown
+from stream_ctr.paper.page import (
+    Block,
+    Code,
+    Column,
+    Details,
+    Facts,
+    Heading,
+    Listing,
+    Note,
+    Picture,
+    Strong,
+    Table,
+    Text,
+    markdown,
+)
 from stream_ctr.paper.page import html as html_of
 
 TITLES = ["LR", "FM", "FNN", "IPNN", "OPNN", "PNN*", "LR & DNN", "FM & DNN", "DeepFM"]
@@ -28,7 +42,17 @@ DEEP = [name for name in MODELS if name not in ("lr", "fm")]
 TEST_EXAMPLES = 2000
 LOGLOSS = {"lr": 0.4778, "fm": 0.4608, "fnn": 0.4574, "ipnn": 0.4532, "opnn": 0.4526, "pnn": 0.4505, "lr_dnn": 0.4567, "fm_dnn": 0.4538,
            "deepfm": 0.4508}  # fmt: skip
-SECONDS = {"lr": 1.9, "fm": 14.0, "fnn": 160.0, "ipnn": 141.0, "opnn": 88.0, "pnn": 171.0, "lr_dnn": 79.0, "fm_dnn": 95.0, "deepfm": 82.0}
+SECONDS = {
+    "lr": 1.9,
+    "fm": 14.0,
+    "fnn": 160.0,
+    "ipnn": 141.0,
+    "opnn": 88.0,
+    "pnn": 171.0,
+    "lr_dnn": 79.0,
+    "fm_dnn": 95.0,
+    "deepfm": 82.0,
+}
 
 DATA: dict[str, Any] = {
     "name": "criteo_sample.txt", "format": "criteo", "impressions": 7200, "clicks": 1843, "ctr": 1843 / 7200, "fields": 39,
@@ -76,10 +100,14 @@ def outcome(system: str, seed: int, rng: np.random.Generator, **changed: Any) ->
 
 def checks(best: float) -> list[dict[str, float]]:
     """Of a validation that is at its best after three quarters of an epoch."""
-    return [{"epoch": 0.25 * i, "auc": 0.79, "logloss": best + 0.001 * abs(i - 3)} for i in range(1, 6)]
+    return [
+        {"epoch": 0.25 * i, "auc": 0.79, "logloss": best + 0.001 * abs(i - 3)} for i in range(1, 6)
+    ]
 
 
-def runs(out: Path, *, seeds: int = 3, study_seeds: int = 2, device: str = "cpu") -> list[dict[str, Any]]:
+def runs(
+    out: Path, *, seeds: int = 3, study_seeds: int = 2, device: str = "cpu"
+) -> list[dict[str, Any]]:
     """Runs like those of the runner, their test losses below `out`: parts of every kind, all systems, every value of the paper."""
     rng = np.random.default_rng(7)
     (out / "runs").mkdir(parents=True, exist_ok=True)
@@ -88,17 +116,35 @@ def runs(out: Path, *, seeds: int = 3, study_seeds: int = 2, device: str = "cpu"
     for seed in range(seeds):
         for system in MODELS:
             run = outcome(system, seed, rng, device="cpu" if system == "lr" else device)
-            losses = shared + run["logloss"] - shared.mean() + 0.02 * rng.standard_normal(TEST_EXAMPLES)
+            losses = (
+                shared + run["logloss"] - shared.mean() + 0.02 * rng.standard_normal(TEST_EXAMPLES)
+            )
             run["losses"] = f"runs/{system}-{seed}.npy"
             np.save(out / run["losses"], losses.astype(np.float32))
             found.append({"part": "table2", "value": "", **run})
     for system in MODELS:
         run = outcome(system, 0, rng)
-        paired = {"logloss_difference": run["logloss"] - 0.4508, "low": run["logloss"] - 0.4512, "high": run["logloss"] - 0.4504}
-        found.append({"part": "streaming", "value": "", **run, "last_half": {"auc": 0.79, "logloss": 0.46}, "paired": paired})
+        paired = {
+            "logloss_difference": run["logloss"] - 0.4508,
+            "low": run["logloss"] - 0.4512,
+            "high": run["logloss"] - 0.4504,
+        }
+        found.append(
+            {
+                "part": "streaming",
+                "value": "",
+                **run,
+                "last_half": {"auc": 0.79, "logloss": 0.46},
+                "paired": paired,
+            }
+        )
     for part, values in published.VALUES.items():
         for value in values:
-            found += [{"part": part, "value": value, **outcome(s, seed, rng)} for seed in range(study_seeds) for s in DEEP]
+            found += [
+                {"part": part, "value": value, **outcome(s, seed, rng)}
+                for seed in range(study_seeds)
+                for s in DEEP
+            ]
     return found
 
 
@@ -109,7 +155,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return out, report.write(out, runs(out), data=DATA, made=MADE)
 
 
-def written_with(out: Path, found: list[dict[str, Any]], data: Mapping[str, Any] = DATA, **made: Any) -> dict[str, Any]:
+def written_with(
+    out: Path, found: list[dict[str, Any]], data: Mapping[str, Any] = DATA, **made: Any
+) -> dict[str, Any]:
     return report.write(out, found, data=data, made=MADE | made)
 
 
@@ -120,7 +168,9 @@ def test_the_models_have_the_properties_of_the_papers_table_1() -> None:
     by_title = {system.title: system for system in MODELS.values()}
     for title, said in published.TABLE1.items():
         ours = by_title[title]
-        assert (ours.pretraining, ours.high_order, ours.low_order, ours.engineering) == tuple(said), title
+        assert (ours.pretraining, ours.high_order, ours.low_order, ours.engineering) == tuple(
+            said
+        ), title
 
 
 def test_the_papers_own_percentages_follow_from_its_table_2() -> None:
@@ -128,18 +178,28 @@ def test_the_papers_own_percentages_follow_from_its_table_2() -> None:
     for rows, auc, logloss in ((published.COMPANY, 0.86, 1.15), (published.CRITEO, 4.18, 5.60)):
         assert list(rows) == TITLES
         assert 100 * (rows["DeepFM"].auc / rows["LR"].auc - 1) == pytest.approx(auc, abs=0.02)
-        assert 100 * (1 - rows["DeepFM"].logloss / rows["LR"].logloss) == pytest.approx(logloss, abs=0.03)
+        assert 100 * (1 - rows["DeepFM"].logloss / rows["LR"].logloss) == pytest.approx(
+            logloss, abs=0.03
+        )
 
 
 # -- numbers ------------------------------------------------------------------------------------------------------------------------
 
 
 def of_table2(system: str, seed: int, **scores: Any) -> dict[str, Any]:
-    return {"part": "table2", "value": "", **outcome(system, seed, np.random.default_rng(0)), **scores}
+    return {
+        "part": "table2",
+        "value": "",
+        **outcome(system, seed, np.random.default_rng(0)),
+        **scores,
+    }
 
 
 def test_means_and_spreads_are_over_the_seeds_of_one_system() -> None:
-    found = [of_table2("fm", seed, auc=auc, seconds=s) for seed, (auc, s) in enumerate([(0.70, 10.0), (0.72, 14.0), (0.74, 18.0)])]
+    found = [
+        of_table2("fm", seed, auc=auc, seconds=s)
+        for seed, (auc, s) in enumerate([(0.70, 10.0), (0.72, 14.0), (0.74, 18.0)])
+    ]
     rows = aggregate.table2([*found, of_table2("lr", 0, auc=0.5)], lambda run: np.zeros(10))
     assert rows["FM"]["auc"] == pytest.approx(0.72)
     assert rows["FM"]["auc_std"] == pytest.approx(0.02)  # (0.02^2 + 0 + 0.02^2) / 2 is its square
@@ -149,11 +209,22 @@ def test_means_and_spreads_are_over_the_seeds_of_one_system() -> None:
 
 
 def test_a_difference_is_paired_by_seed_and_by_example() -> None:
-    kept = {("deepfm", 0): [0.1, 0.2], ("deepfm", 2): [0.3, 0.4], ("fm", 2): [0.4, 0.7], ("fm", 0): [0.2, 0.1], ("fm", 1): [9.0, 9.0]}
+    kept = {
+        ("deepfm", 0): [0.1, 0.2],
+        ("deepfm", 2): [0.3, 0.4],
+        ("fm", 2): [0.4, 0.7],
+        ("fm", 0): [0.2, 0.1],
+        ("fm", 1): [9.0, 9.0],
+    }
     found = [of_table2(system, seed, losses="x") for system, seed in kept]
     rows = aggregate.table2(found, lambda run: np.array(kept[run["system"], run["seed"]]))
     # seed 0: (+0.1 - 0.1) / 2 = 0; seed 2: (+0.1 + 0.3) / 2 = 0.2; FM's seed 1 has nothing to be compared with
-    assert rows["FM"]["minus_deepfm"] == {"logloss_difference": pytest.approx(0.1), "low": None, "high": None, "seeds": 2}
+    assert rows["FM"]["minus_deepfm"] == {
+        "logloss_difference": pytest.approx(0.1),
+        "low": None,
+        "high": None,
+        "seeds": 2,
+    }
     assert rows["DeepFM"]["minus_deepfm"] is None
 
 
@@ -163,7 +234,9 @@ def test_the_interval_of_one_seed_is_that_of_the_test_examples() -> None:
     half = 1.96 / np.sqrt(100_000)  # standard deviation 1
     assert told["low"] is not None
     assert told["high"] is not None
-    assert (told["high"] - told["low"]) / 2 == pytest.approx(half, rel=0.2)  # 128 blocks tell a spread to a few percent
+    assert (told["high"] - told["low"]) / 2 == pytest.approx(
+        half, rel=0.2
+    )  # 128 blocks tell a spread to a few percent
 
 
 def test_the_interval_of_three_seeds_that_differ_is_students() -> None:
@@ -182,35 +255,65 @@ def test_the_interval_of_equal_systems_leaves_zero_out_about_once_in_twenty_time
     rng = np.random.default_rng(11)
     missed = 0
     for _ in range(300):
-        examples = 0.04 * rng.standard_normal((1, 500))  # what is the same for all seeds: the test part
-        losses = examples + 0.002 * rng.standard_normal((3, 1)) + 0.01 * rng.standard_normal((3, 500))
-        missed += intervals.verdict(intervals.paired_difference(losses, np.zeros((3, 500)))) != "same"
+        examples = 0.04 * rng.standard_normal(
+            (1, 500)
+        )  # what is the same for all seeds: the test part
+        losses = (
+            examples + 0.002 * rng.standard_normal((3, 1)) + 0.01 * rng.standard_normal((3, 500))
+        )
+        missed += (
+            intervals.verdict(intervals.paired_difference(losses, np.zeros((3, 500)))) != "same"
+        )
     assert 2 <= missed <= 24  # 15 on average, if it is exact; wider is honest, narrower is not
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.1, 0.2, "worse"), (-0.2, -0.1, "better"), (-0.1, 0.1, "same"), (None, None, "unknown")]
+    ("low", "high", "verdict"),
+    [(0.1, 0.2, "worse"), (-0.2, -0.1, "better"), (-0.1, 0.1, "same"), (None, None, "unknown")],
 )
-def test_a_system_is_told_apart_only_when_its_interval_leaves_zero_out(low: float | None, high: float | None, verdict: str) -> None:
+def test_a_system_is_told_apart_only_when_its_interval_leaves_zero_out(
+    low: float | None, high: float | None, verdict: str
+) -> None:
     assert intervals.verdict({"low": low, "high": high}) == verdict
 
 
 def test_a_systems_time_is_the_median_over_seeds_beside_lrs() -> None:
-    found = [of_table2("lr", seed, seconds=s, seconds_per_epoch=1.0) for seed, s in enumerate([90.0, 2.0, 1.0])]
-    found += [of_table2("fm", seed, seconds=s, seconds_per_epoch=4.0) for seed, s in enumerate([5.0, 6.0, 80.0])]
-    found.append(of_table2("fm", 0, seconds=1.5, seconds_per_epoch=0.5, device="cuda", part="figure6"))
+    found = [
+        of_table2("lr", seed, seconds=s, seconds_per_epoch=1.0)
+        for seed, s in enumerate([90.0, 2.0, 1.0])
+    ]
+    found += [
+        of_table2("fm", seed, seconds=s, seconds_per_epoch=4.0)
+        for seed, s in enumerate([5.0, 6.0, 80.0])
+    ]
+    found.append(
+        of_table2("fm", 0, seconds=1.5, seconds_per_epoch=0.5, device="cuda", part="figure6")
+    )
     times = aggregate.times(found)
-    assert aggregate.relative_times(times)["cpu"]["FM"] == {"median": 3.0, "least": 2.5, "most": 40.0}
-    assert aggregate.relative_times(times)["cuda"] == {"FM": {"median": 0.75, "least": 0.75, "most": 0.75}}
+    assert aggregate.relative_times(times)["cpu"]["FM"] == {
+        "median": 3.0,
+        "least": 2.5,
+        "most": 40.0,
+    }
+    assert aggregate.relative_times(times)["cuda"] == {
+        "FM": {"median": 0.75, "least": 0.75, "most": 0.75}
+    }
     assert aggregate.relative_times(times, "seconds_per_epoch")["cpu"]["FM"]["median"] == 4.0
 
 
 @pytest.mark.parametrize(("epoch", "said"), [(0.02, True), (0.2, False)])
-def test_multiples_of_a_short_epoch_of_lr_are_said_to_be_rough(epoch: float, said: bool, tmp_path: Path) -> None:
-    found = [run | {"seconds_per_epoch": epoch} if run["system"] == "lr" else run for run in of_part(runs(tmp_path), "table2")]
+def test_multiples_of_a_short_epoch_of_lr_are_said_to_be_rough(
+    epoch: float, said: bool, tmp_path: Path
+) -> None:
+    found = [
+        run | {"seconds_per_epoch": epoch} if run["system"] == "lr" else run
+        for run in of_part(runs(tmp_path), "table2")
+    ]
     told = written_with(tmp_path, found)
     assert told["figure6"]["cpu"]["FM"]["seconds_per_epoch"]["median"] == pytest.approx(14 / 2)
-    assert aggregate.relative_times(told["figure6"], "seconds_per_epoch")["cpu"]["FM"]["median"] == pytest.approx(7 / epoch)
+    assert aggregate.relative_times(told["figure6"], "seconds_per_epoch")["cpu"]["FM"][
+        "median"
+    ] == pytest.approx(7 / epoch)
     assert (tmp_path / "figures" / "figure6.svg").exists()
     assert (f"An epoch of LR takes {epoch} s here" in (tmp_path / "report.md").read_text()) == said
 
@@ -218,7 +321,10 @@ def test_multiples_of_a_short_epoch_of_lr_are_said_to_be_rough(epoch: float, sai
 def test_times_are_of_one_machine_and_all_machines_are_named(tmp_path: Path) -> None:
     other = {"processor": "Ampere Altra", "cores": 64}
     found = of_part(runs(tmp_path), "table2")
-    found = [run | {"machine": other, "seconds": 1e6} if run["system"] == "deepfm" else run for run in found]
+    found = [
+        run | {"machine": other, "seconds": 1e6} if run["system"] == "deepfm" else run
+        for run in found
+    ]
     told = written_with(tmp_path, found)
     assert "DeepFM" not in told["figure6"]["cpu"]
     assert [where["machine"] for where in told["machines"]] == [MACHINE, other]
@@ -241,7 +347,11 @@ def test_a_study_chooses_by_validation_and_not_by_the_test_part(tmp_path: Path) 
 def test_who_beats_lr_is_said_by_an_interval_and_not_by_order(tmp_path: Path) -> None:
     """FM is below LR by far less than the two seeds of each differ, DeepFM by far more."""
     kept = {"lr": (0.500, 0.500), "fm": (0.489, 0.509), "deepfm": (0.400, 0.401)}
-    found = [of_table2(system, seed, logloss=of[seed], losses=f"{system}-{seed}.npy") for system, of in kept.items() for seed in (0, 1)]
+    found = [
+        of_table2(system, seed, logloss=of[seed], losses=f"{system}-{seed}.npy")
+        for system, of in kept.items()
+        for seed in (0, 1)
+    ]
     for run in found:
         np.save(tmp_path / run["losses"], np.full(200, run["logloss"], np.float32))
     told = written_with(tmp_path, found, seeds=2)
@@ -259,7 +369,11 @@ def test_a_report_of_some_systems_holds_those_alone(tmp_path: Path, systems: lis
     told = written_with(tmp_path, [run for run in runs(tmp_path) if run["system"] in systems])
     assert list(told["table2"]) == TITLES
     text = (tmp_path / "report.md").read_text()
-    rows = re.findall(r"^\| ([^|]+) \|", text.partition("## Table 2")[2].partition("## Table 1")[0], flags=re.MULTILINE)
+    rows = re.findall(
+        r"^\| ([^|]+) \|",
+        text.partition("## Table 2")[2].partition("## Table 1")[0],
+        flags=re.MULTILINE,
+    )
     named = {MODELS[system].title for system in systems}
     assert {row for row in rows if row in [title.replace("*", r"\*") for title in TITLES]} == named
     assert ("DeepFM's" in text) == ("deepfm" in systems)
@@ -269,13 +383,20 @@ def test_what_fnn_had_from_its_fm_stands_beside_it(tmp_path: Path) -> None:
     told = written_with(tmp_path, [of_table2("fnn", 0, validation=checks(0.4634))])
     assert told["table2"]["FNN"]["pretraining"] == {"validation_logloss": 0.461, "epochs": 0.75}
     text = (tmp_path / "report.md").read_text()
-    assert "0.46100, after 0.75 epochs. That of the network on its embeddings is 0.46340: 0.00240 above it." in text
+    assert (
+        "0.46100, after 0.75 epochs. That of the network on its embeddings is 0.46340: 0.00240 above it."
+        in text
+    )
 
 
 def test_a_dropout_that_is_not_the_papers_is_said_to_be_given(tmp_path: Path) -> None:
     said = "The dropout of Table 2, 0.1, was given by hand"
     for dropout in (0.1, 0.5):
-        written_with(tmp_path, of_part(runs(tmp_path), "table2"), settings={**MADE["settings"], "dropout": dropout})
+        written_with(
+            tmp_path,
+            of_part(runs(tmp_path), "table2"),
+            settings={**MADE["settings"], "dropout": dropout},
+        )
         assert (said in (tmp_path / "report.md").read_text()) == (dropout == 0.1)
 
 
@@ -296,8 +417,15 @@ def test_report_json_keeps_its_contract(written: tuple[Path, dict[str, Any]]) ->
     assert told["format"] == 1
     assert list(told["table2"]) == TITLES
     for row in told["table2"].values():
-        assert all(isinstance(row[name], float) for name in ("auc", "auc_std", "logloss", "logloss_std", "seconds", "epochs"))
-        assert row["published"]["criteo"].keys() == row["published"]["company"].keys() == {"auc", "logloss"}
+        assert all(
+            isinstance(row[name], float)
+            for name in ("auc", "auc_std", "logloss", "logloss_std", "seconds", "epochs")
+        )
+        assert (
+            row["published"]["criteo"].keys()
+            == row["published"]["company"].keys()
+            == {"auc", "logloss"}
+        )
     assert told["order"] == sorted(TITLES, key=lambda title: told["table2"][title]["logloss"])
     for other, kind in (("DeepFM", "minus_deepfm"), ("LR", "minus_lr")):
         assert [name for name, row in told["table2"].items() if row[kind] is None] == [other]
@@ -311,10 +439,17 @@ def test_report_json_keeps_its_contract(written: tuple[Path, dict[str, Any]]) ->
 
 
 @pytest.mark.slow
-def test_the_same_runs_give_the_same_bytes(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_the_same_runs_give_the_same_bytes(
+    written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     first, _ = written
     written_with(tmp_path, runs(tmp_path))
-    names = ["report.json", "report.md", "report.html", *(f"figures/{path.name}" for path in sorted((first / "figures").iterdir()))]
+    names = [
+        "report.json",
+        "report.md",
+        "report.html",
+        *(f"figures/{path.name}" for path in sorted((first / "figures").iterdir())),
+    ]
     assert len(names) == 10
     for name in names:
         assert (tmp_path / name).read_bytes() == (first / name).read_bytes(), name
@@ -322,12 +457,22 @@ def test_the_same_runs_give_the_same_bytes(written: tuple[Path, dict[str, Any]],
 
 @pytest.mark.slow
 def test_what_failed_or_was_not_run_is_named(tmp_path: Path) -> None:
-    found = [run for run in runs(tmp_path) if run["part"] != "figure9" and not (run["system"] == "opnn" and run["part"] == "table2")]
+    found = [
+        run
+        for run in runs(tmp_path)
+        if run["part"] != "figure9" and not (run["system"] == "opnn" and run["part"] == "table2")
+    ]
     found = [run for run in found if not (run["part"] == "figure8" and run["value"] == "0.9")]
-    found.append({"part": "table2", "value": "", "system": "opnn", "seed": 1, "failed": "no finite loss"})
+    found.append(
+        {"part": "table2", "value": "", "system": "opnn", "seed": 1, "failed": "no finite loss"}
+    )
     told = written_with(tmp_path, found)
     assert told["table2"]["OPNN"]["auc"] is None
-    assert told["missing"] == ["Table 2: no run of OPNN.", "Figure 8: not run at 0.9.", "Figure 9: not run."]
+    assert told["missing"] == [
+        "Table 2: no run of OPNN.",
+        "Figure 8: not run at 0.9.",
+        "Figure 9: not run.",
+    ]
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
         assert "no finite loss" in text
@@ -335,9 +480,14 @@ def test_what_failed_or_was_not_run_is_named(tmp_path: Path) -> None:
 
 
 def test_a_system_that_a_whole_figure_lacks_is_named_once(tmp_path: Path) -> None:
-    found = [run for run in runs(tmp_path, seeds=1) if run["part"] in ("table2", "figure7", "streaming")]
     found = [
-        run for run in found if run["part"] != "figure7" or (run["system"] != "fnn" and (run["system"], run["value"]) != ("pnn", "tanh"))
+        run for run in runs(tmp_path, seeds=1) if run["part"] in ("table2", "figure7", "streaming")
+    ]
+    found = [
+        run
+        for run in found
+        if run["part"] != "figure7"
+        or (run["system"] != "fnn" and (run["system"], run["value"]) != ("pnn", "tanh"))
     ]
     told = aggregate.missing(found)
     assert told[:2] == ["Figure 7: no run of FNN.", "Figure 7, tanh: no run of PNN*."]
@@ -366,8 +516,12 @@ def test_a_figure_that_is_not_finite_becomes_null(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report.json").read_text())["table2"]["FM"]["auc"] is None
 
 
-@pytest.mark.parametrize(("data", "there", "absent"), [(DATA, "0.45083", "0.02618"), (SIMULATED, "0.02618", "0.45083")])
-def test_the_papers_numbers_of_the_matching_data_stand_beside_ours(tmp_path: Path, data: dict[str, Any], there: str, absent: str) -> None:
+@pytest.mark.parametrize(
+    ("data", "there", "absent"), [(DATA, "0.45083", "0.02618"), (SIMULATED, "0.02618", "0.45083")]
+)
+def test_the_papers_numbers_of_the_matching_data_stand_beside_ours(
+    tmp_path: Path, data: dict[str, Any], there: str, absent: str
+) -> None:
     written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), data)
     for name in ("report.md", "report.html"):
         text = (tmp_path / name).read_text()
@@ -377,15 +531,24 @@ def test_the_papers_numbers_of_the_matching_data_stand_beside_ours(tmp_path: Pat
 
 
 def test_of_other_data_the_paper_has_no_numbers(tmp_path: Path) -> None:
-    written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "format": "avazu", "whole": None})
+    written_with(
+        tmp_path,
+        of_part(runs(tmp_path, seeds=1), "table2"),
+        {**DATA, "format": "avazu", "whole": None},
+    )
     text = (tmp_path / "report.md").read_text()
     assert "The paper has no numbers on this data." in text
     assert "| 0.45083 |" not in text
 
 
 def test_who_learned_nothing_is_named(tmp_path: Path) -> None:
-    written_with(tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "constant_logloss": 0.47})
-    assert "No better than the best constant, whose test logloss is 0.47000: LR." in (tmp_path / "report.html").read_text()
+    written_with(
+        tmp_path, of_part(runs(tmp_path, seeds=1), "table2"), {**DATA, "constant_logloss": 0.47}
+    )
+    assert (
+        "No better than the best constant, whose test logloss is 0.47000: LR."
+        in (tmp_path / "report.html").read_text()
+    )
 
 
 def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
@@ -418,8 +581,13 @@ class Tags(html.parser.HTMLParser):
 
 
 def test_what_comes_from_data_is_text_and_nothing_else(tmp_path: Path) -> None:
-    found = [*of_part(runs(tmp_path, seeds=1), "table2"), {"part": "table2", "value": NASTY, "system": "lr", "seed": 9, "failed": NASTY}]
-    written_with(tmp_path, found, {**DATA, "name": NASTY, "notes": [NASTY], "whole": NASTY}, command=NASTY)
+    found = [
+        *of_part(runs(tmp_path, seeds=1), "table2"),
+        {"part": "table2", "value": NASTY, "system": "lr", "seed": 9, "failed": NASTY},
+    ]
+    written_with(
+        tmp_path, found, {**DATA, "name": NASTY, "notes": [NASTY], "whole": NASTY}, command=NASTY
+    )
     page = Tags((tmp_path / "report.html").read_text())
     assert page.text.count(NASTY) >= 5
     assert not {"script", "img", "iframe", "object", "embed"} & {tag for tag, _ in page.tags}
@@ -434,19 +602,43 @@ EVERYWHERE: list[Block] = [
 
 
 def test_a_block_shows_its_text_letter_by_letter_in_both_forms() -> None:
-    forms = {"html": html_of(NASTY, EVERYWHERE), "markdown": MarkdownIt("commonmark").enable("table").render(markdown(EVERYWHERE))}
+    forms = {
+        "html": html_of(NASTY, EVERYWHERE),
+        "markdown": MarkdownIt("commonmark").enable("table").render(markdown(EVERYWHERE)),
+    }
     for form, page in forms.items():
         tags = Tags(page)
         assert tags.text.count(NASTY) >= 14 - (form == "markdown"), form
         pictures = [attributes["src"] for tag, attributes in tags.tags if tag == "img"]
         assert pictures == (["figures/x.svg"] if form == "markdown" else [])
         assert not {"script", "iframe"} & {tag for tag, _ in tags.tags}
-        assert len([tag for tag, _ in tags.tags if tag in ("th", "td")]) == (6 if form == "html" else 4)
+        assert len([tag for tag, _ in tags.tags if tag in ("th", "td")]) == (
+            6 if form == "html" else 4
+        )
 
 
-@pytest.mark.parametrize("text", ["- a", "+ a", "1. a", "12) a", "# a", "=== a", "---", "> a", "a  b", "~~a~~", "a_b_c", "&amp; a", "$a$"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a",
+        "+ a",
+        "1. a",
+        "12) a",
+        "# a",
+        "=== a",
+        "---",
+        "> a",
+        "a  b",
+        "~~a~~",
+        "a_b_c",
+        "&amp; a",
+        "$a$",
+    ],
+)
 def test_a_line_of_markdown_is_no_more_than_its_text(text: str) -> None:
-    page = Tags(MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown([Text(text)])))
+    page = Tags(
+        MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(markdown([Text(text)]))
+    )
     assert [tag for tag, _ in page.tags] == ["p"]
     assert page.text.split() == text.split()
 
@@ -461,17 +653,32 @@ def test_the_html_asks_for_nothing_outside_of_itself(written: tuple[Path, dict[s
     assert "@import" not in page
 
 
-def test_every_id_of_the_page_is_there_once_and_every_link_leads_to_one(written: tuple[Path, dict[str, Any]]) -> None:
+def test_every_id_of_the_page_is_there_once_and_every_link_leads_to_one(
+    written: tuple[Path, dict[str, Any]],
+) -> None:
     tags = Tags((written[0] / "report.html").read_text()).tags
     ids = [attributes["id"] for _, attributes in tags if "id" in attributes]
-    links = {str(value).removeprefix("#") for _, of in tags for name, value in of.items() if name.endswith("href") and str(value)[0] == "#"}
+    links = {
+        str(value).removeprefix("#")
+        for _, of in tags
+        for name, value in of.items()
+        if name.endswith("href") and str(value)[0] == "#"
+    }
     assert len(ids) == len(set(ids))
     assert links <= set(ids)
 
 
 def test_a_picture_is_well_formed_small_and_white(written: tuple[Path, dict[str, Any]]) -> None:
     pictures = sorted((written[0] / "figures").iterdir())
-    assert [path.stem for path in pictures] == ["figure10", "figure11", "figure6", "figure7", "figure8", "figure9", "table2"]
+    assert [path.stem for path in pictures] == [
+        "figure10",
+        "figure11",
+        "figure6",
+        "figure7",
+        "figure8",
+        "figure9",
+        "table2",
+    ]
     for path in pictures:
         assert path.stat().st_size < 100_000
         root = ElementTree.parse(path).getroot()
@@ -479,13 +686,17 @@ def test_a_picture_is_well_formed_small_and_white(written: tuple[Path, dict[str,
         assert "<text" not in path.read_text()  # letters are outlines
 
 
-def test_the_markdown_links_the_pictures_that_there_are(written: tuple[Path, dict[str, Any]]) -> None:
+def test_the_markdown_links_the_pictures_that_there_are(
+    written: tuple[Path, dict[str, Any]],
+) -> None:
     out, _ = written
     linked = re.findall(r"\]\((figures/[^)]*)\)", (out / "report.md").read_text())
     assert sorted(linked) == sorted(f"figures/{path.name}" for path in (out / "figures").iterdir())
 
 
-def test_every_row_of_a_markdown_table_has_the_cells_of_its_head(written: tuple[Path, dict[str, Any]]) -> None:
+def test_every_row_of_a_markdown_table_has_the_cells_of_its_head(
+    written: tuple[Path, dict[str, Any]],
+) -> None:
     text = (written[0] / "report.md").read_text()
     tables = re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)
     assert len(tables) == 20
@@ -505,8 +716,12 @@ def test_names_at_the_ends_of_lines_do_not_meet() -> None:
 
 # -- in a browser -------------------------------------------------------------------------------------------------------------------
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: the report is not opened in a browser")
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+browser_only = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium here: the report is not opened in a browser"
+)
 
 PROBE = """<!doctype html><title>probe</title><pre id=told></pre><script>
 const told = {};
@@ -536,7 +751,9 @@ function measure(width) {
 
 
 @pytest.fixture(scope="module")
-def opened(written: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]:
+def opened(
+    written: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], str]:
     """What a browser says of the page at 400 and at 1400 pixels, and what it wrote to its console."""
     assert CHROMIUM is not None
     folder = tmp_path_factory.mktemp("browser")
@@ -556,7 +773,9 @@ def opened(written: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPa
 
 @browser_only
 @pytest.mark.slow
-def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[str, Any], str]) -> None:
+def test_a_browser_shows_all_rows_and_pictures_at_any_width(
+    opened: tuple[dict[str, Any], str],
+) -> None:
     told, _ = opened
     for width in ("400", "1400"):
         assert told[width]["systems"] == 9
@@ -570,7 +789,9 @@ def test_a_browser_shows_all_rows_and_pictures_at_any_width(opened: tuple[dict[s
 
 @browser_only
 @pytest.mark.slow
-def test_a_browser_has_nothing_to_complain_of_and_nothing_to_ask_for(opened: tuple[dict[str, Any], str]) -> None:
+def test_a_browser_has_nothing_to_complain_of_and_nothing_to_ask_for(
+    opened: tuple[dict[str, Any], str],
+) -> None:
     told, console = opened
     assert re.findall(r".*:CONSOLE.*", console) == []
     assert told["400"]["requests"] == told["1400"]["requests"] == []

@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from stream_ctr.cli import main
+from stream_ctr.cli.main import main
 from stream_ctr.config import load
-from stream_ctr.events import Decoder, infer_fields
+from stream_ctr.events.decoder import Decoder, infer_fields
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 

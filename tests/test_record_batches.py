@@ -19,7 +19,6 @@ import kafka.codec
 import numba
 import numpy as np
 import pytest
-from brokers import ApacheBroker, KafkaMissing, find_kafka
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
@@ -30,15 +29,26 @@ from kafka.record import MemoryRecords
 from kafka.record.default_records import DefaultRecordBatch, DefaultRecordBatchBuilder
 from kafka.record.legacy_records import LegacyRecordBatchBuilder
 from kafka.record.util import calc_crc32c, encode_varint
-from patience import PATIENCE_SECONDS
+from support.brokers import ApacheBroker, KafkaMissing, find_kafka
+from support.patience import PATIENCE_SECONDS
 
-import connectors.kafka
-from connectors import kafka_inside as inside
-from connectors import record_batches
-from connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
-from connectors.record_batches import FORMAT, GZIP, LZ4, SNAPPY, ZSTD, Codecs, Columns, DamagedBatch, StoredBatches
+import stream_ctr.connectors.kafka
+from stream_ctr.connectors import kafka_inside as inside
+from stream_ctr.connectors import record_batches
+from stream_ctr.connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
+from stream_ctr.connectors.record_batches import (
+    FORMAT,
+    GZIP,
+    LZ4,
+    SNAPPY,
+    ZSTD,
+    Codecs,
+    Columns,
+    DamagedBatch,
+    StoredBatches,
+)
 
-CODECS = connectors.kafka._CODECS
+CODECS = stream_ctr.connectors.kafka._CODECS
 GREATEST = (1 << 63) - 1
 HEADER = DefaultRecordBatch.HEADER_STRUCT.size
 LOG_APPEND_TIME, CONTROL = 0x08, 0x20
@@ -63,7 +73,9 @@ class Batch:
         return 1 + max([self.last_offset_delta, *(delta for delta, *_ in self.records)])
 
     def stored(self, base_offset: int) -> bytes:
-        builder = DefaultRecordBatchBuilder(FORMAT, self.codec, self.transactional, self.producer, 0, 0, 1 << 30)
+        builder = DefaultRecordBatchBuilder(
+            FORMAT, self.codec, self.transactional, self.producer, 0, 0, 1 << 30
+        )
         for record in self.records:
             builder.append(*record)
         stored = builder.build()
@@ -79,25 +91,56 @@ class Batch:
 def checked(stored: bytes | bytearray) -> bytes:
     """The batch, with the checksum that its bytes have."""
     made = bytearray(stored)
-    struct.pack_into(">I", made, DefaultRecordBatch.CRC_OFFSET, calc_crc32c(memoryview(made)[DefaultRecordBatch.ATTRIBUTES_OFFSET :]))
+    struct.pack_into(
+        ">I",
+        made,
+        DefaultRecordBatch.CRC_OFFSET,
+        calc_crc32c(memoryview(made)[DefaultRecordBatch.ATTRIBUTES_OFFSET :]),
+    )
     return bytes(made)
 
 
-def with_body(body: bytes, count: int, base_offset: int = 0, last_offset_delta: int = 0, attributes: int = 0, producer: int = -1) -> bytes:
+def with_body(
+    body: bytes,
+    count: int,
+    base_offset: int = 0,
+    last_offset_delta: int = 0,
+    attributes: int = 0,
+    producer: int = -1,
+) -> bytes:
     """A batch whose checksum is right, whatever is in it."""
     length = HEADER - DefaultRecordBatch.AFTER_LEN_OFFSET + len(body)
-    fields = (base_offset, length, 7, FORMAT, 0, attributes, last_offset_delta, 0, 0, producer, 0, 0, count)
+    fields = (
+        base_offset,
+        length,
+        7,
+        FORMAT,
+        0,
+        attributes,
+        last_offset_delta,
+        0,
+        0,
+        producer,
+        0,
+        0,
+        count,
+    )
     return checked(DefaultRecordBatch.HEADER_STRUCT.pack(*fields) + body)
 
 
 def marker(base_offset: int, producer: int, *, commits: bool) -> bytes:
     """What ends a transaction."""
     body = bytearray([0, 0, 0, 8]) + struct.pack(">hh", 0, commits) + bytes([1, 0])
-    return with_body(bytes([2 * len(body)]) + body, 1, base_offset, attributes=CONTROL | 0x10, producer=producer)
+    return with_body(
+        bytes([2 * len(body)]) + body, 1, base_offset, attributes=CONTROL | 0x10, producer=producer
+    )
 
 
 def numbered(count: int, *, codec: int = 0, size: int = 0) -> Batch:
-    return Batch([(index, 1000 + index, None, b"%d" % index + bytes(size), []) for index in range(count)], codec)
+    return Batch(
+        [(index, 1000 + index, None, b"%d" % index + bytes(size), []) for index in range(count)],
+        codec,
+    )
 
 
 def read(
@@ -121,19 +164,27 @@ def read(
         records = columns.hand_out()
         records.value.validate(full=True)
         assert set(records.partition.tolist()) <= {3}
-        found += zip(records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True)
+        found += zip(
+            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
+        )
     return found, batches.position
 
 
-def read_by_client(stored: bytes, position: int, aborted: Sequence[tuple[int, int]]) -> tuple[list[Row], int]:
+def read_by_client(
+    stored: bytes, position: int, aborted: Sequence[tuple[int, int]]
+) -> tuple[list[Row], int]:
     parsed = Fetcher.PartitionRecords(
         position,
         TopicPartition("t", 3),
         MemoryRecords(stored),
         isolation_level=IsolationLevel.READ_COMMITTED,
-        aborted_transactions=[SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted],
+        aborted_transactions=[
+            SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted
+        ],
     )
-    return [(record.offset, record.timestamp, record.value) for record in parsed.take()], parsed.next_fetch_offset
+    return [
+        (record.offset, record.timestamp, record.value) for record in parsed.take()
+    ], parsed.next_fetch_offset
 
 
 # -- the same as the client's own parser ----------------------------------------------------------------------------------------------
@@ -149,7 +200,16 @@ def batches(draw: st.DrawFn) -> Batch:
     deltas = sorted(draw(st.sets(st.integers(0, 300), max_size=8)))
     producer = draw(st.sampled_from([-1, -1, 5, 6]))
     return Batch(
-        [(delta, draw(times), draw(st.none() | st.binary(max_size=9)), draw(values), draw(headers)) for delta in deltas],
+        [
+            (
+                delta,
+                draw(times),
+                draw(st.none() | st.binary(max_size=9)),
+                draw(values),
+                draw(headers),
+            )
+            for delta in deltas
+        ],
         draw(st.integers(0, ZSTD)),
         draw(st.integers(0, 310)),
         draw(st.none() | times),
@@ -158,7 +218,9 @@ def batches(draw: st.DrawFn) -> Batch:
     )
 
 
-def write_down(parts: Sequence[Batch | tuple[int, bool]], gaps: Sequence[int]) -> tuple[bytes, list[tuple[int, int]], int]:
+def write_down(
+    parts: Sequence[Batch | tuple[int, bool]], gaps: Sequence[int]
+) -> tuple[bytes, list[tuple[int, int]], int]:
     """(stored batches, what was aborted, the offset after the last): batches and ends of transactions (producer, whether committed)."""
     stored, aborted, offset = b"", [], 0
     first: dict[int, int] = {}
@@ -180,20 +242,40 @@ def write_down(parts: Sequence[Batch | tuple[int, bool]], gaps: Sequence[int]) -
 
 
 @settings(deadline=None)
-@given(st.lists(batches() | st.tuples(st.sampled_from([5, 6]), st.booleans()), min_size=1, max_size=6), st.data())
-def test_what_is_read_is_what_the_client_itself_reads(parts: list[Batch | tuple[int, bool]], data: st.DataObject) -> None:
-    gaps = data.draw(st.lists(st.sampled_from([0, 0, 1, 1000]), min_size=len(parts), max_size=len(parts)))
+@given(
+    st.lists(batches() | st.tuples(st.sampled_from([5, 6]), st.booleans()), min_size=1, max_size=6),
+    st.data(),
+)
+def test_what_is_read_is_what_the_client_itself_reads(
+    parts: list[Batch | tuple[int, bool]], data: st.DataObject
+) -> None:
+    gaps = data.draw(
+        st.lists(st.sampled_from([0, 0, 1, 1000]), min_size=len(parts), max_size=len(parts))
+    )
     stored, aborted, end = write_down(parts, gaps)
     position = data.draw(st.integers(0, end - 1))
     expected = read_by_client(stored, position, aborted)
     assert read(stored, position, aborted) == expected
     most, full_bytes = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 100, 1 << 20]))
     cut = data.draw(st.integers(0, HEADER))
-    assert read(stored + numbered(1).stored(end)[:cut], position, aborted, most, full_bytes, folded=data.draw(st.booleans())) == expected
+    assert (
+        read(
+            stored + numbered(1).stored(end)[:cut],
+            position,
+            aborted,
+            most,
+            full_bytes,
+            folded=data.draw(st.booleans()),
+        )
+        == expected
+    )
 
 
 def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> None:
-    transactional, plain = replace(numbered(2), producer=5, transactional=True), replace(numbered(2), producer=5)
+    transactional, plain = (
+        replace(numbered(2), producer=5, transactional=True),
+        replace(numbered(2), producer=5),
+    )
     parts: list[Batch | tuple[int, bool]] = [
         transactional,
         plain,
@@ -212,7 +294,10 @@ def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> 
 
 def test_a_poll_is_bounded_in_records_and_in_bytes() -> None:
     stored = numbered(10, size=1000).stored(0) + numbered(10, size=1000).stored(10)
-    by_records, by_bytes = (Columns(most, full_bytes=full, most_value_bytes=2000) for most, full in ((7, 1 << 20), (100, 4500)))
+    by_records, by_bytes = (
+        Columns(most, full_bytes=full, most_value_bytes=2000)
+        for most, full in ((7, 1 << 20), (100, 4500))
+    )
     for columns, each in ((by_records, [7, 7, 6]), (by_bytes, [5, 5, 5, 5])):
         batches_, taken = StoredBatches(stored, 0, codecs=CODECS), []
         while not batches_.exhausted:
@@ -224,14 +309,37 @@ def test_a_poll_is_bounded_in_records_and_in_bytes() -> None:
 def test_what_is_handed_out_stays_as_it_is() -> None:
     columns = Columns(8, full_bytes=1 << 20, most_value_bytes=100)
     batches_ = StoredBatches(
-        Batch([(index, 5, None, None if index % 2 else b"%d" % index, []) for index in range(16)]).stored(0), 0, codecs=CODECS
+        Batch(
+            [(index, 5, None, None if index % 2 else b"%d" % index, []) for index in range(16)]
+        ).stored(0),
+        0,
+        codecs=CODECS,
     )
     batches_.take(columns, 1, 8)
     first = columns.hand_out()
-    before = (first.partition.tolist(), first.offset.tolist(), first.time.tolist(), first.value.to_pylist())
+    before = (
+        first.partition.tolist(),
+        first.offset.tolist(),
+        first.time.tolist(),
+        first.value.to_pylist(),
+    )
     batches_.take(columns, 2, 8)
-    assert columns.hand_out().value.to_pylist() == [b"8", None, b"10", None, b"12", None, b"14", None]
-    assert (first.partition.tolist(), first.offset.tolist(), first.time.tolist(), first.value.to_pylist()) == before
+    assert columns.hand_out().value.to_pylist() == [
+        b"8",
+        None,
+        b"10",
+        None,
+        b"12",
+        None,
+        b"14",
+        None,
+    ]
+    assert (
+        first.partition.tolist(),
+        first.offset.tolist(),
+        first.time.tolist(),
+        first.value.to_pylist(),
+    ) == before
 
 
 def test_values_that_are_one_byte_too_many_get_room() -> None:
@@ -239,7 +347,9 @@ def test_values_that_are_one_byte_too_many_get_room() -> None:
         columns = Columns(8, full_bytes=1 << 20, most_value_bytes=100)
         columns.data = np.empty(4, np.uint8)
         expected = [b"abcdefghi"[:size] for size in sizes_]
-        stored = Batch([(index, 0, None, value, []) for index, value in enumerate(expected)]).stored(0)
+        stored = Batch(
+            [(index, 0, None, value, []) for index, value in enumerate(expected)]
+        ).stored(0)
         assert StoredBatches(stored, 0, codecs=CODECS).take(columns, 0, 8) == len(sizes_)
         assert columns.hand_out().value.to_pylist() == expected
 
@@ -259,22 +369,35 @@ class Client:
         client: Any = SimpleNamespace(_manager=SimpleNamespace(_net=None))
         self._fetcher = Fetcher(client, self.subscriptions, isolation_level="read_committed")
         self.columns = Columns(most_records, full_bytes=full_bytes, most_value_bytes=1 << 20)
-        inside.read_into(self.columns, self, {partition: index for index, partition in enumerate(assigned)}, CODECS)
+        inside.read_into(
+            self.columns,
+            self,
+            {partition: index for index, partition in enumerate(assigned)},
+            CODECS,
+        )
 
-    def answer(self, partition: int, stored: bytes, aborted: Sequence[tuple[int, int]] = ()) -> None:
+    def answer(
+        self, partition: int, stored: bytes, aborted: Sequence[tuple[int, int]] = ()
+    ) -> None:
         topic_partition = TopicPartition("t", partition)
         data = SimpleNamespace(
             error_code=0, high_watermark=99, records=stored, diverging_epoch=None, preferred_read_replica=-1,
             aborted_transactions=[SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted] or None,
         )  # fmt: skip
         position = self.subscriptions.assignment[topic_partition].position.offset
-        self._fetcher._completed_fetches.append(CompletedFetch(topic_partition, position, 12, data, None))
+        self._fetcher._completed_fetches.append(
+            CompletedFetch(topic_partition, position, 12, data, None)
+        )
 
     def poll(self) -> tuple[list[int], list[Row]]:
         polled, _ = self._fetcher.fetched_records(self.columns.most_records)
         records = self.columns.hand_out()
-        assert bool(polled) == bool(len(records)), "the client waits for more when it is told that there is nothing"
-        found = zip(records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True)
+        assert bool(polled) == bool(len(records)), (
+            "the client waits for more when it is told that there is nothing"
+        )
+        found = zip(
+            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
+        )
         return records.partition.tolist(), list(found)
 
     def positions(self) -> list[int]:
@@ -287,7 +410,10 @@ def test_a_poll_takes_from_several_answers_and_leaves_what_is_too_much() -> None
     client.answer(1, numbered(10).stored(0))
     assert client.poll()[0] == [0] * 10 + [1] * 5
     assert client.positions() == [10, 5]
-    assert client.poll() == ([1] * 5, [(index, 1000 + index, b"%d" % index) for index in range(5, 10)])
+    assert client.poll() == (
+        [1] * 5,
+        [(index, 1000 + index, b"%d" % index) for index in range(5, 10)],
+    )
     assert client.poll() == ([], [])
 
 
@@ -309,7 +435,9 @@ def test_a_paused_partition_keeps_its_answer_until_it_flows() -> None:
     held = client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open
     client.subscriptions.resume(TopicPartition("t", 0))
     inside.hand_out_what_was_set_aside(client)
-    assert client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open is held, "it flows again at once"
+    assert (
+        client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open is held
+    ), "it flows again at once"
     assert [client.poll()[0], client.poll()[0]] == [[0] * 4, [0] * 2]
     assert client.positions() == [10, 2]
 
@@ -366,7 +494,10 @@ def test_older_formats_are_parsed_by_the_client_itself(format_: int, codec: int)
     client = Client(1, most_records=6)
     client.answer(0, bytes(builder.build()) + numbered(3).stored(10))
     found = [row for _ in range(3) for row in client.poll()[1]]
-    old = [(index, 1000 + index if format_ else -1, None if index == 7 else b"%d" % index * 50) for index in range(10)]
+    old = [
+        (index, 1000 + index if format_ else -1, None if index == 7 else b"%d" % index * 50)
+        for index in range(10)
+    ]
     assert found == old + [(10 + index, 1000 + index, b"%d" % index) for index in range(3)]
     assert client.positions() == [13]
 
@@ -413,16 +544,22 @@ def damage(stored: bytes, position: int = 0, **options: Any) -> tuple[list[Row],
                 batches_.take(columns, 0, 100)
             return found, str(error)
         records = columns.hand_out()
-        found += zip(records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True)
+        found += zip(
+            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
+        )
         assert not batches_.exhausted
     raise AssertionError("it is neither read to its end nor told")
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(DefaultRecordBatch.CRC_OFFSET), st.integers(0, 7), st.integers(0, ZSTD))
-def test_a_flipped_bit_is_told_and_nothing_of_its_batch_is_read(place: int, bit: int, codec: int) -> None:
+def test_a_flipped_bit_is_told_and_nothing_of_its_batch_is_read(
+    place: int, bit: int, codec: int
+) -> None:
     good, bad = numbered(5).stored(0), bytearray(numbered(40, codec=codec, size=20).stored(5))
-    bad[DefaultRecordBatch.CRC_OFFSET + place % (len(bad) - DefaultRecordBatch.CRC_OFFSET)] ^= 1 << bit
+    bad[DefaultRecordBatch.CRC_OFFSET + place % (len(bad) - DefaultRecordBatch.CRC_OFFSET)] ^= (
+        1 << bit
+    )
     found, told = damage(good + bytes(bad) + numbered(5).stored(45))
     assert [offset for offset, _, _ in found] == [0, 1, 2, 3, 4]
     assert told == "the batch at offset 5 failed crc check"
@@ -434,7 +571,14 @@ def varint(number: int) -> bytes:
     return bytes(out)
 
 
-def record(size: int | None = None, *, offset_delta: int = 0, key: int = -1, value: int = -1, headers: bytes = b"\0") -> bytes:
+def record(
+    size: int | None = None,
+    *,
+    offset_delta: int = 0,
+    key: int = -1,
+    value: int = -1,
+    headers: bytes = b"\0",
+) -> bytes:
     """A record with the sizes that are told, whether they are right or not; `headers` is all that follows the value's size."""
     body = b"\0" + varint(0) + varint(offset_delta) + varint(key) + varint(value) + headers
     return varint(len(body) if size is None else size) + body
@@ -471,7 +615,9 @@ MALFORMED = "has a malformed record, or fewer than it says"
         (record(), 1, -1, "says that it ends before it begins"),
     ],
 )  # fmt: skip
-def test_a_batch_whose_records_are_not_whole_is_damage(body: bytes, count: int, last: int, told: str) -> None:
+def test_a_batch_whose_records_are_not_whole_is_damage(
+    body: bytes, count: int, last: int, told: str
+) -> None:
     found, error = damage(numbered(2).stored(0) + with_body(body, count, 2, last))
     assert len(found) == 2
     assert f"the batch at offset 2 {told}" in error
@@ -491,10 +637,16 @@ def test_what_is_no_batch_is_damage() -> None:
     unknown[16] = 3
     assert damage(bytes(unknown)) == ([], "the batch at offset 0 has format 3, which is not known")
     assert "no end" in damage(with_body(record(), 1, GREATEST))[1]
-    assert damage(good, 5) == ([], "offset 5 was asked for, and there are only batches that end before it")
+    assert damage(good, 5) == (
+        [],
+        "offset 5 was asked for, and there are only batches that end before it",
+    )
     assert damage(good, 2, aborted=[(0, 5)])[0] == []
     assert [offset for offset, _, _ in read(good + numbered(3).stored(2), 3)[0]] == [3, 4]
-    assert "compressed in a way that is not known: 6" in damage(with_body(record(), 1, attributes=6))[1]
+    assert (
+        "compressed in a way that is not known: 6"
+        in damage(with_body(record(), 1, attributes=6))[1]
+    )
     assert "malformed marker" in damage(with_body(record(), 1, attributes=CONTROL, producer=5))[1]
 
 
@@ -508,15 +660,28 @@ COMPRESS: dict[int, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize("codec", COMPRESS)
 def test_a_payload_that_is_cut_or_no_payload_is_damage(codec: int) -> None:
-    whole = COMPRESS[codec](b"".join(record(offset_delta=index, value=300, headers=bytes(301)) for index in range(400)))
-    for payload in (whole[: len(whole) // 2], whole[:-1], whole[:20], whole[:3], b"", b"\xff" * 40, bytes(40)):
+    whole = COMPRESS[codec](
+        b"".join(record(offset_delta=index, value=300, headers=bytes(301)) for index in range(400))
+    )
+    for payload in (
+        whole[: len(whole) // 2],
+        whole[:-1],
+        whole[:20],
+        whole[:3],
+        b"",
+        b"\xff" * 40,
+        bytes(40),
+    ):
         assert damage(with_body(payload, 400, 0, 399, attributes=codec))[0] == []
 
 
 @pytest.mark.parametrize("codec", COMPRESS)
 def test_what_a_batch_expands_to_is_bounded(codec: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(connectors.kafka, "MAX_BATCH_BYTES", 1 << 20)
-    for size, told in ((1 << 20, "more bytes than records"), ((1 << 20) + 1, "expands to more than 1 MiB")):
+    monkeypatch.setattr(stream_ctr.connectors.kafka, "MAX_BATCH_BYTES", 1 << 20)
+    for size, told in (
+        (1 << 20, "more bytes than records"),
+        ((1 << 20) + 1, "expands to more than 1 MiB"),
+    ):
         payload = COMPRESS[codec](record() + bytes(size - len(record())))
         assert told in damage(with_body(payload, 1, attributes=codec))[1]
 
@@ -543,7 +708,9 @@ def test_memory_that_is_lacking_is_no_damage() -> None:
     def lack(payload: memoryview) -> bytes:
         raise MemoryError
 
-    batches_ = StoredBatches(numbered(50, codec=GZIP).stored(0), 0, codecs=Codecs(CODECS.crc32c, {GZIP: lack}))
+    batches_ = StoredBatches(
+        numbered(50, codec=GZIP).stored(0), 0, codecs=Codecs(CODECS.crc32c, {GZIP: lack})
+    )
     with pytest.raises(MemoryError):
         batches_.take(Columns(5, full_bytes=5, most_value_bytes=5), 0, 5)
 
@@ -570,7 +737,9 @@ class Fenced(np.ndarray[Any, Any]):
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
     """The module as Python runs it, without its compiler."""
-    spec = importlib.util.spec_from_file_location("interpreted_record_batches", record_batches.__file__)
+    spec = importlib.util.spec_from_file_location(
+        "interpreted_record_batches", record_batches.__file__
+    )
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -588,15 +757,32 @@ def spoiled(body: bytes, steps: Sequence[tuple[float, int, bytes]]) -> bytes:
     return body
 
 
-edges = st.sampled_from([0, 1, -1, 63, 64, -64, -65, 300, 1 << 31, GREATEST, -GREATEST - 1]).map(varint)
-spoils = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 3), edges | st.binary(max_size=3)), max_size=3)
+edges = st.sampled_from([0, 1, -1, 63, 64, -64, -65, 300, 1 << 31, GREATEST, -GREATEST - 1]).map(
+    varint
+)
+spoils = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 3), edges | st.binary(max_size=3)), max_size=3
+)
 
 
 @settings(deadline=None, max_examples=300)
-@given(batches(), spoils, st.integers(-1, 9), st.integers(0, 400), st.integers(1, 9), st.sampled_from([1, 5, 100]))
+@given(
+    batches(),
+    spoils,
+    st.integers(-1, 9),
+    st.integers(0, 400),
+    st.integers(1, 9),
+    st.sampled_from([1, 5, 100]),
+)
 @pytest.mark.slow
 def test_no_byte_outside_is_looked_at_whatever_a_batch_holds(
-    interpreted: ModuleType, batch: Batch, steps: list[tuple[float, int, bytes]], more: int, last: int, most: int, value_bytes: int
+    interpreted: ModuleType,
+    batch: Batch,
+    steps: list[tuple[float, int, bytes]],
+    more: int,
+    last: int,
+    most: int,
+    value_bytes: int,
 ) -> None:
     body = spoiled(replace(batch, codec=0).stored(0)[HEADER:], steps)[: 1 << 10]
     count = max(len(batch.records) + more - 4, 0)
@@ -608,11 +794,21 @@ def test_no_byte_outside_is_looked_at_whatever_a_batch_holds(
             return
         columns = Columns(most, full_bytes=1 << 20, most_value_bytes=value_bytes)
         columns.data = np.empty(8, np.uint8)
-        fences = [array.view(Fenced) for array in (columns.offset, columns.time, columns.ends, columns.valid, columns.data)]
+        fences = [
+            array.view(Fenced)
+            for array in (columns.offset, columns.time, columns.ends, columns.valid, columns.data)
+        ]
         interpreted._append(fenced, 0, 0, 2, 0, False, value_bytes, 0, most, 1 << 20, *fences)
 
 
-COMPACTED = Batch(records=[(0, 0, None, None, [])], codec=0, last_offset_delta=1, append_time=None, producer=-1, transactional=False)
+COMPACTED = Batch(
+    records=[(0, 0, None, None, [])],
+    codec=0,
+    last_offset_delta=1,
+    append_time=None,
+    producer=-1,
+    transactional=False,
+)
 EMPTY = replace(COMPACTED, records=[], last_offset_delta=0)
 
 
@@ -620,7 +816,9 @@ EMPTY = replace(COMPACTED, records=[], last_offset_delta=0)
 @example([COMPACTED, EMPTY, EMPTY], [(0.5, 0, b"\x00")], 1, False)  # nothing to read, then damage
 @given(st.lists(batches(), max_size=3), spoils, st.integers(0, 400), st.booleans())
 @pytest.mark.slow
-def test_no_bytes_crash_or_hang_it(some: list[Batch], steps: list[tuple[float, int, bytes]], position: int, right_checksum: bool) -> None:
+def test_no_bytes_crash_or_hang_it(
+    some: list[Batch], steps: list[tuple[float, int, bytes]], position: int, right_checksum: bool
+) -> None:
     stored, _, _ = write_down(some, [0] * len(some))
     stored = spoiled(stored, steps)
     if right_checksum and len(stored) > HEADER:
@@ -628,14 +826,19 @@ def test_no_bytes_crash_or_hang_it(some: list[Batch], steps: list[tuple[float, i
         struct.pack_into(">i", fitting, 8, len(stored) - DefaultRecordBatch.AFTER_LEN_OFFSET)
         fitting[16] = FORMAT
         stored = checked(fitting)
-    columns, batches_ = Columns(5, full_bytes=1 << 20, most_value_bytes=1 << 10), StoredBatches(stored, position, codecs=CODECS)
+    columns, batches_ = (
+        Columns(5, full_bytes=1 << 20, most_value_bytes=1 << 10),
+        StoredBatches(stored, position, codecs=CODECS),
+    )
     last = position
     try:
         while not batches_.exhausted:
             batches_.take(columns, 0, 5)
             records = columns.hand_out()
             records.value.validate(full=True)
-            assert len(records) or batches_.exhausted or batches_.position > last  # past records that are compacted away, say
+            assert (
+                len(records) or batches_.exhausted or batches_.position > last
+            )  # past records that are compacted away, say
             assert all(last <= offset < batches_.position for offset in records.offset.tolist())
             last = batches_.position
     except DamagedBatch:
@@ -654,8 +857,15 @@ def test_a_compacted_topic_is_read_with_its_gaps(tmp_path: Path, topic: str) -> 
     with ApacheBroker(kafka_, tmp_path, settings={"log.cleaner.backoff.ms": 100}) as broker:
         client = client_options(broker.bootstrap_servers, {})
         with closing(KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)) as admin:
-            configs = {"cleanup.policy": "compact", "segment.ms": "200", "min.cleanable.dirty.ratio": "0.01", "delete.retention.ms": "0"}
-            admin.create_topics({topic: {"num_partitions": 1, "configs": configs}}, wait_for_metadata=True)
+            configs = {
+                "cleanup.policy": "compact",
+                "segment.ms": "200",
+                "min.cleanable.dirty.ratio": "0.01",
+                "delete.retention.ms": "0",
+            }
+            admin.create_topics(
+                {topic: {"num_partitions": 1, "configs": configs}}, wait_for_metadata=True
+            )
         assert not ensure_topic(client, topic)
         written = 0
         deadline = time.monotonic() + PATIENCE_SECONDS
@@ -665,7 +875,9 @@ def test_a_compacted_topic_is_read_with_its_gaps(tmp_path: Path, topic: str) -> 
                     sink.send(topic, b"%d" % written, key=b"%d" % (index % (30 + written % 7)))
                     written += 1
                 sink.flush(PATIENCE_SECONDS)
-                with closing(KafkaSource([topic], client=client, group="g", until_end=True)) as source:
+                with closing(
+                    KafkaSource([topic], client=client, group="g", until_end=True)
+                ) as source:
                     offsets: list[int] = []
                     contents: list[bytes | None] = []
                     while not source.finished:
@@ -677,10 +889,18 @@ def test_a_compacted_topic_is_read_with_its_gaps(tmp_path: Path, topic: str) -> 
                     break
                 assert time.monotonic() < deadline, "nothing was compacted"
                 time.sleep(0.3)
-        with closing(KafkaConsumer(topic, bootstrap_servers=broker.bootstrap_servers, auto_offset_reset="earliest")) as consumer:
+        with closing(
+            KafkaConsumer(
+                topic, bootstrap_servers=broker.bootstrap_servers, auto_offset_reset="earliest"
+            )
+        ) as consumer:
             again: list[Any] = []
             while not again or again[-1].offset < written - 1:
-                again += [record for some in consumer.poll(timeout_ms=1000).values() for record in some]
+                again += [
+                    record for some in consumer.poll(timeout_ms=1000).values() for record in some
+                ]
     assert contents == [b"%d" % offset for offset in offsets]
-    assert set(offsets) >= {record.offset for record in again}, "compaction may have gone on in between"
+    assert set(offsets) >= {record.offset for record in again}, (
+        "compaction may have gone on in between"
+    )
     assert np.diff(offsets).max() > 1

@@ -9,11 +9,11 @@ from datetime import datetime, timedelta, tzinfo
 
 import apscheduler.schedulers.base
 import pytest
-from patience import PATIENCE_SECONDS, started, wait_until
+from support.patience import PATIENCE_SECONDS, started, wait_until
 
-from stream_ctr import schedule
 from stream_ctr.errors import ConfigError
-from stream_ctr.schedule import Schedule
+from stream_ctr.train import schedule
+from stream_ctr.train.schedule import Schedule
 
 
 def test_a_flag_comes_one_interval_after_the_start_and_is_taken_once() -> None:
@@ -58,11 +58,15 @@ with Schedule({"report": 6.0}) as due:
 @pytest.mark.fault(30, injected="SIGSTOP of the process over the time when a flag is due")
 @pytest.mark.slow
 def test_a_process_stopped_for_longer_than_the_default_grace_still_gets_its_flag_late() -> None:
-    child = started(subprocess.Popen([sys.executable, "-c", STOPPED_CHILD], stdout=subprocess.PIPE, text=True))
+    child = started(
+        subprocess.Popen([sys.executable, "-c", STOPPED_CHILD], stdout=subprocess.PIPE, text=True)
+    )
     assert child.stdout is not None
     assert child.stdout.readline() == "started\n"
     child.send_signal(signal.SIGSTOP)
-    time.sleep(7.5)  # at least 1.5 s late when it goes on, which is over APScheduler's default grace of 1 s
+    time.sleep(
+        7.5
+    )  # at least 1.5 s late when it goes on, which is over APScheduler's default grace of 1 s
     child.send_signal(signal.SIGCONT)
     assert 7.5 < float(child.stdout.readline()) < 12.0  # the missed one, not the one after it
     assert child.wait(PATIENCE_SECONDS) == 0
@@ -78,9 +82,13 @@ class MovedClock(datetime):
         return datetime.now(tz) + timedelta(seconds=cls.moved)
 
 
-@pytest.mark.fault(18, injected="the clock that the schedule plans by set an hour back, and forward")
+@pytest.mark.fault(
+    18, injected="the clock that the schedule plans by set an hour back, and forward"
+)
 @pytest.mark.parametrize("moved", [-3600.0, +3600.0])
-def test_the_cadence_holds_when_the_wall_clock_is_set_by_an_hour(monkeypatch: pytest.MonkeyPatch, moved: float) -> None:
+def test_the_cadence_holds_when_the_wall_clock_is_set_by_an_hour(
+    monkeypatch: pytest.MonkeyPatch, moved: float
+) -> None:
     monkeypatch.setattr(apscheduler.schedulers.base, "datetime", MovedClock)
     monkeypatch.setattr(schedule, "time", lambda: time.time() + MovedClock.moved)
     began = time.monotonic()
@@ -109,7 +117,10 @@ def test_stopping_ends_the_thread_and_a_schedule_can_start_again() -> None:
 
 @pytest.mark.parametrize("seconds", [0.0, -5.0, float("nan"), float("inf")])
 def test_an_interval_that_is_no_positive_time_is_refused_by_name(seconds: float) -> None:
-    with pytest.raises(ConfigError, match=f"interval of 'report' must be a positive number of seconds, got {seconds}"):
+    with pytest.raises(
+        ConfigError,
+        match=f"interval of 'report' must be a positive number of seconds, got {seconds}",
+    ):
         Schedule({"report": seconds})
 
 

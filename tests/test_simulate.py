@@ -13,8 +13,8 @@ import pyarrow as pa
 import pytest
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.events import Decoder
-from stream_ctr.simulate import FIELDS, IMPRESSIONS_PER_DAY, START_MS, Simulation, World
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.logs.simulate import FIELDS, IMPRESSIONS_PER_DAY, START_MS, Simulation, World
 
 N = 150_000
 HOUR_MS = 3_600_000
@@ -41,7 +41,9 @@ def stream() -> Stream:
     of = np.array([int(name.removeprefix("sim3-")) for name in clicks.impression_id.to_pylist()])
     assert len(np.unique(of)) == len(of)
     delay[of] = clicks.time - impressions.time[of]
-    features = {name: column.to_numpy(zero_copy_only=False) for name, column in impressions.features.items()}
+    features = {
+        name: column.to_numpy(zero_copy_only=False) for name, column in impressions.features.items()
+    }
     return Stream(impressions.time, impressions.true_probability, delay, features)
 
 
@@ -76,7 +78,9 @@ def test_the_best_possible_logloss_is_15_to_25_percent_below_that_of_a_constant(
     assert 0.15 < 1 - entropy(p) / entropy(np.array([p.mean()])) < 0.25
 
 
-def test_clicks_follow_after_20_seconds_and_one_in_a_hundred_after_ten_minutes(stream: Stream) -> None:
+def test_clicks_follow_after_20_seconds_and_one_in_a_hundred_after_ten_minutes(
+    stream: Stream,
+) -> None:
     delay = stream.delay[stream.delay >= 0] / 1000
     assert delay.min() > 0
     assert np.median(delay) == pytest.approx(20, rel=0.08)  # its standard error is 1.8 %
@@ -84,7 +88,11 @@ def test_clicks_follow_after_20_seconds_and_one_in_a_hundred_after_ten_minutes(s
 
 
 def test_values_follow_power_laws(stream: Stream) -> None:
-    for name, values, exponent, shift in (("app_id", 3000, 1.05, 2.0), ("user_id", 50_000, 0.9, 30.0), ("last_category", 20, 0.5, 0.0)):
+    for name, values, exponent, shift in (
+        ("app_id", 3000, 1.05, 2.0),
+        ("user_id", 50_000, 0.9, 30.0),
+        ("last_category", 20, 0.5, 0.0),
+    ):
         known = np.array([value for value in stream.features[name] if value is not None])
         weight = np.array([1 / (rank + shift) ** exponent for rank in range(1, values + 1)])
         counts = np.zeros(values)
@@ -92,7 +100,9 @@ def test_values_follow_power_laws(stream: Stream) -> None:
             counts[int(value[1:])] = count
         expected = len(known) * weight / weight.sum()
         assert np.all(np.abs(counts - expected)[:20] < 5 * np.sqrt(expected[:20])), name
-        assert np.abs(np.add.reduceat(counts - expected, [0, values // 4, values // 2])).max() < 5 * np.sqrt(len(known)), name
+        assert np.abs(
+            np.add.reduceat(counts - expected, [0, values // 4, values // 2])
+        ).max() < 5 * np.sqrt(len(known)), name
 
 
 def test_a_user_and_an_app_stay_what_they_are(stream: Stream) -> None:
@@ -109,13 +119,17 @@ def test_some_values_are_missing(stream: Stream) -> None:
     assert 0.02 < np.mean(np.isnan(stream.features["rating"].astype(float))) < 0.3
 
 
-def test_impressions_arrive_at_random_a_million_a_day_and_most_in_the_evening(stream: Stream) -> None:
+def test_impressions_arrive_at_random_a_million_a_day_and_most_in_the_evening(
+    stream: Stream,
+) -> None:
     first_hour = stream.time[stream.time < START_MS + HOUR_MS] - START_MS
     per_second = np.bincount(first_hour // 1000, minlength=3600)
     # Of Poisson counts the variance is the mean; over 3,600 seconds their ratio scatters by sqrt(2 / 3600).
     assert per_second.var() / per_second.mean() == pytest.approx(1, abs=4 * np.sqrt(2 / 3600))
     simulation = Simulation(IMPRESSIONS_PER_DAY, seed=0)
-    time = np.concatenate([batch["time"].to_numpy() for batch in simulation._impressions()]) - START_MS
+    time = (
+        np.concatenate([batch["time"].to_numpy() for batch in simulation._impressions()]) - START_MS
+    )
     per_hour = np.bincount(time // HOUR_MS)
     assert time[-1] / HOUR_MS == pytest.approx(24, abs=0.2)
     assert per_hour[19:21].mean() / per_hour[7:9].mean() == pytest.approx(1.6 / 0.4, rel=0.05)
@@ -132,8 +146,12 @@ def test_tastes_for_categories_drift_and_come_back_after_36_hours() -> None:
         return np.where((p > 1e-3) & (p < 0.999), np.log(p / (1 - p)), np.nan)
 
     change = logit(18) - logit(0)
-    by_category = np.array([np.nanmean(change[codes["category"] == category]) for category in range(20)])
-    assert np.nanmax(np.abs(change - by_category[codes["category"]])) < 0.002  # of the rounding of p
+    by_category = np.array(
+        [np.nanmean(change[codes["category"] == category]) for category in range(20)]
+    )
+    assert (
+        np.nanmax(np.abs(change - by_category[codes["category"]])) < 0.002
+    )  # of the rounding of p
     assert by_category.std() > 0.3
     assert np.nanmax(np.abs(logit(36) - logit(0))) < 1e-9
     assert np.abs(np.nanmean(logit(1) - logit(0))) < 0.1
@@ -149,17 +167,28 @@ def test_no_lower_order_explains_the_effects_of_pairs_and_triples() -> None:
     def explained(effect: npt.NDArray[np.float64], key: npt.NDArray[np.int64]) -> float:
         counts = np.bincount(key)
         means = np.bincount(key, effect) / np.maximum(counts, 1)
-        return float((means[key].var() - effect.var() * np.count_nonzero(counts) / len(key)) / effect.var())
+        return float(
+            (means[key].var() - effect.var() * np.count_nonzero(counts) / len(key)) / effect.var()
+        )
 
     small = ("age", "os", "connection", "placement", "segment", "category", "last_category")
     assert max(explained(effects[:, 1], codes[name]) for name in small) < 0.03
-    assert max(explained(effects[:, 2], 100 * codes[a] + codes[b]) for a, b in combinations(small, 2)) < 0.03
-    triples = [codes[a] * 10_000 + codes["placement"] * 100 + codes["connection"] for a in ("age", "os")]
+    assert (
+        max(explained(effects[:, 2], 100 * codes[a] + codes[b]) for a, b in combinations(small, 2))
+        < 0.03
+    )
+    triples = [
+        codes[a] * 10_000 + codes["placement"] * 100 + codes["connection"] for a in ("age", "os")
+    ]
     assert sum(explained(effects[:, 2], triple) for triple in triples) == pytest.approx(1, abs=0.05)
 
 
 def values(impressions: int, seed: int) -> list[bytes]:
-    return [value for batch in Simulation(impressions, seed=seed).batches() for value in batch.value.to_pylist()]
+    return [
+        value
+        for batch in Simulation(impressions, seed=seed).batches()
+        for value in batch.value.to_pylist()
+    ]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_a_longer_stream_begins_like_a_shorter_one() -> None:
@@ -168,9 +197,15 @@ def test_the_same_seed_gives_the_same_bytes_and_a_longer_stream_begins_like_a_sh
     shown = [value for value in short if b'"impression",' in value]
     assert shown == [value for value in long if b'"impression",' in value][:3000]
     clicks = {value for value in short if b'"click",' in value}
-    assert clicks == {value for value in long if b'"click",' in value and int(json.loads(value)["impression_id"][5:]) < 3000}
+    assert clicks == {
+        value
+        for value in long
+        if b'"click",' in value and int(json.loads(value)["impression_id"][5:]) < 3000
+    }
     assert {json.loads(value)["features"]["user_id"] for value in shown} != {
-        json.loads(value)["features"]["user_id"] for value in values(3000, seed=2) if b'"impression",' in value
+        json.loads(value)["features"]["user_id"]
+        for value in values(3000, seed=2)
+        if b'"impression",' in value
     }
 
 
@@ -184,10 +219,14 @@ def test_events_come_in_time_order_each_click_after_its_impression() -> None:
 def test_json_lines_hold_the_events_of_the_stream(tmp_path: Path) -> None:
     simulation = Simulation(1000, seed=9)
     assert simulation.write_jsonl(tmp_path / "clicks.jsonl") == len(values(1000, seed=9))
-    assert (tmp_path / "clicks.jsonl").read_bytes() == b"".join(value + b"\n" for value in values(1000, seed=9))
+    assert (tmp_path / "clicks.jsonl").read_bytes() == b"".join(
+        value + b"\n" for value in values(1000, seed=9)
+    )
 
 
 @pytest.mark.parametrize(("impressions", "seed"), [(0, 0), (10, -1)])
-def test_a_simulation_of_nothing_or_of_a_negative_seed_is_refused(impressions: int, seed: int) -> None:
+def test_a_simulation_of_nothing_or_of_a_negative_seed_is_refused(
+    impressions: int, seed: int
+) -> None:
     with pytest.raises(ConfigError, match=f"got {impressions} and {seed}"):
         Simulation(impressions, seed=seed)

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 
 from stream_ctr.errors import DataError
-from stream_ctr.spill import Spill, segment_of
+from stream_ctr.join.spill import Spill, segment_of
 
 
 def columns(n: int, seed: int = 0) -> dict[str, np.ndarray]:
@@ -85,7 +85,9 @@ def test_without_a_directory_a_temporary_one_is_used_and_gone_in_the_end():
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
-def test_a_file_that_is_not_what_was_written_is_refused_by_name_on_load_and_on_reading(tmp_path, damage):
+def test_a_file_that_is_not_what_was_written_is_refused_by_name_on_load_and_on_reading(
+    tmp_path, damage
+):
     spill = Spill(tmp_path / "a")
     places = spill.write(columns(1000), last=0)
     [path] = tmp_path.glob("a/*/*")
@@ -99,7 +101,9 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name_on_load_and_on_r
     files = {path.name: (path, spill.segments[0].sha256)}
     with pytest.raises(ValueError, match=str(path)):
         Spill(tmp_path / "b").load_state_dict(spill.state_dict(), files)
-    with pytest.raises(ValueError, match=f"segment {path.name} is missing: 1000 impressions are in it"):
+    with pytest.raises(
+        ValueError, match=f"segment {path.name} is missing: 1000 impressions are in it"
+    ):
         Spill(tmp_path / "c").load_state_dict(spill.state_dict(), {})
 
 

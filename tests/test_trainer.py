@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,144 +14,28 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from support.trainers import (
+    RIVER,
+    SMALL,
+    Partitions,
+    assert_equal_states,
+    final_state,
+    finish,
+    split,
+    trainer,
+)
 
-from connectors import Records
-from stream_ctr import Scorer, Subscriber, metrics, snapshot
-from stream_ctr.arrow_events import pack
-from stream_ctr.assembly import build_trainer
-from stream_ctr.cli import main
-from stream_ctr.config import Field, load
+from stream_ctr import Scorer, Subscriber
+from stream_ctr.cli.main import main
+from stream_ctr.connectors import Records
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
+from stream_ctr.evaluate import metrics
+from stream_ctr.events.arrow_events import pack
+from stream_ctr.events.field import Field
+from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
-from stream_ctr.outlet import Outlet
-from stream_ctr.simulate import Simulation
-from stream_ctr.trainer import Trainer
-
-SMALL = {
-    "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
-    "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
-    "learn": {"batch_size": 128, "threads": 1},
-    "join": {"label_window": "60s"},
-    "metrics": {"window": "60s"},
-    "baseline": {"enabled": False},  # its process takes a second to start; tests that need it ask for it
-}
-RIVER = {"baseline": {"enabled": True}}
-
-
-class Partitions:
-    """A log of several partitions, polled in chunks that a seed decides; `end` reads only so many records in all."""
-
-    until_end = True
-
-    def __init__(self, values: Sequence[pa.LargeBinaryArray], *, seed: int = 0, stop_after: int | None = None) -> None:
-        self.partitions = tuple(("clicks", index) for index in range(len(values)))
-        self._values, self._at = values, [0] * len(values)
-        self._rng = np.random.default_rng(seed)
-        self._paused: frozenset[int] = frozenset()
-        self._left = stop_after
-        self.committed: dict[int, int] = {}
-        self.trainer: Trainer | None = None
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.caught_up().all())
-
-    def caught_up(self) -> np.ndarray:
-        return np.array([at >= len(values) for at, values in zip(self._at, self._values, strict=True)])
-
-    def poll(self, timeout_seconds: float) -> Records:
-        parts = []
-        for p in self._rng.permutation(len(self._values)).tolist():
-            if p in self._paused:
-                continue
-            n = int(min(self._rng.integers(1, 400), len(self._values[p]) - self._at[p]))
-            offset = np.arange(self._at[p], self._at[p] + n)
-            parts.append((np.full(n, p, np.int32), offset, self._values[p].slice(self._at[p], n)))
-            self._at[p] += n
-            if self._left is not None:
-                self._left -= n
-        if self._left is not None and self._left <= 0 and self.trainer:
-            self.trainer.stop()
-        n = sum(len(offset) for _, offset, _ in parts)
-        if not n:
-            return Records.empty()
-        value = pa.concat_arrays([v for _, _, v in parts])
-        return Records(np.concatenate([p for p, _, _ in parts]), np.concatenate([o for _, o, _ in parts]), np.full(n, -1), value)
-
-    def positions(self) -> dict[int, int]:
-        return dict(enumerate(self._at))
-
-    def seek(self, positions: dict[int, int]) -> None:
-        for p, at in positions.items():
-            self._at[p] = at
-
-    def pause(self, partitions: frozenset[int]) -> None:
-        self._paused = partitions
-
-    def lag(self) -> int:
-        return 0
-
-    def silent_seconds(self) -> float:
-        return 0.0
-
-    def lost(self) -> dict[int, int]:
-        return {}
-
-    def topic_ids(self) -> dict[str, str | None]:
-        return {}
-
-    def commit(self, positions: dict[int, int]) -> None:
-        self.committed = dict(positions)
-
-
-@pytest.fixture(scope="module")
-def stream() -> pa.LargeBinaryArray:
-    return pa.concat_arrays([batch.value for batch in Simulation(6000, seed=3).batches()])
-
-
-def split(stream: pa.LargeBinaryArray, partitions: int) -> list[pa.LargeBinaryArray]:
-    """By record number: a click is seldom in the partition of its impression."""
-    at = np.arange(len(stream))
-    return [stream.take(pa.array(at[at % partitions == p])) for p in range(partitions)]
-
-
-def trainer(
-    directory: Path,
-    source: Any,
-    *,
-    fields: Sequence[Field] = Simulation(1, seed=0).fields,
-    clock: Callable[[], float] = time.monotonic,
-    wall_clock: Callable[[], float] = time.time,
-    **sections: Any,
-) -> Trainer:
-    directory.mkdir(exist_ok=True)
-    config = load(environ={}, overrides={**SMALL, **sections})
-    built = build_trainer(
-        config, fields=fields, source=source, outlet=Outlet(directory), directory=directory, clock=clock, wall_clock=wall_clock
-    )
-    source.trainer = built
-    return built
-
-
-def finish(built: Trainer) -> dict[str, Any]:
-    try:
-        return built.run()
-    finally:
-        if built.baseline:
-            built.baseline.close()
-
-
-def final_state(directory: Path) -> dict[str, dict[str, np.ndarray]]:
-    _, tensors = snapshot.load(snapshot.newest(directory / "snapshots"))
-    return tensors
-
-
-def assert_equal_states(one: Path, other: Path) -> None:
-    a, b = final_state(one), final_state(other)
-    for stem in sorted({*a, *b} - {"examples"}):
-        assert a[stem].keys() == b[stem].keys(), stem
-        for name in a[stem]:
-            assert np.array_equal(a[stem][name], b[stem][name]), f"{stem} {name}"
+from stream_ctr.snapshots import snapshot
+from stream_ctr.train.trainer import Trainer
 
 
 def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
@@ -165,7 +48,13 @@ def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
     assert_equal_states(tmp_path / "1", tmp_path / "2")
 
 
-SEVERAL = {**SMALL["model"], "name": "deepfm", "beside": ("fnn", "lr", "fm_dnn"), "pretrain_examples": 2500, "dropout": 0.1}
+SEVERAL = {
+    **SMALL["model"],
+    "name": "deepfm",
+    "beside": ("fnn", "lr", "fm_dnn"),
+    "pretrain_examples": 2500,
+    "dropout": 0.1,
+}
 
 
 @pytest.mark.parametrize(
@@ -173,12 +62,20 @@ SEVERAL = {**SMALL["model"], "name": "deepfm", "beside": ("fnn", "lr", "fm_dnn")
     [(1, SMALL["model"]), (3, SMALL["model"]), (2, SEVERAL)],
 )
 @pytest.mark.slow
-def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(tmp_path, stream, partitions, model):
-    whole = finish(trainer(tmp_path / "whole", Partitions(split(stream, partitions)), model=model, **RIVER))
+def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(
+    tmp_path, stream, partitions, model
+):
+    whole = finish(
+        trainer(tmp_path / "whole", Partitions(split(stream, partitions)), model=model, **RIVER)
+    )
     parts = tmp_path / "parts"
     for seed in range(4):
-        source = Partitions(split(stream, partitions), seed=seed, stop_after=1500 if seed < 3 else None)
-        resumed = trainer(parts, source, model=model, learn={**SMALL["learn"], "threads": 1 + seed % 3}, **RIVER)
+        source = Partitions(
+            split(stream, partitions), seed=seed, stop_after=1500 if seed < 3 else None
+        )
+        resumed = trainer(
+            parts, source, model=model, learn={**SMALL["learn"], "threads": 1 + seed % 3}, **RIVER
+        )
         newest = snapshot.newest(parts / "snapshots")
         if newest:
             resumed.restore(newest)
@@ -198,11 +95,17 @@ def test_the_last_report_says_what_happened_to_every_event(tmp_path, stream):
     assert report["kind"] == "final"
     assert report["examples"] == counters["impressions"] == 6000
     assert counters["clicks"] == len(stream) - 6000
-    assert counters["clicks"] == sum(counters[f"clicks_{fate}"] for fate in ("joined", "duplicate", "late", "unmatched"))
-    assert report["clicks_late"] == counters["clicks_late"] > 0  # the window is a minute, the delays are longer
+    assert counters["clicks"] == sum(
+        counters[f"clicks_{fate}"] for fate in ("joined", "duplicate", "late", "unmatched")
+    )
+    assert (
+        report["clicks_late"] == counters["clicks_late"] > 0
+    )  # the window is a minute, the delays are longer
     joined = report["models"]["deepfm"]["ctr"] * 6000
     assert joined == pytest.approx(counters["clicks_joined"])
-    assert report["click_coverage"] == pytest.approx(counters["clicks_joined"] / counters["clicks"], abs=1e-3)
+    assert report["click_coverage"] == pytest.approx(
+        counters["clicks_joined"] / counters["clicks"], abs=1e-3
+    )
     assert report["models"].keys() == {"deepfm", "ftrl", "river_ftrl"}
     assert report["paired"] == {"models": ["deepfm", "river_ftrl"], **report["pairs"]["river_ftrl"]}
     assert report["pairs"]["ftrl"]["count"] == 6000
@@ -213,7 +116,11 @@ def test_the_last_report_says_what_happened_to_every_event(tmp_path, stream):
     assert [point["lost_share"] for point in report["window_curve"]] == sorted(
         [p["lost_share"] for p in report["window_curve"]], reverse=True
     )
-    windows = [line for line in map(json.loads, (tmp_path / "reports.jsonl").read_text().splitlines()) if line["kind"] == "window"]
+    windows = [
+        line
+        for line in map(json.loads, (tmp_path / "reports.jsonl").read_text().splitlines())
+        if line["kind"] == "window"
+    ]
     assert sum(w["models"]["deepfm"]["count"] for w in windows) <= 6000
     assert all(w["provisional"] is False for w in windows)
 
@@ -234,8 +141,14 @@ def test_the_baseline_learns_a_deterministic_share_and_is_compared_on_it(tmp_pat
 def test_ftrl_learns_every_example_in_order_however_batches_are_cut(tmp_path, stream):
     reports = []
     for size in (128, 500):
-        sections = {"learn": {"batch_size": size, "threads": 1}, "baseline": {"enabled": False}, "ftrl": {"l1": 0.5}}
-        reports.append(finish(trainer(tmp_path / str(size), Partitions([stream], seed=size), **sections)))
+        sections = {
+            "learn": {"batch_size": size, "threads": 1},
+            "baseline": {"enabled": False},
+            "ftrl": {"l1": 0.5},
+        }
+        reports.append(
+            finish(trainer(tmp_path / str(size), Partitions([stream], seed=size), **sections))
+        )
     one, other = (report["models"]["ftrl"] for report in reports)
     assert one["count"] == 6000
     assert one == pytest.approx(other, rel=1e-12)
@@ -272,18 +185,26 @@ def fm_alone(stream: pa.LargeBinaryArray, tmp_path_factory: pytest.TempPathFacto
 
 
 def test_beside_others_a_model_learns_what_it_learns_alone(tmp_path, stream, fm_alone):
-    together = finish(trainer(tmp_path / "many", Partitions([stream]), **ALONE, **model("deepfm", "fm", "lr")))
+    together = finish(
+        trainer(tmp_path / "many", Partitions([stream]), **ALONE, **model("deepfm", "fm", "lr"))
+    )
     assert list(together["models"]) == ["deepfm", "fm", "lr"]
     assert_same_weights(weights(tmp_path / "many", "fm"), weights(fm_alone))
     for name in ("deepfm", "lr"):
         alone = finish(trainer(tmp_path / name, Partitions([stream]), **ALONE, **model(name)))
         assert alone["models"][name] == together["models"][name]
-        assert_same_weights(weights(tmp_path / name), weights(tmp_path / "many", None if name == "deepfm" else name))
+        assert_same_weights(
+            weights(tmp_path / name), weights(tmp_path / "many", None if name == "deepfm" else name)
+        )
 
 
 @pytest.mark.slow
-def test_the_first_model_is_compared_with_each_other_one_in_the_order_in_which_they_were_named(tmp_path, stream):
-    report = finish(trainer(tmp_path, Partitions([stream]), **RIVER, **model("fm", "deepfm", "ipnn")))
+def test_the_first_model_is_compared_with_each_other_one_in_the_order_in_which_they_were_named(
+    tmp_path, stream
+):
+    report = finish(
+        trainer(tmp_path, Partitions([stream]), **RIVER, **model("fm", "deepfm", "ipnn"))
+    )
     assert list(report["models"]) == ["fm", "deepfm", "ipnn", "ftrl", "river_ftrl"]
     assert list(report["pairs"]) == ["deepfm", "ipnn", "ftrl", "river_ftrl"]
     for name, paired in report["pairs"].items():
@@ -306,13 +227,25 @@ def test_lr_has_the_rates_of_ftrl_which_then_does_not_learn_twice(tmp_path, stre
 @pytest.mark.parametrize(("name", "beside"), [("fm", None), ("deepfm", "lr"), ("lr", "fm")])
 @pytest.mark.slow
 def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, beside):
-    built = trainer(tmp_path, Partitions([stream]), ftrl={"alpha": 0.3}, **RIVER, **model(name, *([beside] if beside else [])))
+    built = trainer(
+        tmp_path,
+        Partitions([stream]),
+        ftrl={"alpha": 0.3},
+        **RIVER,
+        **model(name, *([beside] if beside else [])),
+    )
     finish(built)
     path = snapshot.newest(tmp_path / "snapshots")
-    rows = [json.loads(value)["features"] for value in stream.to_pylist() if b"impression_id" in value and b"features" in value][:50]
+    rows = [
+        json.loads(value)["features"]
+        for value in stream.to_pylist()
+        if b"impression_id" in value and b"features" in value
+    ][:50]
     for of, learner in built.learners.items():
         scorer = Scorer(path, model=of)
-        expected = learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(np.float64)
+        expected = learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(
+            np.float64
+        )
         assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
     assert np.array_equal(Scorer(path).predict(rows), Scorer(path, model=name).predict(rows))
     with pytest.raises(SnapshotError, match=f"no model 'opnn'; it has {name}"):
@@ -321,7 +254,10 @@ def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, be
 
 def _columns(fields: Sequence[Field], rows: Sequence[dict[str, Any]]) -> dict[str, pa.Array]:
     kinds = {"categorical": pa.string(), "numeric": pa.float64()}
-    return {field.name: pa.array([row.get(field.name) for row in rows], kinds[field.kind]) for field in fields}
+    return {
+        field.name: pa.array([row.get(field.name) for row in rows], kinds[field.kind])
+        for field in fields
+    }
 
 
 def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> None:
@@ -341,28 +277,44 @@ def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> No
 FREQUENT = {"schedule": {"snapshot_examples": 1000}, "snapshots": {"keep": 50}}
 
 
-def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notices(tmp_path, stream, fm_alone, caplog):
-    built = trainer(tmp_path, Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm", "lr"))
+def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notices(
+    tmp_path, stream, fm_alone, caplog
+):
+    built = trainer(
+        tmp_path, Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm", "lr")
+    )
     spoil(built, "deepfm", after=33)  # the fourth snapshot has 32 of its batches
     report = finish(built)
     counters = report["counters"]
-    assert (counters["batches_skipped.deepfm"], counters["examples_skipped.deepfm"], counters["rollbacks.deepfm"]) == (8, 8 * 128, 1)
+    assert (
+        counters["batches_skipped.deepfm"],
+        counters["examples_skipped.deepfm"],
+        counters["rollbacks.deepfm"],
+    ) == (8, 8 * 128, 1)
     assert not {"batches_skipped", "rollbacks", "batches_skipped.lr"} & counters.keys()
     assert "deepfm, beside the published one, goes back to snapshot 00000004" in caplog.text
     assert report["left_out"] == {}
-    assert {name: score["count"] for name, score in report["models"].items()} == {"fm": 6000, "deepfm": 6000 - 8 * 128, "lr": 6000}
+    assert {name: score["count"] for name, score in report["models"].items()} == {
+        "fm": 6000,
+        "deepfm": 6000 - 8 * 128,
+        "lr": 6000,
+    }
     assert report["pairs"]["deepfm"]["count"] == 6000 - 8 * 128
     assert_same_weights(weights(tmp_path), weights(fm_alone))
     assert all(np.isfinite(array).all() for array in weights(tmp_path, "deepfm").values())
 
 
 @pytest.mark.parametrize("frequent", [{}, FREQUENT], ids=["no snapshot yet", "snapshots"])
-def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run_is_resumed(tmp_path, stream, fm_alone, frequent, caplog):
+def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run_is_resumed(
+    tmp_path, stream, fm_alone, frequent, caplog
+):
     stopping = Partitions([stream], stop_after=len(stream) - 500)
     built = trainer(tmp_path, stopping, **ALONE, **frequent, **model("fm", "deepfm", "lr"))
     spoil(built, "deepfm", after=2, forever=True)
     assert finish(built)["counters"]["left_out.deepfm"] == 1
-    resumed = trainer(tmp_path, Partitions([stream]), **ALONE, **frequent, **model("fm", "deepfm", "lr"))
+    resumed = trainer(
+        tmp_path, Partitions([stream]), **ALONE, **frequent, **model("fm", "deepfm", "lr")
+    )
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
     report = finish(resumed)
     assert report["examples"] == 6000
@@ -391,22 +343,36 @@ def spoil_the_third_snapshot(built: Trainer, of: str) -> None:
     built._writer.begin = begun
 
 
-def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(tmp_path, stream, fm_alone):
-    built = trainer(tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm"))
+def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(
+    tmp_path, stream, fm_alone
+):
+    built = trainer(
+        tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm")
+    )
     spoil_the_third_snapshot(built, "deepfm")
     report = finish(built)
     assert (report["counters"]["rollbacks.deepfm"], report["models"]["fm"]["count"]) == (1, 6000)
     assert_same_weights(weights(tmp_path / "state"), weights(fm_alone))
     folder = tmp_path / "state" / "snapshots"
     second, third, fourth = (folder / name for name in snapshot.snapshot_ids(folder)[1:4])
-    assert [(path / "deepfm.model.safetensors").exists() for path in (second, third, fourth)] == [True, False, True]
-    resumed = trainer(tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm"))  # the second is kept
+    assert [(path / "deepfm.model.safetensors").exists() for path in (second, third, fourth)] == [
+        True,
+        False,
+        True,
+    ]
+    resumed = trainer(
+        tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm")
+    )  # the second is kept
     resumed.restore(third)
     assert resumed.counters["rollbacks.deepfm"] == 1
-    assert_same_weights(dict(resumed.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"])
+    assert_same_weights(
+        dict(resumed.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"]
+    )
 
 
-def test_what_a_model_beside_goes_back_to_is_there_though_only_one_snapshot_is_kept(tmp_path, stream):
+def test_what_a_model_beside_goes_back_to_is_there_though_only_one_snapshot_is_kept(
+    tmp_path, stream
+):
     frequent = {**FREQUENT, "snapshots": {"keep": 1}}
     built = trainer(tmp_path, Partitions([stream]), **ALONE, **frequent, **model("fm", "deepfm"))
     spoil_the_third_snapshot(built, "deepfm")
@@ -417,7 +383,9 @@ def test_what_a_model_beside_goes_back_to_is_there_though_only_one_snapshot_is_k
 
 @pytest.mark.parametrize("parent", [..., "../other/snapshots/00000001-x", 7, None])
 def test_a_model_beside_follows_parents_to_snapshots_of_this_run_only(tmp_path, stream, parent):
-    built = trainer(tmp_path, Partitions([stream.slice(0, 3000)]), **ALONE, **FREQUENT, **model("fm", "deepfm"))
+    built = trainer(
+        tmp_path, Partitions([stream.slice(0, 3000)]), **ALONE, **FREQUENT, **model("fm", "deepfm")
+    )
     finish(built)
     newest = snapshot.newest(tmp_path / "snapshots")
     before = snapshot.snapshot_ids(tmp_path / "snapshots")[-2]
@@ -428,16 +396,28 @@ def test_a_model_beside_follows_parents_to_snapshots_of_this_run_only(tmp_path, 
     (newest / "deepfm.model.safetensors").unlink()
     (newest / "manifest.json").write_text(json.dumps(manifest))
     assert built._last_good_of("deepfm")[0] == newest.parent / before
-    other = {name: value for name, value in manifest.items() if name != "parent"} | ({} if parent is ... else {"parent": parent})
+    other = {name: value for name, value in manifest.items() if name != "parent"} | (
+        {} if parent is ... else {"parent": parent}
+    )
     (newest / "manifest.json").write_text(json.dumps(other))
     assert built._last_good_of("deepfm")[0] is None
 
 
 def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
     key = tmp_path / "key.pem"
-    key.write_bytes(ed25519.Ed25519PrivateKey.generate().private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    key.write_bytes(
+        ed25519.Ed25519PrivateKey.generate().private_bytes(
+            Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
+        )
+    )
     signed = {"snapshots": {"signing_key": str(key)}}
-    built = trainer(tmp_path / "state", Partitions([stream.slice(0, 1000)]), **ALONE, **signed, **model("fm", "deepfm"))
+    built = trainer(
+        tmp_path / "state",
+        Partitions([stream.slice(0, 1000)]),
+        **ALONE,
+        **signed,
+        **model("fm", "deepfm"),
+    )
     finish(built)
     newest = snapshot.newest(tmp_path / "state" / "snapshots")
     assert built._last_good_of("deepfm")[0] == newest
@@ -456,39 +436,82 @@ def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_
             event["features"][numeric] = 1e38
             huge += 1
     values = pa.array([json.dumps(event).encode() for event in documents], pa.large_binary())
-    report = finish(trainer(tmp_path, Partitions([values]), features={"numeric_encoding": "value"}, **ALONE, **model("lr", "fm")))
+    report = finish(
+        trainer(
+            tmp_path,
+            Partitions([values]),
+            features={"numeric_encoding": "value"},
+            **ALONE,
+            **model("lr", "fm"),
+        )
+    )
     assert huge > 5
     assert report["counters"]["examples_skipped.fm"] == huge
-    assert (report["examples"], report["models"]["fm"]["count"], report["pairs"]["fm"]["count"]) == (6000, 6000 - huge, 6000 - huge)
+    assert (
+        report["examples"],
+        report["models"]["fm"]["count"],
+        report["pairs"]["fm"]["count"],
+    ) == (6000, 6000 - huge, 6000 - huge)
 
 
 @pytest.mark.slow
-def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdict_on_the_network_and_learns_on(tmp_path, stream, caplog):
+def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdict_on_the_network_and_learns_on(
+    tmp_path, stream, caplog
+):
     lenient = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
     sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": lenient}
-    report = finish(trainer(tmp_path, Partitions([stream]), **RIVER, **sections, **model("fnn", pretrain_examples=2000)))
+    report = finish(
+        trainer(
+            tmp_path,
+            Partitions([stream]),
+            **RIVER,
+            **sections,
+            **model("fnn", pretrain_examples=2000),
+        )
+    )
     assert report["examples"] == 6000
-    manifests = [snapshot.load(tmp_path / "snapshots" / name, files=())[0] for name in snapshot.snapshot_ids(tmp_path / "snapshots")]
+    manifests = [
+        snapshot.load(tmp_path / "snapshots" / name, files=())[0]
+        for name in snapshot.snapshot_ids(tmp_path / "snapshots")
+    ]
     refused = [manifest["examples"] for manifest in manifests if manifest["gate"]["refused"]]
     assert refused == [2048, 3072]
-    assert "is not published: its pre-training has ended, and there is no verdict yet on the network that took over" in caplog.text
-    assert "its last step ended its pre-training, the network that took over has learned nothing yet: it took the logloss" in caplog.text
+    assert (
+        "is not published: its pre-training has ended, and there is no verdict yet on the network that took over"
+        in caplog.text
+    )
+    assert (
+        "its last step ended its pre-training, the network that took over has learned nothing yet: it took the logloss"
+        in caplog.text
+    )
     assert report["refused"] == []
     assert snapshot.read_pointer(tmp_path / "latest.json")["examples"] == 6000
 
 
 @pytest.mark.slow
-def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again_and_published_as_it_was(tmp_path, stream):
+def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again_and_published_as_it_was(
+    tmp_path, stream
+):
     gate = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
-    sections = {"schedule": {"snapshot_examples": 1024}, "snapshots": gate, "learn": {**SMALL["learn"], "skips_before_rollback": 2}}
-    built = trainer(tmp_path, Partitions([stream]), **RIVER, **sections, **model("fnn", pretrain_examples=2000))
+    sections = {
+        "schedule": {"snapshot_examples": 1024},
+        "snapshots": gate,
+        "learn": {**SMALL["learn"], "skips_before_rollback": 2},
+    }
+    built = trainer(
+        tmp_path, Partitions([stream]), **RIVER, **sections, **model("fnn", pretrain_examples=2000)
+    )
     spoil(built, "fnn", after=18)  # the network has learned one batch
     report = finish(built)
     assert (report["counters"]["rollbacks"], report["examples"]) == (1, 6000 - 2 * 128)
     folder = tmp_path / "snapshots"
-    manifests = [snapshot.load(folder / name, files=())[0] for name in snapshot.snapshot_ids(folder)]
+    manifests = [
+        snapshot.load(folder / name, files=())[0] for name in snapshot.snapshot_ids(folder)
+    ]
     refused = {manifest["examples"]: manifest["gate"]["refused"] for manifest in manifests}
-    assert refused[2048] == ["its pre-training has ended, and there is no verdict yet on the network that took over"]
+    assert refused[2048] == [
+        "its pre-training has ended, and there is no verdict yet on the network that took over"
+    ]
     assert refused[3072] == []  # seven more batches as the FM, of too few clicks for a verdict
     assert refused[4096] == refused[2048]
     assert manifests[2]["gate"]["evidence"] == manifests[0]["gate"]["evidence"]
@@ -496,19 +519,30 @@ def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_system_is_served_with_the_default_network(tmp_path, stream, name):
-    built = trainer(tmp_path, Partitions([stream.slice(0, 300)]), **ALONE, model={"name": name, "table_bits": 4})
+    built = trainer(
+        tmp_path, Partitions([stream.slice(0, 300)]), **ALONE, model={"name": name, "table_bits": 4}
+    )
     finish(built)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
     rows = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}]
-    expected = built.learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(np.float64)
+    expected = built.learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(
+        np.float64
+    )
     assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
 
 
-@pytest.mark.parametrize("other", [model("deepfm", "lr"), model("deepfm", "lr", "fm"), model("fm", "deepfm"), model("deepfm")])
+@pytest.mark.parametrize(
+    "other",
+    [model("deepfm", "lr"), model("deepfm", "lr", "fm"), model("fm", "deepfm"), model("deepfm")],
+)
 def test_a_snapshot_of_other_models_is_refused_by_their_names(tmp_path, stream, other):
     finish(trainer(tmp_path, Partitions([stream.slice(0, 500)]), **ALONE, **model("deepfm", "fm")))
-    with pytest.raises(ConfigError, match=r"made with the models deepfm, fm, not with .*another --state"):
-        trainer(tmp_path, Partitions([stream]), **ALONE, **other).restore(snapshot.newest(tmp_path / "snapshots"))
+    with pytest.raises(
+        ConfigError, match=r"made with the models deepfm, fm, not with .*another --state"
+    ):
+        trainer(tmp_path, Partitions([stream]), **ALONE, **other).restore(
+            snapshot.newest(tmp_path / "snapshots")
+        )
 
 
 def test_models_that_are_not_wanted_are_in_no_report_and_no_snapshot(tmp_path, stream):
@@ -518,24 +552,41 @@ def test_models_that_are_not_wanted_are_in_no_report_and_no_snapshot(tmp_path, s
     assert (report["paired"]["models"], report["pairs"]) == (["deepfm"], {})
     assert not {"ftrl.model", "baseline"} & final_state(tmp_path).keys()
     with pytest.raises(ConfigError, match="with the models deepfm, not with deepfm, ftrl"):
-        trainer(tmp_path, Partitions([stream]), baseline={"enabled": False}).restore(snapshot.newest(tmp_path / "snapshots"))
+        trainer(tmp_path, Partitions([stream]), baseline={"enabled": False}).restore(
+            snapshot.newest(tmp_path / "snapshots")
+        )
 
 
 def test_bad_records_are_counted_kept_and_not_trained(tmp_path, stream):
-    junk = pa.array([b"junk", None, b'{"kind":"impression","impression_id":"x\x1b[31m","time":5}'], pa.large_binary())
+    junk = pa.array(
+        [b"junk", None, b'{"kind":"impression","impression_id":"x\x1b[31m","time":5}'],
+        pa.large_binary(),
+    )
     mixed = pa.concat_arrays([stream.slice(0, 50), junk, stream.slice(50)])
     clean = finish(trainer(tmp_path / "clean", Partitions([stream])))
     dirty = finish(trainer(tmp_path / "dirty", Partitions([mixed])))
     assert dirty["ledger"] == clean["ledger"]
     assert dirty["models"] == clean["models"]
     counters = dirty["counters"]
-    assert (counters["rejected"], counters["rejected.not_json"], counters["rejected.tombstone"]) == (2, 2, 1)
-    letters = [json.loads(line) for line in (tmp_path / "dirty" / "dead_letters.jsonl").read_text().splitlines()]
-    assert [(letter["offset"], letter["reason"]) for letter in letters] == [("50", "not_json"), ("52", "not_json")]
+    assert (
+        counters["rejected"],
+        counters["rejected.not_json"],
+        counters["rejected.tombstone"],
+    ) == (2, 2, 1)
+    letters = [
+        json.loads(line)
+        for line in (tmp_path / "dirty" / "dead_letters.jsonl").read_text().splitlines()
+    ]
+    assert [(letter["offset"], letter["reason"]) for letter in letters] == [
+        ("50", "not_json"),
+        ("52", "not_json"),
+    ]
 
 
 def test_a_flood_of_bad_records_stops_the_run_instead_of_training_on_the_rest(tmp_path, stream):
-    flood = pa.concat_arrays([stream.slice(0, 500), pa.array([b"junk"] * 5000, pa.large_binary()), stream.slice(500)])
+    flood = pa.concat_arrays(
+        [stream.slice(0, 500), pa.array([b"junk"] * 5000, pa.large_binary()), stream.slice(500)]
+    )
     with pytest.raises(DataError, match=r"records read are bad.*not_json"):
         finish(trainer(tmp_path, Partitions([flood])))
 
@@ -551,14 +602,40 @@ def test_bad_events_of_one_record_are_letters_that_name_them(tmp_path, stream):
     events = [json.loads(value) for value in stream.slice(0, 6).to_pylist()]
     for at in (1, 4):
         events[at]["time"] = 5
-    packed = pack(pa.array([json.dumps(event).encode() for event in events], pa.large_binary()), events_a_record=6)
-    finish(trainer(tmp_path, Partitions([pa.concat_arrays([stream.slice(6, 3), packed, pa.array([b"junk"], pa.large_binary())])])))
-    letters = [json.loads(line) for line in (tmp_path / "dead_letters.jsonl").read_text().splitlines()]
-    assert [(one["offset"], one.get("event")) for one in letters] == [("3", "1"), ("3", "4"), ("4", None)]
-    shown = CliRunner().invoke(main, ["dlq", "show", "--state", str(tmp_path), "--event", "4"]).stdout.splitlines()
+    packed = pack(
+        pa.array([json.dumps(event).encode() for event in events], pa.large_binary()),
+        events_a_record=6,
+    )
+    finish(
+        trainer(
+            tmp_path,
+            Partitions(
+                [
+                    pa.concat_arrays(
+                        [stream.slice(6, 3), packed, pa.array([b"junk"], pa.large_binary())]
+                    )
+                ]
+            ),
+        )
+    )
+    letters = [
+        json.loads(line) for line in (tmp_path / "dead_letters.jsonl").read_text().splitlines()
+    ]
+    assert [(one["offset"], one.get("event")) for one in letters] == [
+        ("3", "1"),
+        ("3", "4"),
+        ("4", None),
+    ]
+    shown = (
+        CliRunner()
+        .invoke(main, ["dlq", "show", "--state", str(tmp_path), "--event", "4"])
+        .stdout.splitlines()
+    )
     assert len(shown) == 2
     assert "offset 3  event 4  time_out_of_range" in shown[0]
-    raw = CliRunner().invoke(main, ["dlq", "show", "--state", str(tmp_path), "--offset", "3", "--event", "1", "--raw"])
+    raw = CliRunner().invoke(
+        main, ["dlq", "show", "--state", str(tmp_path), "--offset", "3", "--event", "1", "--raw"]
+    )
     assert raw.stdout_bytes == base64.b64decode(letters[0]["value_base64"])
 
 
@@ -571,19 +648,37 @@ def test_a_snapshot_of_another_configuration_is_refused_by_name(tmp_path, stream
 
 def test_a_run_may_go_on_with_another_precision_and_says_so(tmp_path, stream, caplog):
     several = {"model": {**SMALL["model"], "beside": ("fm",)}}
-    finish(trainer(tmp_path, Partitions([stream.slice(0, 600)]), learn={**SMALL["learn"], "precision": "bf16"}, **several))
+    finish(
+        trainer(
+            tmp_path,
+            Partitions([stream.slice(0, 600)]),
+            learn={**SMALL["learn"], "precision": "bf16"},
+            **several,
+        )
+    )
     before = final_state(tmp_path)["model"]
-    resumed = trainer(tmp_path, Partitions([stream]), learn={**SMALL["learn"], "precision": "fp32"}, **several)
+    resumed = trainer(
+        tmp_path, Partitions([stream]), learn={**SMALL["learn"], "precision": "fp32"}, **several
+    )
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
     assert caplog.text.count("was made with precision bf16; from here on it is fp32") == 1
     after = resumed.learner.weights()
     assert all(np.array_equal(before[name], array) for name, array in after.items())
     assert finish(resumed)["examples"] == 6000
-    assert snapshot.verify(snapshot.newest(tmp_path / "snapshots"))["learner"]["precision"] == "fp32"
+    assert (
+        snapshot.verify(snapshot.newest(tmp_path / "snapshots"))["learner"]["precision"] == "fp32"
+    )
 
 
 def test_snapshots_by_number_of_examples_name_their_parent_and_old_ones_go(tmp_path, stream):
-    finish(trainer(tmp_path, Partitions([stream]), schedule={"snapshot_examples": 1000}, snapshots={"keep": 2}))
+    finish(
+        trainer(
+            tmp_path,
+            Partitions([stream]),
+            schedule={"snapshot_examples": 1000},
+            snapshots={"keep": 2},
+        )
+    )
     names = snapshot.snapshot_ids(tmp_path / "snapshots")
     assert len(names) == 2
     manifest = snapshot.verify(tmp_path / "snapshots" / names[1])
@@ -608,14 +703,18 @@ def test_flags_are_served_between_batches(tmp_path, stream):
     built = trainer(tmp_path, Partitions([stream]))
     built._flags = Flags()
     finish(built)
-    kinds = [json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    kinds = [
+        json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()
+    ]
     assert kinds.count("report") == 1
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 2
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("max_memory", "held"), [("1GB", False), ("4MiB", True)])
-def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_of_its_room(tmp_path, stream, max_memory, held):
+def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_of_its_room(
+    tmp_path, stream, max_memory, held
+):
     class Uneven(Partitions):
         fullest, pauses = 0.0, 0
 
@@ -627,7 +726,8 @@ def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_o
             kept = ~((records.partition == 1) & late)
             self._at[1] -= int((~kept).sum())
             return Records(
-                *(column[kept] for column in (records.partition, records.offset, records.time)), records.value.filter(pa.array(kept))
+                *(column[kept] for column in (records.partition, records.offset, records.time)),
+                records.value.filter(pa.array(kept)),
             )
 
         def pause(self, partitions: frozenset[int]) -> None:
@@ -635,8 +735,15 @@ def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_o
             super().pause(partitions)
 
     source = Uneven(split(stream, 2))
-    report = finish(trainer(tmp_path, source, join={"label_window": "1s", "max_memory": max_memory}))
-    assert report["examples"] == finish(trainer(tmp_path / "even", Partitions(split(stream, 2)), join={"label_window": "1s"}))["examples"]
+    report = finish(
+        trainer(tmp_path, source, join={"label_window": "1s", "max_memory": max_memory})
+    )
+    assert (
+        report["examples"]
+        == finish(
+            trainer(tmp_path / "even", Partitions(split(stream, 2)), join={"label_window": "1s"})
+        )["examples"]
+    )
     assert (source.pauses > 0) == held
     assert (source.fullest < 0.3) or not held
 
@@ -654,12 +761,21 @@ def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
             return super().poll(timeout_seconds)
 
     source = Live([stream.slice(0, 5000), pa.array([], pa.large_binary())])
-    report = finish(trainer(tmp_path, source, clock=lambda: source.now, join={"label_window": "60s", "idle_timeout": "10s"}))
+    report = finish(
+        trainer(
+            tmp_path,
+            source,
+            clock=lambda: source.now,
+            join={"label_window": "60s", "idle_timeout": "10s"},
+        )
+    )
     assert report["examples"] > 3000  # though partition 1 never spoke
     assert report["pending"] > 0  # nothing says yet that their clicks will not come
 
 
-def test_a_snapshot_that_cannot_be_written_does_not_stop_learning_but_the_last_one_must_succeed(tmp_path, stream):
+def test_a_snapshot_that_cannot_be_written_does_not_stop_learning_but_the_last_one_must_succeed(
+    tmp_path, stream
+):
     built = trainer(tmp_path, Partitions([stream]), schedule={"snapshot_examples": 1000})
     (tmp_path / "snapshots").write_text("in the way")
     with pytest.raises(SnapshotError, match="cannot write snapshot"):
@@ -671,7 +787,10 @@ def test_a_snapshot_that_cannot_be_written_does_not_stop_learning_but_the_last_o
 
 
 def test_a_model_that_diverges_stops_the_run_and_is_never_published(tmp_path, stream):
-    wild = {"learn": {**SMALL["learn"], "table_optimizer": "sgd", "table_learning_rate": 1e30}, "schedule": {"snapshot_examples": 500}}
+    wild = {
+        "learn": {**SMALL["learn"], "table_optimizer": "sgd", "table_learning_rate": 1e30},
+        "schedule": {"snapshot_examples": 500},
+    }
     with pytest.raises(DataError, match=r"the model diverged: 8 batches in a row"):
         finish(trainer(tmp_path, Partitions([stream]), **wild))
     for name in snapshot.snapshot_ids(tmp_path / "snapshots"):

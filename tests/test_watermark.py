@@ -6,12 +6,14 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_ctr.watermark import NOT_YET, Watermarks
+from stream_ctr.join.watermark import NOT_YET, Watermarks
 
 NOBODY, ALL = np.array([False, False]), np.array([True, True])
 
 
-def observe(marks: Watermarks, partition: int, times: list[int], clicks: bool | list[bool] = False) -> list[int]:
+def observe(
+    marks: Watermarks, partition: int, times: list[int], clicks: bool | list[bool] = False
+) -> list[int]:
     n = len(times)
     click = np.full(n, clicks) if isinstance(clicks, bool) else np.array(clicks)
     return marks.observe(np.full(n, partition, np.int32), np.array(times, np.int64), click).tolist()
@@ -63,7 +65,9 @@ def test_delayed_clicks_move_the_watermark_with_their_own_time_until_they_have_c
     held = stalled_at(marks) - 10
     assert observe(marks, 0, [2100, 2700, 3000], True) == [held, 2690, 2990]
     assert observe(marks, 0, [4001]) == [2990]
-    assert observe(marks, 0, [3995], True) == [3991]  # within the lateness of the impressions: all is as before
+    assert observe(marks, 0, [3995], True) == [
+        3991
+    ]  # within the lateness of the impressions: all is as before
     assert not marks.stalled.any()
     assert observe(marks, 0, [4002]) == [3992]
 
@@ -99,7 +103,10 @@ def test_clicks_that_are_read_before_their_impressions_are_not_missed():
     assert not marks.silent_clicks().any()
 
 
-@given(st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=300), st.lists(st.integers(0, 300), max_size=5))
+@given(
+    st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=300),
+    st.lists(st.integers(0, 300), max_size=5),
+)
 def test_what_a_partition_does_depends_on_its_own_log_alone_and_never_goes_back(events, cuts):
     warm = healthy()
     times, clicks = [*warm[0], *(t + 1000 for t, _ in events)], [*warm[1], *(c for _, c in events)]
@@ -107,7 +114,9 @@ def test_what_a_partition_does_depends_on_its_own_log_alone_and_never_goes_back(
     expected = observe(whole, 0, times, clicks)
     parts = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
     got: list[int] = []
-    bounds = sorted({0, len(times), *(len(warm[0]) + cut for cut in cuts if len(warm[0]) + cut < len(times))})
+    bounds = sorted(
+        {0, len(times), *(len(warm[0]) + cut for cut in cuts if len(warm[0]) + cut < len(times))}
+    )
     for start, end in zip(bounds, bounds[1:], strict=False):
         got += observe(parts, 0, times[start:end], clicks[start:end])
         observe(parts, 1, [7000], True)  # another partition is no matter of this one

@@ -18,7 +18,6 @@ from torch import nn
 from stream_ctr.models.deepfm import DeepFM
 from stream_ctr.models.fm import FM
 from stream_ctr.models.fnn import FNN
-from stream_ctr.models.lr import FTRL
 from stream_ctr.models.pnn import IPNN, OPNN, PNN
 from stream_ctr.models.wide_deep import FMDNN, LRDNN
 
@@ -51,13 +50,43 @@ class System:
 MODELS: Mapping[str, System] = {
     "lr": System("LR", None, "logistic regression, by FTRL-Proximal", high_order=False),
     "fm": System("FM", FM, "factorization machine", high_order=False),
-    "fnn": System("FNN", FNN, "network over embeddings that an FM was trained to", pretraining=True, low_order=False),
-    "ipnn": System("IPNN", IPNN, "network over embeddings and their inner products", activation="tanh", low_order=False),
-    "opnn": System("OPNN", OPNN, "network over embeddings and their outer product", low_order=False),
+    "fnn": System(
+        "FNN",
+        FNN,
+        "network over embeddings that an FM was trained to",
+        pretraining=True,
+        low_order=False,
+    ),
+    "ipnn": System(
+        "IPNN",
+        IPNN,
+        "network over embeddings and their inner products",
+        activation="tanh",
+        low_order=False,
+    ),
+    "opnn": System(
+        "OPNN", OPNN, "network over embeddings and their outer product", low_order=False
+    ),
     "pnn": System("PNN*", PNN, "network over embeddings and both products", low_order=False),
-    "lr_dnn": System("LR & DNN", LRDNN, "Wide & Deep: a linear part, with crosses if any, beside a network", engineering=True),
+    "lr_dnn": System(
+        "LR & DNN",
+        LRDNN,
+        "Wide & Deep: a linear part, with crosses if any, beside a network",
+        engineering=True,
+    ),
     "fm_dnn": System("FM & DNN", FMDNN, "an FM beside a network, each with embeddings of its own"),
     "deepfm": System("DeepFM", DeepFM, "an FM and a network over the same embeddings"),
 }
 
-__all__ = ["FM", "FMDNN", "FNN", "FTRL", "IPNN", "LRDNN", "MODELS", "OPNN", "PNN", "DeepFM", "System"]
+__all__ = [
+    "FM",
+    "FMDNN",
+    "FNN",
+    "IPNN",
+    "LRDNN",
+    "MODELS",
+    "OPNN",
+    "PNN",
+    "DeepFM",
+    "System",
+]

@@ -26,7 +26,13 @@ class DeepFM(nn.Module):
     """
 
     def __init__(
-        self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        fields: int,
+        embedding_dim: int,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.deep = MLP(fields * embedding_dim, hidden, activation=activation, dropout=dropout)

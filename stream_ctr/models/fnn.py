@@ -31,12 +31,22 @@ class FNN(nn.Module):
     """
 
     def __init__(
-        self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        fields: int,
+        embedding_dim: int,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.fm = FM()
-        self.deep = MLP(fields * (embedding_dim + 1), hidden, activation=activation, dropout=dropout)
-        self.register_buffer("network", torch.zeros(()))  # 1: it has begun; a weight, so that whoever loads those knows
+        self.deep = MLP(
+            fields * (embedding_dim + 1), hidden, activation=activation, dropout=dropout
+        )
+        self.register_buffer(
+            "network", torch.zeros(())
+        )  # 1: it has begun; a weight, so that whoever loads those knows
         self.pretraining = True
         self.register_load_state_dict_post_hook(_read_phase)  # type: ignore[no-untyped-call]
 
@@ -45,7 +55,11 @@ class FNN(nn.Module):
         self.pretraining = False
 
     def forward(self, w: Tensor, v: Tensor) -> Tensor:
-        model, inputs = (self.fm, (w, v)) if self.pretraining else (self.deep, (torch.cat([w.unsqueeze(2), v], dim=2).flatten(1),))
+        model, inputs = (
+            (self.fm, (w, v))
+            if self.pretraining
+            else (self.deep, (torch.cat([w.unsqueeze(2), v], dim=2).flatten(1),))
+        )
         logits: Tensor = model(*inputs)
         return logits
 

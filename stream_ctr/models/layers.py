@@ -40,7 +40,11 @@ class _PairwiseInnerProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         v, total = ctx.saved_tensors
-        return (total.unsqueeze(1) - v).mul_(dy[:, None, None]), None, None  # each v_i meets the sum of all others
+        return (
+            (total.unsqueeze(1) - v).mul_(dy[:, None, None]),
+            None,
+            None,
+        )  # each v_i meets the sum of all others
 
 
 class _Gathered(threading.local):
@@ -102,7 +106,9 @@ class _InnerProducts(torch.autograd.Function):
         if fields < 2:
             return torch.zeros_like(v)
         _, pair_at = _pairs(fields, v.device)
-        slope = dy.index_select(1, pair_at).view(-1, fields, fields)  # symmetric, d/d<v_i, v_j> at (i, j) and (j, i)
+        slope = dy.index_select(1, pair_at).view(
+            -1, fields, fields
+        )  # symmetric, d/d<v_i, v_j> at (i, j) and (j, i)
         slope.diagonal(dim1=1, dim2=2).zero_()
         return torch.bmm(slope, v)
 
@@ -166,20 +172,32 @@ class Dropout(nn.Module):
 
     def _draw(self, count: int, generator: torch.Generator) -> Tensor:
         """int16 [count] of 1 (keep) and 0. A number of 64 bits is four draws: that takes an eighth of the time of `bernoulli_`."""
-        drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device).random_(-(2**63), None, generator=generator)
+        drawn = torch.empty(-(-count // 4), dtype=torch.int64, device=generator.device).random_(
+            -(2**63), None, generator=generator
+        )
         return drawn.view(torch.int16)[:count].lt_(self._kept - _DRAWS // 2)
 
 
 # On a CPU torch has products of float32 from MKL, which has no AVX-512 for other makers' processors: oneDNN takes less than half the time
 # there. This is the operation that torch's own compiler makes of a linear layer.
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None  # type: ignore[no-untyped-call]
+_ONEDNN = (
+    getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    else None
+)
 _AVX512 = "AVX512" in torch.backends.cpu.get_cpu_capability()
-_ONEDNN_BFLOAT16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)()  # others' models may come to any processor
+_ONEDNN_BFLOAT16 = getattr(
+    torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False
+)()  # others' models may come to any processor
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
     """sigma(W x + b): `x` [B, inputs], `weight` [outputs, inputs] -> [B, outputs]. Neither need be contiguous."""
-    if _ONEDNN is not None and x.device.type == "cpu" and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16)):
+    if (
+        _ONEDNN is not None
+        and x.device.type == "cpu"
+        and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and _ONEDNN_BFLOAT16))
+    ):
         y: Tensor = _ONEDNN(x, weight, bias, activation, [], "")
         return y
     return _ACTIVATE[activation](F.linear(x, weight, bias))
@@ -189,7 +207,15 @@ class _Affine(torch.autograd.Function):
     """sigma(W a + b), with the products in the type of `weight`, whatever that of `a` is."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, bias: Tensor, low_weight: Tensor, low_bias: Tensor, activation: str) -> Tensor:
+    def forward(
+        ctx: Any,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        low_weight: Tensor,
+        low_bias: Tensor,
+        activation: str,
+    ) -> Tensor:
         x = a.to(low_weight.dtype)
         y = _linear(x, low_weight, low_bias, activation)
         ctx.save_for_backward(x, low_weight, y)
@@ -200,7 +226,11 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dz = _BACK[ctx.activation](dy, y)
-        slope = _linear(dz.t(), x.t(), None) if _AVX512 and x.dtype == torch.float32 else torch.mm(dz.t(), x)  # the faster one of each
+        slope = (
+            _linear(dz.t(), x.t(), None)
+            if _AVX512 and x.dtype == torch.float32
+            else torch.mm(dz.t(), x)
+        )  # the faster one of each
         return _linear(dz, weight.t(), None).to(ctx.wants), slope, dz.sum(0), None, None, None
 
 
@@ -213,7 +243,9 @@ class Dense(nn.Linear):
 
     def __init__(self, inputs: int, outputs: int, activation: str = "none") -> None:
         if activation not in _ACTIVATE:
-            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+            raise ValueError(
+                f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+            )
         super().__init__(inputs, outputs)
         self.activation = activation
         self.low: tuple[Tensor, Tensor] | None = None
@@ -226,7 +258,9 @@ class Dense(nn.Linear):
 class MLP(nn.Module):
     """Hidden layers with dropout, and the output neuron above them: [B, inputs] -> [B]."""
 
-    def __init__(self, inputs: int, hidden: Sequence[int], *, activation: str = "relu", dropout: float = 0.0) -> None:
+    def __init__(
+        self, inputs: int, hidden: Sequence[int], *, activation: str = "relu", dropout: float = 0.0
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         for width in hidden:

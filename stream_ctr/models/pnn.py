@@ -32,11 +32,19 @@ class _PNN(nn.Module):
     outer: ClassVar[bool] = False
 
     def __init__(
-        self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        fields: int,
+        embedding_dim: int,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         products = self.inner * (fields * (fields - 1) // 2) + self.outer * embedding_dim**2
-        self.deep = MLP(fields * embedding_dim + products, hidden, activation=activation, dropout=dropout)
+        self.deep = MLP(
+            fields * embedding_dim + products, hidden, activation=activation, dropout=dropout
+        )
 
     def forward(self, w: Tensor, v: Tensor) -> Tensor:
         signals = [v.flatten(1)]  # [B, F * K]

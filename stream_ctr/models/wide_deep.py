@@ -33,7 +33,13 @@ class LRDNN(nn.Module):
     crosses: ClassVar[bool] = True
 
     def __init__(
-        self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        fields: int,
+        embedding_dim: int,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self._fields = fields
@@ -55,7 +61,13 @@ class FMDNN(nn.Module):
     embeddings: ClassVar[int] = 2
 
     def __init__(
-        self, *, fields: int, embedding_dim: int, hidden: Sequence[int] = (400, 400, 400), activation: str = "relu", dropout: float = 0.0
+        self,
+        *,
+        fields: int,
+        embedding_dim: int,
+        hidden: Sequence[int] = (400, 400, 400),
+        activation: str = "relu",
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.deep = MLP(fields * embedding_dim, hidden, activation=activation, dropout=dropout)

@@ -38,7 +38,9 @@ def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
     ((2.0, 1.0), (0.5, None), (None, None))
     """
     found = np.array(list(values), np.float64)
-    return (float(found.mean()) if len(found) else None), (float(found.std(ddof=1)) if len(found) > 1 else None)
+    return (float(found.mean()) if len(found) else None), (
+        float(found.std(ddof=1)) if len(found) > 1 else None
+    )
 
 
 def median(values: Iterable[float]) -> float | None:
@@ -74,8 +76,14 @@ def table2(runs: Iterable[Run], losses: Callable[[Run], Floats]) -> dict[str, di
 
 
 def _row(runs: Sequence[Run]) -> dict[str, Any]:
-    told: dict[str, Any] = {**scores(runs), "runs": len(runs), "seeds": sorted(run["seed"] for run in runs)}
-    told["validation_logloss"], told["validation_logloss_std"] = mean_std(map(validation_logloss, runs))
+    told: dict[str, Any] = {
+        **scores(runs),
+        "runs": len(runs),
+        "seeds": sorted(run["seed"] for run in runs),
+    }
+    told["validation_logloss"], told["validation_logloss_std"] = mean_std(
+        map(validation_logloss, runs)
+    )
     told["pretraining"] = _pretraining(runs)
     told |= {kind: median(run[kind] for run in runs) for kind in _TIMES}
     told |= {name: mean_std(run[of_run] for run in runs)[0] for name, of_run in _MEANS.items()}
@@ -83,7 +91,12 @@ def _row(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 _TIMES = ("seconds", "seconds_pretraining", "seconds_per_epoch", "examples_per_second")
-_MEANS = {"epochs": "best_epoch", "epochs_trained": "epochs", "parameters": "parameters", "train_logloss": "train_logloss"}
+_MEANS = {
+    "epochs": "best_epoch",
+    "epochs_trained": "epochs",
+    "parameters": "parameters",
+    "train_logloss": "train_logloss",
+}
 
 
 def validation_logloss(run: Run) -> float:
@@ -97,33 +110,52 @@ def validation_logloss(run: Run) -> float:
 
 def _pretraining(runs: Sequence[Run]) -> dict[str, float | None] | None:
     """Validation logloss and epochs of the FM that FNN began as; None of what has begun as nothing."""
-    best = [min(found, key=lambda check: check["logloss"]) for run in runs if (found := run.get("validation_pretraining"))]
+    best = [
+        min(found, key=lambda check: check["logloss"])
+        for run in runs
+        if (found := run.get("validation_pretraining"))
+    ]
     if not best:
         return None
-    return {"validation_logloss": mean_std(check["logloss"] for check in best)[0], "epochs": mean_std(check["epoch"] for check in best)[0]}
+    return {
+        "validation_logloss": mean_std(check["logloss"] for check in best)[0],
+        "epochs": mean_std(check["epoch"] for check in best)[0],
+    }
 
 
 def _published(name: str) -> dict[str, dict[str, float]]:
     return {data: rows[name]._asdict() for data, rows in published.TABLE2.items()}
 
 
-def _minus(runs: Sequence[Run], others: Sequence[Run], losses: Callable[[Run], Floats]) -> Difference | None:
+def _minus(
+    runs: Sequence[Run], others: Sequence[Run], losses: Callable[[Run], Floats]
+) -> Difference | None:
     """Over the seeds that both have, and only where both kept their losses; None of a system and itself."""
     of_seed = {run["seed"]: run for run in others if run.get("losses")}
-    both = [(run, of_seed[run["seed"]]) for run in runs if run.get("losses") and run["seed"] in of_seed]
+    both = [
+        (run, of_seed[run["seed"]]) for run in runs if run.get("losses") and run["seed"] in of_seed
+    ]
     if not both or runs is others:
         return None
-    return paired_difference(np.stack([losses(run) for run, _ in both]), np.stack([losses(other) for _, other in both]))
+    return paired_difference(
+        np.stack([losses(run) for run, _ in both]), np.stack([losses(other) for _, other in both])
+    )
 
 
 def order(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The systems that have a logloss, the lowest first."""
-    return sorted((name for name in rows if rows[name]["logloss"] is not None), key=lambda name: rows[name]["logloss"])
+    return sorted(
+        (name for name in rows if rows[name]["logloss"] is not None),
+        key=lambda name: rows[name]["logloss"],
+    )
 
 
 def machines(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """Where the runs were done and with which versions, most runs first."""
-    found = Counter(json.dumps({name: run[name] for name in ("machine", "version", "torch")}, sort_keys=True) for run in _ended(runs))
+    found = Counter(
+        json.dumps({name: run[name] for name in ("machine", "version", "torch")}, sort_keys=True)
+        for run in _ended(runs)
+    )
     return [{**json.loads(where), "runs": count} for where, count in found.most_common()]
 
 
@@ -134,13 +166,17 @@ def times(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, Any]]]:
     """
     found: dict[str, dict[tuple[str, str], list[Run]]] = {}
     for run in _of_part(runs, "table2", "figure6"):
-        found.setdefault(json.dumps(run["machine"], sort_keys=True), {}).setdefault((run["device"], title(run)), []).append(run)
+        found.setdefault(json.dumps(run["machine"], sort_keys=True), {}).setdefault(
+            (run["device"], title(run)), []
+        ).append(run)
     if not found:
         return {}
     timed = max(found.values(), key=lambda of: ("LR" in {name for _, name in of}, len(of)))
     return {
         device: {name: _time(timed[device, name]) for name in TITLES if (device, name) in timed}
-        for device in sorted({device for device, _ in timed}, key=lambda device: (device != "cpu", device))
+        for device in sorted(
+            {device for device, _ in timed}, key=lambda device: (device != "cpu", device)
+        )
     }
 
 
@@ -158,7 +194,9 @@ def rough(times: Mapping[str, Mapping[str, Any]]) -> bool:
     return of_lr is not None and of_lr["seconds_per_epoch"]["median"] < _ROUGH_SECONDS
 
 
-def relative_times(times: Mapping[str, Mapping[str, Any]], kind: str = "seconds") -> dict[str, dict[str, dict[str, float]]]:
+def relative_times(
+    times: Mapping[str, Mapping[str, Any]], kind: str = "seconds"
+) -> dict[str, dict[str, dict[str, float]]]:
     """Figure 6: |training time of a system| / |training time of LR|, by device; the latter is LR's median. `kind` may be
     `seconds_per_epoch`. LR has no GPU code: its time is always a CPU's. Empty without LR and without others.
 
@@ -170,7 +208,10 @@ def relative_times(times: Mapping[str, Mapping[str, Any]], kind: str = "seconds"
     if of_lr is None:
         return {}
     return {
-        device: {name: {part: spent / of_lr[kind]["median"] for part, spent in time[kind].items()} for name, time in of.items()}
+        device: {
+            name: {part: spent / of_lr[kind]["median"] for part, spent in time[kind].items()}
+            for name, time in of.items()
+        }
         for device, of in times.items()
         if set(of) - {"LR"}
     }
@@ -181,12 +222,20 @@ def study(runs: Iterable[Run], part: str) -> dict[str, dict[str, dict[str, Any]]
     found: dict[str, dict[str, list[Run]]] = {}
     for run in _of_part(runs, part):
         found.setdefault(str(run["value"]), {}).setdefault(title(run), []).append(run)
-    return {value: {name: _study_point(of[name]) for name in TITLES if name in of} for value, of in found.items()}
+    return {
+        value: {name: _study_point(of[name]) for name in TITLES if name in of}
+        for value, of in found.items()
+    }
 
 
 def _study_point(runs: Sequence[Run]) -> dict[str, Any]:
     validation, spread = mean_std(map(validation_logloss, runs))
-    return {**scores(runs), "validation_logloss": validation, "validation_logloss_std": spread, "runs": len(runs)}
+    return {
+        **scores(runs),
+        "validation_logloss": validation,
+        "validation_logloss_std": spread,
+        "runs": len(runs),
+    }
 
 
 def compared(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -196,7 +245,10 @@ def compared(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any
     {'relu': {'FNN': 1}, 'tanh': {'FNN': 3}}
     """
     counts = Counter(name for of in values.values() for name in of)
-    found = {value: {name: point for name, point in of.items() if counts[name] > 1} for value, of in values.items()}
+    found = {
+        value: {name: point for name, point in of.items() if counts[name] > 1}
+        for value, of in values.items()
+    }
     return {value: of for value, of in found.items() if of}
 
 
@@ -204,7 +256,9 @@ def chosen(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, s
     """Of a study, the value at which each system's validation logloss is the lowest: the test part chooses nothing."""
     best = {}
     for name in DEEP:
-        found = {value: of[name]["validation_logloss"] for value, of in values.items() if name in of}
+        found = {
+            value: of[name]["validation_logloss"] for value, of in values.items() if name in of
+        }
         if found:
             best[name] = min(found, key=lambda value: found[value])
     return best
@@ -214,8 +268,14 @@ def streaming(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
     """One pass over the log, each example predicted before it is learned."""
     told: dict[str, dict[str, Any]] = {}
     for name, of in _by_title(_of_part(runs, "streaming")).items():
-        last = {metric: mean_std(run["last_half"][metric] for run in of)[0] for metric in ("auc", "logloss")}
-        speed = {kind: mean_std(run[kind] for run in of)[0] for kind in ("seconds", "examples_per_second")}
+        last = {
+            metric: mean_std(run["last_half"][metric] for run in of)[0]
+            for metric in ("auc", "logloss")
+        }
+        speed = {
+            kind: mean_std(run[kind] for run in of)[0]
+            for kind in ("seconds", "examples_per_second")
+        }
         if of:
             told[name] = {**scores(of), "last_half": last, **speed, "runs": len(of), "device": of[0]["device"],
                           "minus_deepfm": of[0].get("paired") if len(of) == 1 else None}  # fmt: skip
@@ -225,7 +285,13 @@ def streaming(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
 def failures(runs: Iterable[Run]) -> list[dict[str, Any]]:
     """The runs that failed, and why."""
     return [
-        {"part": run["part"], "value": run.get("value"), "system": title(run), "seed": run.get("seed"), "error": str(run["failed"])}
+        {
+            "part": run["part"],
+            "value": run.get("value"),
+            "system": title(run),
+            "seed": run.get("seed"),
+            "error": str(run["failed"]),
+        }
         for run in runs
         if run.get("failed")
     ]

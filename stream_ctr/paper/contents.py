@@ -17,7 +17,16 @@ from stream_ctr.paper.words import count, duration, number, percent, plain
 def contents(told: Report) -> list[Block]:
     """The page of a report, from the dictionary alone."""
     studies = [block for part in STUDIES for block in study(told, part)]
-    return [*_head(told), *table2(told), *table1(told), *figure6(told), *studies, *streaming(told), *_absent(told), *_method(told)]
+    return [
+        *_head(told),
+        *table2(told),
+        *table1(told),
+        *figure6(told),
+        *studies,
+        *streaming(told),
+        *_absent(told),
+        *_method(told),
+    ]
 
 
 def title(told: Report) -> str:
@@ -36,7 +45,9 @@ def _head(told: Report) -> list[Block]:
     ]
     if made["quick"]:
         blocks.append(
-            Note("A quick run (--quick), with the settings below: it shows that everything works. It is too short for a verdict.")
+            Note(
+                "A quick run (--quick), with the settings below: it shows that everything works. It is too short for a verdict."
+            )
         )
     if data["whole"]:
         blocks.append(Note(data["whole"]))
@@ -44,9 +55,19 @@ def _head(told: Report) -> list[Block]:
         blocks.append(Note(_DROPOUT_GIVEN.format(dropped, published.DROPOUT)))
     if data["simulated"] is not None:
         blocks.append(Note(_SIMULATED))
-    blocks += [Heading("What came out"), *findings(told), Heading("Data, settings, machine"), Facts([*_data(data), *_made(told)])]
+    blocks += [
+        Heading("What came out"),
+        *findings(told),
+        Heading("Data, settings, machine"),
+        Facts([*_data(data), *_made(told)]),
+    ]
     settings = Facts([(_words(name), plain(value)) for name, value in told["settings"].items()])
-    return [*blocks, Details("All settings", [settings]), Text("The command:"), Code(made["command"])]
+    return [
+        *blocks,
+        Details("All settings", [settings]),
+        Text("The command:"),
+        Code(made["command"]),
+    ]
 
 
 _DROPOUT_GIVEN = (
@@ -69,13 +90,24 @@ def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Fields", f"{fields}; cross products for the wide part of LR & DNN: {crosses}"
     if data["numeric_encoding"]:
         yield "Numbers", data["numeric_encoding"]
-    how = {"random": "at random, the same for all", "time": "by time, the last are the test part"}[data["split"]]
+    how = {"random": "at random, the same for all", "time": "by time, the last are the test part"}[
+        data["split"]
+    ]
     validation = f"{count(data['validation'])} for validation"
-    yield "Split", f"{how}: {count(data['train'])} examples to train, {validation}, {count(data['test'])} to test"
+    yield (
+        "Split",
+        f"{how}: {count(data['train'])} examples to train, {validation}, {count(data['test'])} to test",
+    )
     if data["constant_logloss"] is not None:
-        yield "Logloss of the best constant", f"{number(data['constant_logloss'], 5)} on the test part"
+        yield (
+            "Logloss of the best constant",
+            f"{number(data['constant_logloss'], 5)} on the test part",
+        )
     if data["best_possible_logloss"] is not None:
-        yield "Best possible logloss", f"{number(data['best_possible_logloss'], 5)} on the test part"
+        yield (
+            "Best possible logloss",
+            f"{number(data['best_possible_logloss'], 5)} on the test part",
+        )
     for note in data["notes"]:
         yield "Note", f"{note[:1].upper()}{note[1:].rstrip('.')}"
 
@@ -110,7 +142,9 @@ _USUAL: Mapping[str, Callable[[Any], str]] = {
     "hidden": lambda widths: f"network {'-'.join(map(str, widths))}",
     "embedding_dim": lambda width: f"K = {width}",
     "table_bits": lambda bits: f"an embedding table of 2^{bits} = {count(2**bits)} rows",
-    "table_optimizer": lambda name: f"table by {'lazy Adam (only the rows of a batch step)' if name == 'adam' else name}",
+    "table_optimizer": lambda name: (
+        f"table by {'lazy Adam (only the rows of a batch step)' if name == 'adam' else name}"
+    ),
     "dense_learning_rate": lambda rate: f"network by Adam, rate {rate:g}",
     "ftrl": lambda rates: f"LR by FTRL, {plain(rates)}",
     "batch_size": lambda size: f"batches of {count(size)}",
@@ -126,12 +160,19 @@ def _words(name: object) -> str:
 def _absent(told: Report) -> list[Block]:
     if not told["missing"] and not told["failed"]:
         return []
-    failed = [f"Failed: {of['system']}, {_place(of)}, seed {of['seed']}: {of['error']}" for of in told["failed"]]
+    failed = [
+        f"Failed: {of['system']}, {_place(of)}, seed {of['seed']}: {of['error']}"
+        for of in told["failed"]
+    ]
     return [Heading("What is missing"), Listing([*failed, *told["missing"]])]
 
 
 def _place(of: Mapping[str, Any]) -> str:
-    return f"{of['part']} at {of['value']}" if of["value"] and of["part"] in STUDIES else str(of["part"])
+    return (
+        f"{of['part']} at {of['value']}"
+        if of["value"] and of["part"] in STUDIES
+        else str(of["part"])
+    )
 
 
 def _method(told: Report) -> list[Block]:

@@ -19,11 +19,11 @@ from typing import IO, Any
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.cpu_step import Batch
 from stream_ctr.errors import DataError
-from stream_ctr.features import mix64
-from stream_ctr.join import Examples
-from stream_ctr.metrics import entropy
+from stream_ctr.evaluate.metrics import entropy
+from stream_ctr.events.features import mix64
+from stream_ctr.join.joiner import Examples
+from stream_ctr.learn.cpu_step import Batch
 
 TRAINING, VALIDATION, TEST = range(3)
 _SAMPLE = 3
@@ -48,9 +48,14 @@ class Dataset:
         try:
             self.about: dict[str, Any] = json.loads((directory / _ABOUT).read_text())
             shapes = _shapes(self.about["rows"], self.about["fields"], self.about["value_fields"])
-            columns = {name: _mapped(directory / f"{name}.bin", _DTYPES[name], shape) for name, shape in shapes.items()}
+            columns = {
+                name: _mapped(directory / f"{name}.bin", _DTYPES[name], shape)
+                for name, shape in shapes.items()
+            }
         except (OSError, ValueError, KeyError) as error:
-            raise DataError(f"what was read before into {directory} is damaged ({error}); --restart reads it again") from None
+            raise DataError(
+                f"what was read before into {directory} is damaged ({error}); --restart reads it again"
+            ) from None
         self.ids, self.values, self.labels = columns["ids"], columns["values"], columns["labels"]
         self.time, self.true_probability = columns["time"], columns["true_probability"]
 
@@ -60,7 +65,11 @@ class Dataset:
     def __getitem__(self, rows: Rows | slice) -> Batch:
         """Copies of ids, labels and values, as a learner takes them."""
         copied = np.copy if isinstance(rows, slice) else np.asarray  # an index by rows is a copy
-        return copied(self.ids[rows]), copied(self.labels[rows]), copied(self.values[rows]) if self.values.shape[1] else None
+        return (
+            copied(self.ids[rows]),
+            copied(self.labels[rows]),
+            copied(self.values[rows]) if self.values.shape[1] else None,
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -73,11 +82,20 @@ def row_bytes(fields: int, value_fields: int) -> int:
     >>> row_bytes(39, 0)
     173
     """
-    return sum(np.dtype(_DTYPES[name]).itemsize * int(np.prod(shape[1:])) for name, shape in _shapes(1, fields, value_fields).items())
+    return sum(
+        np.dtype(_DTYPES[name]).itemsize * int(np.prod(shape[1:]))
+        for name, shape in _shapes(1, fields, value_fields).items()
+    )
 
 
 def _shapes(rows: int, fields: int, value_fields: int) -> dict[str, tuple[int, ...]]:
-    return {"ids": (rows, fields), "values": (rows, value_fields), "labels": (rows,), "time": (rows,), "true_probability": (rows,)}
+    return {
+        "ids": (rows, fields),
+        "values": (rows, value_fields),
+        "labels": (rows,),
+        "time": (rows,),
+        "true_probability": (rows,),
+    }
 
 
 def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -99,7 +117,9 @@ def existing(directory: Path) -> Dataset | None:
 def require_own(directory: Path) -> None:
     """Raises `DataError` when there is something in it that is none of the files which are written here."""
     if foreign := sorted(path.name for path in directory.glob("*") if not _is_own(path)):
-        raise DataError(f"{directory} holds other files, such as {foreign[0]}, and they are left alone: use another --out")
+        raise DataError(
+            f"{directory} holds other files, such as {foreign[0]}, and they are left alone: use another --out"
+        )
 
 
 def _is_own(path: Path) -> bool:
@@ -134,14 +154,24 @@ def write(
     return Dataset(directory)
 
 
-def _write_columns(directory: Path, examples: Iterable[Examples], limit: int | None) -> dict[str, int]:
+def _write_columns(
+    directory: Path, examples: Iterable[Examples], limit: int | None
+) -> dict[str, int]:
     files: dict[str, IO[bytes]] = {name: (directory / f"{name}.bin").open("wb") for name in _DTYPES}
     rows = fields = value_fields = 0
     try:
         for part in examples:
             part = part if limit is None else part[: limit - rows]
-            (fields, value_fields), rows = (part.ids.shape[1], part.values.shape[1]), rows + len(part)
-            columns = {"ids": part.ids, "values": part.values, "labels": part.label, "time": part.time}
+            (fields, value_fields), rows = (
+                (part.ids.shape[1], part.values.shape[1]),
+                rows + len(part),
+            )
+            columns = {
+                "ids": part.ids,
+                "values": part.values,
+                "labels": part.label,
+                "time": part.time,
+            }
             for name, column in {**columns, "true_probability": part.true_probability}.items():
                 files[name].write(np.ascontiguousarray(column, _DTYPES[name]).data)
             if rows == limit:
@@ -190,7 +220,9 @@ class Split:
                 part[start : start + len(index)][_chosen(index, seed, TEST)] = TEST
         return cls(part)
 
-    def rows(self, part: int, start: int = 0, stop: int | None = None, *, share: float = 1.0) -> Rows:
+    def rows(
+        self, part: int, start: int = 0, stop: int | None = None, *, share: float = 1.0
+    ) -> Rows:
         """Indices of its examples, ascending; with a `share` those of a sample, which is the same whenever it is asked for."""
         rows = start + np.flatnonzero(self.part[start:stop] == part)
         return rows if share >= 1.0 else rows[_chosen(rows.astype(np.uint64), 0, _SAMPLE, share)]
@@ -199,16 +231,29 @@ class Split:
         """How many there are, or there are in the sample."""
         if share >= 1.0:
             return int(np.count_nonzero(self.part == part))
-        return sum(len(self.rows(part, start, start + _MANY, share=share)) for start in range(0, len(self.part), _MANY))
+        return sum(
+            len(self.rows(part, start, start + _MANY, share=share))
+            for start in range(0, len(self.part), _MANY)
+        )
 
 
-def _chosen(index: npt.NDArray[np.uint64], seed: int, part: int, share: float = _HELD_OUT) -> npt.NDArray[np.bool_]:
+def _chosen(
+    index: npt.NDArray[np.uint64], seed: int, part: int, share: float = _HELD_OUT
+) -> npt.NDArray[np.bool_]:
     """Of each its own share of them, whichever are in the others."""
     salt = mix64(np.array([seed * 4 + part + 1], np.uint64))
     return mix64(mix64(index + np.uint64(1)) ^ salt) < np.uint64(int(share * 2.0**64))
 
 
-def shuffled(split: Split, part: int, *, seed: tuple[int, ...], batch_size: int, row_bytes: int, share: float = 1.0) -> Iterator[Rows]:
+def shuffled(
+    split: Split,
+    part: int,
+    *,
+    seed: tuple[int, ...],
+    batch_size: int,
+    row_bytes: int,
+    share: float = 1.0,
+) -> Iterator[Rows]:
     """The indices of a part's examples, or of a sample of them, in batches, in an order that is another one for each seed.
 
     Chunks of the data, as many rows as half a gigabyte holds, come in random order and are shuffled within, so that memory is bounded by
@@ -219,7 +264,9 @@ def shuffled(split: Split, part: int, *, seed: tuple[int, ...], batch_size: int,
     starts = np.arange(0, len(split.part), length)
     rest = np.empty(0, np.int64)
     for start in rng.permutation(starts).tolist():
-        rows = np.concatenate([rest, rng.permutation(split.rows(part, start, start + length, share=share))])
+        rows = np.concatenate(
+            [rest, rng.permutation(split.rows(part, start, start + length, share=share))]
+        )
         whole = len(rows) - len(rows) % batch_size
         yield from (rows[at : at + batch_size] for at in range(0, whole, batch_size))
         rest = rows[whole:]

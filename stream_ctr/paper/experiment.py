@@ -20,10 +20,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stream_ctr import metrics
-from stream_ctr.cpu_step import Batch, Labels
 from stream_ctr.errors import StreamCtrError
-from stream_ctr.learner import Learner, NetworkLearner, State, make_learner
+from stream_ctr.evaluate import metrics
+from stream_ctr.learn.cpu_step import Batch, Labels
+from stream_ctr.learn.learner import Learner, NetworkLearner, State, make_learner
 from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, Split, shuffled
 from stream_ctr.paper.intervals import block_sums
@@ -57,12 +57,26 @@ class Setting:
     learner: dict[str, Any]
 
     def make(self) -> Learner:
-        own = {"activation": self.activation, "dropout": self.dropout, "hidden": list(self.hidden), "batch_size": self.batch_size}
-        return make_learner(self.system, seed=self.seed, device=self.device, **{**self.learner, **own})
+        own = {
+            "activation": self.activation,
+            "dropout": self.dropout,
+            "hidden": list(self.hidden),
+            "batch_size": self.batch_size,
+        }
+        return make_learner(
+            self.system, seed=self.seed, device=self.device, **{**self.learner, **own}
+        )
 
     def told(self) -> dict[str, Any]:
-        activation = MODELS[self.system].activation if self.activation == "paper" else self.activation
-        told = {"system": self.system, "seed": self.seed, "activation": activation, "dropout": self.dropout}
+        activation = (
+            MODELS[self.system].activation if self.activation == "paper" else self.activation
+        )
+        told = {
+            "system": self.system,
+            "seed": self.seed,
+            "activation": activation,
+            "dropout": self.dropout,
+        }
         return {**told, "hidden": list(self.hidden), "batch_size": self.batch_size}
 
 
@@ -91,13 +105,18 @@ def scores(logits: npt.NDArray[np.float64], labels: Labels) -> Scores:
     if not np.isfinite(logits).all():
         raise Diverged("a logit is not finite")
     found = auc(logits, labels)
-    return {"auc": None if math.isnan(found) else found, "logloss": float(metrics.losses(logits, labels).mean())}
+    return {
+        "auc": None if math.isnan(found) else found,
+        "logloss": float(metrics.losses(logits, labels).mean()),
+    }
 
 
 # -- epochs -------------------------------------------------------------------------------------------------------------------------
 
 
-def train(setting: Setting, data: Dataset, split: Split, *, advance: Advance = lambda n: None) -> tuple[dict[str, Any], Losses]:
+def train(
+    setting: Setting, data: Dataset, split: Split, *, advance: Advance = lambda n: None
+) -> tuple[dict[str, Any], Losses]:
     """The outcome, and the losses of the test part [test] in its order. `advance` is told of each batch. Raises `Diverged`.
 
     Its times are those of a step, the first steps left out, by the steps until the best check.
@@ -139,8 +158,16 @@ class Fit:
 class Fitting:
     """Epochs over the training part, until the validation part says that it is enough."""
 
-    def __init__(self, learner: Learner, setting: Setting, data: Dataset, split: Split, advance: Advance) -> None:
-        self.learner, self.setting, self.data, self.split, self._advance = learner, setting, data, split, advance
+    def __init__(
+        self, learner: Learner, setting: Setting, data: Dataset, split: Split, advance: Advance
+    ) -> None:
+        self.learner, self.setting, self.data, self.split, self._advance = (
+            learner,
+            setting,
+            data,
+            split,
+            advance,
+        )
         self.examples = split.count(TRAINING, setting.share)
         self._steps = -(-self.examples // setting.batch_size)
         self._validation_rows = split.rows(VALIDATION)
@@ -165,11 +192,15 @@ class Fitting:
             self._kept.bring_back()
         at = validation[-1 - since]["epoch"]
         seconds = clock.seconds_per_step * self._steps
-        return Fit(validation[-1]["epoch"], at, seconds * at, seconds, validation, self._loss.mean())
+        return Fit(
+            validation[-1]["epoch"], at, seconds * at, seconds, validation, self._loss.mean()
+        )
 
     def _checks(self, clock: Clock) -> Iterator[float]:
         """Train, and stop at each check: how many epochs it has been by then."""
-        after = {-(-self._steps * check // _CHECKS): check / _CHECKS for check in range(1, _CHECKS + 1)}
+        after = {
+            -(-self._steps * check // _CHECKS): check / _CHECKS for check in range(1, _CHECKS + 1)
+        }
         for epoch in range(self.setting.epochs):
             self._loss = Loss()
             for step, (batch, following) in enumerate(with_following(self._batches()), start=1):
@@ -191,7 +222,12 @@ class Fitting:
         seed = (self.setting.seed, self._epochs)
         self._epochs += 1
         rows = shuffled(
-            self.split, TRAINING, seed=seed, batch_size=self.setting.batch_size, row_bytes=self.data.row_bytes, share=self.setting.share
+            self.split,
+            TRAINING,
+            seed=seed,
+            batch_size=self.setting.batch_size,
+            row_bytes=self.data.row_bytes,
+            share=self.setting.share,
         )
         return (self.data[batch] for batch in rows)
 
@@ -224,7 +260,9 @@ class Clock:
         elif self._left:
             self._left -= 1
             self.go_on()
-        if self._learner.pretraining != self._pretraining:  # another step, which is recorded in its turn
+        if (
+            self._learner.pretraining != self._pretraining
+        ):  # another step, which is recorded in its turn
             self.pause()
             self._begin_anew()
 
@@ -253,7 +291,9 @@ class Kept:
         self._rows: Tensor | None = None
         self._weights: State = {}
         self._tensors: dict[str, Tensor] = {}
-        if isinstance(learner, NetworkLearner) and share * split.count(TRAINING) * data.ids.shape[1] < len(learner.table.rows):
+        if isinstance(learner, NetworkLearner) and share * split.count(TRAINING) * data.ids.shape[
+            1
+        ] < len(learner.table.rows):
             rows = np.unique(data.ids[split.rows(TRAINING, share=share)]).astype(np.int64)
             self._rows = torch.from_numpy(rows).to(learner.device)
 
@@ -301,13 +341,18 @@ class Loss:
 
     def _flush(self) -> None:
         if self._logits:
-            logits, labels = torch.cat(self._logits).double().cpu().numpy(), np.concatenate(self._labels)
+            logits, labels = (
+                torch.cat(self._logits).double().cpu().numpy(),
+                np.concatenate(self._labels),
+            )
             self._sum += float(metrics.losses(logits, labels).sum())
             self._count += len(labels)
         self._logits, self._labels = [], []
 
 
-def predicted(learner: Learner, data: Dataset, rows: Rows) -> tuple[Labels, npt.NDArray[np.float64]]:
+def predicted(
+    learner: Learner, data: Dataset, rows: Rows
+) -> tuple[Labels, npt.NDArray[np.float64]]:
     """Labels and logits [n] of these examples, some thousands at a time."""
     labels, logits = np.empty(len(rows), np.uint8), np.empty(len(rows))
     for start in range(0, len(rows), _AT_ONCE):
@@ -326,12 +371,19 @@ def stream(setting: Setting, data: Dataset, *, advance: Advance = lambda n: None
     learner = setting.make()
     logits, skips = np.zeros(len(data)), 0
     came: list[tuple[slice, Tensor]] = []
-    places = [slice(start, min(start + setting.batch_size, len(data))) for start in range(0, len(data), setting.batch_size)]
+    places = [
+        slice(start, min(start + setting.batch_size, len(data)))
+        for start in range(0, len(data), setting.batch_size)
+    ]
     clock = Clock(learner, first=min(_FIRST_STEPS, len(places) - 1))
-    for batch, ((ids, labels, values), following) in zip(places, with_following(data[place] for place in places), strict=True):
+    for batch, ((ids, labels, values), following) in zip(
+        places, with_following(data[place] for place in places), strict=True
+    ):
         found = learner.learn(ids, labels, values, following=following)
         skips = skipped(skips, found)
-        came.append((batch, torch.from_numpy(learner.predict(ids, values)) if found is None else found))
+        came.append(
+            (batch, torch.from_numpy(learner.predict(ids, values)) if found is None else found)
+        )
         advance(len(labels))
         if len(came) >= 256 or batch.stop == len(data):
             for place, some in came:
@@ -364,14 +416,22 @@ def synchronize(learner: Learner) -> None:
 
 def parameters(learner: Learner) -> int:
     """Of the dense part, the table not counted."""
-    return sum(parameter.numel() for parameter in learner.model.parameters()) if isinstance(learner, NetworkLearner) else 1
+    return (
+        sum(parameter.numel() for parameter in learner.model.parameters())
+        if isinstance(learner, NetworkLearner)
+        else 1
+    )
 
 
-def seconds_per_example(setting: Setting, data: Dataset, split: Split, *, batches: int = 4) -> float:
+def seconds_per_example(
+    setting: Setting, data: Dataset, split: Split, *, batches: int = 4
+) -> float:
     """Measured on a few batches after the first ones; of a system that is pre-trained for an example of either."""
     learner = replace(setting, epochs=1).make()
     rows = split.rows(TRAINING, 0, 4 * (batches + _FIRST_STEPS) * setting.batch_size)
-    parts = [rows[at : at + setting.batch_size] for at in range(0, len(rows), setting.batch_size)][: batches + _FIRST_STEPS]
+    parts = [rows[at : at + setting.batch_size] for at in range(0, len(rows), setting.batch_size)][
+        : batches + _FIRST_STEPS
+    ]
     seconds = _seconds_per_step(learner, data, parts)
     if isinstance(learner, NetworkLearner) and learner.pretraining:
         learner.end_pretraining()

@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from stream_ctr.history import Log
+from stream_ctr.logs.log import Log
+from stream_ctr.logs.simulate import Simulation
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, about_test
 from stream_ctr.paper.plan import Plan
-from stream_ctr.simulate import Simulation
 
 # Rows of the public sets, as their challenges gave them out for training.
-_WHOLE: Mapping[str, tuple[str, int]] = {"criteo": ("Criteo", 45_840_617), "avazu": ("Avazu", 40_428_967)}
+_WHOLE: Mapping[str, tuple[str, int]] = {
+    "criteo": ("Criteo", 45_840_617),
+    "avazu": ("Avazu", 40_428_967),
+}
 _NOT_TOLD = ("pretrain_examples", "threads", "progressive", "fields", "crosses", "value_fields")
 
 

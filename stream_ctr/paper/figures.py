@@ -18,7 +18,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-Study = Mapping[str, Mapping[str, Mapping[str, float | None]]]  # value -> system -> {"auc", "auc_std", "logloss", "logloss_std"}
+Study = Mapping[
+    str, Mapping[str, Mapping[str, float | None]]
+]  # value -> system -> {"auc", "auc_std", "logloss", "logloss_std"}
 
 METRICS = {"auc": "AUC, higher is better", "logloss": "logloss, lower is better"}
 AXES = {
@@ -28,7 +30,10 @@ AXES = {
     "figure10": "hidden layers",
     "figure11": "shape of the network",
 }
-_NOMINAL = {"figure7", "figure11"}  # their values have no order: a line from one to the next would mean nothing
+_NOMINAL = {
+    "figure7",
+    "figure11",
+}  # their values have no order: a line from one to the next would mean nothing
 
 # Okabe and Ito's colours, which the colour-blind tell apart, where need be shifted until white and black both carry them.
 _LOOKS = {
@@ -97,7 +102,9 @@ def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss"))
         return _svg(figure, name + "".join(f"-{metric}" for metric in metrics if len(metrics) == 1))
 
 
-Ratios = Mapping[str, Mapping[str, Mapping[str, float]]]  # device -> system -> {"median", "least", "most"}
+Ratios = Mapping[
+    str, Mapping[str, Mapping[str, float]]
+]  # device -> system -> {"median", "least", "most"}
 
 
 def relative_time(whole: Ratios, per_epoch: Ratios) -> str:
@@ -107,26 +114,59 @@ def relative_time(whole: Ratios, per_epoch: Ratios) -> str:
         figure, panels = _panels(len(whole), _NAMES_LEFT._replace(bottom=0.62))
         for axes, device in zip(panels, whole, strict=True):
             _bars(axes, whole[device], per_epoch[device])
-            axes.set_title({"cpu": "CPU", "cuda": "GPU"}.get(device, device) + ": training time, LR = 1", pad=10)
+            axes.set_title(
+                {"cpu": "CPU", "cuda": "GPU"}.get(device, device) + ": training time, LR = 1",
+                pad=10,
+            )
         return _svg(figure, "figure6-" + "-".join(whole))
 
 
-def _bars(axes: Axes, whole: Mapping[str, Mapping[str, float]], per_epoch: Mapping[str, Mapping[str, float]]) -> None:
+def _bars(
+    axes: Axes,
+    whole: Mapping[str, Mapping[str, float]],
+    per_epoch: Mapping[str, Mapping[str, float]],
+) -> None:
     systems = list(whole)[::-1]
-    middle, least, most = (np.array([whole[system][part] for system in systems]) for part in ("median", "least", "most"))
+    middle, least, most = (
+        np.array([whole[system][part] for system in systems])
+        for part in ("median", "least", "most")
+    )
     epoch = [per_epoch[system]["median"] for system in systems]
     axes.set_xscale("log")
-    axes.barh(systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems])
-    axes.errorbar(middle, systems, xerr=(middle - least, most - middle), fmt="none", ecolor=_INK, elinewidth=1, capsize=2.5)
+    axes.barh(
+        systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems]
+    )
+    axes.errorbar(
+        middle,
+        systems,
+        xerr=(middle - least, most - middle),
+        fmt="none",
+        ecolor=_INK,
+        elinewidth=1,
+        capsize=2.5,
+    )
     (diamonds,) = axes.plot(epoch, systems, "D", color="none", markeredgecolor=_INK, markersize=5)
-    _end_labels(axes, [(max(*ends), f"{_times(ratio)} | {_times(ends[1])}") for *ends, ratio in zip(most, epoch, middle, strict=True)])
+    _end_labels(
+        axes,
+        [
+            (max(*ends), f"{_times(ratio)} | {_times(ends[1])}")
+            for *ends, ratio in zip(most, epoch, middle, strict=True)
+        ],
+    )
     axes.set_xlim(min(1, *least, *epoch) / 1.3, max(1, *most, *epoch) * 6)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
     axes.axvline(1, color=_INK, linewidth=0.9)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     named = {"until the best check": Patch(color=_PLAIN), "an epoch": diamonds}
-    axes.legend(named.values(), named, loc="upper center", bbox_to_anchor=(0.45, -0.07), ncols=2, columnspacing=1.2)
+    axes.legend(
+        named.values(),
+        named,
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.07),
+        ncols=2,
+        columnspacing=1.2,
+    )
 
 
 def _times(ratio: float) -> str:
@@ -139,14 +179,26 @@ def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
         figure, (axes,) = _panels(1, _NAMES_LEFT._replace(bottom=0.5, top=0.1), (5.6, 3.3))
         systems = list(found)[::-1]
         for row, system in enumerate(systems):
-            middle, low, high = (found[system][part] for part in ("logloss_difference", "low", "high"))
+            middle, low, high = (
+                found[system][part] for part in ("logloss_difference", "low", "high")
+            )
             if middle is None:
                 continue
             apart = low is not None and high is not None and (low > 0 or high < 0)
             colour = _PLAIN if apart else _GREY
             if low is not None and high is not None:
-                axes.plot([low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
-            axes.plot(middle, row, "o", color=colour if apart else "none", markeredgecolor=colour, markersize=7, markeredgewidth=1.6)
+                axes.plot(
+                    [low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt"
+                )
+            axes.plot(
+                middle,
+                row,
+                "o",
+                color=colour if apart else "none",
+                markeredgecolor=colour,
+                markersize=7,
+                markeredgewidth=1.6,
+            )
         axes.axvline(0, color=_ACCENT, linewidth=1.4)
         axes.set_yticks(range(len(systems)), systems)
         axes.set_ylim(-0.6, len(systems) - 0.4)
@@ -154,7 +206,9 @@ def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:+.4g}" if at else "0"))
         axes.grid(axis="x")
-        axes.set_xlabel("better  \N{LEFTWARDS ARROW}  test logloss less DeepFM's  \N{RIGHTWARDS ARROW}  worse")
+        axes.set_xlabel(
+            "better  \N{LEFTWARDS ARROW}  test logloss less DeepFM's  \N{RIGHTWARDS ARROW}  worse"
+        )
         return _svg(figure, "table2")
 
 
@@ -164,13 +218,20 @@ def on_white(picture: str) -> str:
     return f'<?xml version="1.0" encoding="utf-8"?>\n{begin} color="#1c1e21">\n<rect width="100%" height="100%" fill="#ffffff"/>{rest}'
 
 
-def _panels(count: int, margins: _Margins, size: tuple[float, float] = _SIZE) -> tuple[Figure, list[Axes]]:
+def _panels(
+    count: int, margins: _Margins, size: tuple[float, float] = _SIZE
+) -> tuple[Figure, list[Axes]]:
     """Axes of equal size, side by side. (A layout by Matplotlib's engine draws everything twice.)"""
     width, height = size
     figure = Figure(figsize=(width * count, height))
     wide, high = width - margins.left - margins.right, height - margins.top - margins.bottom
-    places = [((i * width + margins.left) / (width * count), margins.bottom / height) for i in range(count)]
-    return figure, [figure.add_axes((x, y, wide / (width * count), high / height)) for x, y in places]
+    places = [
+        ((i * width + margins.left) / (width * count), margins.bottom / height)
+        for i in range(count)
+    ]
+    return figure, [
+        figure.add_axes((x, y, wide / (width * count), high / height)) for x, y in places
+    ]
 
 
 def _colour(system: str) -> str:
@@ -181,7 +242,11 @@ def _lines(axes: Axes, values: Study, metric: str) -> None:
     """A line a system, named at its end; values in the order given, at equal distances."""
     ends: list[tuple[str, float, float]] = []
     for system in _systems(values, metric):
-        points = [(i, *_point(of, system, metric)) for i, of in enumerate(values.values()) if _score(of, system, metric) is not None]
+        points = [
+            (i, *_point(of, system, metric))
+            for i, of in enumerate(values.values())
+            if _score(of, system, metric) is not None
+        ]
         at, means, spread = zip(*points, strict=True)
         colour, marker = _LOOKS[system]
         first = system == "DeepFM"
@@ -229,11 +294,19 @@ def _dots(axes: Axes, values: Study, metric: str) -> None:
     """A row a system, a dot a value."""
     systems = _systems(values, metric)[::-1]
     for row, system in enumerate(systems):
-        found = [score for of in values.values() if (score := _score(of, system, metric)) is not None]
-        axes.plot([min(found), max(found)], [row, row], color=_INK, alpha=0.25, linewidth=1.2, zorder=1)
-    for (colour, marker), (value, of), shift in zip(_LOOKS.values(), values.items(), _shifts(len(values)), strict=False):
+        found = [
+            score for of in values.values() if (score := _score(of, system, metric)) is not None
+        ]
+        axes.plot(
+            [min(found), max(found)], [row, row], color=_INK, alpha=0.25, linewidth=1.2, zorder=1
+        )
+    for (colour, marker), (value, of), shift in zip(
+        _LOOKS.values(), values.items(), _shifts(len(values)), strict=False
+    ):
         points = [
-            (row + shift, *_point(of, system, metric)) for row, system in enumerate(systems) if _score(of, system, metric) is not None
+            (row + shift, *_point(of, system, metric))
+            for row, system in enumerate(systems)
+            if _score(of, system, metric) is not None
         ]
         rows, means, spread = zip(*points, strict=True) if points else ((), (), ())
         axes.errorbar(means, rows, xerr=spread if any(spread) else None, fmt=marker, color=colour, label=value,
@@ -244,7 +317,13 @@ def _dots(axes: Axes, values: Study, metric: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.4g}"))
     axes.grid()
-    axes.legend(loc="upper center", bbox_to_anchor=(0.45, -0.09), ncols=len(values), handletextpad=0.1, columnspacing=1.2)
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.45, -0.09),
+        ncols=len(values),
+        handletextpad=0.1,
+        columnspacing=1.2,
+    )
 
 
 def _shifts(count: int) -> list[float]:
@@ -254,7 +333,9 @@ def _shifts(count: int) -> list[float]:
 
 def _systems(values: Study, metric: str) -> list[str]:
     """Those with such a score anywhere, in the paper's order."""
-    present = {system for of in values.values() for system in of if of[system].get(metric) is not None}
+    present = {
+        system for of in values.values() for system in of if of[system].get(metric) is not None
+    }
     return [system for system in _LOOKS if system in present]
 
 
@@ -262,14 +343,18 @@ def _score(of: Mapping[str, Mapping[str, float | None]], system: str, part: str)
     return of.get(system, {}).get(part)
 
 
-def _point(of: Mapping[str, Mapping[str, float | None]], system: str, metric: str) -> tuple[float, float]:
+def _point(
+    of: Mapping[str, Mapping[str, float | None]], system: str, metric: str
+) -> tuple[float, float]:
     """Mean and spread of a score that is there."""
     return _score(of, system, metric) or 0.0, _score(of, system, f"{metric}_std") or 0.0
 
 
 def _end_labels(axes: Axes, labels: Sequence[tuple[float, str]]) -> None:
     for row, (at, text) in enumerate(labels):
-        axes.annotate(text, (max(at, 1.0), row), (5, 0), textcoords="offset points", va="center", fontsize=9)
+        axes.annotate(
+            text, (max(at, 1.0), row), (5, 0), textcoords="offset points", va="center", fontsize=9
+        )
 
 
 _NO_METADATA: dict[str, Any] = {"Creator": None, "Date": None, "Format": None, "Type": None}
@@ -288,7 +373,9 @@ def _svg(figure: Figure, name: str) -> str:
     text = text.replace("<svg ", '<svg stroke-linejoin="round" ', 1)
     text = text.replace(_INK, "currentColor")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group
-    text = re.sub(r' d="[^"]*"', lambda path: " " + _NUMBER.sub(_rounded, " ".join(path[0].split())), text)
+    text = re.sub(
+        r' d="[^"]*"', lambda path: " " + _NUMBER.sub(_rounded, " ".join(path[0].split())), text
+    )
     return "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
 
 

@@ -20,8 +20,12 @@ def findings(told: Report) -> list[Block]:
     said = [f"By test logloss, the lowest first: {', '.join(scored)}.", *_papers_order(told)]
     said += _against(told, "DeepFM", "against_deepfm") + _against(told, "LR", "against_lr")
     constant = told["data"]["constant_logloss"]
-    if constant is not None and (above := [name for name in order if rows[name]["logloss"] >= constant]):
-        said.append(f"No better than the best constant, whose test logloss is {number(constant, 5)}: {', '.join(above)}.")
+    if constant is not None and (
+        above := [name for name in order if rows[name]["logloss"] >= constant]
+    ):
+        said.append(
+            f"No better than the best constant, whose test logloss is {number(constant, 5)}: {', '.join(above)}."
+        )
     if (best := told["data"]["best_possible_logloss"]) is not None:
         said.append(_closed(told, order[0], best))
     return [Listing(said)]
@@ -45,7 +49,9 @@ def _against(told: Report, other: str, verdicts: str) -> list[str]:
         "worse": f"Higher logloss than {other}'s, interval above zero",
         "same": f"Not told apart from {other}, interval around zero",
     }
-    found = {kind: [name for name in told["order"] if told[verdicts].get(name) == kind] for kind in words}
+    found = {
+        kind: [name for name in told["order"] if told[verdicts].get(name) == kind] for kind in words
+    }
     return [f"{words[kind]}: {', '.join(names)}." for kind, names in found.items() if names]
 
 
@@ -54,4 +60,7 @@ def _closed(told: Report, first: str, best: float) -> str:
     said = f"The best possible test logloss is {number(best, 5)}; {first} is {number(lost - best, 5)} above it"
     if constant is None or constant <= lost:
         return said + "."
-    return said + f", and has {percent((constant - lost) / (constant - best))} of what there is to learn beyond the best constant."
+    return (
+        said
+        + f", and has {percent((constant - lost) / (constant - best))} of what there is to learn beyond the best constant."
+    )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr import metrics
+from stream_ctr.evaluate import metrics
 
 Floats = npt.NDArray[np.floating]
 Difference = dict[str, float | int | None]
@@ -33,7 +33,9 @@ def paired_difference(losses: Floats, reference: Floats) -> Difference:
     """
     seeds, examples = losses.shape
     each = zip(losses, reference, strict=True)
-    blocks = np.stack([block_sums(a.astype(np.float64) - b.astype(np.float64)) for a, b in each])  # [S, blocks]
+    blocks = np.stack(
+        [block_sums(a.astype(np.float64) - b.astype(np.float64)) for a, b in each]
+    )  # [S, blocks]
     counts = np.diff(_edges(examples)).astype(np.float64)
     difference = float(blocks.sum() / examples / seeds)
     told: Difference = {"logloss_difference": difference, "low": None, "high": None, "seeds": seeds}
@@ -55,7 +57,9 @@ def paired(blocks: Sequence[float], reference: Sequence[float], examples: int) -
     1.0
     """
     counts = np.diff(_edges(examples, len(blocks))).astype(np.float64)
-    return metrics.paired_interval(np.stack([np.array(blocks) - np.array(reference), counts], axis=1))
+    return metrics.paired_interval(
+        np.stack([np.array(blocks) - np.array(reference), counts], axis=1)
+    )
 
 
 def block_sums(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -76,7 +80,11 @@ def _edges(examples: int, blocks: int = _BLOCKS) -> npt.NDArray[np.int64]:
 @lru_cache(maxsize=2)
 def _draws(blocks: int) -> npt.NDArray[np.float64]:
     """How often each block is drawn [draws, blocks]: every system is compared on the same draws."""
-    return np.random.default_rng(0).multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS).astype(np.float64)
+    return (
+        np.random.default_rng(0)
+        .multinomial(blocks, np.full(blocks, 1 / blocks), size=_DRAWS)
+        .astype(np.float64)
+    )
 
 
 def verdict(difference: Mapping[str, Any] | None) -> str:

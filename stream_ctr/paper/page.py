@@ -116,7 +116,9 @@ def markdown(blocks: Sequence[Block]) -> str:
 
 def _md(text: str) -> str:
     """What Markdown could take for its own gets a backslash; a line stays a line."""
-    line = re.sub(r"[\\`*_\[\]<>|~$]|&(?=[#\w])|^[-+=#](?=[-+=#\s]|$)", r"\\\g<0>", " ".join(text.split()))
+    line = re.sub(
+        r"[\\`*_\[\]<>|~$]|&(?=[#\w])|^[-+=#](?=[-+=#\s]|$)", r"\\\g<0>", " ".join(text.split())
+    )
     return re.sub(r"^(\d+)(?=[.)](\s|$))", r"\1\\", line)
 
 
@@ -125,7 +127,10 @@ def _md_cell(cell: Cell) -> str:
 
 
 def _md_table(table: Table) -> str:
-    heads = [_md(f"{column.group}: {column.title}" if column.group else column.title) for column in table.columns]
+    heads = [
+        _md(f"{column.group}: {column.title}" if column.group else column.title)
+        for column in table.columns
+    ]
     rows = [
         heads,
         ["--:" if column.number else ":--" for column in table.columns],
@@ -147,17 +152,27 @@ _MARKDOWN: dict[type, Callable[..., str]] = {
     Facts: lambda block: "".join(f"- **{_md(term)}**: {_md(says)}\n" for term, says in block.rows),
     Code: _md_code,
     Table: _md_table,
-    Picture: lambda block: f"![{_md(block.caption)}](figures/{block.name}.svg)\n\n*{_md(block.caption)}*\n",
-    Details: lambda block: f"<details><summary>{escape(block.summary)}</summary>\n\n{markdown(block.blocks)}\n</details>\n",
+    Picture: lambda block: (
+        f"![{_md(block.caption)}](figures/{block.name}.svg)\n\n*{_md(block.caption)}*\n"
+    ),
+    Details: lambda block: (
+        f"<details><summary>{escape(block.summary)}</summary>\n\n{markdown(block.blocks)}\n</details>\n"
+    ),
 }
 
 
 def html(title: str, blocks: Sequence[Block]) -> str:
     """The whole file. Its first heading is the title; a policy in it forbids the browser to load or run anything."""
     contents = [block for block in blocks if isinstance(block, Heading) and block.level == 2]
-    links = "".join(f'<li><a href="#{slug(block.text)}">{escape(block.text)}</a></li>' for block in contents)
+    links = "".join(
+        f'<li><a href="#{slug(block.text)}">{escape(block.text)}</a></li>' for block in contents
+    )
     first = 1 if blocks and isinstance(blocks[0], Heading) and blocks[0].level == 1 else 0
-    body = [_html(blocks[:first]), f"<nav aria-label=Contents><ul>{links}</ul></nav>" if links else "", _html(blocks[first:])]
+    body = [
+        _html(blocks[:first]),
+        f"<nav aria-label=Contents><ul>{links}</ul></nav>" if links else "",
+        _html(blocks[first:]),
+    ]
     return _FRAME.format(title=escape(title), style=_STYLE, body="\n".join(body))
 
 
@@ -180,8 +195,13 @@ def _html_table(table: Table) -> str:
         f"<th colspan={len(list(columns))}{' scope=colgroup' if name else ''}>{escape(name)}</th>"
         for name, columns in groupby(table.columns, key=lambda column: column.group)
     )
-    heads = "".join(f"<th scope=col{_class(column)}>{escape(column.title)}</th>" for column in table.columns)
-    rows = "\n".join(f"<tr>{''.join(_html_cell(*pair, i) for i, pair in enumerate(_pairs(table, row)))}</tr>" for row in table.rows)
+    heads = "".join(
+        f"<th scope=col{_class(column)}>{escape(column.title)}</th>" for column in table.columns
+    )
+    rows = "\n".join(
+        f"<tr>{''.join(_html_cell(*pair, i) for i, pair in enumerate(_pairs(table, row)))}</tr>"
+        for row in table.rows
+    )
     return (
         f'<div class=scroll tabindex=0 role=region aria-label="{escape(table.caption)}"><table>'
         f"<caption><span>{escape(table.caption)}</span></caption>\n"
@@ -199,12 +219,17 @@ def _html_cell(column: Column, cell: Cell, place: int) -> str:
 
 
 def _class(column: Column) -> str:
-    names = [name for name, is_so in (("text", not column.number), ("quoted", column.quoted)) if is_so]
+    names = [
+        name for name, is_so in (("text", not column.number), ("quoted", column.quoted)) if is_so
+    ]
     return f' class="{" ".join(names)}"' if names else ""
 
 
 def _html_picture(picture: Picture) -> str:
-    panels = "\n".join(_inline(panel, f"{picture.caption} ({i} of {len(picture.panels)})") for i, panel in enumerate(picture.panels, 1))
+    panels = "\n".join(
+        _inline(panel, f"{picture.caption} ({i} of {len(picture.panels)})")
+        for i, panel in enumerate(picture.panels, 1)
+    )
     return f"<figure><div class=panels>\n{panels}</div>\n<figcaption>{escape(picture.caption)}</figcaption></figure>"
 
 
@@ -215,15 +240,25 @@ def _inline(svg: str, label: str) -> str:
 
 
 _HTML: dict[type, Callable[..., str]] = {
-    Heading: lambda block: f'<h{block.level} id="{slug(block.text)}">{escape(block.text)}</h{block.level}>',
+    Heading: lambda block: (
+        f'<h{block.level} id="{slug(block.text)}">{escape(block.text)}</h{block.level}>'
+    ),
     Text: lambda block: f"<p>{escape(block.text)}</p>",
     Note: lambda block: f"<p class=note>{escape(block.text)}</p>",
-    Listing: lambda block: "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in block.items) + "</ul>",
-    Facts: lambda block: "<dl>" + "".join(f"<dt>{escape(term)}</dt><dd>{escape(says)}</dd>" for term, says in block.rows) + "</dl>",
+    Listing: lambda block: (
+        "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in block.items) + "</ul>"
+    ),
+    Facts: lambda block: (
+        "<dl>"
+        + "".join(f"<dt>{escape(term)}</dt><dd>{escape(says)}</dd>" for term, says in block.rows)
+        + "</dl>"
+    ),
     Code: lambda block: f"<pre><code>{escape(block.text)}</code></pre>",
     Table: _html_table,
     Picture: _html_picture,
-    Details: lambda block: f"<details><summary>{escape(block.summary)}</summary>\n{_html(block.blocks)}\n</details>",
+    Details: lambda block: (
+        f"<details><summary>{escape(block.summary)}</summary>\n{_html(block.blocks)}\n</details>"
+    ),
 }
 
 _STYLE = """

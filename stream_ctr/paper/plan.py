@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from stream_ctr.config import Config, Section
-from stream_ctr.cpu_step import Labels
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.learner import choose_device, choose_precision
+from stream_ctr.learn.cpu_step import Labels
+from stream_ctr.learn.learner import choose_device, choose_precision
 from stream_ctr.models import MODELS
 from stream_ctr.paper import published
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split
@@ -29,7 +29,14 @@ _LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
 _STREAM_BATCH, _SHORT = 128, 20_000
 _LEAST_EXAMPLES = 200
 QUICK_IMPRESSIONS = 20_000
-_RATES = ("table_learning_rate", "table_beta", "linear_learning_rate", "linear_beta", "dense_learning_rate", "dense_weight_decay")
+_RATES = (
+    "table_learning_rate",
+    "table_beta",
+    "linear_learning_rate",
+    "linear_beta",
+    "dense_learning_rate",
+    "dense_weight_decay",
+)
 _NEVER = 1 << 62  # examples
 
 
@@ -52,7 +59,11 @@ class Wishes:
     @classmethod
     def of(cls, *, quick: bool, **wishes: Any) -> Wishes:
         """With `quick`, of everything only as much as shows that it is there."""
-        few = {"seeds": min(wishes["seeds"], 2), "study_seeds": 1, "epochs": min(wishes["epochs"], 3)} if quick else {}
+        few = (
+            {"seeds": min(wishes["seeds"], 2), "study_seeds": 1, "epochs": min(wishes["epochs"], 3)}
+            if quick
+            else {}
+        )
         return cls(quick=quick, **{**wishes, **few})
 
 
@@ -68,9 +79,13 @@ def require_possible(config: Config, wishes: Wishes) -> None:
     """Raises `ConfigError` for what no data can help: a device that is not there, networks without layers, nothing to do."""
     choose_device(wishes.device)
     if not _given(config.model, "hidden", published.HIDDEN):
-        raise ConfigError("model.hidden has no layer; the paper's networks need at least one, such as model.hidden=400,400,400")
+        raise ConfigError(
+            "model.hidden has no layer; the paper's networks need at least one, such as model.hidden=400,400,400"
+        )
     if wishes.only <= published.VALUES.keys() and not set(wishes.models) & set(DEEP):
-        raise ConfigError(f"nothing to do: Figures 7 to 11 are of networks, so give --model one of {', '.join(DEEP)}")
+        raise ConfigError(
+            f"nothing to do: Figures 7 to 11 are of networks, so give --model one of {', '.join(DEEP)}"
+        )
 
 
 # -- which runs ---------------------------------------------------------------------------------------------------------------------
@@ -93,7 +108,11 @@ class Plan:
     def asked(self) -> list[Wanted]:
         """Those that the command is to do: of the parts and systems it names. Figure 6 shows the times of Table 2's runs."""
         parts = self.wishes.only | ({"table2"} if "figure6" in self.wishes.only else set())
-        return [wanted for wanted in self.wanted if wanted.part in parts and wanted.setting.system in self.wishes.models]
+        return [
+            wanted
+            for wanted in self.wanted
+            if wanted.part in parts and wanted.setting.system in self.wishes.models
+        ]
 
     @property
     def distinct(self) -> dict[str, Setting]:
@@ -101,7 +120,12 @@ class Plan:
         return {self.key(wanted.setting): wanted.setting for wanted in self.asked}
 
     def key(self, setting: Setting) -> str:
-        decides = {"version": _OUTCOMES, "data": self.data.about["identity"], "split": self.wishes.split, **asdict(setting)}
+        decides = {
+            "version": _OUTCOMES,
+            "data": self.data.about["identity"],
+            "split": self.wishes.split,
+            **asdict(setting),
+        }
         return f"{setting.system}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
@@ -110,7 +134,12 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
     split = Split.of(len(data), wishes.split)
     require_enough(data, split)
     made = Plan(
-        data, split, wishes, paper_setting(data, split, config, wishes), stream_setting(data, config, wishes), config.learn.precision
+        data,
+        split,
+        wishes,
+        paper_setting(data, split, config, wishes),
+        stream_setting(data, config, wishes),
+        config.learn.precision,
     )
     made.wanted.extend(_wanted(made))
     return made
@@ -118,7 +147,9 @@ def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
 
 def require_enough(data: Dataset, split: Split) -> None:
     if len(data) < _LEAST_EXAMPLES:
-        raise DataError(f"{len(data):,} impressions are too few to train, validate and test on; at least {_LEAST_EXAMPLES} are needed")
+        raise DataError(
+            f"{len(data):,} impressions are too few to train, validate and test on; at least {_LEAST_EXAMPLES} are needed"
+        )
     if not 0 < np.count_nonzero(data.labels) < len(data):
         raise DataError(
             f"{_of_one_kind(data.labels)} among the {len(data):,} impressions of the log: nothing can be learned. A log of events must "
@@ -144,13 +175,21 @@ def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -
     optimizer = _given(learn, "table_optimizer", "adam")
     rates = {name: getattr(learn, name) for name in _RATES}
     if optimizer == "adam":  # one for all parameters
-        own = {name: rates[name] or learn.dense_learning_rate for name in ("table_learning_rate", "linear_learning_rate")}
-        rates = {**{name: value for name, value in rates.items() if not name.endswith("beta")}, **own}
+        own = {
+            name: rates[name] or learn.dense_learning_rate
+            for name in ("table_learning_rate", "linear_learning_rate")
+        }
+        rates = {
+            **{name: value for name, value in rates.items() if not name.endswith("beta")},
+            **own,
+        }
     return Setting(
         system="deepfm",
         seed=learn.seed,
         activation="paper",
-        dropout=_given(model, "dropout", published.DROPOUT) if wishes.dropout is None else wishes.dropout,
+        dropout=_given(model, "dropout", published.DROPOUT)
+        if wishes.dropout is None
+        else wishes.dropout,
         hidden=tuple(_given(model, "hidden", published.HIDDEN)),
         batch_size=_given(learn, "batch_size", batch_size(split.count(TRAINING))),
         epochs=wishes.epochs,
@@ -191,14 +230,21 @@ def stream_setting(data: Dataset, config: Config, wishes: Wishes) -> Setting:
         epochs=0,
         share=1.0,
         device=choose_device(wishes.device).type,
-        learner={**_common(data, config, wishes), **{name: getattr(learn, name) for name in names}, "pretrain_examples": pretrain},
+        learner={
+            **_common(data, config, wishes),
+            **{name: getattr(learn, name) for name in names},
+            "pretrain_examples": pretrain,
+        },
     )
 
 
 def _common(data: Dataset, config: Config, wishes: Wishes) -> dict[str, Any]:
     return {
         **{name: data.about["hashed"][name] for name in ("fields", "crosses", "value_fields")},
-        **{name: getattr(config.model, name) for name in ("embedding_dim", "table_bits", "initial_scale")},
+        **{
+            name: getattr(config.model, name)
+            for name in ("embedding_dim", "table_bits", "initial_scale")
+        },
         "precision": choose_precision(config.learn.precision, choose_device(wishes.device)),
         "threads": config.learn.threads,
         "ftrl": config.ftrl.model_dump(exclude={"enabled"}),
@@ -218,8 +264,17 @@ def _wanted(made: Plan) -> Iterator[Wanted]:
     if made.settings.device != "cpu":  # whose times Table 2 has; LR is always on the CPU
         for system in MODELS:
             if system != "lr":
-                learner = {**made.settings.learner, "precision": choose_precision(made.precision, choose_device("cpu"))}
-                yield Wanted("figure6", "", replace(made.settings, system=system, seed=first, device="cpu", learner=learner))
+                learner = {
+                    **made.settings.learner,
+                    "precision": choose_precision(made.precision, choose_device("cpu")),
+                }
+                yield Wanted(
+                    "figure6",
+                    "",
+                    replace(
+                        made.settings, system=system, seed=first, device="cpu", learner=learner
+                    ),
+                )
     for system in MODELS:
         yield Wanted("streaming", "", replace(made.stream, system=system))
     share = min(1.0, made.wishes.study_rows / made.split.count(TRAINING))
@@ -227,7 +282,9 @@ def _wanted(made: Plan) -> Iterator[Wanted]:
         for part, values in studies(made.settings.hidden, quick=made.wishes.quick).items():
             for value, changed in values.items():
                 for system in DEEP:
-                    setting = replace(made.settings, system=system, seed=seed, share=share, **changed)
+                    setting = replace(
+                        made.settings, system=system, seed=seed, share=share, **changed
+                    )
                     yield Wanted(part, value, _as_the_paper(setting))
 
 
@@ -249,13 +306,26 @@ def studies(hidden: Sequence[int], *, quick: bool = False) -> dict[str, Changes]
     width, layers = hidden[len(hidden) // 2], len(hidden)
     whole: dict[str, Changes] = {
         "figure7": {name: {"activation": name} for name in ("relu", "tanh")},
-        "figure8": {f"{kept:.1f}": {"dropout": round(1 - kept, 1)} for kept in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)},
-        "figure9": {str(neurons): {"hidden": (neurons,) * layers} for neurons in (100, 200, 400, 800)},
+        "figure8": {
+            f"{kept:.1f}": {"dropout": round(1 - kept, 1)}
+            for kept in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+        },
+        "figure9": {
+            str(neurons): {"hidden": (neurons,) * layers} for neurons in (100, 200, 400, 800)
+        },
         "figure10": {str(number): {"hidden": (width,) * number} for number in (1, 3, 5, 7)},
         "figure11": {shape: {"hidden": sizes} for shape, sizes in shapes(width, layers).items()},
     }
-    few = {"figure8": ("1.0", "0.5"), "figure9": ("100", "400"), "figure10": ("1", "3"), "figure11": ("constant", "diamond")}
-    return {part: {v: change for v, change in values.items() if not quick or v in few.get(part, values)} for part, values in whole.items()}
+    few = {
+        "figure8": ("1.0", "0.5"),
+        "figure9": ("100", "400"),
+        "figure10": ("1", "3"),
+        "figure11": ("constant", "diamond"),
+    }
+    return {
+        part: {v: change for v, change in values.items() if not quick or v in few.get(part, values)}
+        for part, values in whole.items()
+    }
 
 
 def shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
@@ -267,5 +337,13 @@ def shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
     rising = np.linspace(0.5, 1.5, layers) if layers > 1 else np.ones(1)
     peak = 1 - np.abs(np.linspace(-1, 1, layers)) / 2 if layers > 1 else np.ones(1)
     peak = peak * layers / peak.sum()
-    sizes = {"constant": np.ones(layers), "increasing": rising, "diamond": peak, "decreasing": rising[::-1]}
-    return {name: tuple(int(round(width * share)) for share in of.tolist()) for name, of in sizes.items()}
+    sizes = {
+        "constant": np.ones(layers),
+        "increasing": rising,
+        "diamond": peak,
+        "decreasing": rising[::-1],
+    }
+    return {
+        name: tuple(int(round(width * share)) for share in of.tolist())
+        for name, of in sizes.items()
+    }

@@ -108,4 +108,10 @@ def counterpart(data: Mapping[str, Any]) -> str | None:
     >>> counterpart({"format": "criteo", "simulated": None}), counterpart({"format": "avazu", "simulated": None})
     ('criteo', None)
     """
-    return "criteo" if data["format"] == "criteo" else "company" if data["simulated"] is not None else None
+    return (
+        "criteo"
+        if data["format"] == "criteo"
+        else "company"
+        if data["simulated"] is not None
+        else None
+    )

@@ -16,21 +16,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from stream_ctr import joining
-from stream_ctr.config import Config, Field, in_milliseconds, size
+from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.events import Decoder, infer_fields
-from stream_ctr.features import Hasher
-from stream_ctr.history import Log
-from stream_ctr.ingest import Ingest
-from stream_ctr.join import Examples, LabelJoiner
-from stream_ctr.labelled_logs import AvazuLog, CriteoLog, OpenBanditLog
+from stream_ctr.events.decoder import Decoder, infer_fields
+from stream_ctr.events.features import Hasher
+from stream_ctr.events.field import Field
+from stream_ctr.join import joining
+from stream_ctr.join.joiner import Examples, LabelJoiner
+from stream_ctr.join.watermark import Watermarks
+from stream_ctr.logs.labelled_logs import AvazuLog, CriteoLog, OpenBanditLog
+from stream_ctr.logs.log import Log
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.logs.text_log import TextLog, head
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import Dataset
-from stream_ctr.simulate import Simulation
-from stream_ctr.source import Source
-from stream_ctr.text import TextLog, head
-from stream_ctr.watermark import Watermarks
+from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.source import Source
 
 CLICK_DELAY_SECONDS = 0.001
 """Of logs that say who clicked and not when: a click follows at once."""
@@ -43,13 +44,24 @@ _WORTH_A_WORD = 1 << 30
 _log = logging.getLogger(__name__)
 
 
-def read(log: Log, source: Source, config: Config, directory: Path, *, limit: int | None = None, console: Console) -> Dataset:
+def read(
+    log: Log,
+    source: Source,
+    config: Config,
+    directory: Path,
+    *,
+    limit: int | None = None,
+    console: Console,
+) -> Dataset:
     """The dataset of the log, which `source` has the records of: the one in `directory` if it is of this log, else a new one.
 
     Raises `DataError` when the one that is there is of another log, was hashed otherwise, or is of another length.
     """
     fields = config.features.fields() or log.fields or _inferred(source)
-    hashing = {"table_bits": config.model.table_bits, **config.features.model_dump(mode="json", exclude={"categorical", "numeric"})}
+    hashing = {
+        "table_bits": config.model.table_bits,
+        **config.features.model_dump(mode="json", exclude={"categorical", "numeric"}),
+    }
     try:
         hasher = Hasher(fields, **hashing)
     except ValueError as error:
@@ -63,14 +75,24 @@ def read(log: Log, source: Source, config: Config, directory: Path, *, limit: in
     if found := dataset.existing(directory):
         _require_same(found.about["identity"], identity, directory)
         return found
-    _require_room(expected_rows(log, limit) * dataset.row_bytes(len(fields) + len(hasher.crosses), len(hasher.value_fields)), directory)
+    _require_room(
+        expected_rows(log, limit)
+        * dataset.row_bytes(len(fields) + len(hasher.crosses), len(hasher.value_fields)),
+        directory,
+    )
     joined = _joined(source, hasher, config, joining)
-    hashed = {"fields": len(fields), "crosses": len(hasher.crosses), "value_fields": hasher.value_fields}
+    hashed = {
+        "fields": len(fields),
+        "crosses": len(hasher.crosses),
+        "value_fields": hasher.value_fields,
+    }
 
     def about() -> dict[str, Any]:
         return {"hashed": hashed, "notes": [*log.notes, *joined.notes(), *_unseen(fields, joined)]}
 
-    return dataset.write(directory, _watched(log, joined, console), identity=identity, limit=limit, about=about)
+    return dataset.write(
+        directory, _watched(log, joined, console), identity=identity, limit=limit, about=about
+    )
 
 
 def expected_rows(log: Log, limit: int | None = None) -> int:
@@ -87,7 +109,14 @@ def expected_bytes(log: Log, config: Config, rows: int) -> int:
     """On disk; 0 where neither the configuration nor the format tells the fields."""
     fields = config.features.fields() or log.fields or ()
     crosses, values = len(config.features.crosses), sum(field.kind == "numeric" for field in fields)
-    return rows * dataset.row_bytes(len(fields) + crosses, values if config.features.numeric_encoding != "buckets" else 0) if fields else 0
+    return (
+        rows
+        * dataset.row_bytes(
+            len(fields) + crosses, values if config.features.numeric_encoding != "buckets" else 0
+        )
+        if fields
+        else 0
+    )
 
 
 def _lines(log: Log) -> int:
@@ -96,7 +125,11 @@ def _lines(log: Log) -> int:
     with log.path.open("rb") as file:
         beginning = file.read(1 << 20)
     plain = beginning.startswith(head(log.path)[:64])
-    return round(log.path.stat().st_size * beginning.count(b"\n") / max(1, len(beginning))) if plain else 0
+    return (
+        round(log.path.stat().st_size * beginning.count(b"\n") / max(1, len(beginning)))
+        if plain
+        else 0
+    )
 
 
 def _require_room(wanted: int, directory: Path) -> None:
@@ -104,7 +137,9 @@ def _require_room(wanted: int, directory: Path) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(directory.parent).free
     if wanted > free:
-        raise DataError(f"{directory} will take about {wanted / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free; use another --out")
+        raise DataError(
+            f"{directory} will take about {wanted / 1e9:.1f} GB, and there are {free / 1e9:.1f} GB free; use another --out"
+        )
     if wanted > _WORTH_A_WORD:
         _log.warning("%s will take about %.1f GB of disk", directory, wanted / 1e9)
 
@@ -118,16 +153,32 @@ def _inferred(source: Source) -> tuple[Field, ...]:
     fields = infer_fields(beginning)
     if not fields:
         _, rejected = Decoder(()).decode(beginning)
-        first = f"; record {rejected.row[0] + 1} is no event: {rejected.message[0]}" if len(rejected) else ""
-        raise DataError(f"none of the first {len(beginning):,} records of the log is an impression with features{first}")
+        first = (
+            f"; record {rejected.row[0] + 1} is no event: {rejected.message[0]}"
+            if len(rejected)
+            else ""
+        )
+        raise DataError(
+            f"none of the first {len(beginning):,} records of the log is an impression with features{first}"
+        )
     return fields
 
 
 def _joining(log: Log, config: Config) -> dict[str, Any]:
     if log.format in _LABELLED:
-        return {"label_window_ms": _LABELLED_WINDOW_MS, "early_click_wait_ms": 0, "lateness_ms": 0, "stall_clicks": 0.0}
+        return {
+            "label_window_ms": _LABELLED_WINDOW_MS,
+            "early_click_wait_ms": 0,
+            "lateness_ms": 0,
+            "stall_clicks": 0.0,
+        }
     if isinstance(log, Simulation):
-        return {"label_window_ms": _SIMULATED_WINDOW_MS, "early_click_wait_ms": 0, "lateness_ms": 0, "stall_clicks": 0.0}
+        return {
+            "label_window_ms": _SIMULATED_WINDOW_MS,
+            "early_click_wait_ms": 0,
+            "lateness_ms": 0,
+            "stall_clicks": 0.0,
+        }
     join = config.join
     return {
         "label_window_ms": in_milliseconds(join.label_window), "early_click_wait_ms": in_milliseconds(join.early_click_wait),
@@ -148,7 +199,11 @@ def _joined(source: Source, hasher: Hasher, config: Config, joining: dict[str, A
         )  # fmt: skip
     except ValueError as error:
         raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    watermarks = Watermarks(partitions=len(source.partitions), lateness_ms=joining["lateness_ms"], stall_clicks=joining["stall_clicks"])
+    watermarks = Watermarks(
+        partitions=len(source.partitions),
+        lateness_ms=joining["lateness_ms"],
+        stall_clicks=joining["stall_clicks"],
+    )
     return Joined(Ingest(source, decoder, hasher), joiner, watermarks)
 
 
@@ -167,7 +222,9 @@ def _require_same(found: dict[str, Any], wanted: dict[str, Any], directory: Path
     for name in wanted:
         if found.get(name) != wanted[name]:
             difference = _difference(name, found.get(name), wanted[name])
-            raise DataError(f"{directory} holds other data: {difference}. Use another --out, or --restart to begin anew in this one")
+            raise DataError(
+                f"{directory} holds other data: {difference}. Use another --out, or --restart to begin anew in this one"
+            )
 
 
 def _difference(name: str, found: Any, wanted: Any) -> str:
@@ -179,13 +236,23 @@ def _difference(name: str, found: Any, wanted: Any) -> str:
     'the first 20,000 impressions there, as with --quick, and all here'
     """
     if name == "limit":
-        there, here = (f"the first {most:,} impressions" if most else "all" for most in (found, wanted))
+        there, here = (
+            f"the first {most:,} impressions" if most else "all" for most in (found, wanted)
+        )
         return f"{there} there{', as with --quick,' if found else ''} and {here} here"
     if isinstance(found, dict) and isinstance(wanted, dict):
-        return next(f"{key} is {found.get(key)} there and {wanted[key]} here" for key in wanted if found.get(key) != wanted[key])
+        return next(
+            f"{key} is {found.get(key)} there and {wanted[key]} here"
+            for key in wanted
+            if found.get(key) != wanted[key]
+        )
     if name == "fields":
         return "its fields are others"
-    return f"the log's {name} is {found} there and {wanted} here" if name != "log" else f"it is of {found}, and this is {wanted}"
+    return (
+        f"the log's {name} is {found} there and {wanted} here"
+        if name != "log"
+        else f"it is of {found}, and this is {wanted}"
+    )
 
 
 def _watched(log: Log, joined: Joined, console: Console) -> Iterator[Examples]:
@@ -194,7 +261,11 @@ def _watched(log: Log, joined: Joined, console: Console) -> Iterator[Examples]:
         task = progress.add_task(f"reading {log.name}", total=1.0)
         for examples in joined:
             rows += len(examples)
-            progress.update(task, completed=log.progress, description=f"reading {log.name}: {rows:,} impressions")
+            progress.update(
+                task,
+                completed=log.progress,
+                description=f"reading {log.name}: {rows:,} impressions",
+            )
             yield examples
 
 
@@ -225,10 +296,22 @@ class Joined:
 
     def notes(self) -> list[str]:
         """What was lost on the way, a sentence each."""
-        lost = ("impressions_late", "impressions_duplicate", "impressions_evicted", "clicks_late", "clicks_unmatched", "clicks_evicted")
+        lost = (
+            "impressions_late",
+            "impressions_duplicate",
+            "impressions_evicted",
+            "clicks_late",
+            "clicks_unmatched",
+            "clicks_evicted",
+        )
         counts = self._joiner.counts()
-        found = [f"{count:,} records cannot be read as events ({reason})" for reason, count in sorted(self.rejected.items())]
-        return found + [f"{counts[name]:,} {name.replace('_', ' ')}" for name in lost if counts.get(name)]
+        found = [
+            f"{count:,} records cannot be read as events ({reason})"
+            for reason, count in sorted(self.rejected.items())
+        ]
+        return found + [
+            f"{counts[name]:,} {name.replace('_', ' ')}" for name in lost if counts.get(name)
+        ]
 
 
 def _all(leave: Callable[[], Examples]) -> Iterator[Examples]:

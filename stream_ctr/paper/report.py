@@ -24,7 +24,9 @@ from stream_ctr.paper.page import Block, Picture, html, markdown
 Report = dict[str, Any]
 
 
-def write(out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any]) -> Report:
+def write(
+    out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any]
+) -> Report:
     """The report of these runs, which is also written into `out`. `losses` of a run is the file of its test losses, below `out`."""
 
     def losses(run: Run) -> Floats:
@@ -32,21 +34,33 @@ def write(out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapp
         try:
             loaded: Floats = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError):
-            raise DataError(f"{path} is damaged; delete {path.with_suffix('.json')}, and the same command does that run again") from None
+            raise DataError(
+                f"{path} is damaged; delete {path.with_suffix('.json')}, and the same command does that run again"
+            ) from None
         return loaded
 
     told = report(runs, data=data, made=made, losses=losses)
     blocks = contents(told)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    (out / "report.json").write_text(
+        json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
+    )
     (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
     (out / "report.html").write_text(html(title(told), blocks), encoding="utf-8")
     for picture in _pictures(blocks):
-        (out / "figures" / f"{picture.name}.svg").write_text(figures.on_white(picture.whole), encoding="utf-8")
+        (out / "figures" / f"{picture.name}.svg").write_text(
+            figures.on_white(picture.whole), encoding="utf-8"
+        )
     return told
 
 
-def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any], losses: Callable[[Run], Floats]) -> Report:
+def report(
+    runs: Sequence[Run],
+    *,
+    data: Mapping[str, Any],
+    made: Mapping[str, Any],
+    losses: Callable[[Run], Floats],
+) -> Report:
     """What report.json holds. `losses` gives the test losses [n] of a run of Table 2. A number that is not finite becomes None."""
     rows = aggregate.table2(runs, losses)
     told = {
@@ -58,8 +72,12 @@ def report(runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, A
         "table1": {system.title: _properties(name) for name, system in MODELS.items()},
         "table2": rows,
         "order": aggregate.order(rows),
-        "against_deepfm": {name: verdict(row["minus_deepfm"]) for name, row in rows.items() if name != "DeepFM"},
-        "against_lr": {name: verdict(row["minus_lr"]) for name, row in rows.items() if name != "LR"},
+        "against_deepfm": {
+            name: verdict(row["minus_deepfm"]) for name, row in rows.items() if name != "DeepFM"
+        },
+        "against_lr": {
+            name: verdict(row["minus_lr"]) for name, row in rows.items() if name != "LR"
+        },
         "figure6": _figure6(aggregate.times(runs)),
         **{part: aggregate.study(runs, part) for part in STUDIES},
         "streaming": aggregate.streaming(runs),
@@ -78,7 +96,10 @@ def _figure6(times: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Report:
     """Times and, where LR's are known, how many times those they are."""
     ratios = aggregate.relative_times(times)
     return {
-        device: {name: {**time, "over_lr": ratios.get(device, {}).get(name, {}).get("median")} for name, time in of.items()}
+        device: {
+            name: {**time, "over_lr": ratios.get(device, {}).get(name, {}).get("median")}
+            for name, time in of.items()
+        }
         for device, of in times.items()
     }
 

@@ -7,7 +7,18 @@ from typing import Any
 
 from stream_ctr.paper import figures, published
 from stream_ctr.paper.aggregate import Report, chosen, compared, relative_times, rough
-from stream_ctr.paper.page import Block, Cell, Column, Details, Heading, Note, Picture, Strong, Table, Text
+from stream_ctr.paper.page import (
+    Block,
+    Cell,
+    Column,
+    Details,
+    Heading,
+    Note,
+    Picture,
+    Strong,
+    Table,
+    Text,
+)
 from stream_ctr.paper.words import NONE, count, number, spread
 
 
@@ -18,23 +29,42 @@ def figure6(told: Report) -> list[Block]:
         return []
     blocks: list[Block] = [Heading("Figure 6: training time"), _claim("figure6")]
     whole, per_epoch = (relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch"))
-    tables = [_time_table(told, device, whole.get(device), per_epoch.get(device)) for device in times]
+    tables = [
+        _time_table(told, device, whole.get(device), per_epoch.get(device)) for device in times
+    ]
     if not whole:
-        note = Note("No multiples of LR's time: LR and another system must have been timed on one machine.")
+        note = Note(
+            "No multiples of LR's time: LR and another system must have been timed on one machine."
+        )
         return [*blocks, note, *tables]
     panels = [figures.relative_time({device: of}, per_epoch) for device, of in whole.items()]
-    picture = Picture("figure6", _figure6_caption(told), figures.relative_time(whole, per_epoch), panels)
-    return [*blocks, *([_of_short_times(times)] if rough(times) else []), picture, Details("The numbers", tables)]
+    picture = Picture(
+        "figure6", _figure6_caption(told), figures.relative_time(whole, per_epoch), panels
+    )
+    return [
+        *blocks,
+        *([_of_short_times(times)] if rough(times) else []),
+        picture,
+        Details("The numbers", tables),
+    ]
 
 
 def _of_short_times(times: Mapping[str, Mapping[str, Any]]) -> Note:
     epoch = times["cpu"]["LR"]["seconds_per_epoch"]["median"]
-    return Note(f"An epoch of LR takes {number(epoch, significant=1)} s here: read multiples of so short a time as orders of magnitude.")
+    return Note(
+        f"An epoch of LR takes {number(epoch, significant=1)} s here: read multiples of so short a time as orders of magnitude."
+    )
 
 
 def _figure6_caption(told: Report) -> str:
-    gpu = " in the GPU's panel too, for it has no GPU code" if set(told["figure6"]) - {"cpu"} else ""
-    several = " Of several machines, one is shown." if len({str(where["machine"]) for where in told["machines"]}) > 1 else ""
+    gpu = (
+        " in the GPU's panel too, for it has no GPU code" if set(told["figure6"]) - {"cpu"} else ""
+    )
+    several = (
+        " Of several machines, one is shown."
+        if len({str(where["machine"]) for where in told["machines"]}) > 1
+        else ""
+    )
     return (
         "Bars: training time until the best check over LR's, medians over seeds, FNN's pre-training included; whiskers from the least to "
         "the most. Diamonds: an epoch over LR's, since how many epochs a system needs is another question. The numbers are these two, in "
@@ -50,7 +80,11 @@ def _time_table(told: Report, device: str, whole: Times | None, per_epoch: Times
     for group in ("until the best check", "an epoch"):
         columns += [Column("seconds", group), Column("least to most", group)]
         columns += [Column("over LR's", group)] if whole else []
-    columns += [Column("seconds of pre-training"), Column("examples a second"), Column("parameters of the network")]
+    columns += [
+        Column("seconds of pre-training"),
+        Column("examples a second"),
+        Column("parameters of the network"),
+    ]
     rows: list[list[Cell]] = []
     for name, time in told["figure6"][device].items():
         said: list[Cell] = [name, str(time["runs"])]
@@ -62,7 +96,9 @@ def _time_table(told: Report, device: str, whole: Times | None, per_epoch: Times
 
 
 def _taken(seconds: Mapping[str, float], runs: int) -> list[Cell]:
-    middle, least, most = (number(seconds[part], significant=2) for part in ("median", "least", "most"))
+    middle, least, most = (
+        number(seconds[part], significant=2) for part in ("median", "least", "most")
+    )
     return [middle, f"{least} to {most}" if runs > 1 else NONE]
 
 
@@ -86,7 +122,10 @@ def study(told: Report, part: str) -> list[Block]:
     values = compared(told[part])
     if not values:
         return []
-    blocks: list[Block] = [Heading(f"Figure {part.removeprefix('figure')}: {_SUBJECT[part]}"), _claim(part)]
+    blocks: list[Block] = [
+        Heading(f"Figure {part.removeprefix('figure')}: {_SUBJECT[part]}"),
+        _claim(part),
+    ]
     caption = f"Test AUC and logloss by {figures.AXES[part]}, all else as in the settings. {_whiskers(values)}"
     panels = [figures.study(part, values, [metric]) for metric in ("auc", "logloss")]
     best = [f"{name} at {value}" for name, value in chosen(values).items()]
@@ -107,11 +146,17 @@ _SUBJECT = {
 }
 
 
-_STUDIED = {"validation_logloss": ("Validation logloss", 5), "logloss": ("Test logloss", 5), "auc": ("Test AUC", 4)}
+_STUDIED = {
+    "validation_logloss": ("Validation logloss", 5),
+    "logloss": ("Test logloss", 5),
+    "auc": ("Test AUC", 4),
+}
 
 
 def _claim(part: str) -> Text:
-    return Text(f"The paper{'' if part == 'figure6' else ', on Company*'}: {published.CLAIMS[part]}")
+    return Text(
+        f"The paper{'' if part == 'figure6' else ', on Company*'}: {published.CLAIMS[part]}"
+    )
 
 
 def _whiskers(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
@@ -121,13 +166,24 @@ def _whiskers(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
     return "One seed: how much of a difference is chance is not known."
 
 
-def _study_table(values: Mapping[str, Mapping[str, Mapping[str, Any]]], part: str, metric: str) -> Table:
+def _study_table(
+    values: Mapping[str, Mapping[str, Mapping[str, Any]]], part: str, metric: str
+) -> Table:
     name, digits = _STUDIED[metric]
     best = chosen(values)
     rows: list[list[Cell]] = []
     for system in best:
         texts = {value: spread(point.get(metric), point.get(f"{metric}_std"), digits)
                  for value, of in values.items() for point in [of.get(system, {})]}  # fmt: skip
-        rows.append([system, *(Strong(text) if value == best[system] else text for value, text in texts.items())])
-    caption = f"{name} by {figures.AXES[part]}; set off is where the validation logloss is the lowest."
-    return Table(caption, [Column("system", number=False), *(Column(value) for value in values)], rows)
+        rows.append(
+            [
+                system,
+                *(Strong(text) if value == best[system] else text for value, text in texts.items()),
+            ]
+        )
+    caption = (
+        f"{name} by {figures.AXES[part]}; set off is where the validation logloss is the lowest."
+    )
+    return Table(
+        caption, [Column("system", number=False), *(Column(value) for value in values)], rows
+    )

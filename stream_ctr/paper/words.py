@@ -27,7 +27,9 @@ def signed(value: float) -> str:
 
 
 def spread(mean: float | None, std: float | None, digits: int) -> str:
-    return number(mean, digits) + (f" \N{PLUS-MINUS SIGN} {std:.{digits}f}" if std is not None else "")
+    return number(mean, digits) + (
+        f" \N{PLUS-MINUS SIGN} {std:.{digits}f}" if std is not None else ""
+    )
 
 
 def count(value: float | None) -> str:
@@ -52,7 +54,11 @@ def plain(value: Any) -> str:
         return ", ".join(f"{name} {plain(of)}" for name, of in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value)) or "none"
-    return {True: "yes", False: "no", None: "none"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return (
+        {True: "yes", False: "no", None: "none"}.get(value, str(value))
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )
 
 
 def duration(seconds: float) -> str:
@@ -62,7 +68,13 @@ def duration(seconds: float) -> str:
     """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return (
+        f"{hours} h {minutes} min"
+        if hours
+        else f"{minutes} min {rest} s"
+        if minutes
+        else f"{rest} s"
+    )
 
 
 def in_bytes(count: float) -> str:

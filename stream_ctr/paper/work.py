@@ -27,6 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from stream_ctr import __version__
 from stream_ctr.config import Config
 from stream_ctr.errors import DataError
+from stream_ctr.learn.table import columns
 from stream_ctr.models import MODELS
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json
@@ -34,7 +35,6 @@ from stream_ctr.paper.experiment import Diverged, Setting, seconds_per_example, 
 from stream_ctr.paper.intervals import paired
 from stream_ctr.paper.plan import PARTS, Plan, Wishes, require_possible
 from stream_ctr.paper.words import duration, in_bytes
-from stream_ctr.table import columns
 
 _USUAL_EPOCHS = 3
 _PASS_BYTES = 64  # of an example, for logits, losses and their order
@@ -49,11 +49,19 @@ _log = logging.getLogger(__name__)
 def expected(config: Config, wishes: Wishes, rows: int, disk: int) -> str:
     """What can be told before `rows` impressions are read, which take `disk` bytes; 0: unknown. Raises `ConfigError` for what cannot be."""
     require_possible(config, wishes)
-    optimizer = config.learn.table_optimizer if "table_optimizer" in config.learn.model_fields_set else "adam"
-    held = in_bytes(memory(wishes.models, config.model.embedding_dim, optimizer, config.model.table_bits, rows))
+    optimizer = (
+        config.learn.table_optimizer
+        if "table_optimizer" in config.learn.model_fields_set
+        else "adam"
+    )
+    held = in_bytes(
+        memory(wishes.models, config.model.embedding_dim, optimizer, config.model.table_bits, rows)
+    )
     if not rows:
         return f"how many impressions there are to read is unknown; {held} of memory, and {_PASS_BYTES} bytes for each impression"
-    return f"at most about {rows:,} impressions to read; {held} of memory" + (f", {in_bytes(disk)} of disk" if disk else "")
+    return f"at most about {rows:,} impressions to read; {held} of memory" + (
+        f", {in_bytes(disk)} of disk" if disk else ""
+    )
 
 
 def estimate(made: Plan, out: Path) -> list[str]:
@@ -61,38 +69,76 @@ def estimate(made: Plan, out: Path) -> list[str]:
     runs = made.distinct
     waiting = [setting for key, setting in runs.items() if not _path(out, key).exists()]
     done = len(runs) - len(waiting)
-    told = [f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}" + (f", {done} of them done before" if done else "")]
+    told = [
+        f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}"
+        + (f", {done} of them done before" if done else "")
+    ]
     if waiting:
-        each = {pair: _timed(made, *pair) for pair in dict.fromkeys((setting.system, setting.device) for setting in waiting)}
-        few, most = (_all(made, waiting, each, epochs) for epochs in (_USUAL_EPOCHS, made.wishes.epochs))
-        at_most = f" with {_USUAL_EPOCHS} epochs a run, {duration(most)} at most" if made.wishes.epochs > _USUAL_EPOCHS else ""
+        each = {
+            pair: _timed(made, *pair)
+            for pair in dict.fromkeys((setting.system, setting.device) for setting in waiting)
+        }
+        few, most = (
+            _all(made, waiting, each, epochs) for epochs in (_USUAL_EPOCHS, made.wishes.epochs)
+        )
+        at_most = (
+            f" with {_USUAL_EPOCHS} epochs a run, {duration(most)} at most"
+            if made.wishes.epochs > _USUAL_EPOCHS
+            else ""
+        )
         told.append(f"about {duration(few)}{at_most}")
     losses = 4 * made.split.count(TEST) * sum(1 for setting in runs.values() if setting.epochs)
     learner = made.settings.learner
     systems = {setting.system for setting in runs.values()}
-    held = memory(systems, learner["embedding_dim"], learner["table_optimizer"], learner["table_bits"], len(made.data))
-    told.append(f"{in_bytes(held)} of memory; {in_bytes(len(made.data) * made.data.row_bytes + losses)} of disk")
+    held = memory(
+        systems,
+        learner["embedding_dim"],
+        learner["table_optimizer"],
+        learner["table_bits"],
+        len(made.data),
+    )
+    told.append(
+        f"{in_bytes(held)} of memory; {in_bytes(len(made.data) * made.data.row_bytes + losses)} of disk"
+    )
     return told
 
 
 def _timed(made: Plan, system: str, device: str) -> float:
     """Seconds an example of an epoch, with that of pre-training."""
-    setting = next(w.setting for w in made.asked if (w.setting.system, w.setting.device) == (system, device))
+    setting = next(
+        w.setting for w in made.asked if (w.setting.system, w.setting.device) == (system, device)
+    )
     usual = replace(made.settings, system=system, device=device)
     learner = {**made.settings.learner, "precision": setting.learner["precision"]}
     return seconds_per_example(replace(usual, learner=learner), made.data, made.split)
 
 
-def _all(made: Plan, waiting: Sequence[Setting], each: Mapping[tuple[str, str], float], epochs: int) -> float:
+def _all(
+    made: Plan, waiting: Sequence[Setting], each: Mapping[tuple[str, str], float], epochs: int
+) -> float:
     """Seconds, at least one, to two digits: the third would say nothing."""
-    return max(1.0, float(f"{sum(_seconds(made, setting, each, epochs) for setting in waiting):.2g}"))
+    return max(
+        1.0, float(f"{sum(_seconds(made, setting, each, epochs) for setting in waiting):.2g}")
+    )
 
 
-def _seconds(made: Plan, setting: Setting, each: Mapping[tuple[str, str], float], epochs: int) -> float:
+def _seconds(
+    made: Plan, setting: Setting, each: Mapping[tuple[str, str], float], epochs: int
+) -> float:
     """A network of other sizes takes as much more time as it has more weights."""
-    examples = round(setting.share * made.split.count(TRAINING)) * min(epochs, setting.epochs) if setting.epochs else len(made.data)
-    usual, here = (_weights(made.settings, hidden) for hidden in (made.settings.hidden, setting.hidden))
-    return each[setting.system, setting.device] * examples * (here / usual if MODELS[setting.system].module else 1.0)
+    examples = (
+        round(setting.share * made.split.count(TRAINING)) * min(epochs, setting.epochs)
+        if setting.epochs
+        else len(made.data)
+    )
+    usual, here = (
+        _weights(made.settings, hidden) for hidden in (made.settings.hidden, setting.hidden)
+    )
+    return (
+        each[setting.system, setting.device]
+        * examples
+        * (here / usual if MODELS[setting.system].module else 1.0)
+    )
 
 
 def _weights(setting: Setting, hidden: Sequence[int]) -> int:
@@ -100,10 +146,14 @@ def _weights(setting: Setting, hidden: Sequence[int]) -> int:
     return sum(a * b for a, b in zip(widths[:-1], widths[1:], strict=True))
 
 
-def memory(systems: Iterable[str], embedding_dim: int, optimizer: str, table_bits: int, rows: int) -> int:
+def memory(
+    systems: Iterable[str], embedding_dim: int, optimizer: str, table_bits: int, rows: int
+) -> int:
     """Bytes of the largest table and its optimiser, as much again for the best weights, and what is held of each of `rows` examples."""
     most = max((MODELS[system].embeddings for system in systems), default=1)
-    return (2 * 4 * columns(embedding_dim, embeddings=most, optimizer=optimizer) << table_bits) + _PASS_BYTES * rows
+    return (
+        2 * 4 * columns(embedding_dim, embeddings=most, optimizer=optimizer) << table_bits
+    ) + _PASS_BYTES * rows
 
 
 # -- the loop -----------------------------------------------------------------------------------------------------------------------
@@ -117,7 +167,9 @@ def held(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(f"{out} is in use by another stream-ctr paper; wait until it has ended, or use another --out") from None
+            raise DataError(
+                f"{out} is in use by another stream-ctr paper; wait until it has ended, or use another --out"
+            ) from None
         yield
 
 
@@ -137,7 +189,9 @@ def run(made: Plan, out: Path, *, console: Console) -> None:
             _log.info("%s (%d of %d): %s", named, done, len(runs), _told(outcome))
 
 
-def _run(made: Plan, setting: Setting, out: Path, key: str, advance: Callable[[int], None]) -> dict[str, Any]:
+def _run(
+    made: Plan, setting: Setting, out: Path, key: str, advance: Callable[[int], None]
+) -> dict[str, Any]:
     """Do it and keep its outcome. One that diverged is an outcome too."""
     began = time.perf_counter()
     try:
@@ -149,7 +203,12 @@ def _run(made: Plan, setting: Setting, out: Path, key: str, advance: Callable[[i
             outcome = stream(setting, made.data, advance=advance)
     except Diverged as error:
         outcome = {**setting.told(), "failed": str(error)}
-    outcome |= {"seconds_whole": time.perf_counter() - began, "machine": machine(), "torch": torch.__version__, "version": __version__}
+    outcome |= {
+        "seconds_whole": time.perf_counter() - began,
+        "machine": machine(),
+        "torch": torch.__version__,
+        "version": __version__,
+    }
     write_json(_path(out, key), outcome)
     return outcome
 
@@ -159,7 +218,10 @@ def machine() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return {"processor": next(named, platform.processor() or platform.machine()), "cores": os.cpu_count()}
+    return {
+        "processor": next(named, platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+    }
 
 
 def _write_array(path: Path, array: np.ndarray[Any, Any]) -> None:
@@ -195,7 +257,9 @@ def _outcome(path: Path) -> dict[str, Any]:
     try:
         outcome: dict[str, Any] = json.loads(path.read_text())
     except ValueError:
-        raise DataError(f"{path} is damaged; delete it, and the same command does that run again") from None
+        raise DataError(
+            f"{path} is damaged; delete it, and the same command does that run again"
+        ) from None
     return outcome
 
 
@@ -234,7 +298,9 @@ def _named(setting: Setting, usual: Setting) -> str:
         "hidden": f"{'-'.join(map(str, setting.hidden))} neurons", "dropout": f"dropout {setting.dropout:g}",
         "activation": setting.activation, "device": f"on the {setting.device.upper()}",
     }  # fmt: skip
-    changed = [words for name, words in own.items() if getattr(setting, name) != getattr(usual, name)]
+    changed = [
+        words for name, words in own.items() if getattr(setting, name) != getattr(usual, name)
+    ]
     return ", ".join([title, f"seed {setting.seed}", *changed])
 
 
@@ -257,5 +323,7 @@ def remove(out: Path) -> None:
 
 def _of_ours(out: Path) -> list[Path]:
     runs = [path for path in (out / "runs").glob("*") if _OUTCOME.fullmatch(path.name)]
-    written = [out / f"report.{kind}" for kind in ("json", "md", "html")] + [out / "figures" / f"{part}.svg" for part in PARTS]
+    written = [out / f"report.{kind}" for kind in ("json", "md", "html")] + [
+        out / "figures" / f"{part}.svg" for part in PARTS
+    ]
     return runs + [path for path in written if path.is_file()]

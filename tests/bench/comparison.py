@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from record import formatted
+from support.record import formatted
 
 from bench.contest import Result, difference, ratio
 
@@ -29,8 +29,14 @@ class Goal:
     above: str = ""
 
     def __str__(self) -> str:
-        bound = f"at least {number(self.least)}" if self.least is not None else f"at most {number(self.most)}"
-        return bound + (f" x {self.times}" if self.times else f" above {self.above}" if self.above else "")
+        bound = (
+            f"at least {number(self.least)}"
+            if self.least is not None
+            else f"at most {number(self.most)}"
+        )
+        return bound + (
+            f" x {self.times}" if self.times else f" above {self.above}" if self.above else ""
+        )
 
     def reached(self, results: Mapping[str, Result]) -> float | None:
         """None when one that it takes was not measured."""
@@ -63,8 +69,19 @@ class Comparison:
         goals = []
         for goal in self.goals:
             reached = goal.reached(by_name)
-            goals.append({"contender": goal.of, "goal": str(goal), "reached": reached, "met": goal.met(reached)})
-        ratios = {name: ratio(result, by_name[self.peer]) for name, result in by_name.items() if self.peer in by_name}
+            goals.append(
+                {
+                    "contender": goal.of,
+                    "goal": str(goal),
+                    "reached": reached,
+                    "met": goal.met(reached),
+                }
+            )
+        ratios = {
+            name: ratio(result, by_name[self.peer])
+            for name, result in by_name.items()
+            if self.peer in by_name
+        }
         return {
             "name": self.name, "title": self.title, "unit": self.unit, "peer": self.peer, "goals": goals,
             "results": [result.as_json() | {"ratio": ratios.get(result.name)} for result in self.results],
@@ -84,11 +101,27 @@ def table(case: Mapping[str, Any]) -> str:
         spread = f"{number(result['least'])}..{number(result['most'])}"
         times = [] if not peer else ["" if result["ratio"] is None else number(result["ratio"])]
         rows.append([result["contender"], number(result["median"]), spread, *times, *verdict])
-    header = ["contender", f"{unit}, median", "least..most", *([f"x {peer}"] if peer else []), "goal", "met"]
-    said = {result["contender"]: f"not run: {result['not_run']}" if "not_run" in result else result["note"] for result in case["results"]}
+    header = [
+        "contender",
+        f"{unit}, median",
+        "least..most",
+        *([f"x {peer}"] if peer else []),
+        "goal",
+        "met",
+    ]
+    said = {
+        result["contender"]: f"not run: {result['not_run']}"
+        if "not_run" in result
+        else result["note"]
+        for result in case["results"]
+    }
     notes = "\n".join(f"- {name}: {note}" for name, note in said.items() if note)
     reasons = {result.get("not_run") for result in case["results"]}
-    told = [formatted(header, rows), notes] if None in reasons or len(reasons) > 1 else [f"not measured: {reasons.pop()}"]
+    told = (
+        [formatted(header, rows), notes]
+        if None in reasons or len(reasons) > 1
+        else [f"not measured: {reasons.pop()}"]
+    )
     made = f"{case['machine']}: `{case['command']}`" if "machine" in case else ""
     return "\n\n".join(filter(None, [f"**{case['title']}**", *told, made]))
 

@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 from bench.environments import NotRun, Own, Peer
-from connectors.embedded import dies_with_parent
+from stream_ctr.connectors.embedded import dies_with_parent
 
 PROGRAMS = Path(__file__).parent / "contenders"
 ANSWER_SECONDS = 900.0
@@ -87,8 +87,16 @@ class _Process:
     def __enter__(self) -> Self:
         program = self._program
         threads = str(os.cpu_count() or 1)
-        variables = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **program.environment.variables}
-        command = [str(program.environment.python()), str(PROGRAMS / f"{program.script}.py"), *map(str, program.arguments)]
+        variables = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            **program.environment.variables,
+        }
+        command = [
+            str(program.environment.python()),
+            str(PROGRAMS / f"{program.script}.py"),
+            *map(str, program.arguments),
+        ]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
             dies_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -104,7 +112,12 @@ class _Process:
             raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self._process.kill()
         self._process.wait()
         self._errors.close()
@@ -155,16 +168,25 @@ class Result:
 
     def add(self, measured: Measurement) -> None:
         self.repetitions.append(measured)
-        self.values.append(measured["value"] if "value" in measured else measured["count"] / measured["seconds"])
+        self.values.append(
+            measured["value"] if "value" in measured else measured["count"] / measured["seconds"]
+        )
 
     def as_json(self) -> dict[str, Any]:
         if self.reason:
             return {"contender": self.name, "not_run": self.reason}
         summary = {"median": self.median, "least": min(self.values), "most": max(self.values)}
-        return {"contender": self.name, "note": self.note, **summary, "repetitions": self.repetitions}
+        return {
+            "contender": self.name,
+            "note": self.note,
+            **summary,
+            "repetitions": self.repetitions,
+        }
 
 
-def compare(contenders: Sequence[Contender], *, rounds: int, say: Callable[[str], None] = lambda text: None) -> list[Result]:
+def compare(
+    contenders: Sequence[Contender], *, rounds: int, say: Callable[[str], None] = lambda text: None
+) -> list[Result]:
     """All are set up, then measured one after the other, `rounds` times. What cannot run has the reason in its result."""
     results = [Result(contender.name) for contender in contenders]
     with ExitStack() as stack:
@@ -179,7 +201,9 @@ def compare(contenders: Sequence[Contender], *, rounds: int, say: Callable[[str]
                 if not results[index].reason:
                     with _reason(results[index], say):
                         results[index].add(contender.measure())
-                        say(f"round {number + 1} of {rounds}: {results[index].name}: {results[index].values[-1]:,.4g}")
+                        say(
+                            f"round {number + 1} of {rounds}: {results[index].name}: {results[index].values[-1]:,.4g}"
+                        )
     return results
 
 
@@ -191,7 +215,12 @@ class _reason:  # noqa: N801 - reads as a word in a `with`
 
     def __enter__(self) -> None: ...
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
         if not isinstance(error, NotRun):
             return False
         self._result.reason = str(error)

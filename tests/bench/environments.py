@@ -48,7 +48,9 @@ class Peer:
         if stamp.exists() and stamp.read_text() == wanted:
             return python
         if self.offline:
-            raise NotRun(f"{' '.join(self.requirements)} is not installed in {self.cache}, and --offline installs nothing")
+            raise NotRun(
+                f"{' '.join(self.requirements)} is not installed in {self.cache}, and --offline installs nothing"
+            )
         _succeed([sys.executable, "-m", "venv", "--clear", str(home)])
         _succeed([str(python), "-m", "pip", "install", "--quiet", *self.requirements])
         stamp.write_text(wanted)
@@ -62,5 +64,9 @@ class Peer:
 def _succeed(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines() or ["no message"]
+        errors = (
+            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
+            or done.stderr.splitlines()
+            or ["no message"]
+        )
         raise NotRun(f"{' '.join(command[1:])} ended with status {done.returncode}: {errors[-1]}")

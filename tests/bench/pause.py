@@ -22,16 +22,18 @@ import pyarrow as pa
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from record import machine, print_table  # noqa: E402
+from support.record import machine, print_table  # noqa: E402
 
-from connectors.memory import BatchSource  # noqa: E402
-from stream_ctr.assembly import build_trainer  # noqa: E402
+from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
-from stream_ctr.outlet import Outlet  # noqa: E402
-from stream_ctr.simulate import Simulation  # noqa: E402
+from stream_ctr.connectors.memory import BatchSource  # noqa: E402
+from stream_ctr.logs.simulate import Simulation  # noqa: E402
+from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
 
 
-def measure(table_bits: int, impressions: int, every: int, directory: Path) -> dict[str, list[float]]:
+def measure(
+    table_bits: int, impressions: int, every: int, directory: Path
+) -> dict[str, list[float]]:
     """Seconds: `copy` of each snapshot, `beside` of each batch while a snapshot was written, `alone` of all others."""
     simulation = Simulation(impressions, seed=1)
     batches = [batch.value for batch in simulation.batches()]
@@ -46,12 +48,20 @@ def measure(table_bits: int, impressions: int, every: int, directory: Path) -> d
         },
     )
     source = BatchSource(lambda: iter([pa.concat_arrays(batches)]))
-    trainer = build_trainer(config, fields=simulation.fields, source=source, outlet=Outlet(directory), directory=directory)
+    trainer = build_trainer(
+        config,
+        fields=simulation.fields,
+        source=source,
+        outlet=Outlet(directory),
+        directory=directory,
+    )
     seconds: dict[str, list[float]] = {"copy": [], "beside": [], "alone": []}
     cut, begin_write, learn = trainer.cut, trainer._begin_write, trainer._learn
 
     def timed_cut() -> None:
-        trainer._settle(wait=True)  # the one before, which a stream of this speed would not have to wait for
+        trainer._settle(
+            wait=True
+        )  # the one before, which a stream of this speed would not have to wait for
         began = time.perf_counter()
         cut()
         seconds["copy"].append(time.perf_counter() - began)
@@ -77,7 +87,9 @@ def measure(table_bits: int, impressions: int, every: int, directory: Path) -> d
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--table-bits", type=int, nargs="+", default=[20, 22])
     parser.add_argument("--impressions", type=int, default=120_000)
     parser.add_argument("--every", type=int, default=25_000, help="examples between two snapshots")

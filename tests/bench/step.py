@@ -30,16 +30,18 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from record import fill, machine, print_table  # noqa: E402
+from support.record import fill, machine, print_table  # noqa: E402
 
 from bench import zipf  # noqa: E402
-from stream_ctr.lanes import set_up_process  # noqa: E402
-from stream_ctr.learner import NetworkLearner, make_learner  # noqa: E402
+from stream_ctr.learn.learner import NetworkLearner, make_learner  # noqa: E402
+from stream_ctr.learn.thread_pool import set_up_process  # noqa: E402
 from stream_ctr.models import MODELS, layers  # noqa: E402
 
 FIELDS, K, HIDDEN, BATCH, TABLE_BITS = 39, 10, (400, 400, 400), 4096, 20
 WIDTHS = [FIELDS * K, *HIDDEN, 1]
-FLOP = 6 * sum(one * next_one for one, next_one in zip(WIDTHS[:-1], WIDTHS[1:], strict=True))  # of an example: three products
+FLOP = 6 * sum(
+    one * next_one for one, next_one in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
+)  # of an example: three products
 
 
 def median_seconds(call: Callable[[], object], repetitions: int = 100) -> float:
@@ -60,9 +62,15 @@ def products(rows: int = 1024, width: int = 400) -> dict[str, list[float]]:
         ("torch, bfloat16", torch.bfloat16, torch.nn.functional.linear),
         ("oneDNN, bfloat16", torch.bfloat16, layers._linear),
     ):
-        x, dz, w = (torch.randn(*shape).to(dtype) for shape in ((rows, width), (rows, width), (width, width)))
+        x, dz, w = (
+            torch.randn(*shape).to(dtype)
+            for shape in ((rows, width), (rows, width), (width, width))
+        )
         calls = [(x, w), (dz, w.t()), (dz.t(), x.t())]
-        found[name] = [2 * rows * width * width / median_seconds(partial(linear, a, b, None)) / 1e9 for a, b in calls]
+        found[name] = [
+            2 * rows * width * width / median_seconds(partial(linear, a, b, None)) / 1e9
+            for a, b in calls
+        ]
     return found
 
 
@@ -90,7 +98,10 @@ def zipf_batches() -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
     with tempfile.TemporaryDirectory() as directory:
         data = zipf.write(Path(directory), rows=1 << TABLE_BITS, examples=8 * BATCH)
         ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
-    return [(ids[first : first + BATCH], labels[first : first + BATCH]) for first in range(0, len(ids), BATCH)]
+    return [
+        (ids[first : first + BATCH], labels[first : first + BATCH])
+        for first in range(0, len(ids), BATCH)
+    ]
 
 
 def stages(precision: str, steps: int = 30) -> dict[str, float]:
@@ -130,9 +141,17 @@ def system_speed(model: str, precision: str, dropout: float, steps: int = 12) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--page", type=Path, help="put what is printed into the block `step` of this page")
-    parser.add_argument("--systems", action="store_true", help="how fast each of the nine learns, instead; not for the page")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--page", type=Path, help="put what is printed into the block `step` of this page"
+    )
+    parser.add_argument(
+        "--systems",
+        action="store_true",
+        help="how fast each of the nine learns, instead; not for the page",
+    )
     arguments = parser.parse_args()
     if arguments.systems:
         measure_systems()
@@ -141,21 +160,47 @@ def main() -> None:
         measure()
     print(printed.getvalue())
     if arguments.page:
-        arguments.page.write_text(fill(arguments.page.read_text(), "step", re.sub(r"\n{3,}", "\n\n", printed.getvalue()).strip()))
+        arguments.page.write_text(
+            fill(
+                arguments.page.read_text(),
+                "step",
+                re.sub(r"\n{3,}", "\n\n", printed.getvalue()).strip(),
+            )
+        )
 
 
 def measure() -> None:
     set_up_process()
     speed = products()
     print("Products of 1,024 examples with a layer of 400 x 400, one core, gigaflops\n")
-    print_table(["by", "forward", "dL/dx", "dL/dW"], [[name, *(f"{value:.0f}" for value in each)] for name, each in speed.items()])
+    print_table(
+        ["by", "forward", "dL/dx", "dL/dW"],
+        [[name, *(f"{value:.0f}" for value in each)] for name, each in speed.items()],
+    )
     by_precision = {precision: stages(precision) for precision in ("bf16", "fp32")}
     print(f"\nA step on {BATCH:,} examples, one lane, milliseconds\n")
-    print_table(["", *by_precision], [[name, *(f"{each[name]:.1f}" for each in by_precision.values())] for name in by_precision["bf16"]])
-    print(f"\nBound: {FLOP / 1e6:.2f} Mflop an example in products; two cores that do nothing else, with the faster of both: ", end="")
+    print_table(
+        ["", *by_precision],
+        [
+            [name, *(f"{each[name]:.1f}" for each in by_precision.values())]
+            for name in by_precision["bf16"]
+        ],
+    )
+    print(
+        f"\nBound: {FLOP / 1e6:.2f} Mflop an example in products; two cores that do nothing else, with the faster of both: ",
+        end="",
+    )
     for name in ("float32", "bfloat16"):
-        fastest = [max(each) for each in zip(*(found for by, found in speed.items() if by.endswith(name)), strict=True)]
-        print(f"{name} {2e9 * statistics.harmonic_mean(fastest) / FLOP:,.0f} examples/s", end=", " if name == "float32" else "\n")
+        fastest = [
+            max(each)
+            for each in zip(
+                *(found for by, found in speed.items() if by.endswith(name)), strict=True
+            )
+        ]
+        print(
+            f"{name} {2e9 * statistics.harmonic_mean(fastest) / FLOP:,.0f} examples/s",
+            end=", " if name == "float32" else "\n",
+        )
     print(f"\n\n{machine()}: python tests/bench/step.py")
 
 
@@ -165,9 +210,12 @@ def measure_systems() -> None:
     settings = list(itertools.product(("fp32", "bf16"), (0.0, 0.5)))
     print(f"Examples a second, batches of {BATCH:,}\n")
     speeds: list[list[object]] = [
-        [system.title, *(f"{system_speed(name, *setting):,.0f}" for setting in settings)] for name, system in MODELS.items()
+        [system.title, *(f"{system_speed(name, *setting):,.0f}" for setting in settings)]
+        for name, system in MODELS.items()
     ]
-    print_table(["", *(f"{precision}, dropout {dropout}" for precision, dropout in settings)], speeds)
+    print_table(
+        ["", *(f"{precision}, dropout {dropout}" for precision, dropout in settings)], speeds
+    )
     print(f"\n{machine()}: python tests/bench/step.py --systems")
 
 

@@ -12,14 +12,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from brokers import ApacheBroker, KafkaMissing, find_kafka
+from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 
 from bench import zipf
 from bench.environments import ROOT, NotRun
-from connectors.embedded import EmbeddedBroker, embedded_version
-from stream_ctr.config import Field
-from stream_ctr.history import DEFAULT_START_MS, ClickDelays, EventBatch, Log, impression_batch, merge_clicks
-from stream_ctr.simulate import Simulation
+from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version
+from stream_ctr.events.field import Field
+from stream_ctr.logs.log import (
+    DEFAULT_START_MS,
+    ClickDelays,
+    EventBatch,
+    Log,
+    impression_batch,
+    merge_clicks,
+)
+from stream_ctr.logs.simulate import Simulation
 
 PARTITIONS = 2
 _BLOCK = 8192
@@ -46,16 +53,27 @@ class WideLog(Log):
         for first in range(0, self.impressions, _BLOCK):
             row = np.arange(first, min(first + _BLOCK, self.impressions))
             time = DEFAULT_START_MS + (row * (1000 / self.rate)).astype(np.int64)
-            identity = pc.binary_join_element_wise(f"wide{self.seed}-", pa.array(row).cast(pa.string()), "")
-            yield impression_batch(identity, time, delays.click_time(time, rng.random(len(row)) < 0.05), self._features(rng, len(row)))
+            identity = pc.binary_join_element_wise(
+                f"wide{self.seed}-", pa.array(row).cast(pa.string()), ""
+            )
+            yield impression_batch(
+                identity,
+                time,
+                delays.click_time(time, rng.random(len(row)) < 0.05),
+                self._features(rng, len(row)),
+            )
 
     def _features(self, rng: np.random.Generator, n: int) -> dict[str, pa.Array]:
         features: dict[str, pa.Array] = {}
         for i, size in enumerate(zipf.CATEGORICAL):
             ranks = zipf.ranks(rng, min(size, 1 << 18), n)
-            features[f"C{i + 1}"] = pa.array([f"{(rank * 2654435761 + i) & 0xFFFFFFFF:08x}" for rank in ranks.tolist()])
+            features[f"C{i + 1}"] = pa.array(
+                [f"{(rank * 2654435761 + i) & 0xFFFFFFFF:08x}" for rank in ranks.tolist()]
+            )
         for i in range(len(zipf.NUMERIC)):
-            features[f"I{i + 1}"] = pa.array(np.floor(np.exp(3 * rng.random(n) ** 2 * (1 + i % 3))), pa.int64())
+            features[f"I{i + 1}"] = pa.array(
+                np.floor(np.exp(3 * rng.random(n) ** 2 * (1 + i % 3))), pa.int64()
+            )
         return features
 
 
@@ -81,8 +99,13 @@ class Topic:
     @property
     def run_options(self) -> list[str]:
         """Of `stream-ctr run`: the fields."""
-        kinds = {kind: ",".join(field.name for field in self.fields if field.kind == kind) for kind in ("categorical", "numeric")}
-        return [word for kind, names in kinds.items() for word in ("-X", f"features.{kind}={names}")]
+        kinds = {
+            kind: ",".join(field.name for field in self.fields if field.kind == kind)
+            for kind in ("categorical", "numeric")
+        }
+        return [
+            word for kind, names in kinds.items() for word in ("-X", f"features.{kind}={names}")
+        ]
 
     @property
     def event_bytes(self) -> int:
@@ -95,7 +118,9 @@ class Topic:
 
 
 @contextmanager
-def filled_topic(stream: str, events: int, directory: Path, *, embedded: bool = False) -> Iterator[Topic]:
+def filled_topic(
+    stream: str, events: int, directory: Path, *, embedded: bool = False
+) -> Iterator[Topic]:
     """About so many events of the stream on a broker that lives as long as the context: Apache Kafka where there is one."""
     with _broker(directory / "kafka", embedded=embedded) as (servers, broker):
         log = STREAMS[stream](round(events / 1.07))
@@ -113,10 +138,18 @@ def replay(log: Path, servers: str, topic: str, *options: str) -> None:
 
 def stream_ctr(*arguments: str) -> None:
     """The command. Raises `NotRun`, with what it said last, when it does not end well."""
-    done = subprocess.run([sys.executable, "-m", "stream_ctr", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "stream_ctr", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         said: Sequence[str] = done.stderr.strip().splitlines() or ["nothing"]
-        raise NotRun(f"stream-ctr {arguments[0]} ended with status {done.returncode} and said: {said[-1]}")
+        raise NotRun(
+            f"stream-ctr {arguments[0]} ended with status {done.returncode} and said: {said[-1]}"
+        )
 
 
 @contextmanager

@@ -44,15 +44,15 @@ import pyarrow as pa
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from record import fill, formatted  # noqa: E402
+from support.record import fill, formatted  # noqa: E402
 
 from bench import zipf  # noqa: E402
 from bench.comparison import number  # noqa: E402
 from bench.contest import Absent, Contender, Program, Result, compare, ratio  # noqa: E402
 from bench.environments import Peer  # noqa: E402
 from bench.speed import CACHE, REQUIREMENTS, TORCH, keep, record, say  # noqa: E402
-from stream_ctr.features import Hasher  # noqa: E402
-from stream_ctr.logs import open_log  # noqa: E402
+from stream_ctr.events.features import Hasher  # noqa: E402
+from stream_ctr.logs.open import open_log  # noqa: E402
 from stream_ctr.models import MODELS  # noqa: E402
 from stream_ctr.paper.dataset import Split  # noqa: E402
 
@@ -63,9 +63,14 @@ TITLES = {"fuxictr": "FuxiCTR", "deepctr": "DeepCTR-Torch"}
 COUNTERPARTS: Mapping[str, Mapping[str, str]] = {
     "lr": {"fuxictr": "LR, by Adam", "deepctr": "WDL without its deep side, by Adam"},
     "fm": {"fuxictr": "FM", "deepctr": "DeepFM without its deep side"},
-    "fnn": {"fuxictr": "DNN: no FM before it, no w", "deepctr": "PNN without products: no FM before it, no w"},
+    "fnn": {
+        "fuxictr": "DNN: no FM before it, no w",
+        "deepctr": "PNN without products: no FM before it, no w",
+    },
     "ipnn": {"fuxictr": "PNN", "deepctr": "PNN"},
-    "opnn": {"deepctr": "PNN with outer products: a kernel for each of 741 pairs, not one product of sums"},
+    "opnn": {
+        "deepctr": "PNN with outer products: a kernel for each of 741 pairs, not one product of sums"
+    },
     "pnn": {"deepctr": "PNN with both, outer products likewise"},
     "lr_dnn": {"fuxictr": "WideDeep", "deepctr": "WDL"},
     "fm_dnn": {"fuxictr": "its FM beside its DNN, put together here"},
@@ -91,24 +96,42 @@ class Bench:
     def network(self) -> list[object]:
         return ["--hidden", 16] if self.quick else ["--hidden", 400, 400, 400]
 
-    def contenders(self, system: str, ours: Mapping[str, Sequence[object]], common: Sequence[object]) -> list[Contender]:
+    def contenders(
+        self, system: str, ours: Mapping[str, Sequence[object]], common: Sequence[object]
+    ) -> list[Contender]:
         """Ours, a name with options each, and the peers'."""
         arguments = [*common, *self.network, "--system", system]
-        made: list[Contender] = [Program(name, "our_system", [*arguments, *options]) for name, options in ours.items()]
+        made: list[Contender] = [
+            Program(name, "our_system", [*arguments, *options]) for name, options in ours.items()
+        ]
         for peer, title in TITLES.items():
             if (what := COUNTERPARTS[system].get(peer)) is None:
                 made.append(Absent(title, NONE))
             else:
                 environment = Peer(peer, PEERS[peer], self.cache, self.offline)
-                made.append(Program(title, f"{peer}_system", arguments, environment, note=f"{what}."))
+                made.append(
+                    Program(title, f"{peer}_system", arguments, environment, note=f"{what}.")
+                )
         return made
 
-    def measured(self, case: str, system: str, contenders: Sequence[Contender], title: str) -> dict[str, Any]:
+    def measured(
+        self, case: str, system: str, contenders: Sequence[Contender], title: str
+    ) -> dict[str, Any]:
         say(f"\n{case}: {MODELS[system].title}")
         results = compare(contenders, rounds=self.rounds, say=say)
         peers = [result for result in results if result.name in TITLES.values() and result.values]
-        told = [result.as_json() | {"against": {peer.name: _against(case, result, peer) for peer in peers}} for result in results]
-        return {"name": f"{case}-{system}", "case": case, "system": system, "title": title, "results": told}
+        told = [
+            result.as_json()
+            | {"against": {peer.name: _against(case, result, peer) for peer in peers}}
+            for result in results
+        ]
+        return {
+            "name": f"{case}-{system}",
+            "case": case,
+            "system": system,
+            "title": title,
+            "results": told,
+        }
 
 
 def _against(case: str, ours: Result, peer: Result) -> Any:
@@ -124,7 +147,11 @@ def _against(case: str, ours: Result, peer: Result) -> Any:
         return None
     runs = len(differences)
     shared = _TEST_TO_TRAINING if case == "splits" else 0.0
-    half = 0.0 if runs < 2 else _student(runs - 1) * statistics.stdev(differences) * math.sqrt(1 / runs + shared)
+    half = (
+        0.0
+        if runs < 2
+        else _student(runs - 1) * statistics.stdev(differences) * math.sqrt(1 / runs + shared)
+    )
     mean = statistics.mean(differences)
     return {"difference": mean, "low": mean - half, "high": mean + half}
 
@@ -161,7 +188,9 @@ def _quality(bench: Bench, system: str, case: str, *, splits: int) -> dict[str, 
         ours["ours, embeddings from 0.0001"] = [*ours["ours"], "--initial-scale", 0.0001]
     contenders = bench.contenders(system, ours, common)
     how = "another split for each seed" if case == "splits" else "the split of `stream-ctr paper`"
-    return bench.measured(case, system, contenders, f"Test part of the Criteo sample, {bench.rounds} seeds, {how}")
+    return bench.measured(
+        case, system, contenders, f"Test part of the Criteo sample, {bench.rounds} seeds, {how}"
+    )
 
 
 def write_sample(directory: Path, splits: int) -> None:
@@ -170,9 +199,14 @@ def write_sample(directory: Path, splits: int) -> None:
     directory.mkdir(parents=True)
     counted = [np.unique(column, return_inverse=True) for column in ids.T]
     np.save(directory / "ids.npy", ids)
-    np.save(directory / "local.npy", np.stack([place for _, place in counted], axis=1).astype(np.int32))
+    np.save(
+        directory / "local.npy", np.stack([place for _, place in counted], axis=1).astype(np.int32)
+    )
     np.save(directory / "labels.npy", labels)
-    np.save(directory / "parts.npy", np.stack([Split.of(len(labels), "random", seed=seed).part for seed in range(splits)]))
+    np.save(
+        directory / "parts.npy",
+        np.stack([Split.of(len(labels), "random", seed=seed).part for seed in range(splits)]),
+    )
     (directory / "sizes.json").write_text(json.dumps([len(rows) for rows, _ in counted]))
 
 
@@ -184,7 +218,10 @@ def hashed(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
     shown = [event for event in events if event["kind"] == "impression"]
     kinds = {"categorical": pa.string(), "numeric": pa.float64()}
     columns = {
-        field.name: pa.array([event["features"].get(field.name) for event in shown], kinds[field.kind]) for field in log.fields or ()
+        field.name: pa.array(
+            [event["features"].get(field.name) for event in shown], kinds[field.kind]
+        )
+        for field in log.fields or ()
     }
     ids, _ = Hasher(log.fields or (), table_bits=TABLE_BITS).rows(columns)
     return ids, np.array([event["impression_id"] in clicked for event in shown], np.uint8)
@@ -192,20 +229,41 @@ def hashed(path: Path) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]:
 
 def quality_table(cases: Iterable[Mapping[str, Any]]) -> str:
     """A row for each system and library."""
-    header = ["system", "library", "AUC", "logloss", "best epoch", "AUC above the peer's [95 %]", "not below"]
-    results = [(MODELS[case["system"]].title, result, case["results"]) for case in cases for result in case["results"]]
-    return formatted(header, [_quality_row(*told) for told in results if told[1].get("not_run") != NONE])
+    header = [
+        "system",
+        "library",
+        "AUC",
+        "logloss",
+        "best epoch",
+        "AUC above the peer's [95 %]",
+        "not below",
+    ]
+    results = [
+        (MODELS[case["system"]].title, result, case["results"])
+        for case in cases
+        for result in case["results"]
+    ]
+    return formatted(
+        header, [_quality_row(*told) for told in results if told[1].get("not_run") != NONE]
+    )
 
 
-def _quality_row(title: str, result: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]) -> list[object]:
+def _quality_row(
+    title: str, result: Mapping[str, Any], beside: Sequence[Mapping[str, Any]]
+) -> list[object]:
     if "not_run" in result:
         return [title, result["contender"], "not run", "", "", "", ""]
-    scores = [f"{_mean(result, score):.4f} ± {_spread(result, score):.4f}" for score in ("auc", "logloss")]
+    scores = [
+        f"{_mean(result, score):.4f} ± {_spread(result, score):.4f}" for score in ("auc", "logloss")
+    ]
     row: list[object] = [title, result["contender"], *scores, f"{_mean(result, 'epoch'):.1f}"]
     if not result["contender"].startswith("ours"):
         return [*row, "", ""]
     against = {peer: told for peer, told in result["against"].items() if told}
-    differences = [f"{peer} {told['difference']:+.4f} [{told['low']:+.4f}, {told['high']:+.4f}]" for peer, told in against.items()]
+    differences = [
+        f"{peer} {told['difference']:+.4f} [{told['low']:+.4f}, {told['high']:+.4f}]"
+        for peer, told in against.items()
+    ]
     spreads = {told["contender"]: _spread(told, "auc") for told in beside if "not_run" not in told}
     verdicts = [told["difference"] >= -spreads[peer] for peer, told in against.items()]
     return [*row, "; ".join(differences), "" if not verdicts else "yes" if all(verdicts) else "no"]
@@ -230,22 +288,43 @@ def speed(bench: Bench, system: str) -> dict[str, Any]:
         zipf.write(directory, rows=1 << bits, examples=16 * batch)
     common = ["--data", directory, "--batch", batch, "--seconds", 0.2 if bench.quick else 1.5]
     names = ("ours",) if system == "lr" else ("ours, auto", "ours, fp32")
-    ours = {name: ["--table-bits", bits, "--precision", name.removeprefix("ours, ") if ", " in name else "fp32"] for name in names}
+    ours = {
+        name: [
+            "--table-bits",
+            bits,
+            "--precision",
+            name.removeprefix("ours, ") if ", " in name else "fp32",
+        ]
+        for name in names
+    }
     title = f"Training: batch {batch:,}, {zipf.FIELDS} fields, {1 << bits:,} rows"
     return bench.measured("speed", system, bench.contenders(system, ours, common), title)
 
 
 def speed_table(cases: Iterable[Mapping[str, Any]]) -> str:
     """A row for each system, examples/s and how many times the peers' ours are."""
-    columns = {"ours, auto": "ours", "ours, fp32": "", **dict.fromkeys(TITLES.values(), "")}  # LR has one of its own
+    columns = {
+        "ours, auto": "ours",
+        "ours, fp32": "",
+        **dict.fromkeys(TITLES.values(), ""),
+    }  # LR has one of its own
     rows: list[list[object]] = []
     for case in cases:
         reached = {result["contender"]: result for result in case["results"]}
         rates = [_rate(reached.get(name) or reached.get(other)) for name, other in columns.items()]
-        ours = [result["against"] for name, result in reached.items() if name.startswith("ours") and "not_run" not in result]
-        times = ["; ".join(f"{each[peer]:.2f}" for each in ours if each.get(peer)) for peer in TITLES.values()]
+        ours = [
+            result["against"]
+            for name, result in reached.items()
+            if name.startswith("ours") and "not_run" not in result
+        ]
+        times = [
+            "; ".join(f"{each[peer]:.2f}" for each in ours if each.get(peer))
+            for peer in TITLES.values()
+        ]
         rows.append([MODELS[case["system"]].title, *rates, *times])
-    return formatted(["system", *columns, *(f"ours (auto; fp32) / {title}" for title in TITLES.values())], rows)
+    return formatted(
+        ["system", *columns, *(f"ours (auto; fp32) / {title}" for title in TITLES.values())], rows
+    )
 
 
 def _rate(result: Mapping[str, Any] | None) -> str:
@@ -266,23 +345,48 @@ def block(case: str, cases: Sequence[Mapping[str, Any]]) -> str:
     for told in cases:
         for result in told["results"]:
             said = f"not run: {result['not_run']}" if "not_run" in result else result["note"]
-            notes.setdefault(f"{result['contender']}: {said}", []).append(MODELS[told["system"]].title)
+            notes.setdefault(f"{result['contender']}: {said}", []).append(
+                MODELS[told["system"]].title
+            )
     lines = [f"- {', '.join(titles)} - {note}" for note, titles in notes.items()]
     made = sorted({f"{told['machine']}: `{told['command']}`" for told in cases})
-    return "\n\n".join([f"**{cases[0]['title']}**", TABLES[case](cases), "\n".join(lines), "\n".join(made)])
+    return "\n\n".join(
+        [f"**{cases[0]['title']}**", TABLES[case](cases), "\n".join(lines), "\n".join(made)]
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="of those above; all when none is named")
-    parser.add_argument("--systems", nargs="+", choices=list(MODELS), help="all unless named (splits: deepfm)")
-    parser.add_argument("--rounds", type=int, default=0, help="5 seeds, 10 splits, 3 repetitions unless given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="of those above; all when none is named"
+    )
+    parser.add_argument(
+        "--systems", nargs="+", choices=list(MODELS), help="all unless named (splits: deepfm)"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=0, help="5 seeds, 10 splits, 3 repetitions unless given"
+    )
     parser.add_argument("--quick", action="store_true", help="small, one round: whether it runs")
     parser.add_argument("--missing", action="store_true", help="only what the JSON file has not")
-    parser.add_argument("--offline", action="store_true", help="install nothing: peers whose environment is not in the cache are not run")
-    parser.add_argument("--cache", type=Path, default=CACHE, help="where peers' environments are kept (default: %(default)s)")
+    parser.add_argument(
+        "--offline",
+        action="store_true",
+        help="install nothing: peers whose environment is not in the cache are not run",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=CACHE,
+        help="where peers' environments are kept (default: %(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="keep all repetitions here")
-    parser.add_argument("--page", type=Path, help="put the tables into the blocks of this page that have the names of the cases")
+    parser.add_argument(
+        "--page",
+        type=Path,
+        help="put the tables into the blocks of this page that have the names of the cases",
+    )
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.cases if name not in CASES]:
         parser.error(f"no case {unknown[0]!r}: there are {', '.join(CASES)}")
@@ -294,7 +398,9 @@ def main() -> None:
         if cases:
             print(block(name, cases), end="\n\n")
             if arguments.page:
-                arguments.page.write_text(fill(arguments.page.read_text(), name, block(name, cases)))
+                arguments.page.write_text(
+                    fill(arguments.page.read_text(), name, block(name, cases))
+                )
 
 
 def _kept(path: Path | None) -> list[dict[str, Any]]:
@@ -312,7 +418,9 @@ def measure(arguments: argparse.Namespace, there: Mapping[str, Any]) -> Iterator
                 if f"{case}-{system}" in there:
                     continue
                 began = time.perf_counter()
-                done = record(CASES[case](bench, system), command, time.perf_counter() - began) | {"peers": PEERS}
+                done = record(CASES[case](bench, system), command, time.perf_counter() - began) | {
+                    "peers": PEERS
+                }
                 if arguments.json:
                     keep([done], arguments.json)
                 yield done

@@ -44,7 +44,9 @@ def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
     rng = np.random.default_rng(seed)
     field_rows = sizes(rows)
     first = np.concatenate([[0], np.cumsum(field_rows)[:-1]])
-    local = np.stack([rng.permutation(size)[ranks(rng, size, examples)] for size in field_rows.tolist()], axis=1).astype(np.int32)
+    local = np.stack(
+        [rng.permutation(size)[ranks(rng, size, examples)] for size in field_rows.tolist()], axis=1
+    ).astype(np.int32)
     ids = rng.permutation(rows).astype(np.int32)[local + first]
     weights = rng.normal(0.0, 0.2, rows)
     labels = rng.random(examples) < 1 / (1 + np.exp(1.5 - weights[ids].sum(axis=1)))
@@ -58,7 +60,11 @@ def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
 def write_vowpal(data: Path, path: Path) -> Path:
     """The same examples as Vowpal Wabbit reads them, a line each; the path is returned."""
     ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
-    columns = [pa.array(2 * labels.astype(np.int8) - 1), pa.array(["|"] * len(labels)), *map(pa.array, np.ascontiguousarray(ids.T))]
+    columns = [
+        pa.array(2 * labels.astype(np.int8) - 1),
+        pa.array(["|"] * len(labels)),
+        *map(pa.array, np.ascontiguousarray(ids.T)),
+    ]
     options = csv.WriteOptions(include_header=False, delimiter=" ", quoting_style="none")
     csv.write_csv(pa.table(columns, names=[str(i) for i in range(len(columns))]), path, options)
     return path

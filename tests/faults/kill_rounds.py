@@ -30,17 +30,17 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from brokers import ApacheBroker, find_kafka  # noqa: E402
-from lineage import SMALL, Fingerprint, fingerprint, last_report, newest, published  # noqa: E402
-from record import machine, print_table  # noqa: E402
+from support.brokers import ApacheBroker, find_kafka  # noqa: E402
+from support.lineage import SMALL, Fingerprint, fingerprint, last_report, newest, published  # noqa: E402
+from support.record import machine, print_table  # noqa: E402
 
-from connectors import kafka  # noqa: E402
-from connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
-from stream_ctr import runs  # noqa: E402
-from stream_ctr.assembly import build_trainer  # noqa: E402
+from stream_ctr.cli import runs  # noqa: E402
+from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
-from stream_ctr.outlet import Outlet  # noqa: E402
-from stream_ctr.simulate import Simulation  # noqa: E402
+from stream_ctr.connectors import kafka  # noqa: E402
+from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
+from stream_ctr.logs.simulate import Simulation  # noqa: E402
+from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
 
 SNAPSHOT_EXAMPLES = 1024
 EVENTS_A_SECOND = 1000
@@ -82,27 +82,56 @@ class Lineage:
     def end_equal(self) -> bool:
         """Ledger, positions, every tensor, the joiner's included, and the figures of the last report."""
         other = self.counterpart(self.last)
-        return self.last == other and all(self.report[name] == self.clean_report[name] for name in ("ledger", "models", "counters"))
+        return self.last == other and all(
+            self.report[name] == self.clean_report[name]
+            for name in ("ledger", "models", "counters")
+        )
 
     def equal(self) -> bool:
-        return self.end_equal() and all(self.ledger_equal(r.left) and self.weights_equal(r.left) for r in self.rounds)
+        return self.end_equal() and all(
+            self.ledger_equal(r.left) and self.weights_equal(r.left) for r in self.rounds
+        )
 
 
-def kill_rounds(servers: str, topic: str, directory: Path, *, partitions: int, rounds: int, rng: random.Random) -> Lineage:
+def kill_rounds(
+    servers: str, topic: str, directory: Path, *, partitions: int, rounds: int, rng: random.Random
+) -> Lineage:
     client = kafka.client_options(servers, {})
     kafka.ensure_topic(client, topic, partitions=partitions)
     state = directory / "state"
-    command = [sys.executable, "-m", "stream_ctr", "run", "--topic", topic, "--bootstrap-servers", servers, "--state", str(state), *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "stream_ctr",
+        "run",
+        "--topic",
+        topic,
+        "--bootstrap-servers",
+        servers,
+        "--state",
+        str(state),
+        *SMALL,
+    ]
     command += ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
     command += ["-X", f"schedule.snapshot_examples={SNAPSHOT_EXAMPLES}"]
     log = directory / "trainer.log"
     with producing(client, topic):
-        done = [one_round(command, state, log, rng.uniform(*KILL_AFTER_SECONDS)) for _ in range(rounds)]
+        done = [
+            one_round(command, state, log, rng.uniform(*KILL_AFTER_SECONDS)) for _ in range(rounds)
+        ]
     with log.open("ab") as output:
-        subprocess.run([*command, "--until-end"], stderr=output, stdout=output, timeout=PATIENCE_SECONDS, check=True)
+        subprocess.run(
+            [*command, "--until-end"],
+            stderr=output,
+            stdout=output,
+            timeout=PATIENCE_SECONDS,
+            check=True,
+        )
     last = newest(state)
     assert last
-    clean, clean_report = undisturbed(client, topic, directory / "clean", kept=runs.kept_config(state))
+    clean, clean_report = undisturbed(
+        client, topic, directory / "clean", kept=runs.kept_config(state)
+    )
     return Lineage(partitions, done, last, last_report(state), clean, clean_report)
 
 
@@ -122,7 +151,9 @@ def producing(client: Mapping[str, object], topic: str) -> Iterator[None]:
         raise failure[0]
 
 
-def _produce(client: Mapping[str, object], topic: str, stop: threading.Event, failure: list[BaseException]) -> None:
+def _produce(
+    client: Mapping[str, object], topic: str, stop: threading.Event, failure: list[BaseException]
+) -> None:
     share = EVENTS_A_SECOND // 10
     try:
         sink = kafka.KafkaSink(client)
@@ -153,7 +184,9 @@ def one_round(command: list[str], state: Path, log: Path, kill_after: float) -> 
             time.sleep(0.02)
         time.sleep(kill_after)
         if process.poll() is not None:
-            raise RuntimeError(f"the trainer ended by itself with status {process.returncode}: {log.read_text()[-2000:]}")
+            raise RuntimeError(
+                f"the trainer ended by itself with status {process.returncode}: {log.read_text()[-2000:]}"
+            )
     finally:
         process.kill()
         process.wait()
@@ -186,12 +219,22 @@ def undisturbed(
     client: Mapping[str, object], topic: str, directory: Path, *, kept: Mapping[str, Any] | None
 ) -> tuple[dict[int, Fingerprint], dict[str, Any]]:
     """What a run to the end of the topic had at each of its snapshots, and its last report."""
-    config = load(environ={}, base=kept, overrides={"schedule": {"snapshot_examples": SNAPSHOT_EXAMPLES}, "snapshots": {"keep": 1}})
+    config = load(
+        environ={},
+        base=kept,
+        overrides={"schedule": {"snapshot_examples": SNAPSHOT_EXAMPLES}, "snapshots": {"keep": 1}},
+    )
     directory.mkdir()
     recorder = Recorder(directory)
     source = kafka.KafkaSource([topic], client=client, group="undisturbed", until_end=True)
     try:
-        trainer = build_trainer(config, fields=config.features.fields() or (), source=source, outlet=recorder, directory=directory)
+        trainer = build_trainer(
+            config,
+            fields=config.features.fields() or (),
+            source=source,
+            outlet=recorder,
+            directory=directory,
+        )
         assert trainer.baseline
         try:
             report = trainer.run()
@@ -210,9 +253,19 @@ def rows(lineage: Lineage, first: int = 1) -> list[list[object]]:
     table = []
     for number, r in enumerate(lineage.rounds, first):
         left = f"{r.left.examples:,} examples" if r.left else "the beginning"
-        equal = (said[lineage.ledger_equal(r.left)], said[lineage.weights_equal(r.left)]) if r.left else ("-", "-")
+        equal = (
+            (said[lineage.ledger_equal(r.left)], said[lineage.weights_equal(r.left)])
+            if r.left
+            else ("-", "-")
+        )
         table.append(
-            [number, lineage.partitions, f"{r.killed_after:.2f}", left + (", the next half written" if r.unfinished else ""), *equal]
+            [
+                number,
+                lineage.partitions,
+                f"{r.killed_after:.2f}",
+                left + (", the next half written" if r.unfinished else ""),
+                *equal,
+            ]
         )
     return table
 
@@ -231,8 +284,12 @@ def a_broker(name: str, directory: Path) -> Iterator[tuple[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=50, help="in all, shared among the numbers of partitions")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=50, help="in all, shared among the numbers of partitions"
+    )
     parser.add_argument("--partitions", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--broker", choices=["apache", "embedded"], default="apache")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
@@ -241,19 +298,31 @@ def main() -> None:
     body: list[list[object]] = []
     ends: list[str] = []
     equal = True
-    with tempfile.TemporaryDirectory() as name, a_broker(arguments.broker, Path(name) / "broker") as (servers, described):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        a_broker(arguments.broker, Path(name) / "broker") as (servers, described),
+    ):
         for at, partitions in enumerate(arguments.partitions):
             share = len(range(at, arguments.rounds, len(arguments.partitions)))
             directory = Path(name) / f"partitions-{partitions}"
             directory.mkdir()
-            lineage = kill_rounds(servers, f"clicks-{partitions}", directory, partitions=partitions, rounds=share, rng=rng)
+            lineage = kill_rounds(
+                servers,
+                f"clicks-{partitions}",
+                directory,
+                partitions=partitions,
+                rounds=share,
+                rng=rng,
+            )
             body += rows(lineage, len(body) + 1)
             ends.append(
                 f"{partitions} partition{'s' * (partitions > 1)}: drained after {share} kills, {lineage.last.examples:,} examples; ledger, "
                 f"weights, optimiser, baseline, metrics, joiner and positions {'equal' if lineage.end_equal() else 'NOT EQUAL'}"
             )
             equal = equal and lineage.equal()
-    print(f"{len(body)} rounds of kill -9 on {described} while {EVENTS_A_SECOND:,} events/s are produced\n")
+    print(
+        f"{len(body)} rounds of kill -9 on {described} while {EVENTS_A_SECOND:,} events/s are produced\n"
+    )
     print_table(HEADER, body)
     print("\n".join(f"- {end}" for end in ends))
     print(f"\n{machine()}: python tests/faults/kill_rounds.py {shlex.join(sys.argv[1:])}")

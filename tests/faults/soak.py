@@ -27,18 +27,18 @@ import pyarrow as pa
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from record import machine, print_table  # noqa: E402
+from support.record import machine, print_table  # noqa: E402
 
-from connectors import Records  # noqa: E402
-from connectors.memory import BatchSource  # noqa: E402
-from stream_ctr.assembly import build_trainer  # noqa: E402
+from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
-from stream_ctr.features import mix64  # noqa: E402
-from stream_ctr.ingest import Taken  # noqa: E402
-from stream_ctr.join import Arrivals, LabelJoiner  # noqa: E402
-from stream_ctr.json_events import encode_impressions  # noqa: E402
-from stream_ctr.outlet import Outlet  # noqa: E402
-from stream_ctr.schedule import Schedule  # noqa: E402
+from stream_ctr.connectors import Records  # noqa: E402
+from stream_ctr.connectors.memory import BatchSource  # noqa: E402
+from stream_ctr.events.features import mix64  # noqa: E402
+from stream_ctr.events.json_events import encode_impressions  # noqa: E402
+from stream_ctr.join.joiner import Arrivals, LabelJoiner  # noqa: E402
+from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
+from stream_ctr.train.ingest import Taken  # noqa: E402
+from stream_ctr.train.schedule import Schedule  # noqa: E402
 
 EPOCH_MS = 1_735_689_600_000
 
@@ -49,7 +49,11 @@ SAMPLE_SECONDS, LINES = 0.5, 20
 
 
 def impressions(
-    seconds: float, *, window_ms: int, batch: int = 20_000, clock: Callable[[], float] = time.monotonic
+    seconds: float,
+    *,
+    window_ms: int,
+    batch: int = 20_000,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
     """Batches of (number, event time in ms) [batch] for so many seconds, as fast as they are taken. Numbers count from 0. Event time goes
     with the clock through ten label windows, of which the second takes half of the seconds."""
@@ -84,7 +88,10 @@ def judge(samples: list[Sample], seconds: float) -> tuple[bool, str]:
     first = max((s.resident_mib for s in kept if s.seconds < middle), default=0.0)
     last = max((s.resident_mib for s in kept if s.seconds >= middle), default=0.0)
     flat = 0.0 < last <= TOLERANCE * first
-    return flat, f"memory {'was flat' if flat else 'GREW'}: at most {first:.0f} MiB in the first half, {last:.0f} MiB in the last"
+    return (
+        flat,
+        f"memory {'was flat' if flat else 'GREW'}: at most {first:.0f} MiB in the first half, {last:.0f} MiB in the last",
+    )
 
 
 class JoinerSoak:
@@ -99,7 +106,9 @@ class JoinerSoak:
             spill_directory=directory,
         )
         self.within = True
-        self._ids = np.random.default_rng(0).integers(0, 1 << 22, (1 << 20, FIELDS)).astype(np.int32)
+        self._ids = (
+            np.random.default_rng(0).integers(0, 1 << 22, (1 << 20, FIELDS)).astype(np.int32)
+        )
 
     def take(self, number: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> None:
         n = len(number)
@@ -124,7 +133,11 @@ class TrainerSoak:
             environ={},
             overrides={
                 "features": {"categorical": names},
-                "join": {"label_window": f"{window_ms}ms", "max_memory": f"{max_mib}MiB", "over_memory": over_bound},
+                "join": {
+                    "label_window": f"{window_ms}ms",
+                    "max_memory": f"{max_mib}MiB",
+                    "over_memory": over_bound,
+                },
                 "input": {"read_ahead": 0},
                 "baseline": {"sample_rate": 1 / 64},
                 "snapshots": {"keep": 1},
@@ -136,19 +149,31 @@ class TrainerSoak:
         self._schedule = schedule
         fields = config.features.fields()
         self._trainer = build_trainer(
-            config, fields=fields, source=self.source, outlet=Outlet(directory), directory=directory, flags=schedule
+            config,
+            fields=fields,
+            source=self.source,
+            outlet=Outlet(directory),
+            directory=directory,
+            flags=schedule,
         )
         self.joiner, self.within = self._trainer.joiner, True
         values = pa.array([f"value-{number}" for number in range(1 << 16)])
         draws = np.random.default_rng(0).integers(0, len(values), (FIELDS, 1 << 14))
-        self._features = {name: values.take(pa.array(rows)) for name, rows in zip(names, draws, strict=True)}
+        self._features = {
+            name: values.take(pa.array(rows)) for name, rows in zip(names, draws, strict=True)
+        }
 
     def take(self, number: npt.NDArray[np.int64], at: npt.NDArray[np.int64]) -> None:
         n = len(number)
         features = {name: column.slice(0, n) for name, column in self._features.items()}
         value = encode_impressions(pa.array(number).cast(pa.string()), EPOCH_MS + at, features)
         ingest = self._trainer.ingest
-        self._trainer._take(Taken(ingest.columns(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)), ingest.standing()))
+        self._trainer._take(
+            Taken(
+                ingest.columns(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)),
+                ingest.standing(),
+            )
+        )
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes
 
     def close(self) -> None:
@@ -196,7 +221,11 @@ def soak(through: str, seconds: float, *, max_mib: int, over_bound: str, window_
     flat, said = judge(samples, seconds)
     rate = fed.joiner.counts()["impressions"] / samples[-1].seconds
     kept = "always" if fed.within else "NOT ALWAYS"
-    return Result(rows, f"{said}; the bound of {max_mib} MiB was {kept} kept; {rate:,.0f} impressions a second", flat and fed.within)
+    return Result(
+        rows,
+        f"{said}; the bound of {max_mib} MiB was {kept} kept; {rate:,.0f} impressions a second",
+        flat and fed.within,
+    )
 
 
 HEADER = [
@@ -206,12 +235,16 @@ HEADER = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--through", choices=list(FED), default="joiner")
     parser.add_argument("--max-mib", type=int, default=256, help="the joiner's bound")
     parser.add_argument("--over-bound", choices=["spill", "evict"], default="spill")
-    parser.add_argument("--window-seconds", type=int, default=600, help="the label window, in event time")
+    parser.add_argument(
+        "--window-seconds", type=int, default=600, help="the label window, in event time"
+    )
     options = parser.parse_args()
     done = soak(
         options.through,

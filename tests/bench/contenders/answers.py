@@ -22,7 +22,13 @@ def _say(what: Mapping[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def steps(step: Callable[[], object], *, examples: float, seconds: float, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
+def steps(
+    step: Callable[[], object],
+    *,
+    examples: float,
+    seconds: float,
+    finish: Callable[[], object] = lambda: None,
+) -> dict[str, float]:
     """Steps of so many examples each, for so many seconds; `finish` waits for what is still under way."""
     finish()
     began, processor, taken = time.perf_counter(), time.process_time(), 0

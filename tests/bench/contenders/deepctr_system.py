@@ -18,22 +18,39 @@ from examples import parse
 from torch import Tensor
 
 SYSTEMS = {
-    "lr": lambda fields, hidden, common: WDL(fields, [], dnn_hidden_units=(), **common, l2_reg_linear=0),
-    "fm": lambda fields, hidden, common: DeepFM(fields, fields, dnn_hidden_units=(), **common, l2_reg_linear=0),
+    "lr": lambda fields, hidden, common: WDL(
+        fields, [], dnn_hidden_units=(), **common, l2_reg_linear=0
+    ),
+    "fm": lambda fields, hidden, common: DeepFM(
+        fields, fields, dnn_hidden_units=(), **common, l2_reg_linear=0
+    ),
     "fnn": lambda fields, hidden, common: PNN(fields, hidden, use_inner=False, **common),
     "ipnn": lambda fields, hidden, common: PNN(fields, hidden, **common),
-    "opnn": lambda fields, hidden, common: PNN(fields, hidden, use_inner=False, use_outter=True, **common),
+    "opnn": lambda fields, hidden, common: PNN(
+        fields, hidden, use_inner=False, use_outter=True, **common
+    ),
     "pnn": lambda fields, hidden, common: PNN(fields, hidden, use_outter=True, **common),
     "lr_dnn": lambda fields, hidden, common: WDL(fields, fields, hidden, **common, l2_reg_linear=0),
-    "deepfm": lambda fields, hidden, common: DeepFM(fields, fields, dnn_hidden_units=hidden, **common, l2_reg_linear=0),
+    "deepfm": lambda fields, hidden, common: DeepFM(
+        fields, fields, dnn_hidden_units=hidden, **common, l2_reg_linear=0
+    ),
 }
 Batch = tuple[Tensor, Tensor]
 
 
 class DeepCTR:
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
-        fields = [SparseFeat(f"f{i}", size, embedding_dim=arguments.embedding_dim) for i, size in enumerate(sizes)]
-        common = {"l2_reg_embedding": 0, "l2_reg_dnn": 0, "dnn_dropout": arguments.dropout, "seed": seed, "device": "cpu"}
+        fields = [
+            SparseFeat(f"f{i}", size, embedding_dim=arguments.embedding_dim)
+            for i, size in enumerate(sizes)
+        ]
+        common = {
+            "l2_reg_embedding": 0,
+            "l2_reg_dnn": 0,
+            "dnn_dropout": arguments.dropout,
+            "seed": seed,
+            "device": "cpu",
+        }
         self.model: BaseModel = SYSTEMS[arguments.system](fields, tuple(arguments.hidden), common)
         self.model.compile("adam", "binary_crossentropy")  # its Adam has the rate 0.001
         self.model.train()
@@ -45,7 +62,11 @@ class DeepCTR:
         model, (x, y) = self.model, batch
         predicted = model(x).squeeze(-1)
         model.optim.zero_grad()
-        loss = model.loss_func(predicted, y, reduction="sum") + model.get_regularization_loss() + model.aux_loss
+        loss = (
+            model.loss_func(predicted, y, reduction="sum")
+            + model.get_regularization_loss()
+            + model.aux_loss
+        )
         loss.backward()
         model.optim.step()
         return loss.item()

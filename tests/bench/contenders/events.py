@@ -11,9 +11,13 @@ from kafka import KafkaConsumer, TopicPartition
 
 def read(servers: str, topic: str, at_most: int) -> Iterator[tuple[int, dict[str, Any]]]:
     """(partition, event) to the end that the topic has now, or to `at_most` events (0: all)."""
-    consumer = KafkaConsumer(bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False)
+    consumer = KafkaConsumer(
+        bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False
+    )
     try:
-        partitions = [TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))]
+        partitions = [
+            TopicPartition(topic, number) for number in sorted(consumer.partitions_for_topic(topic))
+        ]
         consumer.assign(partitions)
         left = sum(consumer.end_offsets(partitions).values())
         left = min(left, at_most) if at_most else left

@@ -42,18 +42,35 @@ def field_sizes(data: Path) -> list[int]:
     return sizes
 
 
-def batches(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> Iterator[tuple[Tensor, Tensor]]:
+def batches(
+    data: Path, batch: int, *, which: str = "ids", device: str = "cpu"
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(ids int32 [B, F], labels float32 [B]), again and again; on the device from the start."""
     return itertools.cycle(each(data, batch, which=which, device=device))
 
 
-def each(data: Path, batch: int, *, which: str = "ids", device: str = "cpu") -> list[tuple[Tensor, Tensor]]:
-    ids, labels = torch.from_numpy(np.load(data / f"{which}.npy")), torch.from_numpy(np.load(data / "labels.npy")).float()
+def each(
+    data: Path, batch: int, *, which: str = "ids", device: str = "cpu"
+) -> list[tuple[Tensor, Tensor]]:
+    ids, labels = (
+        torch.from_numpy(np.load(data / f"{which}.npy")),
+        torch.from_numpy(np.load(data / "labels.npy")).float(),
+    )
     whole = len(ids) - len(ids) % batch
-    return list(zip(ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True))
+    return list(
+        zip(
+            ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True
+        )
+    )
 
 
-def measured(step: Callable[[], object], arguments: argparse.Namespace, *, note: str, count: float | None = None) -> None:
+def measured(
+    step: Callable[[], object],
+    arguments: argparse.Namespace,
+    *,
+    note: str,
+    count: float | None = None,
+) -> None:
     """Warm up, then answer with steps of `count` things each, of a batch of examples unless told."""
 
     def finish() -> None:
@@ -62,4 +79,9 @@ def measured(step: Callable[[], object], arguments: argparse.Namespace, *, note:
 
     for _ in range(_WARM_UP_STEPS):
         step()
-    answer(lambda: steps(step, examples=count or arguments.batch, seconds=arguments.seconds, finish=finish), note=note)
+    answer(
+        lambda: steps(
+            step, examples=count or arguments.batch, seconds=arguments.seconds, finish=finish
+        ),
+        note=note,
+    )

@@ -32,26 +32,39 @@ NOTHING = "CREATE TABLE nothing (impression_id STRING, et TIMESTAMP_LTZ(3), clic
 
 def environment(jar: Path, parallelism: int) -> TableEnvironment:
     table = TableEnvironment.create(EnvironmentSettings.in_streaming_mode())
-    settings = {"pipeline.jars": jar.resolve().as_uri(), "parallelism.default": str(parallelism), "table.local-time-zone": "UTC"}
+    settings = {
+        "pipeline.jars": jar.resolve().as_uri(),
+        "parallelism.default": str(parallelism),
+        "table.local-time-zone": "UTC",
+    }
     for name, value in settings.items():
         table.get_config().set(name, value)
     return table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jar", type=Path, required=True)
     parser.add_argument("--servers", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--events", type=int, required=True, help="that the topic has")
     parser.add_argument("--window-seconds", type=int, default=60)
     parser.add_argument("--parallelism", type=int, required=True)
-    parser.add_argument("--features", nargs="*", default=[], help="NAME:TYPE of the features that the join carries")
+    parser.add_argument(
+        "--features", nargs="*", default=[], help="NAME:TYPE of the features that the join carries"
+    )
     arguments = parser.parse_args()
-    row = ", ".join(f"`{name}` {kind}" for name, _, kind in (feature.partition(":") for feature in arguments.features))
+    row = ", ".join(
+        f"`{name}` {kind}"
+        for name, _, kind in (feature.partition(":") for feature in arguments.features)
+    )
     columns = f", features ROW<{row}>" if row else ""
     table = environment(arguments.jar, arguments.parallelism)
-    table.execute_sql(EVENTS.format(features=columns, topic=arguments.topic, servers=arguments.servers))
+    table.execute_sql(
+        EVENTS.format(features=columns, topic=arguments.topic, servers=arguments.servers)
+    )
     table.execute_sql(NOTHING.format(features=columns))
     joined = JOINED.format(features=", i.features" if row else "", window=arguments.window_seconds)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from answers import answer, on_one_core
 
-from stream_ctr.models import FTRL
+from stream_ctr.learn.ftrl import FTRL
 
 
 def main() -> None:
@@ -26,7 +26,12 @@ def main() -> None:
         logits = model.learn(ids, labels)
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
         loss = float(np.mean(np.logaddexp(0, logits) - labels * logits))
-        return {"count": len(ids), "seconds": seconds, "processor_seconds": processor, "logloss": loss}
+        return {
+            "count": len(ids),
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "logloss": loss,
+        }
 
     measure()
     answer(measure, note=f"{len(ids):,} examples, logloss {measure()['logloss']:.6f}")

@@ -21,11 +21,11 @@ import numpy.typing as npt
 import pyarrow as pa
 from answers import answer
 
-from stream_ctr import runs
-from stream_ctr.cli import _load_config
-from stream_ctr.config import Field
-from stream_ctr.json_events import encode_clicks, encode_impressions
-from stream_ctr.lease import Lease
+from stream_ctr.cli import runs
+from stream_ctr.cli.main import _load_config
+from stream_ctr.events.field import Field
+from stream_ctr.events.json_events import encode_clicks, encode_impressions
+from stream_ctr.snapshots.lease import Lease
 
 FIELDS = 14
 _TEMPLATE = 16_384  # impressions
@@ -33,8 +33,20 @@ _CLICK_EVERY = 16
 _ID_DIGITS, _TIME_DIGITS = 10, 13
 _START_MS = 1_735_689_600_000
 OPTIONS = (
-    *("baseline.enabled=false", "model.hidden=16", "model.embedding_dim=4", "model.table_bits=16", "learn.batch_size=4096"),
-    *("join.label_window=20s", "join.allowed_lateness=1s", "join.duplicate_horizon=1m", "snapshots.topic=", "metrics.topic="),
+    *(
+        "baseline.enabled=false",
+        "model.hidden=16",
+        "model.embedding_dim=4",
+        "model.table_bits=16",
+        "learn.batch_size=4096",
+    ),
+    *(
+        "join.label_window=20s",
+        "join.allowed_lateness=1s",
+        "join.duplicate_horizon=1m",
+        "snapshots.topic=",
+        "metrics.topic=",
+    ),
     "schedule.snapshot_every=1d",
 )
 
@@ -46,11 +58,16 @@ class Template:
     def __init__(self) -> None:
         rng = np.random.default_rng(0)
         words = pa.array([f"v{i}" for i in range(5000)])
-        features = {f"f{i}": words.take(pa.array(rng.zipf(1.3, _TEMPLATE) % 5000)) for i in range(FIELDS)}
+        features = {
+            f"f{i}": words.take(pa.array(rng.zipf(1.3, _TEMPLATE) % 5000)) for i in range(FIELDS)
+        }
         identity = pa.array([f"{row:0{_ID_DIGITS}d}" for row in range(_TEMPLATE)])
         moment = np.full(_TEMPLATE, _START_MS)
         clicked = np.arange(0, _TEMPLATE, _CLICK_EVERY)
-        shown, clicks = encode_impressions(identity, moment, features), encode_clicks(identity.take(pa.array(clicked)), moment[clicked])
+        shown, clicks = (
+            encode_impressions(identity, moment, features),
+            encode_clicks(identity.take(pa.array(clicked)), moment[clicked]),
+        )
         order = np.argsort(np.concatenate([np.arange(_TEMPLATE), clicked + 0.5]))
         self._row = np.concatenate([np.arange(_TEMPLATE), clicked])[order]
         self._value = pa.concat_arrays([shown, clicks]).take(pa.array(order))
@@ -59,7 +76,12 @@ class Template:
         start = np.frombuffer(self._offsets, np.int64)[:-1]
         click = order >= _TEMPLATE
         self._id_at, self._time_at = (
-            start + np.where(click, clicks[0].as_py().index(mark) + len(mark), shown[0].as_py().index(mark) + len(mark))
+            start
+            + np.where(
+                click,
+                clicks[0].as_py().index(mark) + len(mark),
+                shown[0].as_py().index(mark) + len(mark),
+            )
             for mark in (b'"impression_id":"', b'"time":')
         )
 
@@ -68,10 +90,17 @@ class Template:
         row = number * _TEMPLATE + self._row
         _write_digits(text, self._id_at, row, _ID_DIGITS)
         _write_digits(text, self._time_at, _START_MS + row, _TIME_DIGITS)
-        return pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self._value), [None, self._offsets, pa.py_buffer(text)])
+        return pa.LargeBinaryArray.from_buffers(
+            pa.large_binary(), len(self._value), [None, self._offsets, pa.py_buffer(text)]
+        )
 
 
-def _write_digits(text: npt.NDArray[np.uint8], at: npt.NDArray[np.int64], number: npt.NDArray[np.int64], digits: int) -> None:
+def _write_digits(
+    text: npt.NDArray[np.uint8],
+    at: npt.NDArray[np.int64],
+    number: npt.NDArray[np.int64],
+    digits: int,
+) -> None:
     for place in range(digits):
         text[at + place] = ord("0") + number // 10 ** (digits - 1 - place) % 10
 
@@ -117,7 +146,9 @@ def by_block(marks: list[tuple[int, float]], block: int) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--impressions", type=int, required=True)
     parser.add_argument("--block", type=int, default=1_000_000, help="events")
     arguments = parser.parse_args()

@@ -14,11 +14,11 @@ from itertools import islice
 import numpy as np
 from answers import answer, on_one_core
 
-from stream_ctr import joining
-from stream_ctr.features import mix64
-from stream_ctr.ingest import Came, Columns, Rejected
-from stream_ctr.join import LabelJoiner
-from stream_ctr.watermark import Watermarks
+from stream_ctr.events.batch import Came, Columns, Rejected
+from stream_ctr.events.features import mix64
+from stream_ctr.join import joining
+from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.watermark import Watermarks
 
 _BLOCK, _CLICK_EVERY, _CLICK_AFTER_MS = 8192, 16, 4
 _START_MS = 1_735_689_600_000
@@ -36,25 +36,42 @@ def blocks(fields: int) -> Iterator[Columns]:
     first = 0
     while True:
         came = [
-            Came(mix64((first + rows).astype(np.uint64)), _START_MS + first + rows + after, np.zeros(len(rows), np.int32), 2 * first + at)
-            for rows, after, at in ((shown, 0, place[:_BLOCK]), (clicked, _CLICK_AFTER_MS, place[_BLOCK:]))
+            Came(
+                mix64((first + rows).astype(np.uint64)),
+                _START_MS + first + rows + after,
+                np.zeros(len(rows), np.int32),
+                2 * first + at,
+            )
+            for rows, after, at in (
+                (shown, 0, place[:_BLOCK]),
+                (clicked, _CLICK_AFTER_MS, place[_BLOCK:]),
+            )
         ]
         values, truth = np.zeros((_BLOCK, 0), np.float32), np.full(_BLOCK, np.nan)
-        yield Columns(len(arrival), came[0], ids, values, truth, came[1], arrival, _NONE, frozenset(), 0, 0.0)
+        yield Columns(
+            len(arrival), came[0], ids, values, truth, came[1], arrival, _NONE, frozenset(), 0, 0.0
+        )
         first += _BLOCK
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pending", type=int, required=True)
-    parser.add_argument("--impressions", type=int, required=True, help="for which it is timed, each time")
+    parser.add_argument(
+        "--impressions", type=int, required=True, help="for which it is timed, each time"
+    )
     parser.add_argument("--fields", type=int, default=39)
     arguments = parser.parse_args()
     on_one_core()
     joiner = LabelJoiner(
         fields=arguments.fields, id_bits=20, label_window_ms=arguments.pending, duplicate_horizon_ms=arguments.pending,
     )  # fmt: skip
-    watermarks, endless = Watermarks(partitions=1, lateness_ms=1, stall_clicks=40.0), blocks(arguments.fields)
+    watermarks, endless = (
+        Watermarks(partitions=1, lateness_ms=1, stall_clicks=40.0),
+        blocks(arguments.fields),
+    )
     nobody = np.zeros(1, bool)
 
     def join(columns: Columns) -> int:
@@ -74,7 +91,11 @@ def main() -> None:
         seconds, processor_seconds = time.perf_counter() - began, time.process_time() - processor
         if clicked != len(ready) * _BLOCK // _CLICK_EVERY:
             raise AssertionError(f"{clicked} examples were clicked, of {len(ready)} blocks")
-        return {"count": sum(columns.events for columns in ready), "seconds": seconds, "processor_seconds": processor_seconds}
+        return {
+            "count": sum(columns.events for columns in ready),
+            "seconds": seconds,
+            "processor_seconds": processor_seconds,
+        }
 
     answer(measure, note=f"{joiner.pending:,} pending")
 

@@ -19,7 +19,9 @@ from river import linear_model, optim
 Example = tuple[dict[str, Any], int]
 
 
-def joined(servers: str, topic: str, at_most: int, window_ms: int, tally: dict[str, int]) -> Iterator[Example]:
+def joined(
+    servers: str, topic: str, at_most: int, window_ms: int, tally: dict[str, int]
+) -> Iterator[Example]:
     """(features, label) of each impression whose window has closed."""
     pending: dict[str, list[Any]] = {}
     order: deque[tuple[int, str]] = deque()
@@ -30,7 +32,9 @@ def joined(servers: str, topic: str, at_most: int, window_ms: int, tally: dict[s
         if event["kind"] == "impression":
             pending[event["impression_id"]] = [event["features"], 0, event["time"]]
             order.append((event["time"], event["impression_id"]))
-        elif (waiting := pending.get(event["impression_id"])) is not None and event["time"] <= waiting[2] + window_ms:
+        elif (waiting := pending.get(event["impression_id"])) is not None and event[
+            "time"
+        ] <= waiting[2] + window_ms:
             waiting[1] = 1
         if len(latest) > 1:
             now = min(latest.values())
@@ -49,7 +53,9 @@ def sparse(features: dict[str, Any]) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--servers", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--window-ms", type=int, required=True)
@@ -58,11 +64,15 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def measure() -> dict[str, float]:
-        model = linear_model.LogisticRegression(optim.FTRLProximal(alpha=0.05, beta=1.0, l1=0.0, l2=1.0))
+        model = linear_model.LogisticRegression(
+            optim.FTRLProximal(alpha=0.05, beta=1.0, l1=0.0, l2=1.0)
+        )
         tally = {"events": 0, "examples": 0, "labels": 0}
         loss = 0.0
         began, processor = time.perf_counter(), time.process_time()
-        for features, label in joined(arguments.servers, arguments.topic, arguments.events, arguments.window_ms, tally):
+        for features, label in joined(
+            arguments.servers, arguments.topic, arguments.events, arguments.window_ms, tally
+        ):
             if arguments.model == "river":
                 x = sparse(features)
                 p = min(max(model.predict_proba_one(x)[True], 1e-15), 1 - 1e-15)
@@ -72,7 +82,13 @@ def main() -> None:
             tally["labels"] += label
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
         quality = {"logloss": loss / tally["examples"]} if arguments.model == "river" else {}
-        return {"count": tally["events"], "seconds": seconds, "processor_seconds": processor, **tally, **quality}
+        return {
+            "count": tally["events"],
+            "seconds": seconds,
+            "processor_seconds": processor,
+            **tally,
+            **quality,
+        }
 
     answer(measure, note=f"the first {arguments.events:,} events" if arguments.events else "")
 

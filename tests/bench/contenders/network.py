@@ -11,7 +11,11 @@ from torch import Tensor, nn
 def mlp(inputs: int, hidden: Sequence[int]) -> nn.Sequential:
     """ReLU after each hidden layer, one output neuron."""
     widths = [inputs, *hidden]
-    layers = [layer for one, next_one in itertools.pairwise(widths) for layer in (nn.Linear(one, next_one), nn.ReLU())]
+    layers = [
+        layer
+        for one, next_one in itertools.pairwise(widths)
+        for layer in (nn.Linear(one, next_one), nn.ReLU())
+    ]
     return nn.Sequential(*layers, nn.Linear(widths[-1], 1))
 
 

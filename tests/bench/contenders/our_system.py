@@ -10,8 +10,14 @@ import numpy.typing as npt
 import training
 from examples import parse
 
-from stream_ctr.lanes import set_up_process
-from stream_ctr.learner import NetworkLearner, State, choose_device, choose_precision, make_learner
+from stream_ctr.learn.learner import (
+    NetworkLearner,
+    State,
+    choose_device,
+    choose_precision,
+    make_learner,
+)
+from stream_ctr.learn.thread_pool import set_up_process
 
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 
@@ -19,7 +25,9 @@ Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 class Ours:
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
         bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
-        scale = {} if arguments.initial_scale is None else {"initial_scale": arguments.initial_scale}
+        scale = (
+            {} if arguments.initial_scale is None else {"initial_scale": arguments.initial_scale}
+        )
         self.learner = make_learner(
             arguments.system, fields=len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden, activation="relu",
             dropout=arguments.dropout, table_bits=bits, batch_size=arguments.batch, table_optimizer=arguments.table_optimizer,
@@ -59,13 +67,19 @@ class Ours:
 def main() -> None:
     parser = training.options(__doc__)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
-    parser.add_argument("--table-bits", type=int, default=0, help="as the fields' rows want it unless given")
+    parser.add_argument(
+        "--table-bits", type=int, default=0, help="as the fields' rows want it unless given"
+    )
     parser.add_argument("--table-optimizer", default="adam")
     parser.add_argument("--initial-scale", type=float)
     arguments = parse(parser)
     set_up_process()  # as `stream-ctr run` does
     precision = choose_precision(arguments.precision, choose_device(arguments.device))
-    how = "exact FTRL" if arguments.system == "lr" else f"{precision}, lazy {arguments.table_optimizer.capitalize()} on rows"
+    how = (
+        "exact FTRL"
+        if arguments.system == "lr"
+        else f"{precision}, lazy {arguments.table_optimizer.capitalize()} on rows"
+    )
     training.run(arguments, Ours, which="ids", note=how)
 
 

@@ -22,7 +22,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             seconds = run(arguments.table_bits, arguments.impressions, arguments.every, Path(name))
         copies = [1000 * second for second in seconds["copy"]]
-        batches = {name: statistics.median(seconds[name]) for name in ("beside", "alone") if seconds[name]}
+        batches = {
+            name: statistics.median(seconds[name]) for name in ("beside", "alone") if seconds[name]
+        }
         return {"value": max(copies), "copy_milliseconds": copies, "median_batch_seconds": batches}
 
     answer(measure, note=f"2^{arguments.table_bits} rows, the longest copy of each run")

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from answers import answer
 
-from stream_ctr import runs
-from stream_ctr.cli import main as stream_ctr
-from stream_ctr.join import Examples
+from stream_ctr.cli import runs
+from stream_ctr.cli.main import main as stream_ctr
+from stream_ctr.join.joiner import Examples
 
 NOTHING_PUBLISHED = ("metrics.topic=", "snapshots.topic=")
 # Neither baseline, the smallest of models: what is left is what a learner is fed by.
@@ -44,7 +44,10 @@ class Watch:
             self.report = run()
             if not self._join_only:
                 self._note_time()
-            self.seconds, self.processor_seconds = self._ended - began, self._processor_ended - processor_began
+            self.seconds, self.processor_seconds = (
+                self._ended - began,
+                self._processor_ended - processor_began,
+            )
             return self.report
 
         trainer.run = timed
@@ -71,7 +74,9 @@ def save(batches: list[Examples], directory: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--servers", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--join-only", action="store_true")
@@ -79,7 +84,15 @@ def main() -> None:
     parser.add_argument("run_options", nargs="*")
     arguments = parser.parse_args()
     fixed = [*NOTHING_PUBLISHED, *(JOIN_ONLY if arguments.join_only else ())]
-    command = ["run", "--topic", arguments.topic, "--bootstrap-servers", arguments.servers, "--until-end", *arguments.run_options]
+    command = [
+        "run",
+        "--topic",
+        arguments.topic,
+        "--bootstrap-servers",
+        arguments.servers,
+        "--until-end",
+        *arguments.run_options,
+    ]
     command += [word for option in fixed for word in ("-X", option)]
     build = runs.build_trainer
 
@@ -92,11 +105,19 @@ def main() -> None:
         if arguments.save:
             save(watch.kept, arguments.save)
         report = watch.report
-        measured = {"count": report["events"], "seconds": watch.seconds, "processor_seconds": watch.processor_seconds}
+        measured = {
+            "count": report["events"],
+            "seconds": watch.seconds,
+            "processor_seconds": watch.processor_seconds,
+        }
         if arguments.join_only:
             return measured | {"examples": watch.examples, "labels": watch.labels}
         logloss = {name: score["logloss"] for name, score in report["models"].items()}
-        return measured | {"examples": report["examples"], "logloss": logloss, "profile": report["profile"]}
+        return measured | {
+            "examples": report["examples"],
+            "logloss": logloss,
+            "profile": report["profile"],
+        }
 
     measure()
     answer(measure)

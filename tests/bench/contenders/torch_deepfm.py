@@ -16,12 +16,18 @@ def main() -> None:
     arguments = parse(parser)
     sizes = field_sizes(arguments.data)
     sparse = arguments.optimizer in SPARSE
-    table = nn.Embedding(sum(sizes), arguments.embedding_dim + 1, sparse=sparse, device=arguments.device)
+    table = nn.Embedding(
+        sum(sizes), arguments.embedding_dim + 1, sparse=sparse, device=arguments.device
+    )
     nn.init.normal_(table.weight, std=0.01)
     head = Head(len(sizes), arguments.embedding_dim, arguments.hidden).to(arguments.device)
     head_optimizer = torch.optim.Adam(head.parameters(), fused=True)
     make = SPARSE.get(arguments.optimizer)
-    table_optimizer = make(table.parameters(), lr=0.01) if make else torch.optim.Adam(table.parameters(), fused=True)
+    table_optimizer = (
+        make(table.parameters(), lr=0.01)
+        if make
+        else torch.optim.Adam(table.parameters(), fused=True)
+    )
     data = batches(arguments.data, arguments.batch, device=arguments.device)
 
     def step() -> None:
@@ -33,7 +39,11 @@ def main() -> None:
         head_optimizer.step()
         table_optimizer.step()
 
-    measured(step, arguments, note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"))
+    measured(
+        step,
+        arguments,
+        note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"),
+    )
 
 
 if __name__ == "__main__":

@@ -62,14 +62,24 @@ class Data:
     def read(cls, directory: Path, which: str) -> Data:
         parts = directory / "parts.npy"
         ids, labels = np.load(directory / f"{which}.npy"), np.load(directory / "labels.npy")
-        return cls(ids, labels, examples.field_sizes(directory), np.load(parts) if parts.exists() else np.zeros((1, len(labels)), np.uint8))
+        return cls(
+            ids,
+            labels,
+            examples.field_sizes(directory),
+            np.load(parts) if parts.exists() else np.zeros((1, len(labels)), np.uint8),
+        )
 
 
 def options(description: str | None) -> argparse.ArgumentParser:
     parser = examples.options(description)
     parser.add_argument("--system", required=True, help="of stream_ctr.models.MODELS")
     parser.add_argument("--dropout", type=float, default=0.5)
-    parser.add_argument("--epochs", type=int, default=0, help="train, so many epochs at most, instead of timing steps")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=0,
+        help="train, so many epochs at most, instead of timing steps",
+    )
     return parser
 
 
@@ -77,7 +87,9 @@ def run(arguments: argparse.Namespace, make: Make, *, which: str, note: str) -> 
     """Be a contender; `which` ids it takes, "ids" of one table or "local" ones of a table for each field."""
     data = Data.read(arguments.data, which)
     if arguments.epochs:
-        torch.set_num_threads(1)  # of small batches, that is nearly as fast, and it waits for nobody
+        torch.set_num_threads(
+            1
+        )  # of small batches, that is nearly as fast, and it waits for nobody
         trainings = (trained(make, arguments, data, seed) for seed in itertools.count())
         answer(lambda: next(trainings), note=note)
         return
@@ -85,7 +97,9 @@ def run(arguments: argparse.Namespace, make: Make, *, which: str, note: str) -> 
     while trainee.follow():
         pass
     whole = range(0, len(data.labels) - arguments.batch + 1, arguments.batch)
-    batches = itertools.cycle([_batch(trainee, data, slice(at, at + arguments.batch)) for at in whole])
+    batches = itertools.cycle(
+        [_batch(trainee, data, slice(at, at + arguments.batch)) for at in whole]
+    )
     examples.measured(lambda: trainee.learn(next(batches)), arguments, note=note)
 
 
@@ -101,33 +115,54 @@ def trained(make: Make, arguments: argparse.Namespace, data: Data, seed: int) ->
 
 
 def _best_epoch(
-    trainee: Trainee, arguments: argparse.Namespace, data: Data, part: npt.NDArray[np.uint8], orders: Iterator[np.random.Generator]
+    trainee: Trainee,
+    arguments: argparse.Namespace,
+    data: Data,
+    part: npt.NDArray[np.uint8],
+    orders: Iterator[np.random.Generator],
 ) -> dict[str, Any]:
     best: dict[str, Any] = {"validation_logloss": float("inf")}
     seconds = 0.0
     for epoch in range(1, arguments.epochs + 1):
         rows = next(orders).permutation(np.flatnonzero(part == TRAINING))
-        batches = [_batch(trainee, data, rows[at : at + arguments.batch]) for at in range(0, len(rows), arguments.batch)]
+        batches = [
+            _batch(trainee, data, rows[at : at + arguments.batch])
+            for at in range(0, len(rows), arguments.batch)
+        ]
         began = time.perf_counter()
         for batch in batches:
             trainee.learn(batch)
         seconds += time.perf_counter() - began
-        validation = scores(*_predicted(trainee, data, np.flatnonzero(part == VALIDATION)))["logloss"]
+        validation = scores(*_predicted(trainee, data, np.flatnonzero(part == VALIDATION)))[
+            "logloss"
+        ]
         if not validation < best["validation_logloss"]:
             break
         test = scores(*_predicted(trainee, data, np.flatnonzero(part == TEST)))
-        best = {"value": test["auc"], **test, "validation_logloss": validation, "epoch": epoch, "seconds": seconds}
+        best = {
+            "value": test["auc"],
+            **test,
+            "validation_logloss": validation,
+            "epoch": epoch,
+            "seconds": seconds,
+        }
         trainee.keep()
     return best
 
 
 def _batch(trainee: Trainee, data: Data, rows: Any) -> Any:
-    return trainee.batch(np.ascontiguousarray(data.ids[rows]), np.ascontiguousarray(data.labels[rows]))
+    return trainee.batch(
+        np.ascontiguousarray(data.ids[rows]), np.ascontiguousarray(data.labels[rows])
+    )
 
 
-def _predicted(trainee: Trainee, data: Data, rows: npt.NDArray[np.int64]) -> tuple[Probabilities, npt.NDArray[np.uint8]]:
+def _predicted(
+    trainee: Trainee, data: Data, rows: npt.NDArray[np.int64]
+) -> tuple[Probabilities, npt.NDArray[np.uint8]]:
     chunks = [rows[at : at + _CHUNK] for at in range(0, len(rows), _CHUNK)]
-    return np.concatenate([trainee.predict(_batch(trainee, data, chunk)) for chunk in chunks]), data.labels[rows]
+    return np.concatenate(
+        [trainee.predict(_batch(trainee, data, chunk)) for chunk in chunks]
+    ), data.labels[rows]
 
 
 def scores(p: Probabilities, labels: npt.NDArray[np.uint8]) -> dict[str, float]:
@@ -141,4 +176,7 @@ def scores(p: Probabilities, labels: npt.NDArray[np.uint8]) -> dict[str, float]:
     clicks = int(labels.sum())
     pairs = clicks * (len(labels) - clicks)
     sure = np.clip(np.where(labels == 1, p, 1 - p), 1e-7, 1.0)
-    return {"auc": float((rank[labels == 1].sum() - clicks * (clicks + 1) / 2) / pairs), "logloss": float(-np.log(sure).mean())}
+    return {
+        "auc": float((rank[labels == 1].sum() - clicks * (clicks + 1) / 2) / pairs),
+        "logloss": float(-np.log(sure).mean()),
+    }

@@ -16,8 +16,12 @@ from vowpalwabbit.version import __version__
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="what zipf.write_vowpal has written")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--text", type=Path, required=True, help="what zipf.write_vowpal has written"
+    )
     parser.add_argument("--bits", type=int, required=True)
     parser.add_argument("--one-core", action="store_true")
     arguments = parser.parse_args()
@@ -27,11 +31,18 @@ def main() -> None:
 
     def measure() -> dict[str, float]:
         began, processor = time.perf_counter(), time.process_time()
-        model = Workspace(f"{learner} -b {arguments.bits} -d {arguments.text}")  # learns all of the file
+        model = Workspace(
+            f"{learner} -b {arguments.bits} -d {arguments.text}"
+        )  # learns all of the file
         model.finish()
         seconds, processor = time.perf_counter() - began, time.process_time() - processor
         examples = model.get_weighted_examples()
-        return {"count": examples, "seconds": seconds, "processor_seconds": processor, "logloss": model.get_sum_loss() / examples}
+        return {
+            "count": examples,
+            "seconds": seconds,
+            "processor_seconds": processor,
+            "logloss": model.get_sum_loss() / examples,
+        }
 
     answer(measure, note=f"Vowpal Wabbit {__version__}, logloss {measure()['logloss']:.6f}")
 

@@ -1,0 +1,422 @@
+"""What a person watches: the report as a table on a terminal, redrawn in place, and the same table once at the end.
+
+A row a model, then the two lines that put a logloss in perspective: a constant, and the best that anyone could do, which a simulated
+stream knows. Everything is taken from the report, which is plain JSON; what a report lacks is shown as a dash or left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.live import Live
+from rich.padding import Padding
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+Report = Mapping[str, Any]
+
+
+class LiveTable:
+    """The table of the latest report, redrawn in place while the context is open and gone afterwards.
+
+    On anything but a terminal it writes nothing at all. Colours follow NO_COLOR, columns the width of the terminal.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        # Transient, so that a file never gets the last table either.
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+
+    def update(self, report: Report) -> None:
+        self._live.update(_View(report), refresh=True)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+
+def final_table(report: Report) -> RenderableType:
+    """What to print once, when a run is over: the last half of the run, where the report has it, beside the whole run."""
+    return _View(report)
+
+
+class _Metric(NamedTuple):
+    head: str
+    key: str
+    form: str
+
+
+# From the one that is kept on the narrowest terminal to the one that is left out first.
+_METRICS = (
+    _Metric("logloss", "logloss", "{:.5f}"),
+    _Metric("AUC", "auc", "{:.4f}"),
+    _Metric("NE", "ne", "{:.4f}"),
+    _Metric("pred/\nactual", "pred_over_actual", "{:.3f}"),
+    _Metric("count", "count", "{:,}"),
+    _Metric("CTR", "ctr", "{:.4f}"),
+)
+_REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
+_DASH = "–"
+_SENTENCES = 2  # that say who beats whom; of more models a table does
+# Its columns, as `_METRICS`.
+_COMPARED = ("{} minus\nthe model", "verdict", "95 % interval", "gap\nclosed")
+# Counters that are worth a place once they count something.
+_SELDOM = {"impressions_spilled", "impressions_evicted", "clicks_evicted", "ids_forgotten_early"}
+_SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
+_ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
+
+
+class _Scope(NamedTuple):
+    """A stretch of the stream, and what is known of the models over it."""
+
+    title: str
+    style: str
+    known: Report
+
+
+class _View:
+    """A report that draws itself as wide as it is given room."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        report, width = self._report, options.max_width
+        parts: list[RenderableType] = [
+            *_flow(_progress(report), width),
+            Text(),
+            _widest_table(report, console, options),
+            Text(),
+        ]
+        verdicts = (
+            _verdicts(report)
+            if len(_measured(report).pairs) <= _SENTENCES
+            else [_widest_comparison(report, console, options)]
+        )
+        segments = console.render(
+            Group(*parts, *_alarms(report), *verdicts, *_flow(_counts(report), width)), options
+        )
+        # A terminal that is not UTF-8 would end the program with an encoding error.
+        yield from (
+            (Segment(text.translate(_ASCII), style, control) for text, style, control in segments)
+            if options.ascii_only
+            else segments
+        )
+
+
+def _widest_table(report: Report, console: Console, options: ConsoleOptions) -> Table:
+    """The table with as many metrics as fit."""
+    return _first_that_fits(
+        [_table(_scopes(report), _METRICS[:count]) for count in range(len(_METRICS), 0, -1)],
+        console,
+        options,
+    )
+
+
+def _widest_comparison(report: Report, console: Console, options: ConsoleOptions) -> Table:
+    heads = [*_COMPARED]
+    return _first_that_fits(
+        [_comparison(report, heads[:count]) for count in range(len(heads), 0, -1)], console, options
+    )
+
+
+def _first_that_fits(tables: Sequence[Table], console: Console, options: ConsoleOptions) -> Table:
+    """Of tables that become narrower; else the last."""
+    return next(
+        (
+            table
+            for table in tables
+            if console.measure(table, options=options.update(width=1000)).maximum
+            <= options.max_width
+        ),
+        tables[-1],
+    )
+
+
+def _scopes(report: Report) -> list[_Scope]:
+    scopes = [_Scope("whole run", "", report)]
+    if "last_half" in report:
+        return [_Scope("last half", "cyan", _mapping(report, "last_half")), *scopes]
+    if "rolling" in report:
+        return [_Scope("rolling window", "cyan", _mapping(report, "rolling")), *scopes]
+    return scopes
+
+
+def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
+    """Side by side, so that each scope can have a title over its columns: the names, then a table for each scope."""
+    models = list(
+        dict.fromkeys(
+            name for scope in reversed(scopes) for name in _mapping(scope.known, "models")
+        )
+    )
+    references = [
+        label
+        for label, key in _REFERENCES.items()
+        if any(_number(scope.known.get(key)) is not None for scope in scopes)
+    ]
+    names = _columns(
+        "", "", ["model"], [[name] for name in models], [[label] for label in references], "left"
+    )
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in range(1 + len(scopes)):
+        table.add_column(
+            vertical="bottom"
+        )  # titles and heads may need more lines in one than in the other; the rows line up
+    scope_tables = (_scope_table(scope, metrics, models, references) for scope in scopes)
+    table.add_row(
+        names,
+        *(
+            Padding(scope_table, (0, 0, 0, min(position, 1)))
+            for position, scope_table in enumerate(scope_tables)
+        ),
+    )
+    return table
+
+
+def _scope_table(
+    scope: _Scope, metrics: Sequence[_Metric], models: Sequence[str], references: Sequence[str]
+) -> Table:
+    known = _mapping(scope.known, "models")
+    rows = [
+        [_cell(metric, _mapping(known, name).get(metric.key)) for metric in metrics]
+        for name in models
+    ]
+    lines = [
+        [
+            _cell(metrics[0], scope.known.get(_REFERENCES[label]), missing=""),
+            *[""] * (len(metrics) - 1),
+        ]
+        for label in references
+    ]
+    return _columns(
+        scope.title, scope.style, [metric.head for metric in metrics], rows, lines, "right"
+    )
+
+
+def _columns(
+    title: str,
+    style: str,
+    heads: Sequence[str],
+    rows: Iterable[Sequence[str]],
+    dim: Iterable[Sequence[str]],
+    justify: Any,
+) -> Table:
+    table = Table(
+        title=title or " ",
+        title_justify="left",
+        title_style=f"bold {style}",
+        box=None,
+        pad_edge=False,
+        style=style,
+    )
+    for head in heads:
+        table.add_column(Text(head, "dim"), justify=justify, no_wrap=True, style=style)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    for row in dim:
+        table.add_row(*(Text(cell) for cell in row), style="dim")
+    return table
+
+
+def _cell(metric: _Metric, value: object, missing: str = _DASH) -> str:
+    number = _number(value)
+    return missing if number is None else metric.form.format(number)
+
+
+def _progress(report: Report) -> Iterator[Text]:
+    yield from _count(report, "examples")
+    if (rate := _number(report.get("events_per_second"))) is not None:
+        yield Text.assemble(f"{rate:,.0f}", (" events/s", "dim"))
+    if event_time := report.get("event_time"):
+        yield Text.assemble(("event time ", "dim"), str(event_time))
+    rolling = _mapping(report, "rolling")
+    if "last_half" not in report and rolling.get("start") and rolling.get("end"):
+        provisional = " (provisional)" if rolling.get("provisional") else ""
+        yield Text.assemble(
+            ("window ", "dim"), f"{rolling['start']} to {rolling['end']}{provisional}"
+        )
+    yield from _count(report, "pending")
+    yield from _count(report, "lag")
+    if report.get("snapshot"):
+        yield Text.assemble(("snapshot ", "dim"), str(report["snapshot"]))
+
+
+def _counts(report: Report) -> Iterator[Text]:
+    counters = _mapping(report, "counters")
+    for key in counters:
+        if counters[key] or key not in _SELDOM:
+            yield from _count(counters, key)
+    if (coverage := _number(report.get("click_coverage"))) is not None:
+        yield Text.assemble(f"{coverage:.2%}", (" of clicks joined", "dim"))
+    bounds = (
+        _number(_mapping(scope.known, "models")[name].get("auc_error_bound"))
+        for scope in _scopes(report)
+        for name in _models(scope)
+    )
+    if (bound := max((bound for bound in bounds if bound is not None), default=0.0)) >= 0.00005:
+        yield Text.assemble(("AUC exact to ", "dim"), f"±{bound:.4f}")
+
+
+def _count(known: Report, key: str) -> Iterator[Text]:
+    if (count := _number(known.get(key))) is not None:
+        yield Text.assemble(f"{count:,.0f}", (f" {key.replace('_', ' ')}", "dim"))
+
+
+def _models(scope: _Scope) -> list[str]:
+    models = _mapping(scope.known, "models")
+    return [name for name in models if isinstance(models[name], Mapping)]
+
+
+def _alarms(report: Report) -> Iterator[Text]:
+    """What keeps the run from learning, or from publishing what it learns."""
+    if (silent := _number(report.get("silent_seconds"))) is not None and silent >= _SILENT_SECONDS:
+        yield Text(f"no broker has answered for {silent:.0f} s", "red")
+    if stalled := report.get("stalled"):
+        yield Text(
+            f"learning waits: the clicks of {', '.join(map(str, stalled))} are overdue", "red"
+        )
+    for reason in report.get("refused") or ():
+        yield Text(f"snapshots are not published: {reason}", "red")
+    for name in _mapping(report, "left_out"):
+        yield Text(f"{name} diverged and is left out; the others go on", "red")
+
+
+class _Pair(NamedTuple):
+    """Logloss of the first model minus that of another: the smaller, the better for the first."""
+
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def winner(self) -> int:
+        """-1 the first, 1 the other, 0 if they cannot be told apart."""
+        return 0 if self.low <= 0.0 <= self.high else -1 if self.difference < 0 else 1
+
+
+class _Measured(NamedTuple):
+    """The stretch by which models are compared with the first."""
+
+    scope: _Scope
+    first: str
+    pairs: Mapping[str, _Pair]
+
+
+def _measured(report: Report) -> _Measured:
+    half = _mapping(report, "last_half")
+    scope = _Scope("last half" if half else "whole run", "", half or report)
+    pairs, known = {}, _mapping(scope.known, "pairs")
+    for name in known:
+        numbers = [
+            _number(_mapping(known, name).get(key)) for key in ("logloss_difference", "low", "high")
+        ]
+        if all(number is not None for number in numbers):
+            pairs[name] = _Pair(*(float(number) for number in numbers if number is not None))
+    first = next(iter(_models(scope)), "")
+    return _Measured(scope, first, pairs if first else {})
+
+
+def _verdicts(report: Report) -> Iterator[Text]:
+    """In words: who beats whom, and how far the models came from the constant to the best possible."""
+    measured = _measured(report)
+    for name, pair in measured.pairs.items():
+        yield _paired_words(measured.first, name, pair, measured.scope.title)
+    for scope in _scopes(report):
+        if shares := _shares_of_gap(scope):
+            words = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+            yield Text(f"gap to best possible closed ({scope.title}): {words}")
+            return
+
+
+def _comparison(report: Report, heads: Sequence[str]) -> Table:
+    """The same as a table, a row a model."""
+    measured = _measured(report)
+    shares = _shares_of_gap(measured.scope)
+    title = f"{measured.scope.title}, logloss in nats per impression"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for head in ("model", *heads):
+        justify: Any = "left" if head in ("model", "verdict") else "right"
+        table.add_column(
+            Text(head.format(measured.first), "dim"),
+            justify=justify,
+            no_wrap=True,
+            vertical="bottom",
+        )
+    for name in _models(measured.scope):
+        pair = measured.pairs.get(name)
+        cells = {"gap\nclosed": f"{shares[name]:.0%}" if name in shares else ""}
+        if pair:
+            verdict = {
+                -1: f"{measured.first} is better",
+                0: "cannot be told apart",
+                1: f"{name} is better",
+            }[pair.winner]
+            told = (f"{pair.difference:+.5f}", verdict, f"{pair.low:+.5f} to {pair.high:+.5f}")
+            cells |= dict(zip(_COMPARED, told, strict=False))
+        style = "" if pair is None else "green" if pair.winner else "yellow"
+        table.add_row(
+            *(Text(cell) for cell in (name, *(cells.get(head, "") for head in heads))), style=style
+        )
+    return table
+
+
+def _paired_words(first: str, second: str, pair: _Pair, scope: str) -> Text:
+    difference, low, high = pair
+    if not pair.winner:
+        words = f"{first} and {second} cannot be told apart: logloss differs by {difference:+.5f} nats per impression"
+        return Text(f"{words} ({scope}, 95 % interval {low:+.5f} to {high:+.5f})", "yellow")
+    better, worse = (first, second) if pair.winner < 0 else (second, first)
+    least, most = sorted((abs(low), abs(high)))
+    words = f"{better} beats {worse} by {abs(difference):.5f} nats per impression"
+    return Text(f"{words} ({scope}, 95 % interval {least:.5f} to {most:.5f})", "green")
+
+
+def _shares_of_gap(scope: _Scope) -> dict[str, float]:
+    """Model -> how far it came from the constant to the best possible, where that is known."""
+    constant, best = (_number(scope.known.get(key)) for key in _REFERENCES.values())
+    if constant is None or best is None or not constant > best:
+        return {}
+    known = {
+        name: _number(_mapping(scope.known, "models")[name].get("logloss"))
+        for name in _models(scope)
+    }
+    return {
+        name: (constant - logloss) / (constant - best)
+        for name, logloss in known.items()
+        if logloss is not None
+    }
+
+
+def _flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:
+    """The pieces one after another with a dot between two, broken into lines only between pieces."""
+    line = Text()
+    for piece in pieces:
+        if line and line.cell_len + 3 + piece.cell_len > width:
+            yield line
+            line = Text()
+        line = Text.assemble(line, (" · ", "dim"), piece) if line else piece
+    if line:
+        yield line
+
+
+def _mapping(known: Report, key: str) -> Report:
+    value = known.get(key)
+    return value if isinstance(value, Mapping) else {}
+
+
+def _number(value: object) -> int | float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return value

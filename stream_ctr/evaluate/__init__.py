@@ -1,0 +1,1 @@
+"""Progressive metrics, and the gate that decides whether a snapshot may be published."""

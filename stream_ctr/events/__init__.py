@@ -1,0 +1,1 @@
+"""Wire bytes to columns, columns to ids."""

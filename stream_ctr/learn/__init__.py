@@ -1,0 +1,1 @@
+"""Learners: a model, its embedding table and their optimisers, one step a batch."""

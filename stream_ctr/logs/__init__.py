@@ -1,0 +1,1 @@
+"""Historical logs, read as a stream of events in event-time order."""

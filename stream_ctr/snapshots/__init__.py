@@ -1,0 +1,1 @@
+"""Snapshots: written, signed, published, followed and served."""

@@ -1,0 +1,60 @@
+"""Ed25519 signatures over manifests: who has the public key loads nothing that the trainer's key did not sign.
+
+    openssl genpkey -algorithm ed25519 -out trainer.pem          # stays with the trainer
+    openssl pkey -in trainer.pem -pubout -out trainer.pub.pem    # goes to subscribers
+
+The manifest holds the SHA-256 of every file of its snapshot, so signing it signs them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
+
+from stream_ctr.errors import ConfigError, SnapshotError
+
+
+class PublicKey:
+    """The public key in a PEM file. Raises `ConfigError` when there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._key = _read(path, private=False)
+
+    def verify(self, data: bytes, signature: bytes) -> None:
+        """Raises `SnapshotError` unless `signature` is this key's over `data`."""
+        try:
+            self._key.verify(signature, data)
+        except InvalidSignature:
+            raise SnapshotError("the signature is not that of the expected key") from None
+
+
+class SigningKey(PublicKey):
+    """The private key in a PEM file; it verifies too, for the trainer that reads its own snapshots. Raises `ConfigError` likewise."""
+
+    def __init__(self, path: Path) -> None:
+        self._private = _read(path, private=True)
+        self._key = self._private.public_key()
+
+    def sign(self, data: bytes) -> bytes:
+        signature: bytes = self._private.sign(data)
+        return signature
+
+
+def _read(path: Path, *, private: bool) -> Any:
+    kind = "private" if private else "public"
+    try:
+        data = path.read_bytes()
+        key = load_pem_private_key(data, password=None) if private else load_pem_public_key(data)
+    except OSError as error:
+        raise ConfigError(f"cannot read the {kind} key {path}: {error.strerror}") from None
+    except (ValueError, TypeError):  # TypeError: the key wants a passphrase
+        raise ConfigError(f"{path} is no {kind} key in PEM without a passphrase") from None
+    if not isinstance(key, Ed25519PrivateKey if private else Ed25519PublicKey):
+        raise ConfigError(
+            f"{path} holds a {kind} key that is not Ed25519: openssl genpkey -algorithm ed25519 makes one"
+        )
+    return key

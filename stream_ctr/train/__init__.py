@@ -1,0 +1,1 @@
+"""The trainer: one loop from a source to published snapshots."""

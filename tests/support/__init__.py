@@ -1,0 +1,1 @@
+"""What several tests share: builders, brokers, and ways to wait."""

@@ -1,0 +1,381 @@
+"""Starts real Apache Kafka brokers (KRaft, loopback) from the jars of any Kafka installation, for tests: one, or a cluster of three."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from faults.proxy import Proxy
+from kafka import KafkaAdminClient
+from kafka.errors import KafkaError
+
+from stream_ctr.connectors.embedded import answers_metadata, dies_with_parent, free_port
+
+START_SECONDS = 180.0
+STOP_SECONDS = 120.0
+SASL_USER, SASL_PASSWORD = "tester", "marker-secret-5f2c"
+_JAVA_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
+
+
+class KafkaMissing(Exception):
+    """No Apache Kafka can be started here; the message is the reason to skip."""
+
+
+@dataclass(frozen=True, slots=True)
+class Installation:
+    """A Kafka installation: `home/libs` holds its jars, `java` runs them."""
+
+    home: Path
+    java: str
+    version: str
+
+    def __str__(self) -> str:
+        return f"Apache Kafka {self.version} from {self.home}"
+
+    def command(self, main: str, *arguments: str, heap: str = "-Xmx384m") -> list[str]:
+        return [self.java, heap, *_JAVA_OPTIONS, "-cp", f"{self.home}/libs/*", main, *arguments]
+
+
+def find_kafka() -> Installation:
+    """The installation in `KAFKA_HOME`, else in `../shared/kafka` beside the checkout; `KafkaMissing` says what is lacking."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "kafka"
+    home = Path(os.environ.get("KAFKA_HOME") or beside)
+    server_jar = next(iter(sorted(home.glob("libs/kafka_2.*.jar"))), None)
+    if server_jar is None:
+        raise KafkaMissing(
+            f"no Apache Kafka in {home}: set KAFKA_HOME to a distribution that has libs/*.jar"
+        )
+    java = shutil.which("java")
+    if java is None:
+        raise KafkaMissing("Apache Kafka needs java on the PATH")
+    version = re.fullmatch(r"kafka_[\d.]+-(.+)\.jar", server_jar.name)
+    return Installation(home, java, version[1] if version else "of unknown version")
+
+
+@dataclass(frozen=True, slots=True)
+class Quorum:
+    """Who decides in a cluster: its id, and the ports of its controllers by node; every broker is one."""
+
+    cluster: str
+    controllers: Mapping[int, int]
+
+    @classmethod
+    def of(cls, nodes: int) -> Self:
+        cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+        return cls(cluster, {node: free_port() for node in range(1, nodes + 1)})
+
+
+class ApacheBroker:
+    """A broker on free ports with its data in `directory`, as a context manager: formatted and started, and killed at the end.
+
+    Listeners: a plain one (`bootstrap_servers`); one where clients log in (`sasl_servers`: SASL_PLAINTEXT, PLAIN, `SASL_USER`,
+    `SASL_PASSWORD`); one with TLS (`tls_servers`: SASL_SSL, SCRAM-SHA-256, the same user; the certificate is for localhost alone, of the
+    authority in `ca`); and a plain one that is reached through `proxy`. `stop` or `kill` and `start` restart it on the same data and ports.
+    It dies with this process.
+    """
+
+    def __init__(
+        self,
+        kafka: Installation,
+        directory: Path,
+        *,
+        node: int = 1,
+        quorum: Quorum | None = None,
+        settings: Mapping[str, object] | None = None,
+    ) -> None:
+        self.installation = kafka
+        self.node = node
+        self.data = directory / "data"
+        self._directory = directory
+        self._quorum = quorum or Quorum.of(1)
+        self._settings = settings or {}
+        self._ports = {
+            name: free_port() for name in ("PLAIN", "LOGIN", "TLS", "PROXIED", "INTERNAL")
+        }
+        self._proxy_port = free_port()
+        self.bootstrap_servers = f"127.0.0.1:{self._ports['PLAIN']}"
+        self.sasl_servers = f"127.0.0.1:{self._ports['LOGIN']}"
+        self.tls_servers = f"localhost:{self._ports['TLS']}"
+        self.proxied_servers = f"127.0.0.1:{self._proxy_port}"
+        self.ca = directory / "ca.pem"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        self.format()
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.kill()
+
+    def start(self) -> None:
+        self.launch()
+        self.wait_until_ready()
+
+    def launch(self) -> None:
+        heap = "-Xmx384m" if len(self._quorum.controllers) == 1 else "-Xmx256m"
+        with open(self.log, "ab") as output:
+            self.process = subprocess.Popen(
+                dies_with_parent(
+                    self.installation.command("kafka.Kafka", str(self._configuration), heap=heap)
+                ),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while not answers_metadata(self._ports["PLAIN"]):
+            if (
+                self.process is None
+                or self.process.poll() is not None
+                or time.monotonic() > deadline
+            ):
+                self.kill()
+                raise RuntimeError(
+                    f"{self.installation} did not start: {self.log.read_text(errors='replace')[-2000:]}"
+                )
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it with SIGTERM: it closes its logs."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(STOP_SECONDS)
+            self.process = None
+
+    def kill(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def freeze(self) -> None:
+        """It keeps its ports open and answers nobody, until it is thawed."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGCONT)
+
+    @contextmanager
+    def proxy(self) -> Iterator[Proxy]:
+        """What stands between it and those who speak to `proxied_servers`."""
+        with Proxy(self._proxy_port, self._ports["PROXIED"]) as proxy:
+            yield proxy
+
+    def segments(self, topic: str, partition: int = 0) -> list[Path]:
+        """The files that hold the records of a partition, in order."""
+        return sorted((self.data / f"{topic}-{partition}").glob("*.log"))
+
+    def format(self) -> None:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        make_certificates(self._directory)
+        self._configuration.write_text(
+            "".join(f"{key}={value}\n" for key, value in self._properties().items())
+        )
+        user = f"SCRAM-SHA-256=[name={SASL_USER},password={SASL_PASSWORD}]"
+        arguments = (
+            "format",
+            f"--cluster-id={self._quorum.cluster}",
+            "--add-scram",
+            user,
+            "--config",
+            str(self._configuration),
+        )
+        command = self.installation.command("kafka.tools.StorageTool", *arguments)
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(
+                f"{self.installation} cannot format its storage: {done.stderr or done.stdout}"
+            )
+
+    @property
+    def _configuration(self) -> Path:
+        return self._directory / "server.properties"
+
+    @property
+    def log(self) -> Path:
+        """What it writes of itself."""
+        return self._directory / "server.log"
+
+    def _properties(self) -> dict[str, object]:
+        jaas = "org.apache.kafka.common.security"
+        controller = self._quorum.controllers[self.node]
+        advertised = {
+            **{name: f"127.0.0.1:{port}" for name, port in self._ports.items()},
+            "TLS": self.tls_servers,
+            "PROXIED": self.proxied_servers,
+        }
+        replicas = min(3, len(self._quorum.controllers))
+        return {
+            "process.roles": "broker,controller",
+            "node.id": self.node,
+            "log.dirs": self.data,
+            "controller.quorum.voters": ",".join(
+                f"{node}@127.0.0.1:{port}" for node, port in self._quorum.controllers.items()
+            ),
+            "listeners": ",".join(
+                f"{name}://127.0.0.1:{port}"
+                for name, port in {**self._ports, "CONTROLLER": controller}.items()
+            ),
+            "advertised.listeners": ",".join(
+                f"{name}://{server}" for name, server in advertised.items()
+            ),
+            "listener.security.protocol.map": "PLAIN:PLAINTEXT,LOGIN:SASL_PLAINTEXT,TLS:SASL_SSL,PROXIED:PLAINTEXT,INTERNAL:PLAINTEXT,"
+            "CONTROLLER:PLAINTEXT",
+            "inter.broker.listener.name": "INTERNAL",
+            "controller.listener.names": "CONTROLLER",
+            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256",
+            "listener.name.login.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.login.plain.sasl.jaas.config": f'{jaas}.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";',
+            "listener.name.tls.sasl.enabled.mechanisms": "SCRAM-SHA-256",
+            "listener.name.tls.scram-sha-256.sasl.jaas.config": f"{jaas}.scram.ScramLoginModule required;",
+            "listener.name.tls.ssl.keystore.type": "PEM",
+            "listener.name.tls.ssl.keystore.location": self._directory / "server.pem",
+            "auto.create.topics.enable": "false",
+            "default.replication.factor": replicas,
+            "min.insync.replicas": min(2, replicas),
+            "offsets.topic.replication.factor": replicas,
+            "offsets.topic.num.partitions": 1,
+            "transaction.state.log.replication.factor": replicas,
+            "transaction.state.log.min.isr": min(2, replicas),
+            "transaction.state.log.num.partitions": 1,
+            "group.initial.rebalance.delay.ms": 0,
+            "broker.session.timeout.ms": 6000,  # a killed broker may register again after that long; one that starves is cut off
+            "broker.heartbeat.interval.ms": 500,
+            "log.cleaner.dedupe.buffer.size": 4 << 20,
+            "log.retention.ms": -1,  # half a minute after its start a broker deletes what is old, and tests write times of 1970
+            **self._settings,
+        }
+
+
+class Cluster:
+    """Three brokers that hold every record three times, as a context manager."""
+
+    def __init__(self, kafka: Installation, directory: Path) -> None:
+        quorum = Quorum.of(3)
+        self.brokers = {
+            node: ApacheBroker(kafka, directory / f"node-{node}", node=node, quorum=quorum)
+            for node in quorum.controllers
+        }
+        self.bootstrap_servers = ",".join(
+            broker.bootstrap_servers for broker in self.brokers.values()
+        )
+
+    def __enter__(self) -> Self:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(ApacheBroker.format, self.brokers.values()))
+        try:
+            for broker in self.brokers.values():
+                broker.launch()
+            for broker in self.brokers.values():
+                broker.wait_until_ready()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for broker in self.brokers.values():
+            broker.kill()
+
+    def leader_of(self, topic: str, partition: int = 0) -> ApacheBroker:
+        """The broker that others read the partition from and write it to."""
+        deadline = time.monotonic() + STOP_SECONDS
+        while True:
+            try:
+                with closing(
+                    KafkaAdminClient(bootstrap_servers=self.bootstrap_servers.split(","))
+                ) as admin:
+                    (described,) = admin.describe_topics([topic])
+                leaders = {
+                    one["partition_index"]: one["leader_id"] for one in described["partitions"]
+                }
+                return self.brokers[leaders[partition]]
+            except (KafkaError, KeyError):  # it asked the one that is down, or nobody leads yet
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+
+def make_certificates(directory: Path) -> None:
+    """`ca.pem`, an authority of its own, and `server.pem`: a key and its certificate for localhost, not for 127.0.0.1."""
+    authority, server = (
+        ec.generate_private_key(ec.SECP256R1()),
+        ec.generate_private_key(ec.SECP256R1()),
+    )
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+    now = datetime.datetime.now(datetime.UTC)
+
+    def certificate(
+        subject: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType
+    ) -> bytes:
+        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(name).public_key(key)
+        builder = (
+            builder.serial_number(x509.random_serial_number())
+            .not_valid_before(now)
+            .not_valid_after(now + datetime.timedelta(days=2))
+        )
+        for extension in extensions:
+            builder = builder.add_extension(
+                extension, critical=isinstance(extension, x509.BasicConstraints)
+            )
+        return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
+    of_authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+    ca = certificate(
+        name, authority.public_key(), x509.BasicConstraints(ca=True, path_length=0), identity
+    )
+    host = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
+    signed = certificate(
+        host,
+        server.public_key(),
+        x509.BasicConstraints(ca=False, path_length=None),
+        names,
+        of_authority,
+    )
+    key = server.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (directory / "ca.pem").write_bytes(ca)
+    (directory / "server.pem").write_bytes(key + signed + ca)

@@ -1,0 +1,166 @@
+"""Trainers over small logs in memory, and comparisons of what they leave."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from stream_ctr.cli.assembly import build_trainer
+from stream_ctr.config import load
+from stream_ctr.connectors import Records
+from stream_ctr.events.field import Field
+from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.train.trainer import Trainer
+
+SMALL = {
+    "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
+    "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
+    "learn": {"batch_size": 128, "threads": 1},
+    "join": {"label_window": "60s"},
+    "metrics": {"window": "60s"},
+    "baseline": {
+        "enabled": False
+    },  # its process takes a second to start; tests that need it ask for it
+}
+
+
+RIVER = {"baseline": {"enabled": True}}
+
+
+class Partitions:
+    """A log of several partitions, polled in chunks that a seed decides; `end` reads only so many records in all."""
+
+    until_end = True
+
+    def __init__(
+        self, values: Sequence[pa.LargeBinaryArray], *, seed: int = 0, stop_after: int | None = None
+    ) -> None:
+        self.partitions = tuple(("clicks", index) for index in range(len(values)))
+        self._values, self._at = values, [0] * len(values)
+        self._rng = np.random.default_rng(seed)
+        self._paused: frozenset[int] = frozenset()
+        self._left = stop_after
+        self.committed: dict[int, int] = {}
+        self.trainer: Trainer | None = None
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.caught_up().all())
+
+    def caught_up(self) -> np.ndarray:
+        return np.array(
+            [at >= len(values) for at, values in zip(self._at, self._values, strict=True)]
+        )
+
+    def poll(self, timeout_seconds: float) -> Records:
+        parts = []
+        for p in self._rng.permutation(len(self._values)).tolist():
+            if p in self._paused:
+                continue
+            n = int(min(self._rng.integers(1, 400), len(self._values[p]) - self._at[p]))
+            offset = np.arange(self._at[p], self._at[p] + n)
+            parts.append((np.full(n, p, np.int32), offset, self._values[p].slice(self._at[p], n)))
+            self._at[p] += n
+            if self._left is not None:
+                self._left -= n
+        if self._left is not None and self._left <= 0 and self.trainer:
+            self.trainer.stop()
+        n = sum(len(offset) for _, offset, _ in parts)
+        if not n:
+            return Records.empty()
+        value = pa.concat_arrays([v for _, _, v in parts])
+        return Records(
+            np.concatenate([p for p, _, _ in parts]),
+            np.concatenate([o for _, o, _ in parts]),
+            np.full(n, -1),
+            value,
+        )
+
+    def positions(self) -> dict[int, int]:
+        return dict(enumerate(self._at))
+
+    def seek(self, positions: dict[int, int]) -> None:
+        for p, at in positions.items():
+            self._at[p] = at
+
+    def pause(self, partitions: frozenset[int]) -> None:
+        self._paused = partitions
+
+    def lag(self) -> int:
+        return 0
+
+    def silent_seconds(self) -> float:
+        return 0.0
+
+    def lost(self) -> dict[int, int]:
+        return {}
+
+    def topic_ids(self) -> dict[str, str | None]:
+        return {}
+
+    def commit(self, positions: dict[int, int]) -> None:
+        self.committed = dict(positions)
+
+
+@pytest.fixture(scope="module")
+def stream() -> pa.LargeBinaryArray:
+    return pa.concat_arrays([batch.value for batch in Simulation(6000, seed=3).batches()])
+
+
+def split(stream: pa.LargeBinaryArray, partitions: int) -> list[pa.LargeBinaryArray]:
+    """By record number: a click is seldom in the partition of its impression."""
+    at = np.arange(len(stream))
+    return [stream.take(pa.array(at[at % partitions == p])) for p in range(partitions)]
+
+
+def trainer(
+    directory: Path,
+    source: Any,
+    *,
+    fields: Sequence[Field] = Simulation(1, seed=0).fields,
+    clock: Callable[[], float] = time.monotonic,
+    wall_clock: Callable[[], float] = time.time,
+    **sections: Any,
+) -> Trainer:
+    directory.mkdir(exist_ok=True)
+    config = load(environ={}, overrides={**SMALL, **sections})
+    built = build_trainer(
+        config,
+        fields=fields,
+        source=source,
+        outlet=Outlet(directory),
+        directory=directory,
+        clock=clock,
+        wall_clock=wall_clock,
+    )
+    source.trainer = built
+    return built
+
+
+def finish(built: Trainer) -> dict[str, Any]:
+    try:
+        return built.run()
+    finally:
+        if built.baseline:
+            built.baseline.close()
+
+
+def final_state(directory: Path) -> dict[str, dict[str, np.ndarray]]:
+    _, tensors = snapshot.load(snapshot.newest(directory / "snapshots"))
+    return tensors
+
+
+def assert_equal_states(one: Path, other: Path) -> None:
+    a, b = final_state(one), final_state(other)
+    for stem in sorted({*a, *b} - {"examples"}):
+        assert a[stem].keys() == b[stem].keys(), stem
+        for name in a[stem]:
+            assert np.array_equal(a[stem][name], b[stem][name]), f"{stem} {name}"
