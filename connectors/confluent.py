@@ -222,7 +222,7 @@ class ConfluentSource:
     def close(self) -> None:
         self._consumer.close()
 
-    # -- between librdkafka and columns -----------------------------------------------------------------------------------------------
+    # -- between librdkafka and columns -----------------------------------------------------------
 
     def _open(self, client: Mapping[str, object]) -> Any:
         callbacks = {
@@ -369,7 +369,7 @@ class ConfluentSource:
         self._consumer.unassign()
         return ends
 
-    # -- what cannot be read ----------------------------------------------------------------------------------------------------------
+    # -- what cannot be read ----------------------------------------------------------------------
 
     def _recover(self) -> None:
         """Go past what cannot be read, where that is wanted and possible; raises what to tell otherwise."""

@@ -90,7 +90,7 @@ def as_json() -> list[bytes]:
     return [json.dumps(row).encode() for row in rows]
 
 
-# -- the same as JSON ---------------------------------------------------------------------------------------------------------------
+# -- the same as JSON ----------------------------------------------------------------------------
 
 APPS = pa.array(COLUMNS["features"]).flatten()[0]
 TEXT = {"string": pa.string(), "large": pa.large_string(), "view": pa.string_view()}
@@ -272,7 +272,7 @@ def test_members_and_columns_that_nobody_reads_are_counted_and_of_two_the_last_w
     assert read["with_unknown_fields"] == N
 
 
-# -- bad events, each a dead letter of its own --------------------------------------------------------------------------------------
+# -- bad events, each a dead letter of its own ---------------------------------------------------
 
 BAD_EVENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown_kind": ({"kind": ["impression", "view", "impression", None, "click", "impression"]}, "kind must be impression or click"),
@@ -332,7 +332,7 @@ def test_an_event_far_ahead_of_its_record_is_a_dead_letter_that_is_good_later():
     )
 
 
-# -- records that are refused -------------------------------------------------------------------------------------------------------
+# -- records that are refused --------------------------------------------------------------------
 
 
 def shown_often(text: bytes, times: int) -> pa.StringViewArray:

@@ -160,7 +160,7 @@ def all_of(via: str) -> Callable[[Any], Any]:
     return mark
 
 
-# -- a record -----------------------------------------------------------------------------------------------------------------------
+# -- a record ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("what", "name"), each(BAD, "JSON records"))
@@ -273,7 +273,7 @@ def test_a_number_of_any_size_becomes_a_finite_multiplier(encoding, outcome):
     outcome("cut to what float32 holds")
 
 
-# -- a whole run --------------------------------------------------------------------------------------------------------------------
+# -- a whole run ---------------------------------------------------------------------------------
 
 
 def stream(impressions: int) -> list[bytes]:
@@ -480,7 +480,7 @@ def test_names_that_look_like_paths_or_steer_a_terminal_are_names_and_nothing_el
     outcome("names only: nothing is written outside the state directory")
 
 
-# -- files --------------------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------
 
 
 def parquet(table: pa.Table) -> Callable[[Path], object]:
@@ -660,7 +660,7 @@ def test_a_line_that_decompresses_without_end_takes_bounded_memory_and_is_named(
     )
 
 
-# -- snapshots ----------------------------------------------------------------------------------------------------------------------
+# -- snapshots -----------------------------------------------------------------------------------
 
 
 def tensors_of(path: Path) -> dict[str, Any]:

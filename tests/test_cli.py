@@ -36,7 +36,7 @@ from stream_ctr.logs.simulate import Simulation
 from stream_ctr.messages import nearest
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.subscriber import TopicPointers
-from stream_ctr.train import stage_timer as stages
+from stream_ctr.train import stage_timer
 
 IMPRESSIONS = 4000
 
@@ -55,13 +55,13 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return state
 
 
-# -- the main job -----------------------------------------------------------------------------------------------------------------------
+# -- the main job --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("asked", [(), ("--profile",)])
 def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
     printed = succeed("run", "--source", log, "--state", tmp_path / "state", *asked, *QUICK).stdout
-    table = stages.table(reports(tmp_path / "state")[-1]["profile"])
+    table = stage_timer.table(reports(tmp_path / "state")[-1]["profile"])
     assert (table in printed) == bool(asked)
 
 
@@ -268,7 +268,7 @@ def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(
         process.wait()
 
 
-# -- several models -----------------------------------------------------------------------------------------------------------------------
+# -- several models ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_the_nine_systems_are_listed_with_what_the_paper_says_of_them():
         ]
 
 
-# -- serving ------------------------------------------------------------------------------------------------------------------------------
+# -- serving -------------------------------------------------------------------------------------
 
 
 def test_score_prints_the_trainers_own_probabilities(log, trained):
@@ -510,7 +510,7 @@ def test_a_subscriber_in_another_process_sees_each_published_snapshot(log, tmp_p
     assert follower.wait(PATIENCE_SECONDS) == 0
 
 
-# -- history ------------------------------------------------------------------------------------------------------------------------------
+# -- history -------------------------------------------------------------------------------------
 
 
 def test_the_open_bandit_log_joins_to_the_last_impression(tmp_path):
@@ -565,7 +565,7 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
     assert len(read_all(embedded_broker, topic)) == 21
 
 
-# -- mistakes -----------------------------------------------------------------------------------------------------------------------------
+# -- mistakes ------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -824,7 +824,7 @@ def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(
     )
 
 
-# -- what the tests need ------------------------------------------------------------------------------------------------------------------
+# -- what the tests need -------------------------------------------------------------------------
 
 
 def start(*arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:

@@ -29,7 +29,7 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.failpoint import EXIT_CODE, FAILPOINTS, VARIABLE, parse
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 
 ROOT = Path(__file__).parents[1]
 # Snapshots at 1024, 2048 and 3072 examples and at the end; one is kept, so that each publication removes another.
@@ -257,7 +257,7 @@ def test_kill_9_at_random_moments_while_a_producer_goes_on(
     outcome.details(f"kill-rounds-{partitions}", formatted(HEADER, rows(lineage)))
 
 
-# -- holes that the rounds, or a look for them, have found --------------------------------------------------------------------------------
+# -- holes that the rounds, or a look for them, have found ---------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -394,20 +394,20 @@ def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_lett
             "baseline": {"enabled": False},
         },
     )
-    outlet = Outlet(tmp_path, sink=sink, snapshot_topic="snapshots")
+    publisher = Publisher(tmp_path, sink=sink, snapshot_topic="snapshots")
     finish(
         build_trainer(
             config,
             fields=Simulation(1, seed=0).fields,
             source=source,
-            outlet=outlet,
+            publisher=publisher,
             directory=tmp_path,
         )
     )
     assert sink.delivered == ["4000"]
 
 
-# -- the failpoints themselves ------------------------------------------------------------------------------------------------------------
+# -- the failpoints themselves -------------------------------------------------------------------
 
 
 def test_every_failpoint_has_one_place_and_every_place_is_in_the_table():

@@ -39,7 +39,7 @@ def instructions(name: str) -> list[str]:
     return [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith(f"{name} ")]
 
 
-# -- constraints --------------------------------------------------------------------------------------------------------------------
+# -- constraints ---------------------------------------------------------------------------------
 
 
 def test_every_declared_dependency_is_pinned_to_a_version_in_its_declared_range() -> None:
@@ -60,7 +60,7 @@ def test_pins_are_exact_and_sorted_within_their_group_and_fit_any_build_of_torch
         assert all(re.fullmatch(r"[a-z0-9-]+==[\w.]+", pin) for pin in pins)
 
 
-# -- Dockerfile ---------------------------------------------------------------------------------------------------------------------
+# -- Dockerfile ----------------------------------------------------------------------------------
 
 
 def test_the_image_starts_the_command_that_the_package_installs_and_not_as_root() -> None:
@@ -81,7 +81,7 @@ def test_all_that_the_image_copies_is_there_and_is_sent_to_the_builder() -> None
     assert [source for source in copied if not (ROOT / source).exists()] == []
 
 
-# -- compose.yaml -------------------------------------------------------------------------------------------------------------------
+# -- compose.yaml --------------------------------------------------------------------------------
 
 
 def test_every_port_is_published_on_loopback_only() -> None:
@@ -212,7 +212,7 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
     )
 
 
-# -- client.properties --------------------------------------------------------------------------------------------------------------
+# -- client.properties ---------------------------------------------------------------------------
 
 
 def test_the_example_of_a_secure_connection_is_understood_and_checks_host_names(

@@ -109,7 +109,7 @@ def encoded(events: Sequence[dict[str, Any]]) -> pa.LargeBinaryArray:
     return pa.array([json.dumps(event).encode() for event in events], pa.large_binary())
 
 
-# -- time ---------------------------------------------------------------------------------------------------------------------------------
+# -- time ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(12, injected="every record 1 to 3 times, shuffled within the lateness")
@@ -277,7 +277,7 @@ def test_a_wall_clock_that_jumps_makes_no_partition_idle_and_no_event_late(
     outcome("ledger equal; idleness and cadence go by a clock that nobody sets")
 
 
-# -- clicks that stop ---------------------------------------------------------------------------------------------------------------------
+# -- clicks that stop ----------------------------------------------------------------------------
 
 
 def delayed_clicks(
@@ -475,7 +475,7 @@ def test_many_bad_records_and_then_good_ones_are_still_a_flood(tmp_path, stream)
         finish(trainer(tmp_path, BatchSource(lambda: polls)))
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(
@@ -614,7 +614,7 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
     assert last["sequence"] == max({manifest["sequence"] for manifest in manifests} - set(refused))
 
 
-# -- files --------------------------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------
 
 
 def fill(path: Path) -> None:
@@ -753,7 +753,7 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_e
     )
 
 
-# -- the process --------------------------------------------------------------------------------------------------------------------------
+# -- the process ---------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(3, injected="a second SIGTERM while the first is being served")
@@ -853,7 +853,7 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
     )
 
 
-# -- subscribers --------------------------------------------------------------------------------------------------------------------------
+# -- subscribers ---------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(
@@ -970,7 +970,7 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
     )
 
 
-# -- memory -------------------------------------------------------------------------------------------------------------------------------
+# -- memory --------------------------------------------------------------------------------------
 
 
 @pytest.mark.fault(

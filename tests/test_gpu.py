@@ -32,7 +32,7 @@ ATOL = 5e-3 if CUDA else 2e-5  # TF32's products against float32's
 on_a_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU here: not measured")
 
 
-# -- the kernels ----------------------------------------------------------------------------------------------------------------------
+# -- the kernels ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("with_values", [False, True])
@@ -205,7 +205,7 @@ for embeddings, k, optimizer in TABLES:
     ]
 
 
-# -- the step -------------------------------------------------------------------------------------------------------------------------
+# -- the step ------------------------------------------------------------------------------------
 
 
 def small(device: str = DEVICE, *, interpreted: bool = True, **changes: Any) -> NetworkLearner:
@@ -367,7 +367,7 @@ def test_sums_that_came_with_the_gather_are_those_of_the_model_and_its_gradient(
     assert torch.equal(*(torch.autograd.grad(output, v, slope)[0] for output in (y, known)))
 
 
-# -- Triton -------------------------------------------------------------------------------------------------------------------------------
+# -- Triton --------------------------------------------------------------------------------------
 
 
 def test_without_triton_the_gpu_step_says_what_to_do(monkeypatch):
@@ -390,7 +390,7 @@ def test_a_learner_on_the_cpu_needs_no_triton():
     )
 
 
-# -- on a GPU only ------------------------------------------------------------------------------------------------------------------------
+# -- on a GPU only -------------------------------------------------------------------------------
 
 
 @on_a_gpu

@@ -27,8 +27,8 @@ from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
-from stream_ctr.train import stage_timer as stages
-from stream_ctr.train.ingest import Ingest, ReadAhead, Silence, Standing, Taken
+from stream_ctr.train import stage_timer
+from stream_ctr.train.ingest import Ingest, Poll, ReadAhead, Silence, SourceStatus
 
 FIELDS = [Field("app", "categorical")]
 
@@ -142,20 +142,20 @@ def _no_thread_is_left() -> Iterator[None]:
     assert not readers()
 
 
-def everything(taking: Ingest | ReadAhead) -> list[Taken]:
-    """All that is taken until the source has ended, without what brought nothing."""
-    taken = [taking.take(WAIT)]
-    while not taken[-1].standing.finished:
-        taken.append(taking.take(WAIT))
-    return [one for one in taken if one.columns]
+def everything(taking: Ingest | ReadAhead) -> list[Poll]:
+    """All that is poll until the source has ended, without what brought nothing."""
+    poll = [taking.take(WAIT)]
+    while not poll[-1].status.finished:
+        poll.append(taking.take(WAIT))
+    return [one for one in poll if one.events]
 
 
-# -- what is taken ------------------------------------------------------------------------------------------------------------------------
+# -- what is poll --------------------------------------------------------------------------------
 
 
 def test_impressions_and_clicks_are_put_in_order_of_arrival_and_rejects_keep_their_bytes():
-    taken = ingest(Polls([click(7), impression(1), b"junk", impression(2), click(2), None])).take(0)
-    columns = taken.columns
+    poll = ingest(Polls([click(7), impression(1), b"junk", impression(2), click(2), None])).take(0)
+    columns = poll.events
     assert columns
     assert (columns.records, columns.events, len(columns.impressions), len(columns.clicks)) == (
         6,
@@ -176,7 +176,7 @@ def test_impressions_and_clicks_are_put_in_order_of_arrival_and_rejects_keep_the
         ["not_json", "tombstone"],
     )
     assert columns.with_fields == {"app"}
-    assert taken.standing.positions == {0: 6}
+    assert poll.status.positions == {0: 6}
 
 
 def test_events_of_one_record_keep_their_order_and_come_before_those_of_the_next():
@@ -200,7 +200,7 @@ def test_events_of_one_record_keep_their_order_and_come_before_those_of_the_next
             return Events(impressions, clicks), Rejects(nothing, nothing, [], [], [])
 
     columns = (
-        Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).columns
+        Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).events
     )
     assert columns
     place = np.concatenate([columns.impressions.place, columns.clicks.place])
@@ -236,16 +236,16 @@ def test_a_reader_that_waits_for_room_makes_no_partition_idle():
         ahead.take(WAIT)
         until(lambda: ahead._ready)  # full
         now[0] = 1000.0
-        taken = [ahead.take(WAIT)]
-        until(lambda: (taken.append(ahead.take(WAIT)), source.caught_up()[0])[1])
-        assert not any(one.standing.idle.any() for one in taken)
+        poll = [ahead.take(WAIT)]
+        until(lambda: (poll.append(ahead.take(WAIT)), source.caught_up()[0])[1])
+        assert not any(one.status.idle.any() for one in poll)
 
 
-# -- reading ahead ------------------------------------------------------------------------------------------------------------------------
+# -- reading ahead -------------------------------------------------------------------------------
 
 
-def told(taken: Taken) -> tuple[object, ...]:
-    columns, standing = taken.columns, taken.standing
+def told(poll: Poll) -> tuple[object, ...]:
+    columns, status = poll.events, poll.status
     assert columns
     arrays = (
         columns.ids,
@@ -253,12 +253,12 @@ def told(taken: Taken) -> tuple[object, ...]:
         columns.clicks.id_hash,
         columns.arrival,
         columns.rejected.offset,
-        standing.caught_up,
+        status.caught_up,
     )
     return (
         columns.records,
-        standing.positions,
-        standing.finished,
+        status.positions,
+        status.finished,
         *(array.tolist() for array in arrays),
     )
 
@@ -296,11 +296,11 @@ def test_what_is_read_ahead_is_what_is_read_when_asked(sizes, most_records, most
 def test_the_reader_is_ahead_by_one_poll_over_the_bound_and_no_more(bound, polls_ahead):
     source = Polls(*[[impression(n) for n in range(10)]] * 50)
     with ReadAhead(ingest(source), **bound) as ahead:
-        for taken in range(1, 10):
+        for poll in range(1, 10):
             ahead.take(WAIT)
-            until(lambda taken=taken: source.asked == taken + polls_ahead)
+            until(lambda poll=poll: source.asked == poll + polls_ahead)
             time.sleep(0.005)
-            assert source.asked == taken + polls_ahead
+            assert source.asked == poll + polls_ahead
 
 
 def test_polls_that_bring_nothing_are_not_piled_up():
@@ -315,9 +315,9 @@ def test_polls_that_bring_nothing_are_not_piled_up():
 def test_positions_are_those_after_what_was_taken_whatever_was_read_since():
     source = Polls(*[[impression(n) for n in range(10)]] * 20)
     with ReadAhead(ingest(source), most_records=100) as ahead:
-        for taken in range(1, 21):
-            assert ahead.take(WAIT).standing.positions == {0: 10 * taken}
-            until(lambda taken=taken: source.positions()[0] >= min(10 * taken + 100, 200))
+        for poll in range(1, 21):
+            assert ahead.take(WAIT).status.positions == {0: 10 * poll}
+            until(lambda poll=poll: source.positions()[0] >= min(10 * poll + 100, 200))
 
 
 def test_when_nothing_comes_in_time_the_source_stands_as_before():
@@ -333,8 +333,8 @@ def test_when_nothing_comes_in_time_the_source_stands_as_before():
         first = ahead.take(WAIT)
         late = ahead.take(0.01)
         held.set()
-        assert late == Taken(None, first.standing)
-        assert ahead.take(WAIT).columns
+        assert late == Poll(None, first.status)
+        assert ahead.take(WAIT).events
 
 
 @pytest.mark.parametrize(
@@ -344,9 +344,9 @@ def test_an_error_comes_after_what_was_read_before_it_with_the_traceback_it_had(
     with ReadAhead(
         ingest(Polls([impression(1)], [impression(2)], error)), most_records=100
     ) as ahead:
-        until(lambda: ahead.take(0.0).columns)
+        until(lambda: ahead.take(0.0).events)
         until(lambda: ahead._ended)  # it has happened, and it waits for its turn
-        assert ahead.take(WAIT).columns
+        assert ahead.take(WAIT).events
         for _ in range(2):
             with pytest.raises(type(error)) as raised:
                 ahead.take(WAIT)
@@ -367,7 +367,7 @@ def test_an_error_of_decoding_is_raised_where_it_is_taken():
         Hasher(FIELDS, table_bits=10),
     )
     with ReadAhead(reading, most_records=100) as ahead:
-        assert ahead.take(WAIT).columns
+        assert ahead.take(WAIT).events
         with pytest.raises(AssertionError, match="a bug in decoding"):
             ahead.take(WAIT)
 
@@ -412,7 +412,7 @@ def test_closing_ends_the_thread_whatever_it_is_doing(busy):
     assert not readers()
 
 
-# -- beneath the trainer ------------------------------------------------------------------------------------------------------------------
+# -- beneath the trainer -------------------------------------------------------------------------
 
 AHEAD = {"input": {"read_ahead": 700}, **RIVER}
 
@@ -611,13 +611,13 @@ def test_a_record_of_many_events_is_bad_by_the_share_of_its_bad_events():
             )
         )
         .take(0)
-        .columns
+        .events
     )
     assert (columns.records, columns.bad_records) == (6, 0.25 + 2)
     assert columns.rejected.event == [2, None, None, None]
 
 
-# -- the profile --------------------------------------------------------------------------------------------------------------------------
+# -- the profile ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("read_ahead", [0, 700])
@@ -626,12 +626,12 @@ def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(
 ):
     built = trainer(tmp_path, Partitions([stream]), **sections(read_ahead))
     ticks: list[int] = []
-    built.stages = stages.Stages(
+    built.timer = stage_timer.StageTimer(
         clock=lambda: ticks.append(len(ticks)) or 10**6 * len(ticks)
     )  # every look at it is a millisecond later
-    told = built.outlet.report
+    told = built.publisher.report
     at_report: list[int] = []
-    built.outlet.report = lambda report: at_report.append(len(ticks)) or told(report)
+    built.publisher.report = lambda report: at_report.append(len(ticks)) or told(report)
     known = finish(built)["profile"]
     assert {"poll", "decode", "hash"} <= known["reader"].keys()
     assert ("wait.trainer" in known["reader"]) == bool(read_ahead)
@@ -690,7 +690,7 @@ def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(
     ],
 )
 def test_the_bound_is_who_needs_the_most_time(reader, trainer_, bound, words):
-    known = stages.profile(
+    known = stage_timer.profile(
         *(
             {name: seconds * 10**9 for name, seconds in thread.items()}
             for thread in (reader, trainer_)
@@ -698,13 +698,13 @@ def test_the_bound_is_who_needs_the_most_time(reader, trainer_, bound, words):
         events=10,
     )
     assert known["bound"] == bound
-    last = stages.table(known).splitlines()[-1]
+    last = stage_timer.table(known).splitlines()[-1]
     assert words in last
     assert bound in last.lower()
 
 
 def test_a_stage_that_an_error_leaves_is_left():
-    spent = stages.Stages(clock=iter(range(0, 100, 10)).__next__)
+    spent = stage_timer.StageTimer(clock=iter(range(0, 100, 10)).__next__)
     with pytest.raises(KeyError), spent("learn"), spent("learn.gather"):
         raise KeyError
     with spent("join"):
@@ -735,5 +735,5 @@ def test_a_partition_that_is_idle_in_a_topic_that_goes_on_is_only_so_when_it_was
         idle_seconds=0.0,
         clock=lambda: now[0],
     )
-    standing: list[Standing] = [reading.take(0).standing, reading.take(0).standing]
-    assert [one.idle.tolist() for one in standing] == [[False], [True]]
+    status: list[SourceStatus] = [reading.take(0).status, reading.take(0).status]
+    assert [one.idle.tolist() for one in status] == [[False], [True]]

@@ -19,9 +19,9 @@ from stream_ctr.cli.main import main
 from stream_ctr.connectors import kafka
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.messages import printable
-from stream_ctr.snapshots import publisher as outlet
+from stream_ctr.snapshots import publisher as publisher
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.subscriber import TopicPointers
 
 QUICK = [
@@ -106,7 +106,7 @@ def ids(state: Path) -> list[str]:
     return snapshot.snapshot_ids(state / "snapshots")
 
 
-# -- snapshots ------------------------------------------------------------------------------------------------------------------------
+# -- snapshots -----------------------------------------------------------------------------------
 
 
 def test_ls_has_a_line_for_each_snapshot_the_newest_last_and_marks_the_published_one(trained):
@@ -272,7 +272,7 @@ def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
     """The run's own epoch is below that of the rollback: it learns of it as it publishes."""
     paths = [state / "snapshots" / name for name in ids(state)]
     manifests = [snapshot.verify(path) for path in paths]
-    running = Outlet(state)
+    running = Publisher(state)
     running.publish(paths[-2], manifests[-2])
     subscriber = Subscriber(state)
     assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-2].name
@@ -285,22 +285,22 @@ def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
 def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(
     state, monkeypatch
 ):
-    monkeypatch.setattr(outlet, "_PATIENCE_SECONDS", PATIENCE_SECONDS)
+    monkeypatch.setattr(publisher, "_PATIENCE_SECONDS", PATIENCE_SECONDS)
     path = state / "snapshots" / ids(state)[0]
     manifest = snapshot.verify(path)
     told: list[tuple[int, int]] = []
 
     def roll_back() -> None:
         for _ in range(30):
-            pointer = Outlet(state).roll_back(path, manifest)
+            pointer = Publisher(state).roll_back(path, manifest)
             told.append((pointer["epoch"], pointer["sequence"]))
 
     thread = threading.Thread(target=roll_back)
     thread.start()
     for sequence in range(1000, 1060):
-        Outlet(state).publish(path, {**manifest, "sequence": sequence})
+        Publisher(state).publish(path, {**manifest, "sequence": sequence})
     thread.join()
-    Outlet(state).publish(path, {**manifest, "sequence": 2000})
+    Publisher(state).publish(path, {**manifest, "sequence": 2000})
     last = snapshot.read_pointer(state / "latest.json")
     assert len(told) == len(set(told)) == 30
     assert (last["epoch"], last["sequence"]) > max(told)
@@ -324,7 +324,7 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
     kafka.ensure_topic(client, topic, compacted=True)
     sink = kafka.KafkaSink(client)
     newest = state / "snapshots" / ids(state)[-1]
-    Outlet(state, sink=sink, snapshot_topic=topic).publish(newest, snapshot.verify(newest))
+    Publisher(state, sink=sink, snapshot_topic=topic).publish(newest, snapshot.verify(newest))
     sink.close()
     reader = kafka.PointerReader(client, topic)
     subscriber = Subscriber(TopicPointers(reader))
@@ -344,7 +344,7 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
     assert subscriber.pointer == snapshot.read_pointer(state / "latest.json")
 
 
-# -- dead letters ---------------------------------------------------------------------------------------------------------------------
+# -- dead letters --------------------------------------------------------------------------------
 
 
 def values_of(servers: str, topic: str) -> list[bytes | None]:

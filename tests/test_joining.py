@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stream_ctr.events.batch import Came, Columns, Rejected
+from stream_ctr.events.batch import Came, EventBatch, Rejected
 from stream_ctr.join import joining
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
@@ -30,11 +30,11 @@ def came(events: Sequence[Event]) -> Came:
     )  # fmt: skip
 
 
-def columns(*events: Event) -> Columns:
+def columns(*events: Event) -> EventBatch:
     """Of these events, which arrived in this order."""
     shown, clicked = ([e for e in events if e.kind == kind] for kind in ("impression", "click"))
     n, place = len(shown), {id(e): i for i, e in enumerate([*shown, *clicked])}
-    return Columns(
+    return EventBatch(
         records=len(events), impressions=came(shown), ids=np.zeros((n, 1), np.int32), values=np.zeros((n, 0), np.float32),
         true_probability=np.full(n, np.nan), clicks=came(clicked), arrival=np.array([place[id(e)] for e in events], np.int64),
         rejected=Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], []), with_fields=frozenset(), with_unknown_fields=0,
@@ -122,12 +122,12 @@ def test_an_impression_keeps_its_own_ids_values_and_truth() -> None:
         np.array([[0.5], [0.25]], np.float32),
         np.array([0.125, 0.75]),
     )
-    given = {name: getattr(of_two, name) for name in Columns.__slots__} | {
+    given = {name: getattr(of_two, name) for name in EventBatch.__slots__} | {
         "ids": ids,
         "values": values,
         "true_probability": truth,
     }
-    joining.push(Columns(**given), joiner, Watermarks(partitions=1, lateness_ms=0))
+    joining.push(EventBatch(**given), joiner, Watermarks(partitions=1, lateness_ms=0))
     found = joiner.drain()
     assert (found.ids.tolist(), found.values.tolist(), found.label.tolist()) == (
         ids.tolist(),

@@ -35,7 +35,7 @@ MODULES = [name for name, system in MODELS.items() if system.module]
 F, K = 4, 3
 Vector = list[float]
 
-# -- the formulas, in loops -----------------------------------------------------------------------------------------------------------
+# -- the formulas, in loops -----------------------------------------------------------------------
 
 
 def mlp(
@@ -199,7 +199,7 @@ def test_the_paper_gives_tanh_to_ipnn_and_relu_to_all_others():
     }
 
 
-# -- interactions ---------------------------------------------------------------------------------------------------------------------
+# -- interactions --------------------------------------------------------------------------------
 
 
 def test_fm_is_the_sum_over_field_pairs_and_not_what_flattened_coordinates_give():
@@ -232,7 +232,7 @@ def test_products_are_those_of_each_pair_in_the_order_of_the_pairs(fields, k):
     )
 
 
-# -- gradients ------------------------------------------------------------------------------------------------------------------------
+# -- gradients -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fields", [1, 2, 5])
@@ -265,7 +265,7 @@ def test_the_gradient_of_a_system_agrees_with_finite_differences(name, activatio
     assert gradcheck(logits, (w.requires_grad_(), v.requires_grad_(), *parameters))
 
 
-# -- layers ---------------------------------------------------------------------------------------------------------------------------
+# -- layers --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -350,7 +350,7 @@ def test_the_gradient_of_dropout_is_what_it_kept():
     assert torch.allclose(y, x * slope / 3.0)
 
 
-# -- in the learner -------------------------------------------------------------------------------------------------------------------
+# -- in the learner ------------------------------------------------------------------------------
 
 
 def small(name: str, **changes: Any) -> Any:
@@ -466,7 +466,7 @@ def test_columns_behind_the_fields_are_for_who_wants_them():
         ), name
 
 
-# -- FNN changes ----------------------------------------------------------------------------------------------------------------------
+# -- FNN changes ---------------------------------------------------------------------------------
 
 
 def test_fnn_is_an_fm_until_its_examples_are_over():
@@ -554,7 +554,7 @@ def test_the_weights_of_fnns_network_decay_once_it_has_begun():
     assert sizes[0] < 0.9 * sizes[1]
 
 
-# -- LR in the learner ----------------------------------------------------------------------------------------------------------------
+# -- LR in the learner ---------------------------------------------------------------------------
 
 
 def test_lr_learns_from_an_example_what_it_predicted_of_it():
@@ -728,7 +728,7 @@ def test_lr_that_has_learned_nothing_has_weights_too():
     assert learner.predict(stream(3, seed=0)[0]).tolist() == [0.0, 0.0, 0.0]
 
 
-# -- are these the weights of it ------------------------------------------------------------------------------------------------------
+# -- are these the weights of it -----------------------------------------------------------------
 
 CLAIM = {
     "fields": F, "embedding_dim": 4, "hidden": [16, 16], "activation": "paper", "dropout": 0.0, "table_bits": 8,

@@ -108,7 +108,7 @@ def shared_data(name: str) -> Path:
     return path
 
 
-# -- dataset ------------------------------------------------------------------------------------------------------------------------
+# -- dataset -------------------------------------------------------------------------------------
 
 
 def test_the_data_of_a_log_are_its_impressions_in_order_with_the_label_that_a_dictionary_of_clicks_gives(
@@ -280,7 +280,7 @@ def test_a_limit_takes_the_first_impressions(tmp_path: Path) -> None:
     assert np.array_equal(few.ids, whole.ids[:1234])
 
 
-# -- split --------------------------------------------------------------------------------------------------------------------------
+# -- split ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["random", "time"])
@@ -365,7 +365,7 @@ def test_epochs_have_different_orders_and_the_same_seed_the_same() -> None:
     assert order(0, 0) == order(0, 0) != order(0, 1) != order(1, 1)
 
 
-# -- one run ------------------------------------------------------------------------------------------------------------------------
+# -- one run -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -595,7 +595,7 @@ def test_paired_is_the_first_less_the_reference() -> None:
     assert found == {"logloss_difference": 1.0, "low": 1.0, "high": 1.0, "count": 40, "blocks": 20}
 
 
-# -- the plan -----------------------------------------------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------
 
 
 def planned(data: Dataset, **wishes: Any) -> plan.Plan:
@@ -765,7 +765,7 @@ def test_a_run_that_diverges_is_told_and_stops_no_other(data: Dataset, tmp_path:
     assert points["lr"]["auc"] > 0.5
 
 
-# -- the command --------------------------------------------------------------------------------------------------------------------
+# -- the command ---------------------------------------------------------------------------------
 
 
 def paper(*arguments: object) -> Result:

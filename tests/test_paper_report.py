@@ -161,7 +161,7 @@ def written_with(
     return report.write(out, found, data=data, made=MADE | made)
 
 
-# -- what the paper says ------------------------------------------------------------------------------------------------------------
+# -- what the paper says -------------------------------------------------------------------------
 
 
 def test_the_models_have_the_properties_of_the_papers_table_1() -> None:
@@ -183,7 +183,7 @@ def test_the_papers_own_percentages_follow_from_its_table_2() -> None:
         )
 
 
-# -- numbers ------------------------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------
 
 
 def of_table2(system: str, seed: int, **scores: Any) -> dict[str, Any]:
@@ -407,7 +407,7 @@ def test_a_log_in_criteos_format_is_not_called_criteos(tmp_path: Path) -> None:
     assert "sample of" not in text
 
 
-# -- report.json --------------------------------------------------------------------------------------------------------------------
+# -- report.json ---------------------------------------------------------------------------------
 
 
 def test_report_json_keeps_its_contract(written: tuple[Path, dict[str, Any]]) -> None:
@@ -559,7 +559,7 @@ def test_one_seed_is_called_one_seed(tmp_path: Path) -> None:
     assert "±" not in text
 
 
-# -- the page -----------------------------------------------------------------------------------------------------------------------
+# -- the page ------------------------------------------------------------------------------------
 
 NASTY = '<script>alert(1)</script> & "quotes" | pipe ` tick *star* ![x](http://x.invalid/y.png)'
 
@@ -714,7 +714,7 @@ def test_names_at_the_ends_of_lines_do_not_meet() -> None:
     assert 0 <= places[0] <= places[-1] <= 1
 
 
-# -- in a browser -------------------------------------------------------------------------------------------------------------------
+# -- in a browser --------------------------------------------------------------------------------
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None

@@ -187,7 +187,7 @@ def read_by_client(
     ], parsed.next_fetch_offset
 
 
-# -- the same as the client's own parser ----------------------------------------------------------------------------------------------
+# -- the same as the client's own parser ---------------------------------------------------------
 
 sizes = st.sampled_from([0, 1, 63, 64, 127, 128, 8191, 8192, 70_000])
 values = st.none() | st.binary(max_size=40) | sizes.map(bytes)
@@ -354,7 +354,7 @@ def test_values_that_are_one_byte_too_many_get_room() -> None:
         assert columns.hand_out().value.to_pylist() == expected
 
 
-# -- between the client and the columns -----------------------------------------------------------------------------------------------
+# -- between the client and the columns ----------------------------------------------------------
 
 
 class Client:
@@ -524,7 +524,7 @@ def test_an_older_format_after_the_newer_one_is_left_to_the_next_answer() -> Non
     assert client.poll() == ([0], [(3, 1003, b"old")])
 
 
-# -- damage ---------------------------------------------------------------------------------------------------------------------------
+# -- damage --------------------------------------------------------------------------------------
 
 
 def damage(stored: bytes, position: int = 0, **options: Any) -> tuple[list[Row], str]:
@@ -715,7 +715,7 @@ def test_memory_that_is_lacking_is_no_damage() -> None:
         batches_.take(Columns(5, full_bytes=5, most_value_bytes=5), 0, 5)
 
 
-# -- no place outside -----------------------------------------------------------------------------------------------------------------
+# -- no place outside ----------------------------------------------------------------------------
 
 
 class Fenced(np.ndarray[Any, Any]):
@@ -845,7 +845,7 @@ def test_no_bytes_crash_or_hang_it(
         assert batches_.position >= last
 
 
-# -- a log that was compacted ---------------------------------------------------------------------------------------------------------
+# -- a log that was compacted --------------------------------------------------------------------
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def test_ftrl_learns_every_example_in_order_however_batches_are_cut(tmp_path, st
         assert np.array_equal(array, states[1][name]), name
 
 
-# -- several models on the same examples ------------------------------------------------------------------------------------------------
+# -- several models on the same examples ---------------------------------------------------------
 
 ALONE = {"baseline": {"enabled": False}, "ftrl": {"enabled": False}}
 

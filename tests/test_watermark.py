@@ -35,7 +35,7 @@ def test_a_partition_that_wakes_with_old_data_does_not_take_its_watermark_back()
     assert observe(marks, 0, [1000, 3000, 1000]) == [990, 2990, 2990]
 
 
-# -- clicks that stop ---------------------------------------------------------------------------------------------------------------------
+# -- clicks that stop ----------------------------------------------------------------------------
 
 
 def healthy(impressions: int = 2000, every: int = 10) -> tuple[list[int], list[bool]]:

@@ -17,7 +17,7 @@ from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.learner import choose_device, choose_precision, make_learner
 from stream_ctr.learn.thread_pool import set_up_process
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.train.ingest import Ingest, ReadAhead
 from stream_ctr.train.source import Source
@@ -33,7 +33,7 @@ def build_trainer(
     *,
     fields: Sequence[Field],
     source: Source,
-    outlet: Outlet,
+    publisher: Publisher,
     directory: Path,
     flags: Flags | None = None,
     show: Callable[[Mapping[str, Any]], None] = lambda report: None,
@@ -112,7 +112,7 @@ def build_trainer(
         ingest=ReadAhead(ingest, most_records=config.input.read_ahead)
         if config.input.read_ahead
         else ingest,
-        outlet=outlet,
+        publisher=publisher,
         joiner=joiner,
         learners=learners,
         directory=directory,

@@ -45,7 +45,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-# -- the broker ---------------------------------------------------------------------------------------------------------------------
+# -- the broker ----------------------------------------------------------------------------------
 
 
 def _broker(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def _client(
     return runs.client(bootstrap_servers, kafka_config, dict(pair.split("=", 1) for pair in extra))
 
 
-# -- snapshots ----------------------------------------------------------------------------------------------------------------------
+# -- snapshots -----------------------------------------------------------------------------------
 
 
 @click.group()
@@ -358,7 +358,7 @@ def roll_back(
     stream-ctr snapshots rollback state 00000003-20250101T101500Z --topic stream-ctr.snapshots
     """
     from stream_ctr.snapshots import snapshot
-    from stream_ctr.snapshots.publisher import Outlet
+    from stream_ctr.snapshots.publisher import Publisher
 
     path = _one(directory, snapshot_id)
     manifest = snapshot.verify(path)
@@ -375,17 +375,17 @@ def roll_back(
             stack.enter_context(runs.connector_errors())
             sink = kafka.KafkaSink(client)
             stack.callback(sink.close)
-        outlet = Outlet(
+        publisher = Publisher(
             state, sink=sink, snapshot_topic=topic or "", model_name=str(manifest.get("model"))
         )
-        before, pointer = _served(path.parent), outlet.roll_back(path, manifest)
+        before, pointer = _served(path.parent), publisher.roll_back(path, manifest)
     places = f"{state / 'latest.json'}{f' and topic {topic}' if topic else ''}"
     _say(
         f"{path.name} is published again, as epoch {pointer['epoch']}, in {places}; before: {before or 'none'}"
     )
 
 
-# -- dead letters -------------------------------------------------------------------------------------------------------------------
+# -- dead letters --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

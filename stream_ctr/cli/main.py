@@ -89,7 +89,7 @@ def main(verbose: int) -> None:
     logging.basicConfig(level=level, handlers=[handler])
 
 
-# -- options that several commands share --------------------------------------------------------------------------------------------
+# -- options that several commands share ---------------------------------------------------------
 
 
 _CONFIG = click.option(
@@ -178,7 +178,7 @@ def _load_config(
     return config.load(config_path, overrides=overrides, base=base), properties
 
 
-# -- run ----------------------------------------------------------------------------------------------------------------------------
+# -- run -----------------------------------------------------------------------------------------
 
 
 @main.command()
@@ -241,7 +241,7 @@ def run(
     stream-ctr run --topic clicks --model deepfm --model fm --model lr
     """
     from stream_ctr.cli import assembly, runs
-    from stream_ctr.train import stage_timer as stages
+    from stream_ctr.train import stage_timer
 
     if models:
         extra = (*extra, f"model.name={models[0]}", f"model.beside={','.join(models[1:])}")
@@ -271,7 +271,7 @@ def run(
             with runs.connector_errors():
                 report = runs.train_on_kafka(client, config, lease, until_end=until_end)
     if profile and report:
-        click.echo(stages.table(report["profile"]))
+        click.echo(stage_timer.table(report["profile"]))
 
 
 def _tell(notes: Sequence[str]) -> None:
@@ -279,7 +279,7 @@ def _tell(notes: Sequence[str]) -> None:
         click.echo(f"note: {note}", err=True)
 
 
-# -- logs and streams ---------------------------------------------------------------------------------------------------------------
+# -- logs and streams ----------------------------------------------------------------------------
 
 
 def _open_log(path: Path, log_format: str | None, seed: int) -> Log:
@@ -401,7 +401,7 @@ def simulate(impressions: int, seed: int, out: Path) -> None:
     )
 
 
-# -- snapshots and serving ----------------------------------------------------------------------------------------------------------
+# -- snapshots and serving -----------------------------------------------------------------------
 
 
 @main.command()
@@ -611,7 +611,7 @@ def score(
         click.echo(f"warning: {rejected} records are no events and were not scored", err=True)
 
 
-# -- the paper ----------------------------------------------------------------------------------------------------------------------
+# -- the paper -----------------------------------------------------------------------------------
 
 
 @main.command()
@@ -805,7 +805,7 @@ def _paper_log(path: Path | None, simulated: int | None, log_format: str | None,
     return open_log(path, format=log_format, seed=seed, click_delay_seconds=CLICK_DELAY_SECONDS)
 
 
-# -- configuration, broker, demo ----------------------------------------------------------------------------------------------------
+# -- configuration, broker, demo -----------------------------------------------------------------
 
 
 @main.command()

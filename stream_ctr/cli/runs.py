@@ -35,7 +35,7 @@ from stream_ctr.learn.learner import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
 
@@ -139,8 +139,8 @@ def train_on_log(log: Stream, config: Config, lease: Lease) -> dict[str, Any]:
     source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
     fields = config.features.fields() or log.fields
     with connector_errors():
-        outlet = Outlet(lease.directory, lease=lease, model_name=config.snapshots.model_name)
-        return _train(source, outlet, config, lease.directory, fields, notes=lambda: log.notes)
+        publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
+        return _train(source, publisher, config, lease.directory, fields, notes=lambda: log.notes)
 
 
 def train_on_kafka(
@@ -171,7 +171,7 @@ def train_on_kafka(
             kafka.ensure_topic(client, config.metrics.topic)
         if config.snapshots.topic:
             kafka.ensure_topic(client, config.snapshots.topic, compacted=True)
-        outlet = Outlet(
+        publisher = Publisher(
             lease.directory,
             lease=lease,
             sink=sink,
@@ -180,19 +180,21 @@ def train_on_kafka(
             snapshot_topic=config.snapshots.topic,
             model_name=config.snapshots.model_name,
         )
-        return _train(source, outlet, config, lease.directory, config.features.fields() or fields)
+        return _train(
+            source, publisher, config, lease.directory, config.features.fields() or fields
+        )
 
 
 def _close(sink: kafka.KafkaSink) -> None:
     with contextlib.suppress(
         kafka.KafkaFailure
-    ):  # what did not arrive was judged by `Outlet.flush`
+    ):  # what did not arrive was judged by `Publisher.flush`
         sink.close()
 
 
 def _train(
     source: Source,
-    outlet: Outlet,
+    publisher: Publisher,
     config: Config,
     state: Path,
     fields: tuple[Field, ...] | None,
@@ -223,7 +225,7 @@ def _train(
             config,
             fields=fields,
             source=source,
-            outlet=outlet,
+            publisher=publisher,
             directory=state,
             flags=schedule,
             show=table.update,

@@ -307,7 +307,7 @@ def _any_present(columns: Sequence[pa.Array], n: int) -> Mask:
     return present
 
 
-# -- columns of one type ------------------------------------------------------------------------------------------------------------
+# -- columns of one type -------------------------------------------------------------------------
 
 
 def _require(
@@ -390,7 +390,7 @@ def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]
     return int(np.count_nonzero(impressions)), found
 
 
-# -- back to bytes ------------------------------------------------------------------------------------------------------------------
+# -- back to bytes -------------------------------------------------------------------------------
 
 
 def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:

@@ -56,7 +56,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class EventBatch:
     """What `records` records held: n impressions with `ids` int32 [n, F + C], `values` float32 [n, V] and `true_probability` float64 [n],
     m clicks, and rejects.
 

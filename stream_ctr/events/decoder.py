@@ -274,7 +274,7 @@ def _begins_with_marker(values: pa.LargeBinaryArray) -> npt.NDArray[np.bool_]:
     return found
 
 
-# -- fields nobody named ------------------------------------------------------------------------------------------------------------
+# -- fields nobody named -------------------------------------------------------------------------
 
 
 def infer_fields(

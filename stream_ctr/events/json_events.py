@@ -68,7 +68,7 @@ class JsonReader:
         parts, refusals = self._read_one_by_one(values, np.sort(np.concatenate(left)))
         return [*found, *parts], refusals
 
-    # -- the fast way -----------------------------------------------------------------------------------------------------------------
+    # -- the fast way -----------------------------------------------------------------------------
 
     def _scanned(self, rows: npt.NDArray[np.int64], scan: _Scan) -> Candidates:
         """Those of these records that were found good."""
@@ -95,7 +95,7 @@ class JsonReader:
             unread=scan.unread,
         )
 
-    # -- one by one -------------------------------------------------------------------------------------------------------------------
+    # -- one by one -------------------------------------------------------------------------------
 
     def _read_one_by_one(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
@@ -381,7 +381,7 @@ def _read_time(value: object) -> int | None:
     raise Refused("wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}")
 
 
-# -- back to bytes ------------------------------------------------------------------------------------------------------------------
+# -- back to bytes -------------------------------------------------------------------------------
 
 
 def encode_impressions(

@@ -309,7 +309,7 @@ class WaitingClicks:
         return dropped
 
 
-# -- compiled -------------------------------------------------------------------------------------------------------------------------
+# -- compiled ------------------------------------------------------------------------------------
 #
 # One pass over the events in order of arrival. A hash map that a Python loop or a chain of numpy sorts would be far too slow for.
 

@@ -35,8 +35,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.events.features import mix64
-from stream_ctr.join import join_state as pools
-from stream_ctr.join import spill
+from stream_ctr.join import join_state, spill
 from stream_ctr.join.join_state import (
     CLICK_BYTES,
     COUNTERS,
@@ -219,14 +218,14 @@ class LabelJoiner:
                 f"at least {least / 2**20:.3g} MiB are needed for {fields + value_fields} columns of features"
             )
         self._shares = Shares.of(max_bytes, feature_bytes=feature_bytes, over_bound=over_bound)
-        self._pending = pools.pending_rows()
-        self._features = pools.feature_rows(fields, value_fields, self._id_bytes)
+        self._pending = join_state.pending_rows()
+        self._features = join_state.feature_rows(fields, value_fields, self._id_bytes)
         self._index = Index(self._shares.index)
         self._clicks = WaitingClicks(self._shares.clicks)
         self._spill = Spill(spill_directory)
         self._spill_failed = False
 
-    # -- in ---------------------------------------------------------------------------------------------------------------------------
+    # -- in ---------------------------------------------------------------------------------------
 
     def push_impressions(
         self,
@@ -242,9 +241,9 @@ class LabelJoiner:
         pending, features, waiting = self._pending, self._features, self._clicks
         for some in self._parts(n):
             self._make_room(some.stop - some.start)
-            pools.push_impressions(
+            join_state.push_impressions(
                 arrivals.id_hash[some], arrivals.time[some], arrivals.partition[some], arrivals.offset[some], arrivals.limit[some],
-                pools.pack(ids[some], self._id_bytes), values[some], truth[some],
+                join_state.pack(ids[some], self._id_bytes), values[some], truth[some],
                 self.label_window_ms, self.early_click_wait_ms, self.duplicate_horizon_ms,
                 *pending.arrays(), pending.free, pending.sizes, *features.arrays(), features.free, features.sizes,
                 *self._index.arrays(), self._index.sizes, *waiting.arrays(), waiting.sizes, self.counters, self.delays,
@@ -254,7 +253,7 @@ class LabelJoiner:
         waiting = self._clicks
         for some in self._parts(len(arrivals)):
             self.counters[EVICTED_CLICKS] += waiting.reserve(some.stop - some.start)
-            pools.push_clicks(
+            join_state.push_clicks(
                 arrivals.id_hash[some], arrivals.time[some], arrivals.limit[some],
                 self.label_window_ms, self.early_click_wait_ms, self.duplicate_horizon_ms, self.watermark,
                 self._pending["click"], *self._index.arrays(), *waiting.arrays(), waiting.sizes, self.counters, self.delays,
@@ -264,7 +263,7 @@ class LabelJoiner:
         at_once = self._shares.at_once
         return (slice(start, min(start + at_once, n)) for start in range(0, n, at_once))
 
-    # -- out --------------------------------------------------------------------------------------------------------------------------
+    # -- out --------------------------------------------------------------------------------------
 
     def advance(self, watermark: int, at_most: int = AT_MOST) -> Examples:
         """Close every window that ends before `watermark`: the first `at_most` examples of those closed and not yet returned, in order and
@@ -282,12 +281,12 @@ class LabelJoiner:
 
     def _leave(self, before: int, at_most: int) -> Examples:
         pending = self._pending
-        slots = pools.in_order(pending, pools.oldest(pending.used("time"), before, at_most))[
-            :at_most
-        ]
+        slots = join_state.in_order(
+            pending, join_state.oldest(pending.used("time"), before, at_most)
+        )[:at_most]
         features = self._features_of(slots)
         examples = Examples(
-            pending["id_hash"][slots], pending["time"][slots], pools.unpack(features["ids"], self._id_bytes), features["values"],
+            pending["id_hash"][slots], pending["time"][slots], join_state.unpack(features["ids"], self._id_bytes), features["values"],
             (pending["click"][slots] != NEVER).astype(np.uint8), features["truth"],
         )  # fmt: skip
         self._remove(slots, LEFT)
@@ -312,7 +311,7 @@ class LabelJoiner:
 
     def _remove(self, slots: npt.NDArray[np.int64], fate: np.int32) -> None:
         """Pending impressions are pending no more."""
-        pools.mark(self._pending["id_hash"][slots], slots, fate, *self._index.arrays())
+        join_state.mark(self._pending["id_hash"][slots], slots, fate, *self._index.arrays())
         place = self._pending["place"][slots]
         self._features.release(place[place >= 0])
         self._pending["time"][slots] = NEVER
@@ -326,7 +325,7 @@ class LabelJoiner:
             self.watermark - self.label_window_ms - self.early_click_wait_ms
         )
 
-    # -- the bound --------------------------------------------------------------------------------------------------------------------
+    # -- the bound --------------------------------------------------------------------------------
 
     def _make_room(self, n: int) -> None:
         """For n more impressions, each of which may need a row of every kind."""
@@ -350,7 +349,7 @@ class LabelJoiner:
         time, place = self._pending.used("time"), self._pending.used("place")
         slots = np.flatnonzero((place >= 0) & (time != NEVER))
         slots = slots[np.argpartition(time[slots], len(slots) - n)[len(slots) - n :]]
-        self.counters[SPILLED] += self._write(pools.in_order(self._pending, slots))
+        self.counters[SPILLED] += self._write(join_state.in_order(self._pending, slots))
 
     def _write(self, slots: npt.NDArray[np.int64]) -> int:
         """Put the features of these impressions, which are in order, into new segments; how many fitted onto the disk."""
@@ -376,7 +375,7 @@ class LabelJoiner:
     def _evict(self, n: int, *, in_memory: bool = False) -> None:
         """Give up n pending impressions or a few more, by the hash of their ids: who stays is a fair sample, of either label."""
         time, place = self._pending.used("time"), self._pending.used("place")
-        slots = pools.thin(self._pending["id_hash"], time, place, n, in_memory)
+        slots = join_state.thin(self._pending["id_hash"], time, place, n, in_memory)
         clicked = int((self._pending["click"][slots] != NEVER).sum())
         self.counters[JOINED] -= clicked
         self.counters[EVICTED_CLICKS] += clicked
@@ -393,16 +392,18 @@ class LabelJoiner:
         time, place = self._pending.used("time"), self._pending.used("place")
         slots = np.flatnonzero((place < 0) & (time != NEVER))
         slots = slots[np.isin(spill.segment_of(place[slots]), sparse)]
-        self._write(pools.in_order(self._pending, slots))
+        self._write(join_state.in_order(self._pending, slots))
         self._spill.drop(numbers[self._live_rows(numbers) == 0].tolist())
 
     def _live_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many pending impressions are in each of these segments."""
         live = np.zeros(int(numbers[-1] - numbers[0]) + 1, np.int64)
-        pools.count_live(self._pending.used("time"), self._pending.used("place"), numbers[0], live)
+        join_state.count_live(
+            self._pending.used("time"), self._pending.used("place"), numbers[0], live
+        )
         return live[numbers - numbers[0]]
 
-    # -- what can be seen -------------------------------------------------------------------------------------------------------------
+    # -- what can be seen -------------------------------------------------------------------------
 
     @property
     def pending(self) -> int:
@@ -459,13 +460,13 @@ class LabelJoiner:
             for w, x in zip(CURVE_SECONDS, lost, strict=True)
         ]
 
-    # -- state ------------------------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
         """In an order of its own, and without what may be forgotten: equal for two joiners that would do the same from here on, as long as
         nothing is spilled or given up. What is on disk is in the files that `segments` names."""
         pending = self._pending
-        slots = pools.in_order(pending, np.flatnonzero(pending.used("time") < NEVER))
+        slots = join_state.in_order(pending, np.flatnonzero(pending.used("time") < NEVER))
         place = pending["place"][slots]
         here = place >= 0
         state: dict[str, Array] = {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events.batch import Came, Columns
+from stream_ctr.events.batch import Came, EventBatch
 from stream_ctr.join.joiner import Arrivals, LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 
 
-def push(columns: Columns, joiner: LabelJoiner, watermarks: Watermarks) -> None:
+def push(columns: EventBatch, joiner: LabelJoiner, watermarks: Watermarks) -> None:
     """Impressions and clicks into `joiner`. `watermarks` goes through both in order of arrival: the limit of an event is the watermark of
     its own partition when it arrived."""
     impressions, clicks, arrival = columns.impressions, columns.clicks, columns.arrival

@@ -126,7 +126,7 @@ class Spill:
             for segment in self.segments.values()
         }
 
-    # -- state ------------------------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
         """What is known of the files; empty without any."""

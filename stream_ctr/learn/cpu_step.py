@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from stream_ctr.learn import table_kernels
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.table import Table
-from stream_ctr.learn.thread_pool import Lanes, Task
+from stream_ctr.learn.thread_pool import Task, ThreadPool
 from stream_ctr.models.layers import dropout_from
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -71,7 +71,7 @@ class CpuStep:
         self._parameters = tuple(model.parameters())
         self._value_fields = list(value_fields)
         self._parts = parts_of(batch_size)
-        self._lanes = Lanes(threads)
+        self._pool = ThreadPool(threads)
         self._progressive = progressive
         self._generators = [torch.Generator() if dropout else None for _ in self._parts]
         rows, width = self._parts[-1].stop, table.width
@@ -113,10 +113,10 @@ class CpuStep:
                 partial(self._part, index, part, n, steps, gradients[index], fine)
                 for index, part in enumerate(parts)
             ]
-            self._lanes.run([*work[:1], partial(self._sort, n), *work[1:]])
+            self._pool.run([*work[:1], partial(self._sort, n), *work[1:]])
             if not fine.all():
                 return None
-            self._lanes.run(
+            self._pool.run(
                 [
                     *self._dense_updates(gradients[: len(parts)], steps),
                     *self._table_updates(n, steps),
@@ -129,7 +129,7 @@ class CpuStep:
         n = len(ids)
         self._take(ids, values)
         with _one_thread_each():
-            self._lanes.run([partial(self._score, part) for part in self._parts if part.start < n])
+            self._pool.run([partial(self._score, part) for part in self._parts if part.start < n])
         return self._logits[:n].numpy().copy()
 
     def _take(self, ids: Ids, values: Values | None) -> None:
@@ -144,7 +144,7 @@ class CpuStep:
         """[parts, P]; a server never needs it."""
         return torch.zeros(len(self._parts), len(self._adam.vector))
 
-    # -- tasks ------------------------------------------------------------------------------------------------------------------------
+    # -- tasks ------------------------------------------------------------------------------------
 
     def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
         w, v = self._w[part], self._v[part]
@@ -218,7 +218,7 @@ class CpuStep:
         )
 
     def _dense_updates(self, gradients: Tensor, steps: int) -> Iterator[Task]:
-        pieces = self._adam.pieces(self._lanes.threads)
+        pieces = self._adam.pieces(self._pool.threads)
         return (
             partial(self._adam.step, gradients, torch.tensor(float(steps)), piece)
             for piece in pieces
@@ -226,7 +226,7 @@ class CpuStep:
 
     def _table_updates(self, n: int, steps: int) -> Iterator[Task]:
         edges = (
-            np.linspace(0, n * self._ids.shape[1], 2 * self._lanes.threads + 1).astype(int).tolist()
+            np.linspace(0, n * self._ids.shape[1], 2 * self._pool.threads + 1).astype(int).tolist()
         )
         return (
             partial(self._update_rows, n, steps, first, last)
@@ -249,7 +249,7 @@ def draw_seed(*numbers: int) -> int:
 
 @contextlib.contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """Lanes are the threads: torch splits no operation among more."""
+    """ThreadPool are the threads: torch splits no operation among more."""
     before = torch.get_num_threads()
     if before == 1:
         yield

@@ -123,7 +123,7 @@ class GpuStep:
         score()
         return self._logits[: len(ids)].to("cpu", copy=True).numpy()
 
-    # -- what is recorded -------------------------------------------------------------------------------------------------------------
+    # -- what is recorded -------------------------------------------------------------------------
 
     @cached_property
     def _recorded_step(self) -> Callable[[], None]:

@@ -297,7 +297,7 @@ class NetworkLearner:
         if self.value_fields and values is None:
             raise ValueError(f"the values of {len(self.value_fields)} fields are missing")
 
-    # -- state ------------------------------------------------------------------------------------------------------------------------
+    # -- state ------------------------------------------------------------------------------------
 
     def weights(self, *, reuse: bool = False) -> State:
         """The table's rows and the dense parameters."""

@@ -1,12 +1,12 @@
-"""Lanes: threads that share the tasks of a step, each taking the next one when it is done with its last.
+"""ThreadPool: threads that share the tasks of a step, each taking the next one when it is done with its last.
 
 Torch's own threads split every single operation and wait for each other after each: on processors that a broker, a baseline or a reader
 uses too, each of these waits may last as long as the scheduler lets the other run. Here a lane that is held up takes fewer tasks. What
 a task computes does not depend on who runs it, so results are the same for any number of lanes.
 
->>> lanes = Lanes(2)
+>>> pool = ThreadPool(2)
 >>> squares = [0] * 5
->>> lanes.run([lambda i=i: squares.__setitem__(i, i * i) for i in range(5)])
+>>> pool.run([lambda i=i: squares.__setitem__(i, i * i) for i in range(5)])
 >>> squares
 [0, 1, 4, 9, 16]
 """
@@ -39,7 +39,7 @@ def set_up_process() -> None:
         )  # beyond it a block is the system's again when it is freed: copies for snapshots
 
 
-class Lanes:
+class ThreadPool:
     """`threads` lanes, the caller's thread being one of them. The others end with this object."""
 
     def __init__(self, threads: int) -> None:
@@ -58,7 +58,7 @@ class Lanes:
             raise step.errors[0]
 
     def _others(self, wanted: int) -> list[queue.SimpleQueue[_Step | None]]:
-        """Lanes besides the caller's, begun when there is first something for them to do."""
+        """ThreadPool besides the caller's, begun when there is first something for them to do."""
         while len(self._calls) < min(wanted, self.threads - 1):
             self._calls.append(queue.SimpleQueue())
             threading.Thread(

@@ -17,7 +17,7 @@ from stream_ctr.events.arrow_columns import epoch_ms, mask, one_array
 from stream_ctr.events.decoder import EARLIEST_MS, LATEST_MS, Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import encode_clicks, encode_impressions
-from stream_ctr.logs.log import BATCH_ROWS, EventBatch, Log, in_time_order
+from stream_ctr.logs.log import BATCH_ROWS, Log, LogBatch, in_time_order
 from stream_ctr.logs.rows import Rows
 from stream_ctr.logs.text_log import TextLog
 from stream_ctr.messages import one_line
@@ -42,7 +42,7 @@ class EventLog(TextLog):
     def __init__(self, path: Path) -> None:
         super().__init__(path, None)
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return map(_event_batch, in_time_order(self._events()))
 
     def _events(self) -> Iterator[pa.RecordBatch]:
@@ -93,8 +93,8 @@ def _timed(decoder: Decoder, value: pa.LargeBinaryArray, before: int) -> pa.Reco
     return pa.RecordBatch.from_pydict({"time": pa.array(time), "key": key, "value": value})
 
 
-def _event_batch(batch: pa.RecordBatch) -> EventBatch:
-    return EventBatch(batch["time"].to_numpy(), batch["key"], batch["value"])
+def _event_batch(batch: pa.RecordBatch) -> LogBatch:
+    return LogBatch(batch["time"].to_numpy(), batch["key"], batch["value"])
 
 
 class _ColumnLog(Log):
@@ -142,7 +142,7 @@ class _ColumnLog(Log):
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         raise NotImplementedError
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return map(_event_batch, in_time_order(self._events()))
 
     def _events(self) -> Iterator[pa.RecordBatch]:

@@ -21,7 +21,7 @@ from stream_ctr.events.arrow_columns import epoch_ms, mask, one_array
 from stream_ctr.events.field import Field
 from stream_ctr.logs.log import (
     ClickDelays,
-    EventBatch,
+    LogBatch,
     impression_batch,
     in_time_order,
     merge_clicks,
@@ -72,7 +72,7 @@ class CriteoLog(TextLog):
         )
         self.invention = invention
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(self._impressions())
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:
@@ -114,7 +114,7 @@ class AvazuLog(TextLog):
         )
         self.invention = invention
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         counts, ascending = self._count_hours()
         impressions = self._impressions(counts)
         return merge_clicks(impressions if ascending else in_time_order(impressions))
@@ -234,7 +234,7 @@ class OpenBanditLog(TextLog):
         super().__init__(path, _fields(self.categories, self.affinities), (invention.click_note(),))
         self.invention = invention
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(in_time_order(self._impressions()))
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:

@@ -33,7 +33,7 @@ _HELD_EVENTS, _HELD_BYTES = 1_000_000, 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class EventBatch:
+class LogBatch:
     """n events in event-time order: `time` in epoch milliseconds, `key` the impression id as UTF-8 (null: unreadable), `value` JSON."""
 
     time: npt.NDArray[np.int64]
@@ -92,7 +92,7 @@ class Log:
             )
         return (*self._invented, *found)
 
-    def batches(self) -> Iterator[EventBatch]:
+    def batches(self) -> Iterator[LogBatch]:
         """One pass over the log. Raises `DataError` when it ends without a single event."""
         self.rejected, self.out_of_order, self.progress = Rejected(), 0, 0.0
         latest = np.iinfo(np.int64).min
@@ -123,7 +123,7 @@ class Log:
                 events += len(batch)
         return events
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         raise NotImplementedError
 
 
@@ -165,7 +165,7 @@ def impression_batch(
     return pa.RecordBatch.from_pydict(columns)
 
 
-def merge_clicks(impressions: Iterable[pa.RecordBatch]) -> Iterator[EventBatch]:
+def merge_clicks(impressions: Iterable[pa.RecordBatch]) -> Iterator[LogBatch]:
     """Impressions, sorted by time, and their clicks as one stream of events in time order.
 
     At equal times impressions come before clicks, and each kind keeps its own order. A click waits until impressions have passed it.
@@ -186,7 +186,7 @@ def merge_clicks(impressions: Iterable[pa.RecordBatch]) -> Iterator[EventBatch]:
     yield _interleave(_encoded_clicks(waiting))
 
 
-def _encoded_impressions(batch: pa.RecordBatch) -> EventBatch:
+def _encoded_impressions(batch: pa.RecordBatch) -> LogBatch:
     time = batch["time"].to_numpy()
     features = {
         f.name: pc.struct_field(batch["features"], [i])
@@ -196,21 +196,21 @@ def _encoded_impressions(batch: pa.RecordBatch) -> EventBatch:
         batch["true_probability"].to_numpy() if "true_probability" in batch.schema.names else None
     )
     value = encode_impressions(batch["impression_id"], time, features, probability)
-    return EventBatch(time, batch["impression_id"].cast(pa.large_binary()), value)
+    return LogBatch(time, batch["impression_id"].cast(pa.large_binary()), value)
 
 
-def _encoded_clicks(clicks: pa.Table) -> EventBatch:
+def _encoded_clicks(clicks: pa.Table) -> LogBatch:
     identity, time = one_array(clicks["impression_id"]), clicks["time"].to_numpy()
-    return EventBatch(time, identity.cast(pa.large_binary()), encode_clicks(identity, time))
+    return LogBatch(time, identity.cast(pa.large_binary()), encode_clicks(identity, time))
 
 
-def _interleave(*batches: EventBatch) -> EventBatch:
+def _interleave(*batches: LogBatch) -> LogBatch:
     time = np.concatenate([batch.time for batch in batches])
     order = np.argsort(time, kind="stable")
     key, value = (
         pa.concat_arrays([getattr(batch, name) for batch in batches]) for name in ("key", "value")
     )
-    return EventBatch(time[order], key.take(pa.array(order)), value.take(pa.array(order)))
+    return LogBatch(time[order], key.take(pa.array(order)), value.take(pa.array(order)))
 
 
 def in_time_order(

@@ -41,8 +41,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.log import (
     DEFAULT_START_MS,
     ClickDelays,
-    EventBatch,
     Log,
+    LogBatch,
     impression_batch,
     merge_clicks,
 )
@@ -146,7 +146,7 @@ class Simulation(Log):
     def world(self) -> World:
         return World(self.seed)
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(self._impressions())
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:

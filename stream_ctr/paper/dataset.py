@@ -103,7 +103,7 @@ def _mapped(path: Path, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> npt.NDA
     return np.asarray(mapped)  # indexing a memmap costs more than what is indexed
 
 
-# -- made once ----------------------------------------------------------------------------------------------------------------------
+# -- made once -----------------------------------------------------------------------------------
 
 
 def existing(directory: Path) -> Dataset | None:
@@ -189,7 +189,7 @@ def write_json(path: Path, content: object) -> None:
     os.replace(unfinished, path)
 
 
-# -- split --------------------------------------------------------------------------------------------------------------------------
+# -- split ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

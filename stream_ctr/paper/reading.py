@@ -278,15 +278,15 @@ class Joined:
         self.with_fields: set[str] = set()  # that any impression had
 
     def __iter__(self) -> Iterator[Examples]:
-        standing = self._ingest.standing()
-        while not standing.finished:
-            taken = self._ingest.take(0.25)
-            standing = taken.standing
-            if taken.columns:
-                joining.push(taken.columns, self._joiner, self._watermarks)
-                self.rejected.update(taken.columns.rejected.reason)
-                self.with_fields |= taken.columns.with_fields
-            watermark = self._watermarks.overall(excused=standing.idle)
+        status = self._ingest.status()
+        while not status.finished:
+            poll = self._ingest.take(0.25)
+            status = poll.status
+            if poll.events:
+                joining.push(poll.events, self._joiner, self._watermarks)
+                self.rejected.update(poll.events.rejected.reason)
+                self.with_fields |= poll.events.with_fields
+            watermark = self._watermarks.overall(excused=status.idle)
             yield from _all(lambda watermark=watermark: self._joiner.advance(watermark))  # type: ignore[misc]
         yield from _all(self._joiner.drain)
 

@@ -46,7 +46,7 @@ class Sink(Protocol):
     def flush(self, timeout_seconds: float) -> None: ...
 
 
-class Outlet:
+class Publisher:
     """Reports to `DIR/reports.jsonl`, the pointer to the newest snapshot to `DIR/latest.json`; with a `sink` also to their topics.
 
     Dead letters go to `<topic>.dlq` with a `sink`, else to `DIR/dead_letters.jsonl`. A broker that is away (`unavailable`: the errors by

@@ -1,6 +1,6 @@
 """Ingest: what a poll brings is decoded and hashed until it is ready to be joined, when it is wanted or ahead of that in a thread.
 
-A `Taken` is what one poll brought, with what the source said of itself right after that poll. Who goes by the last `Taken` it used, and
+A `Poll` is what one poll brought, with what the source said of itself right after that poll. Who goes by the last `Poll` it used, and
 never asks the source, is told nothing of what was read since: positions that go into a snapshot are those after what was learned, and
 what else has been read by then is read again by the run that goes on from it.
 
@@ -20,11 +20,11 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events.batch import Came, Columns, RecordColumns, Rejected
+from stream_ctr.events.batch import Came, EventBatch, RecordColumns, Rejected
 from stream_ctr.events.decoder import Decoder, Events, Rejects
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.train.source import Source
-from stream_ctr.train.stage_timer import ELSE, Stages
+from stream_ctr.train.stage_timer import ELSE, StageTimer
 
 _LISTENING_SECONDS = 1.0  # from one poll to the next; longer, and nobody listened
 _POLL_SECONDS = 0.25
@@ -33,7 +33,7 @@ _WITHIN_BITS = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class SourceStatus:
     """How a source stood right after a poll. `positions`: partition -> next offset to read; `lag` and `lost` in records, of all partitions.
 
     `idle` [P]: nothing is to be expected of the partition now. It was read to its end and, where the log goes on, has been silent for
@@ -50,11 +50,11 @@ class Standing:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Poll:
     """What one poll brought, None when that was nothing, and how the source stood after it."""
 
-    columns: Columns | None
-    standing: Standing
+    events: EventBatch | None
+    status: SourceStatus
 
 
 class Silence:
@@ -98,28 +98,28 @@ class Ingest:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self.source, self.decoder, self.hasher = source, decoder, hasher
-        self.stages = Stages()
+        self.timer = StageTimer()
         self._idle_seconds = idle_seconds
         self._clock, self._wall_clock = clock, wall_clock
         self._silence = Silence(len(source.partitions), now=clock())
 
-    def take(self, timeout_seconds: float) -> Taken:
+    def take(self, timeout_seconds: float) -> Poll:
         """The next poll's records, ready to be joined. Raises what the source raises."""
-        with self.stages("poll") as stage:
+        with self.timer("poll") as stage:
             records = self.source.poll(timeout_seconds)
-            standing = self.standing(records.partition)
-            if not len(records) or standing.caught_up.all():  # it may have waited for them
+            status = self.status(records.partition)
+            if not len(records) or status.caught_up.all():  # it may have waited for them
                 stage.name = "wait.source"
-        return Taken(self.columns(records) if len(records) else None, standing)
+        return Poll(self.columns(records) if len(records) else None, status)
 
-    def standing(self, heard: npt.NDArray[np.integer] = np.empty(0, np.int32)) -> Standing:  # noqa: B008 - nobody writes to it
+    def status(self, heard: npt.NDArray[np.integer] = np.empty(0, np.int32)) -> SourceStatus:  # noqa: B008 - nobody writes to it
         """How the source stands; `heard` are the partitions of which records came just now."""
         source = self.source
         silent_seconds, caught_up = source.silent_seconds(), source.caught_up()
         silent = self._silence.after_poll(
             heard, now=self._clock(), brokers_silent=silent_seconds > 0
         )
-        return Standing(
+        return SourceStatus(
             positions=source.positions(),
             caught_up=caught_up,
             idle=caught_up if source.until_end else caught_up & (silent >= self._idle_seconds),
@@ -129,16 +129,16 @@ class Ingest:
             silent_seconds=silent_seconds,
         )
 
-    def columns(self, records: RecordColumns) -> Columns:
+    def columns(self, records: RecordColumns) -> EventBatch:
         """Decoded and hashed."""
         now_ms = int(
             self._wall_clock() * 1000
         )  # a log has no broker that knew when a record came, but none came after now
         received = np.where(records.time < 0, now_ms, np.minimum(records.time, now_ms))
-        with self.stages("decode"):
+        with self.timer("decode"):
             events, rejects = self.decoder.decode(records.value, received)
         impressions, clicks = events.impressions, events.clicks
-        with self.stages("hash"):
+        with self.timer("hash"):
             ids, values = self.hasher.rows(impressions.features)
             came = [
                 Came(
@@ -149,7 +149,7 @@ class Ingest:
                 )
                 for part in (impressions, clicks)
             ]
-        return Columns(
+        return EventBatch(
             records=len(records),
             impressions=came[0],
             ids=ids,
@@ -190,24 +190,24 @@ class ReadAhead:
 
     def __init__(self, ingest: Ingest, *, most_records: int, most_bytes: int = 64 << 20) -> None:
         self._ingest = ingest
-        self.source, self.stages, self.standing = ingest.source, ingest.stages, ingest.standing
+        self.source, self.timer, self.status = ingest.source, ingest.timer, ingest.status
         self._most_records, self._most_bytes = most_records, most_bytes
-        self._ready: deque[Taken] = deque()
+        self._ready: deque[Poll] = deque()
         self._records = self._bytes = 0
-        self._last: Standing | None = None  # of what was taken last
+        self._last: SourceStatus | None = None  # of what was taken last
         self._pause: frozenset[int] | None = None  # asked for, and not passed on yet
         self._failure: BaseException | None = None
         self._finished = self._ended = self._closing = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._read, name="reader", daemon=True)
 
-    def take(self, timeout_seconds: float) -> Taken:
+    def take(self, timeout_seconds: float) -> Poll:
         """The next that was read; when there is none in time, nothing, and the source as it stood before.
 
         Raises what ended the thread, with the traceback that it had there, when all that was read before is taken.
         """
         if self._last is None:
-            self._last = self.standing()
+            self._last = self.status()
             self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._ready or self._ended, timeout_seconds)
@@ -215,7 +215,7 @@ class ReadAhead:
                 return self._hand_out()
             if self._failure:
                 raise self._failure
-            return Taken(None, self._last)
+            return Poll(None, self._last)
 
     def pause(self, partitions: frozenset[int]) -> None:
         """Exactly these yield nothing from the thread's next poll on; what was read of them before is still to be taken."""
@@ -236,20 +236,20 @@ class ReadAhead:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _hand_out(self) -> Taken:
-        taken = self._ready.popleft()
-        if taken.columns:
-            self._records -= taken.columns.records
-            self._bytes -= taken.columns.nbytes
-        self._last = taken.standing
+    def _hand_out(self) -> Poll:
+        poll = self._ready.popleft()
+        if poll.events:
+            self._records -= poll.events.records
+            self._bytes -= poll.events.nbytes
+        self._last = poll.status
         self._changed.notify_all()
-        return taken
+        return poll
 
-    # -- in the thread ----------------------------------------------------------------------------------------------------------------
+    # -- in the thread ----------------------------------------------------------------------------
 
     def _read(self) -> None:
         try:
-            with self.stages(ELSE):
+            with self.timer(ELSE):
                 while not self._finished and self._has_room():
                     self._put(self._ingest.take(_POLL_SECONDS))
         except BaseException as error:  # noqa: BLE001 - `take` raises it
@@ -261,7 +261,7 @@ class ReadAhead:
 
     def _has_room(self) -> bool:
         """Waits for it, and passes on what is to be paused; false when the thread shall end."""
-        with self.stages("wait.trainer"), self._changed:
+        with self.timer("wait.trainer"), self._changed:
             self._changed.wait_for(
                 lambda: (
                     self._closing
@@ -273,17 +273,17 @@ class ReadAhead:
             self._ingest.pause(pause)
         return not self._closing
 
-    def _put(self, taken: Taken) -> None:
+    def _put(self, poll: Poll) -> None:
         with self._changed:
             # Polls that bring nothing are not bounded by records: of several in a row the last one tells it all.
-            if self._ready and not self._ready[-1].columns and not taken.columns:
+            if self._ready and not self._ready[-1].events and not poll.events:
                 self._ready.pop()
-            self._ready.append(taken)
-            if taken.columns:
-                self._records += taken.columns.records
-                self._bytes += taken.columns.nbytes
+            self._ready.append(poll)
+            if poll.events:
+                self._records += poll.events.records
+                self._bytes += poll.events.nbytes
             self._changed.notify_all()
-        self._finished = taken.standing.finished
+        self._finished = poll.status.finished
 
 
 def _places(

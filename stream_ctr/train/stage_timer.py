@@ -1,12 +1,12 @@
 """Where the time of an event goes: each thread that works on events counts how long it is at which stage.
 
-Stages stand around work on whole batches and never around one event, so that counting can always be on. A stage's time is its own,
+StageTimer stand around work on whole batches and never around one event, so that counting can always be on. A stage's time is its own,
 without that of stages within it. A thread's loop stands in the stage `else`, so its stages add up to all of its time.
 
 A stage whose name begins with `wait.` is one in which the thread waits for another: the reader for the `source` or for the `trainer`, the
 trainer for the `reader` or for the `baseline`. A stage within another is named after it: `learn.gather`.
 
->>> stages = Stages(clock=iter([0, 2, 5, 9, 11]).__next__)
+>>> stages = StageTimer(clock=iter([0, 2, 5, 9, 11]).__next__)
 >>> with stages("learn"):  # from 2 to 11
 ...     with stages("learn.gather"):  # from 5 to 9
 ...         pass
@@ -25,7 +25,7 @@ ELSE = "else"
 Profile = dict[str, Any]
 
 
-class Stages:
+class StageTimer:
     """The stages of one thread; others may read `nanoseconds` meanwhile, which tells of stages that were left."""
 
     def __init__(self, *, clock: Callable[[], int] = time.perf_counter_ns) -> None:
@@ -64,7 +64,7 @@ class Stage:
 
     __slots__ = ("_stages", "name")
 
-    def __init__(self, stages: Stages, name: str) -> None:
+    def __init__(self, stages: StageTimer, name: str) -> None:
         self._stages, self.name = stages, name
 
     def __enter__(self) -> Self:

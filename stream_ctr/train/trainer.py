@@ -24,7 +24,7 @@ import numpy.typing as npt
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Gate, Judge
-from stream_ctr.events.batch import Columns
+from stream_ctr.events.batch import EventBatch
 from stream_ctr.events.features import mix64
 from stream_ctr.failpoint import failpoint
 from stream_ctr.join import joining
@@ -34,12 +34,12 @@ from stream_ctr.learn.baseline import DEVIATIONS, BaselineProcess, Marker
 from stream_ctr.learn.learner import Learner
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 from stream_ctr.train.guard import NOT_FINITE, Guard, GuardBeside, Learned
-from stream_ctr.train.ingest import Ingest, ReadAhead, Taken
-from stream_ctr.train.stage_timer import ELSE, Stages, profile
+from stream_ctr.train.ingest import Ingest, Poll, ReadAhead
+from stream_ctr.train.stage_timer import ELSE, StageTimer, profile
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
@@ -70,7 +70,7 @@ class _Learned:
 
 
 class Trainer:
-    """Learns from what `ingest` reads, which it turns into examples, and tells `outlet` and `show` how it goes.
+    """Learns from what `ingest` reads, which it turns into examples, and tells `publisher` and `show` how it goes.
 
     All `learners` learn the same examples; the first is what is published, the others stand beside it in reports and snapshots.
     `identity` goes into every snapshot: what a server needs to rebuild the models (`schema`, `learner`, `beside`), and what a resumed run
@@ -81,7 +81,7 @@ class Trainer:
         self,
         *,
         ingest: Ingest | ReadAhead,
-        outlet: Outlet,
+        publisher: Publisher,
         joiner: LabelJoiner,
         learners: Mapping[str, Learner],
         directory: Path,
@@ -104,7 +104,12 @@ class Trainer:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.ingest, self.source, self.outlet, self.joiner = ingest, ingest.source, outlet, joiner
+        self.ingest, self.source, self.publisher, self.joiner = (
+            ingest,
+            ingest.source,
+            publisher,
+            joiner,
+        )
         self.learners, self.learner = learners, next(iter(learners.values()))
         self.directory, self.identity = directory, identity
         self.baseline, self._baseline_below = baseline, _share_threshold(baseline_share)
@@ -132,16 +137,16 @@ class Trainer:
         self.windows = metrics.Windows(models, window_ms=window_ms, rolling=rolling_windows)
         self.ledger = Ledger()
         self.counters: Counter[str] = Counter()
-        self.epoch, self.sequence = outlet.epoch, 0
+        self.epoch, self.sequence = publisher.epoch, 0
         self.parent: str | None = None
         self._signing = signing
         self._writer = SnapshotWriter(
-            directory / "snapshots", sign=signing.sign if signing else None, check=outlet.check
+            directory / "snapshots", sign=signing.sign if signing else None, check=publisher.check
         )
         for learner in learners.values():
             learner.weights(
                 reuse=True
-            )  # memory for the copies in snapshots is taken now, not while learning waits for the first
+            )  # memory for the copies in snapshots is poll now, not while learning waits for the first
         self._cutting = False  # a snapshot is between its copy and the disk
         told: dict[str, Any] = {
             "skips_before_rollback": skips_before_rollback,
@@ -169,8 +174,8 @@ class Trainer:
         self._paused: frozenset[int] = frozenset()
         self._stopping = False
         self._started = self._clock()
-        self.stages = Stages()
-        self._standing = ingest.standing()  # of the source, after what was taken last
+        self.timer = StageTimer()
+        self._status = ingest.status()  # of the source, after what was poll last
         self._last_bad = ""
         self._unwritten: SnapshotError | None = None
         self._unseen_fields = {name for name, _ in identity["schema"]["fields"]}
@@ -179,7 +184,7 @@ class Trainer:
         self._read_now = self._records_now = self._examples_at_snapshot = 0
         self._bad_now = 0.0
 
-    # -- the loop ---------------------------------------------------------------------------------------------------------------------
+    # -- the loop ---------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Until the source ends or `stop` is called; the last report, of kind `final` or `stopped`.
@@ -187,10 +192,10 @@ class Trainer:
         At the end of a source that ends, label windows still open are closed with the clicks that came.
         """
         try:
-            with self.stages(ELSE):
+            with self.timer(ELSE):
                 return self._run()
         except Exception:
-            self.outlet.check()  # what goes wrong after another took over goes wrong because of that
+            self.publisher.check()  # what goes wrong after another took over goes wrong because of that
             raise
         finally:
             self._writer.close()
@@ -216,19 +221,19 @@ class Trainer:
             self.cut()
             self._settle(wait=True)
         report = self._report("final" if finished else "stopped")
-        self.outlet.flush()
+        self.publisher.flush()
         if self._unwritten:
             raise self._unwritten
         return report
 
     def _read(self) -> None:
         """Take until the source ends or `stop` is called."""
-        self._standing = self.ingest.standing()
+        self._status = self.ingest.status()
         try:
-            while not self._stopping and not self._standing.finished:
-                with self.stages("wait.reader"):
-                    taken = self.ingest.take(_POLL_SECONDS)
-                self._take(taken)
+            while not self._stopping and not self._status.finished:
+                with self.timer("wait.reader"):
+                    poll = self.ingest.take(_POLL_SECONDS)
+                self._take(poll)
         finally:
             self.ingest.close()
 
@@ -236,12 +241,12 @@ class Trainer:
         """Finish the batch at hand, take a snapshot and return from `run`. Safe to call from a signal handler."""
         self._stopping = True
 
-    def _take(self, taken: Taken) -> None:
-        self._standing = taken.standing
-        if taken.columns:
+    def _take(self, poll: Poll) -> None:
+        self._status = poll.status
+        if poll.events:
             failpoint("poll.after")
-            with self.stages("join"):
-                self._join(taken.columns)
+            with self.timer("join"):
+                self._join(poll.events)
             failpoint("join.after")
         self._advance(self._watermark())
         self._align()
@@ -261,10 +266,10 @@ class Trainer:
             self._learn_ready()
 
     def _left(self, leave: Callable[[], Examples]) -> Examples:
-        with self.stages("join"):
+        with self.timer("join"):
             return leave()
 
-    def _join(self, columns: Columns) -> None:
+    def _join(self, columns: EventBatch) -> None:
         self.counters["records"] += columns.records
         if columns.with_unknown_fields:
             self.counters["fields_unknown"] += columns.with_unknown_fields
@@ -284,7 +289,7 @@ class Trainer:
                     ", ".join(one_line(name, 60) for name in sorted(self._unseen_fields)),
                 )
 
-    def _reject(self, columns: Columns) -> None:
+    def _reject(self, columns: EventBatch) -> None:
         """Keep what is bad, and count it."""
         rejected = columns.rejected
         places = zip(
@@ -297,7 +302,9 @@ class Trainer:
             if reason == "tombstone":  # deletes nothing here, and is no error of its producer
                 continue
             topic, partition = self.source.partitions[index]
-            self.outlet.dead_letter(topic, partition, offset, value, reason, message, event=event)
+            self.publisher.dead_letter(
+                topic, partition, offset, value, reason, message, event=event
+            )
             self._last_bad = f"{reason}: {message}"
         self._read_now += columns.events
         self._records_now += columns.records
@@ -312,9 +319,7 @@ class Trainer:
             )
 
     def _watermark(self) -> int:
-        return self.watermarks.overall(
-            excused=self._standing.idle & ~self.watermarks.silent_clicks()
-        )
+        return self.watermarks.overall(excused=self._status.idle & ~self.watermarks.silent_clicks())
 
     def _align(self) -> None:
         """Hold partitions that are far ahead when what waits for the others has filled some of its room.
@@ -328,7 +333,7 @@ class Trainer:
             else frozenset()
         )
         behind = [index for index in range(len(self.source.partitions)) if index not in ahead]
-        if self.source.until_end and self._standing.caught_up[behind].all():
+        if self.source.until_end and self._status.caught_up[behind].all():
             ahead = frozenset()  # those that they wait for have ended
         if ahead != self._paused:
             self.ingest.pause(ahead)
@@ -336,13 +341,13 @@ class Trainer:
 
     def _warn(self) -> None:
         """Say once what keeps the run from going on, and once that it is over."""
-        if (lost := self._standing.lost) > self._lost:
+        if (lost := self._status.lost) > self._lost:
             _log.error(
                 "%d records are lost: the topic does not hold them any more", lost - self._lost
             )
             self.counters["records_lost"] += lost - self._lost
             self._lost = lost
-        silent = self._standing.silent_seconds
+        silent = self._status.silent_seconds
         self._alarm(
             "silent",
             silent >= _SILENT_SECONDS,
@@ -374,11 +379,11 @@ class Trainer:
         stalled = np.flatnonzero(self.watermarks.stalled | self.watermarks.silent_clicks())
         return [":".join(map(str, self.source.partitions[index])) for index in stalled.tolist()]
 
-    # -- learning ---------------------------------------------------------------------------------------------------------------------
+    # -- learning ---------------------------------------------------------------------------------
 
     def _learn_ready(self, *, partial: bool = False) -> None:
         for batch in self._batches(partial=partial):
-            with self.stages("learn"):
+            with self.timer("learn"):
                 self._learn(batch)
             self._settle(wait=False)
             self._serve_flags()
@@ -411,7 +416,7 @@ class Trainer:
         self.last_event_ms = int(batch.time[-1])
         predicted, chosen = {self.whole.models[0]: learned.logits}, {}
         for name, guard in self._beside.items():
-            with self.stages(f"learn.{name}"):
+            with self.timer(f"learn.{name}"):
                 beside = guard.learn(batch, following) or Learned(
                     np.empty(0), np.zeros(len(batch), np.bool_)
                 )
@@ -432,7 +437,7 @@ class Trainer:
     def _last_good(self) -> tuple[Path | None, int]:
         """The snapshot that a model which diverged goes back to, and how many examples were trained so far."""
         self._settle(wait=True)
-        published = self.outlet.published()
+        published = self.publisher.published()
         name = published["snapshot"] if published else self.parent
         return self.directory / "snapshots" / name if name else None, self.ledger.count
 
@@ -463,9 +468,9 @@ class Trainer:
                 self._begin_write(head, answer.state if answer else {})
             else:
                 assert not isinstance(answer, Marker)
-                with self.stages("score"):
+                with self.timer("score"):
                     self._score(head, answer)
-        with self.stages("snapshot"):
+        with self.timer("snapshot"):
             self._finish_write(wait=wait)
 
     def _answer(
@@ -481,7 +486,7 @@ class Trainer:
                 f"{behind}: from now on learning is no faster than it; {remedy}",
                 "",
             )
-        with self.stages("wait.baseline"):
+        with self.timer("wait.baseline"):
             return baseline.take(wait=wait or baseline.full)
 
     def _score(self, learned: _Learned, baseline: npt.NDArray[np.float64] | None) -> None:
@@ -501,11 +506,11 @@ class Trainer:
         self._close_windows(int(examples.time[-1]))  # examples come in event-time order
 
     def _close_windows(self, before_ms: int) -> None:
-        with self.stages("report"):
+        with self.timer("report"):
             for window in self.windows.close(before_ms):
-                self.outlet.report({"kind": "window", **_readable(window)})
+                self.publisher.report({"kind": "window", **_readable(window)})
 
-    # -- reports ----------------------------------------------------------------------------------------------------------------------
+    # -- reports ----------------------------------------------------------------------------------
 
     def _serve_flags(self) -> None:
         if self._flags and self._flags.due("report"):
@@ -514,13 +519,13 @@ class Trainer:
         counted = self.snapshot_examples and learned >= self.snapshot_examples
         # By the clock, one that is due waits for the one that is being written.
         if counted or (self._flags and not self._cutting and self._flags.due("snapshot")):
-            with self.stages("snapshot"):
+            with self.timer("snapshot"):
                 self.cut()
 
     def _report(self, kind: str) -> dict[str, Any]:
-        with self.stages("report"):
+        with self.timer("report"):
             report = self._told(kind)
-            self.outlet.report(report)
+            self.publisher.report(report)
             self._show(report)
         return report
 
@@ -540,10 +545,10 @@ class Trainer:
             "event_time": _iso(self.last_event_ms),
             "watermark": _iso(self.joiner.watermark if self.joiner.watermark > NOT_YET else None),
             "pending": self.joiner.pending,
-            "lag": self._standing.lag,
+            "lag": self._status.lag,
             "snapshot": self.parent,
             "stalled": self._stalled(),
-            "silent_seconds": round(self._standing.silent_seconds, 1),
+            "silent_seconds": round(self._status.silent_seconds, 1),
             "refused": self.judge.refused,
             "left_out": {
                 name: guard.left_out for name, guard in self._beside.items() if guard.left_out
@@ -557,7 +562,7 @@ class Trainer:
             "click_coverage": self.joiner.click_coverage,
             "ledger": {"count": self.ledger.count, "sum": self.ledger.sum},
             "profile": profile(
-                self.ingest.stages.nanoseconds(), self.stages.nanoseconds(), events=self._read_now
+                self.ingest.timer.nanoseconds(), self.timer.nanoseconds(), events=self._read_now
             ),
             **whole,
         }
@@ -582,7 +587,7 @@ class Trainer:
             if name.startswith("rejected.") and name != "rejected.tombstone"
         )
 
-    # -- snapshots --------------------------------------------------------------------------------------------------------------------
+    # -- snapshots --------------------------------------------------------------------------------
 
     def cut(self) -> None:
         """Copy all state as it is between two batches; the snapshot is written when the baseline has answered up to here."""
@@ -600,7 +605,7 @@ class Trainer:
             return
         self._cutting = True
         self.sequence = max(self.sequence + 1, snapshot.next_sequence(self.directory / "snapshots"))
-        positions = self._standing.positions
+        positions = self._status.positions
         named = self._partition_names()
         ready = Examples.concat(self._ready) if self._ready else None
         tensors: dict[str, State] = {
@@ -668,11 +673,11 @@ class Trainer:
             "metrics": self.whole.summary(),
         }
         cut.manifest["gate"] |= self.judge.told()
-        self.outlet.deliver_dead_letters()
+        self.publisher.deliver_dead_letters()
         self._writer.begin(cut)
 
     def _published_evidence(self) -> Mapping[str, Any] | None:
-        manifest = self.outlet.published_manifest()
+        manifest = self.publisher.published_manifest()
         return manifest["gate"]["evidence"] if manifest else None
 
     def _finish_write(self, *, wait: bool) -> None:
@@ -711,7 +716,7 @@ class Trainer:
         failpoint("commit.after")
         self._publish(written)
         name = written.path.name  # kept: those after it may not verify
-        self._writer.after(lambda: self.outlet.retain(self.keep_snapshots, {name}))
+        self._writer.after(lambda: self.publisher.retain(self.keep_snapshots, {name}))
 
     def _publish(self, written: Written) -> None:
         name = written.path.name
@@ -725,7 +730,7 @@ class Trainer:
             _log.error("snapshot %s is not published: %s", name, "; ".join(refused))
             return
         try:
-            self.outlet.publish(written.path, written.manifest)
+            self.publisher.publish(written.path, written.manifest)
         except (OSError, SnapshotError) as error:
             _log.error("snapshot %s is not published: %s", name, error)
             self.counters["publications_failed"] += 1
@@ -734,7 +739,7 @@ class Trainer:
             )
 
     def restore(self, path: Path) -> None:
-        """Go on where the snapshot at `path` was taken. Raises `ConfigError` when it was made with another configuration."""
+        """Go on where the snapshot at `path` was poll. Raises `ConfigError` when it was made with another configuration."""
         manifest, tensors = snapshot.load(
             path, signature=self._signing.verify if self._signing else None
         )
@@ -770,14 +775,14 @@ class Trainer:
             manifest["first_event_ms"],
             manifest["event_time_ms"] or None,
         )
-        published = self.outlet.published()
+        published = self.publisher.published()
         self.sequence, self.parent = manifest["sequence"], path.name
         for name, guard in self._beside.items():
             guard.load(tensors, manifest["guards_beside"][name], path, last_step=[])
         self._examples_at_snapshot = self.ledger.count
         positions = {index: manifest["positions"][name] for index, name in enumerate(names)}
         self.source.seek(positions)
-        self._standing = self.ingest.standing()
+        self._status = self.ingest.status()
         if (
             published is None or published["epoch"] <= manifest["epoch"]
         ):  # not rolled back: its writer may have died before it told anyone
@@ -801,7 +806,7 @@ class Trainer:
                 f"partition {name} {'was added' if name in names else 'is gone'}" for name in odd
             )
             raise DataError(
-                f"{changed} since the snapshot was taken. To begin anew use another --state directory"
+                f"{changed} since the snapshot was poll. To begin anew use another --state directory"
             )
 
     def _require_same_topics(self, known: Mapping[str, str | None]) -> None:

@@ -28,7 +28,7 @@ from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
 from stream_ctr.connectors.memory import BatchSource  # noqa: E402
 from stream_ctr.logs.simulate import Simulation  # noqa: E402
-from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
+from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
 
 
 def measure(
@@ -52,7 +52,7 @@ def measure(
         config,
         fields=simulation.fields,
         source=source,
-        outlet=Outlet(directory),
+        publisher=Publisher(directory),
         directory=directory,
     )
     seconds: dict[str, list[float]] = {"copy": [], "beside": [], "alone": []}

@@ -21,8 +21,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.log import (
     DEFAULT_START_MS,
     ClickDelays,
-    EventBatch,
     Log,
+    LogBatch,
     impression_batch,
     merge_clicks,
 )
@@ -44,7 +44,7 @@ class WideLog(Log):
         super().__init__(None, (*categorical, *numeric), name=f"wide-{seed}")
         self.impressions, self.seed, self.rate = impressions, seed, rate
 
-    def _read(self) -> Iterator[EventBatch]:
+    def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(self._impressions())
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:

@@ -167,7 +167,7 @@ def _student(freedom: int) -> float:
     return 1.960 + 2.372 / freedom + 2.822 / freedom**2  # Cornish-Fisher
 
 
-# -- quality --------------------------------------------------------------------------------------------------------------------------
+# -- quality -------------------------------------------------------------------------------------
 
 
 def quality(bench: Bench, system: str) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def _spread(result: Mapping[str, Any], score: str) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-# -- speed ----------------------------------------------------------------------------------------------------------------------------
+# -- speed ---------------------------------------------------------------------------------------
 
 
 def speed(bench: Bench, system: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from stream_ctr.config import load  # noqa: E402
 from stream_ctr.connectors import kafka  # noqa: E402
 from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
 from stream_ctr.logs.simulate import Simulation  # noqa: E402
-from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
+from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
 
 SNAPSHOT_EXAMPLES = 1024
 EVENTS_A_SECOND = 1000
@@ -200,8 +200,8 @@ def _resumes(process: subprocess.Popen[bytes]) -> bool:
 
 
 @dataclass
-class Recorder(Outlet):
-    """An outlet that keeps a fingerprint of each snapshot, by its number of examples."""
+class Recorder(Publisher):
+    """An publisher that keeps a fingerprint of each snapshot, by its number of examples."""
 
     directory: Path
     seen: dict[int, Fingerprint] = field(default_factory=dict)
@@ -232,7 +232,7 @@ def undisturbed(
             config,
             fields=config.features.fields() or (),
             source=source,
-            outlet=recorder,
+            publisher=recorder,
             directory=directory,
         )
         assert trainer.baseline

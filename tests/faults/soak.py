@@ -36,8 +36,8 @@ from stream_ctr.connectors.memory import BatchSource  # noqa: E402
 from stream_ctr.events.features import mix64  # noqa: E402
 from stream_ctr.events.json_events import encode_impressions  # noqa: E402
 from stream_ctr.join.joiner import Arrivals, LabelJoiner  # noqa: E402
-from stream_ctr.snapshots.publisher import Outlet  # noqa: E402
-from stream_ctr.train.ingest import Taken  # noqa: E402
+from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
+from stream_ctr.train.ingest import Poll  # noqa: E402
 from stream_ctr.train.schedule import Schedule  # noqa: E402
 
 EPOCH_MS = 1_735_689_600_000
@@ -152,7 +152,7 @@ class TrainerSoak:
             config,
             fields=fields,
             source=self.source,
-            outlet=Outlet(directory),
+            publisher=Publisher(directory),
             directory=directory,
             flags=schedule,
         )
@@ -169,9 +169,9 @@ class TrainerSoak:
         value = encode_impressions(pa.array(number).cast(pa.string()), EPOCH_MS + at, features)
         ingest = self._trainer.ingest
         self._trainer._take(
-            Taken(
+            Poll(
                 ingest.columns(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)),
-                ingest.standing(),
+                ingest.status(),
             )
         )
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes

@@ -17,7 +17,7 @@ from stream_ctr.connectors import Records
 from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.trainer import Trainer
 
 SMALL = {
@@ -136,7 +136,7 @@ def trainer(
         config,
         fields=fields,
         source=source,
-        outlet=Outlet(directory),
+        publisher=Publisher(directory),
         directory=directory,
         clock=clock,
         wall_clock=wall_clock,

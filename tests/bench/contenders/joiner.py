@@ -14,7 +14,7 @@ from itertools import islice
 import numpy as np
 from answers import answer, on_one_core
 
-from stream_ctr.events.batch import Came, Columns, Rejected
+from stream_ctr.events.batch import Came, EventBatch, Rejected
 from stream_ctr.events.features import mix64
 from stream_ctr.join import joining
 from stream_ctr.join.joiner import LabelJoiner
@@ -25,7 +25,7 @@ _START_MS = 1_735_689_600_000
 _NONE = Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], [])
 
 
-def blocks(fields: int) -> Iterator[Columns]:
+def blocks(fields: int) -> Iterator[EventBatch]:
     """Endless, `_BLOCK` impressions and their clicks each."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, 1 << 20, (_BLOCK, fields), dtype=np.int32)
@@ -48,7 +48,7 @@ def blocks(fields: int) -> Iterator[Columns]:
             )
         ]
         values, truth = np.zeros((_BLOCK, 0), np.float32), np.full(_BLOCK, np.nan)
-        yield Columns(
+        yield EventBatch(
             len(arrival), came[0], ids, values, truth, came[1], arrival, _NONE, frozenset(), 0, 0.0
         )
         first += _BLOCK
@@ -74,7 +74,7 @@ def main() -> None:
     )
     nobody = np.zeros(1, bool)
 
-    def join(columns: Columns) -> int:
+    def join(columns: EventBatch) -> int:
         joining.push(columns, joiner, watermarks)
         watermark, clicked = watermarks.overall(excused=nobody), 0
         while len(examples := joiner.advance(watermark)):

@@ -396,7 +396,7 @@ def test_a_click_waits_for_an_impression_that_is_out_of_order_but_not_late():
     assert target.drain().label.tolist() == [1]
 
 
-# -- the bound ------------------------------------------------------------------------------------------------------------------------
+# -- the bound -----------------------------------------------------------------------------------
 
 
 @contextmanager

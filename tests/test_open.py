@@ -35,8 +35,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs import text_log as text
 from stream_ctr.logs.log import (
     DEFAULT_START_MS,
-    EventBatch,
     Log,
+    LogBatch,
     impression_batch,
     in_time_order,
     merge_clicks,
@@ -67,7 +67,7 @@ def write(path: Path, *lines: str | bytes) -> Path:
     return path
 
 
-# -- Criteo -------------------------------------------------------------------------------------------------------------------------
+# -- Criteo --------------------------------------------------------------------------------------
 
 
 def test_criteo_rows_become_evenly_spaced_impressions_and_their_clicks(tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_real_criteo_sample_has_exact_counts() -> None:
     )
 
 
-# -- Avazu --------------------------------------------------------------------------------------------------------------------------
+# -- Avazu ---------------------------------------------------------------------------------------
 
 
 def test_avazu_impressions_spread_over_their_hour_in_file_order(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_real_avazu_samples_have_exact_counts() -> None:
         ) == (rows, clicks, 0)
 
 
-# -- Open Bandit --------------------------------------------------------------------------------------------------------------------
+# -- Open Bandit ---------------------------------------------------------------------------------
 
 
 def test_open_bandit_sample_has_exact_counts_times_and_features() -> None:
@@ -334,7 +334,7 @@ def test_bad_open_bandit_rows_are_named(tmp_path: Path) -> None:
     )
 
 
-# -- what is invented ---------------------------------------------------------------------------------------------------------------
+# -- what is invented ----------------------------------------------------------------------------
 
 
 def test_invented_click_delays_follow_their_law(tmp_path: Path) -> None:
@@ -434,7 +434,7 @@ def test_other_seeds_invent_other_click_times(tmp_path: Path) -> None:
     assert times[0] != times[1]
 
 
-# -- events -------------------------------------------------------------------------------------------------------------------------
+# -- events --------------------------------------------------------------------------------------
 
 
 def impression(identity: str, time: object, **features: object) -> dict[str, object]:
@@ -492,10 +492,10 @@ def test_events_that_stay_out_of_order_pass_and_are_counted() -> None:
     class Unsorted(Log):
         format = "unsorted"
 
-        def _read(self) -> Iterator[EventBatch]:
+        def _read(self) -> Iterator[LogBatch]:
             for time in ([1, 2, 5], [4, 5, 6, 3], [6]):
                 value = pa.array([b"{}"] * len(time), pa.large_binary())
-                yield EventBatch(np.array(time), value, value)
+                yield LogBatch(np.array(time), value, value)
 
     log = Unsorted(None, None)
     assert [time for batch in log.batches() for time in batch.time.tolist()] == [
@@ -669,7 +669,7 @@ def test_a_damaged_parquet_file_is_an_error_that_names_it(tmp_path: Path) -> Non
         open_log(path)
 
 
-# -- what cannot be read at all -----------------------------------------------------------------------------------------------------
+# -- what cannot be read at all ------------------------------------------------------------------
 
 
 def test_a_path_that_is_no_log_is_an_error_that_says_what_it_is(tmp_path: Path) -> None:
@@ -708,7 +708,7 @@ def test_a_log_without_a_single_event_is_an_error_that_names_the_first_line(tmp_
         list(log.batches())
 
 
-# -- order --------------------------------------------------------------------------------------------------------------------------
+# -- order ---------------------------------------------------------------------------------------
 
 
 @example(

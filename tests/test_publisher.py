@@ -12,7 +12,7 @@ from support.processes import in_child
 
 from stream_ctr.errors import BrokerError, ConfigError
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.publisher import Outlet
+from stream_ctr.snapshots.publisher import Publisher
 
 
 class Away(Exception):
@@ -59,22 +59,22 @@ def test_a_broker_that_is_away_loses_no_report_and_no_letter(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broker = Broker()
-    outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), metrics_topic="m")
-    outlet.dead_letter(
+    publisher = Publisher(tmp_path, sink=broker, unavailable=(Away,), metrics_topic="m")
+    publisher.dead_letter(
         "clicks", 0, 5, b"junk", "not_json", "x"
     )  # sent, but not known to have arrived
     broker.away = True
-    outlet.report({"n": 1})
-    outlet.dead_letter("clicks", 0, 7, b"junk", "not_json", "x")
+    publisher.report({"n": 1})
+    publisher.dead_letter("clicks", 0, 7, b"junk", "not_json", "x")
     broker.away = False
-    outlet.dead_letter("clicks", 0, 9, b"junk", "not_json", "x")
-    outlet.report({"n": 2})
+    publisher.dead_letter("clicks", 0, 9, b"junk", "not_json", "x")
+    publisher.report({"n": 2})
     assert [topic for topic, _ in broker.sent] == ["clicks.dlq", "clicks.dlq", "m"]
     assert [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()] == [
         {"n": 1},
         {"n": 2},
     ]
-    outlet.flush()
+    publisher.flush()
     assert letters(tmp_path) == ["5", "7"]
     assert "2 dead letters that no broker took are in" in caplog.text
 
@@ -83,16 +83,16 @@ def test_letters_that_do_not_arrive_before_a_snapshot_are_in_the_file_by_then(
     tmp_path: Path,
 ) -> None:
     broker = Broker()
-    outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,))
-    outlet.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")
+    publisher = Publisher(tmp_path, sink=broker, unavailable=(Away,))
+    publisher.dead_letter("clicks", 0, 5, b"junk", "not_json", "x")
     broker.away = True
-    outlet.deliver_dead_letters()
+    publisher.deliver_dead_letters()
     assert letters(tmp_path) == ["5"]
 
 
 def test_a_letter_that_no_broker_would_take_is_cut_and_says_so(tmp_path: Path) -> None:
     broker = Broker()
-    Outlet(tmp_path, sink=broker).dead_letter("clicks", 0, 5, b"x" * 2_000_000, "too_large", "x")
+    Publisher(tmp_path, sink=broker).dead_letter("clicks", 0, 5, b"x" * 2_000_000, "too_large", "x")
     assert [len(value) for _, value in broker.sent] == [900_000]
     assert dict(broker.headers[-1])["__stream_ctr.errors.cut_to"] == b"900000"
 
@@ -101,9 +101,9 @@ def test_the_letters_of_one_record_have_keys_of_their_own_and_name_their_event(
     tmp_path: Path,
 ) -> None:
     broker = Broker()
-    outlet = Outlet(tmp_path, sink=broker)
+    publisher = Publisher(tmp_path, sink=broker)
     for event in (None, 0, 7):
-        outlet.dead_letter("clicks", 2, 5, b"x", "missing_id", "x", event=event)
+        publisher.dead_letter("clicks", 2, 5, b"x", "missing_id", "x", event=event)
     assert broker.keys == [b"clicks-2-5", b"clicks-2-5-0", b"clicks-2-5-7"]
     assert [dict(headers).get("__stream_ctr.errors.event") for headers in broker.headers] == [
         None,
@@ -127,39 +127,39 @@ def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_at_the_end_or_tha
         tmp_path / "snapshots", tensors={}, manifest=told, snapshot_id=snapshot.new_id(1, 0)
     )
     broker = Broker()
-    outlet = Outlet(tmp_path, sink=broker, unavailable=(Away,), snapshot_topic="s")
+    publisher = Publisher(tmp_path, sink=broker, unavailable=(Away,), snapshot_topic="s")
     broker.away = True
-    outlet.publish(path, told)
+    publisher.publish(path, told)
     with pytest.raises(
         BrokerError, match="the pointer to snapshot 00000001-.* did not reach topic 's'"
     ):
-        outlet.flush()
+        publisher.flush()
     broker.away = False
-    outlet.flush()
+    publisher.flush()
     assert [topic for topic, _ in broker.sent] == ["s"]
 
 
 def test_a_report_that_cannot_be_written_is_an_error_at_the_end_only(tmp_path: Path) -> None:
     (tmp_path / "reports.jsonl").mkdir()
-    outlet = Outlet(tmp_path)
-    outlet.report({"n": 1})
+    publisher = Publisher(tmp_path)
+    publisher.report({"n": 1})
     with pytest.raises(ConfigError, match=r"reports.jsonl"):
-        outlet.flush()
-    Outlet(tmp_path / "fine").flush()
+        publisher.flush()
+    Publisher(tmp_path / "fine").flush()
 
 
 def test_a_report_for_which_there_is_no_room_spoils_no_other(tmp_path: Path) -> None:
     def report() -> None:
-        outlet = Outlet(tmp_path)
-        outlet.report({"n": 1})
+        publisher = Publisher(tmp_path)
+        publisher.report({"n": 1})
         _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(
             resource.RLIMIT_FSIZE, (20_000, most)
         )  # a longer file fails to grow, as on a full disk
-        outlet.report({"n": 2, "long": "x" * 50_000})
-        outlet.report({"n": 3})
+        publisher.report({"n": 2, "long": "x" * 50_000})
+        publisher.report({"n": 3})
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        outlet.report({"n": 4, "long": "x" * 50_000})
+        publisher.report({"n": 4, "long": "x" * 50_000})
 
     (tmp_path / "reports.jsonl").write_text('{"n": 0}\n{"n": ')  # a crash has left half a line
     assert in_child(report) == 0
