@@ -23,10 +23,35 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from stream_ctr.evaluate import metrics
 
 Evidence = Mapping[str, Any]
+
+
+class Measured(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a verdict rests on: the published model, and the baseline on the same examples.
+
+    `calibration` is predicted over actual clicks, `ne` normalised entropy. A figure without
+    meaning, as the calibration of a model that saw no click, is None.
+    """
+
+    clicks: int
+    count: int
+    ne: float | None
+    logloss: float | None
+    baseline_logloss: float | None
+    calibration: float | None
+    baseline_calibration: float | None
+
+
+class Verdict(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Whether a snapshot may be published: it may not while `refused` or `last_step` has a reason."""
+
+    last_step: tuple[str, ...] = ()
+    evidence: Measured | None = None
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,20 +1,55 @@
-"""Fields: the columns of an impression's features, and their cross products."""
+"""Fields, the columns of an impression's features; their cross products; and the schema of both.
+
+>>> import msgspec
+>>> schema = Schema(fields=(Field("app", "categorical"), Field("age", "numeric")), table_bits=20)
+>>> msgspec.json.encode(schema.fields)
+b'[["app","categorical"],["age","numeric"]]'
+>>> schema.value_fields, msgspec.structs.replace(schema, numeric_encoding="value").value_fields
+((), (1,))
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from msgspec import Meta, Struct
 
 from stream_ctr.messages import nearest
 
 
-@dataclass(frozen=True, slots=True)
-class Field:
-    """A column of an impression's features. `kind` says how its values become table rows (see `features.Hasher`)."""
+class Field(Struct, frozen=True, array_like=True):
+    """A column of an impression's features. `kind` decides how its values become table rows."""
 
     name: str
     kind: Literal["categorical", "numeric"]
+
+
+class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that turns features into table rows: a server needs nothing else to hash an impression.
+
+    Raises `ValueError` when a field is listed twice or a cross product has a wrong member.
+    """
+
+    fields: tuple[Field, ...]
+    table_bits: Annotated[int, Meta(ge=4, le=31)]
+    numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
+    buckets_per_octave: Annotated[float, Meta(gt=0, le=64)] = 2.0
+    hash_seed: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
+    crosses: Annotated[tuple[tuple[str, ...], ...], Meta(max_length=256)] = ()
+
+    def __post_init__(self) -> None:
+        names = [field.name for field in self.fields]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"a field is listed twice: {', '.join(twice)}")
+        require_members(self.crosses, self.fields, self.numeric_encoding)
+
+    @property
+    def value_fields(self) -> tuple[int, ...]:
+        """The indices of the fields whose embedding is multiplied by a value."""
+        if self.numeric_encoding == "buckets":
+            return ()
+        return tuple(at for at, field in enumerate(self.fields) if field.kind == "numeric")
 
 
 def cross(names: object) -> object:

@@ -1,0 +1,67 @@
+"""The specification of a learner: everything that a snapshot needs to rebuild it on any device.
+
+>>> import msgspec
+>>> spec = LearnerSpec(model="fm", fields=2, table_bits=8)
+>>> msgspec.json.decode(msgspec.json.encode(spec), type=LearnerSpec) == spec
+True
+>>> msgspec.convert({"model": "fm", "fields": 2, "table_bits": 99}, LearnerSpec)
+Traceback (most recent call last):
+msgspec.ValidationError: Expected `int` <= 31 - at `$.table_bits`
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
+
+NotNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+
+
+class FtrlRates(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The rates of FTRL-Proximal, in the letters of McMahan et al. (2013), Algorithm 1."""
+
+    alpha: Positive = 0.1
+    beta: Positive = 1.0
+    l1: NotNegative = 0.0
+    l2: NotNegative = 1.0
+
+
+class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A model, its embedding table and its optimisers.
+
+    `fields` counts the fields of the input, `crosses` its cross products, and `value_fields` are
+    the indices of the fields that carry a multiplier. `table_bits` gives a table of
+    2 ** table_bits rows. A learning rate of 0 is the optimiser's own (see `table.Rates`).
+    `ftrl` is present for `lr` only.
+    """
+
+    model: ModelName = "deepfm"
+    fields: Annotated[int, Meta(ge=1)]
+    crosses: Annotated[int, Meta(ge=0, le=256)] = 0
+    value_fields: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    embedding_dim: Annotated[int, Meta(ge=1, le=512)] = 10
+    hidden: Annotated[tuple[Annotated[int, Meta(ge=1, le=16384)], ...], Meta(max_length=64)] = (
+        400,
+        400,
+        400,
+    )
+    activation: Literal["paper", "relu", "tanh", "sigmoid"] = "paper"
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
+    table_bits: Annotated[int, Meta(ge=4, le=31)] = 20
+    initial_scale: NotNegative = 0.01
+    pretrain_examples: Annotated[int, Meta(ge=0)] = 0
+    batch_size: Annotated[int, Meta(ge=1)] = 512
+    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
+    table_learning_rate: NotNegative = 0.0
+    table_beta: Positive = 3.0
+    linear_learning_rate: NotNegative = 0.0
+    linear_beta: Positive = 1.0
+    dense_learning_rate: Positive = 0.001
+    dense_weight_decay: NotNegative = 0.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    ftrl: FtrlRates | UnsetType = UNSET
