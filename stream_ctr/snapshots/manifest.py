@@ -6,9 +6,9 @@ what a newer version wrote is an error of its own (see `snapshot.load`).
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from msgspec import Meta, Struct
+from msgspec import Struct
 
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.events.field import Schema
@@ -26,10 +26,14 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """How many examples were trained, and the sum of their hashes modulo 2 ** 64 (see `joiner.Ledger`)."""
+    """How many examples were trained, and the sum of their hashes modulo 2 ** 64."""
 
     count: Count
-    sum: Annotated[int, Meta(ge=0, le=(1 << 64) - 1)]
+    sum: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sum < 1 << 64:  # Meta has no bounds of 64 bits without a sign
+            raise ValueError(f"a ledger's sum is a number of 64 bits, got {self.sum}")
 
 
 class JoinSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
