@@ -23,8 +23,17 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("STREAM_CTR_DATA", ROOT.parent / "shared" / "data"))
-# Fields of a final report that depend on the wall clock or on where the run stands.
-WALL_CLOCK = ("seconds", "events_per_second", "profile", "snapshot", "silent_seconds", "notes")
+# Fields of a report that depend on the wall clock or on where the run stands, and the number of
+# the report's format, which says nothing about the run.
+LEFT_OUT = (
+    "seconds",
+    "events_per_second",
+    "profile",
+    "snapshot",
+    "silent_seconds",
+    "notes",
+    "format",
+)
 KILLED = 137
 
 SAMPLES = {
@@ -46,6 +55,10 @@ def stream_ctr(checkout: Path, folder: Path, *arguments: object, failpoint: str 
     return done.returncode
 
 
+def compared(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name not in LEFT_OUT}
+
+
 def results(state: Path) -> dict[str, Any]:
     """What is compared of the run in `state`."""
     newest = max((state / "snapshots").glob("[0-9]*"))
@@ -56,8 +69,8 @@ def results(state: Path) -> dict[str, Any]:
         "weights_sha256": manifest["weights_sha256"],
         "ledger": manifest["ledger"],
         "files": {name: entry["sha256"] for name, entry in sorted(manifest["files"].items())},
-        "windows": [line for line in lines if line["kind"] == "window"],
-        "report": {name: value for name, value in final.items() if name not in WALL_CLOCK},
+        "windows": [compared(line) for line in lines if line["kind"] == "window"],
+        "report": compared(final),
     }
 
 

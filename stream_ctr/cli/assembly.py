@@ -1,31 +1,41 @@
-"""From configuration to a trainer: the one place below the commands that reads a `Config`."""
+"""From a configuration to a trainer: the one place below the commands that reads a `Config`."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from msgspec import UNSET
+from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.evaluate.gate import Gate
+from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
-from stream_ctr.events.field import Field
+from stream_ctr.events.field import Field, Schema
 from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.learner import choose_device, choose_precision, make_learner
+from stream_ctr.learn.spec import FtrlRates, LearnerSpec, ModelName
 from stream_ctr.learn.thread_pool import set_up_process
+from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
-from stream_ctr.train.ingest import Ingest, ReadAhead
+from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.read_ahead import ReadAhead
+from stream_ctr.train.sampled_baseline import SampledBaseline
+from stream_ctr.train.snapshot_cycle import SnapshotPolicy
 from stream_ctr.train.source import Source
-from stream_ctr.train.trainer import Flags, Trainer
+from stream_ctr.train.state import TrainingState
+from stream_ctr.train.trainer import Surroundings, Trainer
 
-_FTRL = "ftrl"  # what the logistic regression is called that stands beside any other model
-# Sections that a state directory keeps: a later run on it starts from these.
+FTRL = "ftrl"
+"""The name of the logistic regression that learns beside the other models."""
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
+"""The sections of the configuration that a state directory keeps for later runs."""
 
 
 def build_trainer(
@@ -35,66 +45,24 @@ def build_trainer(
     source: Source,
     publisher: Publisher,
     directory: Path,
-    flags: Flags | None = None,
-    show: Callable[[Mapping[str, Any]], None] = lambda report: None,
-    notes: Callable[[], Sequence[str]] = tuple,
-    clock: Callable[[], float] = time.monotonic,
-    wall_clock: Callable[[], float] = time.time,
+    surroundings: Surroundings | None = None,
 ) -> Trainer:
-    """Everything that `run` runs. Raises `ConfigError` where the machine cannot do what was asked."""
+    """Build everything that `run` runs.
+
+    Raises `ConfigError` if the machine cannot do what the configuration asks for.
+    """
     set_up_process()
-    precision = choose_precision(config.learn.precision, choose_device(config.learn.device))
-    config = config.model_copy(
-        update={"learn": config.learn.model_copy(update={"precision": precision})}
+    surroundings = surroundings or Surroundings()
+    config = _with_precision(config)
+    identity = run_identity(config, fields)
+    hasher = Hasher(
+        identity.schema.fields,
+        table_bits=identity.schema.table_bits,
+        hash_seed=identity.schema.hash_seed,
+        numeric_encoding=identity.schema.numeric_encoding,
+        buckets_per_octave=identity.schema.buckets_per_octave,
+        crosses=identity.schema.crosses,
     )
-    hashing = {
-        "table_bits": config.model.table_bits,
-        **config.features.model_dump(mode="json", exclude={"categorical", "numeric"}),
-    }
-    try:
-        hasher = Hasher(fields, **hashing)
-    except ValueError as error:
-        raise ConfigError(f"features.crosses: {error}") from None
-    learning = _learner_options(config, hasher)
-    published, *beside = learning
-    joining = {
-        "label_window_ms": in_milliseconds(config.join.label_window),
-        "early_click_wait_ms": in_milliseconds(config.join.early_click_wait),
-        "duplicate_horizon_ms": in_milliseconds(config.join.duplicate_horizon),
-    }
-    lateness_ms = in_milliseconds(config.join.allowed_lateness)
-    river = config.baseline.model_dump(exclude={"enabled", "sample_rate"}) | {
-        "value_fields": hasher.value_fields
-    }
-    features = {
-        "categorical": [f.name for f in fields if f.kind == "categorical"],
-        "numeric": [f.name for f in fields if f.kind == "numeric"],
-    }
-    kept = config.model_dump(mode="json", include=set(KEPT_SECTIONS))
-    identity = {
-        "model": config.snapshots.model_name,
-        "schema": {"fields": [[field.name, field.kind] for field in fields], **hashing},
-        "learner": learning[published],
-        "beside": {name: learning[name] for name in beside},
-        "join": {**joining, "allowed_lateness_ms": lateness_ms},
-        "baseline": {
-            "enabled": config.baseline.enabled,
-            "sample_rate": config.baseline.sample_rate,
-            **river,
-        },
-        "config": {**kept, "features": {**kept["features"], **features}},
-    }
-    try:
-        joiner = LabelJoiner(
-            fields=len(fields) + len(hasher.crosses), value_fields=len(hasher.value_fields), id_bits=config.model.table_bits, **joining,
-            max_bytes=size(config.join.max_memory), over_bound=config.join.over_memory, spill_directory=directory / "spill",
-        )  # fmt: skip
-    except ValueError as error:
-        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
-    learners = {
-        name: make_learner(**of, device=config.learn.device, threads=config.learn.threads)
-        for name, of in learning.items()
-    }
     decoder = Decoder(
         fields,
         max_record_bytes=config.input.max_record_bytes,
@@ -105,68 +73,182 @@ def build_trainer(
         decoder,
         hasher,
         idle_seconds=config.join.idle_timeout.total_seconds(),
-        clock=clock,
-        wall_clock=wall_clock,
+        clock=surroundings.clock,
+        wall_clock=surroundings.wall_clock,
     )
+    read_ahead = config.input.read_ahead
+    joiner = _joiner(config, identity, directory)
+    baseline = _baseline(identity) if config.baseline.enabled else None
     return Trainer(
-        ingest=ReadAhead(ingest, most_records=config.input.read_ahead)
-        if config.input.read_ahead
-        else ingest,
+        ingest=ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest,
+        state=_state(config, identity, joiner, source, baseline),
         publisher=publisher,
-        joiner=joiner,
-        learners=learners,
-        directory=directory,
         identity=identity,
-        baseline=BaselineProcess(**river) if config.baseline.enabled else None,
-        baseline_share=config.baseline.sample_rate,
-        lateness_ms=lateness_ms,
-        stall_clicks=config.join.stall_clicks,
-        window_ms=in_milliseconds(config.metrics.window),
-        rolling_windows=config.metrics.rolling_windows,
-        snapshot_examples=config.schedule.snapshot_examples,
-        keep_snapshots=config.snapshots.keep,
-        signing=signing_key(config),
-        gate=Gate(
-            config.snapshots.gate_clicks,
-            config.snapshots.gate_logloss,
-            config.snapshots.gate_calibration,
+        snapshots=SnapshotPolicy(
+            directory,
+            every_examples=config.schedule.snapshot_examples,
+            keep=config.snapshots.keep,
+            signing=signing_key(config),
         ),
-        skips_before_rollback=config.learn.skips_before_rollback,
+        baseline=baseline,
         max_bad_share=config.input.max_bad_share,
-        flags=flags,
-        show=show,
-        notes=notes,
-        clock=clock,
-        wall_clock=wall_clock,
+        surroundings=surroundings,
     )
 
 
 def signing_key(config: Config) -> SigningKey | None:
-    """What snapshots are signed with, if they are. Raises `ConfigError` when it cannot be read."""
-    return SigningKey(Path(config.snapshots.signing_key)) if config.snapshots.signing_key else None
+    """Return the key that snapshots are signed with, or None.
+
+    Raises `ConfigError` if its file cannot be read.
+    """
+    path = config.snapshots.signing_key
+    return SigningKey(Path(path)) if path else None
 
 
-def _learner_options(config: Config, hasher: Hasher) -> dict[str, dict[str, Any]]:
-    """Name -> what rebuilds the learner, on any device; the published one first."""
-    models: dict[str, str] = {name: name for name in (config.model.name, *config.model.beside)}
+def run_identity(config: Config, fields: Sequence[Field]) -> RunIdentity:
+    """Return what snapshots of this configuration say about their run.
+
+    Raises `ConfigError` if a cross product has a wrong member.
+    """
+    schema = _schema(config, fields)
+    published, *additional = _specs(config, schema).items()
+    join = config.join
+    rates = config.baseline.model_dump(exclude={"enabled", "sample_rate"})
+    return RunIdentity(
+        model=config.snapshots.model_name,
+        schema=schema,
+        learner=published[1],
+        beside=dict(additional),
+        join=JoinSpec(
+            label_window_ms=in_milliseconds(join.label_window),
+            early_click_wait_ms=in_milliseconds(join.early_click_wait),
+            duplicate_horizon_ms=in_milliseconds(join.duplicate_horizon),
+            allowed_lateness_ms=in_milliseconds(join.allowed_lateness),
+        ),
+        baseline=BaselineSpec(
+            enabled=config.baseline.enabled,
+            sample_rate=config.baseline.sample_rate,
+            value_fields=schema.value_fields,
+            **rates,
+        ),
+        config=_kept_config(config, fields),
+    )
+
+
+def _with_precision(config: Config) -> Config:
+    """Replace the precision "auto" by that of the device."""
+    device = choose_device(config.learn.device)
+    learn = config.learn.model_copy(
+        update={"precision": choose_precision(config.learn.precision, device)}
+    )
+    return config.model_copy(update={"learn": learn})
+
+
+def _schema(config: Config, fields: Sequence[Field]) -> Schema:
+    features = config.features
+    try:
+        return Schema(
+            fields=tuple(fields),
+            table_bits=config.model.table_bits,
+            numeric_encoding=features.numeric_encoding,
+            buckets_per_octave=features.buckets_per_octave,
+            hash_seed=features.hash_seed,
+            crosses=features.crosses,
+        )
+    except ValueError as error:
+        raise ConfigError(f"features.crosses: {error}") from None
+
+
+def _kept_config(config: Config, fields: Sequence[Field]) -> dict[str, dict[str, object]]:
+    kept = config.model_dump(mode="json", include=set(KEPT_SECTIONS))
+    named = {
+        kind: [field.name for field in fields if field.kind == kind]
+        for kind in ("categorical", "numeric")
+    }
+    return {**kept, "features": {**kept["features"], **named}}
+
+
+def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
+    """Return the specification of each model, the published one first."""
+    models: dict[str, ModelName] = {
+        name: name for name in (config.model.name, *config.model.beside)
+    }
     if config.ftrl.enabled and "lr" not in models:
-        models[_FTRL] = "lr"
-    rates = config.ftrl.model_dump(exclude={"enabled"})
-    common = _common_options(config, hasher)
+        models[FTRL] = "lr"
+    rates = FtrlRates(**config.ftrl.model_dump(exclude={"enabled"}))
+    common = LearnerSpec(
+        fields=len(schema.fields),
+        crosses=len(schema.crosses),
+        value_fields=schema.value_fields,
+        **config.model.model_dump(exclude={"name", "beside"}),
+        **config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"}),
+    )
     return {
-        name: {"model": model, **common, **({"ftrl": rates} if model == "lr" else {})}
+        name: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
         for name, model in models.items()
     }
 
 
-def _common_options(config: Config, hasher: Hasher) -> dict[str, Any]:
-    model = config.model.model_dump(exclude={"name", "beside"}) | {
-        "hidden": list(config.model.hidden)
-    }
-    learn = config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"})
-    of_input = {
-        "fields": len(hasher.fields),
-        "crosses": len(hasher.crosses),
-        "value_fields": hasher.value_fields,
-    }
-    return {**of_input, **model, **learn}
+def _joiner(config: Config, identity: RunIdentity, directory: Path) -> LabelJoiner:
+    schema = identity.schema
+    join = identity.join
+    try:
+        return LabelJoiner(
+            fields=len(schema.fields) + len(schema.crosses),
+            value_fields=len(schema.value_fields),
+            id_bits=schema.table_bits,
+            label_window_ms=join.label_window_ms,
+            early_click_wait_ms=join.early_click_wait_ms,
+            duplicate_horizon_ms=join.duplicate_horizon_ms,
+            max_bytes=size(config.join.max_memory),
+            over_bound=config.join.over_memory,
+            spill_directory=directory / "spill",
+        )
+    except ValueError as error:
+        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
+
+
+def _baseline(identity: RunIdentity) -> SampledBaseline:
+    spec = identity.baseline
+    process = BaselineProcess(
+        alpha=spec.alpha,
+        beta=spec.beta,
+        l1=spec.l1,
+        l2=spec.l2,
+        intercept_learning_rate=spec.intercept_learning_rate,
+        value_fields=spec.value_fields,
+    )
+    return SampledBaseline(process, share=spec.sample_rate, fields=len(identity.schema.fields))
+
+
+def _state(
+    config: Config,
+    identity: RunIdentity,
+    joiner: LabelJoiner,
+    source: Source,
+    baseline: SampledBaseline | None,
+) -> TrainingState:
+    specs = {identity.learner.model: identity.learner, **identity.beside}
+    models = [*specs, *([baseline.name] if baseline else [])]
+    limits = config.snapshots
+    return TrainingState(
+        joiner=joiner,
+        watermarks=Watermarks(
+            partitions=len(source.partitions),
+            lateness_ms=identity.join.allowed_lateness_ms,
+            stall_clicks=config.join.stall_clicks,
+        ),
+        learners={
+            name: make_learner(spec, device=config.learn.device, threads=config.learn.threads)
+            for name, spec in specs.items()
+        },
+        scoreboard=Scoreboard(
+            models,
+            windows=MetricWindows(
+                in_milliseconds(config.metrics.window), config.metrics.rolling_windows
+            ),
+            gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
+            baseline=baseline.name if baseline else None,
+        ),
+        skips_before_rollback=config.learn.skips_before_rollback,
+    )

@@ -16,7 +16,7 @@ from stream_ctr.connectors.embedded import EmbeddedBroker
 from stream_ctr.connectors.errors import EmbeddedUnavailable
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots.lease import Lease
-from stream_ctr.snapshots.snapshot import Pointer
+from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.snapshots.subscriber import Subscriber
 
 
@@ -29,7 +29,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
     delays: list[float] = []
 
     def note_delay(pointer: Pointer) -> None:
-        delays.append(time.time() - pointer["created_ms"] / 1000)
+        delays.append(time.time() - pointer.created_ms / 1000)
 
     with (
         runs.state_directory(state) as lease,
@@ -42,7 +42,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
             runs.say(f"note: {error}; reading the same stream without a broker")
             report = runs.train_on_log(simulation, config, lease)
         deadline = time.monotonic() + 60.0
-        while (pointer := subscriber.pointer) is None or pointer["snapshot"] != report["snapshot"]:
+        while (pointer := subscriber.pointer) is None or pointer.snapshot != report["snapshot"]:
             if time.monotonic() > deadline:
                 break
             time.sleep(0.05)
@@ -50,7 +50,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
         Console().print(final_table(report))
     if pointer:
         print(
-            f"subscriber: loaded {pointer['snapshot']} {delays[-1]:.2f} s after it was taken, verified"
+            f"subscriber: loaded {pointer.snapshot} {delays[-1]:.2f} s after it was taken, verified"
         )
     print(f"reports:    {state / 'reports.jsonl'}")
     print(f"snapshot:   {state / 'snapshots' / report['snapshot']}")

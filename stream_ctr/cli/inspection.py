@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.messages import printable
@@ -158,14 +159,14 @@ def _held(folder: Path) -> list[Path]:
 
 def _served(folder: Path) -> str | None:
     """The name of the published one."""
-    from stream_ctr.snapshots import snapshot
+    from stream_ctr.snapshots.pointer import read_pointer
 
     try:
-        pointer = snapshot.read_pointer(folder.parent / "latest.json")
+        pointer = read_pointer(folder.parent / "latest.json")
     except SnapshotError as error:
         _note(f"which one is published is not known: {error}")
         return None
-    return pointer["snapshot"] if pointer else None
+    return pointer.snapshot if pointer else None
 
 
 def _described(path: Path, served: str | None) -> dict[str, Any]:
@@ -173,24 +174,21 @@ def _described(path: Path, served: str | None) -> dict[str, Any]:
 
     place = {"snapshot": path.name, "path": str(path.absolute()), "published": path.name == served}
     try:
-        manifest, _ = snapshot.load(path, files=())
+        manifest = snapshot.read_manifest(path)
     except SnapshotError as error:
         return {**place, "error": str(error)}
-    model = _at(manifest, "learner", "model")
-    score = _at(manifest, "metrics", "models", str(model))
-    told = {
-        name: manifest.get(name)
-        for name in ("parent", "epoch", "sequence", "examples", "event_time_range", "created_ms")
-    }
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    told["refused"] = [
-        *(_at(manifest, "gate", "refused") or []),
-        *(_at(manifest, "gate", "last_step") or []),
-    ]
+    model = manifest.learner.model
+    score = _at(manifest.metrics, "models", model)
     return {
         **place,
-        **told,
-        "bytes": size,
+        "parent": manifest.parent,
+        "epoch": manifest.epoch,
+        "sequence": manifest.sequence,
+        "examples": manifest.examples,
+        "event_time_range": list(manifest.event_time_range),
+        "created_ms": manifest.created_ms,
+        "refused": [*manifest.gate.refused, *manifest.gate.last_step],
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "model": model,
         "logloss": _at(score, "logloss"),
         "auc": _at(score, "auc"),
@@ -235,12 +233,16 @@ def show_snapshot(path: Path, snapshot_id: str | None) -> None:
     from stream_ctr.snapshots import snapshot
 
     path = _one(path, snapshot_id)
-    manifest, _ = snapshot.load(path, files=())
-    told = {name: value for name, value in manifest.items() if name not in ("metrics", "files")}
+    manifest = snapshot.read_manifest(path)
+    told = {
+        name: value
+        for name, value in msgspec.to_builtins(manifest).items()
+        if name not in ("metrics", "files")
+    }
     for line in aligned([[printable(name), printable(text, 2000)] for name, text in _flat(told)]):
         _say(line)
-    for name, entry in manifest["files"].items():
-        _say(f"\n{name}  {entry['bytes']:,} bytes  SHA-256 {printable(entry['sha256'])}")
+    for name, entry in manifest.files.items():
+        _say(f"\n{name}  {entry.bytes:,} bytes  SHA-256 {printable(entry.sha256)}")
         tensors = _tensors(path / name) if name.endswith(".safetensors") else []
         rows = [
             ["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in tensors
@@ -318,14 +320,14 @@ def verify_snapshots(path: Path, public_key: Path | None) -> None:
 
 def _pinned(folder: Path) -> tuple[dict[str, str], int]:
     """The SHA-256 of the published snapshot's manifest, by name; and whether the pointer that tells it is broken."""
-    from stream_ctr.snapshots import snapshot
+    from stream_ctr.snapshots.pointer import read_pointer
 
     try:
-        pointer = snapshot.read_pointer(folder.parent / "latest.json")
+        pointer = read_pointer(folder.parent / "latest.json")
     except SnapshotError as error:
         _say(f"latest.json  {printable(str(error), 1000)}")
         return {}, 1
-    return ({pointer["snapshot"]: pointer["manifest_sha256"]} if pointer else {}), 0
+    return ({pointer.snapshot: pointer.manifest_sha256} if pointer else {}), 0
 
 
 def _what_is_wrong(path: Path, manifest_sha256: str | None, signature: Verify | None) -> str | None:
@@ -376,12 +378,12 @@ def roll_back(
             sink = kafka.KafkaSink(client)
             stack.callback(sink.close)
         publisher = Publisher(
-            state, sink=sink, snapshot_topic=topic or "", model_name=str(manifest.get("model"))
+            state, sink=sink, snapshot_topic=topic or "", model_name=manifest.model
         )
         before, pointer = _served(path.parent), publisher.roll_back(path, manifest)
     places = f"{state / 'latest.json'}{f' and topic {topic}' if topic else ''}"
     _say(
-        f"{path.name} is published again, as epoch {pointer['epoch']}, in {places}; before: {before or 'none'}"
+        f"{path.name} is published again, as epoch {pointer.epoch}, in {places}; before: {before or 'none'}"
     )
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
 
 from stream_ctr import __version__
 from stream_ctr.cli.inspection import aligned, dlq, snapshots
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
     from stream_ctr.config import Config
     from stream_ctr.logs.log import Log
+    from stream_ctr.snapshots.pointer import Pointer
 
 
 def _lines(text: object) -> str:
@@ -494,11 +496,13 @@ def _follow(
     while not subscriber.closing:
         pointer = subscriber.next(timeout if once else 1.0)
         if pointer:
-            delay = round(time.time() - pointer["created_ms"] / 1000, 3)
-            line = json.dumps({**pointer, "verified": True, "delay_seconds": delay})
+            delay = round(time.time() - pointer.created_ms / 1000, 3)
+            line = json.dumps(
+                {**msgspec.to_builtins(pointer), "verified": True, "delay_seconds": delay}
+            )
             if not as_json:
-                place = printable(pointer["path"], 1000)
-                line = f"{pointer['snapshot']}  {pointer['examples']:,} examples  loaded {delay:.2f} s after it was taken  {place}"
+                place = printable(pointer.path, 1000)
+                line = f"{pointer.snapshot}  {pointer.examples:,} examples  loaded {delay:.2f} s after it was taken  {place}"
             click.echo(line)
             sys.stdout.flush()
             if hook:
@@ -509,12 +513,12 @@ def _follow(
             return
 
 
-def _run_hook(hook: Sequence[str], pointer: Mapping[str, Any]) -> None:
-    arguments = [part.replace("{path}", pointer["path"]) for part in hook]
+def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
+    arguments = [part.replace("{path}", pointer.path) for part in hook]
     environment = {
         **os.environ,
-        "STREAM_CTR_SNAPSHOT": pointer["path"],
-        "STREAM_CTR_SNAPSHOT_ID": pointer["snapshot"],
+        "STREAM_CTR_SNAPSHOT": pointer.path,
+        "STREAM_CTR_SNAPSHOT_ID": pointer.snapshot,
     }
     try:
         done = subprocess.run(arguments, env=environment, check=False)
@@ -522,7 +526,7 @@ def _run_hook(hook: Sequence[str], pointer: Mapping[str, Any]) -> None:
         raise ConfigError(f"cannot run {arguments[0]!r} of --exec: {error.strerror}") from None
     if done.returncode:
         click.echo(
-            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer['snapshot']}",
+            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}",
             err=True,
         )
 

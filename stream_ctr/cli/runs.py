@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,10 @@ from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.train.report import to_json_object
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
+from stream_ctr.train.trainer import Surroundings
 
 _INFER_RECORDS = 1000
 _INFER_SECONDS = 10.0
@@ -131,7 +133,7 @@ def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
 def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
     """What an earlier run on this directory was configured with."""
     newest = snapshot.newest(state / "snapshots", signature=signature)
-    return cast("dict[str, Any]", snapshot.verify(newest)["config"]) if newest else None
+    return snapshot.verify(newest).config if newest else None
 
 
 def train_on_log(log: Stream, config: Config, lease: Lease) -> dict[str, Any]:
@@ -227,9 +229,11 @@ def _train(
             source=source,
             publisher=publisher,
             directory=state,
-            flags=schedule,
-            show=table.update,
-            notes=notes,
+            surroundings=Surroundings(
+                flags=schedule,
+                show=lambda report: table.update(to_json_object(report)),
+                notes=notes,
+            ),
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
@@ -241,10 +245,10 @@ def _train(
                     f"warning: snapshot {newest.name} is signed, those of this run will not be: no snapshots.signing_key is given"
                 )
             trainer.restore(newest)
-            say(f"resumed from snapshot {newest.name} ({trainer.ledger.count:,} examples)")
+            say(f"resumed from snapshot {newest.name} ({trainer.state.ledger.count:,} examples)")
         stopping.then(trainer.stop)
         stack.enter_context(schedule)
-        report = trainer.run()
+        report = to_json_object(trainer.run())
     if Console().is_terminal:
         Console().print(final_table(report))
     say(_summary(report, state))

@@ -1,10 +1,19 @@
-"""Whether a snapshot may be published: it must not be worse than what subscribers have, nor than the simple model beside it.
+"""The gate: a snapshot is published only if its model does no worse than the published one and the baseline.
 
-What a model did is measured on examples that it had not learned yet, since the last verdict, once they hold enough clicks to tell. Where
-there is a baseline, the model is compared through it: when traffic becomes harder both become worse, and that is no fault of the model.
+A model is measured on examples that it had not learned yet, since the last verdict, once they hold
+enough clicks. If there is a baseline, the model is compared through it: when traffic becomes harder
+both get worse, and the model is not to blame.
 
->>> good = {"logloss": 0.40, "baseline_logloss": 0.42, "ne": 0.8, "calibration": 1.02, "baseline_calibration": 1.0, "clicks": 5000}
->>> bad = {**good, "logloss": 0.55, "calibration": 2.0}
+>>> good = Measured(
+...     clicks=5000,
+...     count=60_000,
+...     ne=0.8,
+...     logloss=0.40,
+...     baseline_logloss=0.42,
+...     calibration=1.02,
+...     baseline_calibration=1.0,
+... )
+>>> bad = msgspec.structs.replace(good, logloss=0.55, calibration=2.0)
 >>> Gate().refusals(good, published=None), Gate().refusals(good, published=good)
 ([], [])
 >>> for reason in Gate().refusals(bad, published=good):
@@ -27,14 +36,12 @@ from msgspec import Struct
 
 from stream_ctr.evaluate import metrics
 
-Evidence = Mapping[str, Any]
-
 
 class Measured(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a verdict rests on: the published model, and the baseline on the same examples.
+    """The evidence of a verdict: the published model, and the baseline on the same examples.
 
-    `calibration` is predicted over actual clicks, `ne` normalised entropy. A figure without
-    meaning, as the calibration of a model that saw no click, is None.
+    `calibration` is predicted over actual clicks, `ne` the normalised entropy. A figure without
+    meaning, such as the calibration of a model that saw no click, is None.
     """
 
     clicks: int
@@ -47,7 +54,7 @@ class Measured(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class Verdict(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Whether a snapshot may be published: it may not while `refused` or `last_step` has a reason."""
+    """A snapshot may be published if neither `refused` nor `last_step` holds a reason."""
 
     last_step: tuple[str, ...] = ()
     evidence: Measured | None = None
@@ -56,128 +63,143 @@ class Verdict(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """By how much a snapshot may be worse: `logloss`, as a share of what it is compared with; `calibration`, of |ln(predicted / actual
-    clicks)|. No verdict on fewer than `clicks` clicks; with 0 there is no gate."""
+    """Bounds on how much worse a snapshot may be.
+
+    `logloss` is a share of the logloss that it is compared with, `calibration` a difference of
+    |ln(predicted / actual clicks)|. There is no verdict on fewer than `clicks` clicks; with 0 there
+    is no gate.
+    """
 
     clicks: int = 1000
     logloss: float = 0.1
     calibration: float = 0.3
 
-    def refusals(self, now: Evidence, published: Evidence | None) -> list[str]:
-        """Why not, in words; empty: it may be published."""
-        reasons = []
-        against = now["baseline_logloss"]
-        if against and now["logloss"] > against * (1 + self.logloss):
-            reasons.append(
-                f"its logloss is {now['logloss'] / against - 1:.0%} above the baseline's".replace(
-                    "%", " %"
-                )
-            )
-        relative, what = (
-            _relative(now),
-            "logloss over the baseline's" if against else "normalised entropy",
-        )
-        if (
-            published
-            and (before := _relative(published))
-            and relative
-            and relative > before * (1 + self.logloss)
-        ):
-            reasons.append(
-                f"its {what} is {relative / before - 1:.0%} above that of the published snapshot".replace(
-                    "%", " %"
-                )
-            )
-        reference = now["baseline_calibration"] if against else (published or {}).get("calibration")
-        if now["calibration"] and _off(now["calibration"]) > _off(reference) + self.calibration:
-            beside = (
-                f", {'the baseline' if against else 'the published one'} {reference:.2f} times"
-                if reference
-                else ""
-            )
-            reasons.append(
-                f"it predicts {now['calibration']:.2f} times the clicks that came{beside}"
-            )
-        return reasons
+    def refusals(self, now: Measured, published: Measured | None) -> list[str]:
+        """Return the reasons not to publish, or an empty list."""
+        reasons = [
+            self._worse_than_baseline(now),
+            self._worse_than_published(now, published),
+            self._off_calibration(now, published),
+        ]
+        return [reason for reason in reasons if reason]
+
+    def _worse_than_baseline(self, now: Measured) -> str | None:
+        baseline = now.baseline_logloss
+        if not baseline or now.logloss is None or now.logloss <= baseline * (1 + self.logloss):
+            return None
+        return f"its logloss is {_percent(now.logloss / baseline - 1)} above the baseline's"
+
+    def _worse_than_published(self, now: Measured, published: Measured | None) -> str | None:
+        relative = _relative(now)
+        before = _relative(published) if published else None
+        if not before or not relative or relative <= before * (1 + self.logloss):
+            return None
+        figure = "logloss over the baseline's" if now.baseline_logloss else "normalised entropy"
+        worse = _percent(relative / before - 1)
+        return f"its {figure} is {worse} above that of the published snapshot"
+
+    def _off_calibration(self, now: Measured, published: Measured | None) -> str | None:
+        if now.baseline_logloss:
+            name, reference = "the baseline", now.baseline_calibration
+        else:
+            name, reference = "the published one", published.calibration if published else None
+        if not now.calibration or _off(now.calibration) <= _off(reference) + self.calibration:
+            return None
+        compared = f", {name} {reference:.2f} times" if reference else ""
+        return f"it predicts {now.calibration:.2f} times the clicks that came{compared}"
 
 
 class Judge:
-    """Gathers what the `models` of a run do; has a verdict on the first, beside `baseline` if there is one, when that is enough."""
+    """Collect evidence on the models of a run, and pass verdicts on the first of them."""
 
     def __init__(self, gate: Gate, models: Sequence[str], baseline: str | None = None) -> None:
-        self._gate, self._models, self._baseline = gate, models, baseline
+        self._gate = gate
+        self._models = models
+        self._baseline = baseline
         self._recent = metrics.Tally(models)  # since the last verdict
-        self._evidence: Evidence | None = None  # of the last verdict
-        self.refused: list[str] = []
-        """Why what is learned may not be published, by the last verdict."""
+        self._evidence: Measured | None = None  # of the last verdict
+        self.refused: tuple[str, ...] = ()
+        """The reasons, by the last verdict, not to publish."""
 
     def add(self, scored: metrics.Scored) -> None:
+        """Add a batch to the evidence."""
         self._recent.add(scored)
 
-    def judge(self, published: Callable[[], Evidence | None]) -> None:
-        """Come to a verdict if there are clicks enough; `published` tells what the snapshot was judged by that subscribers have."""
+    def judge(self, published: Callable[[], Measured | None]) -> None:
+        """Pass a verdict if there are enough clicks.
+
+        `published` returns the evidence of the published snapshot.
+        """
         if self._gate.clicks and self._recent.clicks >= self._gate.clicks:
-            self._evidence = evidence(self._recent, self._baseline)
-            self.refused = self._gate.refusals(self._evidence, published())
+            self._evidence = measured(self._recent, self._baseline)
+            self.refused = tuple(self._gate.refusals(self._evidence, published()))
             self._recent = metrics.Tally(self._models)
 
-    def begin_anew(self, why: str) -> None:
-        """What was gathered is of another model: where there is a gate, refuse until there is a verdict on this one."""
-        self._recent = metrics.Tally(self._models)
-        self.refused = [why] if self._gate.clicks else []
+    def begin_anew(self, reason: str) -> None:
+        """Forget the evidence, which is that of another model.
 
-    def go_back(self, told: Mapping[str, Any]) -> None:
-        """The model is the one of an earlier snapshot again, which what was gathered is not of: the verdict is the one of its manifest."""
+        If there is a gate, it refuses with this reason until there is a verdict.
+        """
         self._recent = metrics.Tally(self._models)
-        self._take(told)
+        self.refused = (reason,) if self._gate.clicks else ()
 
-    def told(self) -> dict[str, Any]:
-        """The last verdict, for a manifest."""
-        return {"evidence": self._evidence, "refused": self.refused}
+    def go_back(self, verdict: Verdict) -> None:
+        """Forget the evidence and take the verdict of an earlier snapshot, which the model is again."""
+        self._recent = metrics.Tally(self._models)
+        self._take(verdict)
+
+    def verdict(self, *, last_step: Sequence[str] = ()) -> Verdict:
+        """Return the last verdict, for a manifest."""
+        return Verdict(last_step=tuple(last_step), evidence=self._evidence, refused=self.refused)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
+        """Return the evidence since the last verdict as arrays."""
         return {name: array.copy() for name, array in self._recent.arrays().items()}
 
-    def load_state_dict(
-        self, state: Mapping[str, npt.NDArray[np.generic]], told: Mapping[str, Any]
-    ) -> None:
+    def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]], verdict: Verdict) -> None:
+        """Restore what `state_dict` and `verdict` returned."""
         for name, array in self._recent.arrays().items():
             array[:] = state[name]
-        self._take(told)
+        self._take(verdict)
 
-    def _take(self, told: Mapping[str, Any]) -> None:
-        self._evidence, self.refused = (
-            told["evidence"],
-            told["refused"] if self._gate.clicks else [],
-        )
+    def _take(self, verdict: Verdict) -> None:
+        self._evidence = verdict.evidence
+        self.refused = verdict.refused if self._gate.clicks else ()
 
 
-def evidence(tally: metrics.Tally, baseline: str | None) -> dict[str, Any]:
-    """What the first model of a tally did, and `baseline` on the examples that both scored."""
+def measured(tally: metrics.Tally, baseline: str | None) -> Measured:
+    """Return the evidence on the first model of a tally, and on `baseline`.
+
+    The model's logloss is the baseline's plus their mean difference on the examples that both
+    scored.
+    """
     model, *others = tally.scores
     score = tally.scores[model].summary()
-    beside = tally.scores[baseline].summary() if baseline else None
+    reference = tally.scores[baseline].summary() if baseline else None
     logloss = score["logloss"]
-    if baseline and beside and beside["count"]:
+    if baseline and reference and reference["count"]:
         difference, count = tally.paired[others.index(baseline)]
-        logloss = float(beside["logloss"] + difference / count)
-    return {
-        "clicks": tally.clicks,
-        "count": score["count"],
-        "ne": score["ne"],
-        "logloss": logloss,
-        "baseline_logloss": beside["logloss"] if beside else None,
-        "calibration": score["pred_over_actual"],
-        "baseline_calibration": beside["pred_over_actual"] if beside else None,
-    }
-
-
-def _relative(of: Evidence) -> float | None:
-    relative: float | None = (
-        of["logloss"] / of["baseline_logloss"] if of["baseline_logloss"] else of["ne"]
+        logloss = float(reference["logloss"] + difference / count)
+    return Measured(
+        clicks=tally.clicks,
+        count=int(score["count"] or 0),
+        ne=score["ne"],
+        logloss=logloss,
+        baseline_logloss=reference["logloss"] if reference else None,
+        calibration=score["pred_over_actual"],
+        baseline_calibration=reference["pred_over_actual"] if reference else None,
     )
-    return relative
+
+
+def _relative(evidence: Measured) -> float | None:
+    if evidence.baseline_logloss and evidence.logloss is not None:
+        return evidence.logloss / evidence.baseline_logloss
+    return evidence.ne
 
 
 def _off(calibration: float | None) -> float:
     return abs(math.log(calibration)) if calibration else 0.0
+
+
+def _percent(share: float) -> str:
+    return f"{share:.0%}".replace("%", " %")

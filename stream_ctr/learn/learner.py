@@ -3,7 +3,8 @@
 `learn` returns the logits from before the update, so every example is predicted before it is learned from: progressive validation is
 not an extra pass but what learning yields.
 
->>> learner = make_learner("deepfm", fields=2, embedding_dim=4, hidden=[8], table_bits=8, batch_size=4, device="cpu")
+>>> spec = LearnerSpec(fields=2, embedding_dim=4, hidden=(8,), table_bits=8, batch_size=4)
+>>> learner = make_learner(spec, device="cpu")
 >>> ids, labels = np.array([[1, 2], [3, 4]], np.int32), np.array([1, 0], np.uint8)
 >>> before = learner.predict(ids)
 >>> bool(np.array_equal(learner.learn(ids, labels).numpy(), before)), bool(np.array_equal(learner.predict(ids), before))
@@ -12,17 +13,17 @@ not an extra pass but what learning yields.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import structs
 from torch import Tensor, nn
 
 from stream_ctr.errors import ConfigError
@@ -30,13 +31,13 @@ from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.cpu_step import Batch, CpuStep, Ids, Labels, Values
 from stream_ctr.learn.ftrl import FTRL
 from stream_ctr.learn.gpu_step import GpuStep
+from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.learn.table import Rates, Table, columns
-from stream_ctr.models import MODELS, System
+from stream_ctr.models import MODELS
 from stream_ctr.models.layers import Dropout
 
 _log = logging.getLogger(__name__)
 State = dict[str, npt.NDArray[Any]]
-_NO_RATES: Mapping[str, float] = {}
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 and Arm
 
 
@@ -124,32 +125,25 @@ class Learner(Protocol):
 
 
 def make_learner(
-    model: str,
+    spec: LearnerSpec,
     *,
-    fields: int,
-    ftrl: Mapping[str, float] = _NO_RATES,
+    device: str = "auto",
+    threads: int = 0,
+    progressive: bool = True,
     serving: bool = False,
-    **options: Any,
 ) -> Learner:
-    """The learner of one of `MODELS`. `options` are those of `NetworkLearner`, whichever it is; `ftrl` are the rates of LR's.
-    For `serving`, which is loading weights and predicting, LR takes no more memory than its weights do.
+    """Make the learner that `spec` describes.
 
-    >>> make_learner("lr", fields=2, tabel_bits=8)
-    Traceback (most recent call last):
-    TypeError: a learner has no option 'tabel_bits'
+    With `serving`, a learner that loads weights and predicts: LR then takes no more memory than its
+    weights do. The other arguments are those of `NetworkLearner`.
+
+    >>> learner = make_learner(LearnerSpec(model="lr", fields=2, table_bits=8))
+    >>> learner.predict(np.array([[1, 2]], np.int32)).tolist()
+    [0.0]
     """
-    if odd := sorted(options.keys() - inspect.signature(NetworkLearner).parameters.keys()):
-        raise TypeError(f"a learner has no option {odd[0]!r}")
-    if MODELS[model].module is not None:
-        return NetworkLearner(model, fields=fields, **options)
-    of_table: dict[str, Any] = {
-        name: options[name]
-        for name in ("table_bits", "value_fields", "batch_size")
-        if name in options
-    }
-    return (ServedLinear if serving else LinearLearner)(
-        fields=fields, **of_table, **cast("dict[str, Any]", ftrl)
-    )
+    if MODELS[spec.model].module is None:
+        return (ServedLinear if serving else LinearLearner)(spec)
+    return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
 
 
 class NetworkLearner:
@@ -170,54 +164,37 @@ class NetworkLearner:
 
     def __init__(
         self,
-        model: str = "deepfm",
+        spec: LearnerSpec,
         *,
-        fields: int,
-        crosses: int = 0,
-        value_fields: Sequence[int] = (),
-        embedding_dim: int = 10,
-        hidden: Sequence[int] = (400, 400, 400),
-        activation: str = "paper",
-        dropout: float = 0.0,
-        table_bits: int = 20,
-        initial_scale: float = 0.01,
-        batch_size: int = 512,
-        table_optimizer: str = "adagrad",
-        table_learning_rate: float = 0.0,
-        table_beta: float = 3.0,
-        linear_learning_rate: float = 0.0,
-        linear_beta: float = 1.0,
-        dense_learning_rate: float = 0.001,
-        dense_weight_decay: float = 0.0,
-        pretrain_examples: int = 0,
-        progressive: bool = True,
-        precision: str = "fp32",
         device: str = "auto",
         threads: int = 0,
-        seed: int = 0,
+        progressive: bool = True,
     ) -> None:
         self.device = choose_device(device)
-        system = MODELS[model]
-        self.columns = fields + (crosses if system.crosses else 0)
-        self.fields, self.value_fields, self.batch_size = fields, list(value_fields), batch_size
+        system = MODELS[spec.model]
+        self.columns = spec.fields + (spec.crosses if system.crosses else 0)
+        self.fields = spec.fields
+        self.value_fields = list(spec.value_fields)
+        self.batch_size = spec.batch_size
         self.steps = 0
         self._begun = 0  # steps before the present optimisers began
-        self._pretrain_steps = -(-pretrain_examples // batch_size)
+        self._pretrain_steps = -(-spec.pretrain_examples // spec.batch_size)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.model = _module(system, fields, embedding_dim, hidden, activation, dropout).to(
-                self.device
-            )
-        rates = Rates.of(
-            table_optimizer, fields=fields, columns=self.columns, learning_rate=table_learning_rate, beta=table_beta,
-            linear_learning_rate=linear_learning_rate, linear_beta=linear_beta,
-        )  # fmt: skip
+            torch.manual_seed(spec.seed)
+            self.model = _module(spec).to(self.device)
         self.table = Table(
-            bits=table_bits, embedding_dim=embedding_dim, embeddings=system.embeddings, rates=rates, initial_scale=initial_scale,
-            seed=seed, device=self.device,
-        )  # fmt: skip
-        self.adam = FlatAdam(self.model, learning_rate=dense_learning_rate, low=precision == "bf16")
-        self._weight_decay = dense_weight_decay
+            bits=spec.table_bits,
+            embedding_dim=spec.embedding_dim,
+            embeddings=system.embeddings,
+            rates=_table_rates(spec, self.columns),
+            initial_scale=spec.initial_scale,
+            seed=spec.seed,
+            device=self.device,
+        )
+        self.adam = FlatAdam(
+            self.model, learning_rate=spec.dense_learning_rate, low=spec.precision == "bf16"
+        )
+        self._weight_decay = spec.dense_weight_decay
         self._turn = threading.Lock()  # a step has one set of buffers
         self._copy: Tensor | None = None
         step = (
@@ -226,9 +203,16 @@ class NetworkLearner:
             else GpuStep
         )
         self._make_step = partial(
-            step, self.model, self.table, self.adam, fields=self.columns, value_fields=value_fields, batch_size=batch_size,
-            seed=seed, progressive=progressive,
-        )  # fmt: skip
+            step,
+            self.model,
+            self.table,
+            self.adam,
+            fields=self.columns,
+            value_fields=self.value_fields,
+            batch_size=spec.batch_size,
+            seed=spec.seed,
+            progressive=progressive,
+        )
         self._step = self._prepared_step()
         if self.pretraining and not self._pretrain_steps:
             self.end_pretraining()
@@ -349,19 +333,13 @@ class LinearLearner:
 
     pretraining = False
 
-    def __init__(
-        self,
-        *,
-        fields: int,
-        value_fields: Sequence[int] = (),
-        table_bits: int = 20,
-        batch_size: int = 512,
-        **rates: float,
-    ) -> None:
-        self.fields, self.batch_size, self.steps = fields, batch_size, 0
-        self._bits = table_bits
+    def __init__(self, spec: LearnerSpec) -> None:
+        self.fields = spec.fields
+        self.batch_size = spec.batch_size
+        self.steps = 0
+        self._bits = spec.table_bits
         self._turn = threading.Lock()  # while an example is learned, its rows are marked
-        self._ftrl = FTRL(table_bits=table_bits, value_fields=value_fields, **rates)
+        self._ftrl = _ftrl(spec, spec.table_bits)
 
     def learn(
         self,
@@ -405,17 +383,11 @@ class ServedLinear(LinearLearner):
     """LR that was learned elsewhere. Its table holds the rows that were learned side by side, and one for all others: how many rows there
     might be, which nothing but a manifest says, costs no memory."""
 
-    def __init__(self, *, table_bits: int = 20, **options: Any) -> None:
-        super().__init__(table_bits=0, **options)
-        self._bits, self._rows = table_bits, np.empty(0, np.int32)
-        self._make = partial(
-            FTRL,
-            **{
-                name: value
-                for name, value in options.items()
-                if name not in ("fields", "batch_size")
-            },
-        )
+    def __init__(self, spec: LearnerSpec) -> None:
+        super().__init__(structs.replace(spec, table_bits=0))
+        self._bits = spec.table_bits
+        self._rows = np.empty(0, np.int32)
+        self._make = partial(_ftrl, spec)
 
     def learn(
         self,
@@ -430,7 +402,7 @@ class ServedLinear(LinearLearner):
     def load_weights(self, weights: Mapping[str, npt.NDArray[np.generic]]) -> None:
         _require_linear(weights, self._bits)
         count = len(weights["rows"])
-        ftrl = self._make(table_bits=count.bit_length())
+        ftrl = self._make(count.bit_length())
         ftrl.load_state_dict({**weights, "rows": np.arange(count)})
         with self._turn:
             self._rows, self._ftrl = weights["rows"].astype(np.int32), ftrl
@@ -464,52 +436,59 @@ def _require_linear(weights: Mapping[str, npt.NDArray[np.generic]], bits: int) -
         raise ValueError("tensor 'rows' does not ascend")
 
 
-def require_shapes(
-    weights: Mapping[str, npt.NDArray[np.generic]],
-    *,
-    model: str,
-    fields: int,
-    embedding_dim: int,
-    hidden: Sequence[int],
-    activation: str,
-    dropout: float,
-    table_bits: int,
-    table_optimizer: str,
-    **_: object,
-) -> None:
-    """Before memory is taken for a learner that somebody claims these are the weights of: they have its shapes. Raises `KeyError` or
-    `ValueError`."""
-    system = MODELS[model]
+def require_shapes(weights: Mapping[str, npt.NDArray[np.generic]], spec: LearnerSpec) -> None:
+    """Raise `KeyError` or `ValueError` unless `weights` have the shapes that `spec` describes.
+
+    It takes no memory for a learner: a damaged specification may describe one of any size.
+    """
+    system = MODELS[spec.model]
     if system.module is None:
-        return  # served, it takes what its weights take
+        return  # served, LR takes the memory of its weights
     with torch.device("meta"):
-        dense = _module(system, fields, embedding_dim, hidden, activation, dropout).state_dict()
-    row = columns(embedding_dim, embeddings=system.embeddings, optimizer=table_optimizer)
+        dense = _module(spec).state_dict()
+    row = columns(spec.embedding_dim, embeddings=system.embeddings, optimizer=spec.table_optimizer)
     wanted = {
-        "table": (1 << table_bits, row),
-        **{f"dense.{n}": tuple(t.shape) for n, t in dense.items()},
+        "table": (1 << spec.table_bits, row),
+        **{f"dense.{name}": tuple(tensor.shape) for name, tensor in dense.items()},
     }
     for name, shape in wanted.items():
         if (found := weights[name].shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")
 
 
-def _module(
-    system: System,
-    fields: int,
-    embedding_dim: int,
-    hidden: Sequence[int],
-    activation: str,
-    dropout: float,
-) -> nn.Module:
+def _module(spec: LearnerSpec) -> nn.Module:
+    system = MODELS[spec.model]
     assert system.module is not None
-    activation = system.activation if activation == "paper" else activation
     return system.module(
-        fields=fields,
-        embedding_dim=embedding_dim,
-        hidden=hidden,
-        activation=activation,
-        dropout=dropout,
+        fields=spec.fields,
+        embedding_dim=spec.embedding_dim,
+        hidden=spec.hidden,
+        activation=system.activation if spec.activation == "paper" else spec.activation,
+        dropout=spec.dropout,
+    )
+
+
+def _table_rates(spec: LearnerSpec, columns: int) -> Rates:
+    return Rates.of(
+        spec.table_optimizer,
+        fields=spec.fields,
+        columns=columns,
+        learning_rate=spec.table_learning_rate,
+        beta=spec.table_beta,
+        linear_learning_rate=spec.linear_learning_rate,
+        linear_beta=spec.linear_beta,
+    )
+
+
+def _ftrl(spec: LearnerSpec, table_bits: int) -> FTRL:
+    rates = spec.ftrl or FtrlRates()
+    return FTRL(
+        table_bits=table_bits,
+        value_fields=spec.value_fields,
+        alpha=rates.alpha,
+        beta=rates.beta,
+        l1=rates.l1,
+        l2=rates.l2,
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -24,6 +25,7 @@ from stream_ctr.errors import StreamCtrError
 from stream_ctr.evaluate import metrics
 from stream_ctr.learn.cpu_step import Batch, Labels
 from stream_ctr.learn.learner import Learner, NetworkLearner, State, make_learner
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, Split, shuffled
 from stream_ctr.paper.intervals import block_sums
@@ -36,6 +38,9 @@ _CHECKS = 4
 _FIRST_STEPS = 4
 Losses = npt.NDArray[np.float64]
 Advance = Callable[[int], None]
+
+
+_OF_SPEC = {field.name for field in msgspec.structs.fields(LearnerSpec)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +63,16 @@ class Setting:
 
     def make(self) -> Learner:
         own = {
+            "model": self.system,
+            "seed": self.seed,
             "activation": self.activation,
             "dropout": self.dropout,
-            "hidden": list(self.hidden),
+            "hidden": self.hidden,
             "batch_size": self.batch_size,
         }
-        return make_learner(
-            self.system, seed=self.seed, device=self.device, **{**self.learner, **own}
-        )
+        options = {**self.learner, **own}
+        described = {name: options.pop(name) for name in list(options) if name in _OF_SPEC}
+        return make_learner(msgspec.convert(described, LearnerSpec), device=self.device, **options)
 
     def told(self) -> dict[str, Any]:
         activation = (

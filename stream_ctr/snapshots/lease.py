@@ -1,8 +1,17 @@
-"""The lease of a state directory: one trainer at a time, and none that lost it can write there again.
+"""The lease of a state directory: one trainer at a time, and one that lost it writes nothing more.
 
-The file `lock` is held with flock for as long as the process lives, and says who holds it. `take_over` puts a new file in its place: the
-old holder, frozen or on a host that is gone, finds when it wakes that the file is not the one it holds, and writes nothing more. Every
-lease has an epoch above that of all snapshots, pointers and leases before it.
+The file `lock` is held with flock for as long as the process lives, and names its holder.
+`take_over` replaces the file. When the former holder, which was frozen or cut off, looks again, the
+file at the path is not the one that it holds.
+
+    state of this process   `lock` at the path is    so
+    ---------------------   ----------------------   -------------------------------------------
+    holder                  the file that it holds   it may write
+    taken over              another file             `check` raises `TakenOver`; it writes nothing
+    taken over              missing                  the same: somebody removed the lease
+
+Every lease has an epoch above those of all snapshots, pointers and leases before it, so that what
+a former holder had begun ranks below what the new one publishes.
 """
 
 from __future__ import annotations
@@ -19,16 +28,19 @@ from typing import Self
 
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.pointer import read_pointer
 
 
 class TakenOver(ConfigError):
-    """The state directory is another process's now."""
+    """Another process holds the state directory now."""
 
 
 class Lease:
-    """Holds `directory`, which is made if it is not there, until closed.
+    """Hold `directory`, which is created if it is missing, until closed.
 
-    Raises `ConfigError` when another process holds it and `take_over` is not set, or when it cannot be written.
+    Raises `ConfigError` if another process holds it and `take_over` is false, or if it cannot be
+    written.
     """
 
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
@@ -36,29 +48,35 @@ class Lease:
         self._path = directory / "lock"
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._fd = self._held_by_us(take_over)
-            self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
-            self._sign(self._fd)
+            self._fd = self._acquire(take_over)
+            try:
+                self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
+                self._write_holder(self._fd)
+            except BaseException:
+                self.close()
+                raise
         except OSError as error:
             raise ConfigError(
                 f"cannot write in the state directory {directory}: {error.strerror}"
             ) from None
 
     def check(self) -> None:
-        """Raises `TakenOver` when this lease is not the directory's any more."""
+        """Raise `TakenOver` if this process does not hold the directory any more."""
         try:
             found = os.stat(self._path)
         except OSError:
             raise TakenOver(
                 f"the lock {self._path} is gone: nothing more is written there"
             ) from None
-        ours = os.fstat(self._fd)
-        if (found.st_dev, found.st_ino) != (ours.st_dev, ours.st_ino):
+        held = os.fstat(self._fd)
+        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
+            holder = _describe(_holder(self._path))
             raise TakenOver(
-                f"{self._path.parent} was taken over by {_describe(_holder(self._path))}: nothing more is written there"
+                f"{self._path.parent} was taken over by {holder}: nothing more is written there"
             )
 
     def close(self) -> None:
+        """Let the directory go."""
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -72,7 +90,7 @@ class Lease:
     ) -> None:
         self.close()
 
-    def _held_by_us(self, take_over: bool) -> int:
+    def _acquire(self, take_over: bool) -> int:
         while True:
             fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
@@ -80,45 +98,54 @@ class Lease:
             except BlockingIOError:
                 os.close(fd)
                 if take_over:
-                    return self._replaced()
-                holder = _describe(_holder(self._path))
-                hint = "if that is frozen or gone for good, --take-over goes on without it"
+                    return self._replace()
                 raise ConfigError(
-                    f"the state directory {self._path.parent} is in use by {holder}; {hint}"
+                    f"the state directory {self._path.parent} is in use by "
+                    f"{_describe(_holder(self._path))}; if that is frozen or gone for good, "
+                    "--take-over goes on without it"
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
                     return fd
-            os.close(fd)  # replaced between opening and locking
+            os.close(fd)  # the file was replaced between opening and locking
 
-    def _replaced(self) -> int:
+    def _replace(self) -> int:
         fresh = self._path.with_name(f"tmp-lock-{snapshot.OWN}")
         fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         fcntl.flock(fd, fcntl.LOCK_EX)
-        os.write(fd, json.dumps(_holder(self._path)).encode())  # its epoch is the one to be above
+        # The holder's epoch moves along: the new lease must be above it.
+        os.write(fd, json.dumps(_holder(self._path)).encode())
         os.replace(fresh, self._path)
         return fd
 
-    def _sign(self, fd: int) -> None:
-        text = (
-            json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "epoch": self.epoch})
-            + "\n"
-        )
+    def _write_holder(self, fd: int) -> None:
+        holder = {"pid": os.getpid(), "host": socket.gethostname(), "epoch": self.epoch}
+        text = json.dumps(holder) + "\n"
         os.pwrite(fd, text.encode(), 0)
         os.ftruncate(fd, len(text))
         os.fsync(fd)
 
 
 def epochs(directory: Path) -> Iterator[int]:
-    """Of every snapshot in a state directory, and of what is published."""
-    for name in snapshot.snapshot_ids(directory / "snapshots"):
-        with contextlib.suppress(
-            SnapshotError, KeyError
-        ):  # one that is broken was never resumed from
-            yield int(snapshot.load(directory / "snapshots" / name, files=())[0]["epoch"])
-    with contextlib.suppress(SnapshotError):
-        if pointer := snapshot.read_pointer(directory / "latest.json"):
-            yield pointer["epoch"]
+    """Yield the epoch of every snapshot in a state directory, and of the published pointer.
+
+    A damaged snapshot or pointer has none. Raises `NewerFormat` for one of a newer version.
+    """
+    root = directory / "snapshots"
+    for name in snapshot.snapshot_ids(root):
+        try:
+            yield snapshot.read_manifest(root / name).epoch
+        except NewerFormat:
+            raise
+        except SnapshotError:
+            continue  # no run ever resumed from it
+    try:
+        if pointer := read_pointer(directory / "latest.json"):
+            yield pointer.epoch
+    except NewerFormat:
+        raise
+    except SnapshotError:
+        return
 
 
 def _holder(path: Path) -> dict[str, int]:

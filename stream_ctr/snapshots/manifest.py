@@ -13,7 +13,7 @@ from msgspec import Struct
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.snapshots.pointer import Count, Sha256
+from stream_ctr.snapshots.contract import Count, Sha256
 
 FORMAT = 1
 
@@ -75,17 +75,16 @@ class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
     left_out: str = ""
 
 
-class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that a snapshot says about itself besides its arrays. Times are epoch milliseconds.
+class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a server needs to rebuild the models, and what a resumed run must agree with.
 
-    `model` is the name under which the snapshot is published, `learner` the published model and
-    `beside` the additional ones. `positions` maps "topic:partition" to the next offset to read.
-    `config` holds the sections of the configuration that a state directory keeps.
-    `weights_sha256` is equal when every bit of the published weights is.
+    `model` is the name under which snapshots are published, `learner` specifies the published
+    model and `beside` the additional ones. `config` holds the sections of the configuration that a
+    state directory keeps.
+
+    Raises `ValueError` if a model does not fit the schema.
     """
 
-    format: Count = FORMAT
-    snapshot: str
     model: str
     schema: Schema
     learner: LearnerSpec
@@ -93,6 +92,43 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     join: JoinSpec
     baseline: BaselineSpec
     config: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for spec in (self.learner, *self.beside.values()):
+            if (
+                spec.fields != len(self.schema.fields)
+                or spec.value_fields != self.schema.value_fields
+            ):
+                raise ValueError(f"the fields of {spec.model} and of the schema do not agree")
+            if spec.crosses != len(self.schema.crosses):
+                raise ValueError(
+                    f"the cross products of {spec.model} and of the schema do not agree"
+                )
+            if spec.table_bits != self.schema.table_bits:
+                raise ValueError(
+                    f"the table of {spec.model} has 2^{spec.table_bits} rows, "
+                    f"the hashes of the schema reach 2^{self.schema.table_bits}"
+                )
+
+    def spec(self, model: str | None = None) -> LearnerSpec:
+        """Return the specification of the published model, or of the additional `model`.
+
+        Raises `KeyError` if the run has no such model.
+        """
+        if model is None or model == self.learner.model:
+            return self.learner
+        return self.beside[model]
+
+
+class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything that a snapshot says about itself besides its arrays. Times are epoch milliseconds.
+
+    `positions` maps "topic:partition" to the next offset to read. `weights_sha256` is equal if
+    every bit of the published weights is. `files` is filled in when the snapshot is written.
+    """
+
+    format: Count = FORMAT
+    snapshot: str
     sequence: Count
     epoch: Count
     parent: str | None
@@ -101,7 +137,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ledger: LedgerEntry
     positions: dict[str, Count]
     topic_ids: dict[str, str | None]
-    event_time_ms: Count
+    event_time_ms: int
     event_time_range: tuple[str | None, str | None]
     first_event_ms: int | None
     counters: dict[str, Count]
@@ -110,4 +146,4 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     gate: Verdict
     metrics: dict[str, Any]
     weights_sha256: Sha256
-    files: dict[str, FileEntry]
+    files: dict[str, FileEntry] = {}

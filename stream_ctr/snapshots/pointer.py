@@ -5,36 +5,71 @@ It stands in `latest.json` of a state directory and on the snapshot topic under 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from pathlib import Path
-from typing import Annotated
 
-from msgspec import Meta, Struct
+import msgspec
+from msgspec import Struct
+
+from stream_ctr.errors import SnapshotError
+from stream_ctr.failpoint import failpoint
+from stream_ctr.snapshots import files
+from stream_ctr.snapshots.contract import Count, Sha256, decode
+from stream_ctr.snapshots.manifest import Manifest
 
 FORMAT = 1
+MANIFEST = "manifest.json"
 
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
+def plain_name(name: str, kind: str) -> str:
+    """Return `name` if it is one that a file may have. Raises `SnapshotError` otherwise.
+
+    >>> plain_name("fm.model", "file stem")
+    'fm.model'
+    >>> plain_name("../x", "file stem")
+    Traceback (most recent call last):
+    stream_ctr.errors.SnapshotError: file stem '../x' is not a plain name: letters, digits, '_', \
+'-' and '.', not starting with '.' or '-'
+    """
+    if not _PLAIN_NAME.fullmatch(name):
+        raise SnapshotError(
+            f"{kind} {name!r:.200} is not a plain name: letters, digits, '_', '-' and '.', "
+            "not starting with '.' or '-'"
+        )
+    return name
+
+
+def snapshot_name(name: str) -> str:
+    """Return `name` if a snapshot may have it. Raises `SnapshotError` otherwise."""
+    if name.startswith(files.TEMPORARY):
+        raise SnapshotError(
+            f"snapshot {name!r:.200} may not start with {files.TEMPORARY!r}, "
+            "which marks unfinished ones"
+        )
+    return plain_name(name, "snapshot")
+
+
 class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Which snapshot is published. Times are epoch milliseconds.
+    """The published snapshot of a model. Times are epoch milliseconds.
 
-    `path` is absolute and ends in the snapshot's name; `manifest_sha256` is the digest of the
+    `path` is absolute and ends in the snapshot's name. `manifest_sha256` is the digest of the
     bytes of its manifest. `epoch` grows with every run that holds the state directory and with
-    every rollback, `sequence` with every snapshot of a state directory.
+    every rollback; `sequence` grows with every snapshot of a state directory.
 
-    Raises `ValueError` when `path` does not lead to a directory named `snapshot`.
+    Raises `ValueError` if `path` does not lead to a directory named `snapshot`.
     """
 
     format: Count = FORMAT
-    model: str
     snapshot: str
     path: str
+    manifest_sha256: Sha256
+    model: str
     epoch: Count
     sequence: Count
-    manifest_sha256: Sha256
     examples: Count
     event_time_ms: Count
     created_ms: Count
@@ -46,3 +81,72 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"pointer path {self.path!r:.200} must be absolute and end in the snapshot's name "
                 f"{self.snapshot!r:.200}"
             )
+        if self.snapshot.startswith(files.TEMPORARY) or not _PLAIN_NAME.fullmatch(self.snapshot):
+            raise ValueError(f"{self.snapshot!r:.200} is not the name of a snapshot")
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """The order of publication: by epoch, then by sequence."""
+        return self.epoch, self.sequence
+
+
+def pointer_for(path: Path, manifest: Manifest, *, epoch: int | None = None) -> Pointer:
+    """Return the pointer to the snapshot at `path`.
+
+    `epoch` replaces that of the manifest when a snapshot is published after one of a later epoch.
+    Raises `SnapshotError` if the manifest cannot be read or its numbers do not fit a pointer.
+    """
+    with files.opened(path / MANIFEST) as fd:
+        digest = hashlib.sha256(files.read_all(fd)).hexdigest()
+    described = {
+        "format": FORMAT,
+        "snapshot": snapshot_name(path.name),
+        "path": str(path.absolute()),
+        "manifest_sha256": digest,
+        "model": manifest.model,
+        "epoch": manifest.epoch if epoch is None else epoch,
+        "sequence": manifest.sequence,
+        "examples": manifest.examples,
+        "event_time_ms": manifest.event_time_ms,
+        "created_ms": manifest.created_ms,
+    }
+    return decode_pointer(msgspec.json.encode(described))
+
+
+def encode_pointer(pointer: Pointer) -> bytes:
+    """Encode a pointer as one line of JSON, for a topic."""
+    return msgspec.json.encode(pointer)
+
+
+def decode_pointer(data: bytes, name: str = "pointer") -> Pointer:
+    """Decode a pointer. It says nothing about the snapshot, which `snapshot.load` verifies.
+
+    Raises `NewerFormat` for a pointer of a newer version and `SnapshotError` for any other that
+    is not a pointer.
+    """
+    return decode(data, Pointer, newest=FORMAT, name=name)
+
+
+def write_pointer(path: Path, pointer: Pointer) -> None:
+    """Replace the file at `path` in one step: a reader sees the old or the new pointer.
+
+    This holds after a crash too.
+    """
+    temporary = path.with_name(f"{files.TEMPORARY}{path.name}")
+    with files.naming(path, "cannot write pointer"):
+        files.write_durably(temporary, files.to_json(msgspec.to_builtins(pointer)))
+        failpoint("pointer.before")
+        os.replace(temporary, path)
+        failpoint("pointer.after")
+        files.sync_directory(path.parent)
+
+
+def read_pointer(path: Path) -> Pointer | None:
+    """Return the pointer in the file at `path`, or None if nothing was published there.
+
+    Raises `SnapshotError` as `decode_pointer` does.
+    """
+    if not path.exists():
+        return None
+    with files.opened(path) as fd:
+        return decode_pointer(files.read_all(fd), str(path))

@@ -1,4 +1,14 @@
-"""Where the trainer's results go: files in the state directory, and Kafka topics beside them when the input is Kafka."""
+"""The publisher: reports, dead letters and the pointer, in the state directory and on Kafka topics.
+
+The files are always written. With a `sink`, which is there if the input is Kafka, the same goes to
+topics. A broker that does not answer stops nothing:
+
+    sent                  if the broker does not take it
+    -------------------   ---------------------------------------------------------------
+    a report              it is in `reports.jsonl` anyway
+    a dead letter         it goes to `dead_letters.jsonl`, as do all whose delivery is unknown
+    a pointer             `flush` sends it again, and raises if that fails too
+"""
 
 from __future__ import annotations
 
@@ -12,26 +22,34 @@ import threading
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, epochs
-from stream_ctr.snapshots.snapshot import Pointer
+from stream_ctr.snapshots.manifest import Manifest
+from stream_ctr.snapshots.pointer import (
+    Pointer,
+    encode_pointer,
+    pointer_for,
+    read_pointer,
+    write_pointer,
+)
 
 _log = logging.getLogger(__name__)
-_PATIENCE_SECONDS = 5.0  # with another process that is publishing; this one's own threads take turns, however long that takes
-# Of a dead letter's value on a topic: brokers take messages of up to a megabyte unless told otherwise.
-_LARGEST_LETTER = 900_000
-_LETTER_BYTES, _MOST_LETTERS_BYTES = (
-    500,
-    16 << 20,
-)  # of one without its value; of all on their way to the broker
+# How long to wait for another process that is publishing. Threads of this one take turns.
+_PATIENCE_SECONDS = 5.0
+_FLUSH_SECONDS = 10.0
+# Brokers take messages of up to a megabyte by default.
+_LARGEST_LETTER_BYTES = 900_000
+_LETTER_OVERHEAD_BYTES = 500
+_IN_FLIGHT_LETTER_BYTES = 16 << 20
 
 
 class Sink(Protocol):
-    """What is asked of a Kafka producer."""
+    """A Kafka producer."""
 
     def send(
         self,
@@ -46,13 +64,35 @@ class Sink(Protocol):
     def flush(self, timeout_seconds: float) -> None: ...
 
 
-class Publisher:
-    """Reports to `DIR/reports.jsonl`, the pointer to the newest snapshot to `DIR/latest.json`; with a `sink` also to their topics.
+class LineFile:
+    """A file of lines. A line that a crash or a full disk cut short does not spoil the next one."""
 
-    Dead letters go to `<topic>.dlq` with a `sink`, else to `DIR/dead_letters.jsonl`. A broker that is away (`unavailable`: the errors by
-    which the sink says so) stops nothing: its reports are in the file anyway, the letters go to the file too, and the pointer is announced
-    by the end (`flush`) or that is an error. What a full disk does not take is an error at the end. With a `lease`, nothing is written once
-    that is lost: `TakenOver`.
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, line: str) -> None:
+        """Append a line. Raises `OSError`, with the file as it was, if it cannot be written."""
+        size = None
+        try:
+            with self.path.open("a+b") as file:
+                size = file.tell()
+                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
+                    file.write(b"\n")
+                file.write(line.encode() + b"\n")
+        except OSError:
+            if size is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(self.path, size)
+            raise
+
+
+class Publisher:
+    """Write reports to `reports.jsonl`, dead letters to `dead_letters.jsonl`, the pointer to `latest.json`.
+
+    With a `sink` they also go to `metrics_topic`, to `<topic>.dlq` and to `snapshot_topic`; dead
+    letters then go to the file only if the broker does not take them. `unavailable` are the errors
+    by which the sink says that a broker is away. A line that a full disk does not take is an error
+    at the end (`flush`). With a `lease`, every method raises `TakenOver` once the lease is lost.
     """
 
     def __init__(
@@ -66,37 +106,39 @@ class Publisher:
         snapshot_topic: str = "",
         model_name: str = "default",
     ) -> None:
+        self._directory = directory
         self._lease = lease
+        self._sink = sink
         self._unavailable = unavailable
+        self._metrics_topic = metrics_topic
+        self._snapshot_topic = snapshot_topic
+        self._model_name = model_name
+        self._pointer_lock = threading.Lock()  # held to publish, or to remove old snapshots
+        self._reports = LineFile(directory / "reports.jsonl")
+        self._dead_letters = LineFile(directory / "dead_letters.jsonl")
         self._unwritten: list[str] = []
         self._unannounced: Pointer | None = None
-        self._letters: list[
-            tuple[dict[str, str], bytes]
-        ] = []  # of which it is not known whether the broker has them
-        self._letters_bytes = self._letters_kept = 0
-        self._directory = directory
-        self._turn = threading.Lock()  # to publish, or to remove what is old
-        self._sink = sink
-        self._metrics_topic, self._snapshot_topic, self._model_name = (
-            metrics_topic,
-            snapshot_topic,
-            model_name,
-        )
+        self._letters: list[tuple[dict[str, str], bytes]] = []  # their delivery is unknown
+        self._letter_bytes = 0
+        self._letters_kept = 0
 
     @property
     def epoch(self) -> int:
-        """Of all that this run writes: above that of whoever wrote here before."""
+        """The epoch of this run, above that of every run before it in the directory."""
         return self._lease.epoch if self._lease else 1 + max(epochs(self._directory), default=0)
 
     def check(self) -> None:
-        """Raises `TakenOver` when another process has the state directory now."""
+        """Raise `TakenOver` if another process has the state directory now."""
         if self._lease:
             self._lease.check()
 
+    # -- reports and dead letters ----------------------------------------------------------------
+
     def report(self, report: Mapping[str, object]) -> None:
+        """Write a report."""
         self.check()
         line = json.dumps(report, allow_nan=False)
-        self._append("reports.jsonl", line)
+        self._append(self._reports, line)
         if self._sink and self._metrics_topic:
             with self._sending("a report"):
                 self._sink.send(self._metrics_topic, line.encode(), key=self._model_name.encode())
@@ -112,8 +154,11 @@ class Publisher:
         *,
         event: int | None = None,
     ) -> None:
-        """The bytes of the record untouched, or a record of its one bad `event` (the index there), and why; what no broker would take is
-        cut, and says so."""
+        """Set a malformed record aside: its bytes untouched, and the reason.
+
+        `event` is the index of the one malformed event in a record; `value` is then a record of
+        that event alone. A value that no broker would take is cut, and a header says so.
+        """
         self.check()
         fields = {
             "topic": topic,
@@ -124,100 +169,110 @@ class Publisher:
         }
         if event is not None:
             fields["event"] = str(event)
-        if self._sink:
-            if value and len(value) > _LARGEST_LETTER:
-                value, fields["cut_to"] = value[:_LARGEST_LETTER], str(_LARGEST_LETTER)
-            key = f"{topic}-{partition}-{offset}" + (f"-{event}" if event is not None else "")
-            headers = [
-                (f"__stream_ctr.errors.{name}", text.encode("utf-8", "backslashreplace"))
-                for name, text in fields.items()
-            ]
-            self._letters.append((fields, value or b""))
-            self._letters_bytes += _LETTER_BYTES + len(value or b"")
-            with self._sending(f"the dead letter of {topic}:{partition} at offset {offset}"):
-                self._sink.send(f"{topic}.dlq", value or b"", key=key.encode(), headers=headers)
-            if self._letters_bytes > _MOST_LETTERS_BYTES:
-                self.deliver_dead_letters()
+        if self._sink is None:
+            self._keep_letter(fields, value or b"")
             return
-        self._file(fields, value or b"")
+        if value and len(value) > _LARGEST_LETTER_BYTES:
+            value = value[:_LARGEST_LETTER_BYTES]
+            fields["cut_to"] = str(_LARGEST_LETTER_BYTES)
+        key = f"{topic}-{partition}-{offset}" + (f"-{event}" if event is not None else "")
+        headers = [
+            (f"__stream_ctr.errors.{name}", text.encode("utf-8", "backslashreplace"))
+            for name, text in fields.items()
+        ]
+        self._letters.append((fields, value or b""))
+        self._letter_bytes += _LETTER_OVERHEAD_BYTES + len(value or b"")
+        with self._sending(f"the dead letter of {topic}:{partition} at offset {offset}"):
+            self._sink.send(f"{topic}.dlq", value or b"", key=key.encode(), headers=headers)
+        if self._letter_bytes > _IN_FLIGHT_LETTER_BYTES:
+            self.deliver_dead_letters()
 
     def deliver_dead_letters(self) -> None:
-        """Wait for the broker to have them, or keep them in the file: a record that a snapshot is past is not read again."""
+        """Wait until the broker has all dead letters, or keep them in the file.
+
+        A snapshot calls this first: records before its positions are not read again.
+        """
         if self._sink and self._letters:
             with self._sending("dead letters"):
-                self._sink.flush(10.0)
-            self._letters, self._letters_bytes = [], 0
+                self._sink.flush(_FLUSH_SECONDS)
+            self._forget_letters()
 
-    def _file(self, fields: Mapping[str, str], value: bytes) -> None:
-        self._append(
-            "dead_letters.jsonl",
-            json.dumps({**fields, "value_base64": base64.b64encode(value).decode()}),
-        )
+    def _keep_letter(self, fields: Mapping[str, str], value: bytes) -> None:
+        encoded = base64.b64encode(value).decode()
+        self._append(self._dead_letters, json.dumps({**fields, "value_base64": encoded}))
 
-    def publish(self, path: Path, manifest: Mapping[str, Any]) -> None:
-        """The snapshot at `path` is the one to load.
+    def _forget_letters(self) -> None:
+        self._letters = []
+        self._letter_bytes = 0
 
-        After a rollback its pointer has the epoch of that: to subscribers it would be older otherwise.
+    # -- the pointer -----------------------------------------------------------------------------
+
+    def publish(self, path: Path, manifest: Manifest) -> None:
+        """Make the snapshot at `path` the one that subscribers load.
+
+        After a rollback the pointer takes the rollback's epoch; with its own it would rank below.
         """
-        with self._pointing():
+        with self._exclusive():
             self.check()
+            epoch = manifest.epoch
             published = self.published()
-            follows = published is not None and published["sequence"] < manifest["sequence"]
-            epoch = (
-                max(manifest["epoch"], published["epoch"])
-                if published and follows
-                else manifest["epoch"]
-            )
-            pointer = snapshot.pointer_for(path, manifest, epoch=epoch)
-            snapshot.write_pointer(self._directory / "latest.json", pointer)
+            if published and published.sequence < manifest.sequence:
+                epoch = max(epoch, published.epoch)
+            pointer = pointer_for(path, manifest, epoch=epoch)
+            write_pointer(self._directory / "latest.json", pointer)
         self._announce(pointer)
 
-    def roll_back(self, path: Path, manifest: Mapping[str, Any]) -> Pointer:
-        """The older snapshot at `path` is the one to load again; its pointer, whose epoch is above all there were."""
-        with self._pointing():
-            pointer = snapshot.pointer_for(path, manifest, epoch=1 + max(epochs(self._directory)))
-            snapshot.write_pointer(self._directory / "latest.json", pointer)
+    def roll_back(self, path: Path, manifest: Manifest) -> Pointer:
+        """Publish the older snapshot at `path` again, with an epoch above all others."""
+        with self._exclusive():
+            pointer = pointer_for(path, manifest, epoch=1 + max(epochs(self._directory)))
+            write_pointer(self._directory / "latest.json", pointer)
         self._announce(pointer)
         return pointer
 
     def retain(self, keep: int, protect: Collection[str]) -> None:
-        """Remove all but the `keep` newest snapshots, those in `protect`, and what subscribers are pointed to."""
+        """Remove all snapshots but the `keep` newest, those in `protect` and the published one."""
         failpoint("retain.before")
-        with self._pointing():  # a rollback must not choose what is going
+        with self._exclusive():  # a rollback must not choose a snapshot that is being removed
             self.check()
             published = self.published()
-            snapshot.retain(
-                self._directory / "snapshots",
-                keep,
-                {*protect, *([published["snapshot"]] if published else [])},
-            )
+            kept = {*protect, *([published.snapshot] if published else [])}
+            snapshot.retain(self._directory / "snapshots", keep, kept)
         failpoint("retain.after")
 
     def published(self) -> Pointer | None:
-        """What `latest.json` points to; None also, with a warning, when it is no pointer."""
+        """Return the pointer in `latest.json`, or None if there is none.
+
+        A damaged pointer is logged and counts as none. Raises `NewerFormat` for one of a newer
+        version, which this version must not replace.
+        """
         try:
-            return snapshot.read_pointer(self._directory / "latest.json")
+            return read_pointer(self._directory / "latest.json")
+        except NewerFormat:
+            raise
         except SnapshotError as error:
-            _log.warning("what was published is not known: %s", error)
+            _log.warning("the published snapshot is unknown: %s", error)
             return None
 
-    def published_manifest(self) -> dict[str, Any] | None:
-        """Of the snapshot that `latest.json` points to; None also, with a warning, when it cannot be read."""
+    def published_manifest(self) -> Manifest | None:
+        """Return the manifest of the published snapshot, or None, with a warning, if it is unreadable."""
         try:
             pointer = self.published()
-            return snapshot.load(Path(pointer["path"]), files=())[0] if pointer else None
+            return snapshot.read_manifest(Path(pointer.path)) if pointer else None
+        except NewerFormat:
+            raise
         except SnapshotError as error:
-            _log.warning("what is published cannot be looked at: %s", error)
+            _log.warning("the published snapshot cannot be read: %s", error)
             return None
 
     @contextlib.contextmanager
-    def _pointing(self) -> Iterator[None]:
-        """Alone with `latest.json`: a rollback may come from another process than the run."""
+    def _exclusive(self) -> Iterator[None]:
+        """Hold `latest.lock`: a rollback may come from another process than the run."""
         try:
             lock = (self._directory / "latest.lock").open("a")
         except OSError as error:
             raise SnapshotError(f"cannot publish in {self._directory}: {error.strerror}") from None
-        with lock, self._turn:
+        with lock, self._pointer_lock:
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while True:
                 try:
@@ -226,7 +281,8 @@ class Publisher:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise SnapshotError(
-                            f"another process has been publishing in {self._directory} for long: is it frozen?"
+                            f"another process has been publishing in {self._directory} for "
+                            f"{_PATIENCE_SECONDS:g} s: is it frozen?"
                         ) from None
                     time.sleep(0.02)
             yield
@@ -235,63 +291,61 @@ class Publisher:
         if self._sink and self._snapshot_topic:
             failpoint("announce.before")
             self._unannounced = pointer
-            with self._sending(f"the pointer to snapshot {pointer['snapshot']}"):
+            with self._sending(f"the pointer to snapshot {pointer.snapshot}"):
                 self._sink.send(
-                    self._snapshot_topic,
-                    json.dumps(pointer).encode(),
-                    key=self._model_name.encode(),
+                    self._snapshot_topic, encode_pointer(pointer), key=self._model_name.encode()
                 )
-                self._sink.flush(10.0)
+                self._sink.flush(_FLUSH_SECONDS)
                 self._unannounced = None
             failpoint("announce.after")
 
+    # -- delivery --------------------------------------------------------------------------------
+
     def flush(self) -> None:
-        """Raises `BrokerError` or `ConfigError` when something that was to be announced or written is not where it belongs."""
+        """Deliver everything, and say what could not be.
+
+        Raises `BrokerError` if the pointer did not reach its topic, and `ConfigError` if a line
+        did not reach its file.
+        """
         if self._sink:
             self.deliver_dead_letters()
             with self._sending("the last reports"):
-                self._sink.flush(10.0)
+                self._sink.flush(_FLUSH_SECONDS)
         if self._unannounced:
             self._announce(self._unannounced)
         if self._letters_kept:
             _log.warning(
                 "%d dead letters that no broker took are in %s",
                 self._letters_kept,
-                self._directory / "dead_letters.jsonl",
+                self._dead_letters.path,
             )
         if self._unannounced:
-            where = f"did not reach topic {self._snapshot_topic!r}; the next run on {self._directory} sends it again"
-            raise BrokerError(f"the pointer to snapshot {self._unannounced['snapshot']} {where}")
+            raise BrokerError(
+                f"the pointer to snapshot {self._unannounced.snapshot} did not reach topic "
+                f"{self._snapshot_topic!r}; the next run on {self._directory} sends it again"
+            )
         if self._unwritten:
             raise ConfigError(
-                f"{len(self._unwritten)} times something was not written, the last time {self._unwritten[-1]}"
+                f"{len(self._unwritten)} times something was not written, the last time "
+                f"{self._unwritten[-1]}"
             )
 
-    def _append(self, name: str, line: str) -> None:
-        path, whole = self._directory / name, None
+    def _append(self, file: LineFile, line: str) -> None:
         try:
-            with path.open("a+b") as file:
-                whole = file.tell()
-                if (
-                    whole and os.pread(file.fileno(), 1, whole - 1) != b"\n"
-                ):  # what a crash left is half a line
-                    file.write(b"\n")
-                file.write(line.encode() + b"\n")
+            file.append(line)
         except OSError as error:
-            if whole is not None:  # half a line would spoil the next one
-                with contextlib.suppress(OSError):
-                    os.truncate(path, whole)
-            self._unwritten.append(f"a line of {path}: {error.strerror}")
+            self._unwritten.append(f"a line of {file.path}: {error.strerror}")
             _log.error("could not write %s", self._unwritten[-1])
 
     @contextlib.contextmanager
-    def _sending(self, what: str) -> Iterator[None]:
+    def _sending(self, subject: str) -> Iterator[None]:
         try:
             yield
         except self._unavailable as error:
-            _log.error("could not send %s: %s", what, error)
-            # What failed may be something that was sent before: every letter on its way is kept. Some may then be in both places.
+            _log.error("could not send %s: %s", subject, error)
+            # The failure may be that of an earlier send, so every letter in flight is kept.
+            # Some may then be in both places.
             for fields, value in self._letters:
-                self._file(fields, value)
+                self._keep_letter(fields, value)
             self._letters_kept += len(self._letters)
-            self._letters, self._letters_bytes = [], 0
+            self._forget_letters()

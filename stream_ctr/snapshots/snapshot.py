@@ -1,10 +1,12 @@
-"""A snapshot is one directory: safetensors files, segments of spilled impressions, and a manifest that vouches for every byte of them.
+"""A snapshot: one directory with safetensors files, segments of spilled impressions, and a manifest.
 
-    snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig (where snapshots are signed)
+    snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig
 
-It becomes visible by one rename, when everything in it is on disk, so a crash leaves the snapshots that were there before or those
-and a complete new one. Names that start with `tmp-` are unfinished or half deleted and are nobody's snapshot. What the arrays mean is
-not known here. Nothing is ever unpickled: a file holds numbers, and those are read from the very bytes whose SHA-256 was compared.
+The manifest holds the size and the SHA-256 of every file; `manifest.sig` is there if snapshots are
+signed. A snapshot becomes visible by one rename after everything in it is on disk. A crash leaves
+the earlier snapshots, or those and a complete new one. Names that start with `tmp-` belong to
+unfinished or half-deleted snapshots. This module does not know what the arrays mean. It never
+unpickles: a file holds numbers, which are read from the very bytes whose SHA-256 was compared.
 """
 
 from __future__ import annotations
@@ -16,108 +18,69 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, TypedDict, cast, get_type_hints
+from typing import Any, cast
 
+import msgspec
 import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
+from stream_ctr.snapshots import files
+from stream_ctr.snapshots.contract import NewerFormat, decode
+from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest
+from stream_ctr.snapshots.pointer import MANIFEST, plain_name, snapshot_name
 
-FORMAT = 1
-DTYPES = {
-    "bool",
-    "int8",
-    "uint8",
-    "int16",
-    "uint16",
-    "int32",
-    "uint32",
-    "int64",
-    "uint64",
-    "float16",
-    "float32",
-    "float64",
-    "complex64",
-}
+DTYPES = frozenset(
+    "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 complex64".split()
+)
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, dict[str, Array]]
+Verify = Callable[[bytes, bytes], None]
+"""(manifest, signature): raises `SnapshotError` unless the signature is good."""
+Segments = Mapping[str, tuple[Path, str, int]]
+"""Immutable files that hold no tensors, by name: path, SHA-256, size."""
 
-_MANIFEST = "manifest.json"
 _SIGNATURE = "manifest.sig"
 _SUFFIX = ".safetensors"
 SEGMENT_SUFFIX = ".arrow"
-_TEMPORARY = "tmp-"
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+OWN = f"{os.getpid()}-{secrets.token_hex(4)}"
+"""Unique to this process, also where every process is the first of its container."""
 
 _log = logging.getLogger(__name__)
 
 
-# This process and no other, also where every process is the first of its container.
-OWN = f"{os.getpid()}-{secrets.token_hex(4)}"
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-_UMASK = _umask()
-
-
-class Pointer(TypedDict):
-    """The small JSON object that says which snapshot subscribers load. Times are epoch milliseconds."""
-
-    format: int
-    model: str
-    snapshot: str
-    path: str
-    epoch: int
-    sequence: int
-    manifest_sha256: str
-    examples: int
-    event_time_ms: int
-    created_ms: int
-
-
-Verify = Callable[[bytes, bytes], None]
-"""(manifest, signature): raises SnapshotError unless the signature is good."""
-Segments = Mapping[str, tuple[Path, str, int]]
-"""Files that are no tensors, by name: where each is, its SHA-256 and its size. They are immutable."""
+# -- names ---------------------------------------------------------------------------------------
 
 
 def new_id(sequence: int, event_time_ms: int) -> str:
-    """A name whose order is the order of writing, and which tells a person how far in event time the snapshot got.
+    """Return a snapshot name that sorts in the order of writing and shows its event time.
 
     >>> new_id(12, 1_735_726_500_000)
     '00000012-20250101T101500Z'
     """
     moment = datetime(1970, 1, 1) + timedelta(milliseconds=event_time_ms)
-    return (
-        f"{sequence:08d}-{moment.isoformat(timespec='seconds').replace('-', '').replace(':', '')}Z"
-    )
+    return f"{sequence:08d}-{moment:%Y%m%dT%H%M%S}Z"
 
 
-def stems(beside: str | None = None) -> tuple[str, str]:
-    """The files of the published model and of its optimiser, or of one that was learned beside it.
+def stems(additional: str | None = None) -> tuple[str, str]:
+    """Return the file stems of a model and of its optimiser: the published one, or an additional one.
 
     >>> stems(), stems("fm")
     (('model', 'optimizer'), ('fm.model', 'fm.optimizer'))
     """
-    prefix = f"{beside}." if beside else ""
+    prefix = f"{additional}." if additional else ""
     return f"{prefix}model", f"{prefix}optimizer"
 
 
 def file_name(stem: str) -> str:
-    """Of the tensors with this stem.
+    """Return the name of the file that holds the tensors with this stem.
 
     >>> file_name("fm.model")
     'fm.model.safetensors'
@@ -125,65 +88,88 @@ def file_name(stem: str) -> str:
     return f"{stem}{_SUFFIX}"
 
 
+def snapshot_ids(root: Path) -> list[str]:
+    """Return the names of the snapshots in `root`, oldest first, whether they verify or not."""
+    if not root.is_dir():
+        return []
+    with files.naming(root, "cannot list"):
+        return sorted(entry.name for entry in os.scandir(root) if _is_snapshot(entry))
+
+
+def _is_snapshot(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir() and bool(snapshot_name(entry.name))
+    except SnapshotError:
+        return False
+
+
+def next_sequence(root: Path) -> int:
+    """Return a number above that of every snapshot in `root`, whether it verifies or not.
+
+    >>> next_sequence(Path("/nowhere"))
+    1
+    """
+    found = [re.match(r"(\d{8,})-", name) for name in snapshot_ids(root)]
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+# -- writing -------------------------------------------------------------------------------------
+
+
 def write(
     root: Path,
     *,
     tensors: Mapping[str, Mapping[str, Array]],
-    manifest: Mapping[str, object],
-    snapshot_id: str,
+    manifest: Manifest,
     segments: Segments | None = None,
     sign: Callable[[bytes], bytes] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `tensors` (file stem -> name -> array) and `manifest` as `root/snapshot_id`; the path of that directory.
+    """Write `tensors` (file stem -> name -> array) and `manifest`; return `root / manifest.snapshot`.
 
-    Arrays of any layout are taken, of the dtypes in `DTYPES`; `segments` are moved in (see `stage`). `format`, `snapshot` and `files` are
-    added to the manifest. `check` is called before the snapshot becomes visible and may raise. Everything is on disk when this returns.
-    Raises SnapshotError, with nothing left behind, when something cannot be stored or the disk is full.
+    Arrays of any layout are accepted, of the types in `DTYPES`. Staged `segments` are moved in (see
+    `stage`). The manifest is written with the digests of these files. `check` is called before the
+    snapshot becomes visible and may raise. Everything is on disk when this returns.
+
+    Raises `SnapshotError`, with nothing left behind, if something cannot be stored or the disk is
+    full.
     """
     segments = segments or {}
+    name = snapshot_name(manifest.snapshot)
     for stem, named in tensors.items():
         _require_storable(stem, named)
-    described = {**manifest, "format": FORMAT, "snapshot": _snapshot_name(snapshot_id)}
-    _json(described)  # a manifest that is not JSON is refused before anything is written
-    # A name of this process's own: another that was taken over may be writing under the same id.
-    final, temporary = root / snapshot_id, root / f"{_TEMPORARY}{OWN}-{snapshot_id}"
+    _to_json(manifest)  # refuse a manifest that is not JSON before anything is written
+    # The temporary name is this process's own: one that was taken over may write the same id.
+    final = root / name
+    temporary = root / f"{files.TEMPORARY}{OWN}-{name}"
     try:
         root.mkdir(parents=True, exist_ok=True)
         _require_space(
-            root,
-            snapshot_id,
-            sum(array.nbytes for named in tensors.values() for array in named.values()),
+            root, name, (array for named in tensors.values() for array in named.values())
         )
         if final.exists():
             raise SnapshotError(
                 f"snapshot {final} exists already: a snapshot is never written twice"
             )
-        _remove(temporary)
+        files.remove(temporary)
         temporary.mkdir()
-        files = {
-            f"{stem}{_SUFFIX}": _write_tensors(temporary / f"{stem}{_SUFFIX}", named)
-            for stem, named in tensors.items()
-        }
-        for name, (staged, digest, size) in segments.items():
-            os.rename(staged, temporary / _plain(name, "segment"))
-            files[name] = {"sha256": digest, "bytes": size}
-        described["files"] = files
+        entries = _fill(temporary, tensors, segments)
         failpoint("snapshot.files")
-        text = _json(described)
+        text = _to_json(msgspec.structs.replace(manifest, files=entries))
         if sign:
-            _write_bytes(temporary / _SIGNATURE, sign(text))
-        _write_bytes(temporary / _MANIFEST, text)
-        _sync_directory(temporary)
+            files.write_durably(temporary / _SIGNATURE, sign(text))
+        files.write_durably(temporary / MANIFEST, text)
+        files.sync_directory(temporary)
         failpoint("snapshot.manifest")
         check()
         os.rename(temporary, final)
         failpoint("snapshot.rename")
-        _sync_directory(root)
+        files.sync_directory(root)
     except (OSError, SafetensorError) as reason:
         free = shutil.disk_usage(root).free if root.is_dir() else 0
         raise SnapshotError(
-            f"cannot write snapshot {final}: {reason}; {_size(free)} free there now, nothing was left behind"
+            f"cannot write snapshot {final}: {reason}; {files.mebibytes(free)} free there now, "
+            "nothing was left behind"
         ) from reason
     finally:
         if not final.exists() or temporary.exists():
@@ -191,91 +177,176 @@ def write(
     return final
 
 
+def _fill(
+    folder: Path, tensors: Mapping[str, Mapping[str, Array]], segments: Segments
+) -> dict[str, FileEntry]:
+    """Write every file of a snapshot but the manifest."""
+    entries = {
+        file_name(stem): _write_tensors(folder / file_name(stem), named)
+        for stem, named in tensors.items()
+    }
+    for name, (staged, digest, size) in segments.items():
+        os.rename(staged, folder / plain_name(name, "segment"))
+        entries[name] = FileEntry(digest, size)
+    return entries
+
+
 def stage(root: Path, segments: Segments) -> Segments:
-    """A link of this moment to each of these files, under `root`, so that they may be deleted where they are; `write` takes it."""
+    """Link these files under `root` as they are now, so that their owner may delete them.
+
+    `write` takes the result.
+    """
     if not segments:
         return {}
-    place = root / f"{_TEMPORARY}{OWN}-segments"
-    with _named(place, "cannot keep segments in"):
-        _remove(place)
+    place = root / f"{files.TEMPORARY}{OWN}-segments"
+    with files.naming(place, "cannot keep segments in"):
+        files.remove(place)
         place.mkdir(parents=True)
         for name, (path, _, _) in segments.items():
-            link(path, place / _plain(name, "segment"))
+            files.link(path, place / plain_name(name, "segment"))
     return {name: (place / name, digest, size) for name, (_, digest, size) in segments.items()}
 
 
-def link(source: Path, target: Path) -> None:
-    """A second name for a file that never changes; a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
+def _to_json(manifest: Manifest) -> bytes:
+    return files.to_json(msgspec.to_builtins(manifest))
+
+
+def _require_storable(stem: str, named: Mapping[str, Array]) -> None:
+    plain_name(stem, "file stem")
+    for name, array in named.items():
+        if array.dtype.name not in DTYPES:
+            raise SnapshotError(
+                f"array {name!r} of {file_name(stem)} is {array.dtype}, which cannot be stored; "
+                f"use {', '.join(sorted(DTYPES))}"
+            )
+
+
+def _require_space(root: Path, name: str, arrays: Iterable[Array]) -> None:
+    needed = sum(array.nbytes for array in arrays)
+    if (free := shutil.disk_usage(root).free) < needed:
+        raise SnapshotError(
+            f"snapshot {name} needs {files.mebibytes(needed)}, {root} has {files.mebibytes(free)} "
+            "free: make room, nothing was written"
+        )
+
+
+def _write_tensors(path: Path, named: Mapping[str, Array]) -> FileEntry:
+    safetensors.numpy.save_file({name: _stored(array) for name, array in named.items()}, path)
+    # Hashed as it stands in the page cache: no second copy of a large table in memory.
+    with open(path, "rb+") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # safetensors makes files that only their owner may read.
+        os.fchmod(file.fileno(), 0o666 & ~files.UMASK)
+        os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+    failpoint("snapshot.file")
+    return FileEntry(digest, size)
+
+
+def _stored(array: Array) -> Array:
+    """Return `array` little-endian and in C order.
+
+    safetensors writes the buffer from its first byte on, whatever the strides are: a transposed
+    array would come back wrong.
+    """
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def weights_sha256(tensors: Mapping[str, Array]) -> str:
+    """Return the SHA-256 over name, type, shape and values of all arrays, in the order of names.
+
+    Two digests are equal if every bit is.
+
+    >>> weights_sha256({"a": np.zeros(2), "b": np.ones(1)}) == weights_sha256(
+    ...     {"b": np.ones(1), "a": np.zeros(2)}
+    ... )
+    True
+    >>> weights_sha256({"a": np.zeros(2)}) == weights_sha256({"a": np.zeros((2, 1))})
+    False
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        array = _stored(tensors[name])
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode() + b"\n")
+        digest.update(array.reshape(-1).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+# -- reading -------------------------------------------------------------------------------------
 
 
 def verify(
     path: Path, *, manifest_sha256: str | None = None, signature: Verify | None = None
-) -> dict[str, Any]:
-    """The manifest of the snapshot at `path`, after every file was found with the size and the SHA-256 that it names.
+) -> Manifest:
+    """Check every file of the snapshot at `path` against its manifest, and return the manifest.
 
-    `manifest_sha256` is what a pointer says of the manifest itself; `signature`, when given, must accept its signature before anything else
-    is looked at. Raises SnapshotError, which names the file and what is wrong.
+    `manifest_sha256` is the digest that a pointer gives for the manifest itself. `signature`, if
+    given, must accept the manifest's signature before anything else is read.
+
+    Raises `SnapshotError` that names the file and what is wrong with it.
     """
     manifest = _verified_manifest(path, manifest_sha256, signature)
-    for name, entry in manifest["files"].items():
-        with _reading(path / name) as fd, os.fdopen(fd, "rb", closefd=False) as file:
-            _compare(
-                path / name,
-                os.fstat(fd).st_size,
-                hashlib.file_digest(file, "sha256").hexdigest(),
-                entry,
-            )
+    for name, entry in manifest.files.items():
+        with files.opened(path / name) as fd, os.fdopen(fd, "rb", closefd=False) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            _compare(path / name, os.fstat(fd).st_size, digest, entry)
     return manifest
 
 
 def load(
     path: Path,
     *,
-    files: Collection[str] | Callable[[Mapping[str, Any]], Collection[str]] | None = None,
+    stems: Collection[str] | Callable[[Manifest], Collection[str]] | None = None,
     manifest_sha256: str | None = None,
     signature: Verify | None = None,
-) -> tuple[dict[str, Any], Tensors]:
-    """The manifest and the arrays (file stem -> name -> array, yours to change) of the snapshot at `path`.
+) -> tuple[Manifest, Tensors]:
+    """Return the manifest and the arrays (file stem -> name -> array) of the snapshot at `path`.
 
-    `files` names the stems that are wanted, or does so when it is given the manifest; without it all are read. Presence and size of every
-    file are checked, and the SHA-256 of those that are read. Raises SnapshotError as `verify` does.
+    `stems` names the files to read, or is called with the manifest to name them; by default all
+    are read. The presence and the size of every file are checked, and the SHA-256 of those that
+    are read. The arrays may be changed by the caller. Raises `SnapshotError` as `verify` does.
     """
     manifest = _verified_manifest(path, manifest_sha256, signature)
-    stems = [name.removesuffix(_SUFFIX) for name in manifest["files"] if name.endswith(_SUFFIX)]
-    wanted = stems if files is None else list(files(manifest) if callable(files) else files)
-    if missing := sorted(set(wanted) - set(stems)):
+    present = [name.removesuffix(_SUFFIX) for name in manifest.files if name.endswith(_SUFFIX)]
+    wanted = present if stems is None else list(stems(manifest) if callable(stems) else stems)
+    if missing := sorted(set(wanted) - set(present)):
         raise SnapshotError(
-            f"snapshot {path} has no file {missing[0]}{_SUFFIX}; it has {', '.join(manifest['files']) or 'none'}"
+            f"snapshot {path} has no file {file_name(missing[0])}; "
+            f"it has {', '.join(manifest.files) or 'none'}"
         )
     return manifest, {
-        stem: _read_tensors(path / f"{stem}{_SUFFIX}", manifest["files"][f"{stem}{_SUFFIX}"])
+        stem: _read_tensors(path / file_name(stem), manifest.files[file_name(stem)])
         for stem in wanted
     }
 
 
-def segments(path: Path, manifest: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
-    """The segment files of the snapshot at `path` whose manifest this is, with the SHA-256 that they must have."""
+def read_manifest(path: Path, *, signature: Verify | None = None) -> Manifest:
+    """Return the manifest of the snapshot at `path` without reading its other files."""
+    return load(path, stems=(), signature=signature)[0]
+
+
+def segments(path: Path, manifest: Manifest) -> dict[str, tuple[Path, str]]:
+    """Return the segment files of the snapshot at `path`: name -> path and expected SHA-256."""
     return {
-        name: (path / name, entry["sha256"])
-        for name, entry in manifest["files"].items()
+        name: (path / name, entry.sha256)
+        for name, entry in manifest.files.items()
         if name.endswith(SEGMENT_SUFFIX)
     }
 
 
 def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
-    """The newest snapshot in `root` that verifies, None when there is none at all.
+    """Return the newest snapshot in `root` that verifies, or None if there are no snapshots.
 
-    A snapshot that does not verify is passed over with a warning. Raises SnapshotError when there are snapshots and none verifies.
+    A damaged snapshot is passed over with a warning. Raises `NewerFormat` if a snapshot at least
+    as new was written by a newer version, and `SnapshotError` if no snapshot verifies.
     """
     paths = [root / name for name in reversed(snapshot_ids(root))]
     first_reason: SnapshotError | None = None
     for path in paths:
         try:
             verify(path, signature=signature)
+        except NewerFormat:
+            raise
         except SnapshotError as reason:
             _log.warning("snapshot %s is not used: %s", path.name, reason)
             first_reason = first_reason or reason
@@ -288,359 +359,89 @@ def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
     return None
 
 
-def next_sequence(root: Path) -> int:
-    """Above that of all snapshots in `root`, whether they verify or not.
-
-    >>> next_sequence(Path("/nowhere"))
-    1
-    """
-    found = [re.match(r"(\d{8,})-", name) for name in snapshot_ids(root)]
-    return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def snapshot_ids(root: Path) -> list[str]:
-    """The names of the snapshots in `root`, oldest first, whether they verify or not."""
-    if not root.is_dir():
-        return []
-    with _named(root, "cannot list"):
-        return sorted(
-            entry.name
-            for entry in os.scandir(root)
-            if entry.is_dir()
-            and _PLAIN_NAME.fullmatch(entry.name)
-            and not entry.name.startswith(_TEMPORARY)
-        )
-
-
-def retain(root: Path, keep: int, protect: Collection[str] = ()) -> list[str]:
-    """Delete all but the `keep` newest snapshots and those named in `protect`; the names of the deleted, oldest first."""
-    if keep < 1:
-        raise SnapshotError(f"at least one snapshot must be kept, got keep={keep}")
-    old = [name for name in snapshot_ids(root)[:-keep] if name not in protect]
-    for name in old:
-        doomed = root / f"{_TEMPORARY}{name}"
-        with _named(root / name, "cannot delete snapshot"):
-            _remove(doomed)
-            os.rename(root / name, doomed)
-            _sync_directory(root)  # gone from sight before the first of its files is
-            failpoint("retain.hidden")
-            _remove(doomed)
-    return old
-
-
-def clean(root: Path) -> list[str]:
-    """Remove what a crash left unfinished in `root`; its names. Only the owner of the state directory may do this."""
-    left = sorted(path.name for path in root.glob(f"{_TEMPORARY}*")) if root.is_dir() else []
-    for name in left:
-        with _named(root / name, "cannot remove"):
-            _remove(root / name)
-    return left
-
-
-def pointer_for(path: Path, manifest: Mapping[str, Any], *, epoch: int | None = None) -> Pointer:
-    """The pointer to the snapshot at `path`, whose manifest tells the model's name, epoch, sequence, examples and times.
-
-    `epoch` is another one than the manifest's when a snapshot is published after one of a later epoch.
-    """
-    with _reading(path / _MANIFEST) as fd:
-        digest = hashlib.sha256(_read_all(fd)).hexdigest()
-    described = {
-        name: manifest.get(name)
-        for name in ("model", "epoch", "sequence", "examples", "event_time_ms", "created_ms")
-    }
-    if epoch is not None:
-        described["epoch"] = epoch
-    located = {
-        "format": FORMAT,
-        "snapshot": path.name,
-        "path": str(path.absolute()),
-        "manifest_sha256": digest,
-    }
-    return verify_pointer({**located, **described})
-
-
-def write_pointer(path: Path, pointer: Mapping[str, object]) -> None:
-    """Replace the file at `path` by `pointer` in one step: a reader sees the old pointer or the new one, also after a crash."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    with _named(path, "cannot write pointer"):
-        _write_bytes(temporary, _json(pointer))
-        failpoint("pointer.before")
-        os.replace(temporary, path)
-        failpoint("pointer.after")
-        _sync_directory(path.parent)
-
-
-def read_pointer(path: Path) -> Pointer | None:
-    """The pointer in the file at `path`, None as long as nothing was published there. Raises SnapshotError when it is not a pointer."""
-    if not path.exists():
-        return None
-    with _reading(path) as fd:
-        return verify_pointer(_parse(_read_all(fd), str(path)))
-
-
-def verify_pointer(pointer: object) -> Pointer:
-    """`pointer`, decoded JSON from anywhere, as a Pointer: every field there, of its type, and its path the place it names.
-
-    It says nothing of the snapshot: `load(Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"])` does.
-    """
-    if not isinstance(pointer, Mapping):
-        raise SnapshotError(f"a pointer is a JSON object, got {type(pointer).__name__}")
-    _require_format(pointer.get("format"), "pointer")
-    for name, kind in get_type_hints(Pointer).items():
-        if type(pointer.get(name)) is not kind:
-            raise SnapshotError(
-                f"pointer field {name!r} must be {kind.__name__}, got {pointer.get(name)!r:.200}"
-            )
-        if kind is int and not 0 <= pointer[name] < 1 << 63:
-            raise SnapshotError(f"pointer field {name!r} is out of range: {pointer[name]!r:.200}")
-    path = Path(pointer["path"])
-    if not path.is_absolute() or path.name != _snapshot_name(pointer["snapshot"]):
-        found = f"{pointer['path']!r:.200}"
-        raise SnapshotError(
-            f"pointer path {found} must be absolute and end in the snapshot's name {pointer['snapshot']!r}"
-        )
-    if not _SHA256.fullmatch(pointer["manifest_sha256"]):
-        raise SnapshotError(
-            f"pointer field 'manifest_sha256' must be 64 hexadecimal digits, got {pointer['manifest_sha256']!r:.200}"
-        )
-    return cast(Pointer, dict(pointer))
-
-
-def weights_sha256(tensors: Mapping[str, Array]) -> str:
-    """SHA-256 over name, dtype, shape and values of all arrays in the order of their names: equal when every bit is.
-
-    >>> weights_sha256({"a": np.zeros(2), "b": np.ones(1)}) == weights_sha256({"b": np.ones(1), "a": np.zeros(2)})
-    True
-    >>> weights_sha256({"a": np.zeros(2)}) == weights_sha256({"a": np.zeros((2, 1))})
-    False
-    """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        array = _little_endian(tensors[name])
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode() + b"\n")
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _plain(name: str, what: str) -> str:
-    if not _PLAIN_NAME.fullmatch(name):
-        raise SnapshotError(
-            f"{what} {name!r:.200} is not a plain name: letters, digits, '_', '-' and '.', not starting with '.' or '-'"
-        )
-    return name
-
-
-def _snapshot_name(name: str) -> str:
-    if name.startswith(_TEMPORARY):
-        raise SnapshotError(
-            f"snapshot {name!r:.200} may not start with {_TEMPORARY!r}, which marks what is unfinished"
-        )
-    return _plain(name, "snapshot")
-
-
-def _require_storable(stem: str, named: Mapping[str, Array]) -> None:
-    _plain(stem, "file stem")
-    for name, array in named.items():
-        if array.dtype.name not in DTYPES:
-            raise SnapshotError(
-                f"array {name!r} of {stem}{_SUFFIX} is {array.dtype}, which cannot be stored; use {', '.join(sorted(DTYPES))}"
-            )
-
-
-def _little_endian(array: Array) -> Array:
-    # safetensors writes the buffer from its first byte on whatever the strides are: a transposed array would come back wrong.
-    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
-
-
-def _require_space(root: Path, snapshot_id: str, needed: int) -> None:
-    if (free := shutil.disk_usage(root).free) < needed:
-        raise SnapshotError(
-            f"snapshot {snapshot_id} needs {_size(needed)}, {root} has {_size(free)} free: make room, nothing was written"
-        )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
-
-
-def _json(value: Mapping[str, object]) -> bytes:
-    try:
-        return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as reason:
-        raise SnapshotError(f"manifest or pointer is not JSON: {reason}") from reason
-
-
-def _write_tensors(path: Path, named: Mapping[str, Array]) -> dict[str, object]:
-    safetensors.numpy.save_file(
-        {name: _little_endian(array) for name, array in named.items()}, path
-    )
-    with open(
-        path, "rb+"
-    ) as file:  # hashed as it stands in the page cache: no second copy of a large table in memory
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fchmod(
-            file.fileno(), 0o666 & ~_UMASK
-        )  # safetensors makes files that their owner alone may read
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-    failpoint("snapshot.file")
-    return {"sha256": digest, "bytes": size}
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _named(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as reason:
-        raise SnapshotError(f"{what} {path}: {reason.strerror or reason}") from reason
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[int]:
-    with _named(path, "cannot read"):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
-        try:
-            yield fd
-        finally:
-            os.close(fd)
-
-
-def _read_all(fd: int) -> bytes:
-    with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
-        return file.readall()
-
-
-def _parse(data: bytes, what: str) -> object:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as reason:
-        raise SnapshotError(f"{what} is not JSON: {reason}") from reason
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long, a folder that we may not enter
-        return False
-
-
-def _require_format(found: object, what: str) -> None:
-    if found != FORMAT or type(found) is not int:
-        raise SnapshotError(
-            f"{what} has format {found!r:.200}, this version of stream-ctr reads {FORMAT}"
-        )
+def newest_with_model(
+    root: Path, name: str | None, model: str, *, signature: Verify | None = None
+) -> Path | None:
+    """Return the snapshot `name`, or its newest ancestor in `root`, that holds an additional `model`."""
+    ids = set(snapshot_ids(root))
+    while name is not None and name in ids:
+        manifest = read_manifest(root / name, signature=signature)
+        if file_name(stems(model)[0]) in manifest.files:
+            return root / name
+        name = manifest.parent
+    return None
 
 
 def _verified_manifest(
     path: Path, expected_sha256: str | None, signature: Verify | None
-) -> dict[str, Any]:
-    """The manifest, after its signature, its own hash, its form, and the presence and size of each file it names."""
-    if not _is_directory(path):
+) -> Manifest:
+    """Return the manifest after its signature, its digest, its form and its files were checked."""
+    if not files.is_directory(path):
         raise SnapshotError(f"there is no snapshot directory {str(path)!r:.300}")
-    with _reading(path / _MANIFEST) as fd:
-        data = _read_all(fd)
+    with files.opened(path / MANIFEST) as fd:
+        data = files.read_all(fd)
     if signature:
         _require_signature(path, data, signature)
-    if (
-        expected_sha256 is not None
-        and (found := hashlib.sha256(data).hexdigest()) != expected_sha256
-    ):
+    found = hashlib.sha256(data).hexdigest()
+    if expected_sha256 is not None and found != expected_sha256:
         raise SnapshotError(
-            f"{path / _MANIFEST} has SHA-256 {found}, its pointer says {expected_sha256}"
+            f"{path / MANIFEST} has SHA-256 {found}, its pointer says {expected_sha256}"
         )
-    manifest = _parse(data, str(path / _MANIFEST))
-    if not isinstance(manifest, dict):
-        raise SnapshotError(
-            f"{path / _MANIFEST} must be a JSON object, got {type(manifest).__name__}"
-        )
-    _require_format(manifest.get("format"), str(path / _MANIFEST))
-    _require_entries(path, manifest.get("files"))
-    _require_files(path, manifest["files"])
+    manifest = decode(data, Manifest, newest=FORMAT, name=str(path / MANIFEST))
+    _require_entries(path, manifest.files)
+    _require_files(path, manifest.files)
     return manifest
 
 
 def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> None:
     if not (path / _SIGNATURE).exists():
         raise SnapshotError(f"snapshot {path} is not signed, and a signature is required")
-    with _reading(path / _SIGNATURE) as fd:
-        found = _read_all(fd)
+    with files.opened(path / _SIGNATURE) as fd:
+        found = files.read_all(fd)
     try:
         verify_signature(data, found)
     except SnapshotError as reason:
-        raise SnapshotError(f"{path / _MANIFEST}: {reason}") from None
+        raise SnapshotError(f"{path / MANIFEST}: {reason}") from None
 
 
-def _require_entries(path: Path, files: object) -> None:
-    if not isinstance(files, dict):
-        raise SnapshotError(
-            f"{path / _MANIFEST}: 'files' must be an object, got {type(files).__name__}"
-        )
-    for name, entry in files.items():
+def _require_entries(path: Path, entries: Iterable[str]) -> None:
+    for name in entries:
         if not name.endswith((_SUFFIX, SEGMENT_SUFFIX)):
             raise SnapshotError(
-                f"{path / _MANIFEST}: file {name!r} is not named *{_SUFFIX} or *{SEGMENT_SUFFIX}"
+                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX} or *{SEGMENT_SUFFIX}"
             )
-        _plain(name, f"{path / _MANIFEST}: file")
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise SnapshotError(
-                f"{path / _MANIFEST}: file {name!r} must have 'bytes' and 'sha256', got {entry!r}"
-            )
+        plain_name(name, f"{path / MANIFEST}: file")
 
 
-def _require_files(path: Path, files: Mapping[str, Mapping[str, object]]) -> None:
-    with _named(path, "cannot list"):
+def _require_files(path: Path, entries: Mapping[str, FileEntry]) -> None:
+    with files.naming(path, "cannot list"):
         found = {entry.name: entry for entry in os.scandir(path)}
-        for name in sorted({_MANIFEST, *files} - set(found)):
+        for name in sorted({MANIFEST, *entries} - set(found)):
             raise SnapshotError(f"{path / name} is missing, the manifest names it")
-        for name in sorted(set(found) - {_MANIFEST, _SIGNATURE, *files}):
+        for name in sorted(set(found) - {MANIFEST, _SIGNATURE, *entries}):
             raise SnapshotError(f"{path / name} is not in the manifest")
-        for name, entry in files.items():
+        for name, entry in entries.items():
             if not found[name].is_file(follow_symlinks=False):
                 raise SnapshotError(f"{path / name} is not a regular file")
-            _compare(path / name, found[name].stat(follow_symlinks=False).st_size, None, entry)
+            size = found[name].stat(follow_symlinks=False).st_size
+            _compare(path / name, size, None, entry)
 
 
-def _compare(path: Path, size: int, sha256: str | None, entry: Mapping[str, object]) -> None:
-    if size != entry["bytes"]:
-        raise SnapshotError(f"{path} has {size} bytes, the manifest says {entry['bytes']}")
-    if sha256 is not None and sha256 != entry["sha256"]:
+def _compare(path: Path, size: int, sha256: str | None, entry: FileEntry) -> None:
+    if size != entry.bytes:
+        raise SnapshotError(f"{path} has {size} bytes, the manifest says {entry.bytes}")
+    if sha256 is not None and sha256 != entry.sha256:
         raise SnapshotError(
-            f"{path} has SHA-256 {sha256}, the manifest says {entry['sha256']}: the file was changed after it was written"
+            f"{path} has SHA-256 {sha256}, the manifest says {entry.sha256}: "
+            "the file was changed after it was written"
         )
 
 
-def _read_tensors(path: Path, entry: Mapping[str, object]) -> dict[str, Array]:
-    with _reading(path) as fd:
-        _compare(
-            path, os.fstat(fd).st_size, None, entry
-        )  # before a file that has grown is read into memory
-        data = _read_all(fd)
+def _read_tensors(path: Path, entry: FileEntry) -> dict[str, Array]:
+    with files.opened(path) as fd:
+        # Compare the size first: a file that has grown is not read into memory.
+        _compare(path, os.fstat(fd).st_size, None, entry)
+        data = files.read_all(fd)
     _compare(path, len(data), hashlib.sha256(data).hexdigest(), entry)
     try:
         return cast(dict[str, Array], safetensors.numpy.load(data))
@@ -648,3 +449,37 @@ def _read_tensors(path: Path, entry: Mapping[str, object]) -> dict[str, Array]:
         raise SnapshotError(f"{path} is not a safetensors file: {reason}") from reason
     except KeyError as unknown:
         raise SnapshotError(f"{path} holds dtype {unknown}, which numpy does not have") from unknown
+
+
+# -- removing ------------------------------------------------------------------------------------
+
+
+def retain(root: Path, keep: int, protect: Collection[str] = ()) -> list[str]:
+    """Delete all but the `keep` newest snapshots and those in `protect`.
+
+    Returns the names of the deleted snapshots, oldest first.
+    """
+    if keep < 1:
+        raise SnapshotError(f"at least one snapshot must be kept, got keep={keep}")
+    old = [name for name in snapshot_ids(root)[:-keep] if name not in protect]
+    for name in old:
+        doomed = root / f"{files.TEMPORARY}{name}"
+        with files.naming(root / name, "cannot delete snapshot"):
+            files.remove(doomed)
+            os.rename(root / name, doomed)
+            files.sync_directory(root)  # the name is gone before the first of its files is
+            failpoint("retain.hidden")
+            files.remove(doomed)
+    return old
+
+
+def clean(root: Path) -> list[str]:
+    """Remove what a crash left unfinished in `root`, and return its names.
+
+    Only the owner of the state directory may call this.
+    """
+    left = sorted(path.name for path in root.glob(f"{files.TEMPORARY}*")) if root.is_dir() else []
+    for name in left:
+        with files.naming(root / name, "cannot remove"):
+            files.remove(root / name)
+    return left

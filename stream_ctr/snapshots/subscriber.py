@@ -1,49 +1,52 @@
-"""Serving side: follow published snapshots, verify each before it is loaded, predict with the newest.
+"""Serving: follow published snapshots, verify each before it is loaded, predict with the newest.
 
     with Subscriber("state") as model:
         model.wait(30)
         p = model.predict([{"app": "maps", "age": 31}])
 
-A pointer names a snapshot directory and the SHA-256 of its manifest, which holds those of the files. A snapshot that does not verify,
-or that is older than the one in use (by epoch, then by sequence), is refused and the one in use goes on serving.
+A pointer names a snapshot directory and the SHA-256 of its manifest, which holds those of the
+files. A snapshot that does not verify, or that is older than the loaded one (by epoch, then by
+sequence), is refused, and the loaded one goes on serving.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_ctr.config import Features, Ftrl, Learn, Model
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.features import Hasher
-from stream_ctr.events.field import Field
 from stream_ctr.learn.learner import make_learner, require_shapes
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.messages import nearest, one_line
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.manifest import Manifest
+from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer
 from stream_ctr.snapshots.signing import PublicKey
-from stream_ctr.snapshots.snapshot import Pointer
 
 _log = logging.getLogger(__name__)
 _FILE_POLL_SECONDS = 0.1
 _LARGEST_BATCH = 1 << 20
-_NAMES = (*MODELS, "ftrl")  # the latter is an `lr` that stands beside the others
+_NAMES = (*MODELS, "ftrl")  # `ftrl` is an `lr` beside the other models
 
 
 class Scorer:
-    """The model of one snapshot, ready to predict; with `model` one that was learned beside it.
+    """The model of one snapshot, ready to predict: the published one, or the additional `model`.
 
-    Raises `SnapshotError` when the snapshot does not verify or its tensors do not fit its manifest.
+    Raises `SnapshotError` if the snapshot does not verify, or if its tensors do not fit its
+    manifest.
     """
 
     def __init__(
@@ -57,26 +60,29 @@ class Scorer:
     ) -> None:
         self.manifest, named = snapshot.load(
             path,
-            files=lambda manifest: [_stem(manifest, model)],
+            stems=lambda manifest: [_stem(manifest, model)],
             manifest_sha256=manifest_sha256,
             signature=signature,
         )
         (tensors,) = named.values()
+        self.fields = self.manifest.schema.fields
+        spec = self.manifest.spec(model)
         try:
-            self.fields, hashing, learning = _described(self.manifest, model)
-            self.hasher = Hasher(self.fields, **hashing)
-            _require_bounds(tensors, learning)
-            self.learner = make_learner(
-                **learning, value_fields=self.hasher.value_fields, device=device, serving=True
-            )
+            self.hasher = Hasher(**msgspec.structs.asdict(self.manifest.schema))
+            _require_bounds(tensors, spec)
+            self.learner = make_learner(spec, device=device, serving=True)
             self.learner.load_weights(tensors)
         except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(
-                f"snapshot {path} does not describe a model that this version can build: {one_line(error, 500)}"
+                f"snapshot {path} does not describe a model that this version can build: "
+                f"{one_line(error, 500)}"
             ) from None
 
     def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
-        """Click probabilities [n] of n impressions, each a mapping from field name to value; absent or None is missing."""
+        """Return the click probabilities [n] of n impressions.
+
+        Each impression maps field names to values. An absent value or None is missing.
+        """
         columns = {
             field.name: pa.array([_text(row.get(field.name)) for row in rows], pa.string())
             if field.kind == "categorical"
@@ -86,84 +92,33 @@ class Scorer:
         return self.predict_columns(columns)
 
     def predict_columns(self, features: Mapping[str, pa.Array]) -> npt.NDArray[np.float64]:
-        """The same from columns: string arrays for categorical fields, float64 for numeric ones."""
+        """Return the same from columns: strings for categorical fields, float64 for numeric ones."""
         ids, values = self.hasher.rows(features)
         return metrics.probabilities(self.learner.predict(ids, values).astype(np.float64))
 
 
-def _stem(manifest: Mapping[str, Any], model: str | None) -> str:
-    """The file with the weights of `model`. Raises `SnapshotError` when there is none."""
-    learner, beside = (
-        part if isinstance(part, dict) else {}
-        for part in (manifest.get("learner"), manifest.get("beside"))
-    )
-    if model is None or model == learner.get("model"):
+def _stem(manifest: Manifest, model: str | None) -> str:
+    """Return the stem of the file with the weights of `model`."""
+    if model is None or model == manifest.learner.model:
         return snapshot.stems()[0]
-    if model not in beside:
-        there = ", ".join(one_line(str(name), 60) for name in (learner.get("model"), *beside))
-        raise SnapshotError(f"the snapshot has no model {model!r:.80}; it has {there}")
+    if model not in manifest.beside:
+        present = ", ".join(
+            one_line(name, 60) for name in (manifest.learner.model, *manifest.beside)
+        )
+        raise SnapshotError(f"the snapshot has no model {model!r:.80}; it has {present}")
     stem = snapshot.stems(model)[0]
-    if snapshot.file_name(stem) not in manifest["files"]:
+    if snapshot.file_name(stem) not in manifest.files:
         raise SnapshotError(
             f"the snapshot was taken without the model {model!r:.80}, which had diverged"
         )
     return stem
 
 
-def _described(
-    manifest: Mapping[str, Any], model_name: str | None
-) -> tuple[tuple[Field, ...], dict[str, Any], dict[str, Any]]:
-    """Fields, and options of `Hasher` and of the learner of `model_name`, within the bounds of a configuration: whoever wrote the manifest
-    may be nobody's run.
-
-    Raises KeyError, TypeError or ValueError where they are not.
-    """
-    schema, learner = dict(manifest["schema"]), dict(manifest["learner"])
-    if model_name is not None and model_name != learner["model"]:
-        learner = dict(manifest["beside"][model_name])
-    kinds = {
-        kind: [name for name, its_kind in schema["fields"] if its_kind == kind]
-        for kind in ("categorical", "numeric")
-    }
-    del schema["fields"]
-    bits = schema.pop("table_bits")
-    section = Features(**schema, **kinds)
-    fields = tuple(Field(name, kind) for name, kind in manifest["schema"]["fields"])
-    if len(fields) != len(section.fields()) or learner.pop("fields") != len(fields):
-        raise ValueError("its fields do not agree")
-    if learner.pop("crosses", 0) != len(section.crosses):
-        raise ValueError("its cross products do not agree")
-    learner.pop("value_fields")  # they follow from the fields
-    of_model = {name: learner.pop(name) for name in list(learner) if name in Model.model_fields}
-    model = Model(**of_model, name=learner.pop("model"))
-    rates = (
-        {"ftrl": Ftrl(**learner.pop("ftrl")).model_dump(exclude={"enabled"})}
-        if model.name == "lr"
-        else {}
-    )
-    if model.table_bits != bits:
-        raise ValueError(f"its table has 2^{model.table_bits} rows, its hashes reach 2^{bits}")
-    return (
-        fields,
-        {"table_bits": model.table_bits, **section.model_dump(exclude={"categorical", "numeric"})},
-        {
-            "model": model.name,
-            "fields": len(fields),
-            "crosses": len(section.crosses),
-            **model.model_dump(exclude={"name", "beside"}),
-            **rates,
-            **Learn(**learner).model_dump(exclude={"device", "threads", "skips_before_rollback"}),
-        },
-    )
-
-
-def _require_bounds(
-    weights: Mapping[str, npt.NDArray[np.generic]], learning: Mapping[str, Any]
-) -> None:
-    """Before memory is taken for a model that a manifest only claims."""
-    if learning["batch_size"] > _LARGEST_BATCH:
-        raise ValueError(f"a batch of {learning['batch_size']}")
-    require_shapes(weights, **learning)
+def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], spec: LearnerSpec) -> None:
+    """Check a claimed model before memory is taken for it."""
+    if spec.batch_size > _LARGEST_BATCH:
+        raise ValueError(f"a batch of {spec.batch_size}")
+    require_shapes(weights, spec)
 
 
 def _text(value: object) -> str | None:
@@ -173,24 +128,28 @@ def _text(value: object) -> str | None:
 
 
 def verifier(public_key: str | Path | None) -> snapshot.Verify | None:
-    """What accepts the signatures of the key in this PEM file. Raises `ConfigError` when it cannot be read."""
+    """Return the check for signatures of the key in this PEM file, or None without a file.
+
+    Raises `ConfigError` if the file cannot be read.
+    """
     return PublicKey(Path(public_key)).verify if public_key is not None else None
 
 
 class Pointers(Protocol):
-    """Where pointers come from."""
+    """A source of pointers."""
 
     def poll(self, timeout_seconds: float) -> list[Pointer]: ...
 
 
 class FilePointers:
-    """`latest.json` in a state directory."""
+    """The pointers that appear in `latest.json` of a state directory."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "latest.json"
         self._seen: tuple[int, int] | None = None
 
     def poll(self, timeout_seconds: float) -> list[Pointer]:
+        """Return the pointer if it changed, after at most `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
@@ -199,7 +158,7 @@ class FilePointers:
                 status = None
             if status and (status.st_mtime_ns, status.st_ino) != self._seen:
                 self._seen = (status.st_mtime_ns, status.st_ino)
-                pointer = snapshot.read_pointer(self._path)
+                pointer = read_pointer(self._path)
                 return [pointer] if pointer else []
             if time.monotonic() >= deadline:
                 return []
@@ -207,37 +166,43 @@ class FilePointers:
 
 
 class TopicPointers:
-    """The snapshot topic. `reader.poll(seconds)` yields (key, value) pairs of a compacted topic, value None for a withdrawn pointer."""
+    """The pointers of one model on the snapshot topic.
+
+    `reader.poll(seconds)` returns (key, value) pairs of a compacted topic; the value None
+    withdraws a pointer.
+    """
 
     def __init__(self, reader: Any, *, model_name: str = "default") -> None:
-        self._reader, self._model_name = reader, model_name
+        self._reader = reader
+        self._model_name = model_name
 
     def poll(self, timeout_seconds: float) -> list[Pointer]:
+        """Return the pointers that arrived, newest first."""
         pointers = []
         for key, value in self._reader.poll(timeout_seconds):
             if key != self._model_name:
                 continue
             if value is None:
-                _log.warning(
-                    "the pointer of model %r was withdrawn; the snapshot in use stays", key
-                )
+                _log.warning("the pointer of model %r was withdrawn; the loaded one stays", key)
                 continue
             try:
-                pointers.append(snapshot.verify_pointer(json.loads(value)))
-            except (ValueError, SnapshotError) as error:
-                _log.warning("ignored a pointer of model %r: %s", key, error)
-        # Only the newest counts, which a trainer that was taken over may have written before an older one of its own.
-        return sorted(
-            pointers, key=lambda pointer: (pointer["epoch"], pointer["sequence"]), reverse=True
-        )
+                pointers.append(decode_pointer(value))
+            except SnapshotError as error:
+                _log_refusal(f"ignored a pointer of model {key!r}", error)
+        # Only the newest counts. A trainer that was taken over may have written one of its own
+        # after it.
+        return sorted(pointers, key=lambda pointer: pointer.rank, reverse=True)
 
 
 class Subscriber:
-    """Predicts with the newest published snapshot, swapped in whole while calls go on; with `model` by one that is learned beside.
+    """Predict with the newest published snapshot, which is swapped in whole while calls go on.
 
-    `source` is a state directory, or anything with `poll` like `TopicPointers`. With `public_key`, a PEM file, snapshots that are not
-    signed with its private key are refused. `predict` raises `SnapshotError` before the first one. A `model` that no run can have is a
-    `ConfigError`; snapshots that were taken without it are passed over, with a warning.
+    `source` is a state directory, or anything with a `poll` like that of `TopicPointers`. With
+    `model`, an additional model serves instead of the published one; snapshots without it are
+    passed over with a warning. With `public_key`, a PEM file, snapshots without a signature by its
+    private key are refused. `predict` raises `SnapshotError` before the first snapshot.
+
+    Raises `ConfigError` for a `model` that no run can have.
     """
 
     def __init__(
@@ -255,14 +220,17 @@ class Subscriber:
         self._pointers: Pointers = (
             FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
         )
-        self._model, self._device, self._on_snapshot = model, device, on_snapshot
+        self._model = model
+        self._device = device
+        self._on_snapshot = on_snapshot
         self.pointer: Pointer | None = None
         self._scorer: Scorer | None = None
-        self._loaded, self._closing = threading.Event(), threading.Event()
+        self._loaded = threading.Event()
+        self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def next(self, timeout_seconds: float) -> Pointer | None:
-        """Wait for a newer snapshot, load it, and return its pointer; None when none came in time."""
+        """Wait for a newer snapshot and load it; return its pointer, or None if none came in time."""
         deadline = time.monotonic() + timeout_seconds
         while True:
             for pointer in self._poll(max(0.0, min(1.0, deadline - time.monotonic()))):
@@ -275,27 +243,27 @@ class Subscriber:
         try:
             return self._pointers.poll(timeout_seconds)
         except SnapshotError as error:
-            _log.warning("ignored a pointer: %s", error)
+            _log_refusal("ignored a pointer", error)
             return []
 
     def _load(self, pointer: Pointer) -> bool:
-        if self.pointer and (pointer["epoch"], pointer["sequence"]) < (
-            self.pointer["epoch"],
-            self.pointer["sequence"],
-        ):
+        if self.pointer and pointer.rank < self.pointer.rank:
             _log.warning(
-                "ignored snapshot %s of epoch %d: older than the one in use",
-                pointer["snapshot"],
-                pointer["epoch"],
+                "ignored snapshot %s of epoch %d: older than the loaded one",
+                pointer.snapshot,
+                pointer.epoch,
             )
             return False
         try:
             self._scorer = Scorer(
-                Path(pointer["path"]), model=self._model, manifest_sha256=pointer["manifest_sha256"], signature=self._signature,
+                Path(pointer.path),
+                model=self._model,
+                manifest_sha256=pointer.manifest_sha256,
+                signature=self._signature,
                 device=self._device,
-            )  # fmt: skip
+            )
         except SnapshotError as error:
-            _log.warning("ignored snapshot %s: %s", pointer["snapshot"], error)
+            _log_refusal(f"ignored snapshot {pointer.snapshot}", error)
             return False
         self.pointer = pointer
         self._loaded.set()
@@ -305,23 +273,25 @@ class Subscriber:
 
     @property
     def scorer(self) -> Scorer:
+        """The loaded model. Raises `SnapshotError` before the first snapshot."""
         if self._scorer is None:
             raise SnapshotError("no snapshot was published yet; wait(seconds) waits for the first")
         return self._scorer
 
     def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
-        """See `Scorer.predict`."""
+        """Return click probabilities; see `Scorer.predict`."""
         return self.scorer.predict(rows)
 
     @property
     def closing(self) -> bool:
+        """Whether `close` was called."""
         return self._closing.is_set()
 
     def wait(self, timeout_seconds: float | None = None) -> bool:
-        """Until the first snapshot is loaded; whether it is."""
+        """Wait until the first snapshot is loaded; return whether it is."""
         return self._loaded.wait(timeout_seconds)
 
-    def __enter__(self) -> Subscriber:
+    def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._follow, daemon=True)
         self._thread.start()
         return self
@@ -330,6 +300,7 @@ class Subscriber:
         self.close()
 
     def close(self) -> None:
+        """Stop following."""
         self._closing.set()
         if self._thread:
             self._thread.join()
@@ -337,3 +308,9 @@ class Subscriber:
     def _follow(self) -> None:
         while not self._closing.is_set():
             self.next(0.5)
+
+
+def _log_refusal(subject: str, error: SnapshotError) -> None:
+    """Log a refused snapshot or pointer; one of a newer version needs an operator."""
+    level = logging.ERROR if isinstance(error, NewerFormat) else logging.WARNING
+    _log.log(level, "%s: %s", subject, error)

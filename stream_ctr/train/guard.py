@@ -1,15 +1,33 @@
-"""What is not finite is not learned, and a model that diverges goes back to the last good snapshot.
+"""The guard of a model: examples that are not finite are not learned, and a diverging model goes back.
 
-Of several models on the same examples each has a guard. Only that of the published one may end the run.
+Every model of a run has a guard. `learn` returns what became of a batch; the trainer decides what
+follows, finds the snapshot to go back to and calls `restore`.
+
+    outcome of `learn`   when                                          what the trainer does
+    ------------------   -------------------------------------------   -------------------------
+    Learned              the step was taken, on all of the batch or    counts the examples
+                         on the examples with a finite logit
+    Skipped              no finite loss and gradient; fewer than       counts them as skipped
+                         `skips_before_rollback` batches in a row
+    Diverged             that many in a row                            restores a snapshot
+
+    state of a model     enters by                                     leaves by
+    ------------------   -------------------------------------------   -------------------------
+    learning             a learned batch                               a skipped batch
+    skipping             a skipped batch                               a learned batch
+    diverged             `skips_before_rollback` skipped in a row,     `restore`
+                         or predictions that are not finite
+    recovering           `restore`                                     100 learned in a row
+    ended                a fourth rollback before it recovered, or     never: the run ends; an
+                         no snapshot to go back to                     additional model is left out
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,37 +35,51 @@ from torch import Tensor
 
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.join.joiner import Examples
 from stream_ctr.learn.learner import Learner
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 
 _log = logging.getLogger(__name__)
-_MOST_ROLLBACKS = (
-    3  # with fewer than so many batches learned in between: it diverges again and again
-)
+_MOST_ROLLBACKS = 3  # before the model has recovered
 _RECOVERED_BATCHES = 100
-NOT_FINITE = "its weights are not finite"
-_WORSENED = (
-    2.0,
-    0.1,
-)  # times the logloss of its own batch, and nats more, that a step may leave behind
+# How much worse a step may leave the logloss of its own batch: times, and nats more.
+_WORSENED_FACTOR = 2.0
+_WORSENED_NATS = 0.1
 
 
 class Learned(NamedTuple):
-    """A step: the logits [m] from before it, of the examples of the batch that `kept` (bool [n]) marks; None: of all, m = n."""
+    """A step was taken.
+
+    `logits` [m] are those from before it, of the examples that `kept` (bool [n]) marks; None
+    stands for all of them. After a step that ends the pre-training the model is another one than
+    the logits are of.
+    """
 
     logits: npt.NDArray[np.floating]
-    kept: npt.NDArray[np.bool_] | None
+    kept: npt.NDArray[np.bool_] | None = None
     ends_pretraining: bool = False
-    """After it the model is another one than the logits are of."""
+
+
+class Skipped(NamedTuple):
+    """No example of the batch was learned."""
+
+
+class Diverged(NamedTuple):
+    """The model must go back to a snapshot."""
+
+    reason: str
+
+
+Outcome = Learned | Skipped | Diverged
 
 
 class Guard:
-    """Stands between the batches and the learner.
+    """Stand between the batches and a learner.
 
-    `good` gives the snapshot to go back to, if there is one, and the number of examples trained so far. `begins_again` is given what its
-    gate said where that takes the model back into its pre-training. What is skipped and unlearned is
-    counted in `counters`; of a model `beside` the published one, under its name.
+    `counters` receives the numbers of skipped and unlearned examples, under the name of an
+    `additional` model if it is not the published one.
     """
 
     def __init__(
@@ -55,213 +87,216 @@ class Guard:
         learner: Learner,
         counters: Counter[str],
         *,
-        good: Callable[[], tuple[Path | None, int]],
         skips_before_rollback: int,
-        signature: snapshot.Verify | None = None,
-        beside: str | None = None,
-        begins_again: Callable[[Mapping[str, Any]], None] = lambda told: None,
+        additional: str | None = None,
     ) -> None:
-        self._begins_again = begins_again
-        self._learner, self._counters, self._good, self._signature = (
-            learner,
-            counters,
-            good,
-            signature,
-        )
+        self.learner = learner
+        self.additional = additional
+        self.left_out = ""
+        """The reason for which an additional model takes no part in the run any more."""
+        self._counters = counters
         self._skips_before_rollback = skips_before_rollback
-        self._beside, self._stems = beside, snapshot.stems(beside)
-        self._row = Counter(
-            skipped=0, learned=0, rollbacks=0
-        )  # skipped and learned in a row, rollbacks since it last recovered
-        self._last: tuple[Examples, Learned] | None = (
-            None  # by which a snapshot shows that its last step did no harm
-        )
-        self._last_step: list[
-            str
-        ] = []  # what was wrong with the one before the snapshot that this run began with
+        self._skipped = 0  # batches in a row
+        self._learned = 0  # batches in a row
+        self._rollbacks = 0  # since the model last recovered
+        # The last step, by which a snapshot shows that it did no harm.
+        self._last: tuple[Examples, Learned] | None = None
+        # What was wrong with the last step before the snapshot that this run resumed from.
+        self._resumed_last_step: tuple[str, ...] = ()
 
-    def learn(self, batch: Examples, following: Examples | None = None) -> Learned | None:
-        """One step, of all the batch or of a part. None: it was skipped. `following` is the next batch, if it is known.
+    # -- learning --------------------------------------------------------------------------------
 
-        Raises `DataError` when the model diverges again and again, or has nothing to go back to.
+    def learn(self, batch: Examples, following: Examples | None = None) -> Outcome:
+        """Take one step on the batch, or on its finite part.
+
+        `following` is the next batch, if it is known.
         """
-        began = self._learner.pretraining
+        if self.left_out:
+            return Skipped()
+        began_pretraining = self.learner.pretraining
         learned = self._learn(batch, following)
         skipped = len(batch) - (len(learned.logits) if learned else 0)
         if skipped:
             self._count("examples_skipped", skipped)
         if learned is None:
             self._count("batches_skipped", 1)
-            self._row["skipped"] += 1
-            if self._row["skipped"] >= self._skips_before_rollback:
-                self.roll_back(
-                    f"{self._row['skipped']} batches in a row had no finite loss and gradient"
-                )
-            return None
-        self._row["skipped"] = 0
-        self._row["learned"] += 1
-        if self._row["learned"] == _RECOVERED_BATCHES:
-            self._row["rollbacks"] = 0
-        learned = learned._replace(ends_pretraining=began and not self._learner.pretraining)
-        self._last = batch if learned.kept is None else batch[learned.kept], learned
+            self._skipped += 1
+            if self._skipped >= self._skips_before_rollback:
+                return Diverged(f"{self._skipped} batches in a row had no finite loss and gradient")
+            return Skipped()
+        self._skipped = 0
+        self._learned += 1
+        if self._learned == _RECOVERED_BATCHES:
+            self._rollbacks = 0
+        learned = learned._replace(
+            ends_pretraining=began_pretraining and not self.learner.pretraining
+        )
+        self._last = (batch if learned.kept is None else batch[learned.kept]), learned
         return learned
 
     def _learn(self, batch: Examples, following: Examples | None) -> Learned | None:
-        then = (following.ids, following.label, following.values) if following is not None else None
-        found = self._learner.learn(batch.ids, batch.label, batch.values, following=then)
+        next_arrays = None
+        if following is not None:
+            next_arrays = (following.ids, following.label, following.values)
+        found = self.learner.learn(batch.ids, batch.label, batch.values, following=next_arrays)
         if found is None:
-            return self._learn_what_is_finite(batch)
-        logits = _host(found)
+            return self._learn_finite_part(batch)
+        logits = _to_host(found)
         finite = np.isfinite(logits)
         if finite.all():
-            return Learned(logits, None)
-        return (
-            Learned(logits[finite], finite) if finite.any() else None
-        )  # it learns an example at a time
+            return Learned(logits)
+        # Only LR, which learns an example at a time, returns logits that are not finite.
+        return Learned(logits[finite], finite) if finite.any() else None
 
-    def _learn_what_is_finite(self, batch: Examples) -> Learned | None:
-        """A batch without the examples for which the model predicts no number; None when it cannot learn the rest."""
-        finite = np.isfinite(self._learner.predict(batch.ids, batch.values))
-        kept, logits = batch[finite], None
+    def _learn_finite_part(self, batch: Examples) -> Learned | None:
+        """Learn the examples whose logit is finite, or return None if that fails too."""
+        finite = np.isfinite(self.learner.predict(batch.ids, batch.values))
+        kept = batch[finite]
+        logits = None
         if 0 < len(kept) < len(batch):
-            logits = self._learner.learn(kept.ids, kept.label, kept.values)
-        return Learned(_host(logits), finite) if logits is not None else None
+            logits = self.learner.learn(kept.ids, kept.label, kept.values)
+        return Learned(_to_host(logits), finite) if logits is not None else None
 
-    def _count(self, what: str, number: int) -> None:
-        self._counters[f"{what}.{self._beside}" if self._beside else what] += number
+    def check_last_step(self) -> tuple[str, ...] | Diverged:
+        """Return what the last step did wrong, empty if nothing.
 
-    def roll_back(self, why: str) -> None:
-        """Give the model and its optimiser the state of the last good snapshot; the stream goes on from where it is."""
-        path, trained = self._good()
-        self._row["rollbacks"] += 1
-        if path is None or self._row["rollbacks"] > _MOST_ROLLBACKS:
-            good = (
-                f"going back to {path.name} did not help {_MOST_ROLLBACKS} times"
-                if path
-                else "there is no snapshot to go back to"
-            )
-            remedy = (
-                "Lower the learning rates, or use log_value rather than value for large numbers"
-            )
-            raise DataError(f"{self._who} diverged: {why}, and {good}. {remedy}")
-        manifest, tensors = snapshot.load(path, files=self._stems, signature=self._signature)
-        pretraining = self._learner.pretraining
-        self._load_model(tensors, path)
-        if self._learner.pretraining and not pretraining:
-            self._begins_again(manifest["gate"])
-        self._row["skipped"] = self._row["learned"] = 0
-        self._last, self._last_step = None, []
-        unlearned = trained - manifest["examples"]
-        self._count("rollbacks", 1)
-        self._count("examples_unlearned", unlearned)
-        _log.error(
-            "%s: %s goes back to snapshot %s and forgets %d examples",
-            why,
-            self._who,
-            path.name,
-            unlearned,
-        )
-
-    @property
-    def _who(self) -> str:
-        return (
-            f"the model {self._beside}, beside the published one," if self._beside else "the model"
-        )
-
-    def worsened(self) -> list[str]:
-        """Why the last step was a bad one: what is measured is measured before a step, and says nothing of the last.
-
-        When the model predicts no numbers any more, it goes back to the last good snapshot.
+        Metrics measure a batch before its step, so they say nothing about the last one. Returns
+        `Diverged` if the model's predictions are not finite any more.
         """
+        if self.left_out:
+            return ()
         if self._last is None:  # no step since this run resumed
-            return self._last_step
+            return self._resumed_last_step
         examples, learned = self._last
         before = learned.logits.astype(np.float64)
-        after = self._learner.predict(examples.ids, examples.values).astype(np.float64)
+        after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
         if not np.isfinite(after).all():
-            self.roll_back("after its last step it predicts values that are not finite")
-            return []
-        was, became = (
+            return Diverged("after its last step it predicts values that are not finite")
+        loss_before, loss_after = (
             float(metrics.losses(logits, examples.label).mean()) for logits in (before, after)
         )
-        if became <= max(_WORSENED[0] * was, was + _WORSENED[1]):
-            return []
+        if loss_after <= max(_WORSENED_FACTOR * loss_before, loss_before + _WORSENED_NATS):
+            return ()
         step = "its last step"
         if learned.ends_pretraining:
             step += (
                 " ended its pre-training, the network that took over has learned nothing yet: it"
             )
-        return [f"{step} took the logloss of its own examples from {was:.3g} to {became:.3g}"]
+        return (
+            f"{step} took the logloss of its own examples "
+            f"from {loss_before:.3g} to {loss_after:.3g}",
+        )
 
-    def told(self) -> dict[str, Any]:
-        """For a manifest, whose gate has what `worsened` said."""
-        return dict(self._row)
+    # -- going back ------------------------------------------------------------------------------
 
-    def load(
+    def restore(
         self,
-        tensors: snapshot.Tensors,
-        told: Mapping[str, Any],
-        path: Path,
+        path: Path | None,
+        reason: str,
         *,
-        last_step: list[str],
-    ) -> None:
-        """Model, optimiser and what was `told` of them. Raises `SnapshotError` when they do not fit."""
+        trained: int,
+        signature: snapshot.Verify | None = None,
+    ) -> Verdict | None:
+        """Give the model and its optimiser the state of the snapshot at `path`.
+
+        The stream goes on from where it is; `trained` is the number of examples trained so far.
+        Returns the verdict of that snapshot if the model went back into its pre-training, which
+        makes it another model for the gate, and None otherwise.
+
+        Raises `DataError` if there is no snapshot, or if going back did not help three times.
+        """
+        self._rollbacks += 1
+        if path is None or self._rollbacks > _MOST_ROLLBACKS:
+            remedy = (
+                "Lower the learning rates, or use log_value rather than value for large numbers"
+            )
+            tried = (
+                f"going back to {path.name} did not help {_MOST_ROLLBACKS} times"
+                if path
+                else "there is no snapshot to go back to"
+            )
+            raise DataError(f"{self._name} diverged: {reason}, and {tried}. {remedy}")
+        manifest, tensors = snapshot.load(
+            path, stems=snapshot.stems(self.additional), signature=signature
+        )
+        pretraining = self.learner.pretraining
         self._load_model(tensors, path)
-        self._row, self._last_step = Counter(told), last_step
+        self._skipped = 0
+        self._learned = 0
+        self._last = None
+        self._resumed_last_step = ()
+        unlearned = trained - manifest.examples
+        self._count("rollbacks", 1)
+        self._count("examples_unlearned", unlearned)
+        _log.error(
+            "%s: %s goes back to snapshot %s and forgets %d examples",
+            reason,
+            self._name,
+            path.name,
+            unlearned,
+        )
+        return manifest.gate if self.learner.pretraining and not pretraining else None
+
+    def leave_out(self, error: DataError | SnapshotError) -> None:
+        """Take an additional model out of the rest of the run."""
+        self.left_out = str(error)
+        self._count("left_out", 1)
+        self._last = None
+        _log.error("%s; it is left out from now on, the run goes on without it", error)
+
+    # -- state -----------------------------------------------------------------------------------
+
+    def state(self) -> GuardState:
+        """Return the counts of a published model's guard, for a manifest."""
+        return GuardState(skipped=self._skipped, learned=self._learned, rollbacks=self._rollbacks)
+
+    def additional_state(self) -> AdditionalGuardState:
+        """Return the counts of an additional model's guard, for a manifest."""
+        return AdditionalGuardState(
+            skipped=self._skipped,
+            learned=self._learned,
+            rollbacks=self._rollbacks,
+            left_out=self.left_out,
+        )
+
+    def load_state(self, state: GuardState | AdditionalGuardState) -> None:
+        """Restore the counts."""
+        self._skipped = state.skipped
+        self._learned = state.learned
+        self._rollbacks = state.rollbacks
+        if isinstance(state, AdditionalGuardState):
+            self.left_out = state.left_out
+
+    def load_model(
+        self, tensors: snapshot.Tensors, path: Path, *, last_step: tuple[str, ...] = ()
+    ) -> None:
+        """Load the model and its optimiser from a snapshot that the run resumes from.
+
+        `last_step` is what the manifest says about the step before it. Raises `SnapshotError` if
+        the tensors do not fit.
+        """
+        self._load_model(tensors, path)
+        self._resumed_last_step = last_step
 
     def _load_model(self, tensors: snapshot.Tensors, path: Path) -> None:
-        model, optimizer = self._stems
+        model, optimizer = snapshot.stems(self.additional)
         try:
-            self._learner.load_weights(tensors[model])
-            self._learner.load_optimizer_state(tensors[optimizer])
+            self.learner.load_weights(tensors[model])
+            self.learner.load_optimizer_state(tensors[optimizer])
         except (KeyError, ValueError) as error:
-            raise SnapshotError(f"snapshot {path.name} does not fit {self._who}: {error}") from None
+            raise SnapshotError(
+                f"snapshot {path.name} does not fit {self._name}: {error}"
+            ) from None
+
+    @property
+    def _name(self) -> str:
+        return f"the additional model {self.additional}" if self.additional else "the model"
+
+    def _count(self, counter: str, number: int) -> None:
+        key = f"{counter}.{self.additional}" if self.additional else counter
+        self._counters[key] += number
 
 
-class GuardBeside(Guard):
-    """Of a model beside the published one: what would end the run leaves this model out of the rest of it."""
-
-    left_out = ""
-    """Why it is."""
-
-    def learn(self, batch: Examples, following: Examples | None = None) -> Learned | None:
-        return None if self.left_out else super().learn(batch, following)
-
-    def worsened(self) -> list[str]:
-        return [] if self.left_out else super().worsened()
-
-    def roll_back(self, why: str) -> None:
-        try:
-            super().roll_back(why)
-        except (DataError, SnapshotError) as error:
-            self.left_out = str(error)
-            self._count("left_out", 1)
-            self._last = None
-            _log.error("%s; it is left out from now on, the run goes on without it", error)
-
-    def told(self) -> dict[str, Any]:
-        return {**super().told(), "left_out": self.left_out}
-
-    def load(
-        self,
-        tensors: snapshot.Tensors,
-        told: Mapping[str, Any],
-        path: Path,
-        *,
-        last_step: list[str],
-    ) -> None:
-        """Nothing of a model that is left out. One that the snapshot lacks, because it was not finite, goes back to an earlier one."""
-        row = dict(told)
-        self.left_out = row.pop("left_out")
-        if self.left_out:
-            return
-        if self._stems[0] in tensors:
-            super().load(tensors, row, path, last_step=last_step)
-        else:
-            self._row = Counter(row)
-            self.roll_back(NOT_FINITE)
-
-
-def _host(logits: Tensor) -> npt.NDArray[np.floating]:
-    # `cpu` lets other threads have the interpreter, and waits for it, also when there is nothing to copy.
+def _to_host(logits: Tensor) -> npt.NDArray[np.floating]:
+    # `cpu` releases Python's lock, and waits for it, even when there is nothing to copy.
     return (logits if logits.device.type == "cpu" else logits.cpu()).numpy()

@@ -1,0 +1,89 @@
+"""Everything that a run measures: over all of it, in event-time windows, and since the last verdict.
+
+>>> board = Scoreboard(["a", "b"], windows=MetricWindows(window_ms=1000, rolling=2), gate=Gate(clicks=0))
+>>> board.add(
+...     metrics.Scored(
+...         np.array([0, 1]),
+...         np.array([1, 0], np.uint8),
+...         np.full(2, np.nan),
+...         {"a": np.array([1.0, -1.0]), "b": np.array([0.0, 0.0])},
+...         {},
+...     )
+... )
+>>> [round(score["logloss"], 4) for score in board.whole.summary()["models"].values()]
+[0.3133, 0.6931]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.gate import Gate, Judge, Verdict
+
+State = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class MetricWindows:
+    """The length of a metric window in event time, and how many of them make the rolling window."""
+
+    window_ms: int = 600_000
+    rolling: int = 6
+
+
+class Scoreboard:
+    """The metrics of `models`, of which the first is published and the last may be the `baseline`."""
+
+    def __init__(
+        self,
+        models: Sequence[str],
+        *,
+        windows: MetricWindows,
+        gate: Gate,
+        baseline: str | None = None,
+    ) -> None:
+        self.models = tuple(models)
+        self.whole = metrics.WholeRun(models)
+        self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
+        self.judge = Judge(gate, models, baseline)
+
+    def add(self, scored: metrics.Scored) -> None:
+        """Measure a batch that every model predicted before it learned it."""
+        self.whole.add(scored)
+        self.judge.add(scored)
+        self.windows.add(scored)
+
+    def state_dict(self) -> State:
+        """Return all sums as arrays, for a snapshot."""
+        parts = {
+            "whole": self.whole.state_dict(),
+            "windows": self.windows.state_dict(),
+            "judge": self.judge.state_dict(),
+        }
+        return {
+            f"{part}.{name}": array
+            for part, arrays in parts.items()
+            for name, array in arrays.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]], verdict: Verdict) -> None:
+        """Restore what `state_dict` returned, and the last verdict."""
+        self.whole.load_state_dict(part(state, "whole."))
+        self.windows.load_state_dict(part(state, "windows."))
+        self.judge.load_state_dict(part(state, "judge."), verdict)
+
+
+def part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:
+    """Return the arrays whose names begin with `prefix`, named without it.
+
+    >>> part({"whole.counts": np.ones(1), "judge.sums": np.ones(2)}, "judge.")
+    {'sums': array([1., 1.])}
+    """
+    return {
+        name.removeprefix(prefix): array for name, array in state.items() if name.startswith(prefix)
+    }

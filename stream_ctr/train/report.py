@@ -1,0 +1,258 @@
+"""Reports: one JSON object a line about a run, or about one window of event time.
+
+A report is a frozen type, so that what a run says has one definition; `docs/schemas` has its JSON
+Schema. `format` grows if a key changes its meaning or goes away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import UNSET, Meta, Struct, UnsetType
+
+from stream_ctr.join.watermark import NOT_YET
+from stream_ctr.learn.baseline import DEVIATIONS
+from stream_ctr.snapshots.contract import Count
+from stream_ctr.snapshots.manifest import LedgerEntry
+from stream_ctr.train.alarms import stalled_partitions
+from stream_ctr.train.bad_records import rejected_count
+from stream_ctr.train.ingest import SourceStatus
+from stream_ctr.train.sampled_baseline import SampledBaseline
+from stream_ctr.train.state import TrainingState
+
+FORMAT = 1
+Kind = Literal["report", "final", "stopped"]
+Moment = Annotated[str, Meta(description="RFC 3339 in UTC, with milliseconds")]
+_TAILS = {"last_half": 0.5, "last_quarter": 0.25}
+
+
+class ModelScore(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The metrics of one model. A figure without meaning, such as the AUC of one class, is None.
+
+    The AUC comes from a histogram and is exact to `auc_error_bound`. `ne` is the logloss over the
+    entropy of the set's own click-through rate `ctr`.
+    """
+
+    auc: float | None
+    auc_error_bound: float | None
+    logloss: float | None
+    ne: float | None
+    pred_over_actual: float | None
+    ctr: float | None
+    count: Count
+
+
+class Difference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The mean logloss of the published model minus that of another, on `count` examples of both.
+
+    `low` and `high` bound a 95 % bootstrap interval over `blocks` blocks; None if there are too few.
+    """
+
+    logloss_difference: float | None
+    low: float | None
+    high: float | None
+    count: Count
+    blocks: Count
+
+
+class Paired(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The difference between the two `models`, the first and the last of the run."""
+
+    models: tuple[str, ...]
+    logloss_difference: float | None
+    low: float | None
+    high: float | None
+    count: Count
+    blocks: Count
+
+
+class Window(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The metrics of a stretch of event time. A `provisional` window may still change."""
+
+    start: Moment
+    end: Moment
+    start_ms: int
+    end_ms: int
+    models: dict[str, ModelScore]
+    constant_logloss: float | None
+    best_possible_logloss: float | None
+    paired: Paired
+    pairs: dict[str, Difference]
+    provisional: bool
+
+
+class WindowReport(
+    Window, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="window"
+):
+    """The report of one window that is final."""
+
+    format: Count = FORMAT
+
+
+class StageTime(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The time that a thread spent in a stage, and that time an event."""
+
+    seconds: float
+    ns_per_event: float
+
+
+class Profile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the time of an event went, by thread and stage, and which part bounds the run."""
+
+    bound: Literal["source", "ingest", "learning", "baseline"]
+    reader: dict[str, StageTime]
+    trainer: dict[str, StageTime]
+
+
+class BaselineNote(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The share of the impressions that the baseline learns, and how it differs from FTRL-Proximal."""
+
+    sample_rate: float
+    note: str
+
+
+class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The state of a run. `final` and `stopped` reports end a run and hold more.
+
+    `seconds` is the age of the run, `events_per_second` counts the events that it read.
+    `event_time` is that of the last example, `watermark` the event time before which nothing more
+    is expected. `pending` impressions wait for their clicks, `lag` records are unread.
+    `snapshot` is the last one on disk. `stalled` names partitions whose clicks are overdue,
+    `refused` says why the model is not published, `left_out` why an additional model ended.
+    """
+
+    format: Count = FORMAT
+    kind: Kind
+    examples: Count
+    events: Count
+    seconds: float
+    events_per_second: float
+    event_time: Moment | None
+    watermark: Moment | None
+    pending: Count
+    lag: Count
+    snapshot: str | None
+    stalled: tuple[str, ...]
+    silent_seconds: float
+    refused: tuple[str, ...]
+    left_out: dict[str, str]
+    counters: dict[str, Count]
+    clicks_late: Count
+    click_coverage: float | None
+    ledger: LedgerEntry
+    profile: Profile
+    from_example: Count
+    models: dict[str, ModelScore]
+    constant_logloss: float | None
+    best_possible_logloss: float | None
+    paired: Paired
+    pairs: dict[str, Difference]
+    baseline: BaselineNote | UnsetType = UNSET
+    rolling: Window | UnsetType = UNSET
+    stalls: Count | UnsetType = UNSET
+    last_half: dict[str, Any] | UnsetType = UNSET
+    last_quarter: dict[str, Any] | UnsetType = UNSET
+    window_curve: list[dict[str, float]] | UnsetType = UNSET
+    notes: tuple[str, ...] | UnsetType = UNSET
+
+
+def build_report(
+    kind: Kind,
+    *,
+    state: TrainingState,
+    status: SourceStatus,
+    partitions: Sequence[tuple[str, int]],
+    baseline: SampledBaseline | None,
+    snapshot: str | None,
+    seconds: float,
+    events_read: int,
+    profile: Mapping[str, Any],
+    notes: Sequence[str],
+) -> Report:
+    """Build the report of a run from its state and from the status of its source."""
+    joiner = state.joiner
+    board = state.scoreboard
+    counts = joiner.counts()
+    ends = kind != "report"
+    rolling = board.windows.rolling_summary()
+    fields = {
+        "kind": kind,
+        "examples": state.ledger.count,
+        "events": counts["impressions"] + counts["clicks"],
+        "seconds": round(seconds, 3),
+        "events_per_second": round(events_read / max(seconds, 1e-9), 1),
+        "event_time": rfc3339(state.last_event_ms),
+        "watermark": rfc3339(joiner.watermark if joiner.watermark > NOT_YET else None),
+        "pending": joiner.pending,
+        "lag": status.lag,
+        "snapshot": snapshot,
+        "stalled": stalled_partitions(state.watermarks, partitions),
+        "silent_seconds": round(status.silent_seconds, 1),
+        "refused": board.judge.refused,
+        "left_out": {
+            name: guard.left_out for name, guard in state.additional.items() if guard.left_out
+        },
+        "counters": {
+            **counts,
+            **dict(sorted(state.counters.items())),
+            "rejected": rejected_count(state.counters),
+        },
+        "clicks_late": counts["clicks_late"],
+        "click_coverage": joiner.click_coverage,
+        "ledger": {"count": state.ledger.count, "sum": state.ledger.sum},
+        "profile": profile,
+        **board.whole.summary(),
+    }
+    if baseline:
+        fields["baseline"] = {"sample_rate": baseline.share, "note": DEVIATIONS}
+    if rolling:
+        fields["rolling"] = readable_window(rolling)
+    if ends:
+        fields["stalls"] = state.watermarks.stalls
+        fields |= {name: _tail(board.whole.summary(last=share)) for name, share in _TAILS.items()}
+        fields["window_curve"] = joiner.window_curve()
+        fields["notes"] = list(notes)
+    return msgspec.convert(fields, Report)
+
+
+def window_report(summary: Mapping[str, Any]) -> WindowReport:
+    """Build the report of a window that is final."""
+    return msgspec.convert({"kind": "window", **readable_window(summary)}, WindowReport)
+
+
+def to_json_object(report: Report | WindowReport) -> dict[str, Any]:
+    """Return a report as the object that is written as JSON."""
+    built: dict[str, Any] = msgspec.to_builtins(report)
+    return built
+
+
+def readable_window(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the summary of a window with its bounds in RFC 3339 as well."""
+    return {
+        "start": rfc3339(summary["start_ms"]),
+        "end": rfc3339(summary["end_ms"]),
+        **summary,
+    }
+
+
+def rfc3339(milliseconds: int | None) -> str | None:
+    """Format an event time, or return None for none.
+
+    >>> rfc3339(1_735_689_600_046)
+    '2025-01-01T00:00:00.046Z'
+    """
+    if milliseconds is None:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _tail(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a summary whose models stand at the top as well.
+
+    `last_half.deepfm.logloss` then reads like `models.deepfm.logloss`.
+    """
+    return {**summary, **summary["models"]}
