@@ -99,14 +99,14 @@ def test_a_server_scores_with_the_crosses_that_the_snapshot_names(tmp_path, stre
     ]
     columns = impressions(stream)
     ids, values = built.ingest.hasher.rows(columns)
-    logits = built.learner.predict(ids, values)
+    logits = built.state.guard.learner.predict(ids, values)
     assert scorer.learner.predict(*scorer.hasher.rows(columns)).tolist() == logits.tolist()
     assert scorer.predict_columns(columns) == pytest.approx(
         1 / (1 + np.exp(-logits.astype(float))), rel=1e-12
     )
     shuffled = ids.copy()
     shuffled[:, 14:] = ids[::-1, 14:]
-    assert not np.array_equal(built.learner.predict(shuffled), logits)  # it does read them
+    assert not np.array_equal(built.state.guard.learner.predict(shuffled), logits)  # it does read them
 
     hashed = {
         name: [b"\xff" if x is None else x.encode() for x in columns[name].to_pylist()]

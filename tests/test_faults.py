@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from click.testing import CliRunner
+from msgspec import structs
 from support.commands import own_topics
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS, catches, started, wait_until
@@ -31,7 +32,9 @@ from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.open import open_log
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.pointer import encode_pointer, pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.subscriber import Subscriber, TopicPointers
+from stream_ctr.train.trainer import Surroundings
 
 ROOT = Path(__file__).parents[1]
 IMPRESSIONS = 6000
@@ -160,11 +163,17 @@ class Live(Partitions):
         return super().poll(timeout_seconds)
 
 
-def live(directory: Path, source: Live, **sections: Any) -> Any:
+def live(
+    directory: Path,
+    source: Live,
+    *,
+    wall_clock: Callable[[], float] = time.time,
+    **sections: Any,
+) -> Any:
     return trainer(
         directory,
         source,
-        clock=lambda: source.now,
+        surroundings=Surroundings(clock=lambda: source.now, wall_clock=wall_clock),
         **{"join": {"label_window": "60s", "idle_timeout": "10s"}, **sections},
     )
 
@@ -184,7 +193,7 @@ def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harm
     class Waking(Live):
         def poll(self, timeout_seconds: float) -> Records:
             if self.now == 150:
-                before.append(built.joiner.watermark)
+                before.append(built.state.joiner.watermark)
                 self._values = [*three, encoded(old)]
             return super().poll(timeout_seconds)
 
@@ -193,7 +202,7 @@ def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harm
     report = finish(built)
     impressions = sum(event["kind"] == "impression" for event in old)
     assert before[0] > 0, "the watermark had advanced without it"
-    assert built.joiner.watermark >= before[0]
+    assert built.state.joiner.watermark >= before[0]
     assert report["counters"]["impressions_late"] == impressions
     others = finish(live(tmp_path / "others", Live(three)))
     assert report["ledger"] == others["ledger"]
@@ -510,7 +519,7 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
     assert report["examples"] == IMPRESSIONS - huge
     assert report["models"]["deepfm"]["count"] == report["examples"]
     assert counters.get("batches_skipped", 0) == 0
-    assert all(np.isfinite(array).all() for array in built.learner.weights().values())
+    assert all(np.isfinite(array).all() for array in built.state.guard.learner.weights().values())
     outcome(f"{huge} examples skipped and counted, all others learned; weights finite")
 
 
@@ -524,15 +533,15 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to
         learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3},
         **FREQUENT,
     )
-    learn, calls = built.learner.learn, []
+    learn, calls = built.state.guard.learner.learn, []
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 30:
-            built.learner.table.rows.fill_(float("nan"))
+            built.state.guard.learner.table.rows.fill_(float("nan"))
         return learn(*arguments, **options)
 
-    built.learner.learn = spoiled
+    built.state.guard.learner.learn = spoiled
     report = finish(built)
     counters = report["counters"]
     assert (counters["batches_skipped"], counters["rollbacks"]) == (3, 1)
@@ -540,7 +549,7 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to
     assert report["examples"] == IMPRESSIONS - 3 * 128
     assert "goes back to snapshot 00000003" in caplog.text
     for name in snapshot.snapshot_ids(tmp_path / "snapshots"):
-        _, tensors = snapshot.load(tmp_path / "snapshots" / name, files=("model",))
+        _, tensors = snapshot.load(tmp_path / "snapshots" / name, stems=("model",))
         assert all(np.isfinite(array).all() for array in tensors["model"].values())
     outcome(
         "3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning goes on"
@@ -559,22 +568,22 @@ def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_publish
         **sections,
         **FREQUENT,
     )
-    learn, calls = built.learner.learn, []
+    learn, calls = built.state.guard.learner.learn, []
 
     def wild(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) >= 30:
-            built.learner.adam.learning_rate = 1e35
+            built.state.guard.learner.adam.learning_rate = 1e35
         return learn(*arguments, **options)
 
-    built.learner.learn = wild
+    built.state.guard.learner.learn = wild
     with pytest.raises(
         DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"
     ):
         finish(built)
     pointed = published(tmp_path)
     assert pointed
-    assert pointed["examples"] <= 29 * 128
+    assert pointed.examples <= 29 * 128
     outcome(
         "skipped, rolled back three times, then exit 5; the published snapshot is from before",
         times=1,
@@ -593,7 +602,7 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
         def poll(self, timeout_seconds: float) -> Records:
             if self._at[0] > 3000 and self.trainer and not self.done:
                 self.done = True
-                self.trainer.learner.table.rows[:, :4].add_(3.0)
+                self.trainer.state.guard.learner.table.rows[:, :4].add_(3.0)
             return super().poll(timeout_seconds)
 
     built = trainer(
@@ -601,17 +610,17 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
     )
     report = finish(built)
     manifests = [
-        snapshot.load(tmp_path / "snapshots" / name, files=())[0]
+        snapshot.read_manifest(tmp_path / "snapshots" / name)
         for name in snapshot.snapshot_ids(tmp_path / "snapshots")
     ]
-    refused = [manifest["sequence"] for manifest in manifests if manifest["gate"]["refused"]]
+    refused = [manifest.sequence for manifest in manifests if manifest.gate.refused]
     assert refused
     assert refused[0] > 1
     assert report["counters"]["publications_refused"] == len(refused)
     assert "is not published: its logloss is" in caplog.text
     last = published(tmp_path)
     assert last
-    assert last["sequence"] == max({manifest["sequence"] for manifest in manifests} - set(refused))
+    assert last.sequence == max({manifest.sequence for manifest in manifests} - set(refused))
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -692,7 +701,7 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
         assert published(state), "the old one stays, and is whole"
         filler.unlink()
         send(slice(4000, None))
-        wait_until(lambda: snapshot.read_pointer(state / "latest.json")["examples"] > 2000)
+        wait_until(lambda: read_pointer(state / "latest.json").examples > 2000)
     process.send_signal(signal.SIGTERM)
     said += process.communicate(timeout=PATIENCE_SECONDS)[1]
     assert process.returncode in (0, 3), (
@@ -905,10 +914,8 @@ def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log
     assert subscriber.next(PATIENCE_SECONDS)
     before = subscriber.scorer
     manifest = snapshot.verify(tmp_path / "snapshots" / names[0])
-    later = {**manifest, "sequence": 99}
-    snapshot.write_pointer(
-        tmp_path / "latest.json", snapshot.pointer_for(tmp_path / "snapshots" / names[0], later)
-    )
+    later = structs.replace(manifest, sequence=99)
+    write_pointer(tmp_path / "latest.json", pointer_for(tmp_path / "snapshots" / names[0], later))
     (tmp_path / "snapshots" / names[0] / "model.safetensors").unlink()
     assert subscriber.next(0.5) is None
     assert subscriber.scorer is before
@@ -932,7 +939,7 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
     paths = [
         tmp_path / "snapshots" / name for name in snapshot.snapshot_ids(tmp_path / "snapshots")
     ]
-    pointers = [snapshot.pointer_for(path, {**snapshot.verify(path), "epoch": 5}) for path in paths]
+    pointers = [pointer_for(path, snapshot.verify(path), epoch=5) for path in paths]
     client = kafka.client_options(broker, {})
     kafka.ensure_topic(client, topic, compacted=True)
     sink, reader = kafka.KafkaSink(client), kafka.PointerReader(client, topic)
@@ -944,25 +951,25 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
     subscriber = Subscriber(TopicPointers(reader))
     # Reordered within one poll: the newest is taken, not the last.
     for pointer in (pointers[2], pointers[1]):
-        sink.send(topic, json.dumps(pointer).encode(), key=b"default")
+        sink.send(topic, encode_pointer(pointer), key=b"default")
     sink.flush(PATIENCE_SECONDS)
     wait_until(lambda: subscriber.next(0.5))
     assert subscriber.pointer == pointers[2]
     for value, key in (
-        (json.dumps({**pointers[3], "epoch": 4}).encode(), b"default"),
-        (json.dumps(pointers[1]).encode(), b"default"),
+        (encode_pointer(structs.replace(pointers[3], epoch=4)), b"default"),
+        (encode_pointer(pointers[1]), b"default"),
         (b"{nonsense", b"default"),
-        (json.dumps({**pointers[3], "path": "/etc"}).encode(), b"default"),
-        (json.dumps(pointers[3]).encode(), b"another"),
+        (encode_pointer(pointers[3]).replace(b"/snapshots/", b"/etc/"), b"default"),
+        (encode_pointer(pointers[3]), b"another"),
         (None, b"default"),
     ):
         send(value, key)
         assert subscriber.next(0.7) is None
         assert subscriber.pointer == pointers[2]
-    send(json.dumps(pointers[3]).encode())
+    send(encode_pointer(pointers[3]))
     wait_until(lambda: subscriber.next(0.5))
     assert subscriber.pointer == pointers[3]  # so it has read all that was sent before
-    assert "was withdrawn; the snapshot in use stays" in caplog.text
+    assert "was withdrawn; the loaded one stays" in caplog.text
     sink.close()
     reader.close()
     outcome(
@@ -999,7 +1006,7 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
     assert report["counters"]["impressions_evicted"] == 0, report["counters"]
     assert report["ledger"] == plain["ledger"]
     assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
-    assert resumed.joiner.nbytes <= 4_000_000
+    assert resumed.state.joiner.nbytes <= 4_000_000
     outcome(
         f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and weights equal; within the bound"
     )

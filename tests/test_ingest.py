@@ -27,8 +27,10 @@ from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.train import stage_timer
-from stream_ctr.train.ingest import Ingest, Poll, ReadAhead, Silence, SourceStatus
+from stream_ctr.train.ingest import Ingest, Poll, Silence, SourceStatus
+from stream_ctr.train.read_ahead import ReadAhead
 
 FIELDS = [Field("app", "categorical")]
 
@@ -437,7 +439,7 @@ class Killed(Exception):
 
 def learn_until(built: Any, batches: int, end: Callable[[], object]) -> None:
     """In place of the batch after so many, `end`."""
-    learn, left = built.learner.learn, [batches]
+    learn, left = built.state.guard.learner.learn, [batches]
 
     def learn_or_end(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
@@ -445,14 +447,14 @@ def learn_until(built: Any, batches: int, end: Callable[[], object]) -> None:
             end()
         return learn(*arguments, **options)
 
-    built.learner.learn = learn_or_end
+    built.state.guard.learner.learn = learn_or_end
 
 
 def killed() -> None:
     raise Killed
 
 
-def snapshots(directory: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]]:
+def snapshots(directory: Path) -> list[tuple[Manifest, dict[str, dict[str, np.ndarray]]]]:
     return [
         snapshot.load(directory / "snapshots" / name)
         for name in snapshot.snapshot_ids(directory / "snapshots")
@@ -465,8 +467,8 @@ def assert_same_snapshots(
     ours, theirs = snapshots(one), snapshots(other)
     assert len(ours) == len(theirs) > 1
     for (manifest, tensors), (other_manifest, other_tensors) in zip(ours, theirs, strict=True):
-        assert [manifest[name] for name in of_manifest] == [
-            other_manifest[name] for name in of_manifest
+        assert [getattr(manifest, name) for name in of_manifest] == [
+            getattr(other_manifest, name) for name in of_manifest
         ]
         for stem in stems:
             assert tensors[stem].keys() == other_tensors[stem].keys()
@@ -558,7 +560,7 @@ def test_a_snapshot_is_never_past_what_was_joined(tmp_path, stream):
     source = Watched(split(stream, 2), seed=5)
     finish(trainer(tmp_path, source, **sections(1500)))
     for manifest, _ in snapshots(tmp_path):
-        assert sum(manifest["positions"].values()) == manifest["counters"]["records"]
+        assert sum(manifest.positions.values()) == manifest.counters["records"]
     assert max(ahead) > 0, "the reader was ahead"
     assert ahead[-1] == 0
 
@@ -588,7 +590,7 @@ def test_an_error_of_the_source_ends_the_run_when_all_before_it_is_joined(tmp_pa
     built = trainer(tmp_path, source, **sections(10_000))
     with pytest.raises(PositionLost, match="retention was faster"):
         finish(built)
-    assert built.counters["records"] == source.positions()[0] > 2000
+    assert built.state.counters["records"] == source.positions()[0] > 2000
 
 
 def test_a_record_of_many_events_is_bad_by_the_share_of_its_bad_events():

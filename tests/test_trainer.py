@@ -35,7 +35,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
-from stream_ctr.train.trainer import Trainer
+from stream_ctr.snapshots.pointer import read_pointer
+from stream_ctr.train.trainer import Surroundings, Trainer
 
 
 def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
@@ -241,7 +242,7 @@ def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, be
         for value in stream.to_pylist()
         if b"impression_id" in value and b"features" in value
     ][:50]
-    for of, learner in built.learners.items():
+    for of, learner in built.state.learners.items():
         scorer = Scorer(path, model=of)
         expected = learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(
             np.float64
@@ -262,7 +263,7 @@ def _columns(fields: Sequence[Field], rows: Sequence[dict[str, Any]]) -> dict[st
 
 def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> None:
     """The table of a model becomes NaN before its step number `after`, and before each one from there on."""
-    learner: Any = built.learners[name]
+    learner: Any = built.state.learners[name]
     learn, calls = learner.learn, []
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
@@ -292,7 +293,7 @@ def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notic
         counters["rollbacks.deepfm"],
     ) == (8, 8 * 128, 1)
     assert not {"batches_skipped", "rollbacks", "batches_skipped.lr"} & counters.keys()
-    assert "deepfm, beside the published one, goes back to snapshot 00000004" in caplog.text
+    assert "the additional model deepfm goes back to snapshot 00000004" in caplog.text
     assert report["left_out"] == {}
     assert {name: score["count"] for name, score in report["models"].items()} == {
         "fm": 6000,
@@ -333,14 +334,14 @@ def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run
 
 def spoil_the_third_snapshot(built: Trainer, of: str) -> None:
     """In it a weight is not finite, of a row that the last batch had not."""
-    begin = built._writer.begin
+    begin = built.snapshots._writer.begin
 
     def begun(cut: Any) -> None:
-        if cut.manifest["sequence"] == 3:
+        if cut.manifest.sequence == 3:
             cut.tensors[f"{of}.model"]["table"][7, 0] = np.inf
         begin(cut)
 
-    built._writer.begin = begun
+    built.snapshots._writer.begin = begun
 
 
 def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(
@@ -364,9 +365,9 @@ def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_fini
         tmp_path / "state", Partitions([stream]), **ALONE, **FREQUENT, **model("fm", "deepfm")
     )  # the second is kept
     resumed.restore(third)
-    assert resumed.counters["rollbacks.deepfm"] == 1
+    assert resumed.state.counters["rollbacks.deepfm"] == 1
     assert_same_weights(
-        dict(resumed.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"]
+        dict(resumed.state.learners["deepfm"].weights()), snapshot.load(second)[1]["deepfm.model"]
     )
 
 
@@ -376,13 +377,13 @@ def test_what_a_model_beside_goes_back_to_is_there_though_only_one_snapshot_is_k
     frequent = {**FREQUENT, "snapshots": {"keep": 1}}
     built = trainer(tmp_path, Partitions([stream]), **ALONE, **frequent, **model("fm", "deepfm"))
     spoil_the_third_snapshot(built, "deepfm")
-    built._writer.after = lambda work: work()  # what is too old goes at once
+    built.snapshots._writer.after = lambda work: work()  # what is too old goes at once
     report = finish(built)
     assert (report["counters"]["rollbacks.deepfm"], report["left_out"]) == (1, {})
 
 
-@pytest.mark.parametrize("parent", [..., "../other/snapshots/00000001-x", 7, None])
-def test_a_model_beside_follows_parents_to_snapshots_of_this_run_only(tmp_path, stream, parent):
+@pytest.mark.parametrize("parent", ["../other/snapshots/00000001-x", None])
+def test_an_additional_model_follows_parents_within_its_run_only(tmp_path, stream, parent):
     built = trainer(
         tmp_path, Partitions([stream.slice(0, 3000)]), **ALONE, **FREQUENT, **model("fm", "deepfm")
     )
@@ -391,16 +392,13 @@ def test_a_model_beside_follows_parents_to_snapshots_of_this_run_only(tmp_path, 
     before = snapshot.snapshot_ids(tmp_path / "snapshots")[-2]
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["parent"] == before
-    assert built._last_good_of("deepfm")[0] == newest
+    assert built.snapshots.last_good_with("deepfm") == newest
     del manifest["files"]["deepfm.model.safetensors"]
     (newest / "deepfm.model.safetensors").unlink()
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    assert built._last_good_of("deepfm")[0] == newest.parent / before
-    other = {name: value for name, value in manifest.items() if name != "parent"} | (
-        {} if parent is ... else {"parent": parent}
-    )
-    (newest / "manifest.json").write_text(json.dumps(other))
-    assert built._last_good_of("deepfm")[0] is None
+    assert built.snapshots.last_good_with("deepfm") == newest.parent / before
+    (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": parent}))
+    assert built.snapshots.last_good_with("deepfm") is None
 
 
 def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
@@ -420,11 +418,11 @@ def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_p
     )
     finish(built)
     newest = snapshot.newest(tmp_path / "state" / "snapshots")
-    assert built._last_good_of("deepfm")[0] == newest
+    assert built.snapshots.last_good_with("deepfm") == newest
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": "x"}))
     with pytest.raises(SnapshotError, match="sign"):
-        built._last_good_of("deepfm")
+        built.snapshots.last_good_with("deepfm")
 
 
 def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
@@ -471,10 +469,10 @@ def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdic
     )
     assert report["examples"] == 6000
     manifests = [
-        snapshot.load(tmp_path / "snapshots" / name, files=())[0]
+        snapshot.read_manifest(tmp_path / "snapshots" / name)
         for name in snapshot.snapshot_ids(tmp_path / "snapshots")
     ]
-    refused = [manifest["examples"] for manifest in manifests if manifest["gate"]["refused"]]
+    refused = [manifest.examples for manifest in manifests if list(manifest.gate.refused)]
     assert refused == [2048, 3072]
     assert (
         "is not published: its pre-training has ended, and there is no verdict yet on the network that took over"
@@ -485,7 +483,7 @@ def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdic
         in caplog.text
     )
     assert report["refused"] == []
-    assert snapshot.read_pointer(tmp_path / "latest.json")["examples"] == 6000
+    assert read_pointer(tmp_path / "latest.json").examples == 6000
 
 
 @pytest.mark.slow
@@ -505,16 +503,14 @@ def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again
     report = finish(built)
     assert (report["counters"]["rollbacks"], report["examples"]) == (1, 6000 - 2 * 128)
     folder = tmp_path / "snapshots"
-    manifests = [
-        snapshot.load(folder / name, files=())[0] for name in snapshot.snapshot_ids(folder)
-    ]
-    refused = {manifest["examples"]: manifest["gate"]["refused"] for manifest in manifests}
+    manifests = [snapshot.read_manifest(folder / name) for name in snapshot.snapshot_ids(folder)]
+    refused = {manifest.examples: list(manifest.gate.refused) for manifest in manifests}
     assert refused[2048] == [
         "its pre-training has ended, and there is no verdict yet on the network that took over"
     ]
     assert refused[3072] == []  # seven more batches as the FM, of too few clicks for a verdict
     assert refused[4096] == refused[2048]
-    assert manifests[2]["gate"]["evidence"] == manifests[0]["gate"]["evidence"]
+    assert manifests[2].gate.evidence == manifests[0].gate.evidence
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -525,9 +521,9 @@ def test_every_system_is_served_with_the_default_network(tmp_path, stream, name)
     finish(built)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
     rows = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}]
-    expected = built.learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(
-        np.float64
-    )
+    expected = built.state.guard.learner.predict(
+        *scorer.hasher.rows(_columns(scorer.fields, rows))
+    ).astype(np.float64)
     assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
 
 
@@ -662,12 +658,10 @@ def test_a_run_may_go_on_with_another_precision_and_says_so(tmp_path, stream, ca
     )
     resumed.restore(snapshot.newest(tmp_path / "snapshots"))
     assert caplog.text.count("was made with precision bf16; from here on it is fp32") == 1
-    after = resumed.learner.weights()
+    after = resumed.state.guard.learner.weights()
     assert all(np.array_equal(before[name], array) for name, array in after.items())
     assert finish(resumed)["examples"] == 6000
-    assert (
-        snapshot.verify(snapshot.newest(tmp_path / "snapshots"))["learner"]["precision"] == "fp32"
-    )
+    assert snapshot.verify(snapshot.newest(tmp_path / "snapshots")).learner.precision == "fp32"
 
 
 def test_snapshots_by_number_of_examples_name_their_parent_and_old_ones_go(tmp_path, stream):
@@ -682,11 +676,11 @@ def test_snapshots_by_number_of_examples_name_their_parent_and_old_ones_go(tmp_p
     names = snapshot.snapshot_ids(tmp_path / "snapshots")
     assert len(names) == 2
     manifest = snapshot.verify(tmp_path / "snapshots" / names[1])
-    assert manifest["parent"] == names[0]
-    assert manifest["positions"] == {"clicks:0": len(stream)}
-    assert manifest["sequence"] >= 5
-    pointer = snapshot.read_pointer(tmp_path / "latest.json")
-    assert pointer["snapshot"] == names[1]
+    assert manifest.parent == names[0]
+    assert manifest.positions == {"clicks:0": len(stream)}
+    assert manifest.sequence >= 5
+    pointer = read_pointer(tmp_path / "latest.json")
+    assert pointer.snapshot == names[1]
 
 
 class Flags:
@@ -700,9 +694,7 @@ class Flags:
 
 
 def test_flags_are_served_between_batches(tmp_path, stream):
-    built = trainer(tmp_path, Partitions([stream]))
-    built._flags = Flags()
-    finish(built)
+    finish(trainer(tmp_path, Partitions([stream]), surroundings=Surroundings(flags=Flags())))
     kinds = [
         json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()
     ]
@@ -720,7 +712,7 @@ def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_o
 
         def poll(self, timeout_seconds: float) -> Records:
             assert self.trainer
-            self.fullest = max(self.fullest, self.trainer.joiner.filled)
+            self.fullest = max(self.fullest, self.trainer.state.joiner.filled)
             records = super().poll(timeout_seconds)
             late = (records.partition == 1).cumsum() > 5  # of partition 1, five records a poll
             kept = ~((records.partition == 1) & late)
@@ -765,7 +757,7 @@ def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
         trainer(
             tmp_path,
             source,
-            clock=lambda: source.now,
+            surroundings=Surroundings(clock=lambda: source.now),
             join={"label_window": "60s", "idle_timeout": "10s"},
         )
     )
@@ -802,7 +794,7 @@ def test_a_model_that_has_learned_nothing_is_kept_but_not_published(tmp_path, st
     source = Partitions([stream.slice(0, 300)])
     built = trainer(tmp_path, source)
     built.stop()
-    built._take(built.ingest.take(0))
+    built._handle(built.ingest.take(0))
     assert finish(built)["examples"] == 0
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
     assert not (tmp_path / "latest.json").exists()

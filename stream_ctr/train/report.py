@@ -61,7 +61,7 @@ class Difference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Paired(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The difference between the two `models`, the first and the last of the run."""
 
-    models: tuple[str, ...]
+    models: list[str]
     logloss_difference: float | None
     low: float | None
     high: float | None
@@ -135,9 +135,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pending: Count
     lag: Count
     snapshot: str | None
-    stalled: tuple[str, ...]
+    stalled: list[str]
     silent_seconds: float
-    refused: tuple[str, ...]
+    refused: list[str]
     left_out: dict[str, str]
     counters: dict[str, Count]
     clicks_late: Count
@@ -156,7 +156,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     last_half: dict[str, Any] | UnsetType = UNSET
     last_quarter: dict[str, Any] | UnsetType = UNSET
     window_curve: list[dict[str, float]] | UnsetType = UNSET
-    notes: tuple[str, ...] | UnsetType = UNSET
+    notes: list[str] | UnsetType = UNSET
 
 
 def build_report(

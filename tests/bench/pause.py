@@ -56,7 +56,7 @@ def measure(
         directory=directory,
     )
     seconds: dict[str, list[float]] = {"copy": [], "beside": [], "alone": []}
-    cut, begin_write, learn = trainer.cut, trainer._begin_write, trainer._learn
+    cut, write, learn = trainer.cut, trainer._write, trainer._learn
 
     def timed_cut() -> None:
         trainer._settle(
@@ -66,18 +66,18 @@ def measure(
         cut()
         seconds["copy"].append(time.perf_counter() - began)
 
-    def timed_begin_write(*arguments: Any) -> None:
+    def timed_write(*arguments: Any) -> None:
         began = time.perf_counter()
-        begin_write(*arguments)
+        write(*arguments)
         seconds["copy"][-1] += time.perf_counter() - began
 
     def timed_learn(batch: object) -> None:
-        busy = trainer._writer.busy
+        busy = trainer.snapshots.in_progress
         began = time.perf_counter()
         learn(batch)  # type: ignore[arg-type]
         seconds["beside" if busy else "alone"].append(time.perf_counter() - began)
 
-    trainer.cut, trainer._begin_write, trainer._learn = timed_cut, timed_begin_write, timed_learn  # type: ignore[method-assign]
+    trainer.cut, trainer._write, trainer._learn = timed_cut, timed_write, timed_learn  # type: ignore[method-assign]
     try:
         trainer.run()
     finally:

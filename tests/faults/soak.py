@@ -39,6 +39,7 @@ from stream_ctr.join.joiner import Arrivals, LabelJoiner  # noqa: E402
 from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
 from stream_ctr.train.ingest import Poll  # noqa: E402
 from stream_ctr.train.schedule import Schedule  # noqa: E402
+from stream_ctr.train.trainer import Surroundings  # noqa: E402
 
 EPOCH_MS = 1_735_689_600_000
 
@@ -154,9 +155,9 @@ class TrainerSoak:
             source=self.source,
             publisher=Publisher(directory),
             directory=directory,
-            flags=schedule,
+            surroundings=Surroundings(flags=schedule),
         )
-        self.joiner, self.within = self._trainer.joiner, True
+        self.joiner, self.within = self._trainer.state.joiner, True
         values = pa.array([f"value-{number}" for number in range(1 << 16)])
         draws = np.random.default_rng(0).integers(0, len(values), (FIELDS, 1 << 14))
         self._features = {
@@ -168,9 +169,9 @@ class TrainerSoak:
         features = {name: column.slice(0, n) for name, column in self._features.items()}
         value = encode_impressions(pa.array(number).cast(pa.string()), EPOCH_MS + at, features)
         ingest = self._trainer.ingest
-        self._trainer._take(
+        self._trainer._handle(
             Poll(
-                ingest.columns(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)),
+                ingest.events(Records(np.zeros(n, np.int32), number, np.full(n, -1), value)),
                 ingest.status(),
             )
         )
@@ -179,7 +180,7 @@ class TrainerSoak:
     def close(self) -> None:
         self._schedule.stop()
         self._trainer._settle(wait=True)
-        self._trainer._writer.close()
+        self._trainer.snapshots.close()
         if self._trainer.baseline:
             self._trainer.baseline.close()
 

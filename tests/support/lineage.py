@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import Manifest
+from stream_ctr.snapshots.pointer import read_pointer
 
 # A model small enough to start, learn and be written quickly; one thread, so that sums are added in one order.
 SMALL = [
@@ -44,16 +46,16 @@ class Fingerprint:
 
 def fingerprint(path: Path) -> Fingerprint:
     manifest, tensors = snapshot.load(path)
-    assert manifest["weights_sha256"] == snapshot.weights_sha256(tensors["model"])
-    ledger = manifest["ledger"]["count"], manifest["ledger"]["sum"]
+    assert manifest.weights_sha256 == snapshot.weights_sha256(tensors["model"])
+    ledger = manifest.ledger.count, manifest.ledger.sum
     digests = {stem: snapshot.weights_sha256(named) for stem, named in tensors.items()}
     return Fingerprint(
-        manifest["examples"],
+        manifest.examples,
         ledger,
-        manifest["weights_sha256"],
+        manifest.weights_sha256,
         digests,
-        manifest["metrics"],
-        manifest["positions"],
+        manifest.metrics,
+        manifest.positions,
     )
 
 
@@ -62,11 +64,11 @@ def newest(state: Path) -> Fingerprint | None:
     return fingerprint(path) if path else None
 
 
-def published(state: Path) -> dict[str, Any] | None:
+def published(state: Path) -> Manifest | None:
     """What subscribers are pointed to, after all of it was found as the pointer says; None when nothing was published."""
-    pointer = snapshot.read_pointer(state / "latest.json")
+    pointer = read_pointer(state / "latest.json")
     return (
-        snapshot.verify(Path(pointer["path"]), manifest_sha256=pointer["manifest_sha256"])
+        snapshot.verify(Path(pointer.path), manifest_sha256=pointer.manifest_sha256)
         if pointer
         else None
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.publisher import Publisher
-from stream_ctr.train.trainer import Trainer
+from stream_ctr.train.report import to_json_object
+from stream_ctr.train.trainer import Surroundings, Trainer
 
 SMALL = {
     "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
@@ -26,17 +26,17 @@ SMALL = {
     "learn": {"batch_size": 128, "threads": 1},
     "join": {"label_window": "60s"},
     "metrics": {"window": "60s"},
-    "baseline": {
-        "enabled": False
-    },  # its process takes a second to start; tests that need it ask for it
+    # Its process takes a second to start; tests that need it ask for it.
+    "baseline": {"enabled": False},
 }
-
-
 RIVER = {"baseline": {"enabled": True}}
 
 
 class Partitions:
-    """A log of several partitions, polled in chunks that a seed decides; `end` reads only so many records in all."""
+    """A log of several partitions, polled in chunks that a seed decides.
+
+    After `stop_after` records the trainer is stopped.
+    """
 
     until_end = True
 
@@ -44,7 +44,8 @@ class Partitions:
         self, values: Sequence[pa.LargeBinaryArray], *, seed: int = 0, stop_after: int | None = None
     ) -> None:
         self.partitions = tuple(("clicks", index) for index in range(len(values)))
-        self._values, self._at = values, [0] * len(values)
+        self._values = values
+        self._at = [0] * len(values)
         self._rng = np.random.default_rng(seed)
         self._paused: frozenset[int] = frozenset()
         self._left = stop_after
@@ -126,10 +127,10 @@ def trainer(
     source: Any,
     *,
     fields: Sequence[Field] = Simulation(1, seed=0).fields,
-    clock: Callable[[], float] = time.monotonic,
-    wall_clock: Callable[[], float] = time.time,
+    surroundings: Surroundings | None = None,
     **sections: Any,
 ) -> Trainer:
+    """Build a small trainer; `sections` are those of the configuration."""
     directory.mkdir(exist_ok=True)
     config = load(environ={}, overrides={**SMALL, **sections})
     built = build_trainer(
@@ -138,16 +139,16 @@ def trainer(
         source=source,
         publisher=Publisher(directory),
         directory=directory,
-        clock=clock,
-        wall_clock=wall_clock,
+        surroundings=surroundings,
     )
     source.trainer = built
     return built
 
 
 def finish(built: Trainer) -> dict[str, Any]:
+    """Run to the end; the last report as a JSON object."""
     try:
-        return built.run()
+        return to_json_object(built.run())
     finally:
         if built.baseline:
             built.baseline.close()

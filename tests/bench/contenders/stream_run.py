@@ -19,6 +19,7 @@ from answers import answer
 from stream_ctr.cli import runs
 from stream_ctr.cli.main import main as stream_ctr
 from stream_ctr.join.joiner import Examples
+from stream_ctr.train.report import to_json_object
 
 NOTHING_PUBLISHED = ("metrics.topic=", "snapshots.topic=")
 # Neither baseline, the smallest of models: what is left is what a learner is fed by.
@@ -41,14 +42,15 @@ class Watch:
 
         def timed() -> Any:
             began, processor_began = time.perf_counter(), time.process_time()
-            self.report = run()
+            report = run()
+            self.report = to_json_object(report)
             if not self._join_only:
                 self._note_time()
             self.seconds, self.processor_seconds = (
                 self._ended - began,
                 self._processor_ended - processor_began,
             )
-            return self.report
+            return report
 
         trainer.run = timed
         if self._join_only:
