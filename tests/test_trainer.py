@@ -35,7 +35,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.pointer import read_pointer
+from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.trainer import Surroundings, Trainer
 
 
@@ -806,6 +807,29 @@ def test_a_resumed_run_with_nothing_new_writes_no_further_snapshot(tmp_path, str
     again.restore(snapshot.newest(tmp_path / "snapshots"))
     assert finish(again)["examples"] == 6000
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
+
+
+def test_a_resumed_run_leaves_a_rollback_in_force(tmp_path, stream):
+    """The run goes on from the newest snapshot, and subscribers keep the one that was chosen."""
+    frequent = {"schedule": {"snapshot_examples": 2000}, "snapshots": {"keep": 9}}
+    finish(trainer(tmp_path, Partitions([stream]), **frequent))
+    root = tmp_path / "snapshots"
+    names = snapshot.snapshot_ids(root)
+    Publisher(tmp_path).roll_back(root / names[0], snapshot.verify(root / names[0]))
+    trainer(tmp_path, Partitions([stream]), **frequent).restore(root / names[-1])
+    assert read_pointer(tmp_path / "latest.json").snapshot == names[0]
+
+
+def test_a_resumed_run_publishes_what_its_writer_did_not_live_to_publish(tmp_path, stream):
+    frequent = {"schedule": {"snapshot_examples": 2000}, "snapshots": {"keep": 9}}
+    finish(trainer(tmp_path, Partitions([stream]), **frequent))
+    root = tmp_path / "snapshots"
+    names = snapshot.snapshot_ids(root)
+    epoch = snapshot.verify(root / names[-1]).epoch  # that of a run that held a lease throughout
+    older = pointer_for(root / names[0], snapshot.verify(root / names[0]), epoch=epoch)
+    write_pointer(tmp_path / "latest.json", older)
+    trainer(tmp_path, Partitions([stream]), **frequent).restore(root / names[-1])
+    assert read_pointer(tmp_path / "latest.json").snapshot == names[-1]
 
 
 def test_a_field_that_no_impression_has_is_warned_of_by_name(tmp_path, stream, caplog):
