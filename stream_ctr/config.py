@@ -582,8 +582,8 @@ def example(name: str) -> str:
 
     Raises `ConfigError` when there is no example of this name.
 
-    >>> print(example("criteo")[:44])
-    # The Criteo display advertising log
+    >>> print(example("obd").splitlines()[2])
+    #   stream-ctr run --source impressions.csv --format obd --config configs/obd.toml
     """
     known = examples()
     if name not in known:
