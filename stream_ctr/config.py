@@ -1,8 +1,11 @@
-"""Configuration: CLI > environment > file > default; an unknown key is an error that shows the nearest match.
+"""Configuration: command line, then environment, then TOML file, then defaults.
 
-Only the commands and `assembly` know that a configuration exists. Below them everything takes keyword arguments.
+The first of these that sets a key decides its value. An unknown key is an error that shows the
+nearest known one. Only the commands and `assembly` read a `Config`; everything below takes keyword
+arguments.
 
->>> config = load(environ={"STREAM_CTR_MODEL__EMBEDDING_DIM": "16"}, overrides={"join": {"label_window": "90s"}})
+>>> environ = {"STREAM_CTR_MODEL__EMBEDDING_DIM": "16"}
+>>> config = load(environ=environ, overrides={"join": {"label_window": "90s"}})
 >>> config.model.embedding_dim, config.join.label_window.total_seconds()
 (16, 90.0)
 >>> load(environ={}, overrides={"modle": {"name": "deepfm"}})
@@ -12,11 +15,13 @@ stream_ctr.errors.ConfigError: unknown key 'modle'; did you mean 'model'?
 
 from __future__ import annotations
 
+import importlib.resources
 import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,32 +32,38 @@ from pydantic import (
     ConfigDict,
     PlainSerializer,
     ValidationError,
+    ValidationInfo,
     field_validator,
 )
 from pydantic import Field as key
+from pydantic_core import ErrorDetails
 
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.field import Field, cross, require_members, shown_cross
 from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
-# Environment names of the project that are not configuration keys.
 ENVIRONMENT_OTHERS = {
     "STREAM_CTR_DATA",
     "STREAM_CTR_FAILPOINT",
     "STREAM_CTR_SNAPSHOT",
     "STREAM_CTR_SNAPSHOT_ID",
 }
+"""Environment variables of the project that set no configuration key."""
+
+_EXAMPLE_SUFFIX = ".toml"
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_LONGEST_SECONDS = (
-    36500 * 86400.0
-)  # sums of event times and a few of these stay far from the end of 64 bits
-_LARGEST_SIZE = 2**60
+# Event times plus a few durations of this length are far below 2^63 milliseconds.
+_LONGEST_SECONDS = 36500 * 86400.0
+_UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_LARGEST_BYTES = 2**60
 _NOT_SHOWN = "the value is not shown"
 
 
 def duration(text: object) -> timedelta:
-    """A length of time such as "500ms", "10s", "1h30m"; a bare number has no unit and is refused.
+    """Return the duration that a text such as "500ms", "10s" or "1h30m" means.
+
+    Raises `ValueError` when a unit is missing.
 
     >>> duration("1h30m")
     datetime.timedelta(seconds=5400)
@@ -74,28 +85,28 @@ def duration(text: object) -> timedelta:
 
 
 def format_duration(length: timedelta) -> str:
-    """The shortest text that `duration` reads back.
+    """Return the shortest text that `duration` reads back.
 
     >>> format_duration(timedelta(minutes=90)), format_duration(timedelta(milliseconds=1500))
     ('90m', '1500ms')
     """
     milliseconds = in_milliseconds(length)
     for unit in ("d", "h", "m", "s"):
-        size = round(_UNIT_SECONDS[unit] * 1000)
-        if milliseconds and milliseconds % size == 0:
-            return f"{milliseconds // size}{unit}"
+        unit_milliseconds = round(_UNIT_SECONDS[unit] * 1000)
+        if milliseconds and milliseconds % unit_milliseconds == 0:
+            return f"{milliseconds // unit_milliseconds}{unit}"
     return f"{milliseconds}ms"
 
 
 def in_milliseconds(length: timedelta) -> int:
+    """Return the length in milliseconds, rounded."""
     return round(length.total_seconds() * 1000)
 
 
-_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-
-
 def size(text: object) -> int:
-    """A number of bytes such as "512MiB" or "2GB"; a bare number has no unit and is refused.
+    """Return the number of bytes that a text such as "512MiB" or "2GB" means.
+
+    Raises `ValueError` when the unit is missing.
 
     >>> size("1.5GiB")
     1610612736
@@ -103,12 +114,13 @@ def size(text: object) -> int:
     Traceback (most recent call last):
     ValueError: a size needs a unit (KB, MB, GB, KiB, MiB, GiB), got '100'
     """
-    match = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_SIZE_UNITS)})", str(text).strip())
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?)({'|'.join(_UNIT_BYTES)})", str(text).strip())
     if match is None:
-        raise ValueError(f"a size needs a unit ({', '.join(_SIZE_UNITS)}), got {text!r:.80}")
-    found = int(min(float(match[1]) * _SIZE_UNITS[match[2]], _LARGEST_SIZE))
+        raise ValueError(f"a size needs a unit ({', '.join(_UNIT_BYTES)}), got {text!r:.80}")
+    number, unit = match.groups()
+    found = int(min(float(number) * _UNIT_BYTES[unit], _LARGEST_BYTES))
     if not found:
-        raise ValueError(f"must be more than nothing, got {text!r:.80}")
+        raise ValueError(f"a size must be at least one byte, got {text!r:.80}")
     return found
 
 
@@ -121,6 +133,8 @@ def _positive(length: timedelta) -> timedelta:
 Duration = Annotated[
     timedelta, BeforeValidator(duration), PlainSerializer(format_duration, return_type=str)
 ]
+"""A length of time, read by `duration`."""
+
 Period = Annotated[
     timedelta,
     BeforeValidator(duration),
@@ -129,101 +143,144 @@ Period = Annotated[
 ]
 """A duration of at least a millisecond."""
 
-
 Size = Annotated[str, AfterValidator(lambda text: size(text) and text)]
-"""A number of bytes, as text; `size` reads it."""
+"""A number of bytes, as text that `size` reads."""
 
 
 class Section(BaseModel):
+    """A table of the TOML file. Its attributes are the keys."""
+
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
 
 
-def _some_fields(names: tuple[str, ...]) -> tuple[str, ...]:
+def _distinct_members(names: tuple[str, ...]) -> tuple[str, ...]:
     if len(names) < 2 or not all(names):
         raise ValueError(
-            f'a cross product is of two or more fields, "age*category", got {shown_cross(names)}'
+            f'a cross product needs two or more fields, "age*category", got {shown_cross(names)}'
         )
     if len(set(names)) < len(names):
-        raise ValueError(f"a field is in it twice: {shown_cross(names)}")
+        raise ValueError(f"a cross product has a field twice: {shown_cross(names)}")
     return names
 
 
-Cross = Annotated[tuple[str, ...], BeforeValidator(cross), AfterValidator(_some_fields)]
-"""Names of the fields of a cross product; text is read by `cross`."""
+Cross = Annotated[tuple[str, ...], BeforeValidator(cross), AfterValidator(_distinct_members)]
+"""The names of the fields of a cross product; `cross` reads text."""
 
 
 class Input(Section):
-    """Where events come from."""
+    """The source of the events."""
 
     topic: str = "clicks"
+    """The topic of the events."""
     click_topic: str = ""
-    """A second topic, for producers that keep clicks apart. Empty: one topic holds both."""
+    """A second topic, for producers that send clicks to a topic of their own.
+
+    Empty: `topic` holds both kinds of events.
+    """
     bootstrap_servers: str = ""
-    """Empty: bootstrap.servers of the Kafka client properties, else localhost:9092. A login is not part of it (see sasl.username)."""
+    """Kafka brokers, host:port,...
+
+    Empty: `bootstrap.servers` of the Kafka client properties, else localhost:9092. A login goes
+    into the client properties `sasl.username` and `sasl.password`.
+    """
     client: Literal["kafka-python", "confluent"] = "kafka-python"
-    """What reads from Kafka; confluent is librdkafka, and needs stream-ctr[confluent]. Either goes on where the other one was."""
+    """The Kafka client that reads.
+
+    `confluent` is librdkafka and needs stream-ctr[confluent]. A run can be resumed with the other
+    client.
+    """
     group: str = "stream-ctr"
-    """Consumer group of the advisory offset commits that lag tools read."""
+    """The consumer group of the offset commits, which are for lag tools only."""
     max_record_bytes: int = key(1 << 20, ge=1)
+    """The largest accepted record. A larger one is a dead letter."""
     max_ahead: Duration = timedelta(minutes=5)
-    """How far an event's time may be ahead of the broker's time of its record (of now, in a log); beyond it is a dead letter."""
+    """The largest difference by which an event's time may be ahead of its record's broker time.
+
+    In a log, the event's time is compared with the current time. An event that is further ahead is
+    a dead letter.
+    """
     max_bad_share: float = key(0.5, gt=0, le=1)
-    """Stop with exit code 5 when more than this share of at least 1,000 records is bad; an Arrow record with good events counts in part."""
+    """Stop with exit code 5 when more than this share of at least 1,000 records is bad.
+
+    An Arrow record with some good events counts in part.
+    """
     read_ahead: int = key(50_000, ge=0)
-    """How many records may be polled, decoded and hashed before they are learned, in a thread beside learning; 0: none, and no thread."""
+    """The number of records that a thread may poll, decode and hash before they are learned.
+
+    0: records are read in the thread that learns.
+    """
     on_lost: Literal["stop", "skip"] = "stop"
-    """When the topic no longer holds what comes next: stop (exit code 5) and say how much is lost, or count it and go on after it."""
+    """The reaction when the topic no longer holds the next record.
+
+    `stop` ends the run with exit code 5 and reports how much is lost. `skip` counts the lost
+    records and continues after them.
+    """
 
     @field_validator("bootstrap_servers")
     @classmethod
     def _no_login(cls, servers: str) -> str:
         if "@" in servers or "//" in servers:
             raise ValueError(
-                f"is host:port,...; a login goes into the Kafka options sasl.username and sasl.password ({_NOT_SHOWN})"
+                "must be host:port,...; put a login into the Kafka options "
+                f"sasl.username and sasl.password ({_NOT_SHOWN})"
             )
         return servers
 
 
 class Features(Section):
-    """The fields of an impression, in the order of the model's input. With none given they are inferred from the first impressions."""
+    """The fields of an impression, in the order of the model's input.
+
+    Without any field, the fields are inferred from the first impressions.
+    """
 
     categorical: tuple[str, ...] = ()
+    """The names of the categorical fields. Their values are strings, integers or booleans."""
     numeric: tuple[str, ...] = ()
+    """The names of the numeric fields."""
     numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
-    """buckets: one table row per logarithmic bucket. value: one row per field, times the value. log_value: times sign(x) log(1+|x|)."""
+    """The encoding of a number x.
+
+    `buckets`: one row for each logarithmic bucket. `value`: one row for the field, multiplied by x.
+    `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
+    """
     buckets_per_octave: float = key(2.0, gt=0, le=64)
+    """The number of buckets between 1 + |x| and twice as much."""
     hash_seed: int = key(0, ge=0, lt=1 << 32)
+    """The seed of the hash from values to rows of the table."""
     crosses: tuple[Cross, ...] = key((), max_length=256)
-    """Cross products of categorical fields and buckets, "age*category", which only the wide side of lr_dnn reads. Where a name has a * or a
-    comma, a list of the names."""
+    """Cross products of categorical fields and bucketed numbers, such as "age*category".
+
+    Only the wide part of lr_dnn uses them. When a name contains a * or a comma, write the cross
+    product as a list of names.
+    """
 
     @field_validator("numeric")
     @classmethod
-    def _one_kind_each(cls, numeric: tuple[str, ...], info: Any) -> tuple[str, ...]:
+    def _one_kind_each(cls, numeric: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         names = [*info.data.get("categorical", ()), *numeric]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"a field is listed twice: {', '.join(twice)}")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"a field is listed twice: {', '.join(repeated)}")
         return numeric
 
     @field_validator("crosses")
     @classmethod
-    def _crosses_of_fields(cls, crosses: tuple[Cross, ...], info: Any) -> tuple[Cross, ...]:
-        for at, names in enumerate(crosses):
-            if any(sorted(names) == sorted(other) for other in crosses[:at]):
+    def _crosses_of_fields(
+        cls, crosses: tuple[Cross, ...], info: ValidationInfo
+    ) -> tuple[Cross, ...]:
+        for index, names in enumerate(crosses):
+            if any(sorted(names) == sorted(other) for other in crosses[:index]):
                 raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
-        if {
-            "categorical",
-            "numeric",
-            "numeric_encoding",
-        } <= info.data.keys():  # else they are the error
+        # A key that is absent is wrong itself and has an error of its own.
+        if {"categorical", "numeric", "numeric_encoding"} <= info.data.keys():
             fields = _fields(info.data["categorical"], info.data["numeric"])
             require_members(crosses if fields else (), fields, info.data["numeric_encoding"])
         return crosses
 
     def fields(self) -> tuple[Field, ...]:
+        """Return the categorical fields, then the numeric ones."""
         return _fields(self.categorical, self.numeric)
 
 
@@ -235,138 +292,232 @@ def _fields(categorical: Sequence[str], numeric: Sequence[str]) -> tuple[Field, 
 
 
 class Join(Section):
-    """How impressions wait for their clicks."""
+    """The wait of impressions for their clicks."""
 
     label_window: Period = timedelta(minutes=10)
+    """The time that an impression waits for its click, in event time."""
     allowed_lateness: Duration = timedelta(seconds=30)
+    """The lag of a partition's watermark behind its latest event."""
     early_click_wait: Duration = timedelta(seconds=30)
-    """How much earlier than its impression, in event time, a click may be."""
+    """The time by which a click may be earlier than its impression, in event time."""
     duplicate_horizon: Duration = timedelta(hours=1)
+    """The time that the id of an impression is remembered after its window has closed.
+
+    A second impression with the id is dropped and counted.
+    """
     idle_timeout: Duration = timedelta(seconds=30)
-    """A partition with nothing new for this long no longer holds the watermark back."""
+    """The time without a new record after which a partition no longer delays the watermark."""
     stall_clicks: float = key(50.0, ge=0)
-    """Learning waits when this many clicks should have come since the last one: then clicks are delayed, not absent. 0: never."""
+    """Pause learning when this many clicks are overdue, at the rate of clicks so far.
+
+    So many missing clicks mean that clicks are delayed, not absent. 0: learning never pauses.
+    """
     max_memory: Size = "1GB"
-    """Of waiting impressions, early clicks and remembered ids."""
+    """The memory of waiting impressions, early clicks and remembered ids."""
     over_memory: Literal["spill", "evict"] = "spill"
-    """Beyond it waiting impressions go to disk, or a uniform share of them is given up; both are counted."""
+    """The reaction when `max_memory` is full.
+
+    `spill` writes waiting impressions to disk. `evict` drops a uniform share of them. Both are
+    counted.
+    """
 
 
 ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
 
 
 class Model(Section):
-    """The network and its table. The defaults are the paper's, with no dropout: a stream is seen once."""
+    """The network and its embedding table.
+
+    The defaults are those of the DeepFM paper, without dropout because a stream is seen once.
+    """
 
     name: ModelName = "deepfm"
-    """The one that is published."""
+    """The published model."""
     beside: tuple[ModelName, ...] = ()
-    """Others that learn the same examples and are compared with it; the keys below are theirs too, each has a table of its own."""
+    """Additional models that learn the same examples, for comparison.
+
+    The keys below apply to them too. Each has a table of its own.
+    """
     embedding_dim: int = key(10, ge=1, le=512)
+    """The width K of an embedding."""
     hidden: tuple[Annotated[int, key(ge=1, le=16384)], ...] = key((400, 400, 400), max_length=64)
+    """The widths of the hidden layers."""
     activation: Literal["paper", "relu", "tanh", "sigmoid"] = "paper"
-    """paper: tanh for IPNN, relu for the others."""
+    """The activation of the hidden layers. `paper` is tanh for IPNN and relu for the others."""
     dropout: float = key(0.0, ge=0, lt=1)
-    """Share of activations dropped while learning. (The paper gives the share that is kept.)"""
+    """The share of activations dropped while learning. (The paper gives the share that is kept.)"""
     table_bits: int = key(20, ge=4, le=31)
     """The table has 2 ** table_bits rows."""
     initial_scale: float = key(0.01, ge=0)
+    """The standard deviation of the initial embeddings."""
     pretrain_examples: int = key(20_000, ge=0)
-    """How many FNN learns as the FM that its network begins with."""
+    """The number of examples that FNN learns as an FM, which initialises its network."""
 
     @field_validator("beside")
     @classmethod
-    def _another_each(cls, beside: tuple[str, ...], info: Any) -> tuple[str, ...]:
+    def _distinct_models(cls, beside: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         names = [info.data.get("name"), *beside]
-        if twice := sorted({name for name in beside if names.count(name) > 1}):
-            raise ValueError(f"a model learns once, model.name too: {', '.join(twice)}")
+        if repeated := sorted({name for name in beside if names.count(name) > 1}):
+            raise ValueError(
+                f"a model is listed twice (model.name counts too): {', '.join(repeated)}"
+            )
         return beside
 
 
 class Learn(Section):
-    batch_size: int = key(512, ge=1)
-    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
-    """Of embeddings and first-order weights. The paper has adam, here on the rows of each batch, which are up to three times as wide."""
-    table_learning_rate: float = key(0.0, ge=0)
-    """Of the embeddings; 0: the optimizer's own, adagrad and sgd 1.0, adam 0.001.
+    """Optimizers, precision and threads of learning."""
 
-    With adagrad and sgd it is divided by the number of fields, which step together. A step of adagrad is rate / (beta + sqrt(n)) gradients.
+    batch_size: int = key(512, ge=1)
+    """The number of examples in a step."""
+    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
+    """The optimizer of the embeddings and the first-order weights.
+
+    The paper uses Adam. Here `adam` updates only the rows of each batch, and makes the rows of the
+    table up to three times as wide.
+    """
+    table_learning_rate: float = key(0.0, ge=0)
+    """The learning rate of the embeddings. 0: 1.0 with adagrad and sgd, 0.001 with adam.
+
+    With adagrad and sgd the rate is divided by the number of fields, because the embeddings of all
+    fields step together. A step of adagrad is rate / (beta + sqrt(n)) times the gradient, where n
+    is the sum of the squared gradients.
     """
     table_beta: float = key(3.0, gt=0)
-    """Of adagrad only."""
+    """The beta of adagrad for the embeddings."""
     linear_learning_rate: float = key(0.0, ge=0)
-    """Of the first-order weights, likewise, but crosses count as fields; 0: adagrad and sgd 2.0, adam 0.001."""
-    linear_beta: float = key(1.0, gt=0)
-    dense_learning_rate: float = key(0.001, gt=0)
-    dense_weight_decay: float = key(0.0, ge=0)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Of the dense part's products (its weights are fp32); auto: bf16 where the processor or the GPU has it. A resumed run keeps it,
-    unless it is told another.
+    """The learning rate of the first-order weights. 0: 2.0 with adagrad and sgd, 0.001 with adam.
 
-    On a GPU those of fp32 are TF32's: 10 bits of mantissa in the factors, fp32 in the sums.
+    With adagrad and sgd it is divided by the number of fields and cross products.
+    """
+    linear_beta: float = key(1.0, gt=0)
+    """The beta of adagrad for the first-order weights."""
+    dense_learning_rate: float = key(0.001, gt=0)
+    """The learning rate of the dense part, which Adam optimizes."""
+    dense_weight_decay: float = key(0.0, ge=0)
+    """The weight decay of the dense part."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """The precision of the matrix products in the dense part. Its weights are always fp32.
+
+    `auto` is bf16 where the processor or the GPU supports it. A resumed run keeps its precision
+    unless this key is set to another one. On a GPU, `fp32` uses TF32: factors with 10 bits of
+    mantissa, sums in fp32.
     """
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The device of the table and the dense part."""
     threads: int = key(0, ge=0)
-    """CPU threads that learn; 0: as many as the machine has. With any number of them the model is the same, bit for bit."""
+    """The number of CPU threads that learn. 0: as many as the machine has.
+
+    The model is the same for any number of threads, bit for bit.
+    """
     seed: int = key(0, ge=0, lt=1 << 63)
+    """The seed of the initial weights and of dropout."""
     skips_before_rollback: int = key(8, ge=1)
-    """After this many batches in a row without a finite loss and gradient, the model goes back to the last good snapshot."""
+    """Roll the model back to the last good snapshot after this many bad batches in a row.
+
+    A bad batch has a loss or a gradient that is not finite.
+    """
 
 
 class Ftrl(Section):
-    """FTRL-Proximal as published: it trains `lr`. Where that is not among the models, it stands beside them as `ftrl`."""
+    """FTRL-Proximal as published (McMahan et al. 2013).
+
+    It trains `lr`. When `lr` is not among the models, it is an additional model named `ftrl`.
+    """
 
     enabled: bool = True
+    """False: there is no additional model `ftrl`. `lr` learns with FTRL-Proximal in any case."""
     alpha: float = key(0.1, gt=0)
+    """The learning rate of a weight is alpha / (beta + sqrt(n))."""
     beta: float = key(1.0, gt=0)
+    """See `alpha`; n is the sum of the squared gradients of the weight."""
     l1: float = key(0.0, ge=0)
+    """The strength of L1 regularization. The intercept is not regularized."""
     l2: float = key(1.0, ge=0)
+    """The strength of L2 regularization. The intercept is not regularized."""
 
 
 class Baseline(Section):
-    """River's FTRL, in a process of its own."""
+    """The baseline: logistic regression with the FTRL of River, in a process of its own."""
 
     enabled: bool = True
+    """False: there is no baseline."""
     sample_rate: float = key(1.0, gt=0, le=1)
-    """Share of impressions, chosen by a hash of their id, that the baseline learns and that paired figures are computed on."""
+    """The share of impressions, chosen by a hash of their id, that the baseline learns.
+
+    Paired metrics are computed on these impressions.
+    """
     alpha: float = key(0.05, gt=0)
+    """The learning rate of a weight is alpha / (beta + sqrt(n))."""
     beta: float = key(1.0, ge=0)
+    """See `alpha`; n is the sum of the squared gradients of the weight."""
     l1: float = key(0.0, ge=0)
+    """The strength of L1 regularization."""
     l2: float = key(1.0, ge=0)
+    """The strength of L2 regularization."""
     intercept_learning_rate: float = key(0.01, ge=0)
+    """The learning rate of the intercept."""
 
 
 class Metrics(Section):
+    """The windows of the metrics, and where reports go."""
+
     window: Period = timedelta(minutes=10)
+    """The length of a window, in event time."""
     rolling_windows: int = key(6, ge=1, le=1000)
+    """The number of newest windows that the rolling metrics cover."""
     topic: str = "stream-ctr.metrics"
-    """Reports go here too when the input is Kafka; empty: nowhere but the state directory."""
+    """The topic of the reports when the input is Kafka. Empty: none.
+
+    The state directory has all reports in any case.
+    """
 
 
 class Schedule(Section):
+    """The intervals of reports and snapshots, by the clock."""
+
     report_every: Period = timedelta(seconds=10)
+    """The time between two reports."""
     snapshot_every: Period = timedelta(minutes=10)
+    """The time between two snapshots."""
     snapshot_examples: int = key(0, ge=0)
-    """Also take a snapshot each time this many examples were learned; 0: by the clock only."""
+    """Also take a snapshot each time this many examples were learned. 0: by the clock only."""
 
 
 class Snapshots(Section):
+    """Storage, signing and publication of snapshots."""
+
     keep: int = key(3, ge=1)
+    """The number of snapshots to keep."""
     topic: str = "stream-ctr.snapshots"
+    """The compacted topic of the pointers to published snapshots. Empty: none."""
     model_name: str = "default"
-    """Key of this model's pointer on the snapshot topic."""
+    """The key of this model's pointer on the snapshot topic."""
     signing_key: str = ""
-    """File with an Ed25519 private key (PEM). Snapshots are signed with it, and none without its signature is gone on from."""
+    """The file of an Ed25519 private key in PEM.
+
+    Snapshots are signed with it, and a run resumes only from a snapshot with its signature. Empty:
+    snapshots are not signed.
+    """
     gate_clicks: int = key(1000, ge=0)
-    """A snapshot is published unless the model did worse, on at least this many clicks since the last verdict; 0: always published."""
+    """The number of clicks since the last verdict that a new verdict needs.
+
+    A snapshot is published unless the verdict is that the model became worse. 0: every snapshot is
+    published.
+    """
     gate_logloss: float = key(0.1, gt=0)
-    """By which share its logloss may be above the baseline's, and above that of the published snapshot."""
+    """The share by which the logloss may be above that of the baseline.
+
+    The same share applies to the comparison with the published snapshot.
+    """
     gate_calibration: float = key(0.3, gt=0)
-    """By how much |ln(predicted / actual clicks)| may be above the baseline's (without one: the published snapshot's)."""
+    """The amount by which |ln(predicted / actual clicks)| may be above that of the baseline.
+
+    Without a baseline it is compared with that of the published snapshot.
+    """
 
 
 class Config(Section):
-    """Everything that can be set. `stream-ctr config` prints it with the values in force."""
+    """Everything that can be configured. `stream-ctr config` prints it with the current values."""
 
     input: Input = Input()
     features: Features = Features()
@@ -387,9 +538,12 @@ def load(
     environ: Mapping[str, str] = os.environ,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
-    """The configuration in force: `overrides` over `environ` over the TOML file at `path` over `base` over the defaults.
+    """Return the configuration.
 
-    Raises `ConfigError` that names each wrong key, the nearest match and the value.
+    `overrides` take precedence over `environ`, over the TOML file at `path`, over `base`, over the
+    defaults. `overrides` and `base` are dictionaries of sections.
+
+    Raises `ConfigError` with each wrong key, its value and the nearest known key.
     """
     layers = [
         base or {},
@@ -400,21 +554,62 @@ def load(
     merged: dict[str, Any] = {}
     for layer in layers:
         for section, values in layer.items():
-            before = merged.get(section, {})
-            if isinstance(before, Mapping):  # else it stays, to be named
-                merged[section] = {**before, **values} if isinstance(values, Mapping) else values
+            lower = merged.get(section, {})
+            if isinstance(lower, Mapping):  # else the wrong value stays, and the error names it
+                merged[section] = {**lower, **values} if isinstance(values, Mapping) else values
     try:
         return Config(**merged)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(error))) from None
+        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+
+
+def examples() -> tuple[str, ...]:
+    """Return the names of the example configurations, which come with the package.
+
+    >>> examples()
+    ('avazu', 'criteo', 'demo', 'events', 'obd')
+    """
+    names = [entry.name for entry in _example_folder().iterdir()]
+    return tuple(
+        sorted(
+            name.removesuffix(_EXAMPLE_SUFFIX) for name in names if name.endswith(_EXAMPLE_SUFFIX)
+        )
+    )
+
+
+def example(name: str) -> str:
+    """Return the text of an example configuration, a TOML file with comments.
+
+    Raises `ConfigError` when there is no example of this name.
+
+    >>> print(example("obd").splitlines()[2])
+    #   stream-ctr run --source impressions.csv --format obd --config configs/obd.toml
+    """
+    known = examples()
+    if name not in known:
+        names = ", ".join(known)
+        raise ConfigError(
+            f"unknown example {name!r:.80}{nearest(name, known)}; the examples are {names}"
+        )
+    return (_example_folder() / f"{name}{_EXAMPLE_SUFFIX}").read_text("utf-8")
+
+
+def _example_folder() -> Traversable:
+    return importlib.resources.files("stream_ctr") / "configs"
 
 
 def known_keys() -> Iterator[str]:
-    """Every `section.key` that can be set."""
-    for section, info in Config.model_fields.items():
-        assert isinstance(info.annotation, type)
-        for name in info.annotation.model_fields:
+    """Yield every `section.key` that can be set."""
+    for section in Config.model_fields:
+        for name in _section_type(section).model_fields:
             yield f"{section}.{name}"
+
+
+def _section_type(section: str) -> type[Section]:
+    annotation = Config.model_fields[section].annotation
+    assert isinstance(annotation, type)
+    assert issubclass(annotation, Section)
+    return annotation
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -427,7 +622,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """STREAM_CTR_SECTION__KEY=value; lists are written a,b,c."""
+    """Return the sections that variables STREAM_CTR_SECTION__KEY=value set. Lists are a,b,c."""
     names = {
         f"{ENVIRONMENT_PREFIX}{dotted.replace('.', '__').upper()}": dotted
         for dotted in known_keys()
@@ -444,30 +639,32 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
 
 
 def parse_text(section: str, option: str, value: str) -> object:
-    """The text of an environment variable or of `-X section.key=value`: a list where the key holds one."""
-    annotation = Config.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    if isinstance(annotation.model_fields[option].default, tuple):
+    """Return the value of an environment variable or of `-X section.key=value`.
+
+    A key that holds a list takes a text with commas.
+
+    >>> parse_text("features", "numeric", "age, price"), parse_text("learn", "seed", "3")
+    (('age', 'price'), '3')
+    """
+    if isinstance(_section_type(section).model_fields[option].default, tuple):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors():
-        where = [str(part) for part in problem["loc"]]
-        if problem["type"] == "extra_forbidden":
-            owner = Config.model_fields[where[0]].annotation if len(where) > 1 else Config
-            assert isinstance(owner, type)
-            words = (
-                owner.model_fields
-                if len(where) == 1
-                else [f"{where[0]}.{name}" for name in owner.model_fields]
-            )
-            name = ".".join(where[:2])
-            yield f"unknown key {name!r}{nearest(name, words)}"
-        else:
-            reason = problem["msg"].removeprefix("Value error, ")
-            shown = f"{problem['input']!r:.200}"
-            yield f"{'.'.join(where)}: {reason}" + (
-                "" if shown in reason or _NOT_SHOWN in reason else f", got {shown}"
-            )
+def _explain(problem: ErrorDetails) -> str:
+    """Return the message for one error of a configuration."""
+    location = [str(part) for part in problem["loc"]]
+    if problem["type"] == "extra_forbidden":
+        return _unknown_key(location)
+    reason = problem["msg"].removeprefix("Value error, ")
+    value = f"{problem['input']!r:.200}"
+    shown = "" if value in reason or _NOT_SHOWN in reason else f", got {value}"
+    return f"{'.'.join(location)}: {reason}{shown}"
+
+
+def _unknown_key(location: Sequence[str]) -> str:
+    section, *option = location
+    known = list(known_keys()) if option else list(Config.model_fields)
+    words = [name for name in known if not option or name.startswith(f"{section}.")]
+    name = ".".join(location[:2])
+    return f"unknown key {name!r}{nearest(name, words)}"

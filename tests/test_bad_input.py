@@ -512,7 +512,7 @@ REFUSED: dict[tuple[str, str], tuple[str, Callable[[Path], object], str]] = {
     ("file: empty, binary, of another kind", "binary"): ("log.jsonl", put(bytes(range(256)) * 9), "no known log format"),
     ("file: empty, binary, of another kind", "a folder"): ("log.jsonl", lambda path: path.mkdir(), "is a directory"),
     ("file: empty, binary, of another kind", "there is none"): ("log.jsonl", lambda path: None, "does not exist"),
-    ("file: empty, binary, of another kind", "a pipe"): ("log.jsonl", os.mkfifo, "no regular file"),
+    ("file: empty, binary, of another kind", "a pipe"): ("log.jsonl", os.mkfifo, "is not a regular file"),
     ("file: empty, binary, of another kind", "text under a Parquet name"): ("log.parquet", put("a;b\n1;2\n"), "no known log format"),
     ("file: gzip cut off or no gzip", "only its head"): ("log.gz", put(b"\x1f\x8b\x08\0"), "cannot read"),
     ("file: gzip cut off or no gzip", "of nothing"): ("log.gz", put(gzip.compress(b"")), "is empty"),
@@ -531,9 +531,9 @@ REFUSED: dict[tuple[str, str], tuple[str, Callable[[Path], object], str]] = {
     ("file: Parquet of other columns", "a name that steers a terminal"): (
         "log.parquet", altered(**{"\x1b[31m": [[1]] * 7}), r"column \x1b[31m is list"),
     ("file: Parquet of other columns", "a column twice"): (
-        "log.parquet", parquet(pa.table([*pa.table(COLUMNS).columns, pa.nulls(7)], [*COLUMNS, "app"])), "column app is there twice"),
+        "log.parquet", parquet(pa.table([*pa.table(COLUMNS).columns, pa.nulls(7)], [*COLUMNS, "app"])), "column app appears twice"),
     ("file: Parquet empty or cut off", "no rows"): ("log.parquet", parquet(pa.table(COLUMNS).slice(0, 0)), "nothing in"),
-    ("file: Parquet empty or cut off", "cut off"): ("log.parquet", half_a_parquet_file, "is no parquet file"),
+    ("file: Parquet empty or cut off", "cut off"): ("log.parquet", half_a_parquet_file, "is not a parquet file"),
     ("file: Parquet empty or cut off", "all null"): ("log.parquet", altered(kind=pa.nulls(7, pa.string())), "must be"),
 }  # fmt: skip
 
@@ -627,7 +627,7 @@ def test_a_log_that_may_not_be_read_is_said_so(tmp_path, outcome):
 
 BOMB = """
 import resource, sys
-from stream_ctr.logs import open_log
+from stream_ctr.logs.open import open_log
 log = open_log(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 events = sum(len(batch) for batch in log.batches())

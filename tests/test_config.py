@@ -1,40 +1,56 @@
-"""Layers of configuration, and messages that show the way out."""
+"""The layers of the configuration, its messages, and the example files."""
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.reliability import Outcome
 
-from stream_ctr.config import Config, duration, format_duration, known_keys, load, parse_text
+from stream_ctr import config
+from stream_ctr.config import (
+    Config,
+    duration,
+    example,
+    examples,
+    format_duration,
+    known_keys,
+    load,
+    parse_text,
+    size,
+)
 from stream_ctr.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+EXAMPLES = sorted(CONFIGS.glob("*.toml"))
 
 
-def test_flags_go_before_environment_before_file_before_default(tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text("[learn]\nbatch_size = 1\nseed = 1\nthreads = 1\n")
-    environ = {"STREAM_CTR_LEARN__BATCH_SIZE": "2", "STREAM_CTR_LEARN__SEED": "2"}
+def toml(directory: Path, text: str) -> Path:
+    path = directory / "c.toml"
+    path.write_text(text)
+    return path
+
+
+def test_flags_precede_environment_file_base_and_defaults(tmp_path: Path) -> None:
     config = load(
-        path,
-        environ=environ,
+        toml(tmp_path, "[learn]\nbatch_size = 1\nseed = 1\nthreads = 1\n"),
+        environ={"STREAM_CTR_LEARN__BATCH_SIZE": "2", "STREAM_CTR_LEARN__SEED": "2"},
         overrides={"learn": {"batch_size": "3"}},
         base={"learn": {"threads": 9, "precision": "bf16"}},
     )
     learn = config.learn
-    assert (learn.batch_size, learn.seed, learn.threads, learn.precision, learn.device) == (
-        3,
-        2,
-        1,
-        "bf16",
-        "auto",
-    )
+    assert learn.batch_size == 3
+    assert learn.seed == 2
+    assert learn.threads == 1
+    assert learn.precision == "bf16"
+    assert learn.device == "auto"
 
 
 WRONG = {
@@ -69,15 +85,15 @@ WRONG = {
         ("[features]\ncategorical=['a','b']\nnumeric=['b']", "a field is listed twice: b"),
         (
             "[features]\ncrosses=['age']",
-            "a cross product is of two or more fields, \"age*category\", got 'age'",
+            "a cross product needs two or more fields, \"age*category\", got 'age'",
         ),
         (
             "[features]\ncrosses=['age*']",
-            "a cross product is of two or more fields, \"age*category\", got 'age*'",
+            "a cross product needs two or more fields, \"age*category\", got 'age*'",
         ),
         (
             "[features]\ncrosses=['age*age']",
-            "features.crosses.0: a field is in it twice: 'age*age'",
+            "features.crosses.0: a cross product has a field twice: 'age*age'",
         ),
         (
             "[features]\ncrosses=['a*b', 'b*c', ['b', 'a']]",
@@ -89,10 +105,18 @@ WRONG = {
             "no field; did you mean 'category'?",
         ),
         (
-            "[features]\ncategorical=['a']\nnumeric=['x']\nnumeric_encoding='value'\ncrosses=['a*x']",
-            "features.crosses: 'a*x' has the number 'x', which has one row with numeric_encoding = 'value'; only buckets of it",
+            "[features]\ncategorical=['a']\nnumeric=['x']\n"
+            "numeric_encoding='value'\ncrosses=['a*x']",
+            "features.crosses: 'a*x' has the number 'x', which has one row with "
+            "numeric_encoding = 'value'; only buckets of it",
         ),
         ("[model]\nname='deepfn'", "model.name"),
+        (
+            "[model]\nbeside=['fm', 'deepfm']",
+            "model.beside: a model is listed twice (model.name counts too): deepfm",
+        ),
+        ("[join]\nmax_memory='100'", "join.max_memory: a size needs a unit (KB, MB, GB, KiB"),
+        ("[join]\nmax_memory='0GB'", "a size must be at least one byte, got '0GB'"),
         ("[model]\ntable_bits=40", "model.table_bits"),
         ("[baseline]\nsample_rate=0", "baseline.sample_rate"),
         ("[baseline]\nalpha=nan", "baseline.alpha"),
@@ -102,18 +126,17 @@ WRONG = {
 
 
 @pytest.mark.parametrize(
-    ("toml", "message"),
+    ("text", "message"),
     [
         pytest.param(*case, marks=pytest.mark.bad_input(what, via="TOML file"))
         for what, cases in WRONG.items()
         for case in cases
     ],
 )
-def test_a_wrong_file_is_named_with_the_value_and_the_nearest_match(
-    tmp_path, toml, message, outcome
-):
-    path = tmp_path / "c.toml"
-    path.write_text(toml)
+def test_a_wrong_file_is_an_error_with_the_value_and_the_nearest_key(
+    tmp_path: Path, text: str, message: str, outcome: Outcome
+) -> None:
+    path = toml(tmp_path, text)
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         load(path, environ={})
     assert str(caught.value).isprintable()
@@ -130,97 +153,130 @@ def test_a_wrong_file_is_named_with_the_value_and_the_nearest_match(
         "a:1,sasl://marker-5ecret@b:2",
     ],
 )
-def test_a_login_among_the_servers_is_refused_and_not_shown(tmp_path, servers, outcome):
-    path = tmp_path / "c.toml"
-    path.write_text(f"[input]\nbootstrap_servers = {servers!r}\n")
-    for sources in (
-        {"path": path, "environ": {}},
+def test_a_login_among_the_servers_is_refused_and_not_shown(
+    tmp_path: Path, servers: str, outcome: Outcome
+) -> None:
+    layers: tuple[dict[str, Any], ...] = (
+        {"path": toml(tmp_path, f"[input]\nbootstrap_servers = {servers!r}\n"), "environ": {}},
         {"environ": {"STREAM_CTR_INPUT__BOOTSTRAP_SERVERS": servers}},
         {"environ": {}, "overrides": {"input": {"bootstrap_servers": servers}}},
-    ):
-        with pytest.raises(
-            ConfigError, match=r"input\.bootstrap_servers.*sasl\.username"
-        ) as caught:
-            load(**sources)
+    )
+    for layer in layers:
+        expected = r"input\.bootstrap_servers.*sasl\.username"
+        with pytest.raises(ConfigError, match=expected) as caught:
+            load(**layer)
         assert "5ecret" not in str(caught.value)
     outcome("refused; the value is not shown")
 
 
-def test_a_section_that_is_no_table_is_an_error_also_where_another_layer_has_one(tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text("join = 5\n")
-    for other in (
-        {"base": {"join": {"label_window": "90s"}}},
-        {"overrides": {"join": {"label_window": "90s"}}},
-    ):
-        with pytest.raises(ConfigError, match="join: Input should be a valid dictionary.*got 5"):
-            load(path, environ={}, **other)
+@pytest.mark.parametrize("layer", ["base", "overrides"])
+def test_a_section_that_is_no_table_is_an_error_under_and_over_another_layer(
+    tmp_path: Path, layer: str
+) -> None:
+    path = toml(tmp_path, "join = 5\n")
+    other: dict[str, Any] = {layer: {"join": {"label_window": "90s"}}}
+    with pytest.raises(ConfigError, match="join: Input should be a valid dictionary.*got 5"):
+        load(path, environ={}, **other)
 
 
-def test_a_wrong_environment_variable_is_an_error_too():
-    with pytest.raises(
-        ConfigError,
-        match=r"STREAM_CTR_LEARN__BACH_SIZE.*did you mean 'STREAM_CTR_LEARN__BATCH_SIZE'",
-    ):
-        load(environ={"STREAM_CTR_LEARN__BACH_SIZE": "3"})
-    assert load(
-        environ={"STREAM_CTR_FEATURES__CATEGORICAL": "a, b", "OTHER": "x"}
-    ).features.categorical == ("a", "b")
+def test_an_unknown_environment_variable_is_an_error_with_the_nearest_name() -> None:
+    name = "STREAM_CTR_LEARN__BACH_SIZE"
+    with pytest.raises(ConfigError, match=f"{name}.*did you mean 'STREAM_CTR_LEARN__BATCH_SIZE'"):
+        load(environ={name: "3"})
 
 
-def test_cross_products_are_written_alike_in_a_file_and_on_the_command_line(tmp_path):
-    path = tmp_path / "c.toml"
-    path.write_text(
-        "[features]\ncategorical = ['age', 'app', 'user', 'x*y']\ncrosses = ['age*app', 'user * app']\n"
-    )
+def test_a_list_in_the_environment_is_separated_by_commas() -> None:
+    config = load(environ={"STREAM_CTR_FEATURES__CATEGORICAL": "a, b", "OTHER": "x"})
+    assert config.features.categorical == ("a", "b")
+
+
+def test_cross_products_are_written_alike_in_a_file_and_on_the_command_line(
+    tmp_path: Path,
+) -> None:
     crosses = (("age", "app"), ("user", "app"))
+    categorical = "[features]\ncategorical = ['age', 'app', 'user', 'x*y']\n"
+    path = toml(tmp_path, categorical + "crosses = ['age*app', 'user * app']\n")
     assert load(path, environ={}).features.crosses == crosses
-    assert (
-        load(environ={"STREAM_CTR_FEATURES__CROSSES": "age*app, user*app"}).features.crosses
-        == crosses
-    )
+    environ = {"STREAM_CTR_FEATURES__CROSSES": "age*app, user*app"}
+    assert load(environ=environ).features.crosses == crosses
     flag = {"crosses": parse_text("features", "crosses", "age*app,user*app")}
     assert load(environ={}, overrides={"features": flag}).features.crosses == crosses
-    path.write_text(
-        path.read_text().replace("'user * app'", "['user', 'x*y']")
-    )  # a name with a star can only be listed
-    kept = load(path, environ={}).model_dump(mode="json")
-    assert kept["features"]["crosses"] == [["age", "app"], ["user", "x*y"]]
-    assert load(environ={}, base=kept) == load(path, environ={})
 
 
-def test_a_file_that_is_not_there_is_said_so():
+def test_a_cross_product_of_a_name_with_a_star_is_a_list(tmp_path: Path) -> None:
+    categorical = "[features]\ncategorical = ['age', 'app', 'user', 'x*y']\n"
+    path = toml(tmp_path, categorical + "crosses = ['age*app', ['user', 'x*y']]\n")
+    dumped = load(path, environ={}).model_dump(mode="json")
+    assert dumped["features"]["crosses"] == [["age", "app"], ["user", "x*y"]]
+    assert load(environ={}, base=dumped) == load(path, environ={})
+
+
+def test_a_file_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ConfigError, match="cannot read /nowhere"):
         load(Path("/nowhere"), environ={})
 
 
 @given(st.integers(1, 10**9))
-def test_a_duration_reads_back(milliseconds):
+def test_a_duration_reads_back(milliseconds: int) -> None:
     length = timedelta(milliseconds=milliseconds)
     assert duration(format_duration(length)) == length
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
-def test_every_file_in_configs_loads_and_is_explained(path):
-    load(path, environ={})
-    assert path.read_text().startswith("#")
-    assert "stream-ctr run" in path.read_text()
+def test_a_size_is_at_most_an_exbibyte() -> None:
+    assert size("2GB") == 2 * 10**9
+    assert size("9999999999999GiB") == 2**60
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
-def test_no_file_in_configs_gives_a_system_another_activation_than_its_own(path):
-    assert load(path, environ={}).model.activation == "paper"
-
-
-def test_a_network_has_at_most_64_layers():
+def test_a_network_has_at_most_64_layers() -> None:
     assert len(load(environ={}, overrides={"model": {"hidden": (8,) * 64}}).model.hidden) == 64
     with pytest.raises(ConfigError, match=r"model\.hidden: .*at most 64"):
         load(environ={}, overrides={"model": {"hidden": (8,) * 65}})
 
 
-def test_the_annotated_file_shows_every_key_with_its_default():
-    text = (CONFIGS / "events.toml").read_text()
-    shown = tomllib.loads(text)
+def test_the_examples_are_the_files_in_configs() -> None:
+    assert list(examples()) == [path.stem for path in EXAMPLES]
+    for path in EXAMPLES:
+        assert example(path.stem) == path.read_text()
+
+
+@pytest.mark.parametrize("name", ["critoe", "../pyproject", "criteo.toml", "Criteo/criteo"])
+def test_an_unknown_example_is_an_error_that_names_the_examples(name: str) -> None:
+    expected = f"unknown example '{name}'.*; the examples are avazu, criteo, demo, events, obd"
+    with pytest.raises(ConfigError, match=expected):
+        example(name)
+    with pytest.raises(ConfigError, match="did you mean 'criteo'"):
+        example("critoe")
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_loads_and_shows_its_command(path: Path) -> None:
+    load(path, environ={})
+    text = path.read_text()
+    assert text.startswith("#")
+    assert "stream-ctr run" in text
+    assert max(map(len, text.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_every_example_keeps_the_activation_of_the_paper(path: Path) -> None:
+    assert load(path, environ={}).model.activation == "paper"
+
+
+def test_the_example_events_shows_every_key_with_its_default() -> None:
+    shown = tomllib.loads(example("events"))
     listed = {f"{section}.{name}" for section, values in shown.items() for name in values}
     assert listed | {"features.categorical", "features.numeric"} == set(known_keys())
     assert load(CONFIGS / "events.toml", environ={}) == Config()
+
+
+def test_every_key_has_a_docstring() -> None:
+    undocumented = []
+    for section in ast.parse(Path(config.__file__).read_text()).body:
+        if not isinstance(section, ast.ClassDef) or section.name == "Config":
+            continue
+        followers = [*section.body[1:], None]
+        for statement, follower in zip(section.body, followers, strict=True):
+            documented = isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and not documented:
+                undocumented.append(f"{section.name}.{ast.unparse(statement.target)}")
+    assert undocumented == []

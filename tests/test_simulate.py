@@ -1,8 +1,9 @@
-"""The simulated stream is what it says it is: its probabilities are the true ones, and its laws hold."""
+"""The simulated stream has the click probabilities and the laws that its module states."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +23,7 @@ HOUR_MS = 3_600_000
 
 @dataclass
 class Stream:
-    """All impressions of a simulation, and the delay in ms of the click of each (-1: none)."""
+    """The impressions of a simulation, and the delay in ms of each one's click (-1: no click)."""
 
     time: npt.NDArray[np.int64]
     probability: npt.NDArray[np.float64]
@@ -38,9 +39,10 @@ def stream() -> Stream:
     impressions, clicks = events.impressions, events.clicks
     assert impressions.impression_id.to_pylist() == [f"sim3-{i}" for i in range(N)]
     delay = np.full(N, -1)
-    of = np.array([int(name.removeprefix("sim3-")) for name in clicks.impression_id.to_pylist()])
-    assert len(np.unique(of)) == len(of)
-    delay[of] = clicks.time - impressions.time[of]
+    ids = clicks.impression_id.to_pylist()
+    clicked = np.array([int(name.removeprefix("sim3-")) for name in ids])
+    assert len(np.unique(clicked)) == len(clicked)
+    delay[clicked] = clicks.time - impressions.time[clicked]
     features = {
         name: column.to_numpy(zero_copy_only=False) for name, column in impressions.features.items()
     }
@@ -48,25 +50,30 @@ def stream() -> Stream:
 
 
 def sigmas(observed: npt.NDArray[np.bool_], probability: npt.NDArray[np.float64]) -> float:
-    return float((observed - probability).sum() / np.sqrt((probability * (1 - probability)).sum()))
+    """Return the deviation of the observed count from its mean, in standard deviations."""
+    variance = (probability * (1 - probability)).sum()
+    return float((observed - probability).sum() / np.sqrt(variance))
 
 
 def test_clicks_happen_with_their_true_probability(stream: Stream) -> None:
     clicked = stream.delay >= 0
     assert abs(sigmas(clicked, stream.probability)) < 4
-    tenth = np.argsort(stream.probability).reshape(10, -1)
-    assert max(abs(sigmas(clicked[rows], stream.probability[rows])) for rows in tenth) < 4.5
+
+    def largest(groups: Iterable[npt.NDArray[np.generic]]) -> float:
+        return max(abs(sigmas(clicked[rows], stream.probability[rows])) for rows in groups)
+
+    assert largest(np.argsort(stream.probability).reshape(10, -1)) < 4.5
     for name in ("category", "placement", "age"):
-        groups = [stream.features[name] == value for value in set(stream.features[name])]
-        assert max(abs(sigmas(clicked[rows], stream.probability[rows])) for rows in groups) < 4.5
+        values = stream.features[name]
+        assert largest(values == value for value in set(values)) < 4.5
 
 
-def test_about_seven_in_a_hundred_impressions_are_clicked(stream: Stream) -> None:
+def test_about_seven_percent_of_the_impressions_are_clicked(stream: Stream) -> None:
     assert 0.06 < np.mean(stream.delay >= 0) < 0.08
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_best_possible_logloss_is_15_to_25_percent_below_that_of_a_constant(seed: int) -> None:
+def test_the_best_logloss_is_15_to_25_percent_below_that_of_a_constant(seed: int) -> None:
     rng = np.random.default_rng(seed)
     time = START_MS + np.linspace(0, 24 * HOUR_MS, 100_000, dtype=np.int64)
     world = World(seed)
@@ -78,9 +85,7 @@ def test_the_best_possible_logloss_is_15_to_25_percent_below_that_of_a_constant(
     assert 0.15 < 1 - entropy(p) / entropy(np.array([p.mean()])) < 0.25
 
 
-def test_clicks_follow_after_20_seconds_and_one_in_a_hundred_after_ten_minutes(
-    stream: Stream,
-) -> None:
+def test_the_median_delay_is_20_s_and_one_percent_are_over_10_minutes(stream: Stream) -> None:
     delay = stream.delay[stream.delay >= 0] / 1000
     assert delay.min() > 0
     assert np.median(delay) == pytest.approx(20, rel=0.08)  # its standard error is 1.8 %
@@ -99,15 +104,16 @@ def test_values_follow_power_laws(stream: Stream) -> None:
         for value, count in zip(*np.unique(known, return_counts=True), strict=True):
             counts[int(value[1:])] = count
         expected = len(known) * weight / weight.sum()
-        assert np.all(np.abs(counts - expected)[:20] < 5 * np.sqrt(expected[:20])), name
-        assert np.abs(
-            np.add.reduceat(counts - expected, [0, values // 4, values // 2])
-        ).max() < 5 * np.sqrt(len(known)), name
+        difference = counts - expected
+        assert np.all(np.abs(difference)[:20] < 5 * np.sqrt(expected[:20])), name
+        parts = np.add.reduceat(difference, [0, values // 4, values // 2])
+        assert np.abs(parts).max() < 5 * np.sqrt(len(known)), name
 
 
-def test_a_user_and_an_app_stay_what_they_are(stream: Stream) -> None:
+def test_the_fields_of_a_user_and_of_an_app_are_constant(stream: Stream) -> None:
     of_user = [("user_id", name) for name in ("segment", "age", "country", "device")]
-    for owner, field in (*of_user, ("device", "os"), ("app_id", "category"), ("app_id", "rating")):
+    of_app = [("app_id", name) for name in ("category", "rating")]
+    for owner, field in (*of_user, ("device", "os"), *of_app):
         pairs = set(zip(stream.features[owner], map(str, stream.features[field]), strict=True))
         assert len(pairs) == len(set(stream.features[owner])), field
 
@@ -119,17 +125,15 @@ def test_some_values_are_missing(stream: Stream) -> None:
     assert 0.02 < np.mean(np.isnan(stream.features["rating"].astype(float))) < 0.3
 
 
-def test_impressions_arrive_at_random_a_million_a_day_and_most_in_the_evening(
-    stream: Stream,
-) -> None:
+def test_arrivals_are_random_a_million_a_day_and_most_in_the_evening(stream: Stream) -> None:
     first_hour = stream.time[stream.time < START_MS + HOUR_MS] - START_MS
     per_second = np.bincount(first_hour // 1000, minlength=3600)
-    # Of Poisson counts the variance is the mean; over 3,600 seconds their ratio scatters by sqrt(2 / 3600).
+    # The variance of Poisson counts is their mean. Over 3,600 seconds the ratio of the two scatters
+    # by sqrt(2 / 3600).
     assert per_second.var() / per_second.mean() == pytest.approx(1, abs=4 * np.sqrt(2 / 3600))
     simulation = Simulation(IMPRESSIONS_PER_DAY, seed=0)
-    time = (
-        np.concatenate([batch["time"].to_numpy() for batch in simulation._impressions()]) - START_MS
-    )
+    times = [batch["time"].to_numpy() for batch in simulation._impressions()]
+    time = np.concatenate(times) - START_MS
     per_hour = np.bincount(time // HOUR_MS)
     assert time[-1] / HOUR_MS == pytest.approx(24, abs=0.2)
     assert per_hour[19:21].mean() / per_hour[7:9].mean() == pytest.approx(1.6 / 0.4, rel=0.05)
@@ -146,41 +150,38 @@ def test_tastes_for_categories_drift_and_come_back_after_36_hours() -> None:
         return np.where((p > 1e-3) & (p < 0.999), np.log(p / (1 - p)), np.nan)
 
     change = logit(18) - logit(0)
-    by_category = np.array(
-        [np.nanmean(change[codes["category"] == category]) for category in range(20)]
-    )
-    assert (
-        np.nanmax(np.abs(change - by_category[codes["category"]])) < 0.002
-    )  # of the rounding of p
+    category = codes["category"]
+    by_category = np.array([np.nanmean(change[category == value]) for value in range(20)])
+    rounding = 0.002  # p is rounded to six decimals
+    assert np.nanmax(np.abs(change - by_category[category])) < rounding
     assert by_category.std() > 0.3
     assert np.nanmax(np.abs(logit(36) - logit(0))) < 1e-9
     assert np.abs(np.nanmean(logit(1) - logit(0))) < 0.1
 
 
 def test_no_lower_order_explains_the_effects_of_pairs_and_triples() -> None:
-    """Else a logistic regression would learn what only an FM should, and an FM what only the deep part should."""
+    """Otherwise a logistic regression would learn pair effects, and an FM triple effects."""
     world = World(1)
     time = np.full(400_000, START_MS)
     codes, numbers = world.draw(np.random.default_rng(2), time)
     effects = world.effects(codes, numbers, time)
 
     def explained(effect: npt.NDArray[np.float64], key: npt.NDArray[np.int64]) -> float:
+        """Return the share of the variance that the means by key explain, without overfitting."""
         counts = np.bincount(key)
         means = np.bincount(key, effect) / np.maximum(counts, 1)
-        return float(
-            (means[key].var() - effect.var() * np.count_nonzero(counts) / len(key)) / effect.var()
-        )
+        by_chance = effect.var() * np.count_nonzero(counts) / len(key)
+        return float((means[key].var() - by_chance) / effect.var())
 
     small = ("age", "os", "connection", "placement", "segment", "category", "last_category")
-    assert max(explained(effects[:, 1], codes[name]) for name in small) < 0.03
-    assert (
-        max(explained(effects[:, 2], 100 * codes[a] + codes[b]) for a, b in combinations(small, 2))
-        < 0.03
-    )
-    triples = [
-        codes[a] * 10_000 + codes["placement"] * 100 + codes["connection"] for a in ("age", "os")
-    ]
-    assert sum(explained(effects[:, 2], triple) for triple in triples) == pytest.approx(1, abs=0.05)
+    of_pairs = effects[:, 1]
+    of_triples = effects[:, 2]
+    assert max(explained(of_pairs, codes[name]) for name in small) < 0.03
+    pairs = [100 * codes[a] + codes[b] for a, b in combinations(small, 2)]
+    assert max(explained(of_triples, pair) for pair in pairs) < 0.03
+    others = 100 * codes["placement"] + codes["connection"]
+    triples = [10_000 * codes[name] + others for name in ("age", "os")]
+    assert sum(explained(of_triples, triple) for triple in triples) == pytest.approx(1, abs=0.05)
 
 
 def values(impressions: int, seed: int) -> list[bytes]:
@@ -191,22 +192,30 @@ def values(impressions: int, seed: int) -> list[bytes]:
     ]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_a_longer_stream_begins_like_a_shorter_one() -> None:
-    short, long = values(3000, seed=1), values(20_000, seed=1)
-    assert short == values(3000, seed=1)
-    shown = [value for value in short if b'"impression",' in value]
-    assert shown == [value for value in long if b'"impression",' in value][:3000]
-    clicks = {value for value in short if b'"click",' in value}
-    assert clicks == {
+def of_kind(values: list[bytes], kind: str) -> list[bytes]:
+    return [value for value in values if f'"{kind}",'.encode() in value]
+
+
+def users(impressions: list[bytes]) -> set[str]:
+    return {json.loads(value)["features"]["user_id"] for value in impressions}
+
+
+def test_the_same_seed_gives_the_same_bytes() -> None:
+    assert values(3000, seed=1) == values(3000, seed=1)
+    first = users(of_kind(values(3000, seed=1), "impression"))
+    assert first != users(of_kind(values(3000, seed=2), "impression"))
+
+
+def test_a_longer_stream_begins_with_the_impressions_of_a_shorter_one() -> None:
+    short = values(3000, seed=1)
+    long = values(20_000, seed=1)
+    assert of_kind(short, "impression") == of_kind(long, "impression")[:3000]
+    early = {
         value
-        for value in long
-        if b'"click",' in value and int(json.loads(value)["impression_id"][5:]) < 3000
+        for value in of_kind(long, "click")
+        if int(json.loads(value)["impression_id"].removeprefix("sim1-")) < 3000
     }
-    assert {json.loads(value)["features"]["user_id"] for value in shown} != {
-        json.loads(value)["features"]["user_id"]
-        for value in values(3000, seed=2)
-        if b'"impression",' in value
-    }
+    assert set(of_kind(short, "click")) == early
 
 
 def test_events_come_in_time_order_each_click_after_its_impression() -> None:
@@ -217,15 +226,14 @@ def test_events_come_in_time_order_each_click_after_its_impression() -> None:
 
 
 def test_json_lines_hold_the_events_of_the_stream(tmp_path: Path) -> None:
-    simulation = Simulation(1000, seed=9)
-    assert simulation.write_jsonl(tmp_path / "clicks.jsonl") == len(values(1000, seed=9))
-    assert (tmp_path / "clicks.jsonl").read_bytes() == b"".join(
-        value + b"\n" for value in values(1000, seed=9)
-    )
+    path = tmp_path / "clicks.jsonl"
+    expected = values(1000, seed=9)
+    assert Simulation(1000, seed=9).write_jsonl(path) == len(expected)
+    assert path.read_bytes() == b"".join(value + b"\n" for value in expected)
 
 
 @pytest.mark.parametrize(("impressions", "seed"), [(0, 0), (10, -1)])
-def test_a_simulation_of_nothing_or_of_a_negative_seed_is_refused(
+def test_a_simulation_without_impressions_or_with_a_negative_seed_is_refused(
     impressions: int, seed: int
 ) -> None:
     with pytest.raises(ConfigError, match=f"got {impressions} and {seed}"):

@@ -1,4 +1,4 @@
-"""Logs of events: JSON lines as on the wire, or the same in the columns of a Parquet or Arrow file."""
+"""Logs of events: JSON lines in the wire format, or columns of a Parquet or Arrow file."""
 
 from __future__ import annotations
 
@@ -22,19 +22,20 @@ from stream_ctr.logs.rows import Rows
 from stream_ctr.logs.text_log import TextLog
 from stream_ctr.messages import one_line
 
+_NEWLINE = ord("\n")
+_CARRIAGE_RETURN = ord("\r")
 _ARROW_FILE = b"ARROW1\0\0"
-MAGIC: Mapping[bytes, str] = {
-    b"PAR1": "parquet",
-    _ARROW_FILE: "arrow",
-    b"\xff\xff\xff\xff": "arrow",
-}
-"""The first bytes of the formats that are no text; an Arrow stream begins with the marker of its first message."""
+_ARROW_STREAM = b"\xff\xff\xff\xff"  # the continuation marker of the first message
+MAGIC: Mapping[bytes, str] = {b"PAR1": "parquet", _ARROW_FILE: "arrow", _ARROW_STREAM: "arrow"}
+"""The first bytes of each binary format, and the name of the format."""
 
 
 class EventLog(TextLog):
-    """JSON lines. Each line passes through byte for byte, also one that is no event: whoever decodes it shall see it and set it aside.
+    """JSON lines, passed through byte for byte.
 
-    A line whose time cannot be read takes the time of the line before. Lines out of order are sorted as far as a bounded buffer reaches.
+    Malformed lines pass too, because the decoder of the stream sets these aside. A line whose time
+    cannot be read has the time of the line before it. Lines out of order are sorted as far as a
+    bounded buffer reaches.
     """
 
     format = "events"
@@ -43,30 +44,31 @@ class EventLog(TextLog):
         super().__init__(path, None)
 
     def _read(self) -> Iterator[LogBatch]:
-        return map(_event_batch, in_time_order(self._events()))
+        return map(_log_batch, in_time_order(self._events()))
 
     def _events(self) -> Iterator[pa.RecordBatch]:
         decoder = Decoder(())
-        before = 0
+        latest = 0
         for _, data in self.line_blocks():
             value = _lines(data)
             if len(value):
-                batch = _timed(decoder, value, before)
-                before = batch["time"][-1].as_py()
+                batch = _timed(decoder, value, latest)
+                latest = batch["time"][-1].as_py()
                 yield batch
 
 
 def _lines(data: bytes) -> pa.LargeBinaryArray:
-    """The lines of a block that are not empty, without their ends (LF or CRLF).
+    """Return the non-empty lines of a block, without their ends (LF or CRLF).
 
     >>> _lines(b"a\\n\\nbc\\r\\n").to_pylist()
     [b'a', b'bc']
     """
     text = np.frombuffer(data, np.uint8)
-    newlines = np.flatnonzero(text == ord("\n"))
+    newlines = np.flatnonzero(text == _NEWLINE)
     starts = np.concatenate([[0], newlines[:-1] + 1])
-    ends = newlines - ((newlines > starts) & (text[newlines - 1] == ord("\r")))
-    # Line, its end, next line, ...: one array over the bytes as they are, of which the even elements are taken.
+    ends = newlines - ((newlines > starts) & (text[newlines - 1] == _CARRIAGE_RETURN))
+    # One array over the bytes without a copy: line, its end, line, its end, ... The even elements
+    # are the lines.
     offsets = np.append(np.stack([starts, ends], 1).ravel(), len(text))
     pieces = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)]
@@ -75,31 +77,38 @@ def _lines(data: bytes) -> pa.LargeBinaryArray:
 
 
 def _timed(decoder: Decoder, value: pa.LargeBinaryArray, before: int) -> pa.RecordBatch:
-    """time, key, value of n lines: time and key as decoded, else the time of the line before and no key."""
+    """Return the columns time, key, value of n lines.
+
+    A line that holds no event has a null key and the time of the line before it; `before` is the
+    time of the line before the first.
+    """
     events, _ = decoder.decode(value)
-    both = (events.impressions, events.clicks)
-    row = np.concatenate([part.row for part in both])
-    source = np.full(len(value), -1)
-    source[row] = np.arange(len(row))
-    known = source >= 0
+    kinds = (events.impressions, events.clicks)
+    row = np.concatenate([kind.row for kind in kinds])
+    event_of_line = np.full(len(value), -1)
+    event_of_line[row] = np.arange(len(row))
+    known = event_of_line >= 0
     key = (
-        pa.concat_arrays([part.impression_id for part in both])
+        pa.concat_arrays([kind.impression_id for kind in kinds])
         .cast(pa.large_binary())
-        .take(pa.array(source, mask=~known))
+        .take(pa.array(event_of_line, mask=~known))
     )
     latest_known = np.maximum.accumulate(np.where(known, np.arange(len(value)), -1))
-    times = np.append(np.concatenate([part.time for part in both]), before)
-    time = times[np.where(latest_known >= 0, source[latest_known], -1)]
+    times = np.append(np.concatenate([kind.time for kind in kinds]), before)
+    time = times[np.where(latest_known >= 0, event_of_line[latest_known], -1)]
     return pa.RecordBatch.from_pydict({"time": pa.array(time), "key": key, "value": value})
 
 
-def _event_batch(batch: pa.RecordBatch) -> LogBatch:
+def _log_batch(batch: pa.RecordBatch) -> LogBatch:
     return LogBatch(batch["time"].to_numpy(), batch["key"], batch["value"])
 
 
-class _ColumnLog(Log):
-    """Events in columns. Features are a struct `features`, or all columns that are nothing else. Numbers are numeric fields, text,
-    booleans and unsigned 64-bit integers categorical; NaN and infinities, which JSON lacks, are missing.
+class ColumnLog(Log):
+    """Events in the columns kind, impression_id, time, the features and true_probability.
+
+    The features are the members of a struct column `features`, or all other columns. Numbers are
+    numeric fields. Text, booleans and unsigned 64-bit integers are categorical fields. NaN and
+    infinities are missing values, because JSON does not have them.
     """
 
     path: Path
@@ -107,34 +116,13 @@ class _ColumnLog(Log):
     def __init__(self, path: Path) -> None:
         try:
             schema = self._schema(path)
-            _require_names_once(schema)
+            _require_distinct_names(schema)
         except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} is no {self.format} file: {one_line(error)}") from None
-        for name, accepted in _EVENT_COLUMNS.items():
-            if name not in schema.names or not any(
-                accepts(schema.field(name).type) for accepts in accepted
-            ):
-                what = (
-                    f"column {name} is {one_line(schema.field(name).type)}"
-                    if name in schema.names
-                    else f"there is no column {name}"
-                )
-                raise DataError(
-                    f"{path} holds no events: {what}; needed are kind and impression_id as text, time as milliseconds or timestamp"
-                )
-        self.nested = "features" in schema.names
-        columns = [
-            column for column in schema if column.name not in (*_EVENT_COLUMNS, "true_probability")
-        ]
-        if self.nested:
-            columns = _members(path, schema.field("features"))
-        if "true_probability" in schema.names and not _is_number(
-            schema.field("true_probability").type
-        ):
-            raise DataError(
-                f"{path}: column true_probability is {one_line(schema.field('true_probability').type)}, not a number"
-            )
-        super().__init__(path, tuple(_column_field(path, column) for column in columns))
+            raise DataError(f"{path} is not a {self.format} file: {one_line(error)}") from None
+        _require_event_columns(path, schema)
+        self._nested = "features" in schema.names
+        columns = _feature_columns(path, schema)
+        super().__init__(path, tuple(_field(path, column) for column in columns))
 
     def _schema(self, path: Path) -> pa.Schema:
         raise NotImplementedError
@@ -143,50 +131,35 @@ class _ColumnLog(Log):
         raise NotImplementedError
 
     def _read(self) -> Iterator[LogBatch]:
-        return map(_event_batch, in_time_order(self._events()))
+        return map(_log_batch, in_time_order(self._events()))
 
     def _events(self) -> Iterator[pa.RecordBatch]:
         first = 1
         try:
             for batch in self._record_batches():
-                rows = Rows(
-                    np.arange(first, first + len(batch)),
-                    pa.Table.from_batches([batch]),
-                    self.rejected,
-                )
-                yield self._encoded(rows.sound())
+                line = np.arange(first, first + len(batch))
+                rows = Rows(line, pa.Table.from_batches([batch]), self.rejected)
+                yield self._encoded(_event_rows(rows.valid()))
                 first += len(batch)
         except (pa.ArrowException, OSError) as error:
             self.rejected.add(first, f"the rest cannot be read: {one_line(error)}")
 
     def _encoded(self, rows: Rows) -> pa.RecordBatch:
-        rows = rows.parsed(
-            "time", epoch_ms, "epoch milliseconds, a timestamp or RFC 3339"
-        ).identified("impression_id")
-        in_range = pc.and_(
-            pc.greater_equal(rows.columns["time"], EARLIEST_MS),
-            pc.less(rows.columns["time"], LATEST_MS),
-        )
-        rows = rows.only(mask(in_range), "time", "between 1973 and 2100 in milliseconds")
-        rows = rows.parsed("kind", _text, "text").parsed("impression_id", _text, "text")
-        rows = rows.only(
-            mask(pc.is_in(rows.columns["kind"], pa.array(["impression", "click"]))),
-            "kind",
-            "impression or click",
-        )
+        """Return the events as columns time, key, value in the order of the rows."""
         impression = rows.equal("kind", "impression")
-        order = pa.array(np.argsort(np.argsort(~impression, kind="stable")))
-        shown, clicked = (
-            rows.columns.filter(pa.array(impression)),
-            rows.columns.filter(pa.array(~impression)),
-        )
-        value = pa.concat_arrays([self._impressions(shown), _clicks(clicked)]).take(order)
-        key = one_array(rows.columns["impression_id"]).cast(pa.large_binary())
+        impressions = rows.columns.filter(pa.array(impression))
+        clicks = rows.columns.filter(pa.array(~impression))
+        order = np.argsort(np.argsort(~impression, kind="stable"))
+        value = pa.concat_arrays([self._encoded_impressions(impressions), _encoded_clicks(clicks)])
         return pa.RecordBatch.from_pydict(
-            {"time": one_array(rows.columns["time"]), "key": key, "value": value}
+            {
+                "time": one_array(rows.columns["time"]),
+                "key": one_array(rows.columns["impression_id"]).cast(pa.large_binary()),
+                "value": value.take(pa.array(order)),
+            }
         )
 
-    def _impressions(self, table: pa.Table) -> pa.LargeBinaryArray:
+    def _encoded_impressions(self, table: pa.Table) -> pa.LargeBinaryArray:
         known = "true_probability" in table.column_names
         probability = table["true_probability"].cast(pa.float64()).to_numpy() if known else None
         return encode_impressions(
@@ -198,16 +171,28 @@ class _ColumnLog(Log):
 
     def _features(self, table: pa.Table) -> dict[str, pa.Array]:
         names = [field.name for field in self.fields or ()]
-        features = one_array(table["features"]) if self.nested else None
-        return {
-            name: _feature(
-                one_array(table[name]) if features is None else pc.struct_field(features, [i])
-            )
-            for i, name in enumerate(names)
-        }
+        if self._nested:
+            struct = one_array(table["features"])
+            columns = [pc.struct_field(struct, [index]) for index in range(len(names))]
+        else:
+            columns = [one_array(table[name]) for name in names]
+        return {name: _feature(column) for name, column in zip(names, columns, strict=True)}
 
 
-def _clicks(table: pa.Table) -> pa.LargeBinaryArray:
+def _event_rows(rows: Rows) -> Rows:
+    """Return the rows that hold an event; reject the others."""
+    rows = rows.parsed("time", epoch_ms, "epoch milliseconds, a timestamp or RFC 3339")
+    rows = rows.identified("impression_id")
+    time = rows.columns["time"]
+    in_range = pc.and_(pc.greater_equal(time, EARLIEST_MS), pc.less(time, LATEST_MS))
+    rows = rows.keep(mask(in_range), "time", "between 1973 and 2100 in milliseconds")
+    rows = rows.parsed("kind", _text, "text")
+    rows = rows.parsed("impression_id", _text, "text")
+    known = pc.is_in(rows.columns["kind"], pa.array(["impression", "click"]))
+    return rows.keep(mask(known), "kind", "impression or click")
+
+
+def _encoded_clicks(table: pa.Table) -> pa.LargeBinaryArray:
     return encode_clicks(one_array(table["impression_id"]), table["time"].to_numpy())
 
 
@@ -221,37 +206,61 @@ def _text(column: pa.Array) -> pa.Array:
     return column.cast(pa.string())
 
 
-def _members(path: Path, features: pa.Field) -> list[pa.Field]:
-    if not pa.types.is_struct(features.type):
-        raise DataError(
-            f"{path}: column features is {one_line(features.type)}; it must be a struct, or each feature a column of its own"
-        )
-    return list(features.type)
+def _require_distinct_names(columns: Iterable[pa.Field]) -> None:
+    """Raise `pa.ArrowInvalid` when two columns, or two members of a struct, have the same name.
 
-
-def _require_names_once(columns: Iterable[pa.Field]) -> None:
-    """Also within structs. Raises UnicodeDecodeError where a name is no text."""
+    Raises `UnicodeDecodeError` when a name is not UTF-8.
+    """
     columns = list(columns)
     counts = Counter(column.name for column in columns)
-    if twice := [name for name, count in counts.items() if count > 1]:
-        raise pa.ArrowInvalid(f"column {twice[0]} is there twice")
+    if repeated := [name for name, count in counts.items() if count > 1]:
+        raise pa.ArrowInvalid(f"column {repeated[0]} appears twice")
     for column in columns:
         if pa.types.is_struct(column.type):
-            _require_names_once(column.type)
+            _require_distinct_names(column.type)
 
 
-def _is_number(type: pa.DataType) -> bool:
-    return bool(pa.types.is_integer(type) or pa.types.is_floating(type))
+def _require_event_columns(path: Path, schema: pa.Schema) -> None:
+    """Raise `DataError` when a column of events is missing or of a wrong type."""
+    needed = "needed are kind and impression_id as text, time as milliseconds or timestamp"
+    for name, accepted in _EVENT_COLUMNS.items():
+        if name not in schema.names:
+            raise DataError(f"{path} holds no events: there is no column {name}; {needed}")
+        found = schema.field(name).type
+        if not any(accepts(found) for accepts in accepted):
+            raise DataError(f"{path} holds no events: column {name} is {one_line(found)}; {needed}")
+    if "true_probability" in schema.names:
+        found = schema.field("true_probability").type
+        if not _is_number(found):
+            raise DataError(f"{path}: column true_probability is {one_line(found)}, not a number")
 
 
-def _column_field(path: Path, column: pa.Field) -> Field:
+def _feature_columns(path: Path, schema: pa.Schema) -> list[pa.Field]:
+    if "features" not in schema.names:
+        others = (*_EVENT_COLUMNS, "true_probability")
+        return [column for column in schema if column.name not in others]
+    features = schema.field("features").type
+    if not pa.types.is_struct(features):
+        raise DataError(
+            f"{path}: column features is {one_line(features)}; "
+            "it must be a struct, or each feature a column of its own"
+        )
+    return list(features)
+
+
+def _field(path: Path, column: pa.Field) -> Field:
     if column.type != pa.uint64() and _is_number(column.type):
         return Field(column.name, "numeric")
     if _is_text(column.type) or column.type in (pa.uint64(), pa.bool_()):
         return Field(column.name, "categorical")
     raise DataError(
-        f"{path}: column {one_line(column.name)} is {one_line(column.type)}; a feature is text, a number or a boolean"
+        f"{path}: column {one_line(column.name)} is {one_line(column.type)}; "
+        "a feature is text, a number or a boolean"
     )
+
+
+def _is_number(type: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(type) or pa.types.is_floating(type))
 
 
 def _is_text(type: pa.DataType) -> bool:
@@ -267,8 +276,9 @@ _EVENT_COLUMNS: Mapping[str, tuple[Callable[[pa.DataType], bool], ...]] = {
 }
 
 
-class ParquetLog(_ColumnLog):
-    __doc__ = _ColumnLog.__doc__
+class ParquetLog(ColumnLog):
+    """Events in the columns of a Parquet file; see `ColumnLog`."""
+
     format = "parquet"
 
     def _schema(self, path: Path) -> pa.Schema:
@@ -277,15 +287,16 @@ class ParquetLog(_ColumnLog):
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
         with pa.parquet.ParquetFile(self.path) as file:
-            done, rows = 0, max(1, file.metadata.num_rows)
+            rows = max(1, file.metadata.num_rows)
+            rows_read = 0
             for batch in file.iter_batches(batch_size=BATCH_ROWS, use_threads=False):
-                done += len(batch)
-                self.progress = done / rows
+                rows_read += len(batch)
+                self.progress = rows_read / rows
                 yield batch
 
 
-class ArrowLog(_ColumnLog):
-    """As `ParquetLog`, from an Arrow IPC file or stream."""
+class ArrowLog(ColumnLog):
+    """Events in the columns of an Arrow IPC file or stream; see `ColumnLog`."""
 
     format = "arrow"
 
@@ -294,10 +305,10 @@ class ArrowLog(_ColumnLog):
             return _stream(file).schema
 
     def _record_batches(self) -> Iterator[pa.RecordBatch]:
-        with pa.OSFile(
-            str(self.path)
-        ) as file:  # not mapped: a file that shrinks meanwhile would end the process
-            reader, size = _stream(file), max(1, file.size())
+        # A memory map would end the process if the file shrank while it is read.
+        with pa.OSFile(str(self.path)) as file:
+            reader = _stream(file)
+            size = max(1, file.size())
             for batch in reader:
                 self.progress = min(1.0, file.tell() / size)
                 for column in batch.columns:
@@ -307,7 +318,10 @@ class ArrowLog(_ColumnLog):
 
 
 def _require_sound(column: pa.Array) -> None:
-    """Raises `pa.ArrowInvalid` where it is not: what is read from an Arrow file are addresses, and nothing has looked at them yet."""
+    """Raise `pa.ArrowInvalid` when an offset or index of the column points out of bounds.
+
+    Arrow does not check these when it reads a file.
+    """
     column.validate(full=True)
     if pa.types.is_dictionary(column.type):
         _require_sound(column.dictionary)
@@ -317,7 +331,10 @@ def _require_sound(column: pa.Array) -> None:
 
 
 def _stream(file: pa.OSFile) -> pa.RecordBatchReader:
-    """A reader of the batches one after the other. An IPC file is an IPC stream between the magic `ARROW1` and a footer."""
-    if file.read(8) != _ARROW_FILE:
+    """Return a reader that yields one batch after another.
+
+    An IPC file is an IPC stream between the magic `ARROW1` and a footer.
+    """
+    if file.read(len(_ARROW_FILE)) != _ARROW_FILE:
         file.seek(0)
     return pa.ipc.open_stream(file)

@@ -1,16 +1,25 @@
-"""History on disk: a log becomes impressions and clicks in event-time order.
+"""Open a log on disk as a stream of impressions and clicks in event-time order.
 
-| format    | what it is                                                     | what is invented                        |
-|-----------|----------------------------------------------------------------|-----------------------------------------|
-| `events`  | JSON lines as on the wire (see `events`)                       | nothing; the lines pass through as bytes |
-| `parquet`, `arrow` | columns kind, impression_id, time, features (a struct, or all other columns), true_probability | nothing |
-| `criteo`  | TSV without header: label, 13 integers, 26 hexadecimal categories | times, click times                   |
-| `avazu`   | CSV of the 2014 challenge, with or without its header          | times within the hour, click times      |
-| `obd`     | Open Bandit CSV                                                | click times                             |
+| format             | contents                                     | synthesized            |
+|--------------------|----------------------------------------------|------------------------|
+| `events`           | JSON lines in the wire format (see `events`) | nothing                |
+| `parquet`, `arrow` | columns kind, impression_id, time, features, | nothing                |
+|                    | true_probability                             |                        |
+| `criteo`           | TSV without header: label, 13 integers,      | times, click times     |
+|                    | 26 hexadecimal categories                    |                        |
+| `avazu`            | CSV of the 2014 challenge, header optional   | times within the hour, |
+|                    |                                              | click times            |
+| `obd`              | Open Bandit CSV                              | click times            |
 
-Text may be compressed with gzip or Zstandard. What a log does not say is invented from a seed, and `Log.notes` says so. A line that cannot
-be read is counted and named, never fatal, unless nothing can be read. Reading takes bounded memory, and a second pass yields
-the same bytes: a run that resumes finds every event where it was.
+The lines of `events` pass byte for byte. In `parquet` and `arrow`, `features` is a struct, or the
+features are all other columns.
+
+Text may be compressed with gzip or Zstandard. Values that a log lacks are synthesized from a seed,
+and `Log.notes` says so. Lines that cannot be read are counted and named. Reading fails when no line
+can be read.
+
+A log is read in bounded memory. A second pass yields the same bytes, so that a resumed run finds
+every event where it was.
 """
 
 from __future__ import annotations
@@ -25,8 +34,8 @@ from stream_ctr.logs.labelled_logs import (
     CRITEO_COLUMNS,
     AvazuLog,
     CriteoLog,
-    Invention,
     OpenBanditLog,
+    SyntheticTimes,
 )
 from stream_ctr.logs.log import DEFAULT_START_MS, Log
 from stream_ctr.logs.text_log import head
@@ -41,6 +50,8 @@ _LABELLED_LOGS: Mapping[str, type[CriteoLog | AvazuLog | OpenBanditLog]] = {
     log.format: log for log in (CriteoLog, AvazuLog, OpenBanditLog)
 }
 FORMATS = (*_EVENT_LOGS, *_LABELLED_LOGS)
+_LABELS = (b"0", b"1")
+_HOUR_CHARACTERS = len("YYMMDDHH")
 
 
 def open_log(
@@ -52,55 +63,73 @@ def open_log(
     rate: float = 100.0,
     start_ms: int = DEFAULT_START_MS,
 ) -> Log:
-    """The log at `path`, its format sniffed unless given.
+    """Return the log at `path`. Without a `format`, it is detected with `sniff`.
 
-    Where the log is silent: impressions are spaced evenly at `rate` a second of event time from `start_ms` on; click delays are
-    log-normal with median `click_delay_seconds`, drawn from `seed`. Raises `DataError` when the log cannot be read at all.
+    Where the log lacks times, impressions are spaced evenly at `rate` a second of event time from
+    `start_ms` (epoch milliseconds) on, and click delays are log-normal with median
+    `click_delay_seconds`, drawn from `seed`.
+
+    Raises `DataError` when the log cannot be read, and `ConfigError` when an argument is wrong.
     """
     path = Path(path)
     format = format or sniff(path)
     if format not in FORMATS:
+        known = ", ".join(FORMATS)
         raise ConfigError(
-            f"unknown log format {format!r}{nearest(format, FORMATS)}; known are {', '.join(FORMATS)}"
+            f"unknown log format {format!r}{nearest(format, FORMATS)}; known are {known}"
         )
     head(path)
     if not (rate > 0 and click_delay_seconds > 0 and seed >= 0):
         raise ConfigError(
-            f"rate and click delay must be positive, a seed at least 0, got {rate:g} a second, {click_delay_seconds:g} s and {seed}"
+            "rate and click delay must be positive, a seed at least 0, "
+            f"got {rate:g} a second, {click_delay_seconds:g} s and {seed}"
         )
     if format in _EVENT_LOGS:
         return _EVENT_LOGS[format](path)
-    return _LABELLED_LOGS[format](path, Invention(seed, click_delay_seconds, rate, start_ms))
+    return _LABELLED_LOGS[format](path, SyntheticTimes(seed, click_delay_seconds, rate, start_ms))
 
 
 def sniff(path: Path | str) -> str:
-    """The name of the format of the log at `path`, told from its first bytes.
+    """Return the name of the format of the log at `path`, detected from its first bytes.
 
-    Raises `DataError` when the path is no readable file, when the file is empty, or when its format is none that is known.
+    Raises `DataError` when the file cannot be read, is empty, or has no known format.
     """
     first = head(Path(path))
     for magic, name in MAGIC.items():
         if first.startswith(magic):
             return name
-    for line in first.splitlines() if b"\0" not in first else ():
-        told = _format_of_line(line)
-        if told:
-            return told
+    binary = b"\0" in first
+    for line in () if binary else first.splitlines():
+        if found := _format_of_line(line):
+            return found
     raise DataError(
-        f"{path}: no known log format; name one of {', '.join(FORMATS)}. It begins with {first[:60]!r}"
+        f"{path} has no known log format; name one of {', '.join(FORMATS)}. "
+        f"It begins with {first[:60]!r}"
     )
 
 
 def _format_of_line(line: bytes) -> str | None:
-    cells, tabbed = line.split(b","), line.split(b"\t")
+    """Return the format that this line belongs to, or None.
+
+    >>> _format_of_line(b'{"kind": "click"}'), _format_of_line(b"id,click,hour")
+    ('events', 'avazu')
+    """
     if line.lstrip().startswith(b"{"):
         return "events"
+    cells = line.split(b",")
     if {b"timestamp", b"click", b"propensity_score"} <= set(cells):
         return "obd"
-    if {b"id", b"click", b"hour"} <= set(cells) or (
-        len(cells) == len(AVAZU_COLUMNS) and cells[1] in (b"0", b"1") and len(cells[2]) == 8
-    ):
+    if {b"id", b"click", b"hour"} <= set(cells) or _is_avazu_row(cells):
         return "avazu"
-    if len(tabbed) == len(CRITEO_COLUMNS) and tabbed[0] in (b"0", b"1"):
+    cells = line.split(b"\t")
+    if len(cells) == len(CRITEO_COLUMNS) and cells[0] in _LABELS:
         return "criteo"
     return None
+
+
+def _is_avazu_row(cells: list[bytes]) -> bool:
+    return (
+        len(cells) == len(AVAZU_COLUMNS)
+        and cells[1] in _LABELS
+        and len(cells[2]) == _HOUR_CHARACTERS
+    )

@@ -1,4 +1,7 @@
-"""Rows of a file in columns, each with the line that it stands on. A row that holds no event is rejected by name; its neighbours stay."""
+"""Rows of a file as Arrow columns, each with its line number.
+
+Every check rejects the rows that hold no event, by line number and reason, and keeps the others.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,10 @@ _NAMED_REJECTS = 100
 
 @dataclass(slots=True)
 class Rejected:
-    """Lines (of column formats: rows) that hold no event: how many, and the line number and reason of the first hundred found."""
+    """The lines that hold no event (in column formats: the rows).
+
+    `count` counts all of them. `first` has (line number, reason) of the first hundred found.
+    """
 
     count: int = 0
     first: list[tuple[int, str]] = field(default_factory=list)
@@ -32,66 +38,77 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """n rows in columns (null: missing, in a text file blank), and the line that each stands on, from 1; in a column file, its number."""
+    """n rows as columns, and the line number of each.
+
+    `line` counts from 1; in a column file it is the row number. A null in `columns` is a missing
+    value, which a text file writes as a blank cell. The methods that drop rows add these to
+    `rejected`.
+    """
 
     line: npt.NDArray[np.int64]
     columns: pa.Table
     rejected: Rejected
 
-    def sound(self) -> Rows:
-        """The rows whose columns are what they claim to be: text in UTF-8, offsets and indices within bounds."""
+    def valid(self) -> Rows:
+        """Return the rows without damage: text is UTF-8, offsets and indices are within bounds."""
         good = np.ones(len(self.line), bool)
         good[_refused(self.columns, _validate)] = False
-        for at in np.flatnonzero(~good).tolist():
-            self.rejected.add(
-                int(self.line[at]), "the row is damaged, or has text that is not UTF-8"
-            )
-        parts = [self.columns.slice(at, length) for at, length in _runs(good)]
-        return (
-            self
-            if good.all()
-            else Rows(
-                self.line[good],
-                pa.concat_tables(parts or [self.columns.slice(0, 0)]),
-                self.rejected,
-            )
-        )
-
-    def only(self, good: npt.NDArray[np.bool_], name: str, expected: str) -> Rows:
-        """The rows that are `good`. The others are rejected: "`name` must be `expected`, got ..."."""
         if good.all():
             return self
-        for at in np.flatnonzero(~good).tolist():
+        for index in np.flatnonzero(~good).tolist():
             self.rejected.add(
-                int(self.line[at]),
-                f"{one_line(name)} must be {expected}, got {_shown(self.columns[name][at])}",
+                int(self.line[index]), "the row is damaged, or has text that is not UTF-8"
             )
+        # Slices copy no data, so that damaged offsets are never followed. A filter would copy.
+        parts = [self.columns.slice(start, length) for start, length in _runs(good)]
+        columns = pa.concat_tables(parts or [self.columns.slice(0, 0)])
+        return Rows(self.line[good], columns, self.rejected)
+
+    def keep(self, good: npt.NDArray[np.bool_], name: str, expected: str) -> Rows:
+        """Return the rows that are `good`; reject the others.
+
+        The reason is "`name` must be `expected`, got ...", with the value in column `name`.
+        """
+        if good.all():
+            return self
+        column = self.columns[name]
+        for index in np.flatnonzero(~good).tolist():
+            reason = f"{one_line(name)} must be {expected}, got {_shown(column[index])}"
+            self.rejected.add(int(self.line[index]), reason)
         return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
 
     def labelled(self, name: str) -> Rows:
-        """The rows whose label is 0 or 1, nothing else."""
-        return self.only(mask(pc.is_in(self.columns[name], pa.array(["0", "1"]))), name, "0 or 1")
+        """Return the rows whose column `name` is the text 0 or 1."""
+        return self.keep(mask(pc.is_in(self.columns[name], pa.array(["0", "1"]))), name, "0 or 1")
 
     def identified(self, name: str) -> Rows:
-        return self.only(mask(pc.is_valid(self.columns[name])), name, "an id")
+        """Return the rows that have an id in column `name`."""
+        return self.keep(mask(pc.is_valid(self.columns[name])), name, "present")
 
     def parsed(self, name: str, parse: Callable[[pa.Array], pa.Array], expected: str) -> Rows:
-        """Column `name` put through `parse`, without the rows that it refuses by raising `pa.ArrowInvalid`."""
-        column, rows = one_array(self.columns[name]), self
+        """Return the rows with column `name` replaced by `parse(column)`.
+
+        `parse` raises `pa.ArrowInvalid` for a column with a value it cannot convert. The rows of
+        such values are rejected.
+        """
+        rows = self
+        column = one_array(self.columns[name])
         try:
             values = parse(column)
         except pa.ArrowInvalid:
             good = np.ones(len(column), bool)
             good[_refused(column, parse)] = False
-            rows = self.only(good, name, expected)
+            rows = self.keep(good, name, expected)
             values = parse(one_array(rows.columns[name]))
-        at = rows.columns.schema.get_field_index(name)
-        return Rows(rows.line, rows.columns.set_column(at, name, values), rows.rejected)
+        index = rows.columns.schema.get_field_index(name)
+        return Rows(rows.line, rows.columns.set_column(index, name, values), rows.rejected)
 
     def equal(self, name: str, value: str) -> npt.NDArray[np.bool_]:
+        """Return a mask of the rows whose column `name` equals `value`; null is False."""
         return mask(pc.equal(self.columns[name], value))
 
     def features(self, names: Iterable[str]) -> dict[str, pa.Array]:
+        """Return the columns of these names, one array each."""
         return {name: one_array(self.columns[name]) for name in names}
 
 
@@ -100,31 +117,37 @@ def _validate(table: pa.Table) -> None:
 
 
 def _runs(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
-    """(first, length) of the runs that are good."""
+    """Return (start, length) of each run of True.
+
+    >>> _runs(np.array([True, True, False, True]))
+    [(0, 2), (3, 1)]
+    """
     edges = np.flatnonzero(np.diff(good, prepend=False, append=False))
     return [
-        (int(first), int(end - first)) for first, end in zip(edges[::2], edges[1::2], strict=True)
+        (int(start), int(end - start)) for start, end in zip(edges[::2], edges[1::2], strict=True)
     ]
 
 
 def _refused(column: Any, parse: Callable[[Any], object], first: int = 0) -> list[int]:
-    """Indices of the values (or rows) that `parse` refuses, found by halving."""
+    """Return the indices of the values (or rows) that `parse` refuses.
+
+    They are found by bisection: k refused values of n take about k log2(n) calls. `first` is the
+    index of the first value.
+    """
     try:
         parse(column)
     except pa.ArrowInvalid:
+        if len(column) < 2:
+            return [first]
         half = len(column) // 2
-        return (
-            [first]
-            if not half
-            else _refused(column[:half], parse, first)
-            + _refused(column[half:], parse, first + half)
-        )
+        left = _refused(column[:half], parse, first)
+        return left + _refused(column[half:], parse, first + half)
     return []
 
 
 def _shown(scalar: pa.Scalar) -> str:
     try:
         value = scalar.as_py()
-    except (ValueError, OverflowError):  # a time that Python has no word for
-        return f"some {scalar.type}"
+    except (ValueError, OverflowError):  # Python's datetime ends at the year 9999
+        return f"a {scalar.type} out of range"
     return "nothing" if value is None else f"{value!r:.80}"

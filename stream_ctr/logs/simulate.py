@@ -1,35 +1,61 @@
-"""A stream of impressions and clicks whose true click probability is known.
+"""A simulated stream of impressions and clicks whose true click probabilities are known.
 
 An app store shows apps to users. An impression has twelve categorical and two numeric fields:
 
-    user_id -> segment, age, country, device -> os        a user has the same segment, age, country and device for ever
-    app_id -> category, rating                            an app its category and rating (rating: missing for one app in ten)
-    connection, placement, hour, last_category, days_since_visit      the context (the last two are missing at times)
+    user_id -> segment, age, country, device -> os    constant for a user
+    app_id -> category, rating                        constant for an app; 10 % have no rating
+    connection, placement, hour, last_category,       the context of the impression;
+    days_since_visit                                  the last two are missing at times
 
-Users, apps and most other values follow Zipf-Mandelbrot laws, P(rank r) ~ 1 / (r + q)^s. The label is a coin thrown with probability
+The values of a categorical field follow a Zipf-Mandelbrot law:
 
-    p = sigmoid(b + sum_k s_k z_k(x, t))        rounded to six decimals, carried by the event as true_probability
+    P(value of rank i) ~ 1 / (i + shift)^exponent
 
-    z_1 = sum_f w_f[x_f] + evening              first order; w_f[v] ~ N(0, _FIRST[f]^2); evening = cos of the hour, highest at 20:00 UTC
-    z_2 = sum_{f<g} <v_f[x_f], v_g[x_g]>        all pairs of fields, v_f in R^4 scaled by _LATENT[f]: what an FM can express
-    z_3 = sum_j a_j[x_f] b_j[x_g] c_j[x_h]      triples of small fields (_TRIPLES), of which no pair says anything
-    z_4 = rating - log(1 + days_since_visit)    centred, missing at the centre, each in units of its spread
-    z_5 = sin(2 pi t / 36 h + phase[category])  tastes that drift: what was learned in the morning is wrong in the evening
+An impression x at time t is clicked with probability p, which its event carries, rounded to six
+decimals, as `true_probability`:
 
-v, a, b and c have mean 0 and variance 1 under the frequencies of their values, so that each order explains what no lower order can.
-s_k makes the standard deviation of s_k z_k equal to _SPREAD[k], and b makes the click-through rate 7 %, both measured on impressions of
-the same model.
+    p = sigmoid(b + s_1 z_1 + s_2 z_2 + s_3 z_3 + s_4 z_4 + s_5 z_5)
 
-Impressions arrive as a Poisson process with one million a day on average, from 2025-01-01T00:00:00Z, 60 % more at the evening's peak
-and as many fewer in the morning. A click follows after a log-normal delay with median 20 s; 1 % take longer than ten minutes.
+    z_1 = sum_f w_f[x_f] + cos(2 pi (hour - 20) / 24) / 4
+    z_2 = sum_{f<g} <v_f[x_f], v_g[x_g]>
+    z_3 = sum_{(f,g,h)} a_f[x_f] a_g[x_g] a_h[x_h]
+    z_4 = (rating - 4.1) / 0.5 - (log(1 + days_since_visit) - 1.7)
+    z_5 = sin(2 pi t / 36 h + phi[category])
 
-The same seed gives the same bytes (with the same version of NumPy), and a longer stream begins with the impressions of a shorter one.
+| symbol   | meaning                                                                             |
+|----------|-------------------------------------------------------------------------------------|
+| x_f      | value of the categorical field f; a missing one contributes 0                        |
+| w_f[u]   | weight of the value u: normal with mean 0, standard deviation `first_order` of f     |
+| v_f[u]   | vector in R^4 of the value u, standardised, times `pairs` of f                       |
+| a_f[u]   | number of the value u, standardised; each of the triples has its own                 |
+| (f,g,h)  | (age, placement, connection) and (os, placement, connection)                         |
+| phi[u]   | phase of the category u, uniform in [0, 2 pi)                                        |
+| s_k      | makes the standard deviation of s_k z_k equal to 0.8, 0.85, 0.55, 0.25, 0.3          |
+| b        | makes the mean of p equal to 7 %                                                     |
+
+Standardised numbers have mean 0 and variance 1 under the frequencies of the values. Hence z_2
+cannot be explained by single fields, nor z_3 by pairs of fields: z_1 is what a logistic regression
+can learn, z_2 what a factorization machine adds, z_3 what a deep network adds. A missing rating or
+days_since_visit contributes 0 to z_4. z_5 is a taste for categories that drifts: what was learned
+in the morning is wrong in the evening. s_k and b are measured on 32,768 impressions of the same
+model, spread over one period of z_5.
+
+Impressions arrive as a Poisson process from 2025-01-01T00:00:00Z on, at
+
+    (1 + 0.6 cos(2 pi (t - 20 h) / 24 h)) * 1,000,000 a day
+
+A click follows its impression after a log-normal delay with median 20 s; 1 % of the delays are
+longer than ten minutes.
+
+The same seed gives the same bytes (with the same version of NumPy), and a longer stream begins with
+the impressions of a shorter one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -54,75 +80,78 @@ MEDIAN_DELAY_SECONDS = 20.0
 DELAY_SIGMA = 1.462
 """ln(600 / 20) / 2.326: 1 % of the delays are longer than ten minutes."""
 
+_HOUR_MS = 3_600_000
+_DAY_MS = 24 * _HOUR_MS
+_PEAK_HOUR = 20
+_SWING = 0.6
+_DRIFT_PERIOD_MS = 1.5 * _DAY_MS
+_BLOCK_ROWS = 8192
+_CALIBRATION_ROWS = 32_768
+_BISECTIONS = 50
+
+_PAIR_WIDTH = 4
+_STANDARD_DEVIATIONS = np.array([0.8, 0.85, 0.55, 0.25, 0.3])  # of s_k z_k
+_EFFECTS = len(_STANDARD_DEVIATIONS)
+_TRIPLES = (("age", "placement", "connection"), ("os", "placement", "connection"))
+
+_MEAN_RATING = 4.1
+_RATING_SPREAD = 0.5
+_MEAN_LOG_DAYS = 1.7
+_NO_RATING = 0.1
+_NO_LAST_CATEGORY = 0.1
+_NO_DAYS = 0.15
+
+
+class _Law(NamedTuple):
+    """The values of a categorical field, their frequencies and the scales of their effects."""
+
+    prefix: str
+    values: int
+    exponent: float
+    shift: float = 0.0
+    first_order: float = 0.0
+    pairs: float = 0.0
+    owner: str = ""
+    """The field that determines the value; empty: the value is drawn for each impression."""
+
+
+_LAWS: Mapping[str, _Law] = {
+    "user_id": _Law("u", 50_000, 0.9, 30.0, first_order=0.2),
+    "segment": _Law("s", 10, 0.3, first_order=0.3, pairs=1.0, owner="user_id"),
+    "age": _Law("g", 6, 0.2, first_order=0.3, pairs=1.0, owner="user_id"),
+    "country": _Law("c", 20, 0.9, first_order=0.2, pairs=0.3, owner="user_id"),
+    "device": _Law("d", 150, 0.8, 1.0, first_order=0.25, pairs=0.2, owner="user_id"),
+    "os": _Law("o", 4, 0.5, first_order=0.2, pairs=0.5, owner="device"),
+    "app_id": _Law("a", 3_000, 1.05, 2.0, first_order=0.5, pairs=0.3),
+    "category": _Law("k", 20, 0.4, first_order=0.4, pairs=1.0, owner="app_id"),
+    "connection": _Law("n", 4, 0.7, first_order=0.3, pairs=0.5),
+    "placement": _Law("p", 6, 0.5, first_order=0.5, pairs=0.8),
+    "hour": _Law("", 24, 0.0),
+    "last_category": _Law("k", 20, 0.5, first_order=0.2, pairs=0.8),
+}
+_OWNER = {field: law.owner for field, law in _LAWS.items() if law.owner}
+
 FIELDS = (
-    *(
-        Field(name, "categorical")
-        for name in ("user_id", "segment", "age", "country", "device", "os", "app_id", "category")
-    ),
-    *(Field(name, "categorical") for name in ("connection", "placement", "hour", "last_category")),
+    *(Field(name, "categorical") for name in _LAWS),
     *(Field(name, "numeric") for name in ("rating", "days_since_visit")),
 )
 
-_HOUR_MS, _DAY_MS = 3_600_000, 86_400_000
-_PEAK_HOUR, _SWING = 20, 0.6
-_DRIFT_PERIOD_MS = 1.5 * _DAY_MS
-_WIDTH = 4
-_BLOCK = 8192
-_CALIBRATION = 32_768
-_SPREAD = np.array([0.8, 0.85, 0.55, 0.25, 0.3])
-
-# Values of each field, and the exponent s and shift q of their frequencies.
-_VALUES: Mapping[str, tuple[int, float, float]] = {
-    "user_id": (50_000, 0.9, 30.0),
-    "segment": (10, 0.3, 0.0),
-    "age": (6, 0.2, 0.0),
-    "country": (20, 0.9, 0.0),
-    "device": (150, 0.8, 1.0),
-    "os": (4, 0.5, 0.0),
-    "app_id": (3_000, 1.05, 2.0),
-    "category": (20, 0.4, 0.0),
-    "connection": (4, 0.7, 0.0),
-    "placement": (6, 0.5, 0.0),
-    "hour": (24, 0.0, 0.0),
-    "last_category": (20, 0.5, 0.0),
-}
-_FIRST = {"user_id": 0.2, "segment": 0.3, "age": 0.3, "country": 0.2, "device": 0.25, "os": 0.2} | {
-    **{"app_id": 0.5, "category": 0.4, "connection": 0.3, "placement": 0.5, "last_category": 0.2}
-}
-_LATENT = {"segment": 1.0, "age": 1.0, "country": 0.3, "device": 0.2, "os": 0.5} | {
-    **{"app_id": 0.3, "category": 1.0, "connection": 0.5, "placement": 0.8, "last_category": 0.8}
-}
-_TRIPLES = (("age", "placement", "connection"), ("os", "placement", "connection"))
-
-_OWNER = {
-    **dict.fromkeys(("segment", "age", "country", "device"), "user_id"),
-    "os": "device",
-    "category": "app_id",
-}
-_RATING, _RATING_SPREAD, _LOG_DAYS = 4.1, 0.5, 1.7
-_PREFIX = {
-    "user_id": "u",
-    "segment": "s",
-    "age": "g",
-    "country": "c",
-    "device": "d",
-    "os": "o",
-    "app_id": "a",
-    "category": "k",
-} | {**{"connection": "n", "placement": "p", "hour": "", "last_category": "k"}}
-# The last name, of no value, is that of a missing one.
-_NAMES = {
-    field: pa.array([*(f"{_PREFIX[field]}{i}" for i in range(law[0])), None])
-    for field, law in _VALUES.items()
+# The texts of a field's values. One more entry, null, is the missing value.
+_TEXTS = {
+    field: pa.array([*(f"{law.prefix}{i}" for i in range(law.values)), None])
+    for field, law in _LAWS.items()
 }
 
 Codes = Mapping[str, npt.NDArray[np.int64]]
-"""Of each categorical field the index [n] of its value; one beyond the last: missing."""
+"""The index [n] of the value of each categorical field; one beyond the last is missing."""
 Numbers = Mapping[str, npt.NDArray[np.float64]]
+"""The values [n] of each numeric field; NaN is missing."""
 
 
 class Simulation(Log):
-    """`impressions` impressions and their clicks, as a log that can be read any number of times.
+    """A log of `impressions` impressions and their clicks.
+
+    Raises `ConfigError` when there are no impressions or the seed is negative.
 
     >>> simulation = Simulation(1000, seed=7)
     >>> batch = next(iter(simulation.batches()))
@@ -135,10 +164,14 @@ class Simulation(Log):
     def __init__(self, impressions: int, *, seed: int = 0) -> None:
         if impressions < 1 or seed < 0:
             raise ConfigError(
-                f"a simulation needs a positive number of impressions and a seed of at least 0, got {impressions} and {seed}"
+                "a simulation needs a positive number of impressions and a seed of at least 0, "
+                f"got {impressions} and {seed}"
             )
-        drawn = f"simulated: {impressions:,} impressions from seed {seed}; the true click probability of each is known"
-        super().__init__(None, FIELDS, (drawn,), name=f"simulation-{seed}")
+        note = (
+            f"simulated: {impressions:,} impressions from seed {seed}; "
+            "the true click probability of each is known"
+        )
+        super().__init__(None, FIELDS, (note,), name=f"simulation-{seed}")
         self.impressions = impressions
         self.seed = seed
 
@@ -150,14 +183,17 @@ class Simulation(Log):
         return merge_clicks(self._impressions())
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:
+        # Each block has a generator of its own and is drawn completely, so that a longer stream
+        # begins with the impressions of a shorter one.
         arrived = 0.0
-        for first in range(0, self.impressions, _BLOCK):
+        for first in range(0, self.impressions, _BLOCK_ROWS):
             self.progress = first / self.impressions
-            rng = _generator(self.seed, 2, first // _BLOCK)
-            arrival = arrived + np.cumsum(rng.exponential(1.0, _BLOCK))
+            rng = _generator(self.seed, 2, first // _BLOCK_ROWS)
+            arrival = arrived + np.cumsum(rng.exponential(1.0, _BLOCK_ROWS))
             arrived = arrival[-1]
-            block = self._block(rng, _time_of(arrival), np.arange(first, first + _BLOCK))
-            yield block.slice(0, min(_BLOCK, self.impressions - first))
+            rows = np.arange(first, first + _BLOCK_ROWS)
+            block = self._block(rng, _time_of(arrival), rows)
+            yield block.slice(0, min(_BLOCK_ROWS, self.impressions - first))
 
     def _block(
         self, rng: np.random.Generator, time: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
@@ -166,138 +202,149 @@ class Simulation(Log):
         probability = self.world.probability(codes, numbers, time)
         clicked = rng.random(len(time)) < probability
         click_time = ClickDelays(rng, MEDIAN_DELAY_SECONDS, DELAY_SIGMA).click_time(time, clicked)
-        identity = pc.binary_join_element_wise(
+        impression_id = pc.binary_join_element_wise(
             f"sim{self.seed}-", pa.array(row).cast(pa.string()), ""
         )
-        return impression_batch(identity, time, click_time, _features(codes, numbers), probability)
+        features = _features(codes, numbers)
+        return impression_batch(impression_id, time, click_time, features, probability)
 
 
 class World:
-    """Users, apps and what makes them click: all that stays the same while impressions come and go."""
+    """The users, the apps and the effects on the click probability, which a seed determines.
+
+    Nothing in it changes while impressions are drawn.
+    """
 
     def __init__(self, seed: int) -> None:
+        # The order of the draws decides what a seed means: changing it changes every stream.
         rng = _generator(seed, 0)
-        shares = {field: _zipf(*law) for field, law in _VALUES.items()}
-        self.belongs = {
+        shares = {field: _zipf_mandelbrot(law) for field, law in _LAWS.items()}
+        self._value_of_owner = {
             field: _pick(rng, shares[field], len(shares[owner])) for field, owner in _OWNER.items()
         }
         for field, owner in _OWNER.items():
-            shares[field] = np.bincount(
-                self.belongs[field], shares[owner], len(shares[field])
-            ).astype(np.float64)
-        self.shares = shares
-        apps = len(shares["app_id"])
-        self.rating = np.round(
-            np.clip(_RATING + _RATING_SPREAD * rng.standard_normal(apps), 1, 5), 1
-        )
-        self.rating[rng.random(apps) < 0.1] = np.nan
-        self.first = {
-            field: scale * rng.standard_normal(len(shares[field]))
-            for field, scale in _FIRST.items()
+            counts = np.bincount(self._value_of_owner[field], shares[owner], len(shares[field]))
+            shares[field] = counts.astype(np.float64)
+        self._shares = shares
+        self._rating = _ratings(rng, len(shares["app_id"]))
+        self._first_order = {
+            field: law.first_order * rng.standard_normal(law.values)
+            for field, law in _LAWS.items()
+            if law.first_order
         }
-        self.first["hour"] = np.cos(2 * np.pi * (np.arange(24) - _PEAK_HOUR) / 24) / 4
-        self.latent = {
-            field: scale * _standardised(rng, shares[field], _WIDTH)
-            for field, scale in _LATENT.items()
+        hour = np.arange(24)
+        self._first_order["hour"] = np.cos(2 * np.pi * (hour - _PEAK_HOUR) / 24) / 4
+        self._vectors = {
+            field: law.pairs * _standardised(rng, shares[field], _PAIR_WIDTH)
+            for field, law in _LAWS.items()
+            if law.pairs
         }
-        self.triples = [
+        self._triples = [
             {field: _standardised(rng, shares[field], 1)[:, 0] for field in triple}
             for triple in _TRIPLES
         ]
-        self.phase = rng.uniform(0, 2 * np.pi, len(shares["category"]))
-        for effects in (self.first, self.latent):
-            effects["last_category"] = np.concatenate(
-                [effects["last_category"], np.zeros_like(effects["last_category"][:1])]
-            )
-        self._scale, self._bias = np.ones(len(_SPREAD)), 0.0
-        self._calibrate(_generator(seed, 1))
+        self._phase = rng.uniform(0, 2 * np.pi, len(shares["category"]))
+        for effects in (self._first_order, self._vectors):
+            known = effects["last_category"]
+            effects["last_category"] = np.concatenate([known, np.zeros_like(known[:1])])
+        self._scale, self._bias = self._calibrated(_generator(seed, 1))
 
     def draw(self, rng: np.random.Generator, time: npt.NDArray[np.int64]) -> tuple[Codes, Numbers]:
-        """Impressions at `time` (epoch ms): codes of the categorical fields and values of the numeric ones (NaN: missing)."""
+        """Return the categorical and numeric values of impressions at `time` (epoch ms, [n])."""
         n = len(time)
         codes = {
-            field: _pick(rng, self.shares[field], n)
-            for field in _VALUES
+            field: _pick(rng, self._shares[field], n)
+            for field in _LAWS
             if field not in _OWNER and field != "hour"
         }
         for field, owner in _OWNER.items():
-            codes[field] = self.belongs[field][codes[owner]]
+            codes[field] = self._value_of_owner[field][codes[owner]]
         codes["hour"] = time // _HOUR_MS % 24
-        codes["last_category"][rng.random(n) < 0.1] = len(self.shares["last_category"])
+        missing = len(self._shares["last_category"])
+        codes["last_category"][rng.random(n) < _NO_LAST_CATEGORY] = missing
         days = np.floor(np.exp(1.5 + 1.2 * rng.standard_normal(n)))
-        days[rng.random(n) < 0.15] = np.nan
-        return codes, {"rating": self.rating[codes["app_id"]], "days_since_visit": days}
+        days[rng.random(n) < _NO_DAYS] = np.nan
+        return codes, {"rating": self._rating[codes["app_id"]], "days_since_visit": days}
 
     def probability(
         self, codes: Codes, numbers: Numbers, time: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
+        """Return p of the module's formula, [n]."""
         logit = self._bias + self.effects(codes, numbers, time) @ self._scale
         return np.clip(np.round(_sigmoid(logit), 6), 1e-6, 1 - 1e-6)
 
     def effects(
         self, codes: Codes, numbers: Numbers, time: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float64]:
-        """z_1 to z_5 of the formulas above, [n, 5]."""
-        effects = np.zeros((len(time), len(_SPREAD)))
-        for field, weight in self.first.items():
-            effects[:, 0] += weight[codes[field]]
-        total, squares = np.zeros((len(time), _WIDTH)), np.zeros(len(time))
-        for field, vector in self.latent.items():
+        """Return z_1 to z_5 of the module's formula, [n, 5]."""
+        z = np.zeros((len(time), _EFFECTS))
+        for field, weight in self._first_order.items():
+            z[:, 0] += weight[codes[field]]
+        z[:, 1] = self._pair_effect(codes)
+        for triple in self._triples:
+            z[:, 2] += np.prod([factor[codes[field]] for field, factor in triple.items()], axis=0)
+        z[:, 3] = np.nan_to_num((numbers["rating"] - _MEAN_RATING) / _RATING_SPREAD)
+        z[:, 3] -= np.nan_to_num(np.log1p(numbers["days_since_visit"]) - _MEAN_LOG_DAYS)
+        angle = 2 * np.pi / _DRIFT_PERIOD_MS * (time - START_MS)
+        z[:, 4] = np.sin(angle + self._phase[codes["category"]])
+        return z
+
+    def _pair_effect(self, codes: Codes) -> npt.NDArray[np.float64]:
+        """Return sum_{f<g} <v_f, v_g> = (|sum_f v_f|^2 - sum_f |v_f|^2) / 2, [n]."""
+        n = len(codes["hour"])
+        total = np.zeros((n, _PAIR_WIDTH))
+        squares = np.zeros(n)
+        for field, vector in self._vectors.items():
             total += vector[codes[field]]  # [n, 4]
             squares += (vector * vector).sum(1)[codes[field]]
-        effects[:, 1] = ((total * total).sum(1) - squares) / 2
-        for triple in self.triples:
-            effects[:, 2] += np.prod(
-                [factor[codes[field]] for field, factor in triple.items()], axis=0
-            )
-        effects[:, 3] = np.nan_to_num((numbers["rating"] - _RATING) / _RATING_SPREAD)
-        effects[:, 3] -= np.nan_to_num(np.log1p(numbers["days_since_visit"]) - _LOG_DAYS)
-        effects[:, 4] = np.sin(
-            2 * np.pi / _DRIFT_PERIOD_MS * (time - START_MS) + self.phase[codes["category"]]
-        )
-        return effects
+        return ((total * total).sum(1) - squares) / 2
 
-    def _calibrate(self, rng: np.random.Generator) -> None:
-        """Set the scale of each effect and the bias, on impressions spread over one period of the drift."""
-        time = START_MS + np.linspace(0, _DRIFT_PERIOD_MS, _CALIBRATION, dtype=np.int64)
+    def _calibrated(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], float]:
+        """Return s_k, [5], and b, measured on impressions over one period of the drift."""
+        time = START_MS + np.linspace(0, _DRIFT_PERIOD_MS, _CALIBRATION_ROWS, dtype=np.int64)
         effects = self.effects(*self.draw(rng, time), time)
-        self._scale = _SPREAD / effects.std(axis=0)
-        logit = effects @ self._scale
-        low, high = -20.0, 20.0
-        for _ in range(50):
-            self._bias = (low + high) / 2
-            low, high = (
-                (self._bias, high)
-                if _sigmoid(logit + self._bias).mean() < CLICK_THROUGH_RATE
-                else (low, self._bias)
-            )
+        scale = _STANDARD_DEVIATIONS / effects.std(axis=0)
+        logit = effects @ scale
+        low = -20.0
+        high = 20.0
+        bias = 0.0
+        for _ in range(_BISECTIONS):
+            bias = (low + high) / 2
+            if _sigmoid(logit + bias).mean() < CLICK_THROUGH_RATE:
+                low = bias
+            else:
+                high = bias
+        return scale, bias
 
 
 def _features(codes: Codes, numbers: Numbers) -> dict[str, pa.Array]:
-    texts = {
-        field.name: _NAMES[field.name].take(pa.array(codes[field.name]))
-        for field in FIELDS
-        if field.kind == "categorical"
-    }
-    return {
-        **texts,
-        **{name: pa.array(values, from_pandas=True) for name, values in numbers.items()},
-    }
+    features = {field: _TEXTS[field].take(pa.array(codes[field])) for field in _LAWS}
+    for name, values in numbers.items():
+        features[name] = pa.array(values, from_pandas=True)  # NaN becomes null
+    return features
 
 
 def _generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(key)))
 
 
-def _zipf(values: int, exponent: float, shift: float) -> npt.NDArray[np.float64]:
-    """Frequencies of the ranks 1 to `values`: P(r) ~ 1 / (r + shift)^exponent."""
-    weight = 1 / (np.arange(1, values + 1) + shift) ** exponent
+def _zipf_mandelbrot(law: _Law) -> npt.NDArray[np.float64]:
+    """Return the frequencies [values] of the ranks, which sum to 1."""
+    weight = 1 / (np.arange(1, law.values + 1) + law.shift) ** law.exponent
     return weight / weight.sum()
+
+
+def _ratings(rng: np.random.Generator, apps: int) -> npt.NDArray[np.float64]:
+    normal = _MEAN_RATING + _RATING_SPREAD * rng.standard_normal(apps)
+    rating = normal.clip(1, 5).round(1)
+    rating[rng.random(apps) < _NO_RATING] = np.nan
+    return rating
 
 
 def _pick(
     rng: np.random.Generator, shares: npt.NDArray[np.float64], n: int
 ) -> npt.NDArray[np.int64]:
+    """Return n indices, drawn with these frequencies."""
     cumulative = np.cumsum(shares)
     return np.searchsorted(cumulative[:-1], rng.random(n) * cumulative[-1], side="right")
 
@@ -305,7 +352,10 @@ def _pick(
 def _standardised(
     rng: np.random.Generator, shares: npt.NDArray[np.float64], width: int
 ) -> npt.NDArray[np.float64]:
-    """A normal vector for each value, [values, width], with mean 0 and variance 1 under the values' frequencies."""
+    """Return a normal vector for each value, [values, width].
+
+    Under the frequencies of the values each component has mean 0 and variance 1.
+    """
     vectors = rng.standard_normal((len(shares), width))
     vectors -= shares @ vectors
     return vectors / np.sqrt(shares @ vectors**2)
@@ -316,14 +366,15 @@ def _sigmoid(logit: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _time_of(arrival: npt.NDArray[np.float64]) -> npt.NDArray[np.int64]:
-    """Epoch ms at which the expected number of impressions since the start reaches `arrival`."""
+    """Return the epoch ms at which the expected number of impressions reaches `arrival`."""
     day, rest = np.divmod(arrival, IMPRESSIONS_PER_DAY)
-    return START_MS + ((day + np.interp(rest, _EXPECTED, _DAY_SHARE)) * _DAY_MS).astype(np.int64)
+    day_share = np.interp(rest, _EXPECTED_IMPRESSIONS, _DAY_SHARE)
+    return START_MS + ((day + day_share) * _DAY_MS).astype(np.int64)
 
 
-# Integral of 1 + swing cos(2 pi (t - peak)) over the day: impressions expected by each minute of it.
+# The impressions expected by each minute of a day: the integral of the arrival rate.
 _DAY_SHARE = np.arange(1441) / 1440
 _ANGLE = 2 * np.pi * (_DAY_SHARE - _PEAK_HOUR / 24)
-_EXPECTED = IMPRESSIONS_PER_DAY * (
+_EXPECTED_IMPRESSIONS = IMPRESSIONS_PER_DAY * (
     _DAY_SHARE + _SWING * (np.sin(_ANGLE) - np.sin(_ANGLE[0])) / (2 * np.pi)
 )

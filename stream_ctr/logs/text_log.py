@@ -1,4 +1,7 @@
-"""Logs that are text, plain or compressed with gzip or Zstandard: lines, and rows of delimited cells, in bounded memory."""
+"""Text logs, plain or compressed with gzip or Zstandard, read in bounded memory.
+
+`TextLog` reads a file as blocks of whole lines, or as rows of delimited cells.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,10 @@ _BLOCK_BYTES = 4 << 20
 _PIECE_BYTES = 1 << 12
 _LONGEST_LINE_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 16
+_NEWLINE = ord("\n")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 class TextLog(Log):
@@ -27,33 +33,40 @@ class TextLog(Log):
     path: Path
 
     def line_blocks(self) -> Iterator[tuple[int, bytes]]:
-        """Whole lines, some megabytes at a time: the number of the first, and the lines, each ended by a newline."""
+        """Yield whole lines in blocks of some megabytes: (number of the first line, lines).
+
+        Every line ends with a newline, also the last one of the file. A line that is longer than
+        16 MiB is rejected. Damage in a compressed file ends the pass and is rejected as a line.
+        """
         size = max(1, self.path.stat().st_size)
-        number, rest, skipping = 1, b"", False
+        number = 1
+        rest = b""
+        skipping = False  # inside a line that is too long
         damage: OSError | None = None
         with pa.OSFile(str(self.path)) as file, _decompressed(file, self.path) as text:
             while damage is None:
                 chunk, damage = _read_chunk(text, _BLOCK_BYTES)
                 if not chunk:
                     break
-                chunk = chunk.removeprefix(_BYTE_ORDER_MARK) if number == 1 else chunk
+                if number == 1:
+                    chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
                 self.progress = min(1.0, file.tell() / size)
                 if skipping:
                     _, newline, chunk = chunk.partition(b"\n")
-                    skipping, number = not newline, number + len(newline)
+                    skipping = not newline
+                    number += len(newline)
                 whole, newline, rest = (rest + chunk).rpartition(b"\n")
                 if newline:
                     yield number, whole + newline
                     number += whole.count(b"\n") + 1
                 if len(rest) > _LONGEST_LINE_BYTES:
-                    self.rejected.add(
-                        number, f"the line is longer than {_LONGEST_LINE_BYTES >> 20} MiB"
-                    )
-                    rest, skipping = b"", True
+                    longest = f"{_LONGEST_LINE_BYTES >> 20} MiB"
+                    self.rejected.add(number, f"the line is longer than {longest}")
+                    rest = b""
+                    skipping = True
         if damage:
-            self.rejected.add(
-                number, f"the file is damaged here, what comes after is lost: {one_line(damage)}"
-            )
+            reason = f"the file is damaged here, what comes after is lost: {one_line(damage)}"
+            self.rejected.add(number, reason)
         elif rest:
             yield number, rest + b"\n"
 
@@ -65,9 +78,10 @@ class TextLog(Log):
         header: bytes | None,
         only: Sequence[str] = (),
     ) -> Iterator[Rows]:
-        """Rows of text cells, none of them quoted. A first line equal to `header` is left out. `only`: the columns wanted.
+        """Yield the rows of the file, with text cells that are never quoted.
 
-        Every line that is no row of `len(columns)` cells in UTF-8 is rejected.
+        A first line equal to `header` is skipped. `only` names the columns to read; empty means
+        all. A line that is not `len(columns)` cells of UTF-8 text is rejected.
         """
         for number, data in self.line_blocks():
             if b"\r" in data:
@@ -79,77 +93,89 @@ class TextLog(Log):
     def _parse(
         self, number: int, data: bytes, columns: Sequence[str], delimiter: str, only: Sequence[str]
     ) -> Rows:
-        wrong: list[tuple[int, str]] = []
-
-        def note_wrong(row: pa.csv.InvalidRow) -> str:
-            wrong.append(
-                (
-                    row.number - 1,
-                    f"expected {row.expected_columns} columns, got {row.actual_columns}",
-                )
-            )
-            return "skip"
-
         try:
-            if b"\r" in data:  # Arrow takes a lone carriage return for the end of a line
-                raise pa.ArrowInvalid("carriage return")
-            _require_utf8(data)
-            table = pa.csv.read_csv(
-                pa.BufferReader(data),
-                read_options=pa.csv.ReadOptions(
-                    column_names=list(columns), use_threads=False, block_size=len(data) + 1
-                ),
-                parse_options=pa.csv.ParseOptions(
-                    delimiter=delimiter,
-                    quote_char=False,
-                    ignore_empty_lines=False,
-                    invalid_row_handler=note_wrong,
-                ),
-                convert_options=pa.csv.ConvertOptions(
-                    column_types=dict.fromkeys(columns, pa.string()),
-                    strings_can_be_null=True,
-                    null_values=[""],
-                    include_columns=list(only) or None,
-                ),
-            )
+            table, wrong = _read_csv(data, columns, delimiter, only)
         except pa.ArrowInvalid:
-            return self._parse(
-                number, self._without_bad_text(number, data), columns, delimiter, only
-            )
-        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+            data = self._without_bad_text(number, data)
+            return self._parse(number, data, columns, delimiter, only)
+        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == _NEWLINE)
         filled = np.diff(ends, prepend=-1) > 1
-        for at, reason in wrong:
-            self.rejected.add(number + at, reason)
         kept = np.ones(len(ends), bool)
-        kept[[at for at, _ in wrong]] = False
-        return Rows(
-            number + np.flatnonzero(kept & filled),
-            table.filter(pa.array(filled[kept])),
-            self.rejected,
-        )
+        for index, reason in wrong:
+            self.rejected.add(number + index, reason)
+            kept[index] = False
+        lines = number + np.flatnonzero(kept & filled)
+        return Rows(lines, table.filter(pa.array(filled[kept])), self.rejected)
 
     def _without_bad_text(self, number: int, data: bytes) -> bytes:
+        """Reject the lines that are not UTF-8 or contain a carriage return, and blank them out."""
         lines = data.split(b"\n")
-        for at, line in enumerate(lines):
+        for index, line in enumerate(lines):
             try:
                 if "\r" in line.decode("utf-8"):
                     raise ValueError("a carriage return inside the line")
             except ValueError as error:
-                self.rejected.add(number + at, f"no text: {error}")
-                lines[at] = b""
+                self.rejected.add(number + index, f"not text: {error}")
+                lines[index] = b""
         return b"\n".join(lines)
 
 
+def _read_csv(
+    data: bytes, columns: Sequence[str], delimiter: str, only: Sequence[str]
+) -> tuple[pa.Table, list[tuple[int, str]]]:
+    """Return the rows with the right number of cells, and (line index, reason) of the others.
+
+    A blank line is a row of nulls. Raises `pa.ArrowInvalid` when `data` is not UTF-8 or contains a
+    carriage return.
+    """
+    if b"\r" in data:  # Arrow would read a lone carriage return as the end of a line
+        raise pa.ArrowInvalid("carriage return")
+    _require_utf8(data)
+    wrong: list[tuple[int, str]] = []
+
+    def note_wrong(row: pa.csv.InvalidRow) -> str:
+        reason = f"expected {row.expected_columns} columns, got {row.actual_columns}"
+        wrong.append((row.number - 1, reason))
+        return "skip"
+
+    table = pa.csv.read_csv(
+        pa.BufferReader(data),
+        read_options=pa.csv.ReadOptions(
+            column_names=list(columns), use_threads=False, block_size=len(data) + 1
+        ),
+        parse_options=pa.csv.ParseOptions(
+            delimiter=delimiter,
+            quote_char=False,
+            ignore_empty_lines=False,
+            invalid_row_handler=note_wrong,
+        ),
+        convert_options=pa.csv.ConvertOptions(
+            column_types=dict.fromkeys(columns, pa.string()),
+            strings_can_be_null=True,
+            null_values=[""],
+            include_columns=list(only) or None,
+        ),
+    )
+    return table, wrong
+
+
 def _require_utf8(data: bytes) -> None:
-    """Raises `pa.ArrowInvalid` where it is not. (Arrow finds out too, but complains on the terminal about rows of the wrong length.)"""
+    """Raise `pa.ArrowInvalid` when `data` is not UTF-8.
+
+    Arrow's CSV reader checks this too, but it prints warnings about rows of the wrong length.
+    """
     offsets = pa.py_buffer(np.array([0, len(data)], np.int64))
-    pa.LargeBinaryArray.from_buffers(
+    text = pa.LargeBinaryArray.from_buffers(
         pa.large_binary(), 1, [None, offsets, pa.py_buffer(data)]
-    ).cast(pa.large_string())
+    )
+    text.cast(pa.large_string())
 
 
 def _read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
-    """So many bytes, in small reads: what a damaged file yields before the damage is not lost with it."""
+    """Return up to `most` bytes, and the error when the file is damaged.
+
+    The bytes are read in small pieces, so that those before the damage are not lost with it.
+    """
     pieces: list[bytes] = []
     size = 0
     try:
@@ -162,35 +188,44 @@ def _read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
 
 
 def _decompressed(file: pa.OSFile, path: Path) -> pa.NativeFile:
-    codec = _codec(_first_bytes(path, 4))
+    codec = _codec(_first_bytes(path, len(_ZSTD_MAGIC)))
     return pa.CompressedInputStream(file, codec) if codec else file
 
 
-def _codec(magic: bytes) -> str | None:
-    return "gzip" if magic[:2] == b"\x1f\x8b" else "zstd" if magic == b"\x28\xb5\x2f\xfd" else None
+def _codec(first: bytes) -> str | None:
+    """Return the name of the codec of a file that begins with these four bytes."""
+    if first.startswith(_GZIP_MAGIC):
+        return "gzip"
+    if first == _ZSTD_MAGIC:
+        return "zstd"
+    return None
 
 
 def head(path: Path) -> bytes:
-    """The first bytes of the file at `path`, decompressed where they are compressed, without byte order mark.
+    """Return the first bytes of the file at `path`, decompressed, without a byte order mark.
 
-    Raises `DataError` when there is no such file, when it cannot be read, and when there is nothing in it.
+    Raises `DataError` when the file does not exist, cannot be read, or is empty.
     """
     try:
-        if not path.is_file():
-            raise DataError(
-                f"{path} is a directory, not a log"
-                if path.is_dir()
-                else f"{path} does not exist or is no regular file"
-            )
+        _require_file(path)
         with pa.OSFile(str(path)) as file, _decompressed(file, path) as text:
             first, damage = _read_chunk(text, _HEAD_BYTES)
         if damage and not first:
             raise damage
     except OSError as error:
         raise DataError(f"cannot read {path}: {one_line(error)}") from None
-    if not first.removeprefix(_BYTE_ORDER_MARK).strip():
+    first = first.removeprefix(_BYTE_ORDER_MARK)
+    if not first.strip():
         raise DataError(f"{path} is empty")
-    return first.removeprefix(_BYTE_ORDER_MARK)
+    return first
+
+
+def _require_file(path: Path) -> None:
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise DataError(f"{path} is a directory, not a log")
+    raise DataError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
 
 
 def _first_bytes(path: Path, count: int) -> bytes:
