@@ -339,7 +339,10 @@ def test_a_state_goes_on_with_the_models_it_began_with_and_refuses_others(log, s
 
 @pytest.mark.parametrize(
     ("named", "message"),
-    [(["deepfn"], "got 'deepfn'"), (["fm", "fm"], "a model is listed twice (model.name counts too): fm")],
+    [
+        (["deepfn"], "got 'deepfn'"),
+        (["fm", "fm"], "a model is listed twice (model.name counts too): fm"),
+    ],
 )
 def test_a_model_that_is_not_or_is_named_twice_is_an_error(log, tmp_path, named, message):
     result = command(

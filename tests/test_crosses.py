@@ -106,7 +106,9 @@ def test_a_server_scores_with_the_crosses_that_the_snapshot_names(tmp_path, stre
     )
     shuffled = ids.copy()
     shuffled[:, 14:] = ids[::-1, 14:]
-    assert not np.array_equal(built.state.guard.learner.predict(shuffled), logits)  # it does read them
+    assert not np.array_equal(
+        built.state.guard.learner.predict(shuffled), logits
+    )  # it does read them
 
     hashed = {
         name: [b"\xff" if x is None else x.encode() for x in columns[name].to_pylist()]

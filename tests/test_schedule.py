@@ -44,7 +44,7 @@ def test_a_loop_that_is_busy_over_several_intervals_finds_one_flag_and_not_sever
 
 STOPPED_CHILD = """
 import time
-from stream_ctr.schedule import Schedule
+from stream_ctr.train.schedule import Schedule
 began = time.monotonic()
 with Schedule({"report": 6.0}) as due:
     time.sleep(0.2)  # the scheduler's thread has looked at its calendar and waits
