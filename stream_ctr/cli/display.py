@@ -1,7 +1,8 @@
-"""What a person watches: the report as a table on a terminal, redrawn in place, and the same table once at the end.
+"""The report as a table on a terminal: redrawn in place during a run, and printed once at the end.
 
-A row a model, then the two lines that put a logloss in perspective: a constant, and the best that anyone could do, which a simulated
-stream knows. Everything is taken from the report, which is plain JSON; what a report lacks is shown as a dash or left out.
+It has a row for each model, then two lines that put a logloss in perspective: a constant, and the
+best possible, which a simulated stream knows. It draws the JSON object of a report, so that it
+draws reports of other versions too: a missing figure is a dash, or is left out.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ Report = Mapping[str, Any]
 
 
 class LiveTable:
-    """The table of the latest report, redrawn in place while the context is open and gone afterwards.
+    """The table of the latest report, redrawn in place until the context is left.
 
-    On anything but a terminal it writes nothing at all. Colours follow NO_COLOR, columns the width of the terminal.
+    It writes nothing unless the output is a terminal. Colours follow NO_COLOR, and the columns
+    follow the width of the terminal.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -48,7 +50,7 @@ class LiveTable:
 
 
 def final_table(report: Report) -> RenderableType:
-    """What to print once, when a run is over: the last half of the run, where the report has it, beside the whole run."""
+    """Return the table of a run that is over: the last half beside the whole run."""
     return _View(report)
 
 
@@ -58,7 +60,7 @@ class _Metric(NamedTuple):
     form: str
 
 
-# From the one that is kept on the narrowest terminal to the one that is left out first.
+# The first stays on the narrowest terminal, the last goes first.
 _METRICS = (
     _Metric("logloss", "logloss", "{:.5f}"),
     _Metric("AUC", "auc", "{:.4f}"),
@@ -69,17 +71,17 @@ _METRICS = (
 )
 _REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
 _DASH = "–"
-_SENTENCES = 2  # that say who beats whom; of more models a table does
-# Its columns, as `_METRICS`.
+_MOST_VERDICTS = 2  # as sentences; more pairs become a table
+# The columns of that table, in the order of `_METRICS`.
 _COMPARED = ("{} minus\nthe model", "verdict", "95 % interval", "gap\nclosed")
-# Counters that are worth a place once they count something.
+# Counters that are shown only if they are not 0.
 _SELDOM = {"impressions_spilled", "impressions_evicted", "clicks_evicted", "ids_forgotten_early"}
-_SILENT_SECONDS = 5.0  # of all brokers, before it is worth a word
+_SILENT_SECONDS = 5.0  # without an answer from any broker, before it is shown
 _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 
 
 class _Scope(NamedTuple):
-    """A stretch of the stream, and what is known of the models over it."""
+    """A part of the stream, and the metrics of the models over it."""
 
     title: str
     style: str
@@ -87,7 +89,7 @@ class _Scope(NamedTuple):
 
 
 class _View:
-    """A report that draws itself as wide as it is given room."""
+    """A report that draws itself as wide as there is room."""
 
     def __init__(self, report: Report) -> None:
         self._report = report
@@ -102,7 +104,7 @@ class _View:
         ]
         verdicts = (
             _verdicts(report)
-            if len(_measured(report).pairs) <= _SENTENCES
+            if len(_measured(report).pairs) <= _MOST_VERDICTS
             else [_widest_comparison(report, console, options)]
         )
         segments = console.render(
@@ -117,7 +119,7 @@ class _View:
 
 
 def _widest_table(report: Report, console: Console, options: ConsoleOptions) -> Table:
-    """The table with as many metrics as fit."""
+    """Return the table with as many metrics as fit."""
     return _first_that_fits(
         [_table(_scopes(report), _METRICS[:count]) for count in range(len(_METRICS), 0, -1)],
         console,
@@ -133,7 +135,7 @@ def _widest_comparison(report: Report, console: Console, options: ConsoleOptions
 
 
 def _first_that_fits(tables: Sequence[Table], console: Console, options: ConsoleOptions) -> Table:
-    """Of tables that become narrower; else the last."""
+    """Return the first of ever narrower tables that fits, or the last."""
     return next(
         (
             table
@@ -155,7 +157,7 @@ def _scopes(report: Report) -> list[_Scope]:
 
 
 def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
-    """Side by side, so that each scope can have a title over its columns: the names, then a table for each scope."""
+    """Return the names and a table for each scope, side by side, so that each scope has a title."""
     models = list(
         dict.fromkeys(
             name for scope in reversed(scopes) for name in _mapping(scope.known, "models")
@@ -171,9 +173,8 @@ def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
     )
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(1 + len(scopes)):
-        table.add_column(
-            vertical="bottom"
-        )  # titles and heads may need more lines in one than in the other; the rows line up
+        # Titles and heads may need more lines in one table than in the other; the rows line up.
+        table.add_column(vertical="bottom")
     scope_tables = (_scope_table(scope, metrics, models, references) for scope in scopes)
     table.add_row(
         names,
@@ -280,7 +281,7 @@ def _models(scope: _Scope) -> list[str]:
 
 
 def _alarms(report: Report) -> Iterator[Text]:
-    """What keeps the run from learning, or from publishing what it learns."""
+    """Yield what keeps the run from learning or from publishing."""
     if (silent := _number(report.get("silent_seconds"))) is not None and silent >= _SILENT_SECONDS:
         yield Text(f"no broker has answered for {silent:.0f} s", "red")
     if stalled := report.get("stalled"):
@@ -294,7 +295,7 @@ def _alarms(report: Report) -> Iterator[Text]:
 
 
 class _Pair(NamedTuple):
-    """Logloss of the first model minus that of another: the smaller, the better for the first."""
+    """The logloss of the first model minus that of another; negative if the first is better."""
 
     difference: float
     low: float
@@ -302,12 +303,12 @@ class _Pair(NamedTuple):
 
     @property
     def winner(self) -> int:
-        """-1 the first, 1 the other, 0 if they cannot be told apart."""
+        """-1 for the first, 1 for the other, 0 if they cannot be told apart."""
         return 0 if self.low <= 0.0 <= self.high else -1 if self.difference < 0 else 1
 
 
 class _Measured(NamedTuple):
-    """The stretch by which models are compared with the first."""
+    """The scope in which models are compared with the first."""
 
     scope: _Scope
     first: str
@@ -329,7 +330,7 @@ def _measured(report: Report) -> _Measured:
 
 
 def _verdicts(report: Report) -> Iterator[Text]:
-    """In words: who beats whom, and how far the models came from the constant to the best possible."""
+    """Yield sentences: which model is better, and how much of the gap to the best is closed."""
     measured = _measured(report)
     for name, pair in measured.pairs.items():
         yield _paired_words(measured.first, name, pair, measured.scope.title)
@@ -341,7 +342,7 @@ def _verdicts(report: Report) -> Iterator[Text]:
 
 
 def _comparison(report: Report, heads: Sequence[str]) -> Table:
-    """The same as a table, a row a model."""
+    """Return the same as a table with a row for each model."""
     measured = _measured(report)
     shares = _shares_of_gap(measured.scope)
     title = f"{measured.scope.title}, logloss in nats per impression"
@@ -363,8 +364,8 @@ def _comparison(report: Report, heads: Sequence[str]) -> Table:
                 0: "cannot be told apart",
                 1: f"{name} is better",
             }[pair.winner]
-            told = (f"{pair.difference:+.5f}", verdict, f"{pair.low:+.5f} to {pair.high:+.5f}")
-            cells |= dict(zip(_COMPARED, told, strict=False))
+            compared = (f"{pair.difference:+.5f}", verdict, f"{pair.low:+.5f} to {pair.high:+.5f}")
+            cells |= dict(zip(_COMPARED, compared, strict=False))
         style = "" if pair is None else "green" if pair.winner else "yellow"
         table.add_row(
             *(Text(cell) for cell in (name, *(cells.get(head, "") for head in heads))), style=style
@@ -384,7 +385,7 @@ def _paired_words(first: str, second: str, pair: _Pair, scope: str) -> Text:
 
 
 def _shares_of_gap(scope: _Scope) -> dict[str, float]:
-    """Model -> how far it came from the constant to the best possible, where that is known."""
+    """Return the share of the gap between the constant and the best possible that is closed."""
     constant, best = (_number(scope.known.get(key)) for key in _REFERENCES.values())
     if constant is None or best is None or not constant > best:
         return {}
@@ -400,7 +401,7 @@ def _shares_of_gap(scope: _Scope) -> dict[str, float]:
 
 
 def _flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:
-    """The pieces one after another with a dot between two, broken into lines only between pieces."""
+    """Yield lines of the pieces with a dot between two; a line breaks only between pieces."""
     line = Text()
     for piece in pieces:
         if line and line.cell_len + 3 + piece.cell_len > width:

@@ -1,0 +1,229 @@
+"""Options that several commands share, and the configuration that they add up to.
+
+Only what `--help` needs is imported at the top; a command imports what it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stream_ctr.errors import ConfigError
+from stream_ctr.messages import nearest
+
+if TYPE_CHECKING:
+    from stream_ctr.config import Config
+    from stream_ctr.logs.log import Log
+
+Command = Callable[..., Any]
+# A name that resembles a key of the configuration this much is a misspelt key. No Kafka client
+# property does.
+MISSPELT = 0.75
+
+CONFIG_OPTION = click.option(
+    "--config",
+    "config_path",
+    type=click.Path(path_type=Path),
+    help="A TOML file; `stream-ctr config --example events` prints one with every key.",
+)
+JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
+PUBLIC_KEY_OPTION = click.option(
+    "--public-key",
+    type=click.Path(path_type=Path),
+    help="A PEM file; snapshots without a signature by its private key are refused.",
+)
+
+
+def extra_option(kinds: str) -> Callable[[Command], Command]:
+    """Return the option -X for these `kinds` of keys."""
+    return click.option("-X", "extra", multiple=True, metavar="KEY=VALUE", help=kinds)
+
+
+def stacked(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Return a decorator that applies `options`, the first of which stands first in the help."""
+
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the options about the configuration and the Kafka client say."""
+
+    bootstrap_servers: str | None = None
+    config_path: Path | None = None
+    kafka_config: Path | None = None
+    extra: tuple[str, ...] = ()
+
+    def load(
+        self,
+        *,
+        base: Mapping[str, Any] | None = None,
+        extra: Iterable[str] = (),
+        **inputs: str | None,
+    ) -> tuple[Config, dict[str, str]]:
+        """Return the configuration in force, and the Kafka client properties among -X.
+
+        `base` lies below all other layers, `extra` are further -X pairs, `inputs` are keys of the
+        section `input`.
+        """
+        given = {"bootstrap_servers": self.bootstrap_servers, **inputs}
+        return load_config(self.config_path, (*self.extra, *extra), base=base, inputs=given)
+
+    def load_client(self, **inputs: str | None) -> tuple[Config, dict[str, object]]:
+        """Return the configuration and the client, where -X names client properties only."""
+        given = {"bootstrap_servers": self.bootstrap_servers, **inputs}
+        config, _ = load_config(self.config_path, (), inputs=given)
+        return config, self.client(config, dict(key_values(self.extra)))
+
+    def client(self, config: Config, properties: Mapping[str, str]) -> dict[str, object]:
+        """Return the options of the Kafka client. Raises `ConfigError` for a wrong property."""
+        from stream_ctr.cli.client import client_options
+
+        return client_options(config.input.bootstrap_servers, self.kafka_config, properties)
+
+
+EVERY_KEY = "A Kafka client property, or any key of the configuration such as learn.batch_size."
+
+
+def settings_options(kinds: str = EVERY_KEY) -> Callable[[Command], Command]:
+    """Return a decorator that adds these options and passes them on as `settings`."""
+    options = stacked(
+        click.option(
+            "--bootstrap-servers",
+            metavar="HOST:PORT,...",
+            help="Kafka brokers.  [default: localhost:9092]",
+        ),
+        CONFIG_OPTION,
+        click.option(
+            "--kafka-config",
+            type=click.Path(path_type=Path),
+            help="A Java client.properties file.",
+        ),
+        extra_option(kinds),
+    )
+
+    def decorate(command: Command) -> Command:
+        @wraps(command)
+        def called(
+            *args: Any,
+            bootstrap_servers: str | None,
+            config_path: Path | None,
+            kafka_config: Path | None,
+            extra: tuple[str, ...],
+            **options: Any,
+        ) -> Any:
+            settings = Settings(bootstrap_servers, config_path, kafka_config, extra)
+            return command(*args, settings=settings, **options)
+
+        return options(called)
+
+    return decorate
+
+
+@dataclass(frozen=True, slots=True)
+class LogFormat:
+    """How a log is read: its format, None to look at it, and the seed of what it lacks."""
+
+    name: str | None = None
+    seed: int = 0
+
+    def open(self, path: Path, **options: Any) -> Log:
+        """Open the log at `path`."""
+        from stream_ctr.logs.open import open_log
+
+        return open_log(path, format=self.name, seed=self.seed, **options)
+
+
+def log_options(command: Command) -> Command:
+    """Add the options about logs to a command, and pass them on as `log_format`."""
+    options = stacked(
+        click.option(
+            "--format",
+            "format_name",
+            metavar="NAME",
+            help="events, parquet, arrow, criteo, avazu or obd.  [default: sniffed]",
+        ),
+        click.option(
+            "--log-seed",
+            type=int,
+            default=0,
+            show_default=True,
+            help="Seed for what the log lacks and replay draws.",
+        ),
+    )
+
+    @wraps(command)
+    def called(*args: Any, format_name: str | None, log_seed: int, **given: Any) -> Any:
+        return command(*args, log_format=LogFormat(format_name, log_seed), **given)
+
+    return options(called)
+
+
+def load_config(
+    config_path: Path | None,
+    extra: Sequence[str],
+    *,
+    base: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, str | None] | None = None,
+) -> tuple[Config, dict[str, str]]:
+    """Return the configuration in force, and the Kafka client properties among `extra`.
+
+    `inputs` are keys of the section `input`; None leaves a key to the other layers.
+    """
+    from stream_ctr import config
+
+    given = {name: value for name, value in (inputs or {}).items() if value is not None}
+    overrides: dict[str, dict[str, Any]] = {"input": given}
+    properties: dict[str, str] = {}
+    known = set(config.known_keys())
+    for name, value in key_values(extra):
+        section, _, option = name.partition(".")
+        if name in known:
+            overrides.setdefault(section, {})[option] = config.parse_text(section, option, value)
+        elif section in config.Config.model_fields:
+            raise ConfigError(f"unknown key {name!r}{nearest(name, known)}")
+        elif hint := nearest(name, known, cutoff=MISSPELT):
+            raise ConfigError(f"unknown key {name!r}{hint}")
+        else:
+            properties[name] = value
+    return config.load(config_path, overrides=overrides, base=base), properties
+
+
+def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
+    """Split -X pairs. Raises a usage error for one without "="."""
+    split = []
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise click.BadParameter(f"-X takes KEY=VALUE, got {pair!r}")
+        split.append((name, value))
+    return split
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """Write notes to standard error."""
+    for note in notes:
+        click.echo(f"note: {note}", err=True)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return lines of cells under each other, two spaces apart.
+
+    >>> aligned([["name", "n"], ["fm", "12"]])
+    ['name  n', 'fm    12']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,259 @@
+"""The commands `subscribe` and `score`: follow what a run publishes, and predict with it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from stream_ctr.cli.options import (
+    JSON_OPTION,
+    PUBLIC_KEY_OPTION,
+    LogFormat,
+    Settings,
+    log_options,
+    settings_options,
+)
+from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.messages import printable
+
+if TYPE_CHECKING:
+    from stream_ctr.snapshots.pointer import Pointer
+    from stream_ctr.snapshots.subscriber import Scorer, Subscriber
+
+_MODEL_OPTION = click.option(
+    "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
+)
+
+
+@click.command()
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Follow the state directory of a run.",
+)
+@click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
+@click.option(
+    "--model-name",
+    default="default",
+    show_default=True,
+    help="The run's snapshots.model_name, the key of its pointers on the topic.",
+)
+@_MODEL_OPTION
+@click.option(
+    "--once",
+    is_flag=True,
+    help="Load one snapshot and stop; exit code 6 if there is none in time.",
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0),
+    default=30.0,
+    show_default=True,
+    help="Seconds that --once waits.",
+)
+@JSON_OPTION
+@PUBLIC_KEY_OPTION
+@click.option(
+    "--exec",
+    "command",
+    metavar="COMMAND",
+    help="Run this for each snapshot, without a shell; {path} stands for its directory.",
+)
+@settings_options()
+def subscribe(
+    *,
+    state: Path | None,
+    topic: str | None,
+    model_name: str,
+    model: str | None,
+    once: bool,
+    timeout: float,
+    as_json: bool,
+    public_key: Path | None,
+    command: str | None,
+    settings: Settings,
+) -> None:
+    """Follow published snapshots: verify and load each, and print a line.
+
+    \b
+    stream-ctr subscribe --state state
+    stream-ctr subscribe --bootstrap-servers localhost:9092 --json --exec 'reload-model {path}'
+    """
+    from stream_ctr.cli import runs
+    from stream_ctr.cli.client import connector_errors
+    from stream_ctr.snapshots.subscriber import Subscriber, TopicPointers
+
+    hook = _hook(command)
+    if state and topic:
+        raise click.UsageError("--state and --topic are two ways to follow; give one")
+    with contextlib.ExitStack() as stack:
+        if state:
+            subscriber = Subscriber(state, model=model, public_key=public_key)
+        else:
+            from stream_ctr.connectors import kafka
+
+            config, properties = settings.load()
+            client = settings.client(config, properties)
+            stack.enter_context(connector_errors())
+            reader = kafka.PointerReader(client, topic or config.snapshots.topic)
+            stack.callback(reader.close)
+            pointers = TopicPointers(reader, model_name=model_name)
+            subscriber = Subscriber(pointers, model=model, public_key=public_key)
+        stack.enter_context(runs.signals(subscriber.close))
+        _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
+
+
+def _hook(command: str | None) -> list[str]:
+    """Split the command of --exec into words, and check that its program exists."""
+    try:
+        hook = shlex.split(command or "")
+    except ValueError as error:
+        raise click.BadParameter(
+            f"--exec {command!r} cannot be split into words: {error}"
+        ) from None
+    if hook and not shutil.which(hook[0]):
+        raise click.BadParameter(f"--exec {command!r}: there is no program {hook[0]!r}")
+    return hook
+
+
+def _follow(
+    subscriber: Subscriber, *, once: bool, timeout: float, as_json: bool, hook: Sequence[str]
+) -> None:
+    while not subscriber.closing:
+        pointer = subscriber.next(timeout if once else 1.0)
+        if pointer:
+            click.echo(_pointer_line(pointer, as_json=as_json))
+            sys.stdout.flush()
+            if hook:
+                _run_hook(hook, pointer)
+        if once:
+            if pointer is None:
+                raise SnapshotError(f"no valid snapshot was published within {timeout:g} s")
+            return
+
+
+def _pointer_line(pointer: Pointer, *, as_json: bool) -> str:
+    delay = round(time.time() - pointer.created_ms / 1000, 3)
+    if as_json:
+        fields = msgspec.to_builtins(pointer)
+        return json.dumps({**fields, "verified": True, "delay_seconds": delay})
+    return (
+        f"{pointer.snapshot}  {pointer.examples:,} examples  "
+        f"loaded {delay:.2f} s after it was taken  {printable(pointer.path, 1000)}"
+    )
+
+
+def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
+    arguments = [part.replace("{path}", pointer.path) for part in hook]
+    environment = {
+        **os.environ,
+        "STREAM_CTR_SNAPSHOT": pointer.path,
+        "STREAM_CTR_SNAPSHOT_ID": pointer.snapshot,
+    }
+    try:
+        done = subprocess.run(arguments, env=environment, check=False)
+    except OSError as error:
+        raise ConfigError(f"cannot run {arguments[0]!r} of --exec: {error.strerror}") from None
+    if done.returncode:
+        click.echo(
+            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}",
+            err=True,
+        )
+
+
+@click.command()
+@click.argument("log", metavar="EVENTS", type=click.Path(path_type=Path))
+@click.option(
+    "--snapshot",
+    "path",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    help="A snapshot directory, or a state directory for its newest.",
+)
+@_MODEL_OPTION
+@PUBLIC_KEY_OPTION
+@JSON_OPTION
+@log_options
+def score(
+    *,
+    log: Path,
+    path: Path,
+    model: str | None,
+    public_key: Path | None,
+    as_json: bool,
+    log_format: LogFormat,
+) -> None:
+    """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
+
+    \b
+    stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
+    """
+    from stream_ctr.events.decoder import Decoder
+    from stream_ctr.snapshots import snapshot
+    from stream_ctr.snapshots.subscriber import Scorer, verifier
+
+    signature = verifier(public_key)
+    if path.is_dir() and not (path / "manifest.json").exists():
+        newest = snapshot.newest(path / "snapshots", signature=signature)
+        if newest is None:
+            raise SnapshotError(
+                f"{path} is not a snapshot, because it has no manifest.json, "
+                "and no run has left one in it"
+            )
+        path = newest
+    scorer = Scorer(path, model=model, signature=signature)
+    decoder = Decoder(scorer.fields)
+    counts = _Counts()
+    for batch in log_format.open(log).batches():
+        events, rejects = decoder.decode(batch.value)
+        counts.rejected += len(rejects)
+        if lines := list(_scores(scorer, events.impressions, counts, as_json=as_json)):
+            click.echo("\n".join(lines))
+    for warning in counts.warnings():
+        click.echo(f"warning: {warning}", err=True)
+
+
+class _Counts:
+    """Impressions scored, those without any known field, and rejected records."""
+
+    def __init__(self) -> None:
+        self.scored = 0
+        self.unknown = 0
+        self.rejected = 0
+
+    def warnings(self) -> Iterator[str]:
+        if not self.scored:
+            yield "there is no impression to score"
+        elif self.unknown == self.scored:
+            yield "no impression has any of the fields that this snapshot was trained on"
+        if self.rejected:
+            yield f"{self.rejected} records are malformed and were not scored"
+
+
+def _scores(scorer: Scorer, impressions: Any, counts: _Counts, *, as_json: bool) -> Iterator[str]:
+    """Yield a line for each impression of a batch."""
+    ids = impressions.impression_id.to_pylist()
+    if not ids:
+        return
+    columns = impressions.features.values()
+    counts.scored += len(ids)
+    if all(column.null_count == len(column) for column in columns):
+        counts.unknown += len(ids)
+    probabilities = scorer.predict_columns(impressions.features).tolist()
+    for impression_id, probability in zip(ids, probabilities, strict=True):
+        if as_json:
+            yield json.dumps({"impression_id": impression_id, "probability": probability})
+        else:
+            yield f"{printable(impression_id, 1000)}\t{probability!r}"

@@ -1,0 +1,333 @@
+"""The commands `snapshots`: list, show and verify snapshots, and publish an older one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+import msgspec
+
+from stream_ctr.cli.options import (
+    JSON_OPTION,
+    PUBLIC_KEY_OPTION,
+    Settings,
+    aligned,
+    settings_options,
+)
+from stream_ctr.errors import SnapshotError
+from stream_ctr.messages import printable
+
+if TYPE_CHECKING:
+    from stream_ctr.snapshots.snapshot import Verify
+
+
+def echo(line: str) -> None:
+    """Print a line; characters that the terminal's encoding lacks become escapes."""
+    encoding = sys.stdout.encoding or "utf-8"
+    click.echo(line.encode(encoding, "backslashreplace").decode(encoding))
+
+
+@click.group()
+def snapshots() -> None:
+    """List, show and verify the snapshots of a run, and publish an older one again.
+
+    \b
+    stream-ctr snapshots ls state
+    stream-ctr snapshots verify state
+    stream-ctr snapshots rollback state 00000003-20250101T101500Z
+    """
+
+
+# -- ls ------------------------------------------------------------------------------------------
+
+
+@snapshots.command("ls")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@JSON_OPTION
+def list_snapshots(*, directory: Path, as_json: bool) -> None:
+    """Print a line for each snapshot in DIR, the newest last. Nothing is verified.
+
+    DIR is the state directory of a run, or its snapshots folder. The metrics are those of the
+    published model over the whole run. The snapshot that subscribers load is marked `published`;
+    one that the gate refused is marked `refused`, and `show` prints the reasons.
+
+    \b
+    stream-ctr snapshots ls state
+    """
+    folder = _folder(directory)
+    published = _published(folder)
+    described = [_describe(path, published) for path in _paths(folder)]
+    if as_json:
+        for each in described:
+            echo(json.dumps(each))
+        return
+    readable = [each for each in described if "error" not in each]
+    lines = iter(aligned([_cells(each) for each in readable]))
+    for each in described:
+        if "error" in each:
+            echo(f"{each['snapshot']}  {printable(each['error'], 1000)}")
+        else:
+            echo(next(lines))
+
+
+def _folder(directory: Path) -> Path:
+    """Return the snapshots folder of a state directory, or `directory` if it is one."""
+    if (directory / "snapshots").is_dir():
+        return directory / "snapshots"
+    if any(directory.glob("*/manifest.json")):
+        return directory
+    raise SnapshotError(
+        f"there is no snapshot in {directory}: give the state directory of a run, "
+        "or its snapshots folder"
+    )
+
+
+def _paths(folder: Path) -> list[Path]:
+    from stream_ctr.snapshots import snapshot
+
+    paths = [folder / name for name in snapshot.snapshot_ids(folder)]
+    if not paths:
+        raise SnapshotError(f"there is no snapshot in {folder} yet")
+    return paths
+
+
+def _published(folder: Path) -> str | None:
+    """Return the name of the published snapshot."""
+    from stream_ctr.snapshots.pointer import read_pointer
+
+    try:
+        pointer = read_pointer(folder.parent / "latest.json")
+    except SnapshotError as error:
+        click.echo(f"note: the published snapshot is unknown: {error}", err=True)
+        return None
+    return pointer.snapshot if pointer else None
+
+
+def _describe(path: Path, published: str | None) -> dict[str, Any]:
+    from stream_ctr.snapshots import snapshot
+
+    place = {
+        "snapshot": path.name,
+        "path": str(path.absolute()),
+        "published": path.name == published,
+    }
+    try:
+        manifest = snapshot.read_manifest(path)
+    except SnapshotError as error:
+        return {**place, "error": str(error)}
+    model = manifest.learner.model
+    score = manifest.metrics.get("models", {}).get(model, {})
+    return {
+        **place,
+        "parent": manifest.parent,
+        "epoch": manifest.epoch,
+        "sequence": manifest.sequence,
+        "examples": manifest.examples,
+        "event_time_range": list(manifest.event_time_range),
+        "created_ms": manifest.created_ms,
+        "refused": [*manifest.gate.refused, *manifest.gate.last_step],
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "model": model,
+        "logloss": score.get("logloss"),
+        "auc": score.get("auc"),
+    }
+
+
+def _cells(described: Mapping[str, Any]) -> list[str]:
+    last = described["event_time_range"][-1]
+    mark = "published" if described["published"] else "refused" if described["refused"] else ""
+    logloss = _number(described["logloss"], ".5f")
+    auc = _number(described["auc"], ".4f")
+    return [
+        described["snapshot"],
+        f"{described['examples']:,} examples",
+        f"to {printable(last) if last else '-'}",
+        f"{described['bytes'] / 2**20:,.1f} MiB",
+        f"{described['model']} logloss {logloss} AUC {auc}",
+        f"parent {printable(described['parent'] or '-')}",
+        mark,
+    ]
+
+
+def _number(value: object, form: str) -> str:
+    return format(value, form) if isinstance(value, int | float) else "-"
+
+
+# -- show ----------------------------------------------------------------------------------------
+
+
+@snapshots.command("show")
+@click.argument("path", metavar="PATH|DIR", type=click.Path(path_type=Path))
+@click.argument("snapshot_id", metavar="[ID]", required=False)
+def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
+    """Print the manifest of a snapshot without its metrics, and the type and shape of every tensor.
+
+    PATH is a snapshot. In a state directory or a snapshots folder DIR it is the newest snapshot, or
+    the one named ID.
+
+    \b
+    stream-ctr snapshots show state 00000003-20250101T101500Z
+    """
+    from stream_ctr.snapshots import snapshot
+
+    path = _find(path, snapshot_id)
+    manifest = snapshot.read_manifest(path)
+    fields = msgspec.to_builtins(manifest)
+    shown = {name: value for name, value in fields.items() if name not in ("metrics", "files")}
+    for line in aligned([[printable(name), printable(text, 2000)] for name, text in _flat(shown)]):
+        echo(line)
+    for name, entry in manifest.files.items():
+        echo(f"\n{name}  {entry.bytes:,} bytes  SHA-256 {entry.sha256}")
+        tensors = _tensors(path / name) if name.endswith(".safetensors") else []
+        rows = [
+            ["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in tensors
+        ]
+        for line in aligned(rows):
+            echo(line)
+
+
+def _find(path: Path, snapshot_id: str | None) -> Path:
+    """Return a snapshot by path, by directory and name, or the newest in a directory."""
+    if snapshot_id is None:
+        return path if (path / "manifest.json").exists() else _paths(_folder(path))[-1]
+    paths = _paths(_folder(path))
+    for each in paths:
+        if each.name == snapshot_id:
+            return each
+    names = ", ".join(each.name for each in paths)
+    raise SnapshotError(f"there is no snapshot {snapshot_id!r} in {path}; it has {names}")
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, value as text) of every leaf of nested mappings."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value if isinstance(value, str) else json.dumps(value)
+
+
+def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
+    """Return (name, type, shape) of each tensor, from the head of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            slices = {name: file.get_slice(name) for name in names}
+            return [(name, part.get_dtype(), part.get_shape()) for name, part in slices.items()]
+    except (OSError, SafetensorError) as error:
+        raise SnapshotError(f"{path} is not a safetensors file: {error}") from None
+
+
+# -- verify --------------------------------------------------------------------------------------
+
+
+@snapshots.command("verify")
+@click.argument("path", metavar="DIR|PATH", type=click.Path(path_type=Path))
+@PUBLIC_KEY_OPTION
+def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
+    """Verify every byte of every snapshot in DIR, or of the one at PATH.
+
+    Prints `ok` or what is wrong.
+
+    Sizes and SHA-256 are compared with the manifest, and the manifest of the published snapshot
+    with its pointer. The exit code is 0 if all verify, and 6 if one does not or there is none.
+
+    \b
+    stream-ctr snapshots verify state
+    """
+    from stream_ctr.snapshots.subscriber import verifier
+
+    signature = verifier(public_key)
+    single = (path / "manifest.json").exists()
+    folder = path.absolute().parent if single else _folder(path)
+    pinned, wrong = _pinned(folder)
+    paths = [path] if single else _paths(folder)
+    missing = [] if single else sorted(pinned.keys() - {each.name for each in paths})
+    for name in missing:
+        echo(f"{name}  is published, and is missing")
+        wrong += 1
+    for each in paths:
+        name = each.absolute().name
+        reason = _damage(each, pinned.get(name), signature)
+        echo(f"{name}  {printable(reason, 1000) if reason else 'ok'}")
+        wrong += bool(reason)
+    if wrong:
+        raise SnapshotError(f"{wrong} of what is in {path} does not verify")
+
+
+def _pinned(folder: Path) -> tuple[dict[str, str], int]:
+    """Return the published snapshot's name and manifest digest, and 1 if the pointer is damaged."""
+    from stream_ctr.snapshots.pointer import read_pointer
+
+    try:
+        pointer = read_pointer(folder.parent / "latest.json")
+    except SnapshotError as error:
+        echo(f"latest.json  {printable(str(error), 1000)}")
+        return {}, 1
+    return ({pointer.snapshot: pointer.manifest_sha256} if pointer else {}), 0
+
+
+def _damage(path: Path, manifest_sha256: str | None, signature: Verify | None) -> str | None:
+    """Return what is wrong with a snapshot, or None."""
+    from stream_ctr.snapshots import snapshot
+
+    try:
+        snapshot.verify(path, manifest_sha256=manifest_sha256, signature=signature)
+    except SnapshotError as error:
+        return str(error)
+    return None
+
+
+# -- rollback ------------------------------------------------------------------------------------
+
+
+@snapshots.command("rollback")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("snapshot_id", metavar="ID")
+@click.option("--topic", help="Send the pointer to this snapshot topic too.")
+@settings_options("A Kafka client property.")
+def roll_back(*, directory: Path, snapshot_id: str, topic: str | None, settings: Settings) -> None:
+    """Verify snapshot ID of the state directory DIR and publish it again, in place of a newer one.
+
+    A rollback changes what is served, not what is learned: `run` goes on from its newest snapshot,
+    and the next that it publishes is served again. So stop a run that learns what it should not.
+    An active run does no harm: the pointer is replaced in one step. Subscribers of a topic are
+    reached with --topic only.
+
+    \b
+    stream-ctr snapshots rollback state 00000003-20250101T101500Z
+    stream-ctr snapshots rollback state 00000003-20250101T101500Z --topic stream-ctr.snapshots
+    """
+    from stream_ctr.snapshots import snapshot
+    from stream_ctr.snapshots.publisher import Publisher
+
+    path = _find(directory, snapshot_id)
+    manifest = snapshot.verify(path)
+    state = path.parent.parent
+    with contextlib.ExitStack() as stack:
+        sink = None
+        if topic:
+            from stream_ctr.cli.client import connector_errors
+            from stream_ctr.connectors import kafka
+
+            _, client = settings.load_client()
+            stack.enter_context(connector_errors())
+            sink = kafka.KafkaSink(client)
+            stack.callback(sink.close)
+        publisher = Publisher(
+            state, sink=sink, snapshot_topic=topic or "", model_name=manifest.model
+        )
+        before = _published(path.parent)
+        pointer = publisher.roll_back(path, manifest)
+    places = f"{state / 'latest.json'}{f' and topic {topic}' if topic else ''}"
+    echo(
+        f"{path.name} is published again, as epoch {pointer.epoch}, in {places}; "
+        f"before: {before or 'none'}"
+    )
