@@ -716,7 +716,7 @@ def paper(
     """Repeat the DeepFM paper's tables and figures on a log: report.html, report.md and report.json in --out.
 
     Nine systems, several seeds, the paper's settings. What is done is kept: the same command goes on where it was ended, and one with
-    --only or --model adds to what is there.
+    --only or --model adds to what is there. Figures need matplotlib: pip install 'stream-ctr[paper]'.
 
     \b
     stream-ctr paper --data train.txt --format criteo --out report --quick
@@ -732,10 +732,18 @@ def paper(
 
     if (log_path is None) == (simulated is None):
         raise click.UsageError("give --data LOG or --simulate N")
-    wishes = plan.Wishes.of(
-        quick=quick, seeds=seeds, study_seeds=study_seeds, study_rows=study_rows, epochs=epochs, split=split, device=device,
-        dropout=dropout, models=_chosen("--model", models, MODELS), only=frozenset(_chosen("--only", (only or "").split(","), plan.PARTS)),
-    )  # fmt: skip
+    options = plan.Options.create(
+        quick=quick,
+        seeds=seeds,
+        study_seeds=study_seeds,
+        study_rows=study_rows,
+        epochs=epochs,
+        split=split,
+        device=device,
+        dropout=dropout,
+        models=_chosen("--model", models, MODELS),
+        only=frozenset(_chosen("--only", (only or "").split(","), plan.PARTS)),
+    )
     config, properties = _load_config(config_path, extra)
     if properties:
         raise click.BadParameter(f"no key of the configuration: {', '.join(properties)}")
@@ -745,29 +753,29 @@ def paper(
     made: plan.Plan | None = None
 
     def write_report() -> None:
-        if made is not None and (runs := work.points(made, out)):
+        if made is not None and (runs := work.results(made, out)):
             typed = shlex.join(["stream-ctr", *sys.argv[1:]])
             report.write(
-                out, runs, data=facts.of_data(log, made), made=facts.of_making(made, typed, runs)
+                out, runs, data=facts.data_facts(log, made), made=facts.run_facts(made, typed, runs)
             )
             click.echo(f"{out / 'report.html'}")
 
     try:
-        with work.held(out):
+        with work.locked(out):
             if restart:
                 work.remove(out)
             limit = plan.QUICK_IMPRESSIONS if quick else None
             rows = reading.expected_rows(log, limit)
             click.echo(
-                work.expected(config, wishes, rows, reading.expected_bytes(log, config, rows)),
+                work.requirements(config, options, rows, reading.expected_bytes(log, config, rows)),
                 err=True,
             )
             source = BatchSource(
                 lambda: (batch.value for batch in log.batches()), name=log.identity
             )
             data = reading.read(log, source, config, out / "data", limit=limit, console=console)
-            _tell(data.about["notes"])
-            made = plan.plan(data, config, wishes)
+            _tell(data.metadata["notes"])
+            made = plan.make_plan(data, config, options)
             for line in work.estimate(made, out):
                 click.echo(line, err=True)
             try:
