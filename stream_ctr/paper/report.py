@@ -40,19 +40,18 @@ def write(
 
     report = build_report(runs, data=data, made=made, losses=losses)
     text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(f"{text}\n", encoding="utf-8")
-    render(out, report)
+    _write_pages(out, report)
     return report
 
 
-def render(out: Path, report: Mapping[str, Any]) -> None:
-    """Write report.md, report.html and the pictures of a report into `out`.
+def render(out: Path | str) -> None:
+    """Write report.md, report.html and figures/ again, from the report.json in `out`."""
+    path = Path(out) / "report.json"
+    _write_pages(Path(out), json.loads(path.read_text(encoding="utf-8")))
 
-    `report` is the content of report.json, so this renders an earlier report again:
 
-        render(out, json.loads((out / "report.json").read_text()))
-    """
+def _write_pages(out: Path, report: Report) -> None:
     blocks = contents(report)
     (out / "figures").mkdir(parents=True, exist_ok=True)
     (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
