@@ -1,7 +1,11 @@
-"""`stream-ctr paper`: the tables and figures of the DeepFM paper (Guo et al., IJCAI 2017), repeated on one's own log.
+"""`stream-ctr paper`: repeat the tables and figures of the DeepFM paper on a log.
 
-    a log -> dataset (columns on disk, split) -> plan: which runs -> experiment: one run -> report.{json,md,html}
+The paper is Guo et al., "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction",
+IJCAI 2017.
 
-Here, and only here, examples are seen more than once and in shuffled order, as the paper does. What a run is made of - joiner, hasher,
-learner, the nine systems - is what learns from a stream.
+    log -> dataset (columns on disk, split) -> plan (which runs) -> experiment (one run)
+        -> aggregate (means, intervals) -> report.json -> report.md, report.html
+
+Only this folder learns from examples more than once and in shuffled order, as the paper does. A run
+uses the same joiner, hasher, learner and systems as a run on a stream.
 """

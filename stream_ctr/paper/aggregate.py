@@ -1,7 +1,8 @@
-"""Runs to the numbers of a report: means and spreads over seeds, paired differences, relative times. Nothing is read or written here.
+"""Turn runs into the numbers of a report: means, spreads over seeds, differences, relative times.
 
-A run is a dictionary: `part` (of the report) and `value` (of the factor that the part is about), and what came of it. A run that
-`failed` says why; it counts nowhere, and is named.
+A run is a dictionary: `part` of the report, `value` of the factor that the part varies, and the
+outcome of the training. A run with `failed`, the error message, counts in no number; `failures`
+lists it. This module reads and writes no file.
 """
 
 from __future__ import annotations
@@ -18,33 +19,45 @@ from stream_ctr.paper import published
 from stream_ctr.paper.intervals import Difference, Floats, paired_difference
 
 Run = Mapping[str, Any]
-Report = Mapping[str, Any]  # what report.json holds
+Report = Mapping[str, Any]  # the content of report.json
+Times = Mapping[str, Mapping[str, Any]]  # device -> system -> times
+Study = Mapping[str, Mapping[str, Any]]  # value -> system -> scores
 
 STUDIES = tuple(published.VALUES)
 DEEP = tuple(system.title for system in MODELS.values() if system.high_order)
 TITLES = tuple(system.title for system in MODELS.values())
+_TIMES = ("seconds", "seconds_pretraining", "seconds_per_epoch", "examples_per_second")
+# Name in a row of the report -> name in an outcome, whose mean it is.
+_MEANS = {
+    "epochs": "best_epoch",
+    "epochs_trained": "epochs",
+    "parameters": "parameters",
+    "train_logloss": "train_logloss",
+}
 _ROUGH_SECONDS = 0.1
 
 
 def title(run: Run) -> str:
-    """The paper's name of the run's system."""
+    """Return the paper's name of the run's system."""
     return MODELS[run["system"]].title
 
 
 def mean_std(values: Iterable[float]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation; None where there are too few values for it.
+    """Return the mean and the sample standard deviation, or None where there are too few values.
 
     >>> mean_std([1.0, 2.0, 3.0]), mean_std([0.5]), mean_std([])
     ((2.0, 1.0), (0.5, None), (None, None))
     """
     found = np.array(list(values), np.float64)
-    return (float(found.mean()) if len(found) else None), (
-        float(found.std(ddof=1)) if len(found) > 1 else None
-    )
+    mean = float(found.mean()) if len(found) else None
+    std = float(found.std(ddof=1)) if len(found) > 1 else None
+    return mean, std
 
 
 def median(values: Iterable[float]) -> float | None:
-    """Of times: one that was disturbed does not move it. None without any.
+    """Return the median, or None without values.
+
+    Times use the median because a single disturbed measurement does not move it.
 
     >>> median([1.0, 2.0, 60.0]), median([])
     (2.0, None)
@@ -54,66 +67,65 @@ def median(values: Iterable[float]) -> float | None:
 
 
 def scores(runs: Sequence[Run]) -> dict[str, float | None]:
-    """`auc`, `auc_std`, `logloss`, `logloss_std` over these runs."""
-    told: dict[str, float | None] = {}
+    """Return `auc`, `auc_std`, `logloss` and `logloss_std` over these runs."""
+    found: dict[str, float | None] = {}
     for metric in ("auc", "logloss"):
-        told[metric], told[f"{metric}_std"] = mean_std(run[metric] for run in runs)
-    return told
+        found[metric], found[f"{metric}_std"] = mean_std(run[metric] for run in runs)
+    return found
+
+
+# -- Table 2 -------------------------------------------------------------------------------------
 
 
 def table2(runs: Iterable[Run], losses: Callable[[Run], Floats]) -> dict[str, dict[str, Any]]:
-    """A row for each of the nine, with None where no run says anything. `losses` gives a run's test losses [n]."""
-    by_title = _by_title(_of_part(runs, "table2"))
+    """Return a row for each of the nine systems, with None where no run gives the number.
+
+    `losses` returns the test losses [n] of a run.
+    """
+    by_title = _by_title(_select(runs, "table2"))
     return {
         name: {
-            **_row(found),
+            **_table2_row(found),
             "published": _published(name),
-            "minus_deepfm": _minus(found, by_title["DeepFM"], losses),
-            "minus_lr": _minus(found, by_title["LR"], losses),
+            "minus_deepfm": _difference(found, by_title["DeepFM"], losses),
+            "minus_lr": _difference(found, by_title["LR"], losses),
         }
         for name, found in by_title.items()
     }
 
 
-def _row(runs: Sequence[Run]) -> dict[str, Any]:
-    told: dict[str, Any] = {
+def _table2_row(runs: Sequence[Run]) -> dict[str, Any]:
+    row: dict[str, Any] = {
         **scores(runs),
         "runs": len(runs),
         "seeds": sorted(run["seed"] for run in runs),
     }
-    told["validation_logloss"], told["validation_logloss_std"] = mean_std(
-        map(validation_logloss, runs)
-    )
-    told["pretraining"] = _pretraining(runs)
-    told |= {kind: median(run[kind] for run in runs) for kind in _TIMES}
-    told |= {name: mean_std(run[of_run] for run in runs)[0] for name, of_run in _MEANS.items()}
-    return {**told, "device": "/".join(sorted({run["device"] for run in runs})) or None}
-
-
-_TIMES = ("seconds", "seconds_pretraining", "seconds_per_epoch", "examples_per_second")
-_MEANS = {
-    "epochs": "best_epoch",
-    "epochs_trained": "epochs",
-    "parameters": "parameters",
-    "train_logloss": "train_logloss",
-}
+    validation, spread = mean_std(map(validation_logloss, runs))
+    row["validation_logloss"] = validation
+    row["validation_logloss_std"] = spread
+    row["pretraining"] = _pretraining(runs)
+    row |= {kind: median(run[kind] for run in runs) for kind in _TIMES}
+    row |= {name: mean_std(run[key] for run in runs)[0] for name, key in _MEANS.items()}
+    row["device"] = "/".join(sorted({run["device"] for run in runs})) or None
+    return row
 
 
 def validation_logloss(run: Run) -> float:
-    """That of the weights which were tested: the best check's.
+    """Return the validation logloss of the best check, whose weights are the tested ones.
 
-    >>> validation_logloss({"validation": [{"epoch": 0.25, "logloss": 0.5}, {"epoch": 0.5, "logloss": 0.4}]})
+    >>> checks = [{"epoch": 0.25, "logloss": 0.5}, {"epoch": 0.5, "logloss": 0.4}]
+    >>> validation_logloss({"validation": checks})
     0.4
     """
     return min(check["logloss"] for check in run["validation"])
 
 
 def _pretraining(runs: Sequence[Run]) -> dict[str, float | None] | None:
-    """Validation logloss and epochs of the FM that FNN began as; None of what has begun as nothing."""
+    """Return the validation logloss and the epochs of the FM that FNN starts from, else None."""
     best = [
-        min(found, key=lambda check: check["logloss"])
+        min(checks, key=lambda check: check["logloss"])
         for run in runs
-        if (found := run.get("validation_pretraining"))
+        if (checks := run.get("validation_pretraining"))
     ]
     if not best:
         return None
@@ -127,104 +139,127 @@ def _published(name: str) -> dict[str, dict[str, float]]:
     return {data: rows[name]._asdict() for data, rows in published.TABLE2.items()}
 
 
-def _minus(
+def _difference(
     runs: Sequence[Run], others: Sequence[Run], losses: Callable[[Run], Floats]
 ) -> Difference | None:
-    """Over the seeds that both have, and only where both kept their losses; None of a system and itself."""
-    of_seed = {run["seed"]: run for run in others if run.get("losses")}
-    both = [
-        (run, of_seed[run["seed"]]) for run in runs if run.get("losses") and run["seed"] in of_seed
+    """Return the difference over the seeds for which both systems have kept their losses.
+
+    Returns None when there is no such seed, and for a system and itself.
+    """
+    other_by_seed = {run["seed"]: run for run in others if run.get("losses")}
+    pairs = [
+        (run, other_by_seed[run["seed"]])
+        for run in runs
+        if run.get("losses") and run["seed"] in other_by_seed
     ]
-    if not both or runs is others:
+    if not pairs or runs is others:
         return None
     return paired_difference(
-        np.stack([losses(run) for run, _ in both]), np.stack([losses(other) for _, other in both])
+        np.stack([losses(run) for run, _ in pairs]),
+        np.stack([losses(other) for _, other in pairs]),
     )
 
 
 def order(rows: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The systems that have a logloss, the lowest first."""
-    return sorted(
-        (name for name in rows if rows[name]["logloss"] is not None),
-        key=lambda name: rows[name]["logloss"],
-    )
+    """Return the systems that have a logloss, lowest first.
+
+    >>> order({"LR": {"logloss": 0.5}, "FM": {"logloss": 0.4}, "FNN": {"logloss": None}})
+    ['FM', 'LR']
+    """
+    scored = [name for name in rows if rows[name]["logloss"] is not None]
+    return sorted(scored, key=lambda name: rows[name]["logloss"])
 
 
 def machines(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """Where the runs were done and with which versions, most runs first."""
+    """Return the machines and versions that the runs used, with the most used one first."""
     found = Counter(
         json.dumps({name: run[name] for name in ("machine", "version", "torch")}, sort_keys=True)
-        for run in _ended(runs)
+        for run in _finished(runs)
     )
-    return [{**json.loads(where), "runs": count} for where, count in found.most_common()]
+    return [{**json.loads(machine), "runs": runs} for machine, runs in found.most_common()]
+
+
+# -- Figure 6 ------------------------------------------------------------------------------------
 
 
 def times(runs: Iterable[Run]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Training times by device and system, of one machine: the one that timed the most systems.
+    """Return training times by device and system, from the machine that timed the most systems.
 
-    `seconds` until the best check, FNN's pre-training included, and `seconds_per_epoch`; of each the median over seeds, least and most.
+    A machine that timed LR comes before one that did not. `seconds` lasts until the best check and
+    includes FNN's pre-training; `seconds_per_epoch` is one epoch. Each has the median over seeds,
+    the least and the most.
     """
-    found: dict[str, dict[tuple[str, str], list[Run]]] = {}
-    for run in _of_part(runs, "table2", "figure6"):
-        found.setdefault(json.dumps(run["machine"], sort_keys=True), {}).setdefault(
-            (run["device"], title(run)), []
-        ).append(run)
-    if not found:
+    by_machine: dict[str, dict[tuple[str, str], list[Run]]] = {}
+    for run in _select(runs, "table2", "figure6"):
+        timed = by_machine.setdefault(json.dumps(run["machine"], sort_keys=True), {})
+        timed.setdefault((run["device"], title(run)), []).append(run)
+    if not by_machine:
         return {}
-    timed = max(found.values(), key=lambda of: ("LR" in {name for _, name in of}, len(of)))
+    best = max(
+        by_machine.values(), key=lambda timed: ("LR" in {name for _, name in timed}, len(timed))
+    )
+    devices = {device for device, _ in best}
     return {
-        device: {name: _time(timed[device, name]) for name in TITLES if (device, name) in timed}
-        for device in sorted(
-            {device for device, _ in timed}, key=lambda device: (device != "cpu", device)
-        )
+        device: {name: _time(best[device, name]) for name in TITLES if (device, name) in best}
+        for device in sorted(devices, key=lambda device: (device != "cpu", device))
     }
 
 
 def _time(runs: Sequence[Run]) -> dict[str, Any]:
-    told: dict[str, Any] = {"runs": len(runs)}
+    time: dict[str, Any] = {"runs": len(runs)}
     for kind in ("seconds", "seconds_per_epoch"):
-        taken = [float(run[kind]) for run in runs]
-        told[kind] = {"median": float(np.median(taken)), "least": min(taken), "most": max(taken)}
-    return told
+        seconds = [float(run[kind]) for run in runs]
+        time[kind] = {
+            "median": float(np.median(seconds)),
+            "least": min(seconds),
+            "most": max(seconds),
+        }
+    return time
 
 
-def rough(times: Mapping[str, Mapping[str, Any]]) -> bool:
-    """Whether LR's epoch takes so little that a multiple of it is an order of magnitude and no more."""
-    of_lr = times.get("cpu", {}).get("LR")
-    return of_lr is not None and of_lr["seconds_per_epoch"]["median"] < _ROUGH_SECONDS
+def ratios_are_rough(times: Times) -> bool:
+    """Return whether LR's epoch is so short that a multiple of it is only an order of magnitude."""
+    lr = times.get("cpu", {}).get("LR")
+    return lr is not None and lr["seconds_per_epoch"]["median"] < _ROUGH_SECONDS
 
 
-def relative_times(
-    times: Mapping[str, Mapping[str, Any]], kind: str = "seconds"
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Figure 6: |training time of a system| / |training time of LR|, by device; the latter is LR's median. `kind` may be
-    `seconds_per_epoch`. LR has no GPU code: its time is always a CPU's. Empty without LR and without others.
+def relative_times(times: Times, kind: str = "seconds") -> dict[str, dict[str, dict[str, float]]]:
+    """Return |training time of a system| / |training time of LR| by device (Figure 6).
 
-    >>> lr, fm = ({"seconds": {"median": s}, "seconds_per_epoch": {"median": s}} for s in (2.0, 3.0))
+    The divisor is LR's median. `kind` is `seconds` or `seconds_per_epoch`. LR has no GPU code, so
+    its time is always measured on a CPU. The result is empty without LR or without another system.
+
+    >>> lr, fm = ({"seconds": {"median": seconds}} for seconds in (2.0, 3.0))
     >>> relative_times({"cpu": {"LR": lr, "FM": fm}})
     {'cpu': {'LR': {'median': 1.0}, 'FM': {'median': 1.5}}}
     """
-    of_lr = times.get("cpu", {}).get("LR")
-    if of_lr is None:
+    lr = times.get("cpu", {}).get("LR")
+    if lr is None:
         return {}
     return {
         device: {
-            name: {part: spent / of_lr[kind]["median"] for part, spent in time[kind].items()}
-            for name, time in of.items()
+            name: {part: seconds / lr[kind]["median"] for part, seconds in time[kind].items()}
+            for name, time in by_system.items()
         }
-        for device, of in times.items()
-        if set(of) - {"LR"}
+        for device, by_system in times.items()
+        if set(by_system) - {"LR"}
     }
 
 
+# -- Figures 7 to 11 -----------------------------------------------------------------------------
+
+
 def study(runs: Iterable[Run], part: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Figures 7 to 11: value -> system -> scores, values in the order in which the runs came."""
-    found: dict[str, dict[str, list[Run]]] = {}
-    for run in _of_part(runs, part):
-        found.setdefault(str(run["value"]), {}).setdefault(title(run), []).append(run)
+    """Return value -> system -> scores for one of Figures 7 to 11.
+
+    Values keep the order in which their runs come.
+    """
+    by_value: dict[str, dict[str, list[Run]]] = {}
+    for run in _select(runs, part):
+        by_value.setdefault(str(run["value"]), {}).setdefault(title(run), []).append(run)
     return {
-        value: {name: _study_point(of[name]) for name in TITLES if name in of}
-        for value, of in found.items()
+        value: {name: _study_point(found[name]) for name in TITLES if name in found}
+        for value, found in by_value.items()
     }
 
 
@@ -238,52 +273,68 @@ def _study_point(runs: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def compared(values: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of a study, the systems that were run at more than one value: the default's may be there from Table 2 alone.
+def with_several_values(values: Study) -> dict[str, dict[str, Any]]:
+    """Return a study without the systems that were run at one value only.
 
-    >>> compared({"relu": {"FNN": 1, "IPNN": 2}, "tanh": {"FNN": 3}})
+    The run at the default value may belong to Table 2 alone.
+
+    >>> with_several_values({"relu": {"FNN": 1, "IPNN": 2}, "tanh": {"FNN": 3}})
     {'relu': {'FNN': 1}, 'tanh': {'FNN': 3}}
     """
-    counts = Counter(name for of in values.values() for name in of)
+    counts = Counter(name for points in values.values() for name in points)
     found = {
-        value: {name: point for name, point in of.items() if counts[name] > 1}
-        for value, of in values.items()
+        value: {name: point for name, point in points.items() if counts[name] > 1}
+        for value, points in values.items()
     }
-    return {value: of for value, of in found.items() if of}
+    return {value: points for value, points in found.items() if points}
 
 
-def chosen(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
-    """Of a study, the value at which each system's validation logloss is the lowest: the test part chooses nothing."""
+def best_values(values: Study) -> dict[str, str]:
+    """Return the value at which each system's validation logloss is lowest.
+
+    The test part takes no part in the choice.
+    """
     best = {}
     for name in DEEP:
-        found = {
-            value: of[name]["validation_logloss"] for value, of in values.items() if name in of
+        loglosses = {
+            value: points[name]["validation_logloss"]
+            for value, points in values.items()
+            if name in points
         }
-        if found:
-            best[name] = min(found, key=lambda value: found[value])
+        if loglosses:
+            best[name] = min(loglosses, key=lambda value: loglosses[value])
     return best
 
 
+# -- the stream ----------------------------------------------------------------------------------
+
+
 def streaming(runs: Iterable[Run]) -> dict[str, dict[str, Any]]:
-    """One pass over the log, each example predicted before it is learned."""
-    told: dict[str, dict[str, Any]] = {}
-    for name, of in _by_title(_of_part(runs, "streaming")).items():
-        last = {
-            metric: mean_std(run["last_half"][metric] for run in of)[0]
+    """Return scores and speed of one pass that predicts each example before learning from it."""
+    by_title = _by_title(_select(runs, "streaming"))
+    return {name: _streaming_row(found) for name, found in by_title.items() if found}
+
+
+def _streaming_row(runs: Sequence[Run]) -> dict[str, Any]:
+    return {
+        **scores(runs),
+        "last_half": {
+            metric: mean_std(run["last_half"][metric] for run in runs)[0]
             for metric in ("auc", "logloss")
-        }
-        speed = {
-            kind: mean_std(run[kind] for run in of)[0]
-            for kind in ("seconds", "examples_per_second")
-        }
-        if of:
-            told[name] = {**scores(of), "last_half": last, **speed, "runs": len(of), "device": of[0]["device"],
-                          "minus_deepfm": of[0].get("paired") if len(of) == 1 else None}  # fmt: skip
-    return told
+        },
+        "seconds": mean_std(run["seconds"] for run in runs)[0],
+        "examples_per_second": mean_std(run["examples_per_second"] for run in runs)[0],
+        "runs": len(runs),
+        "device": runs[0]["device"],
+        "minus_deepfm": runs[0].get("paired") if len(runs) == 1 else None,
+    }
+
+
+# -- missing runs --------------------------------------------------------------------------------
 
 
 def failures(runs: Iterable[Run]) -> list[dict[str, Any]]:
-    """The runs that failed, and why."""
+    """Return the runs that failed, each with its error."""
     return [
         {
             "part": run["part"],
@@ -298,34 +349,42 @@ def failures(runs: Iterable[Run]) -> list[dict[str, Any]]:
 
 
 def missing(runs: Sequence[Run]) -> list[str]:
-    """What the report should have and no run gives, in words."""
-    told = _lacking("Table 2", list(_by_title(_of_part(runs, "table2")).items()))
+    """Return a sentence for each part of the report, or point of it, that no run gives."""
+    found = _missing_systems("Table 2", _by_title(_select(runs, "table2")))
     for part in STUDIES:
-        name, values = f"Figure {part.removeprefix('figure')}", study(runs, part)
-        if not values:
-            told.append(f"{name}: not run.")
-        elif absent := [value for value in published.VALUES[part] if value not in values]:
-            told.append(f"{name}: not run at {', '.join(absent)}.")
-        ran = [system for system in DEEP if any(system in of for of in values.values())]
-        told += _lacking(name, [(system, system in ran) for system in DEEP]) if values else []
-        for value, of in values.items():
-            told += _lacking(f"{name}, {value}", [(system, of.get(system)) for system in ran])
-    return told + _lacking("Streaming", list(_by_title(_of_part(runs, "streaming")).items()))
+        found += _missing_points(runs, part)
+    return found + _missing_systems("Streaming", _by_title(_select(runs, "streaming")))
 
 
-def _lacking(where: str, found: Sequence[tuple[str, object]]) -> list[str]:
-    absent = [name for name, of in found if not of]
+def _missing_points(runs: Sequence[Run], part: str) -> list[str]:
+    name = f"Figure {part.removeprefix('figure')}"
+    values = study(runs, part)
+    if not values:
+        return [f"{name}: not run."]
+    absent = [value for value in published.VALUES[part] if value not in values]
+    found = [f"{name}: not run at {', '.join(absent)}."] if absent else []
+    ran = [system for system in DEEP if any(system in points for points in values.values())]
+    found += _missing_systems(name, {system: system in ran for system in DEEP})
+    for value, points in values.items():
+        found += _missing_systems(
+            f"{name}, {value}", {system: points.get(system) for system in ran}
+        )
+    return found
+
+
+def _missing_systems(part: str, found: Mapping[str, object]) -> list[str]:
+    absent = [name for name, runs in found.items() if not runs]
     if len(absent) == len(found):
-        return [f"{where}: not run."]
-    return [f"{where}: no run of {', '.join(absent)}."] if absent else []
+        return [f"{part}: not run."]
+    return [f"{part}: no run of {', '.join(absent)}."] if absent else []
 
 
-def _ended(runs: Iterable[Run]) -> list[Run]:
+def _finished(runs: Iterable[Run]) -> list[Run]:
     return [run for run in runs if not run.get("failed")]
 
 
-def _of_part(runs: Iterable[Run], *parts: str) -> list[Run]:
-    return [run for run in _ended(runs) if run["part"] in parts]
+def _select(runs: Iterable[Run], *parts: str) -> list[Run]:
+    return [run for run in _finished(runs) if run["part"] in parts]
 
 
 def _by_title(runs: Iterable[Run]) -> dict[str, list[Run]]:

@@ -1,4 +1,4 @@
-"""What the page of a report says, block by block: everything is in the report's dictionary, which is report.json."""
+"""Build the page of a report, block by block, from the dictionary that report.json holds."""
 
 from __future__ import annotations
 
@@ -11,197 +11,235 @@ from stream_ctr.paper.findings import findings
 from stream_ctr.paper.page import Block, Code, Details, Facts, Heading, Listing, Note, Text
 from stream_ctr.paper.studies import figure6, study
 from stream_ctr.paper.tables import one_seed, streaming, table1, table2
-from stream_ctr.paper.words import count, duration, number, percent, plain
+from stream_ctr.paper.words import as_text, count, duration, number, percent
 
 
-def contents(told: Report) -> list[Block]:
-    """The page of a report, from the dictionary alone."""
-    studies = [block for part in STUDIES for block in study(told, part)]
+def contents(report: Report) -> list[Block]:
+    """Return the blocks of the page. The dictionary alone decides them."""
+    studies = [block for part in STUDIES for block in study(report, part)]
     return [
-        *_head(told),
-        *table2(told),
-        *table1(told),
-        *figure6(told),
+        *_head(report),
+        *table2(report),
+        *table1(report),
+        *figure6(report),
         *studies,
-        *streaming(told),
-        *_absent(told),
-        *_method(told),
+        *streaming(report),
+        *_missing(report),
+        *_method(report),
     ]
 
 
-def title(told: Report) -> str:
-    return f"The DeepFM paper, repeated on {told['data']['name']}"
+def title(report: Report) -> str:
+    """Return the title of the page."""
+    return f"The DeepFM paper, repeated on {report['data']['name']}"
 
 
-def _head(told: Report) -> list[Block]:
-    data, made = told["data"], told["made"]
-    blocks: list[Block] = [
-        Heading(title(told), 1),
+# -- data, settings, machine ---------------------------------------------------------------------
+
+
+def _head(report: Report) -> list[Block]:
+    made = report["made"]
+    settings = [
+        (str(name).replace("_", " "), as_text(value)) for name, value in report["settings"].items()
+    ]
+    return [
+        Heading(title(report), 1),
         Text(
-            "Table 1, Table 2 and Figures 6 to 11 of the DeepFM paper, measured again: its systems, on the same hashed features, "
-            "the same split and the same test examples. Numbers of the paper itself are in columns of their own."
+            "Tables 1 and 2 and Figures 6 to 11 of the DeepFM paper, measured again. All systems "
+            "use the same hashed features, the same split and the same test examples. The paper's "
+            "own numbers stand in separate columns."
         ),
         Text(f"The paper: {published.SOURCE}"),
-    ]
-    if made["quick"]:
-        blocks.append(
-            Note(
-                "A quick run (--quick), with the settings below: it shows that everything works. It is too short for a verdict."
-            )
-        )
-    if data["whole"]:
-        blocks.append(Note(data["whole"]))
-    if (dropped := told["settings"]["dropout"]) != published.DROPOUT:
-        blocks.append(Note(_DROPOUT_GIVEN.format(dropped, published.DROPOUT)))
-    if data["simulated"] is not None:
-        blocks.append(Note(_SIMULATED))
-    blocks += [
-        Heading("What came out"),
-        *findings(told),
+        *(Note(text) for text in _notes(report)),
+        Heading("Results"),
+        *findings(report),
         Heading("Data, settings, machine"),
-        Facts([*_data(data), *_made(told)]),
-    ]
-    settings = Facts([(_words(name), plain(value)) for name, value in told["settings"].items()])
-    return [
-        *blocks,
-        Details("All settings", [settings]),
+        Facts([*_data(report["data"]), *_made(report)]),
+        Details("All settings", [Facts(settings)]),
         Text("The command:"),
         Code(made["command"]),
     ]
 
 
-_DROPOUT_GIVEN = (
-    "The dropout of Table 2, {:g}, was given by hand; the paper's is {:g}. If test scores suggested it, Table 2 flatters it: choose by the "
-    "validation loglosses of Figure 8."
+_QUICK = (
+    "This is a quick run (--quick) with the settings below. It shows that everything works, but it "
+    "is too short to draw conclusions from."
 )
 
+_OTHER_DROPOUT = (
+    "Table 2 uses a dropout of {:g}, which was set by hand; the paper uses {:g}. If test scores "
+    "suggested the value, the scores in Table 2 are optimistic. Choose the dropout by the validation "
+    "loglosses of Figure 8."
+)
 
 _SIMULATED = (
-    "The log is simulated. The paper's second data set, Company*, is private; this log takes its place and is not that data. What it has "
-    "in exchange: the true probability of every click is known, and with it the best possible logloss."
+    "The log is simulated. The paper's second data set, Company*, is private. This log takes its "
+    "place, but its data is different. In a simulated log the true probability of every click is "
+    "known, and therefore the best possible logloss."
 )
+
+
+def _notes(report: Report) -> Iterator[str]:
+    data = report["data"]
+    if report["made"]["quick"]:
+        yield _QUICK
+    if data["whole"]:
+        yield data["whole"]
+    dropout = report["settings"]["dropout"]
+    if dropout != published.DROPOUT:
+        yield _OTHER_DROPOUT.format(dropout, published.DROPOUT)
+    if data["simulated"] is not None:
+        yield _SIMULATED
+
+
+_SPLITS = {
+    "random": "random, the same for all runs",
+    "time": "by time, with the latest examples as the test part",
+}
 
 
 def _data(data: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    counted = f"{count(data['impressions'])} impressions, {count(data['clicks'])} clicks, CTR {percent(data['ctr'])}"
-    yield "Data", f"{data['name']} ({data['format']}): {counted}"
-    fields = f"{data['fields']} fields ({count(data['categorical'])} categorical, {count(data['numeric'])} numeric)"
-    crosses = data["crosses"] or "none, so it has single features only"
-    yield "Fields", f"{fields}; cross products for the wide part of LR & DNN: {crosses}"
+    yield (
+        "Data",
+        f"{data['name']} ({data['format']}): {count(data['impressions'])} impressions, "
+        f"{count(data['clicks'])} clicks, CTR {percent(data['ctr'])}",
+    )
+    crosses = data["crosses"] or "none, so that part uses single features only"
+    yield (
+        "Fields",
+        f"{data['fields']} fields ({count(data['categorical'])} categorical, "
+        f"{count(data['numeric'])} numeric); cross products for the wide part of LR & DNN: "
+        f"{crosses}",
+    )
     if data["numeric_encoding"]:
-        yield "Numbers", data["numeric_encoding"]
-    how = {"random": "at random, the same for all", "time": "by time, the last are the test part"}[
-        data["split"]
-    ]
-    validation = f"{count(data['validation'])} for validation"
+        yield "Numeric fields", data["numeric_encoding"]
     yield (
         "Split",
-        f"{how}: {count(data['train'])} examples to train, {validation}, {count(data['test'])} to test",
+        f"{_SPLITS[data['split']]}: {count(data['train'])} examples for training, "
+        f"{count(data['validation'])} for validation, {count(data['test'])} for testing",
     )
-    if data["constant_logloss"] is not None:
-        yield (
-            "Logloss of the best constant",
-            f"{number(data['constant_logloss'], 5)} on the test part",
-        )
-    if data["best_possible_logloss"] is not None:
-        yield (
-            "Best possible logloss",
-            f"{number(data['best_possible_logloss'], 5)} on the test part",
-        )
+    for term, key in (
+        ("Logloss of the best constant", "constant_logloss"),
+        ("Best possible logloss", "best_possible_logloss"),
+    ):
+        if data[key] is not None:
+            yield term, f"{number(data[key], 5)} on the test part"
     for note in data["notes"]:
         yield "Note", f"{note[:1].upper()}{note[1:].rstrip('.')}"
 
 
-def _made(told: Report) -> Iterator[tuple[str, str]]:
-    made, settings = told["made"], told["settings"]
-    yield "Settings", "; ".join(says(settings[name]) for name, says in _USUAL.items())
+_PAPER_SETTINGS = (
+    f"dropout {published.DROPOUT}; network {'-'.join(map(str, published.HIDDEN))}; Adam, and FTRL "
+    f"for LR; {published.ACTIVATION}, {published.ACTIVATION_IPNN} for IPNN; K = {published.K} for "
+    "FM (section 3.1, Criteo)"
+)
+
+
+def _made(report: Report) -> Iterator[tuple[str, str]]:
+    made = report["made"]
+    settings = report["settings"]
+    machines = report["machines"]
+    yield "Settings", "; ".join(text(settings[name]) for name, text in _SETTING_TEXTS.items())
+    yield "The paper's settings", _PAPER_SETTINGS
+    no_spread = "; one seed has no spread" if one_seed(report) else ""
     yield (
-        "The paper's settings",
-        (
-            f"dropout {published.DROPOUT}; network {'-'.join(map(str, published.HIDDEN))}; Adam, and FTRL for LR; {published.ACTIVATION}, "
-            f"{published.ACTIVATION_IPNN} for IPNN; K = {published.K} for FM (section 3.1, Criteo)"
-        ),
+        "Seeds",
+        f"{made['seeds']} for Table 2, {made['study_seeds']} for Figures 7 to 11{no_spread}",
     )
-    alone = "; with one seed there is no spread to report" if one_seed(told) else ""
-    yield "Seeds", f"{made['seeds']} for Table 2, {made['study_seeds']} for Figures 7 to 11{alone}"
-    for where in told["machines"]:
-        yield "Machine", _machine(where, several=len(told["machines"]) > 1)
+    for machine in machines:
+        yield "Machine", _machine(machine, several=len(machines) > 1)
     if made["accelerator"]:
-        yield "Networks on", made["accelerator"]
-    yield "Took", f"{duration(made['seconds_total'])} for all runs"
+        yield "Networks trained on", made["accelerator"]
+    yield "Total time", f"{duration(made['seconds_total'])} for all runs"
 
 
-def _machine(where: Mapping[str, Any], *, several: bool) -> str:
-    machine = where["machine"]
-    runs = f"; {count(where['runs'])} points of the tables and figures" if several else ""
-    return f"{machine['processor']}, {machine['cores']} cores; stream-ctr {where['version']}, torch {where['torch']}{runs}"
+def _machine(found: Mapping[str, Any], *, several: bool) -> str:
+    machine = found["machine"]
+    runs = f"; {count(found['runs'])} points of the tables and figures" if several else ""
+    return (
+        f"{machine['processor']}, {machine['cores']} cores; stream-ctr {found['version']}, "
+        f"torch {found['torch']}{runs}"
+    )
 
 
-_USUAL: Mapping[str, Callable[[Any], str]] = {
+def _optimizer_text(name: str) -> str:
+    lazy = name == "adam"
+    return "lazy Adam (only the rows in a batch take a step)" if lazy else name
+
+
+_SETTING_TEXTS: Mapping[str, Callable[[Any], str]] = {
     "dropout": lambda share: f"dropout {share:g}",
     "hidden": lambda widths: f"network {'-'.join(map(str, widths))}",
     "embedding_dim": lambda width: f"K = {width}",
     "table_bits": lambda bits: f"an embedding table of 2^{bits} = {count(2**bits)} rows",
-    "table_optimizer": lambda name: (
-        f"table by {'lazy Adam (only the rows of a batch step)' if name == 'adam' else name}"
-    ),
-    "dense_learning_rate": lambda rate: f"network by Adam, rate {rate:g}",
-    "ftrl": lambda rates: f"LR by FTRL, {plain(rates)}",
+    "table_optimizer": lambda name: f"table optimizer {_optimizer_text(name)}",
+    "dense_learning_rate": lambda rate: f"network optimizer Adam, learning rate {rate:g}",
+    "ftrl": lambda rates: f"LR optimizer FTRL, {as_text(rates)}",
     "batch_size": lambda size: f"batches of {count(size)}",
     "epochs": lambda most: f"at most {most} {'epoch' if most == 1 else 'epochs'}",
     "precision": lambda name: f"precision {name}",
 }
 
 
-def _words(name: object) -> str:
-    return str(name).replace("_", " ")
+# -- missing results and method ------------------------------------------------------------------
 
 
-def _absent(told: Report) -> list[Block]:
-    if not told["missing"] and not told["failed"]:
+def _missing(report: Report) -> list[Block]:
+    if not report["missing"] and not report["failed"]:
         return []
     failed = [
-        f"Failed: {of['system']}, {_place(of)}, seed {of['seed']}: {of['error']}"
-        for of in told["failed"]
+        f"Failed: {run['system']}, {_point(run)}, seed {run['seed']}: {run['error']}"
+        for run in report["failed"]
     ]
-    return [Heading("What is missing"), Listing([*failed, *told["missing"]])]
+    return [Heading("Missing results"), Listing([*failed, *report["missing"]])]
 
 
-def _place(of: Mapping[str, Any]) -> str:
-    return (
-        f"{of['part']} at {of['value']}"
-        if of["value"] and of["part"] in STUDIES
-        else str(of["part"])
-    )
+def _point(run: Mapping[str, Any]) -> str:
+    varies = run["value"] and run["part"] in STUDIES
+    return f"{run['part']} at {run['value']}" if varies else str(run["part"])
 
 
-def _method(told: Report) -> list[Block]:
-    spread = (
-        "With one seed the interval holds the first kind of chance only; another seed may well give another order."
-        if one_seed(told)
-        else "So few seeds are themselves uncertain; Student's t makes the interval as wide as that demands."
-    )
+_TRAINING = (
+    "Training: every epoch uses a different order. The data is shuffled as a whole, or in chunks "
+    "of half a gigabyte when it is larger than that. The validation logloss is measured four times "
+    "per epoch. Training stops after four checks in a row without improvement, and the weights of "
+    "the best check are tested. The test part takes no part in any choice made here. It does when "
+    "someone picks a setting by the test scores of a report and runs again."
+)
+
+_TUNING = (
+    "Tuning: LR's default rates were close to the best of a grid on samples of Criteo and Avazu "
+    "and on a simulated stream. The networks' defaults are the paper's settings and Adam's usual "
+    "learning rate; they were not tuned."
+)
+
+_INTERVAL = (
+    "A difference is the mean test loss of one system minus that of another on the same examples, "
+    "averaged over the seeds that both have. Its 95 % interval covers two sources of chance: which "
+    "examples are in the test part (a bootstrap over blocks of neighbouring examples), and the "
+    "random numbers that a training starts from (the spread of the difference over seeds, by "
+    "Student's t with one degree of freedom fewer than there are seeds). "
+)
+
+_ONE_SEED = (
+    "With one seed the interval covers the first source only; another seed may give another order."
+)
+
+_FEW_SEEDS = "Few seeds estimate that spread poorly; Student's t widens the interval accordingly."
+
+_NOT_COVERED = (
+    "The interval does not cover other training data or other hyper-parameters. When eight "
+    "intervals stand side by side, at least one excludes zero in up to a third of such reports, "
+    "even if all systems are equally good."
+)
+
+
+def _method(report: Report) -> list[Block]:
     return [
-        Heading("How it was done"),
-        Text(
-            "Training: each epoch has an order of its own, shuffled as a whole or, of data above half a gigabyte, in parts of that size. "
-            "Four times an epoch the logloss of the validation part is taken; four checks in a row that are no better end a training, and "
-            "the weights of the best check are tested. The test part chooses nothing here. It does where somebody picks a setting by the "
-            "test scores of a report and runs again."
-        ),
-        Text(
-            "Tuning: LR's default rates were close to the best of a grid on samples of Criteo and Avazu and on a simulated stream. The "
-            "networks' defaults are the paper's settings and Adam's usual rate, not tuned."
-        ),
+        Heading("Method"),
+        Text(_TRAINING),
+        Text(_TUNING),
         Heading("How to read the intervals"),
-        Text(
-            "A difference is a system's mean loss on the test examples less another's on the same examples, averaged over the seeds that "
-            "both have. Its 95 % interval is for two kinds of chance: which examples are in the test part (a bootstrap over blocks of "
-            "neighbouring examples), and which numbers a training began with (the spread of the difference over seeds, by Student's t "
-            f"with one degree of freedom less than there are seeds). {spread}"
-        ),
-        Text(
-            "It does not hold what another training part or other hyper-parameters would change. Where eight intervals stand side by side, "
-            "even if all systems were equally good, at least one would leave zero out in up to a third of such reports."
-        ),
+        Text(_INTERVAL + (_ONE_SEED if one_seed(report) else _FEW_SEEDS)),
+        Text(_NOT_COVERED),
     ]

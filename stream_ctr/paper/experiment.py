@@ -1,9 +1,14 @@
-"""One run: a system with its hyper-parameters and a seed, trained and tested; or one pass over all examples in the order of their times.
+"""One run: train and test a system with its hyper-parameters and a seed, or pass over a stream.
 
-`train` goes over the training part and scores the validation part four times an epoch, until that has not been better for four checks in a
-row, and scores the test part with the weights of the best check: the test part decides nothing. `stream` predicts each example before it
+`train` goes over the training part and scores the validation part four times per epoch. It stops
+after four checks in a row without improvement and scores the test part with the weights of the best
+check, so that the test part decides nothing.
+
+`stream` makes one pass over all examples in event-time order and predicts each example before it
 learns it.
-Either returns an outcome, a dictionary of plain numbers, which depends on the setting and the data alone but for its times.
+
+Both return an outcome: a dictionary of plain numbers. Apart from its times it depends only on the
+setting and the data.
 """
 
 from __future__ import annotations
@@ -30,13 +35,17 @@ from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, Split, shuffled
 from stream_ctr.paper.intervals import block_sums
 
-_AT_ONCE = 1 << 16
-_SKIPS = 8
-# Of the validation part, an epoch; as many in a row that are no better end a training. Not fewer: what is seen for the second time is
-# overfitted first, and interactions may be found later in the same epoch.
-_CHECKS = 4
-_FIRST_STEPS = 4
+_PREDICT_ROWS = 1 << 16
+_MAX_SKIPPED_BATCHES = 8
+_CHECKS_PER_EPOCH = 4
+# A training stops after this many checks in a row without improvement. Fewer would stop too early:
+# a repeated example is overfitted first, and interactions may be found later in the same epoch.
+_PATIENCE = _CHECKS_PER_EPOCH
+_WARMUP_STEPS = 4
+_LOSS_BATCHES = 256
 Losses = npt.NDArray[np.float64]
+Logits = npt.NDArray[np.float64]
+Scores = dict[str, Any]
 Advance = Callable[[int], None]
 
 
@@ -45,9 +54,11 @@ _OF_SPEC = {field.name for field in msgspec.structs.fields(LearnerSpec)}
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Everything that decides an outcome besides the data. `learner` are options of `make_learner`; `dropout` is the share dropped.
+    """Everything besides the data that decides an outcome.
 
-    `epochs` is the most that are trained, 0 one pass in event-time order; `share` how much of the training part is used.
+    `dropout` is the share dropped. `epochs` is the maximum number of epochs; 0 means one pass in
+    event-time order. `share` is the part of the training part that is used. `learner` holds further
+    options of `make_learner`. The fields are part of a run's key, so renaming one repeats all runs.
     """
 
     system: str
@@ -62,6 +73,7 @@ class Setting:
     learner: dict[str, Any]
 
     def make(self) -> Learner:
+        """Return a new learner with these options."""
         own = {
             "model": self.system,
             "seed": self.seed,
@@ -74,41 +86,48 @@ class Setting:
         described = {name: options.pop(name) for name in list(options) if name in _OF_SPEC}
         return make_learner(msgspec.convert(described, LearnerSpec), device=self.device, **options)
 
-    def told(self) -> dict[str, Any]:
-        activation = (
-            MODELS[self.system].activation if self.activation == "paper" else self.activation
-        )
-        told = {
+    def summary(self) -> dict[str, Any]:
+        """Return the options that an outcome repeats."""
+        own = MODELS[self.system].activation
+        return {
             "system": self.system,
             "seed": self.seed,
-            "activation": activation,
+            "activation": own if self.activation == "paper" else self.activation,
             "dropout": self.dropout,
+            "hidden": list(self.hidden),
+            "batch_size": self.batch_size,
         }
-        return {**told, "hidden": list(self.hidden), "batch_size": self.batch_size}
 
 
 class Diverged(StreamCtrError):
-    """A loss is not finite, or the gradient again and again."""
+    """A logit is not finite, or the loss or gradient of many batches in a row is not."""
+
+
+# -- scores --------------------------------------------------------------------------------------
 
 
 def auc(logits: npt.NDArray[np.floating], labels: Labels) -> float:
-    """The share of pairs of a click and a non-click that are in order, ties one half; exact, by ranks. NaN without such pairs.
+    """Return the share of (click, non-click) pairs in the right order, with ties as one half.
+
+    The result is exact and NaN if there is no such pair.
 
     >>> auc(np.array([0.1, 0.4, 0.4, 0.9]), np.array([0, 0, 1, 1], np.uint8))
     0.875
     """
-    clicked, others = logits[labels == 1], np.sort(logits[labels == 0])
+    clicked = logits[labels == 1]
+    others = np.sort(logits[labels == 0])
     if not len(clicked) or not len(others):
         return float("nan")
-    below, not_above = (np.searchsorted(others, clicked, side) for side in ("left", "right"))
+    below = np.searchsorted(others, clicked, "left")
+    not_above = np.searchsorted(others, clicked, "right")
     return float((below.sum() + not_above.sum()) / 2 / (len(clicked) * len(others)))
 
 
-Scores = dict[str, Any]
+def scores(logits: Logits, labels: Labels) -> Scores:
+    """Return `auc`, None if it is undefined, and `logloss`.
 
-
-def scores(logits: npt.NDArray[np.float64], labels: Labels) -> Scores:
-    """AUC, None where there is none, and logloss. Raises `Diverged` when a logit is not finite."""
+    Raises `Diverged` if a logit is not finite.
+    """
     if not np.isfinite(logits).all():
         raise Diverged("a logit is not finite")
     found = auc(logits, labels)
@@ -118,41 +137,67 @@ def scores(logits: npt.NDArray[np.float64], labels: Labels) -> Scores:
     }
 
 
+def predict_rows(learner: Learner, data: Dataset, rows: Rows) -> tuple[Labels, Logits]:
+    """Return labels and logits [n] of these examples, predicted in large batches."""
+    labels = np.empty(len(rows), np.uint8)
+    logits = np.empty(len(rows))
+    for start in range(0, len(rows), _PREDICT_ROWS):
+        part = slice(start, start + _PREDICT_ROWS)
+        ids, labels[part], values = data[rows[part]]
+        logits[part] = learner.predict(ids, values)
+    return labels, logits
+
+
 # -- epochs --------------------------------------------------------------------------------------
 
 
 def train(
     setting: Setting, data: Dataset, split: Split, *, advance: Advance = lambda n: None
 ) -> tuple[dict[str, Any], Losses]:
-    """The outcome, and the losses of the test part [test] in its order. `advance` is told of each batch. Raises `Diverged`.
+    """Return the outcome of a training, and the losses of the test part [test] in its order.
 
-    Its times are those of a step, the first steps left out, by the steps until the best check.
+    `advance` is called with the number of examples of each batch. The times in the outcome are
+    those of a step, without the first steps, multiplied by the steps until the best check. Raises
+    `Diverged`.
     """
-    pretraining: Fit | None = None
+    pretraining: FitResult | None = None
     learner = setting.make()
     fitting = Fitting(learner, setting, data, split, advance)
     if isinstance(learner, NetworkLearner) and learner.pretraining:
-        pretraining = fitting.best()
+        pretraining = fitting.run()
         learner.end_pretraining()
-    fit = fitting.best()
-    labels, logits = predicted(learner, data, split.rows(TEST))
-    before = pretraining.seconds if pretraining else 0.0
+    fit = fitting.run()
+    labels, logits = predict_rows(learner, data, split.rows(TEST))
+    seconds_pretraining = pretraining.seconds if pretraining else 0.0
     outcome = {
-        **setting.told(), **scores(logits, labels), "epochs": fit.epochs, "best_epoch": fit.best_epoch,
+        **setting.summary(),
+        **scores(logits, labels),
+        "epochs": fit.epochs,
+        "best_epoch": fit.best_epoch,
         "train_logloss": fit.train_logloss if math.isfinite(fit.train_logloss) else None,
-        "validation": fit.validation, "seconds": fit.seconds + before, "seconds_pretraining": before,
-        "seconds_per_epoch": fit.seconds_per_epoch, "examples_per_second": fitting.examples / fit.seconds_per_epoch,
-        "training_examples": fitting.examples, "device": device_of(learner), "parameters": parameters(learner),
-    }  # fmt: skip
+        "validation": fit.validation,
+        "seconds": fit.seconds + seconds_pretraining,
+        "seconds_pretraining": seconds_pretraining,
+        "seconds_per_epoch": fit.seconds_per_epoch,
+        "examples_per_second": fitting.examples / fit.seconds_per_epoch,
+        "training_examples": fitting.examples,
+        "device": device_of(learner),
+        "parameters": parameters(learner),
+    }
     if pretraining:
         outcome["validation_pretraining"] = pretraining.validation
     return outcome, metrics.losses(logits, labels)
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
-    """`epochs` that were trained, in quarters, and after which of them `validation` was best; `seconds` of training until then.
-    `train_logloss` is that of the last epoch, as far as it went: of each example before it was learned, with what dropout left."""
+class FitResult:
+    """The result of `Fitting.run`.
+
+    `epochs` counts the training in quarters, and `best_epoch` until the best check. `seconds` is
+    the training time until then. `validation` has the scores of each check. `train_logloss` is that
+    of the last epoch, up to where it stopped; each example is scored before it is learned, with
+    dropout.
+    """
 
     epochs: float
     best_epoch: float
@@ -163,65 +208,74 @@ class Fit:
 
 
 class Fitting:
-    """Epochs over the training part, until the validation part says that it is enough."""
+    """Epochs over the training part until the validation part stops improving."""
 
     def __init__(
         self, learner: Learner, setting: Setting, data: Dataset, split: Split, advance: Advance
     ) -> None:
-        self.learner, self.setting, self.data, self.split, self._advance = (
-            learner,
-            setting,
-            data,
-            split,
-            advance,
-        )
+        self.learner = learner
+        self.setting = setting
+        self.data = data
+        self.split = split
         self.examples = split.count(TRAINING, setting.share)
+        self._advance = advance
         self._steps = -(-self.examples // setting.batch_size)
         self._validation_rows = split.rows(VALIDATION)
-        self._kept = Kept(learner, data, split, setting.share)
-        self._epochs = 0  # of both, where there is pre-training: no two have the same order
-        self._loss, self._skips = Loss(), 0
+        self._best_weights = BestWeights(learner, data, split, setting.share)
+        self._epochs = 0  # includes those of pre-training, so that no two have the same order
+        self._loss = MeanLoss()
+        self._skipped = 0
 
-    def best(self) -> Fit:
-        """Train until checks in a row are no better; the learner then has the weights of the best."""
-        clock = Clock(self.learner, first=min(_FIRST_STEPS, self._steps - 1))
+    def run(self) -> FitResult:
+        """Train until checks in a row do not improve, then restore the weights of the best one."""
+        timer = StepTimer(self.learner, warmup=min(_WARMUP_STEPS, self._steps - 1))
         validation: list[Scores] = []
-        best, since = float("inf"), 0
-        for epoch in self._checks(clock):
-            labels, logits = predicted(self.learner, self.data, self._validation_rows)
+        best = float("inf")
+        since_best = 0
+        for epoch in self._checks(timer):
+            labels, logits = predict_rows(self.learner, self.data, self._validation_rows)
             validation.append({"epoch": epoch, **scores(logits, labels)})
             if validation[-1]["logloss"] < best:
-                best, since = validation[-1]["logloss"], 0
-                self._kept.keep()
-            elif (since := since + 1) == _CHECKS:
-                break
-        if since:
-            self._kept.bring_back()
-        at = validation[-1 - since]["epoch"]
-        seconds = clock.seconds_per_step * self._steps
-        return Fit(
-            validation[-1]["epoch"], at, seconds * at, seconds, validation, self._loss.mean()
+                best = validation[-1]["logloss"]
+                since_best = 0
+                self._best_weights.save()
+            else:
+                since_best += 1
+                if since_best == _PATIENCE:
+                    break
+        if since_best:
+            self._best_weights.restore()
+        best_epoch = validation[-1 - since_best]["epoch"]
+        seconds_per_epoch = timer.seconds_per_step * self._steps
+        return FitResult(
+            epochs=validation[-1]["epoch"],
+            best_epoch=best_epoch,
+            seconds=seconds_per_epoch * best_epoch,
+            seconds_per_epoch=seconds_per_epoch,
+            validation=validation,
+            train_logloss=self._loss.mean(),
         )
 
-    def _checks(self, clock: Clock) -> Iterator[float]:
-        """Train, and stop at each check: how many epochs it has been by then."""
-        after = {
-            -(-self._steps * check // _CHECKS): check / _CHECKS for check in range(1, _CHECKS + 1)
-        }
+    def _checks(self, timer: StepTimer) -> Iterator[float]:
+        """Train, and yield the number of epochs at each check."""
+        quarters = {
+            -(-self._steps * check // _CHECKS_PER_EPOCH): check / _CHECKS_PER_EPOCH
+            for check in range(1, _CHECKS_PER_EPOCH + 1)
+        }  # step -> share of the epoch
         for epoch in range(self.setting.epochs):
-            self._loss = Loss()
+            self._loss = MeanLoss()
             for step, (batch, following) in enumerate(with_following(self._batches()), start=1):
                 self._learn(batch, following)
-                clock.stepped()
-                if step in after:
-                    clock.pause()
-                    yield epoch + after[step]
-                    clock.go_on()
+                timer.step_done()
+                if step in quarters:
+                    timer.pause()
+                    yield epoch + quarters[step]
+                    timer.resume()
 
     def _learn(self, batch: Batch, following: Batch | None) -> None:
         logits = self.learner.learn(*batch, following=following)
         self._advance(len(batch[1]))
-        self._skips = skipped(self._skips, logits)
+        self._skipped = count_skipped(self._skipped, logits)
         if logits is not None:
             self._loss.add(logits, batch[1])
 
@@ -239,72 +293,90 @@ class Fitting:
         return (self.data[batch] for batch in rows)
 
 
-def skipped(before: int, logits: Tensor | None) -> int:
-    """How many batches in a row could not be learned, with this one. Raises `Diverged` when they are many."""
+def count_skipped(before: int, logits: Tensor | None) -> int:
+    """Return the number of batches in a row that were not learned, including this one.
+
+    `logits` is None for such a batch. Raises `Diverged` when there are too many in a row.
+
+    >>> count_skipped(2, None), count_skipped(2, torch.zeros(1))
+    (3, 0)
+    """
     if logits is not None:
         return 0
-    if before + 1 >= _SKIPS:
-        raise Diverged(f"no finite loss and gradient in {_SKIPS} batches in a row")
+    if before + 1 >= _MAX_SKIPPED_BATCHES:
+        raise Diverged(f"no finite loss and gradient in {_MAX_SKIPPED_BATCHES} batches in a row")
     return before + 1
 
 
-class Clock:
-    """How long a step takes. The `first` ones, in which code is compiled and graphs are recorded, are not measured."""
+class StepTimer:
+    """The mean time of a step.
 
-    def __init__(self, learner: Learner, *, first: int) -> None:
-        self._learner, self._first = learner, first
-        self._steps, self._seconds = 0, 0.0  # measured
-        self._began: float | None = None
-        self._begin_anew()
+    The first `warmup` steps compile code and record graphs, and are not measured.
+    """
 
-    def _begin_anew(self) -> None:
-        self._pretraining, self._left = self._learner.pretraining, self._first
-        self.go_on()
+    def __init__(self, learner: Learner, *, warmup: int) -> None:
+        self._learner = learner
+        self._warmup = warmup
+        self._measured_steps = 0
+        self._seconds = 0.0
+        self._started: float | None = None
+        self._start_warmup()
 
-    def stepped(self) -> None:
-        if self._began is not None:
-            self._steps += 1
-        elif self._left:
-            self._left -= 1
-            self.go_on()
-        if (
-            self._learner.pretraining != self._pretraining
-        ):  # another step, which is recorded in its turn
+    def _start_warmup(self) -> None:
+        self._pretraining = self._learner.pretraining
+        self._warmup_left = self._warmup
+        self.resume()
+
+    def step_done(self) -> None:
+        """Count a step."""
+        if self._started is not None:
+            self._measured_steps += 1
+        elif self._warmup_left:
+            self._warmup_left -= 1
+            self.resume()
+        if self._learner.pretraining != self._pretraining:  # the new step is recorded in its turn
             self.pause()
-            self._begin_anew()
+            self._start_warmup()
 
     def pause(self) -> None:
-        if self._began is not None:
+        """Stop measuring until `resume`."""
+        if self._started is not None:
             synchronize(self._learner)
-            self._seconds += time.perf_counter() - self._began
-            self._began = None
+            self._seconds += time.perf_counter() - self._started
+            self._started = None
 
-    def go_on(self) -> None:
-        if not self._left:
+    def resume(self) -> None:
+        """Measure from now on, unless warm-up steps are left."""
+        if not self._warmup_left:
             synchronize(self._learner)
-            self._began = time.perf_counter()
+            self._started = time.perf_counter()
 
     @property
     def seconds_per_step(self) -> float:
-        """Until the last pause."""
-        return self._seconds / max(self._steps, 1)
+        """The mean time of the steps until the last pause."""
+        return self._seconds / max(self._measured_steps, 1)
 
 
-class Kept:
-    """The weights of a learner, to be brought back. Of a table that is larger than what is learned, only the rows that are."""
+class BestWeights:
+    """A copy of a learner's weights that can be restored.
+
+    If the table has more rows than the training part can use, only the used rows are copied.
+    """
 
     def __init__(self, learner: Learner, data: Dataset, split: Split, share: float) -> None:
         self._learner = learner
         self._rows: Tensor | None = None
         self._weights: State = {}
         self._tensors: dict[str, Tensor] = {}
-        if isinstance(learner, NetworkLearner) and share * split.count(TRAINING) * data.ids.shape[
-            1
-        ] < len(learner.table.rows):
+        if not isinstance(learner, NetworkLearner):
+            return
+        ids = share * split.count(TRAINING) * data.ids.shape[1]
+        if ids < len(learner.table.rows):
             rows = np.unique(data.ids[split.rows(TRAINING, share=share)]).astype(np.int64)
             self._rows = torch.from_numpy(rows).to(learner.device)
 
-    def keep(self) -> None:
+    def save(self) -> None:
+        """Copy the weights in place of an earlier copy."""
         learner = self._learner
         if self._rows is None or not isinstance(learner, NetworkLearner):
             self._weights = learner.weights(reuse=True)
@@ -312,7 +384,8 @@ class Kept:
             dense = {name: tensor.clone() for name, tensor in learner.model.state_dict().items()}
             self._tensors = {"table": learner.table.rows[self._rows], **dense}
 
-    def bring_back(self) -> None:
+    def restore(self) -> None:
+        """Give the saved weights back to the learner."""
         learner = self._learner
         if self._rows is None or not isinstance(learner, NetworkLearner):
             learner.load_weights(self._weights)
@@ -323,133 +396,144 @@ class Kept:
 
 
 def with_following(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Batch | None]]:
-    """Each batch with the one after it, which a GPU has on its way meanwhile."""
+    """Yield each batch with the one after it, which a GPU copies in the meantime."""
     ahead, behind = itertools.tee(batches)
     return itertools.zip_longest(behind, itertools.islice(ahead, 1, None))
 
 
-class Loss:
-    """A mean over batches whose logits may still be on their way from a device: they are asked for some batches later, many at once."""
+class MeanLoss:
+    """The mean loss over batches whose logits may still be on their way from a device.
+
+    Logits are copied from the device many batches at once.
+    """
 
     def __init__(self) -> None:
         self._logits: list[Tensor] = []
         self._labels: list[Labels] = []
-        self._sum, self._count = 0.0, 0
+        self._sum = 0.0
+        self._count = 0
 
     def add(self, logits: Tensor, labels: Labels) -> None:
+        """Add the losses of a batch."""
         self._logits.append(logits)
         self._labels.append(labels)
-        if len(self._logits) >= 256:
+        if len(self._logits) >= _LOSS_BATCHES:
             self._flush()
 
     def mean(self) -> float:
+        """Return the mean over all examples added, 0 without any."""
         self._flush()
         return self._sum / max(self._count, 1)
 
     def _flush(self) -> None:
         if self._logits:
-            logits, labels = (
-                torch.cat(self._logits).double().cpu().numpy(),
-                np.concatenate(self._labels),
-            )
+            logits = torch.cat(self._logits).double().cpu().numpy()
+            labels = np.concatenate(self._labels)
             self._sum += float(metrics.losses(logits, labels).sum())
             self._count += len(labels)
-        self._logits, self._labels = [], []
-
-
-def predicted(
-    learner: Learner, data: Dataset, rows: Rows
-) -> tuple[Labels, npt.NDArray[np.float64]]:
-    """Labels and logits [n] of these examples, some thousands at a time."""
-    labels, logits = np.empty(len(rows), np.uint8), np.empty(len(rows))
-    for start in range(0, len(rows), _AT_ONCE):
-        part = slice(start, start + _AT_ONCE)
-        ids, labels[part], values = data[rows[part]]
-        logits[part] = learner.predict(ids, values)
-    return labels, logits
+        self._logits = []
+        self._labels = []
 
 
 # -- one pass ------------------------------------------------------------------------------------
 
 
 def stream(setting: Setting, data: Dataset, *, advance: Advance = lambda n: None) -> dict[str, Any]:
-    """The outcome of one pass in event-time order, each example predicted before it is learned. `blocks` are sums of losses of
-    neighbouring examples, for intervals. Raises `Diverged`."""
+    """Return the outcome of one pass in event-time order.
+
+    Each example is predicted before it is learned. `last_half` has the scores of the second half,
+    and `blocks` the sums of losses over neighbouring examples, for intervals. `advance` is called
+    with the number of examples of each batch. Raises `Diverged`.
+    """
     learner = setting.make()
-    logits, skips = np.zeros(len(data)), 0
-    came: list[tuple[slice, Tensor]] = []
-    places = [
-        slice(start, min(start + setting.batch_size, len(data)))
-        for start in range(0, len(data), setting.batch_size)
-    ]
-    clock = Clock(learner, first=min(_FIRST_STEPS, len(places) - 1))
-    for batch, ((ids, labels, values), following) in zip(
-        places, with_following(data[place] for place in places), strict=True
-    ):
-        found = learner.learn(ids, labels, values, following=following)
-        skips = skipped(skips, found)
-        came.append(
-            (batch, torch.from_numpy(learner.predict(ids, values)) if found is None else found)
-        )
-        advance(len(labels))
-        if len(came) >= 256 or batch.stop == len(data):
-            for place, some in came:
-                logits[place] = some.double().cpu().numpy()
-            came = []
-        clock.stepped()
-    clock.pause()
-    seconds = clock.seconds_per_step * len(places)
+    logits, seconds = _progressive_logits(learner, setting.batch_size, data, advance)
     labels = np.array(data.labels)
-    of_all, half = scores(logits, labels), len(data) // 2
+    half = len(data) // 2
     return {
-        **setting.told(), **of_all, "last_half": scores(logits[half:], labels[half:]), "seconds": seconds,
-        "examples_per_second": len(data) / seconds, "device": device_of(learner), "parameters": parameters(learner),
+        **setting.summary(),
+        **scores(logits, labels),
+        "last_half": scores(logits[half:], labels[half:]),
+        "seconds": seconds,
+        "examples_per_second": len(data) / seconds,
+        "device": device_of(learner),
+        "parameters": parameters(learner),
         "blocks": block_sums(metrics.losses(logits, labels)).tolist(),
-    }  # fmt: skip
+    }
 
 
-# -- of a learner --------------------------------------------------------------------------------
+def _progressive_logits(
+    learner: Learner, batch_size: int, data: Dataset, advance: Advance
+) -> tuple[Logits, float]:
+    """Return the logits [N] before each example was learned, and the seconds of the pass."""
+    logits = np.zeros(len(data))
+    skipped = 0
+    places = [
+        slice(start, min(start + batch_size, len(data)))
+        for start in range(0, len(data), batch_size)
+    ]
+    batches = with_following(data[place] for place in places)
+    on_device: list[tuple[slice, Tensor]] = []
+    timer = StepTimer(learner, warmup=min(_WARMUP_STEPS, len(places) - 1))
+    for place, ((ids, labels, values), following) in zip(places, batches, strict=True):
+        learned = learner.learn(ids, labels, values, following=following)
+        skipped = count_skipped(skipped, learned)
+        if learned is None:
+            learned = torch.from_numpy(learner.predict(ids, values))
+        on_device.append((place, learned))
+        advance(len(labels))
+        if len(on_device) >= _LOSS_BATCHES or place.stop == len(data):
+            for past, tensor in on_device:
+                logits[past] = tensor.double().cpu().numpy()
+            on_device = []
+        timer.step_done()
+    timer.pause()
+    return logits, timer.seconds_per_step * len(places)
+
+
+# -- properties of a learner ---------------------------------------------------------------------
 
 
 def device_of(learner: Learner) -> str:
+    """Return the type of the device that the learner uses."""
     return learner.device.type if isinstance(learner, NetworkLearner) else "cpu"
 
 
 def synchronize(learner: Learner) -> None:
-    """Until what was begun on a GPU is done."""
+    """Wait until the work queued on a GPU is done."""
     if device_of(learner) == "cuda":
         torch.cuda.synchronize()
 
 
 def parameters(learner: Learner) -> int:
-    """Of the dense part, the table not counted."""
-    return (
-        sum(parameter.numel() for parameter in learner.model.parameters())
-        if isinstance(learner, NetworkLearner)
-        else 1
-    )
+    """Return the number of parameters of the dense part, without the table."""
+    if not isinstance(learner, NetworkLearner):
+        return 1
+    return sum(parameter.numel() for parameter in learner.model.parameters())
 
 
 def seconds_per_example(
     setting: Setting, data: Dataset, split: Split, *, batches: int = 4
 ) -> float:
-    """Measured on a few batches after the first ones; of a system that is pre-trained for an example of either."""
+    """Return the time per example, measured on a few batches after the warm-up.
+
+    For a system with pre-training it is the time of an example of both trainings.
+    """
     learner = replace(setting, epochs=1).make()
-    rows = split.rows(TRAINING, 0, 4 * (batches + _FIRST_STEPS) * setting.batch_size)
-    parts = [rows[at : at + setting.batch_size] for at in range(0, len(rows), setting.batch_size)][
-        : batches + _FIRST_STEPS
-    ]
+    size = setting.batch_size
+    steps = batches + _WARMUP_STEPS
+    rows = split.rows(TRAINING, 0, 4 * steps * size)
+    parts = [rows[start : start + size] for start in range(0, len(rows), size)][:steps]
     seconds = _seconds_per_step(learner, data, parts)
     if isinstance(learner, NetworkLearner) and learner.pretraining:
         learner.end_pretraining()
         seconds += _seconds_per_step(learner, data, parts)
-    return seconds / setting.batch_size
+    return seconds / size
 
 
 def _seconds_per_step(learner: Learner, data: Dataset, parts: list[Rows]) -> float:
-    clock = Clock(learner, first=min(_FIRST_STEPS, len(parts) - 1))
+    timer = StepTimer(learner, warmup=min(_WARMUP_STEPS, len(parts) - 1))
     for part in parts:
         learner.learn(*data[part])
-        clock.stepped()
-    clock.pause()
-    return clock.seconds_per_step
+        timer.step_done()
+    timer.pause()
+    return timer.seconds_per_step

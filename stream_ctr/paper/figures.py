@@ -1,41 +1,53 @@
-"""The report's pictures, as text of SVG files. Matplotlib draws them: it writes the same bytes for the same data, and needs no browser.
+"""Draw the report's pictures as the text of SVG files.
 
-Letters are outlines, so a picture looks the same wherever it is opened. What is neither data nor ground has the colour `currentColor`,
-so the text around a picture decides whether it is dark or light; `on_white` is for where there is none.
+Matplotlib draws them, because it writes the same bytes for the same data and needs no browser. It
+is optional (`pip install 'stream-ctr[paper]'`), and this is the only file that imports it.
+
+Letters are outlines, so that a picture looks the same on every machine. Everything that is neither
+data nor background has the colour `currentColor`: the text around a picture decides whether it is
+dark or light. `on_white` makes a picture that stands alone.
 """
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-Study = Mapping[
-    str, Mapping[str, Mapping[str, float | None]]
-]  # value -> system -> {"auc", "auc_std", "logloss", "logloss_std"}
+from stream_ctr.errors import ConfigError
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+except ImportError as error:
+    raise ConfigError(
+        "stream-ctr paper draws figures with matplotlib: pip install 'stream-ctr[paper]'"
+    ) from error
+
+Scores = Mapping[str, float | None]  # "auc", "auc_std", "logloss", "logloss_std"
+Study = Mapping[str, Mapping[str, Scores]]  # value -> system -> scores
+Ratios = Mapping[str, Mapping[str, float]]  # system -> "median", "least", "most"
 
 METRICS = {"auc": "AUC, higher is better", "logloss": "logloss, lower is better"}
 AXES = {
     "figure7": "activation",
-    "figure8": "dropout: share of neurons kept",
+    "figure8": "dropout (share of neurons kept)",
     "figure9": "neurons in each layer",
     "figure10": "hidden layers",
     "figure11": "shape of the network",
 }
-_NOMINAL = {
-    "figure7",
-    "figure11",
-}  # their values have no order: a line from one to the next would mean nothing
+# The values of these figures have no order, so no line connects them.
+_NOMINAL = {"figure7", "figure11"}
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
-# Okabe and Ito's colours, which the colour-blind tell apart, where need be shifted until white and black both carry them.
+# Okabe and Ito's colours, which colour-blind readers can tell apart. Some are shifted so that they
+# stand out on white and on black.
 _LOOKS = {
     "FNN": ("#0072b2", "o"),
     "IPNN": ("#b8860b", "s"),
@@ -45,13 +57,15 @@ _LOOKS = {
     "FM & DNN": ("#808080", "P"),
     "DeepFM": ("#d55e00", "*"),
 }
-_ACCENT, _PLAIN, _GREY = _LOOKS["DeepFM"][0], "#1f83c6", "#808080"
+_ACCENT = _LOOKS["DeepFM"][0]
+_PLAIN = "#1f83c6"
+_GREY = "#808080"
 _INK = "#0a0b0c"  # becomes currentColor
-_SIZE = 4.9, 3.9  # inches, of a panel
+_PANEL_INCHES = (4.9, 3.9)
 
 
 class _Margins(NamedTuple):
-    """Inches around the axes of a panel: room for names, numbers and titles."""
+    """Inches around the axes of a panel, for names, numbers and titles."""
 
     left: float
     right: float
@@ -83,85 +97,54 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss")) -> str:
-    """One of Figures 7 to 11, a panel for each of `metrics`; whiskers are one standard deviation over seeds.
+# -- Figure 6 ------------------------------------------------------------------------------------
 
-    >>> found = {"relu": {"FNN": {"auc": 0.71, "auc_std": None}}, "tanh": {"FNN": {"auc": 0.70, "auc_std": None}}}
-    >>> picture = study("figure7", found, ["auc"])
-    >>> picture == study("figure7", found, ["auc"]), picture.startswith("<svg "), "currentColor" in picture
-    (True, True, True)
+
+def relative_time(training: Mapping[str, Ratios], per_epoch: Mapping[str, Ratios]) -> str:
+    """Return Figure 6: each system's training time over LR's, with a panel per device.
+
+    `training` and `per_epoch` map a device to the ratios of its systems. A bar ends at the median
+    of the whole training and its whisker spans the least to the most. A hollow diamond is one
+    epoch. The axis is logarithmic.
     """
-    draw = _dots if name in _NOMINAL else _lines
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
-        figure, panels = _panels(len(metrics), _NAMES_LEFT if name in _NOMINAL else _NAMES_RIGHT)
-        for axes, metric in zip(panels, metrics, strict=True):
-            draw(axes, values, metric)
-            axes.set_title(METRICS[metric], pad=10)
-            if name not in _NOMINAL:
-                axes.set_xlabel(AXES[name])
-        return _svg(figure, name + "".join(f"-{metric}" for metric in metrics if len(metrics) == 1))
-
-
-Ratios = Mapping[
-    str, Mapping[str, Mapping[str, float]]
-]  # device -> system -> {"median", "least", "most"}
-
-
-def relative_time(whole: Ratios, per_epoch: Ratios) -> str:
-    """Figure 6: each system's training time over LR's, on an axis of powers of ten, a panel a device. A bar goes to the median of the
-    whole training, its whisker from the least to the most; a hollow diamond is an epoch."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "figure6"}):
-        figure, panels = _panels(len(whole), _NAMES_LEFT._replace(bottom=0.62))
-        for axes, device in zip(panels, whole, strict=True):
-            _bars(axes, whole[device], per_epoch[device])
-            axes.set_title(
-                {"cpu": "CPU", "cuda": "GPU"}.get(device, device) + ": training time, LR = 1",
-                pad=10,
-            )
-        return _svg(figure, "figure6-" + "-".join(whole))
+        figure, panels = _panels(len(training), _NAMES_LEFT._replace(bottom=0.62))
+        for axes, device in zip(panels, training, strict=True):
+            _draw_bars(axes, training[device], per_epoch[device])
+            axes.set_title(f"{_DEVICES.get(device, device)}: training time, LR = 1", pad=10)
+        return _svg(figure, "figure6-" + "-".join(training))
 
 
-def _bars(
-    axes: Axes,
-    whole: Mapping[str, Mapping[str, float]],
-    per_epoch: Mapping[str, Mapping[str, float]],
-) -> None:
-    systems = list(whole)[::-1]
-    middle, least, most = (
-        np.array([whole[system][part] for system in systems])
+def _draw_bars(axes: Axes, training: Ratios, per_epoch: Ratios) -> None:
+    systems = list(training)[::-1]
+    median, least, most = (
+        np.array([training[system][part] for system in systems])
         for part in ("median", "least", "most")
     )
     epoch = [per_epoch[system]["median"] for system in systems]
     axes.set_xscale("log")
-    axes.barh(
-        systems, middle - 1, left=1, height=0.62, color=[_colour(system) for system in systems]
-    )
+    axes.barh(systems, median - 1, left=1, height=0.62, color=[_bar_colour(s) for s in systems])
     axes.errorbar(
-        middle,
+        median,
         systems,
-        xerr=(middle - least, most - middle),
+        xerr=(median - least, most - median),
         fmt="none",
         ecolor=_INK,
         elinewidth=1,
         capsize=2.5,
     )
     (diamonds,) = axes.plot(epoch, systems, "D", color="none", markeredgecolor=_INK, markersize=5)
-    _end_labels(
-        axes,
-        [
-            (max(*ends), f"{_times(ratio)} | {_times(ends[1])}")
-            for *ends, ratio in zip(most, epoch, middle, strict=True)
-        ],
-    )
+    for row, (right, of_epoch, ratio) in enumerate(zip(most, epoch, median, strict=True)):
+        _label_bar(axes, row, max(right, of_epoch), f"{_times(ratio)} | {_times(of_epoch)}")
     axes.set_xlim(min(1, *least, *epoch) / 1.3, max(1, *most, *epoch) * 6)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:,g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,g}"))
     axes.axvline(1, color=_INK, linewidth=0.9)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
-    named = {"until the best check": Patch(color=_PLAIN), "an epoch": diamonds}
+    entries = {"until the best check": Patch(color=_PLAIN), "one epoch": diamonds}
     axes.legend(
-        named.values(),
-        named,
+        entries.values(),
+        entries,
         loc="upper center",
         bbox_to_anchor=(0.45, -0.07),
         ncols=2,
@@ -169,115 +152,156 @@ def _bars(
     )
 
 
+def _bar_colour(system: str) -> str:
+    return _ACCENT if system == "DeepFM" else _PLAIN
+
+
+def _label_bar(axes: Axes, row: int, right: float, text: str) -> None:
+    axes.annotate(
+        text, (max(right, 1.0), row), (5, 0), textcoords="offset points", va="center", fontsize=9
+    )
+
+
 def _times(ratio: float) -> str:
     return f"{ratio:,.0f}" if ratio >= 10 else f"{ratio:.2g}"
 
 
+# -- Table 2 -------------------------------------------------------------------------------------
+
+
 def differences(found: Mapping[str, Mapping[str, float | None]]) -> str:
-    """Each system's test logloss less DeepFM's with its interval: `found[system]` has `logloss_difference`, `low` and `high`."""
+    """Return a picture of each system's test logloss minus DeepFM's, with its interval.
+
+    `found[system]` has `logloss_difference`, `low` and `high`.
+    """
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": "table2"}):
         figure, (axes,) = _panels(1, _NAMES_LEFT._replace(bottom=0.5, top=0.1), (5.6, 3.3))
         systems = list(found)[::-1]
         for row, system in enumerate(systems):
-            middle, low, high = (
-                found[system][part] for part in ("logloss_difference", "low", "high")
-            )
-            if middle is None:
-                continue
-            apart = low is not None and high is not None and (low > 0 or high < 0)
-            colour = _PLAIN if apart else _GREY
-            if low is not None and high is not None:
-                axes.plot(
-                    [low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt"
-                )
-            axes.plot(
-                middle,
-                row,
-                "o",
-                color=colour if apart else "none",
-                markeredgecolor=colour,
-                markersize=7,
-                markeredgewidth=1.6,
-            )
+            _draw_interval(axes, row, found[system])
         axes.axvline(0, color=_ACCENT, linewidth=1.4)
         axes.set_yticks(range(len(systems)), systems)
         axes.set_ylim(-0.6, len(systems) - 0.4)
         axes.tick_params(axis="y", length=0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:+.4g}" if at else "0"))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:+.4g}" if x else "0"))
         axes.grid(axis="x")
         axes.set_xlabel(
-            "better  \N{LEFTWARDS ARROW}  test logloss less DeepFM's  \N{RIGHTWARDS ARROW}  worse"
+            "better  \N{LEFTWARDS ARROW}  test logloss minus DeepFM's  \N{RIGHTWARDS ARROW}  worse"
         )
         return _svg(figure, "table2")
 
 
-def on_white(picture: str) -> str:
-    """The same picture as a file of its own: dark on a white ground, which dark pages bear too."""
-    begin, rest = picture.split(">", 1)
-    return f'<?xml version="1.0" encoding="utf-8"?>\n{begin} color="#1c1e21">\n<rect width="100%" height="100%" fill="#ffffff"/>{rest}'
+def _draw_interval(axes: Axes, row: int, difference: Mapping[str, float | None]) -> None:
+    middle, low, high = (difference[part] for part in ("logloss_difference", "low", "high"))
+    if middle is None:
+        return
+    excludes_zero = low is not None and high is not None and (low > 0 or high < 0)
+    colour = _PLAIN if excludes_zero else _GREY
+    if low is not None and high is not None:
+        axes.plot([low, high], [row, row], color=colour, linewidth=2.2, solid_capstyle="butt")
+    axes.plot(
+        middle,
+        row,
+        "o",
+        color=colour if excludes_zero else "none",
+        markeredgecolor=colour,
+        markersize=7,
+        markeredgewidth=1.6,
+    )
 
 
-def _panels(
-    count: int, margins: _Margins, size: tuple[float, float] = _SIZE
-) -> tuple[Figure, list[Axes]]:
-    """Axes of equal size, side by side. (A layout by Matplotlib's engine draws everything twice.)"""
-    width, height = size
-    figure = Figure(figsize=(width * count, height))
-    wide, high = width - margins.left - margins.right, height - margins.top - margins.bottom
-    places = [
-        ((i * width + margins.left) / (width * count), margins.bottom / height)
-        for i in range(count)
-    ]
-    return figure, [
-        figure.add_axes((x, y, wide / (width * count), high / height)) for x, y in places
-    ]
+# -- Figures 7 to 11 -----------------------------------------------------------------------------
 
 
-def _colour(system: str) -> str:
-    return _ACCENT if system == "DeepFM" else _PLAIN
+def study(name: str, values: Study, metrics: Sequence[str] = ("auc", "logloss")) -> str:
+    """Return one of Figures 7 to 11, with a panel per metric.
+
+    Whiskers are one standard deviation over seeds.
+
+    >>> relu, tanh = ({"FNN": {"auc": auc, "auc_std": None}} for auc in (0.71, 0.70))
+    >>> picture = study("figure7", {"relu": relu, "tanh": tanh}, ["auc"])
+    >>> picture.startswith("<svg "), "currentColor" in picture
+    (True, True)
+    """
+    nominal = name in _NOMINAL
+    draw = _draw_dots if nominal else _draw_lines
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure, panels = _panels(len(metrics), _NAMES_LEFT if nominal else _NAMES_RIGHT)
+        for axes, metric in zip(panels, metrics, strict=True):
+            draw(axes, values, metric)
+            axes.set_title(METRICS[metric], pad=10)
+            if not nominal:
+                axes.set_xlabel(AXES[name])
+        suffix = f"-{metrics[0]}" if len(metrics) == 1 else ""
+        return _svg(figure, name + suffix)
 
 
-def _lines(axes: Axes, values: Study, metric: str) -> None:
-    """A line a system, named at its end; values in the order given, at equal distances."""
+def _draw_lines(axes: Axes, values: Study, metric: str) -> None:
+    """Draw a line per system, with its name at the end; values stand at equal distances."""
     ends: list[tuple[str, float, float]] = []
     for system in _systems(values, metric):
         points = [
-            (i, *_point(of, system, metric))
-            for i, of in enumerate(values.values())
-            if _score(of, system, metric) is not None
+            (i, *_mean_and_spread(scores, system, metric))
+            for i, scores in enumerate(values.values())
+            if _score(scores, system, metric) is not None
         ]
-        at, means, spread = zip(*points, strict=True)
+        places, means, spread = zip(*points, strict=True)
         colour, marker = _LOOKS[system]
-        first = system == "DeepFM"
-        axes.errorbar(at, means, spread if any(spread) else None, color=colour, elinewidth=0.8, marker=marker,
-                      markersize=10 if first else 5, linewidth=2.4 if first else 1.3, zorder=3 if first else 2)  # fmt: skip
-        ends.append((system, at[-1], means[-1]))
+        emphasised = system == "DeepFM"
+        axes.errorbar(
+            places,
+            means,
+            spread if any(spread) else None,
+            color=colour,
+            elinewidth=0.8,
+            marker=marker,
+            markersize=10 if emphasised else 5,
+            linewidth=2.4 if emphasised else 1.3,
+            zorder=3 if emphasised else 2,
+        )
+        ends.append((system, places[-1], means[-1]))
     axes.set_xticks(range(len(values)), list(values))
     axes.set_xlim(-0.25, len(values) - 1 + 0.25)
     axes.yaxis.set_major_locator(MaxNLocator(6))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.4g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.4g}"))
     axes.grid(axis="y")
     _name_ends(axes, ends)
 
 
 def _name_ends(axes: Axes, ends: Iterable[tuple[str, float, float]]) -> None:
-    """Names right of the axes, moved apart where they would meet, each with a thin line to the end it names."""
+    """Write names to the right of the axes, each with a thin line to the end it names.
+
+    Names that would overlap are moved apart.
+    """
     ends = sorted(ends, key=lambda end: end[2])
     low, high = axes.get_ylim()
-    places = apart([(y - low) / (high - low) for _, _, y in ends], gap=0.062)
+    places = spread_out([(y - low) / (high - low) for _, _, y in ends], gap=0.062)
     for (system, x, y), place in zip(ends, places, strict=True):
         colour = _LOOKS[system][0]
-        axes.annotate(system, (x, y), (1.05, place), xycoords="data", textcoords="axes fraction", va="center", color=colour, fontsize=9,
-                      weight="bold" if system == "DeepFM" else "normal", annotation_clip=False,
-                      arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5})  # fmt: skip
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.7, "shrinkA": 1, "shrinkB": 5}
+        axes.annotate(
+            system,
+            (x, y),
+            (1.05, place),
+            xycoords="data",
+            textcoords="axes fraction",
+            va="center",
+            color=colour,
+            fontsize=9,
+            weight="bold" if system == "DeepFM" else "normal",
+            annotation_clip=False,
+            arrowprops=arrow,
+        )
     axes.set_ylim(low, high)
 
 
-def apart(wanted: Sequence[float], *, gap: float) -> list[float]:
-    """Ascending places in [0, 1] near the wanted ones, which ascend too, each at least `gap` above the one before.
+def spread_out(wanted: Sequence[float], *, gap: float) -> list[float]:
+    """Return places in [0, 1] near the wanted ones, each at least `gap` above the one before.
 
-    >>> [round(place, 3) for place in apart([0.5, 0.5, 0.98, 0.99], gap=0.1)]
+    Both sequences ascend.
+
+    >>> [round(place, 3) for place in spread_out([0.5, 0.5, 0.98, 0.99], gap=0.1)]
     [0.5, 0.6, 0.9, 1.0]
     """
     placed = list(wanted)
@@ -290,32 +314,36 @@ def apart(wanted: Sequence[float], *, gap: float) -> list[float]:
     return placed
 
 
-def _dots(axes: Axes, values: Study, metric: str) -> None:
-    """A row a system, a dot a value."""
+def _draw_dots(axes: Axes, values: Study, metric: str) -> None:
+    """Draw a row per system with a dot per value."""
     systems = _systems(values, metric)[::-1]
     for row, system in enumerate(systems):
-        found = [
-            score for of in values.values() if (score := _score(of, system, metric)) is not None
-        ]
-        axes.plot(
-            [min(found), max(found)], [row, row], color=_INK, alpha=0.25, linewidth=1.2, zorder=1
-        )
-    for (colour, marker), (value, of), shift in zip(
-        _LOOKS.values(), values.items(), _shifts(len(values)), strict=False
-    ):
+        found = list(_scores_of(values, system, metric))
+        ends = [min(found), max(found)]
+        axes.plot(ends, [row, row], color=_INK, alpha=0.25, linewidth=1.2, zorder=1)
+    looks = zip(_LOOKS.values(), values.items(), _shifts(len(values)), strict=False)
+    for (colour, marker), (value, scores), shift in looks:
         points = [
-            (row + shift, *_point(of, system, metric))
+            (row + shift, *_mean_and_spread(scores, system, metric))
             for row, system in enumerate(systems)
-            if _score(of, system, metric) is not None
+            if _score(scores, system, metric) is not None
         ]
         rows, means, spread = zip(*points, strict=True) if points else ((), (), ())
-        axes.errorbar(means, rows, xerr=spread if any(spread) else None, fmt=marker, color=colour, label=value,
-                      markersize=6.5, elinewidth=1)  # fmt: skip
+        axes.errorbar(
+            means,
+            rows,
+            xerr=spread if any(spread) else None,
+            fmt=marker,
+            color=colour,
+            label=value,
+            markersize=6.5,
+            elinewidth=1,
+        )
     axes.set_yticks(range(len(systems)), systems)
     axes.set_ylim(-0.6, len(systems) - 0.4)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda at, _: f"{at:.4g}"))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:.4g}"))
     axes.grid()
     axes.legend(
         loc="upper center",
@@ -327,41 +355,74 @@ def _dots(axes: Axes, values: Study, metric: str) -> None:
 
 
 def _shifts(count: int) -> list[float]:
-    """Where within its row each value stands, so that whiskers do not cover one another."""
+    """Return the offset of each value within its row, so that whiskers do not overlap."""
     return [0.17 * ((count - 1) / 2 - i) for i in range(count)]
 
 
 def _systems(values: Study, metric: str) -> list[str]:
-    """Those with such a score anywhere, in the paper's order."""
-    present = {
-        system for of in values.values() for system in of if of[system].get(metric) is not None
-    }
-    return [system for system in _LOOKS if system in present]
+    """Return the systems that have such a score at any value, in the paper's order."""
+    return [system for system in _LOOKS if list(_scores_of(values, system, metric))]
 
 
-def _score(of: Mapping[str, Mapping[str, float | None]], system: str, part: str) -> float | None:
-    return of.get(system, {}).get(part)
+def _scores_of(values: Study, system: str, metric: str) -> Iterator[float]:
+    for scores in values.values():
+        score = _score(scores, system, metric)
+        if score is not None:
+            yield score
 
 
-def _point(
-    of: Mapping[str, Mapping[str, float | None]], system: str, metric: str
-) -> tuple[float, float]:
-    """Mean and spread of a score that is there."""
-    return _score(of, system, metric) or 0.0, _score(of, system, f"{metric}_std") or 0.0
+def _score(scores: Mapping[str, Scores], system: str, name: str) -> float | None:
+    return scores.get(system, {}).get(name)
 
 
-def _end_labels(axes: Axes, labels: Sequence[tuple[float, str]]) -> None:
-    for row, (at, text) in enumerate(labels):
-        axes.annotate(
-            text, (max(at, 1.0), row), (5, 0), textcoords="offset points", va="center", fontsize=9
-        )
+def _mean_and_spread(scores: Mapping[str, Scores], system: str, metric: str) -> tuple[float, float]:
+    """Return the mean and standard deviation of a score that exists."""
+    mean = _score(scores, system, metric) or 0.0
+    return mean, _score(scores, system, f"{metric}_std") or 0.0
+
+
+# -- SVG -----------------------------------------------------------------------------------------
+
+
+def on_white(picture: str) -> str:
+    """Return the picture as an SVG file with dark ink on a white background."""
+    begin, rest = picture.split(">", 1)
+    return (
+        f'<?xml version="1.0" encoding="utf-8"?>\n{begin} color="#1c1e21">\n'
+        f'<rect width="100%" height="100%" fill="#ffffff"/>{rest}'
+    )
+
+
+def _panels(
+    count: int, margins: _Margins, size: tuple[float, float] = _PANEL_INCHES
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure with axes of equal size side by side.
+
+    Matplotlib's layout engine would draw everything twice.
+    """
+    width, height = size
+    figure = Figure(figsize=(width * count, height))
+    inner_width = width - margins.left - margins.right
+    inner_height = height - margins.top - margins.bottom
+    axes = []
+    for i in range(count):
+        left = (i * width + margins.left) / (width * count)
+        bottom = margins.bottom / height
+        place = (left, bottom, inner_width / (width * count), inner_height / height)
+        axes.append(figure.add_axes(place))
+    return figure, axes
 
 
 _NO_METADATA: dict[str, Any] = {"Creator": None, "Date": None, "Format": None, "Type": None}
+_NUMBER = re.compile(r"-?\d+\.\d+")
 
 
 def _svg(figure: Figure, name: str) -> str:
-    """The picture's text: ids are its own, so that several fit into one page, and nothing in it speaks to the page around it."""
+    """Return the text of a picture, fit to stand in a page with others.
+
+    Its ids start with `name`, so that they are unique in the page, and it has no style sheet that
+    would apply to the rest of the page.
+    """
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata=_NO_METADATA)
     text = file.getvalue()
@@ -373,15 +434,14 @@ def _svg(figure: Figure, name: str) -> str:
     text = text.replace("<svg ", '<svg stroke-linejoin="round" ', 1)
     text = text.replace(_INK, "currentColor")
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to a group
-    text = re.sub(
-        r' d="[^"]*"', lambda path: " " + _NUMBER.sub(_rounded, " ".join(path[0].split())), text
-    )
+    text = re.sub(r' d="[^"]*"', _short_path, text)
     return "\n".join(line.strip() for line in text.splitlines() if line.strip()) + "\n"
 
 
-_NUMBER = re.compile(r"-?\d+\.\d+")
+def _short_path(path: re.Match[str]) -> str:
+    return " " + _NUMBER.sub(_rounded, " ".join(path[0].split()))
 
 
 def _rounded(number: re.Match[str]) -> str:
-    """To a hundredth of a point, which nobody sees and halves the file."""
+    """Return the number rounded to a hundredth of a point, which halves the file invisibly."""
     return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")

@@ -1,4 +1,4 @@
-"""What came out, in sentences."""
+"""State the results of Table 2 in sentences."""
 
 from __future__ import annotations
 
@@ -9,58 +9,85 @@ from stream_ctr.paper.aggregate import Report
 from stream_ctr.paper.page import Block, Listing, Text
 from stream_ctr.paper.words import number, percent
 
+_VERDICTS = {
+    "better": "Lower logloss than {} (interval below zero)",
+    "worse": "Higher logloss than {} (interval above zero)",
+    "same": "No clear difference from {} (interval includes zero)",
+}
 
-def findings(told: Report) -> list[Block]:
-    """The order of Table 2 beside the paper's, who is told apart from DeepFM and LR, and what of the possible was learned."""
-    order = told["order"]
+
+def findings(report: Report) -> list[Block]:
+    """Return the findings as a list.
+
+    They are the order of the systems and the paper's order, the systems that differ from DeepFM and
+    from LR by more than chance, and how much of the learnable logloss the best system has learned.
+    """
+    order = report["order"]
     if not order:
-        return [Text("No run of Table 2 has ended.")]
-    rows = told["table2"]
+        return [Text("No run of Table 2 has finished.")]
+    rows = report["table2"]
     scored = [f"{name} {number(rows[name]['logloss'], 5)}" for name in order]
-    said = [f"By test logloss, the lowest first: {', '.join(scored)}.", *_papers_order(told)]
-    said += _against(told, "DeepFM", "against_deepfm") + _against(told, "LR", "against_lr")
-    constant = told["data"]["constant_logloss"]
-    if constant is not None and (
-        above := [name for name in order if rows[name]["logloss"] >= constant]
-    ):
-        said.append(
-            f"No better than the best constant, whose test logloss is {number(constant, 5)}: {', '.join(above)}."
-        )
-    if (best := told["data"]["best_possible_logloss"]) is not None:
-        said.append(_closed(told, order[0], best))
-    return [Listing(said)]
+    items = [f"Systems by test logloss, lowest first: {', '.join(scored)}."]
+    items += _published_order(report)
+    items += _compared_with(report, "DeepFM", "against_deepfm")
+    items += _compared_with(report, "LR", "against_lr")
+    items += _not_better_than_constant(report)
+    items += _gap_closed(report)
+    return [Listing(items)]
 
 
-def _papers_order(told: Report) -> Iterator[str]:
-    """By both metrics, which do not agree there."""
-    if (paper := published.counterpart(told["data"])) is None or len(told["order"]) < 2:
+def _published_order(report: Report) -> Iterator[str]:
+    """Yield the paper's order by both metrics, which do not agree in the paper."""
+    paper = published.counterpart(report["data"])
+    order = report["order"]
+    if paper is None or len(order) < 2:
         return
-    of = {name: scores for name, scores in published.TABLE2[paper].items() if name in told["order"]}
-    by_logloss = sorted(of, key=lambda name: of[name].logloss)
-    by_auc = sorted(of, key=lambda name: -of[name].auc)
-    also = " (by AUC the same)" if by_auc == by_logloss else f"; by AUC: {', '.join(by_auc)}"
-    yield f"The paper's order of these on {published.NAMES[paper]}, by logloss: {', '.join(by_logloss)}{also}."
+    rows = {name: scores for name, scores in published.TABLE2[paper].items() if name in order}
+    by_logloss = sorted(rows, key=lambda name: rows[name].logloss)
+    by_auc = sorted(rows, key=lambda name: -rows[name].auc)
+    same = by_auc == by_logloss
+    auc_order = " (the same by AUC)" if same else f"; by AUC: {', '.join(by_auc)}"
+    yield (
+        f"The paper's order of these systems on {published.NAMES[paper]}, by logloss: "
+        f"{', '.join(by_logloss)}{auc_order}."
+    )
 
 
-def _against(told: Report, other: str, verdicts: str) -> list[str]:
-    """Who is told apart from another by its interval, and who is not."""
-    words = {
-        "better": f"Lower logloss than {other}'s, interval below zero",
-        "worse": f"Higher logloss than {other}'s, interval above zero",
-        "same": f"Not told apart from {other}, interval around zero",
-    }
-    found = {
-        kind: [name for name in told["order"] if told[verdicts].get(name) == kind] for kind in words
-    }
-    return [f"{words[kind]}: {', '.join(names)}." for kind, names in found.items() if names]
+def _compared_with(report: Report, other: str, verdicts: str) -> Iterator[str]:
+    """Yield the systems whose interval excludes zero, and those whose interval includes it."""
+    for kind, sentence in _VERDICTS.items():
+        names = [name for name in report["order"] if report[verdicts].get(name) == kind]
+        if names:
+            yield f"{sentence.format(other)}: {', '.join(names)}."
 
 
-def _closed(told: Report, first: str, best: float) -> str:
-    lost, constant = told["table2"][first]["logloss"], told["data"]["constant_logloss"]
-    said = f"The best possible test logloss is {number(best, 5)}; {first} is {number(lost - best, 5)} above it"
-    if constant is None or constant <= lost:
-        return said + "."
-    return (
-        said
-        + f", and has {percent((constant - lost) / (constant - best))} of what there is to learn beyond the best constant."
+def _not_better_than_constant(report: Report) -> Iterator[str]:
+    constant = report["data"]["constant_logloss"]
+    if constant is None:
+        return
+    rows = report["table2"]
+    names = [name for name in report["order"] if rows[name]["logloss"] >= constant]
+    if names:
+        yield (
+            f"Not better than predicting the best constant (test logloss {number(constant, 5)}): "
+            f"{', '.join(names)}."
+        )
+
+
+def _gap_closed(report: Report) -> Iterator[str]:
+    best = report["data"]["best_possible_logloss"]
+    if best is None:
+        return
+    first = report["order"][0]
+    logloss = report["table2"][first]["logloss"]
+    constant = report["data"]["constant_logloss"]
+    closed = (
+        ""
+        if constant is None or constant <= logloss
+        else f" and closes {percent((constant - logloss) / (constant - best))} of the gap between "
+        "the best constant and the best possible logloss"
+    )
+    yield (
+        f"The best possible test logloss is {number(best, 5)}. "
+        f"{first} is {number(logloss - best, 5)} above it{closed}."
     )

@@ -1,6 +1,7 @@
-"""Which runs a table or a figure wants, each with its setting: the paper's, of what the configuration does not set.
+"""The runs that the tables and figures need, each with its setting.
 
-What two figures want is one run, known by a key, which is made of everything that decides its outcome.
+A setting is the paper's where the configuration sets nothing. Two figures that need the same run
+share it: a run is known by a key made of everything that decides its outcome.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,11 +25,15 @@ from stream_ctr.paper.experiment import Setting
 
 PARTS = ("table2", "figure6", *published.VALUES, "streaming")
 DEEP = tuple(name for name, system in MODELS.items() if system.high_order)
-_OUTCOMES = 2  # of a run; another number when what a setting means has changed
-_LEAST_STEPS, _LEAST_BATCH, _BATCH = 40, 32, 1024
-_STREAM_BATCH, _SHORT = 128, 20_000
-_LEAST_EXAMPLES = 200
 QUICK_IMPRESSIONS = 20_000
+_OUTCOME_VERSION = 2  # changes when the meaning of a setting changes, so that runs are repeated
+_MIN_EXAMPLES = 200
+_MIN_STEPS_PER_EPOCH = 40
+_MIN_BATCH = 32
+_MAX_BATCH = 1024
+_SHORT_LOG = 20_000
+_SHORT_LOG_BATCH = 128
+_UNTIL_STOPPED = 1 << 62  # examples of pre-training; the validation part ends it
 _RATES = (
     "table_learning_rate",
     "table_beta",
@@ -37,18 +42,20 @@ _RATES = (
     "dense_learning_rate",
     "dense_weight_decay",
 )
-_NEVER = 1 << 62  # examples
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
-    """What was asked for on the command line."""
+class Options:
+    """The options of the command line.
+
+    `dropout` is the share dropped in all runs but the stream's; None means the configuration's
+    value, or else the paper's.
+    """
 
     seeds: int = 3
     study_seeds: int = 1
     study_rows: int = 1_000_000
     dropout: float | None = None
-    """The share dropped, but in the stream; None: that of the configuration, else the paper's."""
     epochs: int = 10
     split: str = "random"
     device: str = "auto"
@@ -57,254 +64,316 @@ class Wishes:
     only: frozenset[str] = frozenset(PARTS)
 
     @classmethod
-    def of(cls, *, quick: bool, **wishes: Any) -> Wishes:
-        """With `quick`, of everything only as much as shows that it is there."""
-        few = (
-            {"seeds": min(wishes["seeds"], 2), "study_seeds": 1, "epochs": min(wishes["epochs"], 3)}
-            if quick
-            else {}
-        )
-        return cls(quick=quick, **{**wishes, **few})
+    def create(cls, *, quick: bool, **options: Any) -> Options:
+        """Return the options, with fewer seeds and epochs if `quick` is set.
+
+        >>> quick = Options.create(quick=True, seeds=3, study_seeds=3, epochs=10)
+        >>> quick.seeds, quick.study_seeds, quick.epochs
+        (2, 1, 3)
+        """
+        if quick:
+            options["seeds"] = min(options["seeds"], 2)
+            options["study_seeds"] = 1
+            options["epochs"] = min(options["epochs"], 3)
+        return cls(quick=quick, **options)
 
 
-class Wanted(NamedTuple):
-    """A run, for one point of a table or figure. A run may be wanted more than once."""
+class PlannedPoint(NamedTuple):
+    """A point of a table or figure, and the setting of its run. Points may share a run."""
 
     part: str
     value: str
     setting: Setting
 
 
-def require_possible(config: Config, wishes: Wishes) -> None:
-    """Raises `ConfigError` for what no data can help: a device that is not there, networks without layers, nothing to do."""
-    choose_device(wishes.device)
-    if not _given(config.model, "hidden", published.HIDDEN):
+def require_possible(config: Config, options: Options) -> None:
+    """Raise `ConfigError` for options that fail with any data.
+
+    They are a device that does not exist, networks without layers, and parts without a run.
+    """
+    choose_device(options.device)
+    if not _configured(config.model, "hidden", published.HIDDEN):
         raise ConfigError(
-            "model.hidden has no layer; the paper's networks need at least one, such as model.hidden=400,400,400"
+            "model.hidden has no layer; the paper's networks need at least one, "
+            "such as model.hidden=400,400,400"
         )
-    if wishes.only <= published.VALUES.keys() and not set(wishes.models) & set(DEEP):
+    if options.only <= published.VALUES.keys() and not set(options.models) & set(DEEP):
         raise ConfigError(
-            f"nothing to do: Figures 7 to 11 are of networks, so give --model one of {', '.join(DEEP)}"
+            f"nothing to do: Figures 7 to 11 are about networks, so give --model one of "
+            f"{', '.join(DEEP)}"
         )
 
 
-# -- which runs ----------------------------------------------------------------------------------
+# -- the plan ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All that the report can have of one set of data. `settings` are those of the paper; `stream` and `precision` those of the
-    configuration."""
+    """The runs of a complete report on one dataset.
+
+    `paper_setting` follows the paper, `stream_setting` the configuration; `precision` is the
+    configured one.
+    """
 
     data: Dataset
     split: Split
-    wishes: Wishes
-    settings: Setting
-    stream: Setting
+    options: Options
+    paper_setting: Setting
+    stream_setting: Setting
     precision: str
-    wanted: list[Wanted] = field(default_factory=list)
 
     @property
-    def asked(self) -> list[Wanted]:
-        """Those that the command is to do: of the parts and systems it names. Figure 6 shows the times of Table 2's runs."""
-        parts = self.wishes.only | ({"table2"} if "figure6" in self.wishes.only else set())
+    def points(self) -> list[PlannedPoint]:
+        """All points of the report."""
+        return [*_table2(self), *_figure6(self), *_streaming(self), *_studies(self)]
+
+    @property
+    def requested(self) -> list[PlannedPoint]:
+        """The points of the parts and systems that the command names.
+
+        Figure 6 shows the times of the runs of Table 2.
+        """
+        only = self.options.only
+        parts = only | {"table2"} if "figure6" in only else only
+        models = self.options.models
         return [
-            wanted
-            for wanted in self.wanted
-            if wanted.part in parts and wanted.setting.system in self.wishes.models
+            point for point in self.points if point.part in parts and point.setting.system in models
         ]
 
     @property
-    def distinct(self) -> dict[str, Setting]:
-        """The runs that are asked for, by their keys."""
-        return {self.key(wanted.setting): wanted.setting for wanted in self.asked}
+    def runs(self) -> dict[str, Setting]:
+        """The runs behind the requested points, by key."""
+        return {self.key(point.setting): point.setting for point in self.requested}
 
     def key(self, setting: Setting) -> str:
+        """Return the name of a run: its system and a hash of all that decides its outcome."""
         decides = {
-            "version": _OUTCOMES,
-            "data": self.data.about["identity"],
-            "split": self.wishes.split,
+            "version": _OUTCOME_VERSION,
+            "data": self.data.metadata["identity"],
+            "split": self.options.split,
             **asdict(setting),
         }
-        return f"{setting.system}-{hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]}"
+        digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        return f"{setting.system}-{digest[:16]}"
 
 
-def plan(data: Dataset, config: Config, wishes: Wishes) -> Plan:
-    """Raises `DataError` when the data are too few, or their test part says nothing."""
-    split = Split.of(len(data), wishes.split)
+def make_plan(data: Dataset, config: Config, options: Options) -> Plan:
+    """Return the plan for a dataset.
+
+    Raises `DataError` if the dataset is too short, or a part lacks clicks or non-clicks.
+    """
+    split = Split.of(len(data), options.split)
     require_enough(data, split)
-    made = Plan(
-        data,
-        split,
-        wishes,
-        paper_setting(data, split, config, wishes),
-        stream_setting(data, config, wishes),
-        config.learn.precision,
+    return Plan(
+        data=data,
+        split=split,
+        options=options,
+        paper_setting=make_paper_setting(data, split, config, options),
+        stream_setting=make_stream_setting(data, config, options),
+        precision=config.learn.precision,
     )
-    made.wanted.extend(_wanted(made))
-    return made
 
 
 def require_enough(data: Dataset, split: Split) -> None:
-    if len(data) < _LEAST_EXAMPLES:
+    """Raise `DataError` if nothing could be learned or tested on these parts."""
+    if len(data) < _MIN_EXAMPLES:
         raise DataError(
-            f"{len(data):,} impressions are too few to train, validate and test on; at least {_LEAST_EXAMPLES} are needed"
+            f"{len(data):,} impressions are too few to train, validate and test on; "
+            f"at least {_MIN_EXAMPLES} are needed"
         )
     if not 0 < np.count_nonzero(data.labels) < len(data):
         raise DataError(
-            f"{_of_one_kind(data.labels)} among the {len(data):,} impressions of the log: nothing can be learned. A log of events must "
-            "hold clicks as well as impressions, and those without a click too; a click counts within join.label_window of its impression"
+            f"{_only_label(data.labels)} among the {len(data):,} impressions of the log: "
+            "nothing can be learned. A log of events must hold clicks as well as impressions, and "
+            "impressions without a click too; a click counts within join.label_window of its "
+            "impression"
         )
     for part, name in ((TRAINING, "training"), (VALIDATION, "validation"), (TEST, "test")):
         labels = data.labels[split.part == part]
         if not 0 < int(labels.sum()) < len(labels):
             raise DataError(
-                f"{_of_one_kind(labels)} among the {len(labels):,} impressions of the {name} part: there is no AUC without both. "
-                "Give a longer log or another --split"
+                f"{_only_label(labels)} among the {len(labels):,} impressions of the {name} part: "
+                "AUC needs both clicks and non-clicks. Use a longer log or another --split"
             )
 
 
-def _of_one_kind(labels: Labels) -> str:
+def _only_label(labels: Labels) -> str:
     return "nothing but clicks" if labels.any() else "no click"
 
 
-def paper_setting(data: Dataset, split: Split, config: Config, wishes: Wishes) -> Setting:
-    """Section 3.1, "Parameter Settings", of what the configuration does not set. FNN's FM is trained until it is at its best, or, where
-    model.pretrain_examples is 0, not at all."""
-    model, learn = config.model, config.learn
-    optimizer = _given(learn, "table_optimizer", "adam")
-    rates = {name: getattr(learn, name) for name in _RATES}
-    if optimizer == "adam":  # one for all parameters
-        own = {
-            name: rates[name] or learn.dense_learning_rate
-            for name in ("table_learning_rate", "linear_learning_rate")
-        }
-        rates = {
-            **{name: value for name, value in rates.items() if not name.endswith("beta")},
-            **own,
-        }
+# -- settings ------------------------------------------------------------------------------------
+
+
+def make_paper_setting(data: Dataset, split: Split, config: Config, options: Options) -> Setting:
+    """Return the setting of section 3.1, "Parameter Settings", where nothing else is configured.
+
+    FNN's FM trains until its validation logloss stops improving, or not at all if
+    model.pretrain_examples is 0.
+    """
+    model = config.model
+    learn = config.learn
+    dropout = options.dropout
+    if dropout is None:
+        dropout = _configured(model, "dropout", published.DROPOUT)
+    pretrains = _configured(model, "pretrain_examples", _UNTIL_STOPPED) != 0
     return Setting(
         system="deepfm",
         seed=learn.seed,
         activation="paper",
-        dropout=_given(model, "dropout", published.DROPOUT)
-        if wishes.dropout is None
-        else wishes.dropout,
-        hidden=tuple(_given(model, "hidden", published.HIDDEN)),
-        batch_size=_given(learn, "batch_size", batch_size(split.count(TRAINING))),
-        epochs=wishes.epochs,
+        dropout=dropout,
+        hidden=tuple(_configured(model, "hidden", published.HIDDEN)),
+        batch_size=_configured(learn, "batch_size", batch_size(split.count(TRAINING))),
+        epochs=options.epochs,
         share=1.0,
-        device=choose_device(wishes.device).type,
+        device=choose_device(options.device).type,
         learner={
-            **_common(data, config, wishes),
-            **rates,
-            "table_optimizer": optimizer,
+            **_shared_options(data, config, options),
+            **_optimizer(config),
             "progressive": False,
-            "pretrain_examples": 0 if _given(model, "pretrain_examples", _NEVER) == 0 else _NEVER,
+            "pretrain_examples": _UNTIL_STOPPED if pretrains else 0,
         },
     )
 
 
+def _optimizer(config: Config) -> dict[str, Any]:
+    """Return the table optimizer and the rates. The paper's is Adam, with one rate for all."""
+    learn = config.learn
+    optimizer = _configured(learn, "table_optimizer", "adam")
+    rates = {name: getattr(learn, name) for name in _RATES}
+    if optimizer == "adam":
+        rates = {name: rate for name, rate in rates.items() if not name.endswith("beta")}
+        for name in ("table_learning_rate", "linear_learning_rate"):
+            rates[name] = rates[name] or learn.dense_learning_rate
+    return {**rates, "table_optimizer": optimizer}
+
+
 def batch_size(examples: int) -> int:
-    """1,024, or less by powers of two until an epoch has at least 40 steps.
+    """Return 1,024, or a smaller power of two that gives an epoch at least 40 steps.
 
     >>> batch_size(10**6), batch_size(5832), batch_size(100)
     (1024, 128, 32)
     """
-    return min(_BATCH, max(_LEAST_BATCH, 1 << (max(1, examples // _LEAST_STEPS).bit_length() - 1)))
+    largest = max(1, examples // _MIN_STEPS_PER_EPOCH)
+    return min(_MAX_BATCH, max(_MIN_BATCH, 1 << (largest.bit_length() - 1)))
 
 
-def stream_setting(data: Dataset, config: Config, wishes: Wishes) -> Setting:
-    """The configuration's, made for a stream; of a short log the batches are smaller, and FNN is an FM for a tenth of it at most."""
-    model, learn = config.model, config.learn
-    short = len(data) < _SHORT
-    names = ("table_optimizer", *_RATES)
-    pretrain = min(model.pretrain_examples, len(data) // 10)
+def make_stream_setting(data: Dataset, config: Config, options: Options) -> Setting:
+    """Return the configured setting, which is made for a stream.
+
+    A short log gets smaller batches, and FNN is an FM for at most a tenth of the log.
+    """
+    model = config.model
+    learn = config.learn
+    short = len(data) < _SHORT_LOG
     return Setting(
         system="deepfm",
         seed=learn.seed,
         activation=model.activation,
         dropout=model.dropout,
         hidden=model.hidden,
-        batch_size=_given(learn, "batch_size", _STREAM_BATCH if short else learn.batch_size),
+        batch_size=_configured(
+            learn, "batch_size", _SHORT_LOG_BATCH if short else learn.batch_size
+        ),
         epochs=0,
         share=1.0,
-        device=choose_device(wishes.device).type,
+        device=choose_device(options.device).type,
         learner={
-            **_common(data, config, wishes),
-            **{name: getattr(learn, name) for name in names},
-            "pretrain_examples": pretrain,
+            **_shared_options(data, config, options),
+            **{name: getattr(learn, name) for name in ("table_optimizer", *_RATES)},
+            "pretrain_examples": min(model.pretrain_examples, len(data) // 10),
         },
     )
 
 
-def _common(data: Dataset, config: Config, wishes: Wishes) -> dict[str, Any]:
+def _shared_options(data: Dataset, config: Config, options: Options) -> dict[str, Any]:
+    hashed = data.metadata["hashed"]
     return {
-        **{name: data.about["hashed"][name] for name in ("fields", "crosses", "value_fields")},
-        **{
-            name: getattr(config.model, name)
-            for name in ("embedding_dim", "table_bits", "initial_scale")
-        },
-        "precision": choose_precision(config.learn.precision, choose_device(wishes.device)),
+        "fields": hashed["fields"],
+        "crosses": hashed["crosses"],
+        "value_fields": hashed["value_fields"],
+        "embedding_dim": config.model.embedding_dim,
+        "table_bits": config.model.table_bits,
+        "initial_scale": config.model.initial_scale,
+        "precision": choose_precision(config.learn.precision, choose_device(options.device)),
         "threads": config.learn.threads,
         "ftrl": config.ftrl.model_dump(exclude={"enabled"}),
     }
 
 
-def _given(section: Section, name: str, otherwise: Any) -> Any:
-    """What the configuration sets, or something else than its default."""
+def _configured(section: Section, name: str, otherwise: Any) -> Any:
+    """Return the value that the configuration sets, or `otherwise` instead of its default."""
     return getattr(section, name) if name in section.model_fields_set else otherwise
 
 
-def _wanted(made: Plan) -> Iterator[Wanted]:
-    first = made.settings.seed
-    for seed in range(first, first + made.wishes.seeds):
+# -- points --------------------------------------------------------------------------------------
+
+
+def _table2(plan: Plan) -> Iterator[PlannedPoint]:
+    first = plan.paper_setting.seed
+    for seed in range(first, first + plan.options.seeds):
         for system in MODELS:
-            yield Wanted("table2", "", replace(made.settings, system=system, seed=seed))
-    if made.settings.device != "cpu":  # whose times Table 2 has; LR is always on the CPU
-        for system in MODELS:
-            if system != "lr":
-                learner = {
-                    **made.settings.learner,
-                    "precision": choose_precision(made.precision, choose_device("cpu")),
-                }
-                yield Wanted(
-                    "figure6",
-                    "",
-                    replace(
-                        made.settings, system=system, seed=first, device="cpu", learner=learner
-                    ),
-                )
+            yield PlannedPoint("table2", "", replace(plan.paper_setting, system=system, seed=seed))
+
+
+def _figure6(plan: Plan) -> Iterator[PlannedPoint]:
+    """Yield a CPU run for each system that Table 2 runs on a GPU. LR always runs on the CPU."""
+    setting = plan.paper_setting
+    if setting.device == "cpu":
+        return
+    precision = choose_precision(plan.precision, choose_device("cpu"))
+    learner = {**setting.learner, "precision": precision}
     for system in MODELS:
-        yield Wanted("streaming", "", replace(made.stream, system=system))
-    share = min(1.0, made.wishes.study_rows / made.split.count(TRAINING))
-    for seed in range(first, first + made.wishes.study_seeds):
-        for part, values in studies(made.settings.hidden, quick=made.wishes.quick).items():
-            for value, changed in values.items():
+        if system != "lr":
+            on_cpu = replace(setting, system=system, device="cpu", learner=learner)
+            yield PlannedPoint("figure6", "", on_cpu)
+
+
+def _streaming(plan: Plan) -> Iterator[PlannedPoint]:
+    for system in MODELS:
+        yield PlannedPoint("streaming", "", replace(plan.stream_setting, system=system))
+
+
+def _studies(plan: Plan) -> Iterator[PlannedPoint]:
+    usual = plan.paper_setting
+    options = plan.options
+    share = min(1.0, options.study_rows / plan.split.count(TRAINING))
+    for seed in range(usual.seed, usual.seed + options.study_seeds):
+        for part, values in studies(usual.hidden, quick=options.quick).items():
+            for value, changes in values.items():
                 for system in DEEP:
-                    setting = replace(
-                        made.settings, system=system, seed=seed, share=share, **changed
-                    )
-                    yield Wanted(part, value, _as_the_paper(setting))
+                    setting = replace(usual, system=system, seed=seed, share=share, **changes)
+                    yield PlannedPoint(part, value, _named_as_default(setting))
 
 
-def _as_the_paper(setting: Setting) -> Setting:
-    """An activation that is the paper's own is called that, so that a run is known for the same."""
+def _named_as_default(setting: Setting) -> Setting:
+    """Name the paper's own activation "paper", so that its run has the key of Table 2's."""
     own = MODELS[setting.system].activation
     return replace(setting, activation="paper") if setting.activation == own else setting
 
 
-Changes = dict[str, dict[str, Any]]
+Changes = dict[str, dict[str, Any]]  # value -> fields of a setting that it changes
+
+_QUICK_VALUES = {
+    "figure8": ("1.0", "0.5"),
+    "figure9": ("100", "400"),
+    "figure10": ("1", "3"),
+    "figure11": ("constant", "diamond"),
+}
 
 
 def studies(hidden: Sequence[int], *, quick: bool = False) -> dict[str, Changes]:
-    """Figures 7 to 11: part -> value -> what is changed. `hidden` is the setting that all else has.
+    """Return part -> value -> changes of the setting, for Figures 7 to 11.
 
-    >>> studies((400, 400, 400))["figure11"]["diamond"], studies((400, 400, 400))["figure8"]["0.9"]
-    ({'hidden': (300, 600, 300)}, {'dropout': 0.1})
+    `hidden` is the setting of all other runs. With `quick` there are fewer values.
+
+    >>> studies((400, 400, 400))["figure11"]["diamond"]
+    {'hidden': (300, 600, 300)}
+    >>> studies((400, 400, 400))["figure8"]["0.9"]
+    {'dropout': 0.1}
     """
-    width, layers = hidden[len(hidden) // 2], len(hidden)
-    whole: dict[str, Changes] = {
+    width = hidden[len(hidden) // 2]
+    layers = len(hidden)
+    every: dict[str, Changes] = {
         "figure7": {name: {"activation": name} for name in ("relu", "tanh")},
         "figure8": {
             f"{kept:.1f}": {"dropout": round(1 - kept, 1)}
@@ -316,34 +385,36 @@ def studies(hidden: Sequence[int], *, quick: bool = False) -> dict[str, Changes]
         "figure10": {str(number): {"hidden": (width,) * number} for number in (1, 3, 5, 7)},
         "figure11": {shape: {"hidden": sizes} for shape, sizes in shapes(width, layers).items()},
     }
-    few = {
-        "figure8": ("1.0", "0.5"),
-        "figure9": ("100", "400"),
-        "figure10": ("1", "3"),
-        "figure11": ("constant", "diamond"),
-    }
+    if not quick:
+        return every
     return {
-        part: {v: change for v, change in values.items() if not quick or v in few.get(part, values)}
-        for part, values in whole.items()
+        part: {value: values[value] for value in values if value in _QUICK_VALUES.get(part, values)}
+        for part, values in every.items()
     }
 
 
 def shapes(width: int, layers: int) -> dict[str, tuple[int, ...]]:
-    """The paper's four, of the same number of neurons; its example is 3 layers of 200.
+    """Return the paper's four network shapes with the same number of neurons.
 
-    >>> shapes(200, 3)
-    {'constant': (200, 200, 200), 'increasing': (100, 200, 300), 'diamond': (150, 300, 150), 'decreasing': (300, 200, 100)}
+    The paper's example is three layers with a mean of 200 neurons.
+
+    >>> for name, sizes in shapes(200, 3).items():
+    ...     print(name, sizes)
+    constant (200, 200, 200)
+    increasing (100, 200, 300)
+    diamond (150, 300, 150)
+    decreasing (300, 200, 100)
     """
     rising = np.linspace(0.5, 1.5, layers) if layers > 1 else np.ones(1)
     peak = 1 - np.abs(np.linspace(-1, 1, layers)) / 2 if layers > 1 else np.ones(1)
     peak = peak * layers / peak.sum()
-    sizes = {
+    relative_sizes = {
         "constant": np.ones(layers),
         "increasing": rising,
         "diamond": peak,
         "decreasing": rising[::-1],
     }
     return {
-        name: tuple(int(round(width * share)) for share in of.tolist())
-        for name, of in sizes.items()
+        name: tuple(int(round(width * size)) for size in sizes.tolist())
+        for name, sizes in relative_sizes.items()
     }

@@ -1,7 +1,10 @@
-"""What the paper itself reports: H. Guo, R. Tang, Y. Ye, Z. Li and X. He: "DeepFM: A Factorization-Machine based Neural Network for CTR
-Prediction", IJCAI 2017, pages 1725-1731.
+"""Numbers and claims that the DeepFM paper reports.
 
-Numbers stand in its Table 2 alone; of Figures 6 to 11 there are pictures and sentences, so the sentences are kept here.
+H. Guo, R. Tang, Y. Ye, Z. Li and X. He, "DeepFM: A Factorization-Machine based Neural Network for
+CTR Prediction", IJCAI 2017, pages 1725-1731.
+
+Only Table 2 of the paper has numbers. Figures 6 to 11 are pictures with sentences about them; this
+module keeps the sentences.
 """
 
 from __future__ import annotations
@@ -10,12 +13,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 SOURCE = (
-    "Huifeng Guo, Ruiming Tang, Yunming Ye, Zhenguo Li and Xiuqiang He: DeepFM: A Factorization-Machine based Neural Network for CTR "
-    "Prediction. IJCAI 2017, pages 1725-1731."
+    "Huifeng Guo, Ruiming Tang, Yunming Ye, Zhenguo Li and Xiuqiang He: DeepFM: A "
+    "Factorization-Machine based Neural Network for CTR Prediction. IJCAI 2017, pages 1725-1731."
 )
 
 
 class Scores(NamedTuple):
+    """AUC and logloss of one system in Table 2."""
+
     auc: float
     logloss: float
 
@@ -47,15 +52,19 @@ TABLE2: Mapping[str, Mapping[str, Scores]] = {"criteo": CRITEO, "company": COMPA
 
 NAMES: Mapping[str, str] = {"criteo": "Criteo", "company": "Company*"}
 
-# Section 3.1: what each data set is.
+# The two data sets (section 3.1).
 DATA: Mapping[str, str] = {
-    "criteo": "Criteo, 45 million rows, 90 % of them to train, at random",
-    "company": "Company*, about a billion rows of an app store's game centre, seven days to train and the next to test",
+    "criteo": "Criteo, 45 million rows, of which a random 90 % are the training part",
+    "company": "Company*, about a billion rows of an app store's game centre, "
+    "seven days for training and the next day for testing",
 }
 
 
 class Properties(NamedTuple):
-    """A row of Table 1, which counts what a system does without: two of its columns are turned round here."""
+    """A row of Table 1.
+
+    The paper's columns "No Pre-training" and "No Feature Engineering" are stored without the "No".
+    """
 
     pretraining: bool
     high_order: bool
@@ -63,7 +72,8 @@ class Properties(NamedTuple):
     engineering: bool
 
 
-# Table 1 (section 2.2). Its row PNN is of IPNN, OPNN and PNN* alike; its Wide & Deep is what Table 2 calls LR & DNN.
+# Table 1 (section 2.2). Its row PNN stands for IPNN, OPNN and PNN*. Its row Wide & Deep is the
+# system that Table 2 calls LR & DNN.
 TABLE1: Mapping[str, Properties] = {
     "FNN": Properties(pretraining=True, high_order=True, low_order=False, engineering=False),
     "IPNN": Properties(pretraining=False, high_order=True, low_order=False, engineering=False),
@@ -73,14 +83,15 @@ TABLE1: Mapping[str, Properties] = {
     "DeepFM": Properties(pretraining=False, high_order=True, low_order=True, engineering=False),
 }
 
-# Section 3.1, Parameter Settings, for Criteo. Those for Company* are not given: "carefully parameter study" chose them.
+# Section 3.1, "Parameter Settings", for Criteo. The paper does not give those for Company*:
+# "carefully parameter study" chose them.
 DROPOUT = 0.5
 HIDDEN = (400, 400, 400)
 K = 10
 ACTIVATION = "relu"
 ACTIVATION_IPNN = "tanh"
 
-# Section 3.3, and the axes of the pictures.
+# The values on the axes of the figures in section 3.3.
 VALUES: Mapping[str, Sequence[str]] = {
     "figure7": ("relu", "tanh"),
     "figure8": ("1.0", "0.9", "0.8", "0.7", "0.6", "0.5"),
@@ -89,29 +100,32 @@ VALUES: Mapping[str, Sequence[str]] = {
     "figure11": ("constant", "increasing", "diamond", "decreasing"),
 }
 
-# Section 3.2 of Figure 6, section 3.3 of the others. Those are on Company*.
+# Section 3.2 for Figure 6, section 3.3 for the others. Figures 7 to 11 are measured on Company*.
 CLAIMS: Mapping[str, str] = {
-    "figure6": "FNN's pre-training makes it less efficient; IPNN and PNN* are computationally expensive, on CPU and GPU; "
-    "DeepFM is almost the most efficient in both tests.",
+    "figure6": "FNN's pre-training makes it less efficient; IPNN and PNN* are computationally "
+    "expensive, on CPU and GPU; DeepFM is almost the most efficient in both tests.",
     "figure7": "relu is more appropriate than tanh for all the deep models, except for IPNN.",
-    "figure8": "every model reaches its own best performance at a dropout (share of neurons kept) from 0.6 to 0.9.",
-    "figure9": "more neurons do not always help: DeepFM performs stably from 400 to 800, OPNN gets worse; 200 or 400 a layer "
-    "is a good choice.",
-    "figure10": "more hidden layers improve the performance at first; it is degraded if their number keeps increasing, by overfitting.",
+    "figure8": "every model reaches its own best performance at a dropout (share of neurons kept) "
+    "from 0.6 to 0.9.",
+    "figure9": "more neurons do not always help: DeepFM performs stably from 400 to 800, OPNN gets "
+    "worse; 200 or 400 neurons per layer are a good choice.",
+    "figure10": "more hidden layers improve the performance at first; if their number keeps "
+    "increasing, overfitting degrades it.",
     "figure11": "the constant network shape is empirically better than the other three.",
 }
 
 
 def counterpart(data: Mapping[str, Any]) -> str | None:
-    """Which of the paper's two data sets a log is to be seen beside, by its `format` and whether it is `simulated`.
+    """Return the key of the paper's data set that a log corresponds to, or None.
 
-    >>> counterpart({"format": "criteo", "simulated": None}), counterpart({"format": "avazu", "simulated": None})
-    ('criteo', None)
+    `data` is `data` of report.json. A log in Criteo's format corresponds to Criteo, a simulated log
+    to Company*.
+
+    >>> counterpart({"format": "criteo", "simulated": None})
+    'criteo'
+    >>> counterpart({"format": "avazu", "simulated": None}) is None
+    True
     """
-    return (
-        "criteo"
-        if data["format"] == "criteo"
-        else "company"
-        if data["simulated"] is not None
-        else None
-    )
+    if data["format"] == "criteo":
+        return "criteo"
+    return None if data["simulated"] is None else "company"

@@ -1,13 +1,14 @@
-"""The report of `stream-ctr paper`: report.json, report.md with its pictures in figures/, and report.html, which is one file.
+"""The report of `stream-ctr paper`: report.json, report.md, report.html and figures/.
 
-`report` turns runs into the dictionary that is report.json; `contents` turns that into a page. `write` does both and writes the files.
+`build_report` turns runs into the dictionary that report.json holds, and `contents` turns that into
+a page. report.md links the pictures in figures/; report.html is a single file.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +20,74 @@ from stream_ctr.paper import aggregate, figures, published
 from stream_ctr.paper.aggregate import STUDIES, Run
 from stream_ctr.paper.contents import contents, title
 from stream_ctr.paper.intervals import Floats, verdict
-from stream_ctr.paper.page import Block, Picture, html, markdown
+from stream_ctr.paper.page import Picture, html, markdown
 
 Report = dict[str, Any]
+_FORMAT = 1
 
 
 def write(
     out: Path, runs: Sequence[Run], *, data: Mapping[str, Any], made: Mapping[str, Any]
 ) -> Report:
-    """The report of these runs, which is also written into `out`. `losses` of a run is the file of its test losses, below `out`."""
+    """Write the report of these runs into `out` and return the content of report.json.
+
+    `data` and `made` describe the data and the command; see `facts`. `losses` of a run is the file
+    of its test losses, relative to `out`. Raises `DataError` if such a file is damaged.
+    """
 
     def losses(run: Run) -> Floats:
-        path = out / run["losses"]
-        try:
-            loaded: Floats = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            raise DataError(
-                f"{path} is damaged; delete {path.with_suffix('.json')}, and the same command does that run again"
-            ) from None
-        return loaded
+        return _load_losses(out / run["losses"])
 
-    told = report(runs, data=data, made=made, losses=losses)
-    blocks = contents(told)
+    report = build_report(runs, data=data, made=made, losses=losses)
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    (out / "report.json").write_text(f"{text}\n", encoding="utf-8")
+    _write_pages(out, report)
+    return report
+
+
+def render(out: Path | str) -> None:
+    """Write report.md, report.html and figures/ again, from the report.json in `out`."""
+    path = Path(out) / "report.json"
+    _write_pages(Path(out), json.loads(path.read_text(encoding="utf-8")))
+
+
+def _write_pages(out: Path, report: Report) -> None:
+    blocks = contents(report)
     (out / "figures").mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(
-        json.dumps(told, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8"
-    )
     (out / "report.md").write_text(markdown(blocks), encoding="utf-8")
-    (out / "report.html").write_text(html(title(told), blocks), encoding="utf-8")
-    for picture in _pictures(blocks):
-        (out / "figures" / f"{picture.name}.svg").write_text(
-            figures.on_white(picture.whole), encoding="utf-8"
-        )
-    return told
+    (out / "report.html").write_text(html(title(report), blocks), encoding="utf-8")
+    for block in blocks:
+        if isinstance(block, Picture):
+            picture = figures.on_white(block.whole)
+            (out / "figures" / f"{block.name}.svg").write_text(picture, encoding="utf-8")
 
 
-def report(
+def _load_losses(path: Path) -> Floats:
+    try:
+        losses: Floats = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        raise DataError(
+            f"{path} is damaged; delete {path.with_suffix('.json')}, "
+            "and the same command does that run again"
+        ) from None
+    return losses
+
+
+def build_report(
     runs: Sequence[Run],
     *,
     data: Mapping[str, Any],
     made: Mapping[str, Any],
     losses: Callable[[Run], Floats],
 ) -> Report:
-    """What report.json holds. `losses` gives the test losses [n] of a run of Table 2. A number that is not finite becomes None."""
+    """Return the content of report.json.
+
+    `losses` returns the test losses [n] of a run of Table 2. Numbers that are not finite become
+    None.
+    """
     rows = aggregate.table2(runs, losses)
-    told = {
-        "format": 1,
+    report = {
+        "format": _FORMAT,
         "made": {name: value for name, value in made.items() if name != "settings"},
         "machines": aggregate.machines(runs),
         "data": dict(data),
@@ -84,7 +107,7 @@ def report(
         "failed": aggregate.failures(runs),
         "missing": aggregate.missing(runs),
     }
-    return _finite(told)
+    return _finite(report)
 
 
 def _properties(name: str) -> dict[str, bool]:
@@ -93,28 +116,23 @@ def _properties(name: str) -> dict[str, bool]:
 
 
 def _figure6(times: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Report:
-    """Times and, where LR's are known, how many times those they are."""
+    """Return the times, each with its multiple of LR's where LR's is known."""
     ratios = aggregate.relative_times(times)
     return {
         device: {
             name: {**time, "over_lr": ratios.get(device, {}).get(name, {}).get("median")}
-            for name, time in of.items()
+            for name, time in by_system.items()
         }
-        for device, of in times.items()
+        for device, by_system in times.items()
     }
 
 
 def _finite(value: Any) -> Any:
+    """Return `value` as plain JSON types, with None for numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _finite(of) for key, of in value.items()}
+        return {str(key): _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(of) for of in value]
+        return [_finite(item) for item in value]
     if isinstance(value, np.generic):
         return _finite(value.item())
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _pictures(blocks: Sequence[Block]) -> Iterator[Picture]:
-    for block in blocks:
-        if isinstance(block, Picture):
-            yield block

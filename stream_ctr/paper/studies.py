@@ -1,4 +1,4 @@
-"""Figures 6 to 11, each with the paper's claim and the numbers behind it."""
+"""Figures 6 to 11, each with the paper's claim and the numbers behind the figure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from stream_ctr.paper import figures, published
-from stream_ctr.paper.aggregate import Report, chosen, compared, relative_times, rough
+from stream_ctr.paper.aggregate import (
+    Report,
+    Study,
+    Times,
+    best_values,
+    ratios_are_rough,
+    relative_times,
+    with_several_values,
+)
 from stream_ctr.paper.page import (
     Block,
     Cell,
@@ -19,93 +27,106 @@ from stream_ctr.paper.page import (
     Table,
     Text,
 )
-from stream_ctr.paper.words import NONE, count, number, spread
+from stream_ctr.paper.words import ABSENT, count, number, spread
 
 
-def figure6(told: Report) -> list[Block]:
-    """Training times; none where none was taken."""
-    times = told["figure6"]
+def _claim(part: str) -> Text:
+    data = "" if part == "figure6" else ", on Company*"
+    return Text(f"The paper{data}: {published.CLAIMS[part]}")
+
+
+# -- Figure 6 ------------------------------------------------------------------------------------
+
+
+def figure6(report: Report) -> list[Block]:
+    """Return the blocks on training times, or none if no time was measured."""
+    times = report["figure6"]
     if not times:
         return []
-    blocks: list[Block] = [Heading("Figure 6: training time"), _claim("figure6")]
-    whole, per_epoch = (relative_times(times, kind) for kind in ("seconds", "seconds_per_epoch"))
+    training = relative_times(times, "seconds")
+    epoch = relative_times(times, "seconds_per_epoch")
     tables = [
-        _time_table(told, device, whole.get(device), per_epoch.get(device)) for device in times
+        _time_table(report, device, training.get(device), epoch.get(device)) for device in times
     ]
-    if not whole:
+    head: list[Block] = [Heading("Figure 6: training time"), _claim("figure6")]
+    if not training:
         note = Note(
-            "No multiples of LR's time: LR and another system must have been timed on one machine."
+            "Times relative to LR are missing: LR and another system must be timed on one machine."
         )
-        return [*blocks, note, *tables]
-    panels = [figures.relative_time({device: of}, per_epoch) for device, of in whole.items()]
-    picture = Picture(
-        "figure6", _figure6_caption(told), figures.relative_time(whole, per_epoch), panels
-    )
+        return [*head, note, *tables]
+    panels = [figures.relative_time({device: training[device]}, epoch) for device in training]
+    picture = figures.relative_time(training, epoch)
     return [
-        *blocks,
-        *([_of_short_times(times)] if rough(times) else []),
-        picture,
+        *head,
+        *_rough_note(times),
+        Picture("figure6", _figure6_caption(report), picture, panels),
         Details("The numbers", tables),
     ]
 
 
-def _of_short_times(times: Mapping[str, Mapping[str, Any]]) -> Note:
+def _rough_note(times: Times) -> list[Block]:
+    if not ratios_are_rough(times):
+        return []
     epoch = times["cpu"]["LR"]["seconds_per_epoch"]["median"]
-    return Note(
-        f"An epoch of LR takes {number(epoch, significant=1)} s here: read multiples of so short a time as orders of magnitude."
-    )
+    return [
+        Note(
+            f"An epoch of LR takes {number(epoch, significant=1)} s here. Multiples of so short a "
+            "time are orders of magnitude only."
+        )
+    ]
 
 
-def _figure6_caption(told: Report) -> str:
-    gpu = (
-        " in the GPU's panel too, for it has no GPU code" if set(told["figure6"]) - {"cpu"} else ""
-    )
-    several = (
-        " Of several machines, one is shown."
-        if len({str(where["machine"]) for where in told["machines"]}) > 1
-        else ""
-    )
+def _figure6_caption(report: Report) -> str:
+    on_gpu = set(report["figure6"]) - {"cpu"}
+    machines = {str(found["machine"]) for found in report["machines"]}
+    gpu = ", also in the GPU panel, because it has no GPU code" if on_gpu else ""
+    several = " The times are from one of several machines." if len(machines) > 1 else ""
     return (
-        "Bars: training time until the best check over LR's, medians over seeds, FNN's pre-training included; whiskers from the least to "
-        "the most. Diamonds: an epoch over LR's, since how many epochs a system needs is another question. The numbers are these two, in "
-        f"this order. The axis goes by powers of ten. LR is FTRL-Proximal in compiled code on one CPU core{gpu}.{several}"
+        "Bars show the training time until the best check divided by LR's, as the median over "
+        "seeds and with FNN's pre-training. Whiskers show the least and the most. Diamonds show "
+        "one epoch divided by LR's, which does not depend on how many epochs a system needs. The "
+        "labels give both numbers in this order. The axis is logarithmic. LR is FTRL-Proximal in "
+        f"compiled code on one CPU core{gpu}.{several}"
     )
 
 
-Times = Mapping[str, Mapping[str, Any]]  # by system
+Ratios = Mapping[str, Mapping[str, float]]  # system -> median, least, most
 
 
-def _time_table(told: Report, device: str, whole: Times | None, per_epoch: Times | None) -> Table:
+def _time_table(
+    report: Report, device: str, training: Ratios | None, epoch: Ratios | None
+) -> Table:
+    """Return the times on a device. The ratios are None where LR or other systems have no time."""
     columns = [Column("system", number=False), Column("runs")]
-    for group in ("until the best check", "an epoch"):
+    for group in ("until the best check", "one epoch"):
         columns += [Column("seconds", group), Column("least to most", group)]
-        columns += [Column("over LR's", group)] if whole else []
+        columns += [Column("relative to LR", group)] if training else []
     columns += [
-        Column("seconds of pre-training"),
-        Column("examples a second"),
-        Column("parameters of the network"),
+        Column("pre-training seconds"),
+        Column("examples per second"),
+        Column("network parameters"),
     ]
     rows: list[list[Cell]] = []
-    for name, time in told["figure6"][device].items():
-        said: list[Cell] = [name, str(time["runs"])]
-        for kind, over in (("seconds", whole), ("seconds_per_epoch", per_epoch)):
-            said += _taken(time[kind], time["runs"])
-            said += [number(over[name]["median"], significant=2)] if over else []
-        rows.append([*said, *_of_table2(told["table2"][name], device)])
+    for name, time in report["figure6"][device].items():
+        row: list[Cell] = [name, str(time["runs"])]
+        for kind, ratios in (("seconds", training), ("seconds_per_epoch", epoch)):
+            row += _seconds(time[kind], time["runs"])
+            row += [number(ratios[name]["median"], significant=2)] if ratios else []
+        rows.append([*row, *_table2_cells(report["table2"][name], device)])
     return Table(f"Training time on the {_device(device)}.", columns, rows)
 
 
-def _taken(seconds: Mapping[str, float], runs: int) -> list[Cell]:
-    middle, least, most = (
+def _seconds(seconds: Mapping[str, float], runs: int) -> list[Cell]:
+    median, least, most = (
         number(seconds[part], significant=2) for part in ("median", "least", "most")
     )
-    return [middle, f"{least} to {most}" if runs > 1 else NONE]
+    return [median, f"{least} to {most}" if runs > 1 else ABSENT]
 
 
-def _of_table2(row: Mapping[str, Any], device: str) -> list[Cell]:
-    """Where Table 2 was on that device."""
+def _table2_cells(row: Mapping[str, Any], device: str) -> list[Cell]:
+    """Return what Table 2 measured, if it ran on this device."""
     if row["device"] != device:
-        return [NONE] * 3
+        return [ABSENT] * 3
     return [
         number(row["seconds_pretraining"] or None, significant=2),
         number(row["examples_per_second"], significant=2),
@@ -117,27 +138,10 @@ def _device(device: str) -> str:
     return {"cpu": "CPU", "cuda": "GPU"}.get(device, device)
 
 
-def study(told: Report, part: str) -> list[Block]:
-    """One of Figures 7 to 11; none where no system was run at more than one value."""
-    values = compared(told[part])
-    if not values:
-        return []
-    blocks: list[Block] = [
-        Heading(f"Figure {part.removeprefix('figure')}: {_SUBJECT[part]}"),
-        _claim(part),
-    ]
-    caption = f"Test AUC and logloss by {figures.AXES[part]}, all else as in the settings. {_whiskers(values)}"
-    panels = [figures.study(part, values, [metric]) for metric in ("auc", "logloss")]
-    best = [f"{name} at {value}" for name, value in chosen(values).items()]
-    return [
-        *blocks,
-        Picture(part, caption, figures.study(part, values), panels),
-        Text(f"Lowest logloss on validation: {'; '.join(best)}."),
-        Details("The numbers", [_study_table(values, part, metric) for metric in _STUDIED]),
-    ]
+# -- Figures 7 to 11 -----------------------------------------------------------------------------
 
 
-_SUBJECT = {
+_SUBJECTS = {
     "figure7": "activation function",
     "figure8": "dropout",
     "figure9": "neurons per layer",
@@ -145,45 +149,60 @@ _SUBJECT = {
     "figure11": "network shape",
 }
 
-
-_STUDIED = {
+# Metric -> its name and decimals.
+_METRICS = {
     "validation_logloss": ("Validation logloss", 5),
     "logloss": ("Test logloss", 5),
     "auc": ("Test AUC", 4),
 }
 
 
-def _claim(part: str) -> Text:
-    return Text(
-        f"The paper{'' if part == 'figure6' else ', on Company*'}: {published.CLAIMS[part]}"
+def study(report: Report, part: str) -> list[Block]:
+    """Return the blocks of one of Figures 7 to 11.
+
+    The list is empty if no system was run at more than one value.
+    """
+    values = with_several_values(report[part])
+    if not values:
+        return []
+    caption = (
+        f"Test AUC and logloss by {figures.AXES[part]}; all other settings are those above. "
+        f"{_whiskers(values)}"
     )
+    panels = [figures.study(part, values, [metric]) for metric in ("auc", "logloss")]
+    best = [f"{name} at {value}" for name, value in best_values(values).items()]
+    return [
+        Heading(f"Figure {part.removeprefix('figure')}: {_SUBJECTS[part]}"),
+        _claim(part),
+        Picture(part, caption, figures.study(part, values), panels),
+        Text(f"Lowest validation logloss: {'; '.join(best)}."),
+        Details("The numbers", [_study_table(values, part, metric) for metric in _METRICS]),
+    ]
 
 
-def _whiskers(values: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    runs = max(row["runs"] for of in values.values() for row in of.values())
+def _whiskers(values: Study) -> str:
+    runs = max(point["runs"] for points in values.values() for point in points.values())
     if runs > 1:
-        return f"Whiskers: one standard deviation over {runs} seeds; what is closer together than that is not told apart."
-    return "One seed: how much of a difference is chance is not known."
+        return (
+            f"Whiskers show one standard deviation over {runs} seeds; smaller differences may be "
+            "chance."
+        )
+    return "With one seed it is unknown how much of a difference is chance."
 
 
-def _study_table(
-    values: Mapping[str, Mapping[str, Mapping[str, Any]]], part: str, metric: str
-) -> Table:
-    name, digits = _STUDIED[metric]
-    best = chosen(values)
+def _study_table(values: Study, part: str, metric: str) -> Table:
+    name, digits = _METRICS[metric]
+    best = best_values(values)
     rows: list[list[Cell]] = []
     for system in best:
-        texts = {value: spread(point.get(metric), point.get(f"{metric}_std"), digits)
-                 for value, of in values.items() for point in [of.get(system, {})]}  # fmt: skip
-        rows.append(
-            [
-                system,
-                *(Strong(text) if value == best[system] else text for value, text in texts.items()),
-            ]
-        )
+        row: list[Cell] = [system]
+        for value, points in values.items():
+            point = points.get(system, {})
+            text = spread(point.get(metric), point.get(f"{metric}_std"), digits)
+            row.append(Strong(text) if value == best[system] else text)
+        rows.append(row)
     caption = (
-        f"{name} by {figures.AXES[part]}; set off is where the validation logloss is the lowest."
+        f"{name} by {figures.AXES[part]}. Bold marks the value with the lowest validation logloss."
     )
-    return Table(
-        caption, [Column("system", number=False), *(Column(value) for value in values)], rows
-    )
+    columns = [Column("system", number=False), *(Column(value) for value in values)]
+    return Table(caption, columns, rows)
