@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -25,8 +26,8 @@ from support.lineage import newest as newest_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
 
 from stream_ctr import Scorer, Subscriber
-from stream_ctr.cli import main as cli
 from stream_ctr.cli.main import main
+from stream_ctr.cli.options import MISSPELT
 from stream_ctr.config import known_keys
 from stream_ctr.connectors import kafka, kafka_options
 from stream_ctr.evaluate import metrics
@@ -110,7 +111,7 @@ def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
 
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
     ends = {f"{topic}:{p}": end for p, end in ends_of(broker, topic).items()}
-    assert manifest["positions"] == ends
+    assert manifest.positions == ends
     assert committed(broker, topic) == {p: ends[f"{topic}:{p}"] for p in range(partitions)}
     written = [json.loads(value) for _, value in read_all(broker, f"{topic}.metrics")]
     assert written == reports(tmp_path)
@@ -296,8 +297,8 @@ def test_the_first_model_named_is_published_and_the_others_learn_the_same_exampl
     assert list(final["models"]) == ["fm", "deepfm", "lr", "river_ftrl"]
     assert final["models"]["deepfm"] == reports(trained)[-1]["models"]["deepfm"]
     manifest = snapshot.verify(snapshot.newest(several / "snapshots"))
-    assert manifest["learner"]["model"] == "fm"
-    assert list(manifest["beside"]) == ["deepfm", "lr"]
+    assert manifest.learner.model == "fm"
+    assert list(manifest.beside) == ["deepfm", "lr"]
 
 
 def test_score_and_a_subscriber_can_take_a_model_from_beside(log, several, trained):
@@ -482,7 +483,7 @@ def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(
     seen: list[str] = []
     reader = kafka.PointerReader(client, snapshots)
     with Subscriber(
-        TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer["snapshot"])
+        TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer.snapshot)
     ) as subscriber:
         succeed(
             "run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic),
@@ -622,7 +623,7 @@ def test_a_mistake_has_its_exit_code_and_a_message_that_names_it(
 def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
     options = kafka_options._OPTIONS.keys() | kafka_options._REFUSED.keys()
     assert len(options) > 50
-    assert not [name for name in options if nearest(name, known_keys(), cutoff=cli._MISSPELT)]
+    assert not [name for name in options if nearest(name, known_keys(), cutoff=MISSPELT)]
 
 
 @pytest.mark.parametrize(
@@ -636,7 +637,7 @@ def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
             ['{"type":"click","impression_id":"a","time":1735689600000}'],
             "kind must be impression or click, got None",
         ),
-        (["{}", "{"], "The first that is no event"),
+        (["{}", "{"], "The first malformed record"),
     ],
 )
 def test_a_log_without_impressions_is_refused_with_what_is_in_it(lines, seen, tmp_path):
@@ -743,7 +744,7 @@ def test_fields_of_a_live_topic_are_inferred_from_more_than_its_first_record(
     _, rest = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, rest
     manifest = snapshot.verify(snapshot.newest(tmp_path / "snapshots"))
-    assert manifest["schema"]["fields"] == [
+    assert msgspec.to_builtins(manifest.schema.fields) == [
         ["app", "categorical"],
         ["campaign", "categorical"],
         ["price", "numeric"],

@@ -92,7 +92,7 @@ def test_a_run_with_crosses_stopped_and_resumed_equals_one_that_went_through(tmp
 def test_a_server_scores_with_the_crosses_that_the_snapshot_names(tmp_path, stream):
     built = trained(tmp_path, stream)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
-    assert scorer.manifest["schema"]["crosses"] == [
+    assert [list(names) for names in scorer.manifest.schema.crosses] == [
         ["age", "category"],
         ["user_id", "app_id"],
         ["rating", "hour", "os"],
@@ -202,7 +202,7 @@ def test_crosses_given_on_the_command_line_are_kept_and_wrong_ones_end_the_run(t
     )
     manifest = snapshot.verify(snapshot.newest(state / "snapshots"))
     assert (
-        manifest["config"]["features"]["crosses"]
+        manifest.config["features"]["crosses"]
         == manifest["schema"]["crosses"]
         == [["age", "category"], ["user_id", "app_id"]]
     )

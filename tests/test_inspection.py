@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 from support.patience import PATIENCE_SECONDS
 
 from stream_ctr import Subscriber
@@ -21,6 +22,7 @@ from stream_ctr.logs.simulate import Simulation
 from stream_ctr.messages import printable
 from stream_ctr.snapshots import publisher as publisher
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.subscriber import TopicPointers
 
@@ -96,8 +98,8 @@ def state(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, copied)
     newest = snapshot.newest(copied / "snapshots")
     assert newest
-    snapshot.write_pointer(
-        copied / "latest.json", snapshot.pointer_for(newest, snapshot.verify(newest))
+    write_pointer(
+        copied / "latest.json", pointer_for(newest, snapshot.verify(newest))
     )
     return copied
 
@@ -138,7 +140,7 @@ def test_ls_goes_on_past_a_snapshot_that_cannot_be_read(state):
     (state / "snapshots" / broken / "manifest.json").write_text('{"format": 1, "files": "\x1b[2J"')
     lines = succeed("snapshots", "ls", state).stdout.splitlines()
     assert len(lines) == len(ids(state))
-    assert "manifest.json is not JSON" in lines[0]
+    assert "manifest.json is damaged" in lines[0]
     assert "examples" in lines[1]
 
 
@@ -154,12 +156,12 @@ def test_show_has_the_manifest_without_metrics_and_every_tensor(trained):
     for line in (
         ["learner.model", "deepfm"],
         ["examples", str(IMPRESSIONS)],
-        ["ledger.sum", str(manifest["ledger"]["sum"])],
+        ["ledger.sum", str(manifest.ledger.sum)],
     ):
         assert line in [printed_line.split() for printed_line in printed.splitlines()]
     assert "logloss" not in printed
     for stem, named in tensors.items():
-        assert manifest["files"][f"{stem}.safetensors"]["sha256"] in printed
+        assert manifest.files[f"{stem}.safetensors"].sha256 in printed
         for name, array in named.items():
             assert any(
                 line.split()[:1] == [name] and line.endswith(json.dumps(list(array.shape)))
@@ -188,12 +190,12 @@ def test_a_flipped_byte_makes_verify_exit_6_and_name_the_file(state):
 
 
 def test_verify_misses_a_published_snapshot_that_is_not_there(state):
-    pointer = snapshot.read_pointer(state / "latest.json")
+    pointer = read_pointer(state / "latest.json")
     assert pointer
-    shutil.rmtree(pointer["path"])
+    shutil.rmtree(pointer.path)
     result = CliRunner().invoke(main, ["snapshots", "verify", str(state)])
     assert result.exit_code == 6
-    assert f"{pointer['snapshot']}  is published, and is not there" in result.output
+    assert f"{pointer.snapshot}  is published, and is missing" in result.output
 
 
 def test_verify_holds_the_published_manifest_to_its_pointer(state):
@@ -225,7 +227,7 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
 ):
     older, newest = ids(state)[1], ids(state)[-1]
     subscriber = Subscriber(state)
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == newest
     rows = [{"app_id": "a1", "hour": "20"}, {}]
     newer_model = subscriber.predict(rows)
     before = json.loads((state / "latest.json").read_text())
@@ -233,7 +235,7 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
 
     assert newest in succeed("snapshots", "rollback", state, older).stdout
     taken = subscriber.next(PATIENCE_SECONDS)
-    assert (taken["snapshot"], taken["epoch"]) == (older, before["epoch"] + 1)
+    assert (taken.snapshot, taken.epoch) == (older, before["epoch"] + 1)
     assert not np.array_equal(subscriber.predict(rows), newer_model)
     assert (
         state / "snapshots" / older / "manifest.json"
@@ -263,9 +265,9 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
         in succeed("run", "--source", longer, "--state", state, *QUICK).output
     )
     again = subscriber.next(PATIENCE_SECONDS)
-    assert again["snapshot"] == ids(state)[-1] > newest
-    assert again["epoch"] == before["epoch"] + 2
-    assert again["examples"] == IMPRESSIONS + len(extra)
+    assert again.snapshot == ids(state)[-1] > newest
+    assert again.epoch == before["epoch"] + 2
+    assert again.examples == IMPRESSIONS + len(extra)
 
 
 def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
@@ -275,11 +277,11 @@ def test_what_an_active_run_publishes_after_a_rollback_is_taken(state):
     running = Publisher(state)
     running.publish(paths[-2], manifests[-2])
     subscriber = Subscriber(state)
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-2].name
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == paths[-2].name
     succeed("snapshots", "rollback", state, paths[0].name)
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[0].name
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == paths[0].name
     running.publish(paths[-1], manifests[-1])
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == paths[-1].name
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == paths[-1].name
 
 
 def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_subscribers_refuse(
@@ -293,18 +295,18 @@ def test_rollbacks_and_publishes_at_the_same_time_never_leave_a_pointer_that_sub
     def roll_back() -> None:
         for _ in range(30):
             pointer = Publisher(state).roll_back(path, manifest)
-            told.append((pointer["epoch"], pointer["sequence"]))
+            told.append((pointer.epoch, pointer.sequence))
 
     thread = threading.Thread(target=roll_back)
     thread.start()
     for sequence in range(1000, 1060):
-        Publisher(state).publish(path, {**manifest, "sequence": sequence})
+        Publisher(state).publish(path, structs.replace(manifest, sequence=sequence))
     thread.join()
-    Publisher(state).publish(path, {**manifest, "sequence": 2000})
-    last = snapshot.read_pointer(state / "latest.json")
+    Publisher(state).publish(path, structs.replace(manifest, sequence=2000))
+    last = read_pointer(state / "latest.json")
     assert len(told) == len(set(told)) == 30
-    assert (last["epoch"], last["sequence"]) > max(told)
-    assert last["epoch"] == max(told)[0]
+    assert (last.epoch, last.sequence) > max(told)
+    assert last.epoch == max(told)[0]
 
 
 def test_a_rollback_refuses_a_snapshot_that_does_not_verify_and_one_that_is_not_there(state):
@@ -328,7 +330,7 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
     sink.close()
     reader = kafka.PointerReader(client, topic)
     subscriber = Subscriber(TopicPointers(reader))
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == newest.name
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == newest.name
     succeed(
         "snapshots",
         "rollback",
@@ -339,9 +341,9 @@ def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic,
         "--bootstrap-servers",
         embedded_broker,
     )
-    assert subscriber.next(PATIENCE_SECONDS)["snapshot"] == ids(state)[0]
+    assert subscriber.next(PATIENCE_SECONDS).snapshot == ids(state)[0]
     reader.close()
-    assert subscriber.pointer == snapshot.read_pointer(state / "latest.json")
+    assert subscriber.pointer == read_pointer(state / "latest.json")
 
 
 # -- dead letters --------------------------------------------------------------------------------
@@ -478,7 +480,7 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
         assert all(character == "\n" or character.isprintable() for character in printed), printed
     assert "\\x1b[31mred\\x9b\\r\\n\\t\\u202e\\x7f" in succeed("dlq", "show", *where).stdout
     assert (
-        "does not tell which topic"
+        "does not name its topic"
         in succeed("dlq", "replay", *where, "--reason", "unknown").output
     )
 
@@ -524,7 +526,7 @@ def test_half_a_line_that_a_crash_left_hides_no_other_letter(state):
         file.write('{"topic": "x", "val')
     result = succeed("dlq", "ls", "--state", state)
     assert f"{count}  in all" in result.stdout
-    assert f"dead_letters.jsonl:{count + 1} is no dead letter" in result.stderr
+    assert f"dead_letters.jsonl:{count + 1} is not a dead letter" in result.stderr
     assert command("dlq", "ls", "--state", state / "missing").exit_code == 3
 
 

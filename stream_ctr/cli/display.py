@@ -376,7 +376,10 @@ def _comparison(report: Report, heads: Sequence[str]) -> Table:
 def _paired_words(first: str, second: str, pair: _Pair, scope: str) -> Text:
     difference, low, high = pair
     if not pair.winner:
-        words = f"{first} and {second} cannot be told apart: logloss differs by {difference:+.5f} nats per impression"
+        words = (
+            f"{first} and {second} cannot be told apart: "
+            f"logloss differs by {difference:+.5f} nats per impression"
+        )
         return Text(f"{words} ({scope}, 95 % interval {low:+.5f} to {high:+.5f})", "yellow")
     better, worse = (first, second) if pair.winner < 0 else (second, first)
     least, most = sorted((abs(low), abs(high)))

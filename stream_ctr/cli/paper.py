@@ -125,9 +125,10 @@ def paper(
 ) -> None:
     """Repeat the DeepFM paper's tables and figures on a log.
 
-    The report is report.html, report.md and report.json in --out. Nine systems, several seeds, the paper's settings. Finished runs are kept: the same command goes
-    on where it was ended, and one with --only or --model adds to what is there. Figures need
-    matplotlib: pip install 'stream-ctr[paper]'.
+    The report is report.html, report.md and report.json in --out. It covers nine systems, several
+    seeds and the paper's settings. Finished runs are kept: the same command goes on where it was
+    ended, and one with --only or --model adds to what is there. Figures need matplotlib:
+    pip install 'stream-ctr[paper]'.
 
     \b
     stream-ctr paper --data train.txt --format criteo --out report --quick

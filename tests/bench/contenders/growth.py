@@ -22,7 +22,7 @@ import pyarrow as pa
 from answers import answer
 
 from stream_ctr.cli import runs
-from stream_ctr.cli.main import _load_config
+from stream_ctr.cli.options import load_config
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import encode_clicks, encode_impressions
 from stream_ctr.snapshots.lease import Lease
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=1_000_000, help="events")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    config, _ = _load_config(None, OPTIONS)
+    config, _ = load_config(None, OPTIONS)
 
     def measure() -> dict[str, Any]:
         stream = Endless(arguments.impressions)
