@@ -1,7 +1,7 @@
 """Prepare docstrings for the API pages: Griffe calls `DoctestBlocks` for each object it reads.
 
-Docstrings are plain text with backticks. Markdown would take a `>>>` example for a quotation, so each
-one becomes a fenced code block.
+Docstrings are plain text with backticks. Markdown would take a `>>>` example for a quotation, so
+each one becomes a fenced code block.
 """
 
 from __future__ import annotations
@@ -15,15 +15,10 @@ EXAMPLE = re.compile(r"(?m)^( *)>>> .*(?:\n(?!\s*$).*)*")
 
 
 def fence_examples(text: str) -> str:
-    """Return `text` with each doctest example in a fenced code block.
+    r"""Return `text` with each doctest example in a fenced code block.
 
-    >>> print(fence_examples("Double.\\n\\n>>> 1 + 1\\n2"))
-    Double.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
+    >>> fence_examples("Double.\n\n>>> 1 + 1\n2")
+    'Double.\n\n```pycon\n>>> 1 + 1\n2\n```'
     """
     return EXAMPLE.sub(lambda found: f"{found[1]}```pycon\n{found[0]}\n{found[1]}```", text)
 
