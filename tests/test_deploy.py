@@ -30,7 +30,7 @@ PINNED = dict(
 
 
 def compose() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())  # type: ignore[no-any-return]
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
 
 def instructions(name: str) -> list[str]:
@@ -217,7 +217,7 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
 
 def workflow() -> dict[str, Any]:
     text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    return yaml.safe_load(text)  # type: ignore[no-any-return]
+    return yaml.safe_load(text)
 
 
 def test_the_hosted_ci_calls_ci_run_for_each_python_that_the_project_names() -> None:

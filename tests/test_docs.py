@@ -31,7 +31,8 @@ from support.patience import PATIENCE_SECONDS
 
 from stream_ctr.cli.main import main
 from stream_ctr.config import known_keys, load
-from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
+from stream_ctr.connectors.embedded import EmbeddedBroker
+from stream_ctr.connectors.errors import EmbeddedUnavailable
 from stream_ctr.events.decoder import Decoder
 
 IMPRESSIONS = 2500
