@@ -56,6 +56,8 @@ NOT_RUN = {
     "python tests/bits.py record before.json --checkout ../before": "takes minutes",
     "python tests/bits.py record after.json": "takes minutes",
     "python tests/bits.py compare before.json after.json": "needs two records",
+    'python -c "from stream_ctr.paper.report import render;'
+    " render('docs/paper/criteo-sample')\"": "writes into docs/paper",
     "pytest tests/test_gpu.py": "make test runs it; its tests of a card need one",
     "python tests/bench/step.py": "a benchmark",
     "python tests/bench/step.py --page docs/performance-avx2.md": "a benchmark",
@@ -111,7 +113,7 @@ def test_every_block_has_a_language_that_is_checked_here() -> None:
 @pytest.mark.parametrize("page", pages.pages())
 def test_commands_stand_in_shell_blocks_where_they_are_run(page: str) -> None:
     indented = re.findall(
-        r"(?m)^ {4,}\$? ?((?:stream-ctr|make|pytest|docker) .*)$", pages.prose(page)
+        r"(?m)^ {4,}\$? ?((?:stream-ctr|make|python|pytest|docker) .*)$", pages.prose(page)
     )
     assert indented == []
 
@@ -270,8 +272,11 @@ def run_command(command: str, where: str) -> None:
     for option in SHORTENED.get(arguments[0], ()):
         if option not in arguments:
             arguments.append(option)
-    result = CliRunner().invoke(main, arguments)
+    *arguments, output = arguments if ">" in arguments else [*arguments, ""]
+    result = CliRunner().invoke(main, [word for word in arguments if word != ">"])
     assert result.exit_code == 0, f"{where}: {command}\n{result.output}{result.exception!r}"
+    if output:
+        Path(output).write_text(result.stdout)
     if arguments[0] == "simulate":  # a malformed line, for pages that show dead letters
         with Path(arguments[arguments.index("--out") + 1]).open("a") as log:
             log.write("oops\n")
@@ -291,13 +296,16 @@ def test_an_output_shown_has_the_words_of_the_output(
     assert filled
     for variable, value in SMALL.items():
         monkeypatch.setenv(variable, value)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     lines: list[str] = []
     for command in transcript.commands:
         assert f"$ {command}\n" in filled[1]
         fewer = re.sub(r"--impressions \d+", f"--impressions {IMPRESSIONS}", command)
         fewer += f" --impressions {IMPRESSIONS}" if command == "stream-ctr demo" else ""
-        lines += transcript.lines(transcripts.run(fewer, tmp_path))
+        result = CliRunner().invoke(main, fewer.split()[1:])
+        assert result.exit_code == 0, result.output
+        lines += transcript.lines(result.output)
     page_lines = [line for line in filled[1].splitlines() if not line.startswith("$ ")]
     assert words(lines, transcript.varies) ^ words(page_lines, transcript.varies) <= RESULTS
 
