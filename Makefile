@@ -1,43 +1,53 @@
-# One verb each. An active virtual environment is used as it is; otherwise `make install` makes .venv.
+# An active virtual environment is used; otherwise `make install` creates .venv.
 VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 BIN = $(VENV)/bin
+COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick faults bench systems lint fmt demo
+.PHONY: help install test quick coverage docs transcripts faults bench systems lint fmt demo
 
-help: ## say what there is
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
-install: ## the package, editable, and all it is developed with, in the tested versions
+install: ## install the package, editable, with all development tools in the tested versions
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 
-test: ## every test and every example in a docstring, a file at a time on each of three processes: many wait for a broker
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+test: ## run every test and docstring example, in three processes because many tests wait for a broker
+	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
-quick: ## the inner loop: all but the slow tests, which wait for nobody: two processes, under two minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+quick: ## run the tests that are not slow, in two processes, under two minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
-faults: ## every fault and bad input, on own brokers, half an hour; writes docs/reliability.md (ROWS=4,19: these only)
+coverage: ## run the quick tests and fail below the coverage floor of pyproject.toml
+	$(MAKE) quick ARGS="$(COVERAGE)"
+
+docs: ## build the documentation site in site/, failing on any warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+transcripts: ## run the commands whose output the pages show and renew it (NAMES=demo: only this one)
+	$(BIN)/python tests/transcripts.py $(NAMES)
+
+faults: ## inject every fault and bad input, up to an hour; writes docs/reliability.md (ROWS=4,19: only these)
 	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md --fault-rows=$(ROWS)
 
-bench: ## every case beside its peers, half an hour; writes docs/performance.md (CASES="train ftrl": these only)
+bench: ## benchmark every case next to its peers, half an hour; writes docs/performance.md (CASES="train ftrl": only these)
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
 	$(BIN)/python tests/bench/step.py --page docs/performance.md
 
-systems: ## the nine systems beside FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": these only)
+systems: ## compare the nine systems with FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": only these)
 	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md
 
-lint: ## style, form and types
+lint: ## check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-fmt: ## put the form right
+fmt: ## fix style and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-demo: ## broker, simulated stream, trainer and subscriber on this machine, about a minute
+demo: ## run a broker, a simulated stream, the trainer and a subscriber on this machine, about a minute
 	$(BIN)/stream-ctr demo

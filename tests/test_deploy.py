@@ -1,4 +1,4 @@
-"""What is shipped around the package: constraints, container files and the client.properties example speak of the package as it is."""
+"""The files around the package fit it: constraints, container files, CI and project metadata."""
 
 import os
 import re
@@ -30,11 +30,11 @@ PINNED = dict(
 
 
 def compose() -> dict[str, Any]:
-    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())  # type: ignore[no-any-return]
+    return yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
 
 def instructions(name: str) -> list[str]:
-    """The arguments of each `name` instruction of the Dockerfile, continued lines joined."""
+    """Return the arguments of each `name` instruction of the Dockerfile, with joined lines."""
     text = re.sub(r"\\\n", " ", (DEPLOY / "Dockerfile").read_text())
     return [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith(f"{name} ")]
 
@@ -111,7 +111,7 @@ def test_the_trainer_is_started_with_options_that_the_command_line_knows() -> No
 
 
 def created_topics() -> dict[str, list[str]]:
-    """The topics that the one-shot service creates, and the arguments of each."""
+    """Return the topics that the one-shot service creates, with the arguments of each."""
     lines = compose()["services"]["topics"]["command"][0].splitlines()
     created = [shlex.split(line)[1:] for line in lines if line.startswith("create ")]
     return {arguments[arguments.index("--topic") + 1]: arguments for arguments in created}
@@ -133,7 +133,7 @@ def test_the_topics_created_are_those_that_a_run_with_default_configuration_uses
 def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topics(
     tmp_path: Path,
 ) -> None:
-    """Without a container: the settings as the image turns them into properties, on loopback, and the very commands of the one-shot."""
+    """No container runs: the settings become properties by the image's rule, on loopback."""
     try:
         kafka = find_kafka()
     except KafkaMissing as missing:
@@ -210,6 +210,57 @@ def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topi
     assert re.search(
         r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact", described
     )
+
+
+# -- the project's description -------------------------------------------------------------------
+
+
+def workflow() -> dict[str, Any]:
+    text = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    return yaml.safe_load(text)
+
+
+def test_the_hosted_ci_calls_ci_run_for_each_python_that_the_project_names() -> None:
+    job = workflow()["jobs"]["test"]
+    prefix = "Programming Language :: Python :: "
+    named = [line.removeprefix(prefix) for line in PROJECT["classifiers"] if prefix in line]
+    assert job["strategy"]["matrix"]["python"] == named
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert PROJECT["requires-python"] == f">={named[0]}"
+
+
+def test_every_url_of_the_project_has_the_same_base() -> None:
+    base = PROJECT["urls"]["Repository"]
+    contact = (ROOT / ".github" / "ISSUE_TEMPLATE" / "config.yml").read_text()
+    urls = [*PROJECT["urls"].values(), *re.findall(r"https://\S+", contact)]
+    assert [url for url in urls if not url.startswith(base)] == []
+    assert base in (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def test_issue_templates_have_a_name_and_questions() -> None:
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    for path in set(folder.glob("*.yml")) - {folder / "config.yml"}:
+        template = yaml.safe_load(path.read_text())
+        assert template["name"]
+        assert template["description"]
+        assert all(question["attributes"]["label"] for question in template["body"])
+
+
+def test_pre_commit_runs_the_tools_of_the_development_environment() -> None:
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    tools = [hook["entry"].split()[0] for repo in hooks for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in hooks} == {"local"}
+    assert set(tools) == {"ruff", "mypy"}
+    assert set(tools) <= PINNED.keys()
+
+
+def test_the_changelog_has_a_section_for_the_version() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text()
+    assert re.search(
+        rf"^## \[{re.escape(PROJECT['version'])}\] - \d{{4}}-\d\d-\d\d$", changelog, re.M
+    )
+    assert "\n## [Unreleased]\n" in changelog
 
 
 # -- client.properties ---------------------------------------------------------------------------
