@@ -162,11 +162,12 @@ class LocalStack:
         return re.sub(r"\b(19092|9092|9093)\b", lambda port: self._ports[port[0]], text)
 
     def format_storage(self) -> None:
-        properties = {"log.dirs": str(self._data)}
+        properties = {}
         for name, value in self.services["kafka"]["environment"].items():
             if name != "KAFKA_HEAP_OPTS":
                 key = name.removeprefix("KAFKA_").lower().replace("_", ".")
                 properties[key] = self.localized(str(value))
+        properties["log.dirs"] = str(self._data)
         lines = (f"{key}={value}\n" for key, value in properties.items())
         self.configuration.write_text("".join(lines))
         cluster = ["--cluster-id", "5L6g3nShT-eMCtK--X86sw"]
