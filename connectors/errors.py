@@ -1,22 +1,24 @@
-"""What can go wrong with sources and sinks, in words for the person who runs the program."""
+"""The errors of sources and sinks. Their messages are for the person who runs the program.
+
+ConnectorFailure
+|-- EmbeddedUnavailable      there is no embedded broker, or it did not start
+|-- PositionLost             the source does not hold the records to continue with
+|   `-- TopicChanged         the topic is not the one that reading began with
+`-- KafkaFailure
+    |-- KafkaOptionError     an option does not exist, cannot be read or would break exactness
+    |-- KafkaCodecMissing    a library for compressed records is not installed
+    |-- KafkaUnreachable     no broker answers
+    |   `-- KafkaRefused     something answers, but refuses the connection
+    |-- KafkaTopicMissing    the topic does not exist
+    |-- KafkaReadFailed      reading failed, and a retry would not help
+    `-- KafkaDeliveryFailed  records were not acknowledged
+"""
 
 from __future__ import annotations
 
 
-# ConnectorFailure
-#   EmbeddedUnavailable    there is no embedded broker, or it did not start
-#   PositionLost           the source does not hold the records to continue with
-#     TopicChanged         it is another topic than the one that reading began with
-#   KafkaFailure
-#     KafkaOptionError     an option that does not exist, cannot be read or would break exactness
-#     KafkaCodecMissing    a library for compressed records is not installed
-#     KafkaUnreachable     no broker answers
-#       KafkaRefused       something does, but does not let us in
-#     KafkaTopicMissing
-#     KafkaReadFailed      the broker or the bytes say no, and trying again would not help
-#     KafkaDeliveryFailed  records were not acknowledged
 class ConnectorFailure(Exception):
-    """The root of all that connectors raise by themselves."""
+    """The base of all errors that connectors raise on purpose."""
 
 
 class EmbeddedUnavailable(ConnectorFailure):
@@ -24,15 +26,15 @@ class EmbeddedUnavailable(ConnectorFailure):
 
 
 class PositionLost(ConnectorFailure):
-    """The source does not hold the records that come next: deleted by retention, or another log."""
+    """The next records are not in the source: retention removed them, or it is another log."""
 
 
 class TopicChanged(PositionLost):
-    """The topic was deleted, created again or given more partitions: what was read of it says nothing about where to go on."""
+    """The topic was deleted, recreated or given more partitions: its old positions are invalid."""
 
 
 class KafkaFailure(ConnectorFailure):
-    """Something about Kafka."""
+    """The base of the errors of Kafka sources and sinks."""
 
 
 class KafkaOptionError(KafkaFailure):
@@ -40,7 +42,7 @@ class KafkaOptionError(KafkaFailure):
 
 
 class KafkaCodecMissing(KafkaFailure):
-    """A library that compressed records need is not installed."""
+    """A library for compressed records is not installed."""
 
 
 class KafkaUnreachable(KafkaFailure):
@@ -48,7 +50,7 @@ class KafkaUnreachable(KafkaFailure):
 
 
 class KafkaRefused(KafkaUnreachable):
-    """Something accepts connections, but does not let us in: login, TLS, or it is no Kafka broker."""
+    """A server accepts connections but refuses the client: login, TLS, or it is no Kafka broker."""
 
 
 class KafkaTopicMissing(KafkaFailure):
@@ -56,8 +58,8 @@ class KafkaTopicMissing(KafkaFailure):
 
 
 class KafkaReadFailed(KafkaFailure):
-    """Reading failed for a reason that trying again does not cure."""
+    """Reading failed, and a retry would not help."""
 
 
 class KafkaDeliveryFailed(KafkaFailure):
-    """Records were not acknowledged; the message has how many and the first reason."""
+    """Records were not acknowledged. The message has their number and the first reason."""

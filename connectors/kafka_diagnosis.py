@@ -1,4 +1,7 @@
-"""Why a Kafka broker is silent or lets nobody in, in words for whom it happens to. Knows no client, only its options and its log."""
+"""Explanations of why a Kafka broker does not answer or refuses a connection.
+
+This module knows no client, only the options of kafka-python and the log that it writes.
+"""
 
 from __future__ import annotations
 
@@ -13,29 +16,38 @@ from contextlib import contextmanager
 
 from stream_ctr.connectors.errors import KafkaRefused, KafkaTopicMissing, KafkaUnreachable
 
-PROBE_SECONDS = 2.0  # for finding out why nobody answered
+PROBE_SECONDS = 2.0  # for probing all bootstrap servers after none answered
+_SIMILAR_TOPICS = 3
 
 log = logging.getLogger(__name__)
 
+_BOOTSTRAP_FAILED = re.compile(
+    r"Bootstrap (?:connection|attempt) to \S+ failed: (.+?)(?: \(backoff .*)?$"
+)
+
 
 class BootstrapListener(logging.Handler):
-    """Keeps the reasons of failed attempts, which kafka-python tells to its log only."""
+    """Collects the reasons of failed attempts, which kafka-python writes to its log only."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.reasons: dict[str, None] = {}
+        self.reasons: dict[str, None] = {}  # an ordered set
 
     def emit(self, record: logging.LogRecord) -> None:
-        found = re.match(
-            r"Bootstrap (?:connection|attempt) to \S+ failed: (.+?)(?: \(backoff .*)?$",
-            record.getMessage(),
-        )
-        if found:
+        if found := _BOOTSTRAP_FAILED.match(record.getMessage()):
             self.reasons[found[1]] = None
 
 
 @contextmanager
 def listening_to_bootstrap() -> Iterator[BootstrapListener]:
+    """Collect the reasons of failed connection attempts while the block runs.
+
+    >>> kafka_log = logging.getLogger("kafka.net.manager")
+    >>> with listening_to_bootstrap() as listener:
+    ...     kafka_log.warning("Bootstrap attempt to b:9092 failed: refused")
+    >>> list(listener.reasons)
+    ['refused']
+    """
     listener = BootstrapListener()
     logger = logging.getLogger("kafka.net.manager")
     logger.addHandler(listener)
@@ -48,28 +60,37 @@ def listening_to_bootstrap() -> Iterator[BootstrapListener]:
 def explain_silence(
     client: Mapping[str, object], reasons: Sequence[str], seconds: float
 ) -> KafkaUnreachable:
-    """What to raise when nobody let us in within that time; `reasons` are those that the client gave to its log."""
+    """Return the error to raise when no broker accepted the client within this time.
+
+    `reasons` are those that the client wrote to its log. The result is a `KafkaRefused` if a server
+    accepts TCP connections.
+    """
     servers = server_names(client)
     closed = {server: _why_closed(server, PROBE_SECONDS / len(servers)) for server in servers}
     if all(closed.values()):
         each = "; ".join(f"{server}: {why}" for server, why in closed.items())
         return KafkaUnreachable(f"no Kafka broker answered within {seconds:g} s ({each})")
     accepting = ", ".join(server for server, why in closed.items() if not why)
-    hints = (
-        *_REFUSAL_HINTS,
-        ("", _HINT_BY_PROTOCOL[str(client.get("security_protocol", "PLAINTEXT"))]),
-    )
-    hint, reason = next(
-        (hint, reason)
-        for pattern, hint in hints
-        for reason in [*reasons, ""]
-        if re.search(pattern, reason)
-    )
-    told = f" ({reason})" if reason else ""
+    hint, reason = _refusal_hint(_protocol(client), reasons)
+    quoted = f" ({reason})" if reason else ""
     return KafkaRefused(
-        f"{accepting} accepts connections, but let nobody in within {seconds:g} s: {hint}{told}"
+        f"{accepting} accepts connections, but let nobody in within {seconds:g} s: {hint}{quoted}"
     )
 
+
+def _refusal_hint(protocol: str, reasons: Sequence[str]) -> tuple[str, str]:
+    """Return (hint, the reason that it explains), or the protocol's hint and no reason."""
+    for pattern, hint in _REFUSAL_HINTS:
+        for reason in reasons:
+            if re.search(pattern, reason):
+                return hint, reason
+    return _HINT_BY_PROTOCOL[protocol], next(iter(reasons), "")
+
+
+_AUTHORITY_HINT = (
+    "the certificate is not of an authority that is trusted here, "
+    "does ssl.ca.location hold its authority?"
+)
 
 _REFUSAL_HINTS = (
     (
@@ -90,30 +111,30 @@ _REFUSAL_HINTS = (
     ),
     ("certificate has expired", "the certificate of the broker has expired"),
     (
-        "broker certificate could not be verified",  # librdkafka does not tell these apart
-        "the certificate is not of an authority that is trusted here, does ssl.ca.location hold its authority? Or it is another host's",
+        "broker certificate could not be verified",  # librdkafka's one message for both causes
+        f"{_AUTHORITY_HINT} Or it is another host's",
     ),
-    (
-        "certificate verify failed",
-        "the certificate is not of an authority that is trusted here, does ssl.ca.location hold its authority?",
-    ),
+    ("certificate verify failed", _AUTHORITY_HINT),
     (
         "SSL|Handshake|certificate",
         "TLS failed, is this the TLS port and does ssl.ca.location hold its authority?",
     ),
 )
-# kafka-python often loses the answer of a broker that refuses a login and hangs up.
-_LOGIN_CUT = "the login failed, check sasl.username, sasl.password and sasl.mechanism, and security.protocol for this listener"
+# When a broker refuses a login and closes the connection, kafka-python often loses its answer.
+_LOGIN_HINT = (
+    "the login failed, check sasl.username, sasl.password and sasl.mechanism, "
+    "and security.protocol for this listener"
+)
 _HINT_BY_PROTOCOL = {
     "PLAINTEXT": "is it a Kafka broker, and does it want TLS or a login (security.protocol)?",
     "SSL": "is it a Kafka broker, and is this the TLS port without a login (security.protocol)?",
-    "SASL_PLAINTEXT": _LOGIN_CUT,
-    "SASL_SSL": _LOGIN_CUT,
+    "SASL_PLAINTEXT": _LOGIN_HINT,
+    "SASL_SSL": _LOGIN_HINT,
 }
 
 
 def _why_closed(server: str, seconds: float) -> str:
-    """Why nothing accepts a connection there; empty when something does."""
+    """Return why the server accepts no TCP connection, or "" if it does."""
     host, port = _host_and_port(server)
     try:
         socket.create_connection((host, port), seconds).close()
@@ -127,21 +148,30 @@ def _why_closed(server: str, seconds: float) -> str:
 def topic_missing(
     topic: str, existing: Collection[str], client: Mapping[str, object]
 ) -> KafkaTopicMissing:
-    near = difflib.get_close_matches(topic, existing, n=3)
+    """Return the error to raise for a missing topic, with similar names and a command.
+
+    >>> print(topic_missing("clicks", ["click"], {"bootstrap_servers": ["b:9092"]}))
+    topic 'clicks' does not exist on b:9092 (near it: click); to create it: \
+kafka-topics.sh --bootstrap-server b:9092 --create --topic clicks --partitions 4
+    """
+    near = difflib.get_close_matches(topic, existing, n=_SIMILAR_TOPICS)
     others = (
         f"near it: {', '.join(near)}"
         if near
         else f"{len(existing)} other topics exist, none with a name near it"
     )
-    create = f"kafka-topics.sh --bootstrap-server {server_names(client)[0]} --create --topic {topic} --partitions 4"
+    create = (
+        f"kafka-topics.sh --bootstrap-server {server_names(client)[0]} "
+        f"--create --topic {topic} --partitions 4"
+    )
     return KafkaTopicMissing(
         f"topic {topic!r} does not exist on {servers(client)} ({others}); to create it: {create}"
     )
 
 
 def warn_of_plaintext(client: Mapping[str, object]) -> None:
-    """A warning in the log, once for each broker, when what is said to it can be read on the way."""
-    protocol = str(client.get("security_protocol", "PLAINTEXT"))
+    """Log a warning, once for each broker, if the connection to another host is not encrypted."""
+    protocol = _protocol(client)
     if not protocol.endswith("SSL"):
         for server in server_names(client):
             if not _is_loopback(_host_and_port(server)[0]):
@@ -172,11 +202,21 @@ def _host_and_port(server: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def _protocol(client: Mapping[str, object]) -> str:
+    return str(client.get("security_protocol", "PLAINTEXT"))
+
+
 def servers(client: Mapping[str, object]) -> str:
+    """Return the bootstrap servers of these options, separated by commas.
+
+    >>> servers({"bootstrap_servers": ["a:1", "b:2"]})
+    'a:1, b:2'
+    """
     return ", ".join(server_names(client))
 
 
 def server_names(client: Mapping[str, object]) -> list[str]:
-    named = client["bootstrap_servers"]
-    assert isinstance(named, list)
-    return named
+    """Return the bootstrap servers of these options as a list."""
+    names = client["bootstrap_servers"]
+    assert isinstance(names, list)
+    return names

@@ -1,7 +1,8 @@
-"""Kafka options as people have them: the keys of a Java `client.properties` or of librdkafka, as options of kafka-python.
+"""Kafka options: the keys of a Java `client.properties` or of librdkafka, for kafka-python.
 
-A table holds every key there is, another the keys that would break exactness, with the reason; a third what librdkafka calls the options
-of a consumer. Nothing here connects to anything.
+Three tables drive it: `_OPTIONS` has every supported key, `_REFUSED` has the keys that would break
+exactness with the reason, and `_LIBRDKAFKA` has librdkafka's names of the consumer options. This
+module opens no connection.
 """
 
 from __future__ import annotations
@@ -13,25 +14,33 @@ from pathlib import Path
 
 from stream_ctr.connectors.errors import KafkaOptionError
 
-IN_FLIGHT_BYTES = 32 << 20  # values handed to the producer and not yet acknowledged
+IN_FLIGHT_BYTES = 32 << 20  # the bound on values sent and not yet acknowledged
 
 
 def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dict[str, object]:
-    """The options of kafka-python for a broker and for the keys of a Java `client.properties` or of librdkafka.
+    """Return the options of kafka-python for a broker and Java or librdkafka properties.
 
-    `bootstrap_servers` is `host:port[,host:port]` and goes before the key `bootstrap.servers`. What only a consumer or only a producer
-    knows is kept apart when a client is made. Passwords show as `***` when the result is printed.
+    `bootstrap_servers` is `host:port[,host:port]` and overrides the key `bootstrap.servers`. The
+    result holds options of both consumer and producer; each client picks its own. Passwords are
+    printed as `***`.
 
-    Raises `KafkaOptionError` for a key that does not exist (with the nearest that does), a value that cannot be read, a key that would
-    break exactness, and a login that would not be used.
+    Raises `KafkaOptionError` for a key that does not exist (the message has the nearest key), for
+    an invalid value, for a key that would break exactness, and for a login that would not be used.
 
-    >>> client_options("localhost:9092", {"security.protocol": "SASL_SSL", "sasl.mechanism": "PLAIN", "sasl.username": "u",
-    ...                                   "sasl.password": "hidden", "linger.ms": "20"})  # doctest: +NORMALIZE_WHITESPACE
-    {'bootstrap_servers': ['localhost:9092'], 'security_protocol': 'SASL_SSL', 'sasl_mechanism': 'PLAIN', 'sasl_plain_username': 'u',
-     'sasl_plain_password': '***', 'linger_ms': 20}
-    >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})
+    >>> login = {"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "hidden"}
+    >>> properties = {"security.protocol": "SASL_SSL", **login, "linger.ms": "20"}
+    >>> for name, value in client_options("localhost:9092", properties).items():
+    ...     print(name, repr(value))
+    bootstrap_servers ['localhost:9092']
+    security_protocol 'SASL_SSL'
+    sasl_mechanism 'PLAIN'
+    sasl_plain_username 'u'
+    sasl_plain_password '***'
+    linger_ms 20
+    >>> client_options("localhost:9092", {"fetch.max.byte": "1000"})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    stream_ctr.connectors.errors.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; did you mean 'fetch.max.bytes'?
+        ...
+    stream_ctr.connectors.errors.KafkaOptionError: Kafka option 'fetch.max.byte' does not exist; ...
     """
     rest = dict(properties)
     servers = (
@@ -47,11 +56,13 @@ def client_options(bootstrap_servers: str, properties: Mapping[str, str]) -> dic
 
 
 def librdkafka_options(client: Mapping[str, object]) -> dict[str, str | int]:
-    """What librdkafka calls the options that `client_options` gives, as far as they are a consumer's. Passwords are readable in it.
+    """Return the consumer options among those of `client_options` under librdkafka's names.
 
-    Raises `KafkaOptionError` for a login that librdkafka does not have.
+    Passwords are readable in the result. Raises `KafkaOptionError` for a SASL mechanism that
+    librdkafka does not support.
 
-    >>> librdkafka_options(client_options("a:1,b:2", {"security.protocol": "SSL", "fetch.max.wait.ms": "50", "linger.ms": "20"}))
+    >>> properties = {"security.protocol": "SSL", "fetch.max.wait.ms": "50", "linger.ms": "20"}
+    >>> librdkafka_options(client_options("a:1,b:2", properties))
     {'bootstrap.servers': 'a:1,b:2', 'security.protocol': 'SSL', 'fetch.wait.max.ms': 50}
     """
     options: dict[str, str | int] = {}
@@ -60,19 +71,18 @@ def librdkafka_options(client: Mapping[str, object]) -> dict[str, str | int]:
             options[_LIBRDKAFKA[name]] = _as_librdkafka(value)
     if options.get("sasl.mechanism") == "AWS_MSK_IAM":
         raise KafkaOptionError(
-            "'sasl.mechanism' is AWS_MSK_IAM, which the client confluent does not have; the client kafka-python does"
+            "'sasl.mechanism' is AWS_MSK_IAM, which the client confluent does not have; "
+            "the client kafka-python does"
         )
-    if "ssl.certificate.location" in options:
-        options.setdefault(
-            "ssl.key.location", options["ssl.certificate.location"]
-        )  # a PEM file may hold both
+    if "ssl.certificate.location" in options:  # a PEM file may hold both
+        options.setdefault("ssl.key.location", options["ssl.certificate.location"])
     return options
 
 
 def read_properties(path: Path) -> dict[str, str]:
-    """The keys and values of a Java properties file (UTF-8); the last of a repeated key counts.
+    """Return the keys and values of a Java properties file in UTF-8.
 
-    Raises `KafkaOptionError` when the file cannot be read.
+    The last value of a repeated key counts. Raises `KafkaOptionError` when the file cannot be read.
     """
     try:
         text = path.read_text("utf-8")
@@ -82,10 +92,15 @@ def read_properties(path: Path) -> dict[str, str]:
 
 
 def parse_properties(text: str) -> dict[str, str]:
-    r"""The keys and values in the text of a Java properties file: `=`, `:` or a blank separates them, `#` and `!` begin a comment.
+    r"""Return the keys and values in the text of a Java properties file.
 
-    >>> parse_properties("# who\nacks = all\nsasl.jaas.config: Plain \\\n   required;\nssl.key.password=a\\=b")
-    {'acks': 'all', 'sasl.jaas.config': 'Plain required;', 'ssl.key.password': 'a=b'}
+    `=`, `:` or a blank separates key and value, `#` and `!` begin a comment, and a backslash at the
+    end of a line continues it.
+
+    >>> parse_properties("# login\nacks = all\nsasl.jaas.config: Plain \\\n   required;")
+    {'acks': 'all', 'sasl.jaas.config': 'Plain required;'}
+    >>> parse_properties(r"ssl.key.password=a\=b")
+    {'ssl.key.password': 'a=b'}
     """
     pairs: dict[str, str] = {}
     for line in _logical_lines(text):
@@ -96,7 +111,7 @@ def parse_properties(text: str) -> dict[str, str]:
 
 
 class Secret(str):
-    """A string that prints and logs as `***`; its characters are there for those who encode or join it.
+    """A string that prints and logs as `***`. Encoding or joining it yields its characters.
 
     >>> password = Secret("hidden")
     >>> print(password, repr(password), f"{password}", "".join([password]))
@@ -144,25 +159,25 @@ def _secret(value: str) -> object:
     return Secret(value)
 
 
-def _whole(value: str) -> object:
+def _integer(value: str) -> object:
     if not re.fullmatch(r"\s*-?\d+\s*", value):
         raise ValueError("a whole number")
     return int(value)
 
 
-def _above_zero(value: str) -> object:
+def _positive_integer(value: str) -> object:
     if not re.fullmatch(r"\s*0*[1-9]\d*\s*", value):
         raise ValueError("a whole number above zero")
     return int(value)
 
 
-def _truth(value: str) -> object:
+def _boolean(value: str) -> object:
     if value.strip().lower() not in ("true", "false"):
         raise ValueError("true or false")
     return value.strip().lower() == "true"
 
 
-def _one_of(*choices: str) -> Callable[[str], object]:
+def _choice(*choices: str) -> Callable[[str], object]:
     def read(value: str) -> object:
         chosen = {choice.lower(): choice for choice in choices}.get(value.strip().lower())
         if chosen is None:
@@ -175,21 +190,21 @@ def _one_of(*choices: str) -> Callable[[str], object]:
 def _mechanism(value: str) -> object:
     if value.strip().upper() == "OAUTHBEARER":
         raise ValueError("another mechanism than OAUTHBEARER, whose tokens need code of their own")
-    return _one_of("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "AWS_MSK_IAM")(value)
+    return _choice("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "GSSAPI", "AWS_MSK_IAM")(value)
 
 
 def _compression(value: str) -> object:
-    chosen = _one_of("none", "gzip", "snappy", "lz4", "zstd")(value)
+    chosen = _choice("none", "gzip", "snappy", "lz4", "zstd")(value)
     return None if chosen == "none" else chosen
 
 
 def _acks(value: str) -> object:
-    chosen = _one_of("all", "-1", "0", "1")(value)
+    chosen = _choice("all", "-1", "0", "1")(value)
     return "all" if chosen in ("all", "-1") else int(str(chosen))
 
 
 def _host_check(value: str) -> object:
-    chosen = _one_of("https", "none", "")(value)
+    chosen = _choice("https", "none", "")(value)
     return chosen == "https"
 
 
@@ -200,43 +215,44 @@ def _pem_file(value: str) -> object:
         raise ValueError(f"a PEM file that can be read ({error.strerror})") from error
     if b"-----BEGIN" not in content:
         raise ValueError(
-            "a PEM file, which keytool -exportcert -rfc or openssl pkcs12 -nodes makes from a JKS or PKCS12 store"
+            "a PEM file, which keytool -exportcert -rfc or openssl pkcs12 -nodes makes "
+            "from a JKS or PKCS12 store"
         )
     return value
 
 
 def _as_librdkafka(value: object) -> str | int:
     match value:
-        case bool():  # the check of host names
+        case bool():  # ssl_check_hostname is the only one
             return "https" if value else "none"
         case list():
             return ",".join(value)
         case str():
-            return "".join([value])  # a secret too: its characters
+            return "".join([value])  # the characters, even of a Secret
     assert isinstance(value, int)
     return value
 
 
-# Key: (option of kafka-python, how to read its value). None: the value is checked and goes no further.
+# Key: (option of kafka-python, function that reads the value). None: the value is only checked.
 _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     # both clients
     "client.id": ("client_id", _text),
     "client.dns.lookup": (
         "client_dns_lookup",
-        _one_of("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only"),
+        _choice("use_all_dns_ips", "resolve_canonical_bootstrap_servers_only"),
     ),
-    "connections.max.idle.ms": ("connections_max_idle_ms", _whole),
-    "max.in.flight.requests.per.connection": ("max_in_flight_requests_per_connection", _whole),
-    "metadata.max.age.ms": ("metadata_max_age_ms", _whole),
-    "receive.buffer.bytes": ("receive_buffer_bytes", _whole),
-    "reconnect.backoff.ms": ("reconnect_backoff_ms", _whole),
-    "reconnect.backoff.max.ms": ("reconnect_backoff_max_ms", _whole),
-    "request.timeout.ms": ("request_timeout_ms", _whole),
-    "retry.backoff.ms": ("retry_backoff_ms", _whole),
-    "send.buffer.bytes": ("send_buffer_bytes", _whole),
+    "connections.max.idle.ms": ("connections_max_idle_ms", _integer),
+    "max.in.flight.requests.per.connection": ("max_in_flight_requests_per_connection", _integer),
+    "metadata.max.age.ms": ("metadata_max_age_ms", _integer),
+    "receive.buffer.bytes": ("receive_buffer_bytes", _integer),
+    "reconnect.backoff.ms": ("reconnect_backoff_ms", _integer),
+    "reconnect.backoff.max.ms": ("reconnect_backoff_max_ms", _integer),
+    "request.timeout.ms": ("request_timeout_ms", _integer),
+    "retry.backoff.ms": ("retry_backoff_ms", _integer),
+    "send.buffer.bytes": ("send_buffer_bytes", _integer),
     "security.protocol": (
         "security_protocol",
-        _one_of("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
+        _choice("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
     ),
     "sasl.mechanism": ("sasl_mechanism", _mechanism),
     "sasl.mechanisms": ("sasl_mechanism", _mechanism),
@@ -245,10 +261,10 @@ _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     "sasl.kerberos.service.name": ("sasl_kerberos_service_name", _text),
     "ssl.ca.location": ("ssl_cafile", _pem_file),
     "ssl.truststore.location": ("ssl_cafile", _pem_file),
-    "ssl.truststore.type": (None, _one_of("PEM")),
+    "ssl.truststore.type": (None, _choice("PEM")),
     "ssl.certificate.location": ("ssl_certfile", _pem_file),
     "ssl.keystore.location": ("ssl_certfile", _pem_file),
-    "ssl.keystore.type": (None, _one_of("PEM")),
+    "ssl.keystore.type": (None, _choice("PEM")),
     "ssl.key.location": ("ssl_keyfile", _pem_file),
     "ssl.key.password": ("ssl_password", _secret),
     "ssl.crl.location": ("ssl_crlfile", _pem_file),
@@ -257,31 +273,31 @@ _OPTIONS: dict[str, tuple[str | None, Callable[[str], object]]] = {
     # the consumer
     "client.rack": ("client_rack", _text),
     "group.id": ("group_id", _text),
-    "fetch.max.bytes": ("fetch_max_bytes", _whole),
-    "fetch.max.wait.ms": ("fetch_max_wait_ms", _whole),
-    "fetch.wait.max.ms": ("fetch_max_wait_ms", _whole),
-    "fetch.message.max.bytes": ("max_partition_fetch_bytes", _whole),
-    "fetch.min.bytes": ("fetch_min_bytes", _whole),
-    "max.partition.fetch.bytes": ("max_partition_fetch_bytes", _whole),
-    "max.poll.records": ("max_poll_records", _above_zero),
+    "fetch.max.bytes": ("fetch_max_bytes", _integer),
+    "fetch.max.wait.ms": ("fetch_max_wait_ms", _integer),
+    "fetch.wait.max.ms": ("fetch_max_wait_ms", _integer),
+    "fetch.message.max.bytes": ("max_partition_fetch_bytes", _integer),
+    "fetch.min.bytes": ("fetch_min_bytes", _integer),
+    "max.partition.fetch.bytes": ("max_partition_fetch_bytes", _integer),
+    "max.poll.records": ("max_poll_records", _positive_integer),
     # the producer
     "acks": ("acks", _acks),
     "request.required.acks": ("acks", _acks),
-    "batch.size": ("batch_size", _whole),
+    "batch.size": ("batch_size", _integer),
     "compression.codec": ("compression_type", _compression),
     "compression.type": ("compression_type", _compression),
-    "delivery.timeout.ms": ("delivery_timeout_ms", _whole),
-    "enable.idempotence": ("enable_idempotence", _truth),
-    "linger.ms": ("linger_ms", _whole),
-    "queue.buffering.max.ms": ("linger_ms", _whole),
-    "max.block.ms": ("max_block_ms", _whole),
-    "max.request.size": ("max_request_size", _whole),
-    "message.max.bytes": ("max_request_size", _whole),
-    "message.timeout.ms": ("delivery_timeout_ms", _whole),
-    "retries": ("retries", _whole),
+    "delivery.timeout.ms": ("delivery_timeout_ms", _integer),
+    "enable.idempotence": ("enable_idempotence", _boolean),
+    "linger.ms": ("linger_ms", _integer),
+    "queue.buffering.max.ms": ("linger_ms", _integer),
+    "max.block.ms": ("max_block_ms", _integer),
+    "max.request.size": ("max_request_size", _integer),
+    "message.max.bytes": ("max_request_size", _integer),
+    "message.timeout.ms": ("delivery_timeout_ms", _integer),
+    "retries": ("retries", _integer),
 }
 
-# Option of kafka-python: property of librdkafka. It has none for the size of a poll.
+# Option of kafka-python: property of librdkafka, which has none for the size of a poll.
 _LIBRDKAFKA = {
     "bootstrap_servers": "bootstrap.servers",
     "client_id": "client.id",
@@ -314,13 +330,23 @@ _LIBRDKAFKA = {
     "max_partition_fetch_bytes": "max.partition.fetch.bytes",
 }
 
-_NO_GROUP = "all partitions are read by one consumer without group membership; remove the key"
-_RAW_BYTES = "records are read and written as raw bytes, since a failure inside a (de)serializer loses its neighbours; remove the key"
+_NO_GROUP = "one consumer reads all partitions, without group membership; remove the key"
+_RAW_BYTES = (
+    "records are read and written as raw bytes, because an error in a (de)serializer would lose "
+    "the records around it; remove the key"
+)
+_POSITIONS = "the positions in the snapshot count, and committed offsets follow them"
+_JAVA_CLASS = "its value is the name of a Java class"
 _REFUSED: dict[str, str] = {
-    "auto.offset.reset": "a new run begins at the beginning and a resumed one at its positions; a jump would lose or repeat records",
-    "enable.auto.commit": "the positions in the snapshot count, and committed offsets follow them",
-    "auto.commit.interval.ms": "the positions in the snapshot count, and committed offsets follow them",
-    "isolation.level": "it is always read_committed, so that no record of an aborted transaction is seen",
+    "auto.offset.reset": (
+        "a new run begins at the beginning and a resumed run at its positions; "
+        "a jump would lose or repeat records"
+    ),
+    "enable.auto.commit": _POSITIONS,
+    "auto.commit.interval.ms": _POSITIONS,
+    "isolation.level": (
+        "it is always read_committed, so that records of aborted transactions are not read"
+    ),
     "check.crcs": "checksums are always verified",
     "key.deserializer": _RAW_BYTES,
     "value.deserializer": _RAW_BYTES,
@@ -332,17 +358,20 @@ _REFUSED: dict[str, str] = {
     "partition.assignment.strategy": _NO_GROUP,
     "session.timeout.ms": _NO_GROUP,
     "transactional.id": "nothing is written in transactions",
-    "buffer.memory": f"what waits for its acknowledgement is bounded at {IN_FLIGHT_BYTES >> 20} MiB",
-    "enable.ssl.certificate.verification": "certificates are always verified; ssl.ca.location names the authority of a self-signed one",
-    "ssl.keystore.password": "a PEM key takes ssl.key.password",
+    "buffer.memory": f"unacknowledged values are bounded at {IN_FLIGHT_BYTES >> 20} MiB",
+    "enable.ssl.certificate.verification": (
+        "certificates are always verified; set ssl.ca.location for a self-signed certificate"
+    ),
+    "ssl.keystore.password": "set ssl.key.password for the key in a PEM file",
     "ssl.truststore.password": "a PEM file of certificates has no password",
-    "sasl.client.callback.handler.class": "it names a Java class",
-    "sasl.login.callback.handler.class": "it names a Java class",
+    "sasl.client.callback.handler.class": _JAVA_CLASS,
+    "sasl.login.callback.handler.class": _JAVA_CLASS,
 }
 
 _PROPERTY = re.compile(r"(?P<key>(?:[^\\=:\s]|\\.)*)\s*[=:]?\s*(?P<value>.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
-_CONTROL = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
+_UNICODE_ESCAPE_CHARACTERS = 5  # u and four hexadecimal digits
+_CONTROL_CHARACTERS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f"}
 _JAAS_OPTION = re.compile(r"""(\w+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|'([^']*)'|([^\s;"']+))""")
 
 
@@ -350,10 +379,9 @@ def _server_list(servers: str) -> list[str]:
     listed = [server.strip() for server in servers.split(",") if server.strip()]
     for server in listed:
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):\d{1,5}", server):
+            may_hold_password = "@" in server or "//" in server
             shown = (
-                "another (not shown: it may hold a password)"
-                if "@" in server or "//" in server
-                else repr(server)
+                "a URL (not shown: it may hold a password)" if may_hold_password else repr(server)
             )
             raise KafkaOptionError(
                 f"a bootstrap server must be host:port, such as localhost:9092, got {shown}"
@@ -370,7 +398,8 @@ def _jaas_login(value: str) -> dict[str, object]:
     }
     if "username" not in found or "password" not in found:
         raise KafkaOptionError(
-            'Kafka option \'sasl.jaas.config\' must hold username="..." and password="..." (the value is not shown)'
+            "Kafka option 'sasl.jaas.config' must hold "
+            'username="..." and password="..." (the value is not shown)'
         )
     return {
         "sasl_plain_username": found["username"],
@@ -383,15 +412,18 @@ def _check_login(options: Mapping[str, object]) -> None:
     mechanism = str(options.get("sasl_mechanism", ""))
     if any(name.startswith("sasl_") for name in options) and not protocol.startswith("SASL_"):
         raise KafkaOptionError(
-            f"a login is given, but 'security.protocol' is {protocol}: set it to SASL_SSL (or SASL_PLAINTEXT)"
+            f"a login is given, but 'security.protocol' is {protocol}: "
+            "set it to SASL_SSL (or SASL_PLAINTEXT)"
         )
     if any(name.startswith("ssl_") for name in options) and not protocol.endswith("SSL"):
         raise KafkaOptionError(
-            f"TLS options are given, but 'security.protocol' is {protocol}: set it to SSL or SASL_SSL"
+            f"TLS options are given, but 'security.protocol' is {protocol}: "
+            "set it to SSL or SASL_SSL"
         )
     if protocol.startswith("SASL_") and not mechanism:
         raise KafkaOptionError(
-            f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"
+            f"'security.protocol' is {protocol}, so 'sasl.mechanism' is needed: "
+            "PLAIN, SCRAM-SHA-256, SCRAM-SHA-512"
         )
     if (
         mechanism.startswith(("PLAIN", "SCRAM"))
@@ -402,13 +434,14 @@ def _check_login(options: Mapping[str, object]) -> None:
 
 
 def _logical_lines(text: str) -> Iterator[str]:
+    """Yield the lines without comments and blank lines, with continued lines joined."""
     begun = ""
     for line in text.split("\n"):
         line = line.removesuffix("\r").lstrip(" \t\f")
         if not begun and (not line or line[0] in "#!"):
             continue
-        trailing = len(line) - len(line.rstrip("\\"))
-        if trailing % 2:
+        trailing_backslashes = len(line) - len(line.rstrip("\\"))
+        if trailing_backslashes % 2:  # an even number is escaped backslashes
             begun += line[:-1]
             continue
         yield begun + line
@@ -418,9 +451,11 @@ def _logical_lines(text: str) -> Iterator[str]:
 
 
 def _unescape(text: str) -> str:
-    return _ESCAPED.sub(
-        lambda found: (
-            chr(int(found[1][1:], 16)) if len(found[1]) == 5 else _CONTROL.get(found[1], found[1])
-        ),
-        text,
-    )
+    return _ESCAPED.sub(_unescaped, text)
+
+
+def _unescaped(found: re.Match[str]) -> str:
+    escaped = found[1]
+    if len(escaped) == _UNICODE_ESCAPE_CHARACTERS:
+        return chr(int(escaped[1:], 16))
+    return _CONTROL_CHARACTERS.get(escaped, escaped)

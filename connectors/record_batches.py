@@ -1,6 +1,29 @@
-"""Record batches as brokers store them (format 2), decoded into columns by compiled code, with no Python object for a record.
+"""Kafka record batches (format 2), decoded into columns by compiled code, with no object per record.
 
-The layout: https://kafka.apache.org/documentation/#recordbatch. Nothing here knows a client, a connection or a codec's library.
+A broker stores and sends a partition as a sequence of batches. Header numbers are big-endian:
+
+    byte  size  field
+       0     8  base offset: the offset of the first record when it was written
+       8     4  length: the number of bytes after this field
+      12     4  partition leader epoch
+      16     1  format ("magic"): 2 since Kafka 0.11; older formats share only these 17 bytes
+      17     4  checksum: the CRC-32C of all bytes after this field
+      21     2  attributes; bits 0-2: codec, 3: log append time, 4: transactional, 5: control
+      23     4  last offset delta: the last offset minus the base offset
+      27    16  first and greatest timestamp, epoch milliseconds
+      43    14  producer id, producer epoch, base sequence
+      57     4  number of records
+      61        the records, compressed together if the attributes name a codec
+
+A record is a sequence of zigzag varints and byte strings: size of the rest, attributes (one byte),
+time delta, offset delta, key size, key, value size, value, number of headers, and each header's name
+and value with their sizes. The size -1 means null. With log append time, every record has the
+greatest timestamp. Compaction removes records but keeps headers, so offsets have gaps. A control
+batch holds one marker, which commits or aborts a transaction. A consumer skips control batches and
+the batches of aborted transactions.
+
+Specification: https://kafka.apache.org/documentation/#recordbatch. This module depends on no
+client, connection or compression library.
 """
 
 from __future__ import annotations
@@ -20,34 +43,73 @@ from stream_ctr.connectors.records import Records
 
 Bytes = npt.NDArray[np.uint8]
 
-FORMAT = 2  # since Kafka 0.11; what is older looks different
-GZIP, SNAPPY, LZ4, ZSTD = 1, 2, 3, 4
+FORMAT = 2
+GZIP = 1
+SNAPPY = 2
+LZ4 = 3
+ZSTD = 4
 
 _HEADER = struct.Struct(">qiibIhiqqqhii")
-_LENGTH_AT, _LENGTH = struct.calcsize(">q"), struct.Struct(">i")  # of what follows it
-_FORMAT_AT = struct.calcsize(">qii")
-_CHECKSUM_COVERS_FROM = struct.calcsize(">qiibI")
-_CODEC, _LOG_APPEND_TIME, _TRANSACTIONAL, _CONTROL = 0x07, 0x08, 0x10, 0x20
-_MARKER = struct.Struct(">hh")  # version, type: 0 ends a transaction as aborted
-_GREATEST = np.iinfo(np.int64).max
+_LENGTH = struct.Struct(">i")
+_LENGTH_OFFSET = struct.calcsize(">q")
+_AFTER_LENGTH_OFFSET = _LENGTH_OFFSET + _LENGTH.size
+_FORMAT_OFFSET = struct.calcsize(">qii")
+_ATTRIBUTES_OFFSET = struct.calcsize(">qiibI")  # the checksum covers the bytes from here on
+
+_CODEC_MASK = 0x07
+_LOG_APPEND_TIME = 0x08
+_TRANSACTIONAL = 0x10
+_CONTROL = 0x20
+
+_CONTROL_KEY = struct.Struct(">hh")  # version, type
+_ABORT = 0  # the type of the marker that aborts a transaction
+
+_INT64_MAX = np.iinfo(np.int64).max
+
+# A row of `Columns`. Value i is data[rows[i]["begin"] : rows[i + 1]["begin"]].
+_ROW = np.dtype(
+    [
+        ("partition", np.int32),
+        ("valid", np.bool_),  # False for null
+        ("offset", np.int64),
+        ("time", np.int64),
+        ("begin", np.int64),
+    ],
+    align=True,
+)
+
+# The scalar arguments of `_append`. Numba unpacks a record faster than a named tuple.
+_APPEND_ARGUMENTS = np.dtype(
+    [
+        ("base_offset", np.int64),
+        ("base_time", np.int64),  # epoch milliseconds
+        ("append_time", np.bool_),  # every record has the base time
+        ("position", np.int64),  # the first offset to append
+        ("limit", np.int64),  # the number of records at which the columns are full
+        ("full_bytes", np.int64),
+        ("most_value_bytes", np.int64),
+    ],
+    align=True,
+)
+_INITIAL_DATA_BYTES = 1 << 16
 
 
 class DamagedBatch(Exception):
-    """A stored batch that is not what was written, or was never right: its checksum, its compression or the records in it."""
+    """A stored batch has a wrong checksum, cannot be decompressed or holds malformed records."""
 
 
 class BatchHeader(NamedTuple):
-    """What stands before the records of a batch."""
+    """The fields before the records of a batch."""
 
     base_offset: int
-    length: int  # of all that follows this field
+    length: int  # bytes after this field
     leader_epoch: int
     format: int
     checksum: int
     attributes: int
     last_offset_delta: int
-    first_time: int  # epoch milliseconds, as the greatest
-    greatest_time: int
+    first_time: int  # epoch milliseconds
+    greatest_time: int  # epoch milliseconds
     producer_id: int
     producer_epoch: int
     base_sequence: int
@@ -55,54 +117,67 @@ class BatchHeader(NamedTuple):
 
     @property
     def last_offset(self) -> int:
-        # Kept when compaction removes the last record, or all of them.
+        # Compaction keeps it even when it removes the last record, or all records.
         return self.base_offset + self.last_offset_delta
 
 
 def format_of(stored: bytes) -> int | None:
-    """The format of the first stored batch; None when there is not that much of one.
+    """Return the format of the first stored batch, or None if there are too few bytes to know.
 
     >>> format_of(bytes(16) + b"\\x02"), format_of(b"")
     (2, None)
     """
-    return (
-        int.from_bytes(stored[_FORMAT_AT : _FORMAT_AT + 1], signed=True)
-        if len(stored) > _FORMAT_AT
-        else None
-    )
+    return _format_at(stored, 0) if len(stored) > _FORMAT_OFFSET else None
+
+
+def _format_at(stored: bytes | memoryview, start: int) -> int:
+    """Return the format of the batch that begins at the byte `start`."""
+    position = start + _FORMAT_OFFSET
+    return int.from_bytes(stored[position : position + 1], signed=True)
 
 
 def after_batch(stored: bytes, offset: int) -> int | None:
-    """The first offset after the batch that holds `offset`, from the headers of stored batches; the last one may be cut.
+    """Return the first offset after the batch that holds `offset`, or None if it is unknown.
+
+    Only the headers of the stored batches are read. The last batch may be cut off.
 
     >>> def batch(base, last, count):
-    ...     return struct.pack(">qiibIhiqqqhii", base, 49, 0, 2, 0, 0, last, 0, 0, -1, -1, -1, count)
-    >>> after_batch(batch(0, 4, 5) + batch(5, 2, 3), 2), after_batch(batch(5, 2, 3), 6), after_batch(batch(5, 900, 3), 6)
-    (5, 8, None)
+    ...     fields = (base, 49, 0, 2, 0, 0, last, 0, 0, -1, -1, -1, count)
+    ...     return struct.pack(">qiibIhiqqqhii", *fields)
+    >>> after_batch(batch(0, 4, 5) + batch(5, 2, 3), 2)
+    5
+    >>> after_batch(batch(5, 2, 3), 6)
+    8
+    >>> after_batch(batch(5, 900, 3), 6)
     """
-    at, last = 0, None
-    while at + _HEADER.size <= len(stored):
-        header = BatchHeader._make(_HEADER.unpack_from(stored, at))
+    start = 0
+    end_offset = None
+    while start + _HEADER.size <= len(stored):
+        header = BatchHeader._make(_HEADER.unpack_from(stored, start))
         if header.base_offset > offset:
             return header.base_offset
-        # What follows is not known: the batch's own word is taken where it agrees with itself.
-        agrees = header.format == FORMAT and header.records == header.last_offset_delta + 1
-        last = header.last_offset + 1 if agrees else None
-        at += _LENGTH_AT + _LENGTH.size + max(header.length, 0)
-    return None if last is None or last <= offset else last
+        # No following batch confirms where this one ends. Its header is believed only if it is
+        # consistent: as many records as offsets.
+        consistent = header.format == FORMAT and header.records == header.last_offset_delta + 1
+        end_offset = header.last_offset + 1 if consistent else None
+        start += _AFTER_LENGTH_OFFSET + max(header.length, 0)
+    return None if end_offset is None or end_offset <= offset else end_offset
 
 
 class Columns:
-    """Records on their way out, at most `most_records`; no more are wanted once their values have `full_bytes`.
+    """Collects up to `most_records` records as columns.
 
-    A value of more than `most_value_bytes` is cut to that.
+    The columns are full once their values reach `full_bytes`. A value longer than
+    `most_value_bytes` is cut to that length.
 
     >>> columns = Columns(8, full_bytes=1 << 20, most_value_bytes=3)
     >>> columns.append(0, 7, -1, b"four")
     >>> columns.append(1, 0, 5, None)
     >>> records = columns.hand_out()
-    >>> records.partition.tolist(), records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), columns.count
-    ([0, 1], [7, 0], [-1, 5], [b'fou', None], 0)
+    >>> records.partition.tolist(), records.offset.tolist(), records.time.tolist()
+    ([0, 1], [7, 0], [-1, 5])
+    >>> records.value.to_pylist(), columns.count
+    ([b'fou', None], 0)
     """
 
     def __init__(self, most_records: int, *, full_bytes: int, most_value_bytes: int) -> None:
@@ -110,72 +185,77 @@ class Columns:
         self.most_value_bytes = most_value_bytes
         self.most_records = most_records
         self.count = 0
-        self.partition = np.empty(most_records, np.int32)
-        self.offset = np.empty(most_records, np.int64)
-        self.time = np.empty(most_records, np.int64)
-        self.ends = np.zeros(most_records + 1, np.int64)  # value i is data[ends[i]:ends[i + 1]]
-        self.valid = np.zeros((most_records + 7) // 8, np.uint8)  # a bit each, as Arrow has it
-        self.data = np.empty(1 << 16, np.uint8)
+        self.rows = np.zeros(most_records + 1, _ROW)
+        self.data = np.empty(_INITIAL_DATA_BYTES, np.uint8)
+        self.append_arguments = np.empty(1, _APPEND_ARGUMENTS)
+        # Each field of the rows as an array.
+        self.partition = self.rows["partition"]
+        self.valid = self.rows["valid"]
+        self.offset = self.rows["offset"]
+        self.time = self.rows["time"]
+        self.begin = self.rows["begin"]
 
     @property
     def full(self) -> bool:
-        return self.count == self.most_records or bool(self.ends[self.count] >= self.full_bytes)
+        return self.count == self.most_records or bool(self.begin[self.count] >= self.full_bytes)
 
     def append(self, partition: int, offset: int, time: int, value: bytes | None) -> None:
-        """One more record; there must be room for it."""
-        index, used, size = (
-            self.count,
-            int(self.ends[self.count]),
-            min(len(value or b""), self.most_value_bytes),
-        )
-        while used + size > len(self.data):
+        """Append one record. There must be room for it."""
+        index = self.count
+        begin = int(self.begin[index])
+        size = min(len(value or b""), self.most_value_bytes)
+        while begin + size > len(self.data):
             self.grow()
-        self.partition[index], self.offset[index], self.time[index], self.ends[index + 1] = (
-            partition,
-            offset,
-            time,
-            used + size,
-        )
-        if value is not None:
-            self.data[used : used + size] = np.frombuffer(value, np.uint8, size)
-            self.valid[index >> 3] |= 1 << (index & 7)
+        self.partition[index] = partition
+        self.valid[index] = value is not None
+        self.offset[index] = offset
+        self.time[index] = time
+        self.data[begin : begin + size] = np.frombuffer(value or b"", np.uint8, size)
+        self.begin[index + 1] = begin + size
         self.count += 1
 
     def grow(self) -> None:
-        """Twice the room for values."""
-        used = self.ends[self.count]
+        """Double the room for values."""
+        used = self.begin[self.count]
         grown = np.empty(2 * len(self.data), np.uint8)
         grown[:used] = self.data[:used]
         self.data = grown
 
     def hand_out(self) -> Records:
-        """What there is, as records of their own; nothing is left."""
-        n, self.count = self.count, 0
-        data = pa.py_buffer(self.data[: self.ends[n]].tobytes())
-        valid = pa.py_buffer(self.valid[: (n + 7) // 8].tobytes())
-        ends = pa.py_buffer(self.ends[: n + 1].tobytes())
-        self.valid[: (n + 7) // 8] = 0
+        """Return the collected records as a copy, and empty the columns."""
+        n = self.count
+        begin = self.begin[: n + 1]
+        valid = pa.py_buffer(np.packbits(self.valid[:n], bitorder="little"))
+        offsets = pa.py_buffer(begin.copy())
+        data = pa.py_buffer(self.data[: begin[n]].copy())
+        self.count = 0
         return Records(
             partition=self.partition[:n].copy(),
             offset=self.offset[:n].copy(),
             time=self.time[:n].copy(),
-            value=pa.LargeBinaryArray.from_buffers(pa.large_binary(), n, [valid, ends, data]),
+            value=pa.LargeBinaryArray.from_buffers(pa.large_binary(), n, [valid, offsets, data]),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Codecs:
-    """What bytes go through: CRC-32C of them, and by the number of a codec what it compressed, which may be too much to expand."""
+    """The functions that read stored bytes: the CRC-32C of a buffer, and a decompressor for
+    each codec number.
+
+    A decompressor may raise any exception, for example when its output would be too large.
+    """
 
     crc32c: Callable[[memoryview], int]
     expand: Mapping[int, Callable[[memoryview], bytes]]
 
 
 class StoredBatches:
-    """Stored batches of one partition, of which pieces are taken: the committed records from `position` on.
+    """Reads the committed records of one partition from stored batches, from `position` on, in
+    pieces.
 
-    `aborted` are (first offset, producer id) of the transactions among them that were aborted. The last batch may be cut, and is not
-    read then; neither is what follows a batch of an older format.
+    `aborted` lists the aborted transactions as (first offset, producer id). Reading stops
+    before a last batch that is cut off, and before a batch of an older format that follows
+    another batch.
     """
 
     def __init__(
@@ -186,124 +266,143 @@ class StoredBatches:
         aborted: Iterable[tuple[int, int]] = (),
         codecs: Codecs,
     ) -> None:
-        self.position = position  # the next offset, after what was taken
-        self.leader_epoch = -1  # of the batch that was read last
-        self._asked_for = position
+        self.position = position  # the next offset to read
+        self.leader_epoch = -1  # of the batch read last
+        self._first_position = position
         self._stored = memoryview(stored).toreadonly()
-        self._at = 0
+        self._cursor = 0  # the byte at which the next batch begins
         self._aborted = deque(sorted(aborted))
         self._aborted_producers: set[int] = set()
         self._codecs = codecs
         self._open: _OpenBatch | None = None
-        self._open_at = 0
+        self._open_start = 0  # the byte at which the open batch begins
 
     @property
     def exhausted(self) -> bool:
         return self._open is None and self._next_end() is None
 
     def take(self, columns: Columns, partition: int, most: int) -> int:
-        """Append up to `most` of the next records, as many as there is room for, as the partition's; how many they are.
+        """Append up to `most` of the next records, as far as there is room, and return their
+        number.
 
-        Raises `DamagedBatch` when that is what stands at `position`: of a damaged batch, no record is read.
+        `partition` is written to the column of that name. Raises `DamagedBatch` if the batch at
+        `position` is damaged. No record of a damaged batch is returned.
         """
-        start, before = self.position, columns.count
-        limit = min(before + most, columns.most_records)
+        start = self.position
+        count_before = columns.count
+        limit = min(count_before + most, columns.most_records)
         try:
             while columns.count < limit and not columns.full:
-                self._open = self._open or self._next_to_read()
+                self._open = self._open or self._open_next()
                 if self._open is None:
                     break
                 self._read(self._open, columns, limit)
         except DamagedBatch:
             if self.position == start:
                 raise
-        columns.partition[before : columns.count] = partition
-        return columns.count - before
+            # Return the records before the damage. The next call raises the error again.
+        columns.partition[count_before : columns.count] = partition
+        return columns.count - count_before
 
     def fold(self) -> None:
-        """Give up what the batch in hand was expanded to, which can be many times what is stored; expanded again when it goes on."""
+        """Release the decompressed open batch, which can be much larger than its stored form.
+
+        The next `take` decompresses it again.
+        """
         if self._open:
-            self._open, self._at = None, self._open_at
+            self._open = None
+            self._cursor = self._open_start
 
     def _read(self, batch: _OpenBatch, columns: Columns, limit: int) -> None:
         if batch.append_to(columns, self.position, limit):
-            self._open, self.position = None, batch.header.last_offset + 1
+            self._open = None
+            self.position = batch.header.last_offset + 1
         else:
             self.position = int(columns.offset[columns.count - 1]) + 1
 
-    def _next_to_read(self) -> _OpenBatch | None:
-        """The next batch with records that are for readers; the position moves past those before it."""
+    def _open_next(self) -> _OpenBatch | None:
+        """Open the next batch that has records to read, and move the position to it."""
         while (end := self._next_end()) is not None:
             header = self._header(end)
-            payload = self._stored[self._at + _HEADER.size : end]
-            wanted = (
-                not self._is_for_nobody(header, payload)
-                and header.records > 0
-                and header.last_offset >= self.position
-            )
-            batch = _OpenBatch(header, self._expanded(header, payload)) if wanted else None
-            self._open_at, self._at, self.leader_epoch = self._at, end, header.leader_epoch
+            payload = self._stored[self._cursor + _HEADER.size : end]
+            batch = self._open_batch(header, payload)
+            self._open_start = self._cursor
+            self._cursor = end
+            self.leader_epoch = header.leader_epoch
             if batch:
                 return batch
             self.position = max(self.position, header.last_offset + 1)
-        if self._at and self.position == self._asked_for:
-            # To ask again would yield the same for good.
+        if self._cursor and self.position == self._first_position:
+            # Fetching the same position again would return the same batches for ever.
             raise DamagedBatch(
-                f"offset {self.position} was asked for, and there are only batches that end before it"
+                f"offset {self.position} was fetched, but all returned batches end before it"
             )
         return None
 
-    def _next_end(self) -> int | None:
-        """Where the next batch says that it ends; None when there is no more, it is cut or of an older format."""
-        at, stored = self._at, self._stored
-        if len(stored) - at <= _FORMAT_AT:
+    def _open_batch(self, header: BatchHeader, payload: memoryview) -> _OpenBatch | None:
+        """Return the batch with its records, or None if it has none to read from the position
+        on.
+        """
+        if self._is_skipped(header, payload):  # always called: it tracks the transactions
             return None
-        (length,) = _LENGTH.unpack_from(stored, at + _LENGTH_AT)
-        end: int = at + _LENGTH_AT + _LENGTH.size + length
-        older = (
-            at > 0
-            and int.from_bytes(stored[at + _FORMAT_AT : at + _FORMAT_AT + 1], signed=True) < FORMAT
-        )
+        if header.records == 0 or header.last_offset < self.position:
+            return None
+        return _OpenBatch(header, self._expanded(header, payload))
+
+    def _next_end(self) -> int | None:
+        """Return the byte at which the next batch ends by its own header.
+
+        Returns None at the end, for a batch that is cut off, and before a batch of an older format.
+        """
+        start = self._cursor
+        stored = self._stored
+        if len(stored) - start <= _FORMAT_OFFSET:
+            return None
+        (length,) = _LENGTH.unpack_from(stored, start + _LENGTH_OFFSET)
+        end: int = start + _AFTER_LENGTH_OFFSET + length
+        older = start > 0 and _format_at(stored, start) < FORMAT
         return None if end > len(stored) or older else end
 
     def _header(self, end: int) -> BatchHeader:
-        at, stored = self._at, self._stored
-        if end - at < _HEADER.size:
+        start = self._cursor
+        stored = self._stored
+        if end - start < _HEADER.size:
             raise DamagedBatch(
                 f"the batch at offset {self.position} is shorter than its own header"
             )
-        header = BatchHeader._make(_HEADER.unpack_from(stored, at))
+        header = BatchHeader._make(_HEADER.unpack_from(stored, start))
         if header.format != FORMAT:
             raise DamagedBatch(
-                f"the batch at offset {self.position} has format {header.format}, which is not known"
+                f"the batch at offset {self.position} has the unknown format {header.format}"
             )
-        if self._codecs.crc32c(stored[at + _CHECKSUM_COVERS_FROM : end]) != header.checksum:
+        if self._codecs.crc32c(stored[start + _ATTRIBUTES_OFFSET : end]) != header.checksum:
             raise DamagedBatch(f"the batch at offset {header.base_offset} failed crc check")
-        if header.records < 0 or header.last_offset_delta < 0 or header.last_offset >= _GREATEST:
-            raise DamagedBatch(
-                f"the batch at offset {header.base_offset} says that it ends before it begins, or has no end"
-            )
+        if header.records < 0:
+            raise _damaged(header, f"has a negative number of records, {header.records}")
+        if header.last_offset_delta < 0 or header.last_offset >= _INT64_MAX:
+            raise _damaged(header, f"has an impossible last offset, {header.last_offset}")
         return header
 
     def _expanded(self, header: BatchHeader, payload: memoryview) -> Bytes:
-        codec = header.attributes & _CODEC
+        """Return the decompressed records of a batch."""
+        codec = header.attributes & _CODEC_MASK
         if not codec:
             return np.frombuffer(payload, np.uint8)
         if codec not in self._codecs.expand:
-            raise DamagedBatch(
-                f"the batch at offset {header.base_offset} is compressed in a way that is not known: {codec}"
-            )
+            raise _damaged(header, f"is compressed with an unknown codec, {codec}")
         try:
             return np.frombuffer(self._codecs.expand[codec](payload), np.uint8)
         except MemoryError:
             raise
-        except Exception as error:  # noqa: BLE001 - the libraries of codecs have errors of their own
-            raise DamagedBatch(
-                f"the batch at offset {header.base_offset} cannot be decompressed: {error!r}"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - each compression library has its own errors
+            raise _damaged(header, f"cannot be decompressed: {error!r}") from error
 
-    def _is_for_nobody(self, header: BatchHeader, payload: memoryview) -> bool:
-        """Whether it tells how a transaction ended, or belongs to one that was aborted."""
+    def _is_skipped(self, header: BatchHeader, payload: memoryview) -> bool:
+        """Return whether a batch is a control batch or belongs to an aborted transaction.
+
+        A transaction in `aborted` begins at its first offset and ends at the abort marker of its
+        producer. Batches must be passed in order.
+        """
         control = bool(header.attributes & _CONTROL)
         if header.producer_id < 0:
             return control
@@ -311,167 +410,205 @@ class StoredBatches:
             self._aborted_producers.add(self._aborted.popleft()[1])
         if control and header.records and _is_abort_marker(header, self._expanded(header, payload)):
             self._aborted_producers.discard(header.producer_id)
-        return control or bool(
-            header.attributes & _TRANSACTIONAL and header.producer_id in self._aborted_producers
-        )
+        transactional = bool(header.attributes & _TRANSACTIONAL)
+        return control or (transactional and header.producer_id in self._aborted_producers)
 
 
 class _OpenBatch:
-    """A batch whose records are being taken. Raises `DamagedBatch` at once when one of them is not whole."""
+    """A batch whose records are being read. Raises `DamagedBatch` if a record is malformed."""
 
     def __init__(self, header: BatchHeader, body: Bytes) -> None:
-        if damage := _DAMAGE[_check(body, header.records, header.last_offset_delta)]:
-            raise DamagedBatch(f"the batch at offset {header.base_offset} {damage}")
+        if damage := _DAMAGE[_validate(body, header.records, header.last_offset_delta)]:
+            raise _damaged(header, damage)
         self.header = header
         self._body = body
-        self._at = 0
+        self._append_time = bool(header.attributes & _LOG_APPEND_TIME)
+        self._base_time = header.greatest_time if self._append_time else header.first_time
+        self._cursor = 0
 
     def append_to(self, columns: Columns, position: int, limit: int) -> bool:
-        """Append its records from `position` on until the columns have `limit` or are full; whether that was the last one."""
-        header = self.header
-        append_time = bool(header.attributes & _LOG_APPEND_TIME)
-        time = header.greatest_time if append_time else header.first_time
+        """Append records from `position` on until the columns hold `limit` records or are full.
+
+        Returns whether the batch has no further record.
+        """
+        columns.append_arguments[0] = (
+            self.header.base_offset,
+            self._base_time,
+            self._append_time,
+            position,
+            limit,
+            columns.full_bytes,
+            columns.most_value_bytes,
+        )
         while True:
-            self._at, columns.count = _append(
-                self._body, self._at, header.base_offset, position, time, append_time, columns.most_value_bytes,
-                columns.count, limit, columns.full_bytes, columns.offset, columns.time, columns.ends, columns.valid, columns.data,
-            )  # fmt: skip
-            if self._at == len(self._body):
+            self._cursor, columns.count = _append(
+                self._body,
+                self._cursor,
+                columns.append_arguments,
+                columns.rows,
+                columns.data,
+                columns.count,
+            )
+            if self._cursor == len(self._body):
                 return True
             if columns.count == limit or columns.full:
                 return False
             columns.grow()
 
 
+def _damaged(header: BatchHeader, damage: str) -> DamagedBatch:
+    return DamagedBatch(f"the batch at offset {header.base_offset} {damage}")
+
+
 def _is_abort_marker(header: BatchHeader, body: Bytes) -> bool:
-    record = Record(*_record(body, 0))
-    if record.after < 0 or record.key_size < _MARKER.size:
-        raise DamagedBatch(
-            f"the batch at offset {header.base_offset} has a malformed marker of a transaction"
-        )
-    return bool(_MARKER.unpack_from(body.data, record.key_at)[1] == 0)
+    record = _parse_record(body, 0)
+    if record.end < 0 or record.key_size < _CONTROL_KEY.size:
+        raise _damaged(header, "has a malformed transaction marker")
+    _version, kind = _CONTROL_KEY.unpack_from(body.data, record.key_begin)
+    return bool(kind == _ABORT)
+
+
+# -- compiled code -------------------------------------------------------------------------------
+#
+# Compiled code does not check array indexes. A position is therefore read only when it is less
+# than an end, and a position beyond an end becomes end + 1 and stays there. Error flags or -1
+# in place of that make the same loop several times slower.
 
 
 class Record(NamedTuple):
-    """Where a record's parts are in the body of its batch."""
+    """The positions of the parts of a record in the body of its batch."""
 
-    after: int  # the place after it; -1 when it is malformed
+    end: int  # the position after the record; -1 when it is malformed
     offset_delta: int
     time_delta: int
-    key_at: int
-    key_size: int  # less than zero: null, as the value's
-    value_at: int
+    key_begin: int
+    key_size: int  # negative for null, like value_size
+    value_begin: int
     value_size: int
 
 
-_WHOLE, _MALFORMED, _NOT_IN_ORDER, _LEFT_OVER = range(4)
+_SOUND = 0
+_MALFORMED = 1
+_NOT_IN_ORDER = 2
+_LEFT_OVER = 3
 _DAMAGE = {
-    _WHOLE: "",
-    _MALFORMED: "has a malformed record, or fewer than it says",
-    _NOT_IN_ORDER: "has records that are not in order, or not within it",
-    _LEFT_OVER: "has more bytes than records",
+    _SOUND: "",
+    _MALFORMED: "has a malformed record, or fewer records than its header says",
+    _NOT_IN_ORDER: "has records whose offsets do not increase or exceed its last offset",
+    _LEFT_OVER: "has bytes after its last record",
 }
 
-
-# Nothing checks an index in compiled code: so a place is looked at only where it lies before an end, and what would go beyond the end is
-# put one after it, where it stays. With flags and places that are -1, the same takes several times as long.
+_MORE_BYTES = 0x80  # set in every byte of a varint but the last
+_VARINT_BITS = 0x7F
+_VARINT_MAX_SHIFT = 63
 
 
 @numba.njit(cache=True, nogil=True)
-def _varint(body, at, end):  # type: ignore[no-untyped-def]
-    """(the zigzag number, the place after it)."""
-    bits, shift, byte = np.int64(0), 0, np.int64(0x80)
-    while byte >= 0x80:
-        if at >= end or shift > 63:
+def _varint(body, position, end):  # type: ignore[no-untyped-def]
+    """Return (number, position after it) of a zigzag varint, or (0, end + 1) if it is malformed."""
+    bits = np.int64(0)
+    shift = 0
+    byte = np.int64(_MORE_BYTES)
+    while byte >= _MORE_BYTES:
+        if position >= end or shift > _VARINT_MAX_SHIFT:
             return np.int64(0), end + 1
-        byte = np.int64(body[at])
-        bits |= (byte & 0x7F) << shift
+        byte = np.int64(body[position])
+        bits |= (byte & _VARINT_BITS) << shift
         shift += 7
-        at += 1
-    return ((bits >> 1) & _GREATEST) ^ -(bits & 1), at
+        position += 1
+    return ((bits >> 1) & _INT64_MAX) ^ -(bits & 1), position
 
 
 @numba.njit(cache=True, nogil=True)
-def _skip(at, size, end):  # type: ignore[no-untyped-def]
-    if size <= 0:  # less than none is a null
-        return at
-    return end + 1 if size > end - at else at + size
+def _skip(position, size, end):  # type: ignore[no-untyped-def]
+    """Return the position after a byte string of this size, or end + 1 if it does not fit."""
+    if size <= 0:  # empty or null
+        return position
+    return end + 1 if size > end - position else position + size
 
 
 @numba.njit(cache=True, nogil=True)
-def _record(body, at):  # type: ignore[no-untyped-def]
-    """The fields of a `Record`, of the one at this place."""
-    size, at = _varint(body, at, len(body))
-    if size < 1 or size > len(body) - at:
-        return -1, 0, 0, 0, 0, 0, 0
-    end = at + size
-    at += 1  # its attributes, which mean nothing yet
-    time_delta, at = _varint(body, at, end)
-    offset_delta, at = _varint(body, at, end)
-    key_size, key_at = _varint(body, at, end)
-    at = _skip(key_at, key_size, end)
-    value_size, value_at = _varint(body, at, end)
-    at = _skip(value_at, value_size, end)
-    headers, at = _varint(body, at, end)
-    well = headers >= 0
+def _parse_record(body, position):  # type: ignore[no-untyped-def]
+    """Return the `Record` at a position."""
+    size, position = _varint(body, position, len(body))
+    if size < 1 or size > len(body) - position:
+        return Record(-1, 0, 0, 0, 0, 0, 0)
+    end = position + size
+    position += 1  # the attributes, which have no meaning yet
+    time_delta, position = _varint(body, position, end)
+    offset_delta, position = _varint(body, position, end)
+    key_size, key_begin = _varint(body, position, end)
+    position = _skip(key_begin, key_size, end)
+    value_size, value_begin = _varint(body, position, end)
+    position = _skip(value_begin, value_size, end)
+    headers, position = _varint(body, position, end)
+    sizes_valid = headers >= 0
     for _ in range(headers):
-        name_size, at = _varint(body, at, end)
-        well = well and name_size >= 0
-        at = _skip(at, name_size, end)
-        header_size, at = _varint(body, at, end)
-        at = _skip(at, header_size, end)
-        if at > end:
+        name_size, position = _varint(body, position, end)
+        sizes_valid = sizes_valid and name_size >= 0
+        position = _skip(position, name_size, end)
+        header_size, position = _varint(body, position, end)
+        position = _skip(position, header_size, end)
+        if position > end:
             break
-    return (
-        (at if well and at == end else -1),
-        offset_delta,
-        time_delta,
-        key_at,
-        key_size,
-        value_at,
-        value_size,
+    record_end = position if sizes_valid and position == end else -1
+    return Record(
+        record_end, offset_delta, time_delta, key_begin, key_size, value_begin, value_size
     )
 
 
 @numba.njit(cache=True, nogil=True)
-def _check(body, count, last_offset_delta):  # type: ignore[no-untyped-def]
-    at, before = 0, -1
+def _validate(body, count, last_offset_delta):  # type: ignore[no-untyped-def]
+    """Return `_SOUND` if the body is exactly `count` records in order, or what is wrong."""
+    position = 0
+    previous = -1
     for _ in range(count):
-        at, offset_delta, _time, _key_at, _key_size, _value_at, _value_size = _record(body, at)
-        if at < 0:
+        record = _parse_record(body, position)
+        if record.end < 0:
             return _MALFORMED
-        if offset_delta <= before or offset_delta > last_offset_delta:
+        if record.offset_delta <= previous or record.offset_delta > last_offset_delta:
             return _NOT_IN_ORDER
-        before = offset_delta
-    return _WHOLE if at == len(body) else _LEFT_OVER
+        previous = record.offset_delta
+        position = record.end
+    return _SOUND if position == len(body) else _LEFT_OVER
 
 
 @numba.njit(cache=True, nogil=True)
 def _copy(source, target):  # type: ignore[no-untyped-def]
-    # Indexes that start at zero become wide moves; an offset in the index, or a whole slice assigned, is ten times slower.
+    # A loop whose index begins at zero compiles to wide moves. An offset in the index, or
+    # assigning a slice, is ten times slower.
     for i in range(len(source)):
         target[i] = source[i]
 
 
 @numba.njit(cache=True, nogil=True)
-def _append(  # type: ignore[no-untyped-def]
-    body, at, base, position, base_time, append_time, most_value_bytes, index, limit, full_bytes, offset, time, ends, valid, data
-):  # fmt: skip
-    """(the place after the last record that was appended, how many records there are now); there must have been a check before."""
-    while at < len(body) and index < limit and ends[index] < full_bytes:
-        after, offset_delta, time_delta, _key_at, _key_size, value_at, value_size = _record(
-            body, at
-        )
-        if base + offset_delta >= position:
-            used, size = ends[index], min(max(value_size, 0), most_value_bytes)
-            if size > len(data) - used:
+def _append(body, cursor, packed, rows, data, count):  # type: ignore[no-untyped-def]
+    """Append records of a valid body to `rows` and `data`, which hold `count` records.
+
+    `packed` is one `_APPEND_ARGUMENTS`. Returns (position after the last record appended or
+    passed over, new count). Stops early when a value does not fit into `data`.
+    """
+    arguments = packed[0]
+    base_time = arguments["base_time"]
+    while (
+        cursor < len(body)
+        and count < arguments["limit"]
+        and rows[count]["begin"] < arguments["full_bytes"]
+    ):
+        record = _parse_record(body, cursor)
+        offset = arguments["base_offset"] + record.offset_delta
+        if offset >= arguments["position"]:
+            row = rows[count]
+            begin = row["begin"]
+            size = min(max(record.value_size, 0), arguments["most_value_bytes"])
+            if size > len(data) - begin:
                 break
-            _copy(body[value_at : value_at + size], data[used : used + size])
-            if value_size >= 0:
-                valid[index >> 3] |= np.uint8(1 << (index & 7))
-            offset[index] = base + offset_delta
-            time[index] = base_time if append_time else base_time + time_delta
-            ends[index + 1] = used + size
-            index += 1
-        at = after
-    return at, index
+            value = body[record.value_begin : record.value_begin + size]
+            _copy(value, data[begin : begin + size])
+            row["valid"] = record.value_size >= 0
+            row["offset"] = offset
+            row["time"] = base_time if arguments["append_time"] else base_time + record.time_delta
+            rows[count + 1]["begin"] = begin + size
+            count += 1
+        cursor = record.end
+    return cursor, count

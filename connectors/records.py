@@ -1,4 +1,4 @@
-"""Records: what every source yields, as columns."""
+"""Records as columns, the output of every source."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-POLL_BYTES = 16 << 20  # of values, after which a poll reads no further record
+POLL_BYTES = 16 << 20  # a poll stops reading once its values have this many bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Records:
-    """n records in columns.
+    """n records in columns, each of length n.
 
-    `partition` is an index into the source's `partitions`, `offset` the record's offset in it, `time` the broker's timestamp in epoch
-    milliseconds (-1: unknown), `value` the bytes (null: a tombstone).
+    `partition` is an index into the source's `partitions`, and `offset` the record's offset in that
+    partition. `time` is the broker's timestamp in epoch milliseconds, or -1 if it is unknown.
+    `value` holds the bytes; null is a tombstone.
+
+    >>> values = pa.array([b"a", None], pa.large_binary())
+    >>> records = Records(np.array([0, 1], np.int32), np.array([7, 3]), np.full(2, -1), values)
+    >>> len(records), len(Records.empty())
+    (2, 0)
     """
 
     partition: npt.NDArray[np.int32]
@@ -28,10 +34,13 @@ class Records:
         return len(self.offset)
 
     def before(self, ends: npt.NDArray[np.int64]) -> Records:
-        """Those whose offsets are less than the ends [P] of their partitions.
+        """Return the records whose offset is less than the end of their partition.
 
+        `ends` [P] has one offset for each partition.
+
+        >>> partition = np.array([0, 1, 1], np.int32)
         >>> values = pa.array([b"a", b"b", b"c"], pa.large_binary())
-        >>> records = Records(np.array([0, 1, 1], np.int32), np.array([7, 3, 4]), np.full(3, -1), values)
+        >>> records = Records(partition, np.array([7, 3, 4]), np.full(3, -1), values)
         >>> records.before(np.array([8, 4])).value.to_pylist()
         [b'a', b'b']
         """

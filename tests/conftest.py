@@ -1,4 +1,8 @@
-"""Brokers for end-to-end tests: the embedded one, and a real Apache Kafka where there is one. The report says which were spoken to."""
+"""Brokers for end-to-end tests, and the options that run the fault matrix.
+
+Tests use the embedded broker, and a real Apache Kafka where one is installed. The summary says
+which brokers were used.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +17,22 @@ import torch
 from hypothesis import HealthCheck, settings
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 from support.fuzzing import served  # noqa: F401 - a fixture
-from support.patience import end_of, end_what_was_started
+from support.patience import end_of, kill_started
 from support.reliability import MATRIX, Outcome, Report
 from support.trainers import stream  # noqa: F401 - a fixture
 
 from stream_ctr.connectors import confluent, embedded, kafka
-from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
+from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version
+from stream_ctr.connectors.errors import EmbeddedUnavailable
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports Triton: the GPU's kernels then run on the CPU
-    )
+    # Set before anything imports Triton: the GPU kernels then run on the CPU.
+    os.environ["TRITON_INTERPRET"] = "1"
 
-collect_ignore_glob = [
-    "bench/contenders/*"
-]  # programs of their own; some need what only a peer's environment has
+# These are separate programs. Some need packages that only a peer's environment has.
+collect_ignore_glob = ["bench/contenders/*"]
 
-_SPOKEN_TO = pytest.StashKey[list[str]]()
+_BROKERS_USED = pytest.StashKey[list[str]]()
 _REPORT = pytest.StashKey[Report]()
 _OUTCOME = pytest.StashKey[Outcome]()
 
@@ -38,9 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--faults",
         metavar="PAGE",
-        help="run the long tests too, and write what the marked tests showed into PAGE",
+        help="run the long tests too, and write the results of the marked tests into PAGE",
     )
-
     parser.addoption(
         "--fault-rows",
         metavar="N,N",
@@ -50,9 +52,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[_SPOKEN_TO] = []
+    config.stash[_BROKERS_USED] = []
     config.stash[_REPORT] = Report()
-    # The same examples each time, however long they take; with --faults others each time.
+    # Hypothesis draws the same examples in every run, and without deadlines; with --faults it draws
+    # different ones.
     patient: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
     settings.register_profile("tests", derandomize=not config.getoption("--faults"), **patient)
     settings.load_profile("tests")
@@ -65,16 +68,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="long: make faults runs it"))
     elif config.getoption("--fault-rows"):
         rows = set(_rows(config))
-        chosen = [
+        selected = [
             item for item in items if rows & {mark.args[0] for mark in item.iter_markers("fault")}
         ]
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
-        items[:] = chosen
+        config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+        items[:] = selected
 
 
 def _rows(config: pytest.Config) -> list[int]:
-    asked = config.getoption("--fault-rows")
-    return [int(row) for row in asked.split(",")] if asked else list(MATRIX)
+    """Return the rows of the fault matrix to run."""
+    rows = config.getoption("--fault-rows")
+    return [int(row) for row in rows.split(",")] if rows else list(MATRIX)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -82,7 +86,7 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     result = yield
-    if result.when == "call" or not result.passed:  # a setup that skips or fails has no call
+    if result.when == "call" or not result.passed:  # without a call, the setup skipped or failed
         item.config.stash[_REPORT].add(item, result, item.stash.get(_OUTCOME, Outcome()))
     if result.failed:
         result.sections += _ends_of_logs(item)
@@ -90,13 +94,15 @@ def pytest_runtest_makereport(
 
 
 def _ends_of_logs(item: pytest.Item) -> list[tuple[str, str]]:
-    """What the processes of a test have written to files, with their names."""
-    funcargs: dict[str, Any] = getattr(item, "funcargs", {})
-    directory, apache = funcargs.get("tmp_path"), funcargs.get("apache")
-    logs = (
-        [*sorted(directory.glob("*.log")), *sorted(directory.glob("*/*.log"))] if directory else []
-    )
-    logs += [apache.log] if apache else []
+    """Return (title, last lines) of each log file that a process of the test has written."""
+    fixtures: dict[str, Any] = getattr(item, "funcargs", {})
+    directory = fixtures.get("tmp_path")
+    apache = fixtures.get("apache")
+    logs: list[Path] = []
+    if directory:
+        logs += [*sorted(directory.glob("*.log")), *sorted(directory.glob("*/*.log"))]
+    if apache:
+        logs.append(apache.log)
     return [
         (f"end of {log.name}", end_of(log.read_text(errors="replace")))
         for log in logs
@@ -105,7 +111,7 @@ def _ends_of_logs(item: pytest.Item) -> list[tuple[str, str]]:
 
 
 def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str] | None:
-    """Of a long text that lacks something, pytest would show the two ends of a line."""
+    """Show the end of a long text that lacks something, which pytest would shorten."""
     if op == "in" and isinstance(left, str) and isinstance(right, str) and len(right) > 200:
         return [f"{left!r} in the text that ends with", *end_of(right).splitlines()]
     return None
@@ -113,18 +119,18 @@ def pytest_assertrepr_compare(op: str, left: object, right: object) -> list[str]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """A worker of pytest-xdist has ended: what it spoke to belongs into the report."""
-    spoken_to = node.config.stash[_SPOKEN_TO]
-    spoken_to += [
+    """Collect the brokers that a worker of pytest-xdist has used."""
+    brokers_used = node.config.stash[_BROKERS_USED]
+    brokers_used += [
         broker
-        for broker in getattr(node, "workeroutput", {}).get("spoken_to", [])
-        if broker not in spoken_to
+        for broker in getattr(node, "workeroutput", {}).get("brokers_used", [])
+        if broker not in brokers_used
     ]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["spoken_to"] = session.config.stash[_SPOKEN_TO]
+        session.config.workeroutput["brokers_used"] = session.config.stash[_BROKERS_USED]
     page = session.config.getoption("--faults")
     if page and not session.config.getoption("collectonly"):
         report = session.config.stash[_REPORT]
@@ -140,9 +146,9 @@ def pytest_report_header() -> str:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    spoken_to = config.stash[_SPOKEN_TO]
-    if spoken_to:
-        terminalreporter.write_line(f"broker: the tests spoke to {'; '.join(spoken_to)}")
+    brokers_used = config.stash[_BROKERS_USED]
+    if brokers_used:
+        terminalreporter.write_line(f"broker: the tests used {'; '.join(brokers_used)}")
     if config.getoption("--faults") and (failing := config.stash[_REPORT].failing(_rows(config))):
         terminalreporter.write_line(
             f"faults: rows without evidence, or with a failure: {', '.join(map(str, failing))}"
@@ -164,8 +170,8 @@ def _describe_apache() -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _patient_clients() -> Iterator[None]:
-    """A broker that has a share of a busy machine answers, if late."""
+def _long_timeouts() -> Iterator[None]:
+    """Raise the timeouts of clients and brokers: on a busy machine answers come late."""
     with pytest.MonkeyPatch.context() as patch:
         for client in (kafka, confluent):
             patch.setattr(client, "BOOTSTRAP_SECONDS", 30.0)
@@ -176,9 +182,9 @@ def _patient_clients() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_is_left() -> Iterator[None]:
+def _kill_processes() -> Iterator[None]:
     yield
-    end_what_was_started()
+    kill_started()
 
 
 @pytest.fixture(scope="session")
@@ -189,7 +195,7 @@ def embedded_broker(request: pytest.FixtureRequest) -> Iterator[str]:
     except EmbeddedUnavailable as error:
         pytest.skip(str(error))
     with EmbeddedBroker() as broker:
-        request.config.stash[_SPOKEN_TO].append(f"embedded Tansu {version}")
+        request.config.stash[_BROKERS_USED].append(f"embedded Tansu {version}")
         yield broker.bootstrap_servers
 
 
@@ -197,13 +203,13 @@ def embedded_broker(request: pytest.FixtureRequest) -> Iterator[str]:
 def apache(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[ApacheBroker]:
-    """A real Apache Kafka broker; tests that need it are skipped, with the reason, where there is none."""
+    """A real Apache Kafka broker. Tests that need it are skipped where none is installed."""
     try:
-        kafka = find_kafka()
+        installation = find_kafka()
     except KafkaMissing as error:
         pytest.skip(str(error))
-    with ApacheBroker(kafka, Path(tmp_path_factory.mktemp("kafka"))) as broker:
-        request.config.stash[_SPOKEN_TO].append(str(kafka))
+    with ApacheBroker(installation, Path(tmp_path_factory.mktemp("kafka"))) as broker:
+        request.config.stash[_BROKERS_USED].append(str(installation))
         yield broker
 
 
@@ -215,33 +221,32 @@ def kafka_broker(apache: ApacheBroker) -> str:
 
 @pytest.fixture(scope="session")
 def kafka_version(apache: ApacheBroker) -> str:
-    """What the report says of the real broker."""
+    """The name and version of the real broker, for the report."""
     return f"Apache Kafka {find_kafka().version}"
 
 
 @pytest.fixture(params=["embedded", pytest.param("apache", marks=pytest.mark.slow)])
 def broker(request: pytest.FixtureRequest) -> str:
     """The bootstrap servers of the embedded broker and of a real one, in turn."""
-    servers: str = request.getfixturevalue(
-        {"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param]
-    )
+    fixture = {"embedded": "embedded_broker", "apache": "kafka_broker"}[request.param]
+    servers: str = request.getfixturevalue(fixture)
     return servers
 
 
 @pytest.fixture
 def outcome(request: pytest.FixtureRequest) -> Outcome:
-    """What the reliability page says of this test when it passes."""
+    """The outcome that the reliability page shows for this test if it passes."""
     request.node.stash[_OUTCOME] = Outcome()
     return request.node.stash[_OUTCOME]
 
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
-    """Whether the whole fault matrix runs: more rounds, longer waits."""
+    """True when the whole fault matrix runs, with more rounds and longer waits."""
     return bool(request.config.getoption("--faults"))
 
 
 @pytest.fixture
 def topic() -> str:
-    """The name of a topic that nobody has used."""
+    """The name of a new topic."""
     return f"topic-{uuid.uuid4().hex[:12]}"

@@ -1,4 +1,6 @@
-"""The files around the package fit it: constraints, container files, CI and project metadata."""
+"""The files in deploy/ and the constraints must agree with the package."""
+
+from __future__ import annotations
 
 import os
 import re
@@ -6,14 +8,16 @@ import shlex
 import subprocess
 import time
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+import yaml  # type: ignore[import-untyped]
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
-from support.brokers import KafkaMissing, find_kafka
+from support.brokers import Installation, KafkaMissing, find_kafka
 from support.patience import PATIENCE_SECONDS
 
 from stream_ctr.cli.main import main
@@ -34,7 +38,7 @@ def compose() -> dict[str, Any]:
 
 
 def instructions(name: str) -> list[str]:
-    """Return the arguments of each `name` instruction of the Dockerfile, with joined lines."""
+    """Return the arguments of each `name` instruction of the Dockerfile."""
     text = re.sub(r"\\\n", " ", (DEPLOY / "Dockerfile").read_text())
     return [line.split(maxsplit=1)[1] for line in text.splitlines() if line.startswith(f"{name} ")]
 
@@ -42,7 +46,7 @@ def instructions(name: str) -> list[str]:
 # -- constraints ---------------------------------------------------------------------------------
 
 
-def test_every_declared_dependency_is_pinned_to_a_version_in_its_declared_range() -> None:
+def test_every_dependency_is_pinned_within_its_declared_range() -> None:
     declared = [
         Requirement(text)
         for group in (PROJECT["dependencies"], *PROJECT["optional-dependencies"].values())
@@ -53,7 +57,7 @@ def test_every_declared_dependency_is_pinned_to_a_version_in_its_declared_range(
             assert PINNED[canonicalize_name(requirement.name)] in requirement.specifier, requirement
 
 
-def test_pins_are_exact_and_sorted_within_their_group_and_fit_any_build_of_torch() -> None:
+def test_pins_are_exact_sorted_and_without_local_versions() -> None:
     for group in (ROOT / "constraints.txt").read_text().split("\n\n"):
         pins = [line for line in group.splitlines() if not line.startswith("#")]
         assert pins == sorted(pins, key=lambda pin: pin.split("==")[0])
@@ -63,12 +67,12 @@ def test_pins_are_exact_and_sorted_within_their_group_and_fit_any_build_of_torch
 # -- Dockerfile ----------------------------------------------------------------------------------
 
 
-def test_the_image_starts_the_command_that_the_package_installs_and_not_as_root() -> None:
+def test_the_image_starts_the_installed_command_and_not_as_root() -> None:
     assert instructions("ENTRYPOINT") == [f'["{next(iter(PROJECT["scripts"]))}"]']
     assert instructions("USER") == ["stream-ctr"]
 
 
-def test_all_that_the_image_copies_is_there_and_is_sent_to_the_builder() -> None:
+def test_every_file_that_the_image_copies_exists_and_is_sent_to_the_builder() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     sent = {line[1:] for line in ignored if line.startswith("!")}
     copied = {
@@ -101,9 +105,9 @@ def test_services_wait_for_services_and_use_volumes_that_exist() -> None:
         )
 
 
-def test_the_trainer_is_started_with_options_that_the_command_line_knows() -> None:
+def test_the_trainer_is_started_with_valid_options() -> None:
     name, *options = compose()["services"]["trainer"]["command"]
-    context = main.commands[name].make_context(name, options)  # parses, checks, and does not run
+    context = main.commands[name].make_context(name, options)  # parses and validates only
     assert context.params["topic"] == "clicks"
     assert context.params["state"] == Path("/state")
     listeners = compose()["services"]["kafka"]["environment"]["KAFKA_ADVERTISED_LISTENERS"]
@@ -111,13 +115,13 @@ def test_the_trainer_is_started_with_options_that_the_command_line_knows() -> No
 
 
 def created_topics() -> dict[str, list[str]]:
-    """Return the topics that the one-shot service creates, with the arguments of each."""
+    """Return the arguments with which the one-shot service creates each topic."""
     lines = compose()["services"]["topics"]["command"][0].splitlines()
     created = [shlex.split(line)[1:] for line in lines if line.startswith("create ")]
     return {arguments[arguments.index("--topic") + 1]: arguments for arguments in created}
 
 
-def test_the_topics_created_are_those_that_a_run_with_default_configuration_uses() -> None:
+def test_the_created_topics_are_those_of_the_default_configuration() -> None:
     config = Config()
     topic = config.input.topic
     assert set(created_topics()) == {
@@ -129,87 +133,114 @@ def test_the_topics_created_are_those_that_a_run_with_default_configuration_uses
     assert "cleanup.policy=compact" in created_topics()[config.snapshots.topic]
 
 
+CONTAINER_PORTS = ("9092", "9093", "19092")
+
+
+class LocalStack:
+    """Runs the broker of compose.yaml without a container.
+
+    The settings become server properties as the image converts them. Host names and ports are
+    replaced by free ports of the loopback interface.
+    """
+
+    def __init__(self, kafka: Installation, directory: Path) -> None:
+        self.services = compose()["services"]
+        self.kafka = kafka
+        self.log = directory / "server.log"
+        self.configuration = directory / "server.properties"
+        self._ports = {inside: str(free_port()) for inside in CONTAINER_PORTS}
+        self._data = directory / "data"
+
+    @property
+    def port(self) -> int:
+        return int(self._ports["9092"])
+
+    def localized(self, text: str) -> str:
+        """Return the text with the stack's host names and ports replaced."""
+        text = text.replace("://:", "://127.0.0.1:")
+        text = text.replace("kafka:", "127.0.0.1:").replace("localhost:", "127.0.0.1:")
+        return re.sub(r"\b(19092|9092|9093)\b", lambda port: self._ports[port[0]], text)
+
+    def format_storage(self) -> None:
+        properties = {}
+        for name, value in self.services["kafka"]["environment"].items():
+            if name != "KAFKA_HEAP_OPTS":
+                key = name.removeprefix("KAFKA_").lower().replace("_", ".")
+                properties[key] = self.localized(str(value))
+        properties["log.dirs"] = str(self._data)
+        lines = (f"{key}={value}\n" for key, value in properties.items())
+        self.configuration.write_text("".join(lines))
+        cluster = ["--cluster-id", "5L6g3nShT-eMCtK--X86sw"]
+        self.run("kafka.tools.StorageTool", "format", *cluster, "--config", str(self.configuration))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        command = dies_with_parent(self.kafka.command("kafka.Kafka", str(self.configuration)))
+        with open(self.log, "wb") as log:
+            broker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            while not answers_metadata(self.port):
+                assert broker.poll() is None, self.log.read_text()
+                time.sleep(0.05)
+            yield
+        finally:
+            broker.terminate()
+            try:
+                broker.wait(PATIENCE_SECONDS)
+            except subprocess.TimeoutExpired:
+                broker.kill()
+                broker.wait()
+
+    def create_topics(self) -> None:
+        """Run the commands of the one-shot service."""
+        topics = self.services["topics"]
+        words: list[str] = [*topics["entrypoint"], *topics["command"]]
+        script = words.pop()
+        tool = shlex.join(self.kafka.command("org.apache.kafka.tools.TopicCommand"))
+        script = script.replace("$$", "$").replace("/opt/kafka/bin/kafka-topics.sh", tool)
+        subprocess.run(
+            [*words, self.localized(script)],
+            check=True,
+            capture_output=True,
+            timeout=PATIENCE_SECONDS,
+        )
+
+    def describe_topics(self) -> str:
+        servers = ["--bootstrap-server", f"127.0.0.1:{self.port}"]
+        return self.run("org.apache.kafka.tools.TopicCommand", *servers, "--describe")
+
+    def run(self, main_class: str, *arguments: str) -> str:
+        """Run a tool of Kafka and return its standard output."""
+        done = subprocess.run(
+            self.kafka.command(main_class, *arguments),
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE_SECONDS,
+        )
+        return done.stdout
+
+
 @pytest.mark.slow
-def test_apache_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topics(
+def test_kafka_starts_with_the_settings_of_the_stack_and_creates_its_topics(
     tmp_path: Path,
 ) -> None:
-    """No container runs: the settings become properties by the image's rule, on loopback."""
     try:
-        kafka = find_kafka()
+        stack = LocalStack(find_kafka(), tmp_path)
     except KafkaMissing as missing:
         pytest.skip(str(missing))
-    services = compose()["services"]
-    ports = {inside: str(free_port()) for inside in ("9092", "9093", "19092")}
-
-    def here(text: str) -> str:
-        named = (
-            text.replace("://:", "://127.0.0.1:")
-            .replace("kafka:", "127.0.0.1:")
-            .replace("localhost:", "127.0.0.1:")
-        )
-        return re.sub(r"\b(19092|9092|9093)\b", lambda port: ports[port[0]], named)
-
-    environment = {
-        name: here(str(value))
-        for name, value in services["kafka"]["environment"].items()
-        if name != "KAFKA_HEAP_OPTS"
-    }
-    properties = {
-        name.removeprefix("KAFKA_").lower().replace("_", "."): value
-        for name, value in environment.items()
-    }
-    properties["log.dirs"] = str(tmp_path / "data")
-    configuration = tmp_path / "server.properties"
-    configuration.write_text("".join(f"{key}={value}\n" for key, value in properties.items()))
-    storage = kafka.command(
-        "kafka.tools.StorageTool",
-        "format",
-        "--cluster-id",
-        "5L6g3nShT-eMCtK--X86sw",
-        "--config",
-        str(configuration),
-    )
-    subprocess.run(storage, check=True, capture_output=True, timeout=PATIENCE_SECONDS)
-    with open(tmp_path / "server.log", "wb") as log:
-        command = dies_with_parent(kafka.command("kafka.Kafka", str(configuration)))
-        broker = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        while not answers_metadata(int(ports["9092"])):
-            assert broker.poll() is None, (tmp_path / "server.log").read_text()
-            time.sleep(0.05)
-        topics = shlex.join(kafka.command("org.apache.kafka.tools.TopicCommand"))
-        shell = [*services["topics"]["entrypoint"], *services["topics"]["command"]]
-        script = here(
-            shell[-1].replace("$$", "$").replace("/opt/kafka/bin/kafka-topics.sh", topics)
-        )
-        for _ in range(2):  # a second `up` runs it again
-            subprocess.run(
-                [*shell[:-1], script], check=True, capture_output=True, timeout=PATIENCE_SECONDS
-            )
-        describe = kafka.command(
-            "org.apache.kafka.tools.TopicCommand",
-            "--bootstrap-server",
-            f"127.0.0.1:{ports['9092']}",
-            "--describe",
-        )
-        described = subprocess.run(
-            describe, check=True, capture_output=True, text=True, timeout=PATIENCE_SECONDS
-        ).stdout
-    finally:
-        broker.terminate()
-        try:
-            broker.wait(PATIENCE_SECONDS)
-        except subprocess.TimeoutExpired:
-            broker.kill()
-            broker.wait()
+    stack.format_storage()
+    with stack.running():
+        stack.create_topics()
+        stack.create_topics()  # a second `up` runs it again
+        described = stack.describe_topics()
     found = dict(re.findall(r"Topic: (\S+)\tTopicId: \S+\tPartitionCount: (\d+)", described))
     assert found == {
         name: arguments[arguments.index("--partitions") + 1]
         for name, arguments in created_topics().items()
     }
-    assert re.search(
-        r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact", described
-    )
+    compacted = r"Topic: stream-ctr\.snapshots\t.*Configs: .*cleanup\.policy=compact"
+    assert re.search(compacted, described)
 
 
 # -- the project's description -------------------------------------------------------------------
@@ -266,9 +297,7 @@ def test_the_changelog_has_a_section_for_the_version() -> None:
 # -- client.properties ---------------------------------------------------------------------------
 
 
-def test_the_example_of_a_secure_connection_is_understood_and_checks_host_names(
-    tmp_path: Path,
-) -> None:
+def test_the_example_of_a_secure_connection_checks_host_names(tmp_path: Path) -> None:
     authority = tmp_path / "ca.pem"
     authority.write_text("-----BEGIN CERTIFICATE-----\n")
     properties = parse_properties((DEPLOY / "client.properties").read_text())

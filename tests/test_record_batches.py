@@ -1,4 +1,6 @@
-"""Stored record batches as columns: what kafka-python's own parser reads of the same bytes, and no harm from bytes that are wrong."""
+"""Stored record batches as columns, compared with kafka-python's own parser, and with damaged
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,16 @@ from stream_ctr.connectors.record_batches import (
     DamagedBatch,
     StoredBatches,
 )
+from stream_ctr.connectors.records import Records
 
 CODECS = stream_ctr.connectors.kafka._CODECS
-GREATEST = (1 << 63) - 1
-HEADER = DefaultRecordBatch.HEADER_STRUCT.size
-LOG_APPEND_TIME, CONTROL = 0x08, 0x20
+INT64_MAX = (1 << 63) - 1
+HEADER_BYTES = DefaultRecordBatch.HEADER_STRUCT.size
+LENGTH_OFFSET = 8
+FORMAT_OFFSET = 16
+LOG_APPEND_TIME = 0x08
+TRANSACTIONAL = 0x10
+CONTROL = 0x20
 
 Row = tuple[int, int, bytes | None]  # offset, time, value
 Headers = list[tuple[str, bytes | None]]
@@ -59,11 +66,11 @@ Headers = list[tuple[str, bytes | None]]
 
 @dataclass(frozen=True)
 class Batch:
-    """What a batch holds: of each record its distance in offsets, time, key, value and headers."""
+    """A batch to write; each record is (offset delta, time, key, value, headers)."""
 
     records: list[tuple[int, int, bytes | None, bytes | None, Headers]]
     codec: int = 0
-    last_offset_delta: int = 0  # or that of its last record
+    last_offset_delta: int = 0  # or the delta of the last record, if that is greater
     append_time: int | None = None
     producer: int = -1
     transactional: bool = False
@@ -80,7 +87,8 @@ class Batch:
             builder.append(*record)
         stored = builder.build()
         header = list(DefaultRecordBatch.HEADER_STRUCT.unpack_from(stored))
-        header[0], header[6] = base_offset, self.offsets - 1
+        header[0] = base_offset
+        header[6] = self.offsets - 1
         if self.append_time is not None:
             header[5] |= LOG_APPEND_TIME
             header[8] = self.append_time
@@ -89,7 +97,7 @@ class Batch:
 
 
 def checked(stored: bytes | bytearray) -> bytes:
-    """The batch, with the checksum that its bytes have."""
+    """Return the batch with the checksum of its bytes."""
     made = bytearray(stored)
     struct.pack_into(
         ">I",
@@ -108,8 +116,8 @@ def with_body(
     attributes: int = 0,
     producer: int = -1,
 ) -> bytes:
-    """A batch whose checksum is right, whatever is in it."""
-    length = HEADER - DefaultRecordBatch.AFTER_LEN_OFFSET + len(body)
+    """Return a batch with these bytes as its records and with a correct checksum."""
+    length = HEADER_BYTES - DefaultRecordBatch.AFTER_LEN_OFFSET + len(body)
     fields = (
         base_offset,
         length,
@@ -129,10 +137,14 @@ def with_body(
 
 
 def marker(base_offset: int, producer: int, *, commits: bool) -> bytes:
-    """What ends a transaction."""
+    """Return the control batch that commits or aborts a transaction."""
     body = bytearray([0, 0, 0, 8]) + struct.pack(">hh", 0, commits) + bytes([1, 0])
     return with_body(
-        bytes([2 * len(body)]) + body, 1, base_offset, attributes=CONTROL | 0x10, producer=producer
+        bytes([2 * len(body)]) + body,
+        1,
+        base_offset,
+        attributes=CONTROL | TRANSACTIONAL,
+        producer=producer,
     )
 
 
@@ -151,11 +163,9 @@ def read(
     full_bytes: int = 1 << 30,
     folded: bool = False,
 ) -> tuple[list[Row], int]:
-    """(records, the position after them), taken in pieces; `folded` between them."""
-    columns, batches = (
-        Columns(most, full_bytes=full_bytes, most_value_bytes=1 << 20),
-        StoredBatches(stored, position, aborted=aborted, codecs=CODECS),
-    )
+    """Return (records, the position after them), read in pieces, with `fold` between the pieces."""
+    columns = Columns(most, full_bytes=full_bytes, most_value_bytes=1 << 20)
+    batches = StoredBatches(stored, position, aborted=aborted, codecs=CODECS)
     found: list[Row] = []
     while not batches.exhausted:
         batches.take(columns, 3, most)
@@ -164,10 +174,13 @@ def read(
         records = columns.hand_out()
         records.value.validate(full=True)
         assert set(records.partition.tolist()) <= {3}
-        found += zip(
-            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
-        )
+        found += rows_of(records)
     return found, batches.position
+
+
+def rows_of(records: Records) -> list[Row]:
+    columns = records.offset.tolist(), records.time.tolist(), records.value.to_pylist()
+    return list(zip(*columns, strict=True))
 
 
 def read_by_client(
@@ -182,12 +195,11 @@ def read_by_client(
             SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted
         ],
     )
-    return [
-        (record.offset, record.timestamp, record.value) for record in parsed.take()
-    ], parsed.next_fetch_offset
+    rows = [(record.offset, record.timestamp, record.value) for record in parsed.take()]
+    return rows, parsed.next_fetch_offset
 
 
-# -- the same as the client's own parser ---------------------------------------------------------
+# -- compared with the client's own parser -------------------------------------------------------
 
 sizes = st.sampled_from([0, 1, 63, 64, 127, 128, 8191, 8192, 70_000])
 values = st.none() | st.binary(max_size=40) | sizes.map(bytes)
@@ -196,7 +208,7 @@ times = st.integers(0, 1 << 41)
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> Batch:
+def a_batch(draw: st.DrawFn) -> Batch:
     deltas = sorted(draw(st.sets(st.integers(0, 300), max_size=8)))
     producer = draw(st.sampled_from([-1, -1, 5, 6]))
     return Batch(
@@ -218,11 +230,16 @@ def batches(draw: st.DrawFn) -> Batch:
     )
 
 
-def write_down(
+def write_log(
     parts: Sequence[Batch | tuple[int, bool]], gaps: Sequence[int]
 ) -> tuple[bytes, list[tuple[int, int]], int]:
-    """(stored batches, what was aborted, the offset after the last): batches and ends of transactions (producer, whether committed)."""
-    stored, aborted, offset = b"", [], 0
+    """Return (stored bytes, aborted transactions, end offset) of batches with gaps before them.
+
+    A part that is not a batch ends a transaction: (producer, whether it commits).
+    """
+    stored = b""
+    aborted: list[tuple[int, int]] = []
+    offset = 0
     first: dict[int, int] = {}
     for part, gap in zip(parts, gaps, strict=True):
         offset += gap
@@ -243,39 +260,30 @@ def write_down(
 
 @settings(deadline=None)
 @given(
-    st.lists(batches() | st.tuples(st.sampled_from([5, 6]), st.booleans()), min_size=1, max_size=6),
+    st.lists(a_batch() | st.tuples(st.sampled_from([5, 6]), st.booleans()), min_size=1, max_size=6),
     st.data(),
 )
-def test_what_is_read_is_what_the_client_itself_reads(
+def test_batches_read_as_the_client_reads_them(
     parts: list[Batch | tuple[int, bool]], data: st.DataObject
 ) -> None:
     gaps = data.draw(
         st.lists(st.sampled_from([0, 0, 1, 1000]), min_size=len(parts), max_size=len(parts))
     )
-    stored, aborted, end = write_down(parts, gaps)
+    stored, aborted, end = write_log(parts, gaps)
     position = data.draw(st.integers(0, end - 1))
     expected = read_by_client(stored, position, aborted)
     assert read(stored, position, aborted) == expected
-    most, full_bytes = data.draw(st.integers(1, 9)), data.draw(st.sampled_from([1, 100, 1 << 20]))
-    cut = data.draw(st.integers(0, HEADER))
-    assert (
-        read(
-            stored + numbered(1).stored(end)[:cut],
-            position,
-            aborted,
-            most,
-            full_bytes,
-            folded=data.draw(st.booleans()),
-        )
-        == expected
-    )
+    most = data.draw(st.integers(1, 9))
+    full_bytes = data.draw(st.sampled_from([1, 100, 1 << 20]))
+    cut = data.draw(st.integers(0, HEADER_BYTES))
+    folded = data.draw(st.booleans())
+    cut_off = stored + numbered(1).stored(end)[:cut]
+    assert read(cut_off, position, aborted, most, full_bytes, folded) == expected
 
 
-def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> None:
-    transactional, plain = (
-        replace(numbered(2), producer=5, transactional=True),
-        replace(numbered(2), producer=5),
-    )
+def test_an_aborted_transaction_hides_no_other_batch_of_its_producer() -> None:
+    plain = replace(numbered(2), producer=5)
+    transactional = replace(plain, transactional=True)
     parts: list[Batch | tuple[int, bool]] = [
         transactional,
         plain,
@@ -286,7 +294,7 @@ def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> 
         (6, True),
         (5, False),
     ]
-    stored, aborted, end = write_down(parts, [0] * len(parts))
+    stored, aborted, end = write_log(parts, [0] * len(parts))
     found, position = read(stored, 0, aborted)
     assert ([offset for offset, _, _ in found], position) == ([2, 3, 5, 6], end)
     assert (found, position) == read_by_client(stored, 0, aborted)
@@ -294,55 +302,31 @@ def test_an_aborted_transaction_takes_nothing_else_of_its_producer_with_it() -> 
 
 def test_a_poll_is_bounded_in_records_and_in_bytes() -> None:
     stored = numbered(10, size=1000).stored(0) + numbered(10, size=1000).stored(10)
-    by_records, by_bytes = (
-        Columns(most, full_bytes=full, most_value_bytes=2000)
-        for most, full in ((7, 1 << 20), (100, 4500))
-    )
-    for columns, each in ((by_records, [7, 7, 6]), (by_bytes, [5, 5, 5, 5])):
-        batches_, taken = StoredBatches(stored, 0, codecs=CODECS), []
-        while not batches_.exhausted:
-            taken.append(batches_.take(columns, 0, 100))
-            assert len(columns.hand_out()) == taken[-1]
-        assert taken == each
+    for most, full_bytes, expected in ((7, 1 << 20, [7, 7, 6]), (100, 4500, [5, 5, 5, 5])):
+        columns = Columns(most, full_bytes=full_bytes, most_value_bytes=2000)
+        batches = StoredBatches(stored, 0, codecs=CODECS)
+        counts = []
+        while not batches.exhausted:
+            counts.append(batches.take(columns, 0, 100))
+            assert len(columns.hand_out()) == counts[-1]
+        assert counts == expected
 
 
-def test_what_is_handed_out_stays_as_it_is() -> None:
+def test_records_that_were_handed_out_do_not_change() -> None:
     columns = Columns(8, full_bytes=1 << 20, most_value_bytes=100)
-    batches_ = StoredBatches(
-        Batch(
-            [(index, 5, None, None if index % 2 else b"%d" % index, []) for index in range(16)]
-        ).stored(0),
-        0,
-        codecs=CODECS,
-    )
-    batches_.take(columns, 1, 8)
+    values = [None if index % 2 else b"%d" % index for index in range(16)]
+    stored = Batch([(index, 5, None, value, []) for index, value in enumerate(values)]).stored(0)
+    batches = StoredBatches(stored, 0, codecs=CODECS)
+    batches.take(columns, 1, 8)
     first = columns.hand_out()
-    before = (
-        first.partition.tolist(),
-        first.offset.tolist(),
-        first.time.tolist(),
-        first.value.to_pylist(),
-    )
-    batches_.take(columns, 2, 8)
-    assert columns.hand_out().value.to_pylist() == [
-        b"8",
-        None,
-        b"10",
-        None,
-        b"12",
-        None,
-        b"14",
-        None,
-    ]
-    assert (
-        first.partition.tolist(),
-        first.offset.tolist(),
-        first.time.tolist(),
-        first.value.to_pylist(),
-    ) == before
+    expected = [(index, 5, value) for index, value in enumerate(values[:8])]
+    assert (first.partition.tolist(), rows_of(first)) == ([1] * 8, expected)
+    batches.take(columns, 2, 8)
+    assert columns.hand_out().value.to_pylist() == values[8:]
+    assert (first.partition.tolist(), rows_of(first)) == ([1] * 8, expected)
 
 
-def test_values_that_are_one_byte_too_many_get_room() -> None:
+def test_columns_grow_for_a_value_of_one_byte_too_many() -> None:
     for sizes_ in ([5], [4, 1], [1, 1, 1, 1, 1], [9]):
         columns = Columns(8, full_bytes=1 << 20, most_value_bytes=100)
         columns.data = np.empty(4, np.uint8)
@@ -354,11 +338,13 @@ def test_values_that_are_one_byte_too_many_get_room() -> None:
         assert columns.hand_out().value.to_pylist() == expected
 
 
-# -- between the client and the columns ----------------------------------------------------------
+# -- the client's poll ---------------------------------------------------------------------------
 
 
 class Client:
-    """The part of kafka-python's consumer that hands out what was fetched, of topic t; nothing is connected."""
+    """The part of kafka-python's consumer that parses fetched bytes, for topic t, without a
+    connection.
+    """
 
     def __init__(self, partitions: int, most_records: int, full_bytes: int = 1 << 20) -> None:
         self.subscriptions = SubscriptionState()
@@ -380,10 +366,17 @@ class Client:
         self, partition: int, stored: bytes, aborted: Sequence[tuple[int, int]] = ()
     ) -> None:
         topic_partition = TopicPartition("t", partition)
+        transactions = [
+            SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted
+        ]
         data = SimpleNamespace(
-            error_code=0, high_watermark=99, records=stored, diverging_epoch=None, preferred_read_replica=-1,
-            aborted_transactions=[SimpleNamespace(first_offset=first, producer_id=producer) for first, producer in aborted] or None,
-        )  # fmt: skip
+            error_code=0,
+            high_watermark=99,
+            records=stored,
+            diverging_epoch=None,
+            preferred_read_replica=-1,
+            aborted_transactions=transactions or None,
+        )
         position = self.subscriptions.assignment[topic_partition].position.offset
         self._fetcher._completed_fetches.append(
             CompletedFetch(topic_partition, position, 12, data, None)
@@ -392,19 +385,14 @@ class Client:
     def poll(self) -> tuple[list[int], list[Row]]:
         polled, _ = self._fetcher.fetched_records(self.columns.most_records)
         records = self.columns.hand_out()
-        assert bool(polled) == bool(len(records)), (
-            "the client waits for more when it is told that there is nothing"
-        )
-        found = zip(
-            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
-        )
-        return records.partition.tolist(), list(found)
+        assert bool(polled) == bool(len(records)), "the client waits for more after an empty result"
+        return records.partition.tolist(), rows_of(records)
 
     def positions(self) -> list[int]:
         return [state.position.offset for _, state in sorted(self.subscriptions.assignment.items())]
 
 
-def test_a_poll_takes_from_several_answers_and_leaves_what_is_too_much() -> None:
+def test_a_poll_reads_several_answers_and_leaves_the_rest() -> None:
     client = Client(2, most_records=15)
     client.answer(0, numbered(10).stored(0))
     client.answer(1, numbered(10).stored(0))
@@ -425,19 +413,20 @@ def test_a_poll_ends_when_its_values_have_many_bytes() -> None:
     assert client.positions() == [5, 5]
 
 
-def test_a_paused_partition_keeps_its_answer_until_it_flows() -> None:
+def test_a_paused_partition_keeps_its_answer_until_it_is_resumed() -> None:
     client = Client(2, most_records=4)
     client.answer(0, numbered(10).stored(0))
     assert client.poll()[0] == [0] * 4
     client.subscriptions.pause(TopicPartition("t", 0))
     client.answer(1, numbered(2).stored(0))
     assert client.poll()[0] == [1] * 2
-    held = client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open
+    paused = client._fetcher._paused_partition_records[TopicPartition("t", 0)]
+    open_batch = paused._batches._open
     client.subscriptions.resume(TopicPartition("t", 0))
     inside.hand_out_what_was_set_aside(client)
-    assert (
-        client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open is held
-    ), "it flows again at once"
+    assert paused._batches._open is open_batch, (
+        "the open batch is read on without a second expansion"
+    )
     assert [client.poll()[0], client.poll()[0]] == [[0] * 4, [0] * 2]
     assert client.positions() == [10, 2]
 
@@ -447,17 +436,17 @@ def test_a_paused_partition_keeps_no_expanded_batch() -> None:
     client.answer(0, numbered(3, codec=ZSTD).stored(0) + numbered(7, codec=ZSTD).stored(3))
     assert client.poll()[0] == [0] * 4
     client.subscriptions.pause(TopicPartition("t", 0))
-    held = weakref.ref(client._fetcher._next_partition_records._batches._open)
+    open_batch = weakref.ref(client._fetcher._next_partition_records._batches._open)
     for _ in range(2):
         inside.hand_out_what_was_set_aside(client)
         assert client.poll() == ([], [])
-    assert held() is None
+    assert open_batch() is None
     client.subscriptions.resume(TopicPartition("t", 0))
     inside.hand_out_what_was_set_aside(client)
     assert [offset for _ in range(2) for offset, _, _ in client.poll()[1]] == [*range(4, 10)]
 
 
-def test_a_paused_partition_keeps_no_batch_of_an_older_format_and_is_fetched_again() -> None:
+def test_a_paused_batch_of_an_older_format_is_fetched_again() -> None:
     builder = LegacyRecordBatchBuilder(1, GZIP, 1 << 20)
     for index in range(6):
         builder.append(index, 1000 + index, None, b"%d" % index)
@@ -477,7 +466,7 @@ def test_a_paused_partition_keeps_no_batch_of_an_older_format_and_is_fetched_aga
     assert [offset for offset, _, _ in client.poll()[1]] == [4, 5]
 
 
-def test_only_markers_and_aborted_records_move_the_position() -> None:
+def test_markers_and_aborted_records_alone_move_the_position() -> None:
     client = Client(1, most_records=4)
     aborted = replace(numbered(3), producer=5, transactional=True)
     client.answer(0, aborted.stored(0) + marker(3, 5, commits=False), aborted=[(0, 5)])
@@ -485,17 +474,17 @@ def test_only_markers_and_aborted_records_move_the_position() -> None:
     assert client.positions() == [4]
 
 
-@pytest.mark.parametrize("format_", [0, 1])
+@pytest.mark.parametrize("old_format", [0, 1])
 @pytest.mark.parametrize("codec", [0, GZIP, SNAPPY])
-def test_older_formats_are_parsed_by_the_client_itself(format_: int, codec: int) -> None:
-    builder = LegacyRecordBatchBuilder(format_, codec, 1 << 20)
+def test_older_formats_are_parsed_by_the_client_itself(old_format: int, codec: int) -> None:
+    builder = LegacyRecordBatchBuilder(old_format, codec, 1 << 20)
     for index in range(10):
         builder.append(index, 1000 + index, None, None if index == 7 else b"%d" % index * 50)
     client = Client(1, most_records=6)
     client.answer(0, bytes(builder.build()) + numbered(3).stored(10))
     found = [row for _ in range(3) for row in client.poll()[1]]
     old = [
-        (index, 1000 + index if format_ else -1, None if index == 7 else b"%d" % index * 50)
+        (index, 1000 + index if old_format else -1, None if index == 7 else b"%d" % index * 50)
         for index in range(10)
     ]
     assert found == old + [(10 + index, 1000 + index, b"%d" % index) for index in range(3)]
@@ -528,41 +517,37 @@ def test_an_older_format_after_the_newer_one_is_left_to_the_next_answer() -> Non
 
 
 def damage(stored: bytes, position: int = 0, **options: Any) -> tuple[list[Row], str]:
-    """(what is read before it, what is told of it); it is told again when it is read again."""
-    columns, batches_ = (
-        Columns(100, full_bytes=1 << 30, most_value_bytes=1 << 20),
-        StoredBatches(stored, position, codecs=CODECS, **options),
-    )
+    """Return (the records before the damage, its message), and check that reading on repeats it."""
+    columns = Columns(100, full_bytes=1 << 30, most_value_bytes=1 << 20)
+    batches = StoredBatches(stored, position, codecs=CODECS, **options)
     found: list[Row] = []
     for _ in range(100):
-        before = batches_.position
+        before = batches.position
         try:
-            batches_.take(columns, 0, 100)
+            batches.take(columns, 0, 100)
         except DamagedBatch as error:
-            assert (batches_.position, columns.count) == (before, 0)
+            assert (batches.position, columns.count) == (before, 0)
             with pytest.raises(DamagedBatch, match="offset"):
-                batches_.take(columns, 0, 100)
+                batches.take(columns, 0, 100)
             return found, str(error)
         records = columns.hand_out()
-        found += zip(
-            records.offset.tolist(), records.time.tolist(), records.value.to_pylist(), strict=True
-        )
-        assert not batches_.exhausted
-    raise AssertionError("it is neither read to its end nor told")
+        found += rows_of(records)
+        assert not batches.exhausted
+    raise AssertionError("the batches were neither read to their end nor refused")
 
 
 @settings(deadline=None, max_examples=60)
 @given(st.integers(DefaultRecordBatch.CRC_OFFSET), st.integers(0, 7), st.integers(0, ZSTD))
-def test_a_flipped_bit_is_told_and_nothing_of_its_batch_is_read(
+def test_a_flipped_bit_is_reported_and_none_of_its_batch_is_read(
     place: int, bit: int, codec: int
 ) -> None:
-    good, bad = numbered(5).stored(0), bytearray(numbered(40, codec=codec, size=20).stored(5))
-    bad[DefaultRecordBatch.CRC_OFFSET + place % (len(bad) - DefaultRecordBatch.CRC_OFFSET)] ^= (
-        1 << bit
-    )
-    found, told = damage(good + bytes(bad) + numbered(5).stored(45))
+    good = numbered(5).stored(0)
+    bad = bytearray(numbered(40, codec=codec, size=20).stored(5))
+    checked_bytes = len(bad) - DefaultRecordBatch.CRC_OFFSET
+    bad[DefaultRecordBatch.CRC_OFFSET + place % checked_bytes] ^= 1 << bit
+    found, message = damage(good + bytes(bad) + numbered(5).stored(45))
     assert [offset for offset, _, _ in found] == [0, 1, 2, 3, 4]
-    assert told == "the batch at offset 5 failed crc check"
+    assert message == "the batch at offset 5 failed crc check"
 
 
 def varint(number: int) -> bytes:
@@ -579,75 +564,76 @@ def record(
     value: int = -1,
     headers: bytes = b"\0",
 ) -> bytes:
-    """A record with the sizes that are told, whether they are right or not; `headers` is all that follows the value's size."""
+    """Return a record with these sizes, right or wrong; `headers` is all that follows the value
+    size.
+    """
     body = b"\0" + varint(0) + varint(offset_delta) + varint(key) + varint(value) + headers
     return varint(len(body) if size is None else size) + body
 
 
-MALFORMED = "has a malformed record, or fewer than it says"
+MALFORMED = "has a malformed record, or fewer records than its header says"
+NOT_IN_ORDER = "has records whose offsets do not increase or exceed its last offset"
 
 
 @pytest.mark.parametrize(
-    ("body", "count", "last", "told"),
+    ("body", "count", "last", "message"),
     [
         (record(), 2, 0, MALFORMED),
-        (record() + record(offset_delta=1), 1, 1, "has more bytes than records"),
-        (record(offset_delta=-1), 1, 0, "has records that are not in order"),
-        (record(offset_delta=1), 1, 0, "has records that are not in order"),
-        (record() + record(), 2, 5, "has records that are not in order"),
+        (record() + record(offset_delta=1), 1, 1, "has bytes after its last record"),
+        (record(offset_delta=-1), 1, 0, NOT_IN_ORDER),
+        (record(offset_delta=1), 1, 0, NOT_IN_ORDER),
+        (record() + record(), 2, 5, NOT_IN_ORDER),
         (record(size=5), 1, 0, MALFORMED),
         (record(size=7), 1, 0, MALFORMED),
         (record(size=7) + b"\0", 1, 0, MALFORMED),
         (b"\x8c" + 9 * b"\x80" + record(size=0), 1, 0, MALFORMED),
         (record(size=0), 1, 0, MALFORMED),
         (record(size=-5), 1, 0, MALFORMED),
-        (record(size=GREATEST), 1, 0, MALFORMED),
+        (record(size=INT64_MAX), 1, 0, MALFORMED),
         (record(value=1), 1, 0, MALFORMED),
-        (record(value=GREATEST), 1, 0, MALFORMED),
-        (record(key=GREATEST, value=GREATEST), 1, 0, MALFORMED),
+        (record(value=INT64_MAX), 1, 0, MALFORMED),
+        (record(key=INT64_MAX, value=INT64_MAX), 1, 0, MALFORMED),
         (record(headers=varint(-1)), 1, 0, MALFORMED),
-        (record(headers=varint(GREATEST)), 1, 0, MALFORMED),
+        (record(headers=varint(INT64_MAX)), 1, 0, MALFORMED),
         (record(headers=varint(1) + varint(-1) + varint(0)), 1, 0, MALFORMED),
-        (record(headers=varint(1) + varint(GREATEST) + varint(GREATEST)), 1, 0, MALFORMED),
+        (record(headers=varint(1) + varint(INT64_MAX) + varint(INT64_MAX)), 1, 0, MALFORMED),
         (b"\xff" * 30, 1, 0, MALFORMED),
         (b"", 1, 0, MALFORMED),
-        (record(), -1, 0, "says that it ends before it begins"),
-        (record(), 1, -1, "says that it ends before it begins"),
+        (record(), -1, 0, "has a negative number of records, -1"),
+        (record(), 1, -1, "has an impossible last offset, 1"),
     ],
-)  # fmt: skip
-def test_a_batch_whose_records_are_not_whole_is_damage(
-    body: bytes, count: int, last: int, told: str
+)
+def test_a_batch_with_malformed_records_is_damaged(
+    body: bytes, count: int, last: int, message: str
 ) -> None:
     found, error = damage(numbered(2).stored(0) + with_body(body, count, 2, last))
     assert len(found) == 2
-    assert f"the batch at offset 2 {told}" in error
+    assert error == f"the batch at offset 2 {message}"
 
 
 def test_a_number_may_be_written_in_ten_bytes() -> None:
     assert read(with_body(b"\x8c" + 8 * b"\x80" + record(size=0), 1)) == ([(0, 0, None)], 1)
 
 
-def test_what_is_no_batch_is_damage() -> None:
+def test_bytes_that_are_no_batch_are_damaged() -> None:
     good = numbered(2).stored(0)
-    for length in (-(1 << 31), -12, 0, 1, HEADER - 13):
+    for length in (-(1 << 31), -12, 0, 1, HEADER_BYTES - 13):
         wrong = bytearray(good)
-        struct.pack_into(">i", wrong, 8, length)
+        struct.pack_into(">i", wrong, LENGTH_OFFSET, length)
         assert damage(bytes(wrong)) == ([], "the batch at offset 0 is shorter than its own header")
     unknown = bytearray(good)
-    unknown[16] = 3
-    assert damage(bytes(unknown)) == ([], "the batch at offset 0 has format 3, which is not known")
-    assert "no end" in damage(with_body(record(), 1, GREATEST))[1]
+    unknown[FORMAT_OFFSET] = 3
+    assert damage(bytes(unknown)) == ([], "the batch at offset 0 has the unknown format 3")
+    assert "an impossible last offset" in damage(with_body(record(), 1, INT64_MAX))[1]
     assert damage(good, 5) == (
         [],
-        "offset 5 was asked for, and there are only batches that end before it",
+        "offset 5 was fetched, but all returned batches end before it",
     )
     assert damage(good, 2, aborted=[(0, 5)])[0] == []
     assert [offset for offset, _, _ in read(good + numbered(3).stored(2), 3)[0]] == [3, 4]
-    assert (
-        "compressed in a way that is not known: 6"
-        in damage(with_body(record(), 1, attributes=6))[1]
-    )
-    assert "malformed marker" in damage(with_body(record(), 1, attributes=CONTROL, producer=5))[1]
+    assert "unknown codec, 6" in damage(with_body(record(), 1, attributes=6))[1]
+    no_marker = with_body(record(), 1, attributes=CONTROL, producer=5)
+    assert "malformed transaction marker" in damage(no_marker)[1]
 
 
 COMPRESS: dict[int, Callable[[bytes], bytes]] = {
@@ -659,7 +645,7 @@ COMPRESS: dict[int, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("codec", COMPRESS)
-def test_a_payload_that_is_cut_or_no_payload_is_damage(codec: int) -> None:
+def test_a_payload_that_does_not_decompress_is_damaged(codec: int) -> None:
     whole = COMPRESS[codec](
         b"".join(record(offset_delta=index, value=300, headers=bytes(301)) for index in range(400))
     )
@@ -676,22 +662,24 @@ def test_a_payload_that_is_cut_or_no_payload_is_damage(codec: int) -> None:
 
 
 @pytest.mark.parametrize("codec", COMPRESS)
-def test_what_a_batch_expands_to_is_bounded(codec: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_decompressed_batch_is_bounded(
+    codec: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(stream_ctr.connectors.kafka, "MAX_BATCH_BYTES", 1 << 20)
-    for size, told in (
-        (1 << 20, "more bytes than records"),
+    for size, message in (
+        (1 << 20, "bytes after its last record"),
         ((1 << 20) + 1, "expands to more than 1 MiB"),
     ):
         payload = COMPRESS[codec](record() + bytes(size - len(record())))
-        assert told in damage(with_body(payload, 1, attributes=codec))[1]
+        assert message in damage(with_body(payload, 1, attributes=codec))[1]
 
 
-def test_a_block_of_snappy_is_not_taken_at_its_word() -> None:
+def test_the_declared_size_of_a_snappy_block_is_checked_first() -> None:
     says_3_gib = b"\x80\x80\x80\x80\x0c" + b"\0a"
     assert "expands to more than 512 MiB" in damage(with_body(says_3_gib, 1, attributes=SNAPPY))[1]
 
 
-def test_payloads_in_several_pieces_and_snappy_without_a_frame_are_read() -> None:
+def test_concatenated_payloads_and_unframed_snappy_are_read() -> None:
     body = b"".join(record(offset_delta=index, value=2, headers=b"ab\0") for index in range(3))
     expected = [(index, 0, b"ab") for index in range(3)]
     payloads = [
@@ -704,39 +692,39 @@ def test_payloads_in_several_pieces_and_snappy_without_a_frame_are_read() -> Non
         assert read(with_body(payload, 3, last_offset_delta=2, attributes=codec))[0] == expected
 
 
-def test_memory_that_is_lacking_is_no_damage() -> None:
+def test_running_out_of_memory_is_not_reported_as_damage() -> None:
     def lack(payload: memoryview) -> bytes:
         raise MemoryError
 
-    batches_ = StoredBatches(
-        numbered(50, codec=GZIP).stored(0), 0, codecs=Codecs(CODECS.crc32c, {GZIP: lack})
-    )
+    codecs = Codecs(CODECS.crc32c, {GZIP: lack})
+    batches = StoredBatches(numbered(50, codec=GZIP).stored(0), 0, codecs=codecs)
     with pytest.raises(MemoryError):
-        batches_.take(Columns(5, full_bytes=5, most_value_bytes=5), 0, 5)
+        batches.take(Columns(5, full_bytes=5, most_value_bytes=5), 0, 5)
 
 
-# -- no place outside ----------------------------------------------------------------------------
+# -- no index out of bounds ----------------------------------------------------------------------
 
 
 class Fenced(np.ndarray[Any, Any]):
-    """An array in which a negative or a later place is an error, where compiled code would look outside of it."""
+    """An array that refuses every index at which compiled code would leave its memory."""
 
-    def __getitem__(self, at: Any) -> Any:
-        return super().__getitem__(self._inside(at))
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(self._checked(index))
 
-    def __setitem__(self, at: Any, value: Any) -> None:
-        super().__setitem__(self._inside(at), value)
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(self._checked(index), value)
 
-    def _inside(self, at: Any) -> Any:
-        first, last = (at.start, at.stop - 1) if isinstance(at, slice) else (at, at)
-        assert 0 <= first <= last + 1 <= len(self)
-        assert isinstance(at, slice) or at < len(self)
-        return at
+    def _checked(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            assert 0 <= index.start <= index.stop <= len(self)
+        else:
+            assert 0 <= index < len(self)
+        return index
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> Iterator[ModuleType]:
-    """The module as Python runs it, without its compiler."""
+    """The module without Numba: its compiled functions run as plain Python."""
     spec = importlib.util.spec_from_file_location(
         "interpreted_record_batches", record_batches.__file__
     )
@@ -751,13 +739,14 @@ def interpreted() -> Iterator[ModuleType]:
 
 
 def spoiled(body: bytes, steps: Sequence[tuple[float, int, bytes]]) -> bytes:
-    for where, drop, junk in steps:
-        at = int(where * len(body))
-        body = body[:at] + junk + body[at + drop :]
+    """Replace bytes of the body: at a fraction of its length, so many bytes, by others."""
+    for fraction, dropped, junk in steps:
+        position = int(fraction * len(body))
+        body = body[:position] + junk + body[position + dropped :]
     return body
 
 
-edges = st.sampled_from([0, 1, -1, 63, 64, -64, -65, 300, 1 << 31, GREATEST, -GREATEST - 1]).map(
+edges = st.sampled_from([0, 1, -1, 63, 64, -64, -65, 300, 1 << 31, INT64_MAX, -INT64_MAX - 1]).map(
     varint
 )
 spoils = st.lists(
@@ -767,7 +756,7 @@ spoils = st.lists(
 
 @settings(deadline=None, max_examples=300)
 @given(
-    batches(),
+    a_batch(),
     spoils,
     st.integers(-1, 9),
     st.integers(0, 400),
@@ -775,7 +764,7 @@ spoils = st.lists(
     st.sampled_from([1, 5, 100]),
 )
 @pytest.mark.slow
-def test_no_byte_outside_is_looked_at_whatever_a_batch_holds(
+def test_no_batch_makes_compiled_code_index_out_of_bounds(
     interpreted: ModuleType,
     batch: Batch,
     steps: list[tuple[float, int, bytes]],
@@ -784,21 +773,23 @@ def test_no_byte_outside_is_looked_at_whatever_a_batch_holds(
     most: int,
     value_bytes: int,
 ) -> None:
-    body = spoiled(replace(batch, codec=0).stored(0)[HEADER:], steps)[: 1 << 10]
+    body = spoiled(replace(batch, codec=0).stored(0)[HEADER_BYTES:], steps)[: 1 << 10]
     count = max(len(batch.records) + more - 4, 0)
     fenced = np.frombuffer(body, np.uint8).view(Fenced)
     with np.errstate(over="ignore"):
-        found = interpreted._check(fenced, count, last)
-        assert found == record_batches._check(np.frombuffer(body, np.uint8), count, last)
-        if found != record_batches._WHOLE:
+        found = interpreted._validate(fenced, count, last)
+        assert found == record_batches._validate(np.frombuffer(body, np.uint8), count, last)
+        if found != record_batches._SOUND:
             return
         columns = Columns(most, full_bytes=1 << 20, most_value_bytes=value_bytes)
-        columns.data = np.empty(8, np.uint8)
-        fences = [
-            array.view(Fenced)
-            for array in (columns.offset, columns.time, columns.ends, columns.valid, columns.data)
-        ]
-        interpreted._append(fenced, 0, 0, 2, 0, False, value_bytes, 0, most, 1 << 20, *fences)
+        arguments = np.zeros(1, record_batches._APPEND_ARGUMENTS)
+        arguments["position"] = 2
+        arguments["limit"] = most
+        arguments["full_bytes"] = columns.full_bytes
+        arguments["most_value_bytes"] = value_bytes
+        rows = columns.rows.view(Fenced)
+        data = np.empty(8, np.uint8).view(Fenced)
+        interpreted._append(fenced, 0, arguments, rows, data, 0)
 
 
 COMPACTED = Batch(
@@ -814,93 +805,104 @@ EMPTY = replace(COMPACTED, records=[], last_offset_delta=0)
 
 @settings(deadline=None, max_examples=100)
 @example([COMPACTED, EMPTY, EMPTY], [(0.5, 0, b"\x00")], 1, False)  # nothing to read, then damage
-@given(st.lists(batches(), max_size=3), spoils, st.integers(0, 400), st.booleans())
+@given(st.lists(a_batch(), max_size=3), spoils, st.integers(0, 400), st.booleans())
 @pytest.mark.slow
-def test_no_bytes_crash_or_hang_it(
-    some: list[Batch], steps: list[tuple[float, int, bytes]], position: int, right_checksum: bool
+def test_no_bytes_crash_or_hang_the_reader(
+    parts: list[Batch], steps: list[tuple[float, int, bytes]], position: int, right_checksum: bool
 ) -> None:
-    stored, _, _ = write_down(some, [0] * len(some))
+    stored, _, _ = write_log(parts, [0] * len(parts))
     stored = spoiled(stored, steps)
-    if right_checksum and len(stored) > HEADER:
+    if right_checksum and len(stored) > HEADER_BYTES:
         fitting = bytearray(stored)
-        struct.pack_into(">i", fitting, 8, len(stored) - DefaultRecordBatch.AFTER_LEN_OFFSET)
-        fitting[16] = FORMAT
+        length = len(stored) - DefaultRecordBatch.AFTER_LEN_OFFSET
+        struct.pack_into(">i", fitting, LENGTH_OFFSET, length)
+        fitting[FORMAT_OFFSET] = FORMAT
         stored = checked(fitting)
-    columns, batches_ = (
-        Columns(5, full_bytes=1 << 20, most_value_bytes=1 << 10),
-        StoredBatches(stored, position, codecs=CODECS),
-    )
+    columns = Columns(5, full_bytes=1 << 20, most_value_bytes=1 << 10)
+    batches = StoredBatches(stored, position, codecs=CODECS)
     last = position
     try:
-        while not batches_.exhausted:
-            batches_.take(columns, 0, 5)
+        while not batches.exhausted:
+            batches.take(columns, 0, 5)
             records = columns.hand_out()
             records.value.validate(full=True)
-            assert (
-                len(records) or batches_.exhausted or batches_.position > last
-            )  # past records that are compacted away, say
-            assert all(last <= offset < batches_.position for offset in records.offset.tolist())
-            last = batches_.position
+            # Without records, the position moves past those that compaction removed.
+            assert len(records) or batches.exhausted or batches.position > last
+            assert all(last <= offset < batches.position for offset in records.offset.tolist())
+            last = batches.position
     except DamagedBatch:
-        assert batches_.position >= last
+        assert batches.position >= last
 
 
-# -- a log that was compacted --------------------------------------------------------------------
+# -- a compacted topic ---------------------------------------------------------------------------
+
+
+COMPACTION = {
+    "cleanup.policy": "compact",
+    "segment.ms": "200",
+    "min.cleanable.dirty.ratio": "0.01",
+    "delete.retention.ms": "0",
+}
 
 
 @pytest.mark.slow
 def test_a_compacted_topic_is_read_with_its_gaps(tmp_path: Path, topic: str) -> None:
     try:
-        kafka_ = find_kafka()
+        installation = find_kafka()
     except KafkaMissing as error:
         pytest.skip(str(error))
-    with ApacheBroker(kafka_, tmp_path, settings={"log.cleaner.backoff.ms": 100}) as broker:
+    with ApacheBroker(installation, tmp_path, settings={"log.cleaner.backoff.ms": 100}) as broker:
         client = client_options(broker.bootstrap_servers, {})
         with closing(KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)) as admin:
-            configs = {
-                "cleanup.policy": "compact",
-                "segment.ms": "200",
-                "min.cleanable.dirty.ratio": "0.01",
-                "delete.retention.ms": "0",
-            }
-            admin.create_topics(
-                {topic: {"num_partitions": 1, "configs": configs}}, wait_for_metadata=True
-            )
+            topic_settings = {"num_partitions": 1, "configs": COMPACTION}
+            admin.create_topics({topic: topic_settings}, wait_for_metadata=True)
         assert not ensure_topic(client, topic)
-        written = 0
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        with closing(KafkaSink(client)) as sink:
-            while True:
-                for index in range(100):
-                    sink.send(topic, b"%d" % written, key=b"%d" % (index % (30 + written % 7)))
-                    written += 1
-                sink.flush(PATIENCE_SECONDS)
-                with closing(
-                    KafkaSource([topic], client=client, group="g", until_end=True)
-                ) as source:
-                    offsets: list[int] = []
-                    contents: list[bytes | None] = []
-                    while not source.finished:
-                        records = source.poll(1.0)
-                        offsets += records.offset.tolist()
-                        contents += records.value.to_pylist()
-                    assert source.positions() == {0: written}
-                if len(offsets) < written - 150:
-                    break
-                assert time.monotonic() < deadline, "nothing was compacted"
-                time.sleep(0.3)
-        with closing(
-            KafkaConsumer(
-                topic, bootstrap_servers=broker.bootstrap_servers, auto_offset_reset="earliest"
-            )
-        ) as consumer:
-            again: list[Any] = []
-            while not again or again[-1].offset < written - 1:
-                again += [
-                    record for some in consumer.poll(timeout_ms=1000).values() for record in some
-                ]
-    assert contents == [b"%d" % offset for offset in offsets]
-    assert set(offsets) >= {record.offset for record in again}, (
-        "compaction may have gone on in between"
-    )
+        written, offsets, values = write_until_compacted(client, topic)
+        expected = offsets_read_by_client(broker.bootstrap_servers, topic, written - 1)
+    assert values == [b"%d" % offset for offset in offsets]
+    assert set(offsets) >= expected, "compaction may have continued in between"
     assert np.diff(offsets).max() > 1
+
+
+def write_until_compacted(
+    client: dict[str, object], topic: str
+) -> tuple[int, list[int], list[bytes | None]]:
+    """Write until records are missing; return (records written, offsets, values as read last)."""
+    written = 0
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    with closing(KafkaSink(client)) as sink:
+        while True:
+            for index in range(100):
+                sink.send(topic, b"%d" % written, key=b"%d" % (index % (30 + written % 7)))
+                written += 1
+            sink.flush(PATIENCE_SECONDS)
+            offsets, values = read_to_end(client, topic, written)
+            if len(offsets) < written - 150:
+                return written, offsets, values
+            assert time.monotonic() < deadline, "nothing was compacted"
+            time.sleep(0.3)
+
+
+def read_to_end(
+    client: dict[str, object], topic: str, end: int
+) -> tuple[list[int], list[bytes | None]]:
+    offsets: list[int] = []
+    values: list[bytes | None] = []
+    with closing(KafkaSource([topic], client=client, group="g", until_end=True)) as source:
+        while not source.finished:
+            records = source.poll(1.0)
+            offsets += records.offset.tolist()
+            values += records.value.to_pylist()
+        assert source.positions() == {0: end}
+    return offsets, values
+
+
+def offsets_read_by_client(servers: str, topic: str, last: int) -> set[int]:
+    """Return the offsets that a plain consumer reads, up to the last."""
+    offsets: set[int] = set()
+    consumer = KafkaConsumer(topic, bootstrap_servers=servers, auto_offset_reset="earliest")
+    with closing(consumer):
+        while last not in offsets:
+            for records in consumer.poll(timeout_ms=1000).values():
+                offsets |= {record.offset for record in records}
+    return offsets

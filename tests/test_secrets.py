@@ -1,4 +1,4 @@
-"""A password is in nothing that a command says, at the highest level of detail, and in nothing that it writes."""
+"""Passwords must not appear in the output of any command, even at -vv, or in any file it writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.reliability import Outcome
 from stream_ctr.cli.main import main
 from stream_ctr.logs.simulate import Simulation
 
-# Those that speak to no broker are given the password all the same where they take client properties.
+# Commands that contact no broker get the password too, if they accept client properties.
 COMMANDS = {
     "replay": ["replay", "{log}", "--topic", "{topic}", "{login}"],
     "run": ["run", "--topic", "{topic}", "--state", "{state}", "--until-end", "{login}", *SMALL],
@@ -40,15 +40,16 @@ COMMANDS = {
     "config": ["config", "{login}"],
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
-UNTRIED = {"demo", "broker", "models", "paper"}  # they take no password
+PROPERTIES_FILE = "client.properties"
+WITHOUT_PASSWORD = {"demo", "broker", "models", "paper"}
 
 
 def test_every_command_is_tried() -> None:
-    groups = {name: getattr(command, "commands", {}) for name, command in main.commands.items()}
-    known = {
-        f"{name} {sub}" if subs else name for name, subs in groups.items() for sub in (subs or [""])
-    }
-    assert {" ".join(name.split()) for name in known} == set(COMMANDS) | UNTRIED
+    known = set()
+    for name, command in main.commands.items():
+        subcommands = getattr(command, "commands", {})
+        known |= {f"{name} {subcommand}" for subcommand in subcommands} or {name}
+    assert known == set(COMMANDS) | WITHOUT_PASSWORD
 
 
 @pytest.mark.security(
@@ -62,66 +63,71 @@ def test_every_command_is_tried() -> None:
 def test_a_password_is_found_nowhere(
     apache: ApacheBroker, topic: str, tmp_path: Path, where: str, outcome: Outcome
 ) -> None:
-    log, state = tmp_path / "log.jsonl", tmp_path / "state"
+    log = tmp_path / "log.jsonl"
+    state = tmp_path / "state"
     Simulation(1000, seed=1).write_jsonl(log)
     with log.open("a") as file:
         file.write("no event\n")
+    login = ["--bootstrap-servers", apache.sasl_servers, *password_options(where, tmp_path)]
+    topics = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
+    output = b""
+    for name, template in COMMANDS.items():
+        places = {
+            "log": log,
+            "topic": topic,
+            "state": state,
+            "snapshot": oldest_snapshot(state),
+            "out": tmp_path / "out.jsonl",
+        }
+        arguments = filled(template, login, places)
+        output += output_of([*arguments, *topics] if name == "run" else arguments)
+    assert b"DEBUG" in output
+    assert SASL_PASSWORD.encode() not in output
+    written = [
+        path for path in tmp_path.rglob("*") if path.is_file() and path.name != PROPERTIES_FILE
+    ]
+    assert len(written) > 10
+    for path in written:
+        assert SASL_PASSWORD.encode() not in path.read_bytes(), path
+    outcome(f"0 found in {len(output):,} bytes of output and {len(written)} files, {where}")
+
+
+def password_options(where: str, directory: Path) -> list[str]:
+    """Return the options that give the login, as properties or as a file of them."""
     properties = {
         "security.protocol": "SASL_PLAINTEXT",
         "sasl.mechanism": "PLAIN",
         "sasl.username": SASL_USER,
         "sasl.password": SASL_PASSWORD,
     }
-    login = ["--bootstrap-servers", apache.sasl_servers]
+    pairs = [f"{name}={value}" for name, value in properties.items()]
     if where == "on the command line":
-        login += [part for name, value in properties.items() for part in ("-X", f"{name}={value}")]
-    else:
-        secret = tmp_path / "client.properties"
-        secret.write_text("".join(f"{name}={value}\n" for name, value in properties.items()))
-        login += ["--kafka-config", str(secret)]
-    own = ["-X", f"metrics.topic={topic}.metrics", "-X", f"snapshots.topic={topic}.snapshots"]
-    said = b""
-    for name, arguments in COMMANDS.items():
-        held = (
-            sorted(path.name for path in (state / "snapshots").glob("0*"))
-            if state.exists()
-            else [""]
-        )
-        places = {
-            "log": log,
-            "topic": topic,
-            "state": state,
-            "snapshot": held[0],
-            "out": tmp_path / "out.jsonl",
-        }
-        line = [
-            word
-            for part in arguments
-            for word in (login if part == "{login}" else [part.format(**places)])
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "stream_ctr",
-            "-vv",
-            *line,
-            *(own if name == "run" else []),
-        ]
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            check=False,
-            timeout=PATIENCE_SECONDS,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
-        )
-        assert done.returncode == 0, (name, done.stderr[-2000:])
-        said += done.stdout + done.stderr
-    assert b"DEBUG" in said
-    assert SASL_PASSWORD.encode() not in said
-    written = [
-        path for path in tmp_path.rglob("*") if path.is_file() and path.name != "client.properties"
-    ]
-    assert len(written) > 10
-    for path in written:
-        assert SASL_PASSWORD.encode() not in path.read_bytes(), path
-    outcome(f"0 found in {len(said):,} bytes of output and {len(written)} files, {where}")
+        return [word for pair in pairs for word in ("-X", pair)]
+    file = directory / PROPERTIES_FILE
+    file.write_text("".join(f"{pair}\n" for pair in pairs))
+    return ["--kafka-config", str(file)]
+
+
+def oldest_snapshot(state: Path) -> str:
+    return min((path.name for path in (state / "snapshots").glob("0*")), default="")
+
+
+def filled(template: list[str], login: list[str], places: dict[str, object]) -> list[str]:
+    """Return the arguments of a command with its placeholders replaced."""
+    arguments: list[str] = []
+    for part in template:
+        arguments += login if part == "{login}" else [part.format(**places)]
+    return arguments
+
+
+def output_of(arguments: list[str]) -> bytes:
+    """Run a command at -vv and return its standard output and standard error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "stream_ctr", "-vv", *arguments],
+        capture_output=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert done.returncode == 0, (arguments[:2], done.stderr[-2000:])
+    return done.stdout + done.stderr

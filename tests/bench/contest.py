@@ -1,4 +1,6 @@
-"""Contenders measured in turn: one repetition of each, then the next of each, so that what the machine does besides falls on all alike.
+"""Contenders measured in turn: one repetition of each, then the next repetition of each.
+
+Other load on the machine then falls on all contenders alike.
 
 >>> ours, peer = Result("ours", [8.0, 12.0, 9.0]), Result("peer", [4.0, 4.0, 3.0])
 >>> ours.median, ratio(ours, peer)
@@ -14,8 +16,8 @@ import statistics
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -27,16 +29,20 @@ from stream_ctr.connectors.embedded import dies_with_parent
 PROGRAMS = Path(__file__).parent / "contenders"
 ANSWER_SECONDS = 900.0
 Measurement = Mapping[str, Any]
-"""What one repetition yields: `count` things in `seconds`, or a `value`, and whatever else is worth keeping."""
+"""The result of one repetition: `count` and `seconds`, or a `value`, and other keys to keep."""
 
 
 class Running(Protocol):
-    note: str
+    """A contender that is ready."""
 
+    @property
+    def note(self) -> str: ...
     def measure(self) -> Measurement: ...
 
 
 class Contender(Protocol):
+    """A contender that is to be set up. `start` raises `NotRun` when it cannot run."""
+
     @property
     def name(self) -> str: ...
     def start(self, stack: ExitStack) -> Running: ...
@@ -44,7 +50,10 @@ class Contender(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A program in `contenders/`, in an environment: it sets up once, says that it is ready, and measures itself whenever it is asked."""
+    """A program in `contenders/`, run in an environment.
+
+    It sets up once, reports that it is ready, and then measures itself on each request.
+    """
 
     name: str
     script: str
@@ -58,7 +67,7 @@ class Program:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A function of this program that measures."""
+    """A function of this process that measures."""
 
     name: str
     measure: Callable[[], Measurement]
@@ -70,7 +79,7 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Absent:
-    """A contender of which it is known beforehand that it cannot run."""
+    """A contender that cannot run, with the reason."""
 
     name: str
     reason: str
@@ -80,6 +89,8 @@ class Absent:
 
 
 class _Process:
+    """A running `Program`. It answers each line on its standard input with one line of JSON."""
+
     def __init__(self, program: Program) -> None:
         self._program = program
         self.note = program.note
@@ -99,9 +110,13 @@ class _Process:
         ]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            dies_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            dies_with_parent(command),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
             env={**os.environ, **variables},
-        )  # fmt: skip
+        )
         self._answers: queue.Queue[str] = queue.Queue()
         assert self._process.stdout is not None
         threading.Thread(target=self._read, args=(self._process.stdout,), daemon=True).start()
@@ -126,12 +141,12 @@ class _Process:
         try:
             print("again", file=self._process.stdin, flush=True)
         except BrokenPipeError:
-            raise NotRun(self._last_words()) from None
+            raise NotRun(self._failure()) from None
         return self._answer()
 
     def _read(self, output: IO[str]) -> None:
         for line in output:
-            if line.startswith("{"):  # libraries print, too
+            if line.startswith("{"):  # libraries print other lines
                 self._answers.put(line)
         self._answers.put("")
 
@@ -141,20 +156,20 @@ class _Process:
         except queue.Empty:
             raise NotRun(f"no answer within {ANSWER_SECONDS:g} s") from None
         if not line:
-            raise NotRun(self._last_words())
+            raise NotRun(self._failure())
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def _last_words(self) -> str:
+    def _failure(self) -> str:
         status = self._process.wait()
         self._errors.seek(0)
-        said = [line.strip() for line in self._errors if line.strip()]
-        return f"ended with status {status}: {said[-1] if said else 'without a word'}"
+        lines = [line.strip() for line in self._errors if line.strip()]
+        return f"ended with status {status}: {lines[-1] if lines else 'no message'}"
 
 
 @dataclass(slots=True)
 class Result:
-    """What a contender reached, `values` in the order of the rounds; with a `reason` why it was not run, none."""
+    """The `values` of a contender, one for each round, or a `reason` why it did not run."""
 
     name: str
     values: list[float] = field(default_factory=list)
@@ -187,54 +202,47 @@ class Result:
 def compare(
     contenders: Sequence[Contender], *, rounds: int, say: Callable[[str], None] = lambda text: None
 ) -> list[Result]:
-    """All are set up, then measured one after the other, `rounds` times. What cannot run has the reason in its result."""
+    """Set up all contenders, then measure one after the other, `rounds` times.
+
+    The result of a contender that cannot run has the reason. `say` receives progress messages.
+    """
     results = [Result(contender.name) for contender in contenders]
     with ExitStack() as stack:
-        running: dict[int, Running] = {}
-        for index, contender in enumerate(contenders):
-            with _reason(results[index], say):
-                running[index] = contender.start(stack)
-                results[index].note = running[index].note
+        running: list[tuple[Result, Running]] = []
+        for contender, result in zip(contenders, results, strict=True):
+            with _reason_kept(result, say):
+                started = contender.start(stack)
+                result.note = started.note
+                running.append((result, started))
                 say(f"{contender.name} is ready")
-        for number in range(rounds):
-            for index, contender in list(running.items()):
-                if not results[index].reason:
-                    with _reason(results[index], say):
-                        results[index].add(contender.measure())
-                        say(
-                            f"round {number + 1} of {rounds}: {results[index].name}: {results[index].values[-1]:,.4g}"
-                        )
+        for number in range(1, rounds + 1):
+            for result, started in running:
+                if result.reason:
+                    continue
+                with _reason_kept(result, say):
+                    result.add(started.measure())
+                    value = f"{result.values[-1]:,.4g}"
+                    say(f"round {number} of {rounds}: {result.name}: {value}")
     return results
 
 
-class _reason:  # noqa: N801 - reads as a word in a `with`
-    """`NotRun` becomes the reason in the result."""
-
-    def __init__(self, result: Result, say: Callable[[str], None]) -> None:
-        self._result, self._say = result, say
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        if not isinstance(error, NotRun):
-            return False
-        self._result.reason = str(error)
-        self._say(f"{self._result.name}: not run: {error}")
-        return True
+@contextmanager
+def _reason_kept(result: Result, say: Callable[[str], None]) -> Iterator[None]:
+    """Turn `NotRun` into the reason of the result."""
+    try:
+        yield
+    except NotRun as error:
+        result.reason = str(error)
+        say(f"{result.name}: not run: {error}")
 
 
 def ratio(ours: Result, peer: Result) -> float | None:
-    """How many times the peer's value ours is: the median over the rounds of both. None when either has none."""
-    each = [a / b for a, b in zip(ours.values, peer.values, strict=False)]
-    return statistics.median(each) if each else None
+    """Return the median, over the rounds of both, of our value divided by the peer's, or None."""
+    ratios = [a / b for a, b in zip(ours.values, peer.values, strict=False)]
+    return statistics.median(ratios) if ratios else None
 
 
 def difference(ours: Result, peer: Result) -> float | None:
-    """By how much our value is above the peer's, likewise."""
-    each = [a - b for a, b in zip(ours.values, peer.values, strict=False)]
-    return statistics.median(each) if each else None
+    """Return the median, over the rounds of both, of our value minus the peer's, or None."""
+    differences = [a - b for a, b in zip(ours.values, peer.values, strict=False)]
+    return statistics.median(differences) if differences else None

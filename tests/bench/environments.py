@@ -1,6 +1,7 @@
-"""Where a contender runs: the package's own environment, or one of the peer's own, made when it is first needed.
+"""The Python environments of contenders: that of the package, or a peer's own.
 
-Peers do not share an environment: what one pins, another forbids. They are no dependencies of the package, not even optional ones.
+A peer's environment is created when it is first needed. Peers do not share one, because their
+pinned versions conflict. Peers are not dependencies of the package, not even optional ones.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 
 class NotRun(Exception):
-    """A contender cannot run here; the message is the reason that the table gives."""
+    """A contender cannot run here. The table shows the message as the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The environment that this program runs in."""
+    """The environment of this process."""
 
     def python(self) -> Path:
         return Path(sys.executable)
@@ -33,7 +34,10 @@ class Own:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A virtual environment in `cache` with these requirements."""
+    """A virtual environment in `cache` with these requirements.
+
+    Nothing is installed when it is `offline`.
+    """
 
     name: str
     requirements: tuple[str, ...]
@@ -41,18 +45,23 @@ class Peer:
     offline: bool = False
 
     def python(self) -> Path:
-        """Its interpreter. Raises `NotRun` when the environment is not there and cannot be made."""
+        """Return its interpreter, and create the environment if it is missing or outdated.
+
+        Raises `NotRun` when that fails.
+        """
         home = self.cache / self.name
-        stamp, wanted = home / "requirements.txt", "\n".join(self.requirements)
+        stamp = home / "requirements.txt"
+        wanted = "\n".join(self.requirements)
         python = home / "bin" / "python"
         if stamp.exists() and stamp.read_text() == wanted:
             return python
         if self.offline:
             raise NotRun(
-                f"{' '.join(self.requirements)} is not installed in {self.cache}, and --offline installs nothing"
+                f"{' '.join(self.requirements)} is not installed in {self.cache}, "
+                "and --offline installs nothing"
             )
-        _succeed([sys.executable, "-m", "venv", "--clear", str(home)])
-        _succeed([str(python), "-m", "pip", "install", "--quiet", *self.requirements])
+        _run([sys.executable, "-m", "venv", "--clear", str(home)])
+        _run([str(python), "-m", "pip", "install", "--quiet", *self.requirements])
         stamp.write_text(wanted)
         return python
 
@@ -61,12 +70,10 @@ class Peer:
         return {"PYTHONPATH": ""}
 
 
-def _succeed(command: list[str]) -> None:
+def _run(command: list[str]) -> None:
+    """Run a command. Raises `NotRun` with its last error when it fails."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        errors = (
-            [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-            or done.stderr.splitlines()
-            or ["no message"]
-        )
+        lines = done.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no message"]
         raise NotRun(f"{' '.join(command[1:])} ended with status {done.returncode}: {errors[-1]}")

@@ -1,10 +1,12 @@
-"""For how long a snapshot keeps the learner waiting; the figure of docs/reliability.md.
+"""The time for which a snapshot stops the learner; the figure of docs/reliability.md.
 
     python tests/bench/pause.py --table-bits 22
 
-The trainer learns a simulated stream with the paper's network and takes a snapshot after every so many examples, while each batch is timed.
-*copy* is the time in which nothing is learned: all state is copied, and when the baseline has answered the scores that belong to it.
-*longest batch* is what a batch took at most while a snapshot was being written behind it, beside the median of those for which none was.
+The trainer learns a simulated stream with the paper's network, takes a snapshot every --every
+examples, and times each batch. *copy* is the time in which nothing is learned: all state is copied,
+and once the baseline has answered, the scores that belong to it. *longest batch beside* is the
+slowest batch while a snapshot is written in the background. *median batch alone* is the median of
+the batches during which no snapshot is written.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
 def measure(
     table_bits: int, impressions: int, every: int, directory: Path
 ) -> dict[str, list[float]]:
-    """Seconds: `copy` of each snapshot, `beside` of each batch while a snapshot was written, `alone` of all others."""
+    """Return lists of seconds: `copy` of each snapshot, `beside` and `alone` of batches.
+
+    `beside` are the batches during which a snapshot is written, `alone` all others.
+    """
     simulation = Simulation(impressions, seed=1)
     batches = [batch.value for batch in simulation.batches()]
     config = load(
@@ -50,18 +55,19 @@ def measure(
     source = BatchSource(lambda: iter([pa.concat_arrays(batches)]))
     trainer = build_trainer(
         config,
-        fields=simulation.fields,
+        fields=simulation.fields or (),
         source=source,
         publisher=Publisher(directory),
         directory=directory,
     )
     seconds: dict[str, list[float]] = {"copy": [], "beside": [], "alone": []}
-    cut, write, learn = trainer.cut, trainer._write, trainer._learn
+    cut = trainer.cut
+    write = trainer._write
+    learn = trainer._learn
 
     def timed_cut() -> None:
-        trainer._settle(
-            wait=True
-        )  # the one before, which a stream of this speed would not have to wait for
+        # Waits for the snapshot before. At the speed of a real stream it would be done.
+        trainer._settle(wait=True)
         began = time.perf_counter()
         cut()
         seconds["copy"].append(time.perf_counter() - began)
@@ -77,7 +83,9 @@ def measure(
         learn(batch)  # type: ignore[arg-type]
         seconds["beside" if busy else "alone"].append(time.perf_counter() - began)
 
-    trainer.cut, trainer._write, trainer._learn = timed_cut, timed_write, timed_learn  # type: ignore[method-assign]
+    trainer.cut = timed_cut  # type: ignore[method-assign]
+    trainer._write = timed_write  # type: ignore[method-assign, assignment]
+    trainer._learn = timed_learn  # type: ignore[method-assign]
     try:
         trainer.run()
     finally:
@@ -98,11 +106,18 @@ def main() -> None:
     for bits in arguments.table_bits:
         with tempfile.TemporaryDirectory() as name:
             seconds = measure(bits, arguments.impressions, arguments.every, Path(name))
-        copies, beside, alone = seconds["copy"], seconds["beside"], seconds["alone"]
-        rows.append([f"{2**bits:,}", len(copies), *(f"{1000 * x:.0f}" for x in (
-            statistics.median(copies), max(copies), max(beside, default=0.0), statistics.median(beside or [0.0]), statistics.median(alone)
-        ))])  # fmt: skip
-    head = [
+        copies = seconds["copy"]
+        beside = seconds["beside"] or [0.0]
+        figures = [
+            statistics.median(copies),
+            max(copies),
+            max(beside),
+            statistics.median(beside),
+            statistics.median(seconds["alone"]),
+        ]
+        milliseconds = [f"{1000 * figure:.0f}" for figure in figures]
+        rows.append([f"{2**bits:,}", len(copies), *milliseconds])
+    header = [
         "table rows",
         "snapshots",
         "copy ms, median",
@@ -111,7 +126,7 @@ def main() -> None:
         "median batch beside",
         "median batch alone",
     ]
-    print_table(head, rows)
+    print_table(header, rows)
     print(f"{machine()}: python tests/bench/pause.py {shlex.join(sys.argv[1:])}")
 
 

@@ -1,10 +1,11 @@
-"""Where the time of a step goes on a CPU, and what bounds it; the second half of docs/performance.md.
+"""The time of a training step on a CPU by stage, and its bound; part of docs/performance.md.
 
     python tests/bench/step.py
 
-*Products*: the three matrix products of a layer (forward, dL/dx, dL/dW) of 1,024 examples on one core, by who computes them. *Stages*: one
-step of the paper's DeepFM on 4,096 examples, one lane, with nothing beside it. *Bound*: the examples that two perfect lanes could learn
-with these products alone.
+*Products*: the three matrix products of a layer (forward, dL/dx, dL/dW) of 1,024 examples on one
+core, by implementation. *Stages*: one step of the paper's DeepFM on 4,096 examples, with one lane
+and no other load. *Bound*: the examples a second that two perfect lanes could learn if they did
+nothing but these products.
 """
 
 from __future__ import annotations
@@ -34,27 +35,36 @@ from support.record import fill, machine, print_table  # noqa: E402
 
 from bench import zipf  # noqa: E402
 from stream_ctr.learn.learner import NetworkLearner, make_learner  # noqa: E402
+from stream_ctr.learn.spec import LearnerSpec  # noqa: E402
 from stream_ctr.learn.thread_pool import set_up_process  # noqa: E402
 from stream_ctr.models import MODELS, layers  # noqa: E402
 
-FIELDS, K, HIDDEN, BATCH, TABLE_BITS = 39, 10, (400, 400, 400), 4096, 20
+FIELDS = 39
+K = 10
+HIDDEN = (400, 400, 400)
+BATCH = 4096
+TABLE_BITS = 20
 WIDTHS = [FIELDS * K, *HIDDEN, 1]
-FLOP = 6 * sum(
-    one * next_one for one, next_one in zip(WIDTHS[:-1], WIDTHS[1:], strict=True)
-)  # of an example: three products
+# Floating-point operations of an example: three products, each with a multiplication and an
+# addition for every weight.
+FLOP = 6 * sum(inputs * outputs for inputs, outputs in itertools.pairwise(WIDTHS))
+WARM_UP = 5
+PRODUCT_ROWS = 1024
+PRODUCT_WIDTH = 400
 
 
 def median_seconds(call: Callable[[], object], repetitions: int = 100) -> float:
     seconds = []
-    for _ in range(repetitions + 5):
+    for _ in range(WARM_UP + repetitions):
         began = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[5:])
+    return statistics.median(seconds[WARM_UP:])
 
 
-def products(rows: int = 1024, width: int = 400) -> dict[str, list[float]]:
-    """Gigaflops of forward, dL/dx and dL/dW."""
+def products(rows: int = PRODUCT_ROWS, width: int = PRODUCT_WIDTH) -> dict[str, list[float]]:
+    """Return the gigaflops of forward, dL/dx and dL/dW for each implementation."""
+    gigaflop = 2 * rows * width * width / 1e9
     found = {}
     for name, dtype, linear in (
         ("torch, float32", torch.float32, torch.nn.functional.linear),
@@ -62,25 +72,25 @@ def products(rows: int = 1024, width: int = 400) -> dict[str, list[float]]:
         ("torch, bfloat16", torch.bfloat16, torch.nn.functional.linear),
         ("oneDNN, bfloat16", torch.bfloat16, layers._linear),
     ):
-        x, dz, w = (
-            torch.randn(*shape).to(dtype)
-            for shape in ((rows, width), (rows, width), (width, width))
-        )
+        x = torch.randn(rows, width).to(dtype)
+        dz = torch.randn(rows, width).to(dtype)
+        w = torch.randn(width, width).to(dtype)
         calls = [(x, w), (dz, w.t()), (dz.t(), x.t())]
-        found[name] = [
-            2 * rows * width * width / median_seconds(partial(linear, a, b, None)) / 1e9
-            for a, b in calls
-        ]
+        found[name] = [gigaflop / median_seconds(partial(linear, a, b, None)) for a, b in calls]
     return found
 
 
+Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
+
+
 class Timed:
-    """Stands in for methods and adds up their seconds by name."""
+    """Wraps methods and adds up the seconds spent in them, by name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
     def watch(self, owner: Any, method: str, name: str) -> None:
+        """Replace a method by one that is timed."""
         inner = getattr(owner, method)
 
         def timed(*arguments: Any, **options: Any) -> Any:
@@ -94,48 +104,61 @@ class Timed:
 
 
 @functools.cache
-def zipf_batches() -> list[tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]]:
+def zipf_batches() -> list[Batch]:
+    """Return eight batches of (ids [B, F], labels [B])."""
     with tempfile.TemporaryDirectory() as directory:
         data = zipf.write(Path(directory), rows=1 << TABLE_BITS, examples=8 * BATCH)
-        ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
+        ids = np.load(data / "ids.npy")
+        labels = np.load(data / "labels.npy")
     return [
         (ids[first : first + BATCH], labels[first : first + BATCH])
         for first in range(0, len(ids), BATCH)
     ]
 
 
+def spec(**options: Any) -> LearnerSpec:
+    """Return the learner of all measurements, with these options."""
+    return LearnerSpec(
+        fields=FIELDS,
+        embedding_dim=K,
+        hidden=HIDDEN,
+        table_bits=TABLE_BITS,
+        batch_size=BATCH,
+        **options,
+    )
+
+
 def stages(precision: str, steps: int = 30) -> dict[str, float]:
-    """Milliseconds of each stage, by name; `a step` is all of it."""
-    learner = NetworkLearner(
-        "deepfm", fields=FIELDS, embedding_dim=K, hidden=HIDDEN, table_bits=TABLE_BITS, batch_size=BATCH, precision=precision,
-        device="cpu", threads=1,
-    )  # fmt: skip
+    """Return the milliseconds of each stage by name; `a step` is the whole step."""
+    learner = NetworkLearner(spec(model="deepfm", precision=precision), device="cpu", threads=1)
     batches = zipf_batches()
     for batch in batches:
         learner.learn(*batch)
-    timed, step = Timed(), learner._step
-    for owner, method, name in (
-        (learner, "learn", "a step"), (step, "_gathered", "gather"), (learner.model, "forward", "forward"),
-        (step, "_sort", "sort the ids"), (step, "_update_rows", "step the rows"),
-        (learner.adam, "step", "Adam"),
-    ):  # fmt: skip
-        timed.watch(owner, method, name)
+    step = learner._step
+    timed = Timed()
+    timed.watch(learner, "learn", "a step")
+    timed.watch(step, "_gathered", "gather")
+    timed.watch(learner.model, "forward", "forward")
+    timed.watch(step, "_sort", "sort the ids")
+    timed.watch(step, "_update_rows", "step the rows")
+    timed.watch(learner.adam, "step", "Adam")
     grad = torch.autograd.grad
     timed.watch(torch.autograd, "grad", "backward")
     for number in range(steps):
         learner.learn(*batches[number % len(batches)])
     torch.autograd.grad = grad
     spent = {name: 1000 * seconds / steps for name, seconds in timed.seconds.items()}
-    rest = spent.pop("a step")
-    return {**spent, "what is between": rest - sum(spent.values()), "a step": rest}
+    total = spent.pop("a step")
+    return {**spent, "what is between": total - sum(spent.values()), "a step": total}
 
 
 def system_speed(model: str, precision: str, dropout: float, steps: int = 12) -> float:
-    """Examples a second that one of the nine learns, on as many lanes as there are cores, without the extra pass that dropout asks for."""
-    learner = make_learner(
-        model, fields=FIELDS, embedding_dim=K, hidden=HIDDEN, table_bits=TABLE_BITS, batch_size=BATCH, precision=precision, dropout=dropout,
-        device="cpu", progressive=False,
-    )  # fmt: skip
+    """Return the examples a second that a model learns, with as many lanes as there are cores.
+
+    The extra pass that dropout requires for progressive validation is left out.
+    """
+    described = spec(model=model, precision=precision, dropout=dropout)
+    learner = make_learner(described, device="cpu", progressive=False)
     batches = itertools.cycle(zipf_batches())
     return BATCH / median_seconds(lambda: learner.learn(*next(batches)), steps)
 
@@ -144,13 +167,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--page", type=Path, help="put what is printed into the block `step` of this page"
-    )
+    parser.add_argument("--page", type=Path, help="put the output into the block `step` of a page")
     parser.add_argument(
         "--systems",
         action="store_true",
-        help="how fast each of the nine learns, instead; not for the page",
+        help="measure the throughput of each of the nine models instead; not for the page",
     )
     arguments = parser.parse_args()
     if arguments.systems:
@@ -158,15 +179,11 @@ def main() -> None:
         return
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         measure()
-    print(printed.getvalue())
+    output = printed.getvalue()
+    print(output)
     if arguments.page:
-        arguments.page.write_text(
-            fill(
-                arguments.page.read_text(),
-                "step",
-                re.sub(r"\n{3,}", "\n\n", printed.getvalue()).strip(),
-            )
-        )
+        block = re.sub(r"\n{3,}", "\n\n", output).strip()
+        arguments.page.write_text(fill(arguments.page.read_text(), "step", block))
 
 
 def measure() -> None:
@@ -179,33 +196,30 @@ def measure() -> None:
     )
     by_precision = {precision: stages(precision) for precision in ("bf16", "fp32")}
     print(f"\nA step on {BATCH:,} examples, one lane, milliseconds\n")
-    print_table(
-        ["", *by_precision],
-        [
-            [name, *(f"{each[name]:.1f}" for each in by_precision.values())]
-            for name in by_precision["bf16"]
-        ],
+    rows: list[list[object]] = [
+        [name, *(f"{each[name]:.1f}" for each in by_precision.values())]
+        for name in by_precision["bf16"]
+    ]
+    print_table(["", *by_precision], rows)
+    bounds = ", ".join(
+        f"{dtype} {bound(speed, dtype):,.0f} examples/s" for dtype in ("float32", "bfloat16")
     )
     print(
-        f"\nBound: {FLOP / 1e6:.2f} Mflop an example in products; two cores that do nothing else, with the faster of both: ",
-        end="",
+        f"\nBound: {FLOP / 1e6:.2f} Mflop an example in products; "
+        f"two cores that do nothing else, with the faster of both: {bounds}"
     )
-    for name in ("float32", "bfloat16"):
-        fastest = [
-            max(each)
-            for each in zip(
-                *(found for by, found in speed.items() if by.endswith(name)), strict=True
-            )
-        ]
-        print(
-            f"{name} {2e9 * statistics.harmonic_mean(fastest) / FLOP:,.0f} examples/s",
-            end=", " if name == "float32" else "\n",
-        )
     print(f"\n\n{machine()}: python tests/bench/step.py")
 
 
+def bound(speed: dict[str, list[float]], dtype: str) -> float:
+    """Return the examples a second that two cores learn with the fastest product of each kind."""
+    candidates = [found for name, found in speed.items() if name.endswith(dtype)]
+    fastest = [max(each) for each in zip(*candidates, strict=True)]
+    return 2e9 * statistics.harmonic_mean(fastest) / FLOP
+
+
 def measure_systems() -> None:
-    """Each number is the median of a dozen steps; other work on the machine is to be seen in it."""
+    """Print a table of medians of a dozen steps. Other load on the machine affects it."""
     set_up_process()
     settings = list(itertools.product(("fp32", "bf16"), (0.0, 0.5)))
     print(f"Examples a second, batches of {BATCH:,}\n")

@@ -1,10 +1,10 @@
-"""Topics of impressions and clicks for the cases that read Kafka, on a broker of their own."""
+"""Topics of impressions and clicks, each on its own broker, for the cases that read Kafka."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,21 @@ from stream_ctr.logs.simulate import Simulation
 
 PARTITIONS = 2
 _BLOCK = 8192
+_CLICK_SHARE = 0.05
+_CLICK_MEDIAN_SECONDS = 20.0
+_CLICK_SIGMA = 1.462
+_MOST_TEXTS = 1 << 18  # distinct values of a field
+_KNUTH = 2654435761  # scatters ranks over the 32-bit numbers
+_MASK32 = 0xFFFFFFFF
+_EVENTS_PER_IMPRESSION = 1.07
 
 
 class WideLog(Log):
-    """Impressions of 13 numbers and 26 short texts, some 620 bytes of JSON, with the cardinalities of `zipf`: `rate` a second of event
-    time, one in twenty clicked, after 20 s in the median."""
+    """Simulated impressions with 13 numbers and 26 short texts, about 620 bytes of JSON each.
+
+    The fields have the cardinalities of `zipf`. There are `rate` impressions a second of event
+    time. One in twenty is clicked, after 20 s in the median.
+    """
 
     format = "wide"
 
@@ -42,38 +52,33 @@ class WideLog(Log):
         numeric = [Field(f"I{i + 1}", "numeric") for i in range(len(zipf.NUMERIC))]
         categorical = [Field(f"C{i + 1}", "categorical") for i in range(len(zipf.CATEGORICAL))]
         super().__init__(None, (*categorical, *numeric), name=f"wide-{seed}")
-        self.impressions, self.seed, self.rate = impressions, seed, rate
+        self.impressions = impressions
+        self.seed = seed
+        self.rate = rate
 
     def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(self._impressions())
 
     def _impressions(self) -> Iterator[pa.RecordBatch]:
         rng = np.random.default_rng(self.seed)
-        delays = ClickDelays(rng, 20.0, 1.462)
+        delays = ClickDelays(rng, _CLICK_MEDIAN_SECONDS, _CLICK_SIGMA)
         for first in range(0, self.impressions, _BLOCK):
             row = np.arange(first, min(first + _BLOCK, self.impressions))
             time = DEFAULT_START_MS + (row * (1000 / self.rate)).astype(np.int64)
-            identity = pc.binary_join_element_wise(
-                f"wide{self.seed}-", pa.array(row).cast(pa.string()), ""
-            )
-            yield impression_batch(
-                identity,
-                time,
-                delays.click_time(time, rng.random(len(row)) < 0.05),
-                self._features(rng, len(row)),
-            )
+            number = pa.array(row).cast(pa.string())
+            identity = pc.binary_join_element_wise(f"wide{self.seed}-", number, "")
+            click_time = delays.click_time(time, rng.random(len(row)) < _CLICK_SHARE)
+            yield impression_batch(identity, time, click_time, self._features(rng, len(row)))
 
     def _features(self, rng: np.random.Generator, n: int) -> dict[str, pa.Array]:
         features: dict[str, pa.Array] = {}
         for i, size in enumerate(zipf.CATEGORICAL):
-            ranks = zipf.ranks(rng, min(size, 1 << 18), n)
-            features[f"C{i + 1}"] = pa.array(
-                [f"{(rank * 2654435761 + i) & 0xFFFFFFFF:08x}" for rank in ranks.tolist()]
-            )
+            ranks = zipf.ranks(rng, min(size, _MOST_TEXTS), n)
+            texts = [f"{(rank * _KNUTH + i) & _MASK32:08x}" for rank in ranks.tolist()]
+            features[f"C{i + 1}"] = pa.array(texts)
         for i in range(len(zipf.NUMERIC)):
-            features[f"I{i + 1}"] = pa.array(
-                np.floor(np.exp(3 * rng.random(n) ** 2 * (1 + i % 3))), pa.int64()
-            )
+            numbers = np.floor(np.exp(3 * rng.random(n) ** 2 * (1 + i % 3)))
+            features[f"I{i + 1}"] = pa.array(numbers, pa.int64())
         return features
 
 
@@ -82,7 +87,10 @@ STREAMS: dict[str, Callable[[int], Log]] = {"simulated": Simulation, "wide": Wid
 
 @dataclass(frozen=True, slots=True)
 class Topic:
-    """`events` events, JSON, on `PARTITIONS` partitions by impression id; `log` is where they came from."""
+    """A topic with `events` JSON events on `PARTITIONS` partitions, by impression id.
+
+    `log` is the file that was replayed to it.
+    """
 
     servers: str
     broker: str
@@ -93,27 +101,25 @@ class Topic:
 
     @property
     def options(self) -> list[str]:
-        """Where a contender finds it."""
+        """The options that tell a contender the broker and the topic."""
         return ["--servers", self.servers, "--topic", self.name]
 
     @property
     def run_options(self) -> list[str]:
-        """Of `stream-ctr run`: the fields."""
-        kinds = {
-            kind: ",".join(field.name for field in self.fields if field.kind == kind)
-            for kind in ("categorical", "numeric")
-        }
-        return [
-            word for kind, names in kinds.items() for word in ("-X", f"features.{kind}={names}")
-        ]
+        """The options that tell `stream-ctr run` the fields."""
+        options: list[str] = []
+        for kind in ("categorical", "numeric"):
+            names = ",".join(field.name for field in self.fields if field.kind == kind)
+            options += ["-X", f"features.{kind}={names}"]
+        return options
 
     @property
     def event_bytes(self) -> int:
-        """Of JSON, on average."""
+        """The mean size of an event in JSON."""
         return round(self.log.stat().st_size / self.events)
 
     def replay(self, topic: str, *options: str) -> None:
-        """The same events to another topic of the broker."""
+        """Replay the same events to another topic of the broker."""
         replay(self.log, self.servers, topic, "--partitions", str(PARTITIONS), *options)
 
 
@@ -121,9 +127,13 @@ class Topic:
 def filled_topic(
     stream: str, events: int, directory: Path, *, embedded: bool = False
 ) -> Iterator[Topic]:
-    """About so many events of the stream on a broker that lives as long as the context: Apache Kafka where there is one."""
+    """Yield a topic with about so many events of the stream.
+
+    The broker runs as long as the context. It is Apache Kafka if one is installed and `embedded` is
+    false.
+    """
     with _broker(directory / "kafka", embedded=embedded) as (servers, broker):
-        log = STREAMS[stream](round(events / 1.07))
+        log = STREAMS[stream](round(events / _EVENTS_PER_IMPRESSION))
         path = directory / f"{stream}.jsonl"
         count = log.write_jsonl(path)
         assert log.fields is not None
@@ -137,7 +147,7 @@ def replay(log: Path, servers: str, topic: str, *options: str) -> None:
 
 
 def stream_ctr(*arguments: str) -> None:
-    """The command. Raises `NotRun`, with what it said last, when it does not end well."""
+    """Run a command of stream-ctr. Raises `NotRun` with its last message when it fails."""
     done = subprocess.run(
         [sys.executable, "-m", "stream_ctr", *arguments],
         cwd=ROOT,
@@ -146,15 +156,15 @@ def stream_ctr(*arguments: str) -> None:
         check=False,
     )
     if done.returncode:
-        said: Sequence[str] = done.stderr.strip().splitlines() or ["nothing"]
+        messages = done.stderr.strip().splitlines() or ["no message"]
         raise NotRun(
-            f"stream-ctr {arguments[0]} ended with status {done.returncode} and said: {said[-1]}"
+            f"stream-ctr {arguments[0]} ended with status {done.returncode}: {messages[-1]}"
         )
 
 
 @contextmanager
 def _broker(directory: Path, *, embedded: bool) -> Iterator[tuple[str, str]]:
-    """(bootstrap servers, what it is)."""
+    """Run a broker and yield (bootstrap servers, its name and version)."""
     try:
         installation = None if embedded else find_kafka()
     except KafkaMissing:

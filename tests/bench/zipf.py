@@ -1,7 +1,9 @@
-"""Examples as hashing leaves them: 39 fields with the cardinalities of the Criteo log, values by Zipf's law, labels from a linear model.
+"""Hashed examples: 39 fields with the cardinalities of the Criteo log and Zipf-distributed values.
 
-Every contender learns the same examples. Those with one table for all fields have `ids` [n, F], scattered over the rows as a hash scatters
-them; those with a table for each field have `local` [n, F], indices into tables of `sizes` rows, which sum to the same number of rows.
+Labels come from a linear model. Every contender learns the same examples. A contender with one
+table for all fields reads `ids` [n, F], scattered over the rows as a hash scatters them. One with a
+table for each field reads `local` [n, F], indices into tables of `sizes` rows. The sizes sum to the
+number of rows of the one table.
 """
 
 from __future__ import annotations
@@ -14,33 +16,44 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv
 
-NUMERIC = (40,) * 13  # buckets of numbers, two to the octave
+NUMERIC = (40,) * 13  # buckets of a number, two for each power of two
 CATEGORICAL = (
     *(1_460, 583, 10_131_227, 2_202_608, 305, 24, 12_517, 633, 3, 93_145, 5_683, 8_351_593, 3_194),
     *(27, 14_992, 5_461_306, 10, 5_652, 2_173, 4, 7_046_547, 18, 15, 286_181, 105, 142_572),
 )
 FIELDS = len(NUMERIC) + len(CATEGORICAL)
-_EXPONENT, _SHIFT = 1.05, 2.0
+_EXPONENT = 1.05
+_SHIFT = 2.0
+_WEIGHT_SCALE = 0.2
+_BIAS = -1.5
 
 
 def sizes(rows: int) -> npt.NDArray[np.int64]:
-    """Rows of each field [F]: its cardinality, the large ones cut alike so that all sum to `rows`.
+    """Return the rows of each field [F]: its cardinality, capped so that they sum to `rows`.
 
     >>> int(sizes(1 << 20).sum()), int(sizes(1 << 20).max()) == int(sizes(1 << 20)[15])
     (1048576, True)
     """
     cardinalities = np.array([*NUMERIC, *CATEGORICAL])
-    low, high = 1, int(cardinalities.max())
+    low = 1
+    high = int(cardinalities.max())
     while low < high:  # the largest cap that fits
         cap = (low + high + 1) // 2
-        low, high = (cap, high) if np.minimum(cardinalities, cap).sum() <= rows else (low, cap - 1)
+        if np.minimum(cardinalities, cap).sum() <= rows:
+            low = cap
+        else:
+            high = cap - 1
     cut = np.minimum(cardinalities, low)
     cut[np.argmax(cardinalities)] += rows - cut.sum()
     return cut
 
 
 def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
-    """`ids.npy`, `local.npy` (int32 [n, F]), `labels.npy` (uint8 [n]) and `sizes.json` in the directory, which is returned."""
+    """Write examples into a directory and return it.
+
+    The files are `ids.npy` and `local.npy` (int32 [n, F]), `labels.npy` (uint8 [n]) and
+    `sizes.json`.
+    """
     rng = np.random.default_rng(seed)
     field_rows = sizes(rows)
     first = np.concatenate([[0], np.cumsum(field_rows)[:-1]])
@@ -48,8 +61,9 @@ def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
         [rng.permutation(size)[ranks(rng, size, examples)] for size in field_rows.tolist()], axis=1
     ).astype(np.int32)
     ids = rng.permutation(rows).astype(np.int32)[local + first]
-    weights = rng.normal(0.0, 0.2, rows)
-    labels = rng.random(examples) < 1 / (1 + np.exp(1.5 - weights[ids].sum(axis=1)))
+    weights = rng.normal(0.0, _WEIGHT_SCALE, rows)
+    logits = _BIAS + weights[ids].sum(axis=1)
+    labels = rng.random(examples) < 1 / (1 + np.exp(-logits))
     directory.mkdir(parents=True, exist_ok=True)
     for name, array in (("ids", ids), ("local", local), ("labels", labels.astype(np.uint8))):
         np.save(directory / f"{name}.npy", array)
@@ -58,8 +72,9 @@ def write(directory: Path, *, rows: int, examples: int, seed: int = 0) -> Path:
 
 
 def write_vowpal(data: Path, path: Path) -> Path:
-    """The same examples as Vowpal Wabbit reads them, a line each; the path is returned."""
-    ids, labels = np.load(data / "ids.npy"), np.load(data / "labels.npy")
+    """Write the examples in Vowpal Wabbit's text format, one a line, and return the path."""
+    ids = np.load(data / "ids.npy")
+    labels = np.load(data / "labels.npy")
     columns = [
         pa.array(2 * labels.astype(np.int8) - 1),
         pa.array(["|"] * len(labels)),
@@ -71,6 +86,6 @@ def write_vowpal(data: Path, path: Path) -> Path:
 
 
 def ranks(rng: np.random.Generator, size: int, n: int) -> npt.NDArray[np.int64]:
-    """P(r) ~ 1 / (r + shift)^exponent, r from 1."""
+    """Draw n indices [n] below `size`; index r - 1 has P(r) ~ 1 / (r + shift)^exponent."""
     cumulative = np.cumsum(1 / (np.arange(1, size + 1) + _SHIFT) ** _EXPONENT)
     return np.searchsorted(cumulative[:-1], rng.random(n) * cumulative[-1], side="right")

@@ -1,4 +1,4 @@
-"""A TCP proxy on the loopback interface that can cut, reset and slow down what goes through it."""
+"""A TCP proxy on the loopback interface that can cut, reset and slow down connections."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Awaitable
 from types import TracebackType
 from typing import Any, Self
 
-_AT_ONCE = struct.pack("ii", 1, 0)  # lingering for no time: closing sends a reset
-_PIECE = 16 << 10
+_LINGER_OFF = struct.pack("ii", 1, 0)  # linger for 0 s: closing the socket sends a reset
+_CHUNK_BYTES = 16 << 10
+_CALL_SECONDS = 10.0
 
 
 class Proxy:
-    """Passes bytes between `port`, which it listens on, and the port `target`, as a context manager.
+    """A context manager that listens on `port` and passes bytes to and from the port `target`.
 
-    `cut` closes all connections and refuses new ones, `reset` breaks all connections and takes new ones, `slow` lets so many bytes a second
-    through on each connection and side; `restore` ends all that. `carried` is how many bytes went through.
+    `carried` counts the bytes that it has passed on.
     """
 
     def __init__(self, port: int, target: int) -> None:
-        self.port, self.target = port, target
+        self.port = port
+        self.target = target
         self.carried = 0
         self._bytes_per_second = 0.0
         self._writers: set[asyncio.StreamWriter] = set()
@@ -48,20 +49,24 @@ class Proxy:
         self._loop.close()
 
     def cut(self) -> None:
+        """Close all connections and refuse new ones."""
         self._run(self._cut())
 
     def reset(self) -> None:
+        """Reset all connections, and accept new ones."""
         self._run(self._end_all(reset=True))
 
     def slow(self, bytes_per_second: float) -> None:
+        """Limit each direction of each connection to this rate."""
         self._bytes_per_second = bytes_per_second
 
     def restore(self) -> None:
+        """End all faults: accept connections and pass bytes at full speed."""
         self._bytes_per_second = 0.0
         self._run(self._listen())
 
     def _run(self, work: Awaitable[None]) -> None:
-        asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop).result(10.0)
+        asyncio.run_coroutine_threadsafe(_as_coroutine(work), self._loop).result(_CALL_SECONDS)
 
     async def _listen(self) -> None:
         if self._server is None:
@@ -77,10 +82,10 @@ class Proxy:
         for writer in list(self._writers):
             if reset:
                 writer.get_extra_info("socket").setsockopt(
-                    socket.SOL_SOCKET, socket.SO_LINGER, _AT_ONCE
+                    socket.SOL_SOCKET, socket.SO_LINGER, _LINGER_OFF
                 )
             writer.transport.abort()
-        await asyncio.sleep(0.01)  # those who carried notice
+        await asyncio.sleep(0.01)  # the tasks that carry bytes see the closed transports
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -93,12 +98,12 @@ class Proxy:
 
     async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
-            while piece := await reader.read(_PIECE):
+            while chunk := await reader.read(_CHUNK_BYTES):
                 if self._bytes_per_second:
-                    await asyncio.sleep(len(piece) / self._bytes_per_second)
-                writer.write(piece)
+                    await asyncio.sleep(len(chunk) / self._bytes_per_second)
+                writer.write(chunk)
                 await writer.drain()
-                self.carried += len(piece)
+                self.carried += len(chunk)
         self._writers.discard(writer)
         writer.transport.abort()
 

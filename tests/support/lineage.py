@@ -1,4 +1,4 @@
-"""What a run left behind, in a form that can be compared with what another run left behind."""
+"""Fingerprints of snapshots and reports, to compare the state of two runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
 
-# A model small enough to start, learn and be written quickly; one thread, so that sums are added in one order.
+# Options of a small model, which starts, learns and is written quickly. With one thread, sums are
+# always added in the same order.
 SMALL = [
     part
     for pair in (
@@ -25,13 +26,16 @@ SMALL = [
     for part in ("-X", pair)
 ]
 
-
-QUICK = [*SMALL, "-X", "baseline.enabled=false"]  # its process takes a second to start
+# Without the baseline, whose process takes a second to start.
+QUICK = [*SMALL, "-X", "baseline.enabled=false"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A snapshot without its name, its times, its parent, its sequence and its epoch. `tensors`: file stem -> SHA-256 of all its arrays."""
+    """The contents of a snapshot, without its name, times, parent, sequence and epoch.
+
+    `tensors` maps the stem of each tensor file to the SHA-256 of all its arrays.
+    """
 
     examples: int
     ledger: tuple[int, int]
@@ -41,43 +45,43 @@ class Fingerprint:
     positions: dict[str, int]
 
     def same(self, other: Fingerprint, *stems: str) -> bool:
+        """Return whether the tensor files with these stems are equal."""
         return all(self.tensors[stem] == other.tensors[stem] for stem in stems)
 
 
 def fingerprint(path: Path) -> Fingerprint:
+    """Return the fingerprint of the snapshot in this directory."""
     manifest, tensors = snapshot.load(path)
     assert manifest.weights_sha256 == snapshot.weights_sha256(tensors["model"])
-    ledger = manifest.ledger.count, manifest.ledger.sum
-    digests = {stem: snapshot.weights_sha256(named) for stem, named in tensors.items()}
+    ledger = manifest.ledger
     return Fingerprint(
-        manifest.examples,
-        ledger,
-        manifest.weights_sha256,
-        digests,
-        manifest.metrics,
-        manifest.positions,
+        examples=manifest.examples,
+        ledger=(ledger.count, ledger.sum),
+        weights_sha256=manifest.weights_sha256,
+        tensors={stem: snapshot.weights_sha256(arrays) for stem, arrays in tensors.items()},
+        metrics=manifest.metrics,
+        positions=manifest.positions,
     )
 
 
 def newest(state: Path) -> Fingerprint | None:
+    """Return the fingerprint of the newest snapshot of a state directory, or None."""
     path = snapshot.newest(state / "snapshots")
     return fingerprint(path) if path else None
 
 
 def published(state: Path) -> Manifest | None:
-    """What subscribers are pointed to, after all of it was found as the pointer says; None when nothing was published."""
+    """Return the verified manifest of the published snapshot, or None if nothing was published."""
     pointer = read_pointer(state / "latest.json")
-    return (
-        snapshot.verify(Path(pointer.path), manifest_sha256=pointer.manifest_sha256)
-        if pointer
-        else None
-    )
+    if not pointer:
+        return None
+    return snapshot.verify(Path(pointer.path), manifest_sha256=pointer.manifest_sha256)
 
 
 def reports(state: Path) -> list[dict[str, Any]]:
-    """All that are whole: one may just be written."""
-    whole, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """Return all complete reports. The last line may be half written."""
+    complete, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def last_report(state: Path) -> dict[str, Any]:

@@ -1,4 +1,8 @@
-"""Waiting: for long, since a wait that looks again and again costs a quick machine nothing, and a slow one is no failure."""
+"""Waiting in tests, and the processes that a test starts.
+
+Waits poll their condition, so a long limit costs a fast machine nothing and spares a slow one a
+false failure.
+"""
 
 from __future__ import annotations
 
@@ -10,32 +14,30 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 PATIENCE_SECONDS = 240.0
+_POLL_SECONDS = 0.02
 
 
 def wait_until(
     condition: Callable[[], object],
     seconds: float = PATIENCE_SECONDS,
-    told: Callable[[], object] = lambda: "",
+    explain: Callable[[], object] = lambda: "",
 ) -> None:
-    """Until it holds; when it does not in time, what is `told` is in the error."""
+    """Wait until the condition holds. If it does not in time, the error contains `explain()`."""
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, f"still waiting after {seconds:g} s: {told()}"
-        time.sleep(0.02)
+        assert time.monotonic() < deadline, f"still waiting after {seconds:g} s: {explain()}"
+        time.sleep(_POLL_SECONDS)
 
 
 def catches(pid: int, number: signal.Signals) -> bool:
-    """Whether the process would handle the signal by itself now."""
-    (mask,) = (
-        line.split()[1]
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines()
-        if line.startswith("SigCgt")
-    )
+    """Return whether the process has a handler for the signal now."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    (mask,) = (line.split()[1] for line in status if line.startswith("SigCgt"))
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def end_of(text: str, characters: int = 8000) -> str:
-    """The last of a text that may be long, and how much of it is left out."""
+    """Return the last characters of a text, and the number of characters that are left out."""
     left_out = len(text) - characters
     return text if left_out <= 0 else f"[{left_out:,} characters] ...{text[-characters:]}"
 
@@ -45,12 +47,13 @@ _STARTED: list[subprocess.Popen[Any]] = []
 
 
 def started(process: Process) -> Process:
-    """The process, which is killed when the test that started it ends, whatever comes of that."""
+    """Return the process, and kill it when the current test ends, passed or failed."""
     _STARTED.append(process)
     return process
 
 
-def end_what_was_started() -> None:
+def kill_started() -> None:
+    """Kill the processes that were passed to `started`."""
     while _STARTED:
         process = _STARTED.pop()
         if process.poll() is None:

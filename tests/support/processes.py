@@ -1,4 +1,4 @@
-"""Work in a child process."""
+"""Forked child processes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """The exit code of a forked child that did `work`: 0 when it came to its end."""
+    """Run `work` in a forked child and return its exit code, which is 0 if `work` returned."""
     child = os.fork()
     if child == 0:
         try:

@@ -1,4 +1,4 @@
-"""How the measuring scripts print: a table, a block of a page, and the machine and commit that its figures are of."""
+"""Output of the measuring scripts: tables, blocks of a page, the machine and the commit."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-# What decides how fast products are, the widest first: a model's name may not tell.
+# Processor flags that decide the speed of matrix products, the fastest first. The name of a
+# processor often does not show them.
 _INSTRUCTIONS = {
-    "amx_bf16": " (AMX)", "avx512_bf16": " (AVX-512, bfloat16)", "avx512f": " (AVX-512)", "avx2": " (AVX2)"
-}  # fmt: skip
+    "amx_bf16": " (AMX)",
+    "avx512_bf16": " (AVX-512, bfloat16)",
+    "avx512f": " (AVX-512)",
+    "avx2": " (AVX2)",
+}
 
 
 def formatted(header: list[str], rows: list[list[object]]) -> str:
-    """A table in Markdown."""
-    return "\n".join(
-        f"| {' | '.join(map(str, row))} |" for row in [header, ["---"] * len(header), *rows]
-    )
+    """Return a table in Markdown.
+
+    >>> print(formatted(["case", "seconds"], [["one", 1.5]]))
+    | case | seconds |
+    | --- | --- |
+    | one | 1.5 |
+    """
+    lines: list[list[object]] = [[*header], ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def print_table(header: list[str], rows: list[list[object]]) -> None:
@@ -28,7 +37,13 @@ def print_table(header: list[str], rows: list[list[object]]) -> None:
 
 
 def fill(text: str, name: str, block: str) -> str:
-    """A page whose block of that name holds this. Raises `ValueError` when the page has no such block."""
+    """Return the page with this content in the block of that name.
+
+    Raises `ValueError` when the page has no such block.
+
+    >>> fill("<!-- speed -->\\nold\\n<!-- /speed -->", "speed", "new")
+    '<!-- speed -->\\nnew\\n<!-- /speed -->'
+    """
     pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
     filled, count = re.subn(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
     if not count:
@@ -37,22 +52,24 @@ def fill(text: str, name: str, block: str) -> str:
 
 
 def commit() -> str:
-    """With "-dirty" where files differ from it, other than the pages that figures are written to."""
-    described, changed = (
-        subprocess.run(
-            ["git", *command], cwd=ROOT, capture_output=True, text=True, check=False
-        ).stdout.strip()
-        for command in (["describe", "--always"], ["status", "--porcelain", "--", ".", ":!docs"])
-    )
+    """Return the commit, with "-dirty" if files other than the pages in docs differ from it."""
+    described = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--", ".", ":!docs")
     return f"{described}-dirty" if changed else described or "unknown"
 
 
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def machine() -> str:
+    """Return the processors, the Python version, the commit and the date. Linux only."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    told = {
-        name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)
-    }
-    flags = told.get("flags", "").split()
+    pairs = (line.partition(":") for line in lines)
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    flags = values.get("flags", "").split()
     widest = next((name for flag, name in _INSTRUCTIONS.items() if flag in flags), "")
-    processor = f"{os.cpu_count()} x {told.get('model name', '?')}{widest}"
-    return f"{processor}, Python {platform.python_version()}, commit {commit()}, {time.strftime('%Y-%m-%d')}"
+    processor = f"{os.cpu_count()} x {values.get('model name', '?')}{widest}"
+    date = time.strftime("%Y-%m-%d")
+    return f"{processor}, Python {platform.python_version()}, commit {commit()}, {date}"

@@ -1,9 +1,15 @@
 """Turns marked tests into the tables of docs/reliability.md.
 
-A test marked `fault(row, injected=...)` is evidence for a row of the fault matrix, one marked `bad_input(what, via=...)` for a row of the
-table of bad input, one marked `security(what, how=...)` for one of the table of promises that keep strangers out; its `outcome(...)` is
-what stands there when it passes. `pytest --faults=docs/reliability.md` runs the long ones too and
-writes the tables; it fails when a row has no evidence. With `--fault-rows 4,19` only the tests of these rows run, and all other lines stay.
+Three markers make a test evidence for a row of a table:
+
+- `fault(row, injected=...)`: the fault matrix
+- `bad_input(what, via=...)`: the table of bad input
+- `security(what, how=...)`: the table of security promises
+
+The test describes its result with `outcome(...)`; the row shows it if the test passes.
+`pytest --faults=docs/reliability.md` also runs the long tests and writes the tables. It fails if a
+row of the matrix has no evidence. With `--fault-rows 4,19` only the tests of these rows run, and
+all other rows of the page stay unchanged.
 """
 
 from __future__ import annotations
@@ -55,7 +61,7 @@ MATRIX = {
 
 @dataclass
 class Outcome:
-    """What a test says of itself; `details(name, markdown)` fills the block of that name in the page as well."""
+    """The result that a test describes. `details` also fills a block of the page."""
 
     text: str = ""
     times: int = 1
@@ -63,23 +69,36 @@ class Outcome:
     blocks: dict[str, str] = field(default_factory=dict)
 
     def __call__(self, text: str, *, times: int = 1, broker: str = "") -> None:
-        self.text, self.times, self.broker = text, times, broker
+        self.text = text
+        self.times = times
+        self.broker = broker
 
     def details(self, name: str, markdown: str) -> None:
+        """Put Markdown into the block `name` of the page."""
         self.blocks[name] = markdown
 
 
 @dataclass
 class _Evidence:
+    """The result of one marked test for one row of a table."""
+
     row: Any
     injected: str
     passed: bool
-    said: Outcome
-    why_not: str
+    outcome: Outcome
+    skip_reason: str
+
+    @property
+    def failed(self) -> bool:
+        return not self.passed and not self.skip_reason
+
+
+# Marker: its keyword for the second column of the table.
+_MARKERS = {"fault": "injected", "bad_input": "via", "security": "how"}
 
 
 class Report:
-    """Everything that the marked tests of a session have shown."""
+    """The evidence of the marked tests of a session."""
 
     def __init__(self) -> None:
         self.faults: list[_Evidence] = []
@@ -87,85 +106,91 @@ class Report:
         self.security: list[_Evidence] = []
         self.figures: list[Outcome] = []
 
-    def add(self, item: pytest.Item, result: pytest.TestReport, said: Outcome) -> None:
-        why_not = ""
+    def add(self, item: pytest.Item, result: pytest.TestReport, outcome: Outcome) -> None:
+        skip_reason = ""
         if result.skipped:
-            why_not = (
-                result.longrepr[2] if isinstance(result.longrepr, tuple) else str(result.longrepr)
-            )
-        for mark in item.iter_markers("fault"):
-            self.faults.append(
-                _Evidence(mark.args[0], mark.kwargs["injected"], result.passed, said, why_not)
-            )
-        for mark in item.iter_markers("bad_input"):
-            self.bad_input.append(
-                _Evidence(mark.args[0], mark.kwargs["via"], result.passed, said, why_not)
-            )
-        for mark in item.iter_markers("security"):
-            self.security.append(
-                _Evidence(mark.args[0], mark.kwargs["how"], result.passed, said, why_not)
-            )
-
+            cause = result.longrepr
+            skip_reason = cause[2] if isinstance(cause, tuple) else str(cause)
+        evidence_of = {
+            "fault": self.faults,
+            "bad_input": self.bad_input,
+            "security": self.security,
+        }
+        for name, keyword in _MARKERS.items():
+            for mark in item.iter_markers(name):
+                evidence_of[name].append(
+                    _Evidence(
+                        row=mark.args[0],
+                        injected=mark.kwargs[keyword],
+                        passed=result.passed,
+                        outcome=outcome,
+                        skip_reason=skip_reason,
+                    )
+                )
         if item.get_closest_marker("figure"):
-            self.figures.append(said)
+            self.figures.append(outcome)
 
     def failing(self, rows: Collection[int]) -> list[int]:
-        """Which of these rows of the matrix no test passed, or one failed."""
-        good = {e.row for e in self.faults if e.passed} - {
-            e.row for e in self.faults if not e.passed and not e.why_not
-        }
-        return [row for row in MATRIX if row in rows and row not in good]
+        """Return those of the rows that have no passed test, or a failed one."""
+        passed = {evidence.row for evidence in self.faults if evidence.passed}
+        failed = {evidence.row for evidence in self.faults if evidence.failed}
+        return [row for row in MATRIX if row in rows and row not in passed - failed]
 
     def write(self, page: Path, rows: Collection[int]) -> None:
-        """The lines of these rows of the matrix, and of whatever else has evidence; all others stay as they were."""
+        """Write these rows of the matrix, and all other evidence, into the page.
+
+        All other rows stay as they were.
+        """
         text = page.read_text()
         seen = f"{commit()}, {time.strftime('%Y-%m-%d')}"
-        asked = {
-            row: lines for row, lines in self._matrix(seen).items() if int(row) in rows
-        }  # a test may be evidence for another row too
-        matrix = _merged(_lines(text, "matrix"), asked)
+        # A test may be evidence for a row that was not asked for, too.
+        requested = {row: lines for row, lines in self._matrix(seen).items() if int(row) in rows}
+        matrix = _merged(_lines(text, "matrix"), requested)
+        matrix.sort(key=lambda line: int(line[0]))
         header = ["#", "fault", "injected", "times", "outcome", "broker", "commit, date"]
-        text = fill(
-            text, "matrix", _formatted(header, sorted(matrix, key=lambda line: int(line[0])))
-        )
+        text = fill(text, "matrix", _formatted(header, matrix))
         for name, evidence, columns in (
             ("bad-input", self.bad_input, ["input", "arrives as", "outcome", "commit, date"]),
             ("security", self.security, ["promise", "tried by", "outcome", "commit, date"]),
         ):
-            text = fill(
-                text, name, _formatted(columns, _merged(_lines(text, name), _table(evidence, seen)))
-            )
-        for said in [
-            *self.figures,
-            *(evidence.said for evidence in [*self.faults, *self.bad_input, *self.security]),
-        ]:
-            for name, block in said.blocks.items():
+            lines = _merged(_lines(text, name), _table(evidence, seen))
+            text = fill(text, name, _formatted(columns, lines))
+        for outcome in self._outcomes():
+            for name, block in outcome.blocks.items():
                 text = fill(text, name, block)
         page.write_text(text)
 
+    def _outcomes(self) -> Iterator[Outcome]:
+        yield from self.figures
+        for evidence in (*self.faults, *self.bad_input, *self.security):
+            yield evidence.outcome
+
     def _matrix(self, seen: str) -> dict[str, list[list[str]]]:
-        """Row -> its lines."""
+        """Return the lines of the matrix by their row number."""
         lines: dict[str, list[list[str]]] = {}
-        for row in dict.fromkeys(e.row for e in self.faults):
-            for injected, same in _together([e for e in self.faults if e.row == row]):
-                broker = ", ".join(dict.fromkeys(e.said.broker for e in same if e.said.broker))
-                times = str(sum(e.said.times for e in same if e.passed))
+        for row in dict.fromkeys(evidence.row for evidence in self.faults):
+            of_row = [evidence for evidence in self.faults if evidence.row == row]
+            for injected, same in _by_injection(of_row):
+                brokers = (evidence.outcome.broker for evidence in same)
+                broker = ", ".join(dict.fromkeys(filter(None, brokers)))
+                times = sum(evidence.outcome.times for evidence in same if evidence.passed)
                 lines.setdefault(str(row), []).append(
-                    [str(row), MATRIX[row], injected, times, _told(same), broker, seen]
+                    [str(row), MATRIX[row], injected, str(times), _verdict(same), broker, seen]
                 )
         return lines
 
 
 def _table(evidence: Sequence[_Evidence], seen: str) -> dict[str, list[list[str]]]:
+    """Return the lines of a table by their first cell."""
     lines: dict[str, list[list[str]]] = {}
-    for what in dict.fromkeys(str(e.row) for e in evidence):
-        for how, same in _together([e for e in evidence if e.row == what]):
-            lines.setdefault(what, []).append([what, how, _told(same), seen])
+    for row in dict.fromkeys(str(each.row) for each in evidence):
+        for injected, same in _by_injection([each for each in evidence if each.row == row]):
+            lines.setdefault(row, []).append([row, injected, _verdict(same), seen])
     return lines
 
 
 def _lines(text: str, name: str) -> list[list[str]]:
-    """The rows of the table in a block."""
+    """Return the cells of the table in a block, without its header."""
     block = text.partition(f"<!-- {name} -->")[2].partition(f"<!-- /{name} -->")[0]
     cells = [
         [cell.strip() for cell in line.strip("| ").split(" | ")]
@@ -176,6 +201,7 @@ def _lines(text: str, name: str) -> list[list[str]]:
 
 
 def _merged(before: Sequence[list[str]], now: Mapping[str, list[list[str]]]) -> list[list[str]]:
+    """Return the lines before, with those of the same first cell replaced."""
     kept = [line for line in before if line[0] not in now]
     return [*kept, *(line for lines in now.values() for line in lines)]
 
@@ -184,15 +210,16 @@ def _formatted(header: list[str], rows: Sequence[list[str]]) -> str:
     return formatted(header, [list(row) for row in rows])
 
 
-def _together(found: Sequence[_Evidence]) -> Iterator[tuple[str, list[_Evidence]]]:
-    """Evidence with the same injection is one line of the table."""
-    for injected in dict.fromkeys(e.injected for e in found):
-        yield injected, [e for e in found if e.injected == injected]
+def _by_injection(evidence: Sequence[_Evidence]) -> Iterator[tuple[str, list[_Evidence]]]:
+    """Yield groups of evidence with the same injection; each is one line of the table."""
+    for injected in dict.fromkeys(each.injected for each in evidence):
+        yield injected, [each for each in evidence if each.injected == injected]
 
 
-def _told(evidence: Sequence[_Evidence]) -> str:
-    failed = sum(not e.passed and not e.why_not for e in evidence)
+def _verdict(evidence: Sequence[_Evidence]) -> str:
+    """Return the outcome cell of a line."""
+    failed = sum(each.failed for each in evidence)
     if failed:
         return f"FAILED ({failed} of {len(evidence)})"
-    said = dict.fromkeys(e.said.text or "as expected" for e in evidence if e.passed)
-    return "; ".join(said) or f"not tested here: {evidence[0].why_not}"
+    outcomes = (each.outcome.text or "as expected" for each in evidence if each.passed)
+    return "; ".join(dict.fromkeys(outcomes)) or f"not tested here: {evidence[0].skip_reason}"

@@ -1,11 +1,13 @@
-"""DeepCTR-Torch's DeepFM with Adam, a table for each field, trained by its own `fit` or by the steps that `fit` takes, unpacked.
+"""DeepCTR-Torch's DeepFM with Adam and a table for each field.
 
-`fit` collates its batches an example at a time; the steps alone take slices. The faster of the two is what is measured. Its L2 penalties,
-which walk over every row of every table in each step, are off.
+It is trained by its own `fit`, or by the steps of `fit` called directly, whichever is faster. `fit`
+collates its batches one example at a time; the steps alone take slices. Its L2 penalties are off:
+they read every row of every table in each step.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 
@@ -14,6 +16,8 @@ import torch
 from deepctr_torch.inputs import SparseFeat
 from deepctr_torch.models import DeepFM
 from examples import batches, field_sizes, measured, options, parse
+
+_BATCHES = 8
 
 
 def main() -> None:
@@ -24,23 +28,25 @@ def main() -> None:
         for i, size in enumerate(sizes)
     ]
     model = DeepFM(
-        fields, fields, dnn_hidden_units=tuple(arguments.hidden), l2_reg_linear=0, l2_reg_embedding=0, l2_reg_dnn=0, dnn_dropout=0,
+        fields,
+        fields,
+        dnn_hidden_units=tuple(arguments.hidden),
+        l2_reg_linear=0,
+        l2_reg_embedding=0,
+        l2_reg_dnn=0,
+        dnn_dropout=0,
         device="cpu",
-    )  # fmt: skip
+    )
     model.compile("adam", "binary_crossentropy")
     model.train()
     data = batches(arguments.data, arguments.batch, which="local")
-    pairs = [(ids.float(), labels) for ids, labels in (next(data) for _ in range(8))]
-    features, clicks = (
-        np.concatenate([ids for ids, _ in pairs]),
-        np.concatenate([labels for _, labels in pairs]),
-    )
-    at = 0
+    pairs = [(ids.float(), labels) for ids, labels in (next(data) for _ in range(_BATCHES))]
+    features = np.concatenate([ids for ids, _ in pairs])
+    clicks = np.concatenate([labels for _, labels in pairs])
+    endless = itertools.cycle(pairs)
 
     def step() -> None:  # as BaseModel.fit
-        nonlocal at
-        ids, labels = pairs[at]
-        at = (at + 1) % len(pairs)
+        ids, labels = next(endless)
         predicted = model(ids).squeeze()
         model.optim.zero_grad()
         loss = (
@@ -51,24 +57,27 @@ def main() -> None:
         loss.backward()
         model.optim.step()
 
-    def fit(some: slice = slice(None)) -> None:
-        columns = {f"f{i}": features[some, i] for i in range(len(sizes))}
-        model.fit(
-            columns, clicks[some], batch_size=arguments.batch, epochs=1, verbose=0, shuffle=False
-        )
+    def fit(rows: slice = slice(None)) -> None:
+        columns = {f"f{i}": features[rows, i] for i in range(len(sizes))}
+        options = {"batch_size": arguments.batch, "epochs": 1, "verbose": 0, "shuffle": False}
+        model.fit(columns, clicks[rows], **options)
 
     step()
     fit(slice(0, arguments.batch))
     share = _seconds(lambda: [step() for _ in pairs]) / _seconds(fit)
-    fast, examples, which = (
-        (step, arguments.batch, "the steps of fit") if share <= 1 else (fit, len(clicks), "fit")
+    if share <= 1:
+        fastest, examples, name = step, arguments.batch, "the steps of fit"
+    else:
+        fastest, examples, name = fit, len(clicks), "fit"
+    note = (
+        f"torch {torch.__version__}, {name} "
+        f"(steps alone take {share:.2f} of the time of fit), no L2 penalties"
     )
-    note = f"torch {torch.__version__}, {which} (steps alone take {share:.2f} of the time of fit), no L2 penalties"
-    measured(fast, arguments, note=note, count=examples)
+    measured(fastest, arguments, note=note, count=examples)
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """The least of three times."""
+    """Return the shortest of three durations."""
     times = []
     for _ in range(3):
         began = time.perf_counter()

@@ -1,5 +1,7 @@
-"""DeepCTR-Torch's systems with dense Adam, by the steps that its `fit` takes on slices of the data; `fit` itself collates an example at a
-time, which is slower. Its L2 penalties are off, its initial values and its switches are its own.
+"""DeepCTR-Torch's models with dense Adam, trained by the steps of its `fit` on slices of the data.
+
+`fit` itself collates one example at a time, which is slower. The L2 penalties are off. Initial
+values and all other options are the library's defaults.
 """
 
 from __future__ import annotations
@@ -39,6 +41,8 @@ Batch = tuple[Tensor, Tensor]
 
 
 class DeepCTR:
+    """A model of DeepCTR-Torch in training."""
+
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
         fields = [
             SparseFeat(f"f{i}", size, embedding_dim=arguments.embedding_dim)
@@ -52,14 +56,15 @@ class DeepCTR:
             "device": "cpu",
         }
         self.model: BaseModel = SYSTEMS[arguments.system](fields, tuple(arguments.hidden), common)
-        self.model.compile("adam", "binary_crossentropy")  # its Adam has the rate 0.001
+        self.model.compile("adam", "binary_crossentropy")  # the rate is 0.001
         self.model.train()
 
     def batch(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8]) -> Batch:
         return torch.from_numpy(ids).float(), torch.from_numpy(labels).float()
 
     def learn(self, batch: Batch) -> object:
-        model, (x, y) = self.model, batch
+        model = self.model
+        x, y = batch
         predicted = model(x).squeeze(-1)
         model.optim.zero_grad()
         loss = (

@@ -1,4 +1,4 @@
-"""The events of a topic as a user would read them: one Python object each."""
+"""Reads the events of a topic as a user would: one Python object each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from kafka import KafkaConsumer, TopicPartition
 
 
 def read(servers: str, topic: str, at_most: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(partition, event) to the end that the topic has now, or to `at_most` events (0: all)."""
+    """Yield (partition, event) up to the present end of the topic, or `at_most` events (0: all)."""
     consumer = KafkaConsumer(
         bootstrap_servers=servers, auto_offset_reset="earliest", enable_auto_commit=False
     )

@@ -1,4 +1,4 @@
-"""Batches of the examples that every contender of the training cases learns, and the options of such a contender."""
+"""The batches that every contender of the training cases learns, and their common options."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WARM_UP_STEPS = 3
 
 def options(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--data", type=Path, required=True, help="what zipf.write has written")
+    parser.add_argument("--data", type=Path, required=True, help="directory written by zipf.write")
     parser.add_argument("--batch", type=int, default=4096)
     parser.add_argument("--embedding-dim", type=int, default=10)
     parser.add_argument("--hidden", type=int, nargs="+", default=[400, 400, 400])
@@ -32,12 +32,13 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     torch.manual_seed(0)
-    if arguments.device != "cpu":  # as ours has it on a GPU
+    if arguments.device != "cpu":  # like ours on a GPU
         torch.set_float32_matmul_precision("high")
     return arguments
 
 
 def field_sizes(data: Path) -> list[int]:
+    """Return the number of rows of each field."""
     sizes: list[int] = json.loads((data / "sizes.json").read_text())
     return sizes
 
@@ -45,23 +46,20 @@ def field_sizes(data: Path) -> list[int]:
 def batches(
     data: Path, batch: int, *, which: str = "ids", device: str = "cpu"
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(ids int32 [B, F], labels float32 [B]), again and again; on the device from the start."""
-    return itertools.cycle(each(data, batch, which=which, device=device))
+    """Yield batches (ids int32 [B, F], labels float32 [B]) without end; they stay on the device."""
+    return itertools.cycle(full_batches(data, batch, which=which, device=device))
 
 
-def each(
+def full_batches(
     data: Path, batch: int, *, which: str = "ids", device: str = "cpu"
 ) -> list[tuple[Tensor, Tensor]]:
-    ids, labels = (
-        torch.from_numpy(np.load(data / f"{which}.npy")),
-        torch.from_numpy(np.load(data / "labels.npy")).float(),
-    )
-    whole = len(ids) - len(ids) % batch
-    return list(
-        zip(
-            ids[:whole].to(device).split(batch), labels[:whole].to(device).split(batch), strict=True
-        )
-    )
+    """Return all full batches."""
+    ids = torch.from_numpy(np.load(data / f"{which}.npy"))
+    labels = torch.from_numpy(np.load(data / "labels.npy")).float()
+    n = len(ids) - len(ids) % batch
+    id_batches = ids[:n].to(device).split(batch)
+    label_batches = labels[:n].to(device).split(batch)
+    return list(zip(id_batches, label_batches, strict=True))
 
 
 def measured(
@@ -71,7 +69,7 @@ def measured(
     note: str,
     count: float | None = None,
 ) -> None:
-    """Warm up, then answer with steps of `count` things each, of a batch of examples unless told."""
+    """Warm up, then answer with steps that count `count` each, or else the batch size."""
 
     def finish() -> None:
         if arguments.device != "cpu":
@@ -79,9 +77,9 @@ def measured(
 
     for _ in range(_WARM_UP_STEPS):
         step()
-    answer(
-        lambda: steps(
-            step, examples=count or arguments.batch, seconds=arguments.seconds, finish=finish
-        ),
-        note=note,
-    )
+
+    def measure() -> dict[str, float]:
+        examples = count or arguments.batch
+        return steps(step, examples=examples, seconds=arguments.seconds, finish=finish)
+
+    answer(measure, note=note)

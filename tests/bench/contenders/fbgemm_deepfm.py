@@ -1,7 +1,7 @@
-"""FBGEMM's table-batched embeddings on the CPU with exact rowwise Adagrad, and an MLP in plain PyTorch above them.
+"""FBGEMM's table-batched embeddings on the CPU with exact rowwise Adagrad, below a PyTorch MLP.
 
-Its rows must be a multiple of four floats wide: [ V x 10 | w | unused ] are twelve. A table for each field is the layout that its CPU
-kernels are made for; `--shared` has one table for all.
+The width of its rows must be a multiple of four floats: [ V x 10 | w | unused ] has twelve. Its CPU
+kernels are made for a table for each field; `--shared` has one table for all fields.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
 )
 from network import Head
 
+_ROW_MULTIPLE = 4  # floats
+
 
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--shared", action="store_true")
     arguments = parse(parser)
     sizes = field_sizes(arguments.data)
-    width = -(-(arguments.embedding_dim + 1) // 4) * 4
+    width = -(-(arguments.embedding_dim + 1) // _ROW_MULTIPLE) * _ROW_MULTIPLE
     rows = [sum(sizes)] if arguments.shared else sizes
     table = SplitTableBatchedEmbeddingBagsCodegen(
         [(size, width, EmbeddingLocation.HOST, ComputeDevice.CPU) for size in rows],
@@ -38,7 +40,7 @@ def main() -> None:
     head = Head(len(sizes), arguments.embedding_dim, arguments.hidden)
     optimizer = torch.optim.Adam(head.parameters(), fused=True)
     data = batches(arguments.data, arguments.batch, which="ids" if arguments.shared else "local")
-    bags = torch.arange(arguments.batch * len(sizes) + 1)  # one value in each
+    bags = torch.arange(arguments.batch * len(sizes) + 1)  # one value in each bag
 
     def step() -> None:
         ids, labels = next(data)

@@ -1,7 +1,8 @@
-"""Flink SQL: the interval join of impressions and clicks on one topic of JSON, into nothing.
+"""Flink SQL: the interval join of impressions and clicks in a topic of JSON, without output.
 
-`seconds` is the net runtime that Flink reports of the job, `whole_seconds` what passed between submitting it and its end, its start-up
-included. One job is not counted: in it the JVM compiles what it runs.
+`seconds` is the net runtime that Flink reports for the job. `whole_seconds` is the time from its
+submission to its end, with its start-up. The first job is not counted, because the JVM compiles its
+code during it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ CREATE TABLE events (
   kind STRING, impression_id STRING, `time` BIGINT{features},
   et AS TO_TIMESTAMP_LTZ(`time`, 3), WATERMARK FOR et AS et - INTERVAL '30' SECOND
 ) WITH (
-  'connector' = 'kafka', 'topic' = '{topic}', 'properties.bootstrap.servers' = '{servers}', 'format' = 'json',
+  'connector' = 'kafka', 'topic' = '{topic}',
+  'properties.bootstrap.servers' = '{servers}', 'format' = 'json',
   'scan.startup.mode' = 'earliest-offset', 'scan.bounded.mode' = 'latest-offset'
 )"""
 JOINED = """
@@ -27,7 +29,10 @@ SELECT i.impression_id, i.et, c.impression_id AS clicked{features}
 FROM (SELECT * FROM events WHERE kind = 'impression') i
 LEFT JOIN (SELECT * FROM events WHERE kind = 'click') c
 ON i.impression_id = c.impression_id AND c.et BETWEEN i.et AND i.et + INTERVAL '{window}' SECOND"""
-NOTHING = "CREATE TABLE nothing (impression_id STRING, et TIMESTAMP_LTZ(3), clicked STRING{features}) WITH ('connector' = 'blackhole')"
+NOTHING = """
+CREATE TABLE nothing (
+  impression_id STRING, et TIMESTAMP_LTZ(3), clicked STRING{features}
+) WITH ('connector' = 'blackhole')"""
 
 
 def environment(jar: Path, parallelism: int) -> TableEnvironment:
@@ -49,17 +54,13 @@ def main() -> None:
     parser.add_argument("--jar", type=Path, required=True)
     parser.add_argument("--servers", required=True)
     parser.add_argument("--topic", required=True)
-    parser.add_argument("--events", type=int, required=True, help="that the topic has")
+    parser.add_argument("--events", type=int, required=True, help="number of events in the topic")
     parser.add_argument("--window-seconds", type=int, default=60)
     parser.add_argument("--parallelism", type=int, required=True)
-    parser.add_argument(
-        "--features", nargs="*", default=[], help="NAME:TYPE of the features that the join carries"
-    )
+    parser.add_argument("--features", nargs="*", default=[], help="NAME:TYPE of each feature")
     arguments = parser.parse_args()
-    row = ", ".join(
-        f"`{name}` {kind}"
-        for name, _, kind in (feature.partition(":") for feature in arguments.features)
-    )
+    pairs = (feature.partition(":") for feature in arguments.features)
+    row = ", ".join(f"`{name}` {kind}" for name, _, kind in pairs)
     columns = f", features ROW<{row}>" if row else ""
     table = environment(arguments.jar, arguments.parallelism)
     table.execute_sql(
@@ -78,7 +79,10 @@ def main() -> None:
 
     first = measure()
     overhead = first["whole_seconds"] - first["seconds"]
-    note = f"net of what it took to plan, submit and end the job ({overhead:.1f} s the first, uncounted time)"
+    note = (
+        "net of what it took to plan, submit and end the job "
+        f"({overhead:.1f} s the first, uncounted time)"
+    )
     answer(measure, note=f"Flink {__version__}, parallelism {arguments.parallelism}, {note}")
 
 

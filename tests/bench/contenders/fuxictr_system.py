@@ -1,8 +1,9 @@
-"""FuxiCTR's systems with dense Adam, by its own `train_step`, which clips the gradient's norm at 10.
+"""FuxiCTR's models with dense Adam, trained by its own `train_step`.
 
-The package has the layers; the zoo of models that is made of them is in its repository only. They are put together here as there, from
-the package's layers and its `BaseModel`, with its initial values. Of FM & DNN, which its zoo has not, the two sides are its FM's and its
-DNN's.
+`train_step` clips the norm of the gradient at 10. The package has the layers, but the model zoo is
+in its repository only. The models are composed here as they are there, from the package's layers
+and its `BaseModel`, with its initial values. The zoo has no FM & DNN; here it is the sum of the
+zoo's FM and DNN.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Batch = dict[str, Tensor]
 
 
 class Composed(BaseModel):  # type: ignore[misc]
-    """Its zoo's LR, FM, DNN, PNN, WideDeep or DeepFM, or its FM beside its DNN."""
+    """The zoo's LR, FM, DNN, PNN, WideDeep or DeepFM, or the sum of its FM and its DNN."""
 
     def __init__(
         self,
@@ -52,23 +53,21 @@ class Composed(BaseModel):  # type: ignore[misc]
         super().__init__(feature_map, gpu=-1, verbose=0, model_root="", metrics=["AUC"])
         fields = feature_map.num_fields
         pairs = fields * (fields - 1) // 2 if "inner products" in parts else 0
-        self.embedding_layer = (
-            FeatureEmbedding(feature_map, embedding_dim) if parts != {"linear"} else None
-        )
-        self.fm = FactorizationMachine(feature_map) if "fm" in parts else None
-        self.lr_layer = (
-            LogisticRegression(feature_map, use_bias="deep" not in parts)
-            if "linear" in parts
-            else None
-        )
-        self.inner_product_layer = (
-            InnerProductInteraction(fields, output="inner_product") if pairs else None
-        )
-        self.own_embedding = (
-            FeatureEmbedding(feature_map, embedding_dim)
-            if "embeddings of its own" in parts
-            else None
-        )
+        self.embedding_layer = None
+        if parts != {"linear"}:
+            self.embedding_layer = FeatureEmbedding(feature_map, embedding_dim)
+        self.fm = None
+        if "fm" in parts:
+            self.fm = FactorizationMachine(feature_map)
+        self.lr_layer = None
+        if "linear" in parts:
+            self.lr_layer = LogisticRegression(feature_map, use_bias="deep" not in parts)
+        self.inner_product_layer = None
+        if pairs:
+            self.inner_product_layer = InnerProductInteraction(fields, output="inner_product")
+        self.own_embedding = None
+        if "embeddings of its own" in parts:
+            self.own_embedding = FeatureEmbedding(feature_map, embedding_dim)
         self.mlp = None
         if "deep" in parts:
             inputs = fields * embedding_dim + pairs
@@ -91,25 +90,21 @@ class Composed(BaseModel):  # type: ignore[misc]
         if self.lr_layer is not None:
             sides.append(self.lr_layer(x))
         if self.mlp is not None:
-            sides.append(
-                self.mlp(
-                    self._signals(
-                        embeddings if self.own_embedding is None else self.own_embedding(x)
-                    )
-                )
-            )
+            deep = embeddings if self.own_embedding is None else self.own_embedding(x)
+            sides.append(self.mlp(self._signals(deep)))
         return {"y_pred": self.output_activation(sum(sides[1:], sides[0]))}
 
     def _signals(self, embeddings: Tensor) -> Tensor:
+        """Return the input of the MLP: the embeddings, and their inner products if any."""
         flat = embeddings.flatten(start_dim=1)
-        return (
-            flat
-            if self.inner_product_layer is None
-            else torch.cat([flat, self.inner_product_layer(embeddings)], dim=1)
-        )
+        if self.inner_product_layer is None:
+            return flat
+        return torch.cat([flat, self.inner_product_layer(embeddings)], dim=1)
 
 
 class FuxiCTR:
+    """A model of FuxiCTR in training."""
+
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
         torch.manual_seed(seed)
         parts = PARTS[arguments.system]
@@ -147,15 +142,18 @@ class FuxiCTR:
 
 
 def features(sizes: list[int], embedding_dim: int) -> FeatureMap:
-    made = FeatureMap("examples", "")
-    made.labels, made.default_emb_dim = ["label"], embedding_dim
-    made.features.update(
-        (f"f{i}", {"type": "categorical", "source": "", "vocab_size": size})
-        for i, size in enumerate(sizes)
-    )
-    made.num_fields = made.get_num_fields()
-    made.set_column_index()
-    return made
+    feature_map = FeatureMap("examples", "")
+    feature_map.labels = ["label"]
+    feature_map.default_emb_dim = embedding_dim
+    for i, size in enumerate(sizes):
+        feature_map.features[f"f{i}"] = {
+            "type": "categorical",
+            "source": "",
+            "vocab_size": size,
+        }
+    feature_map.num_fields = feature_map.get_num_fields()
+    feature_map.set_column_index()
+    return feature_map
 
 
 def main() -> None:

@@ -1,18 +1,18 @@
-"""What one writes without this package: kafka-python, `json.loads`, a dict of pending impressions, and River for the model.
+"""A pipeline without this package: kafka-python, `json.loads`, a dict of impressions, and River.
 
-`--model none` stops at the join. The watermark of each partition is its latest event time; their least closes the windows.
+`--model none` stops at the join. The watermark of a partition is its latest event time. The minimum
+over the partitions closes the windows.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from answers import answer
+from answers import Stopwatch, answer
 from events import read
 from river import linear_model, optim
 
@@ -22,7 +22,7 @@ Example = tuple[dict[str, Any], int]
 def joined(
     servers: str, topic: str, at_most: int, window_ms: int, tally: dict[str, int]
 ) -> Iterator[Example]:
-    """(features, label) of each impression whose window has closed."""
+    """Yield (features, label) of each impression whose window has closed, and count the events."""
     pending: dict[str, list[Any]] = {}
     order: deque[tuple[int, str]] = deque()
     latest: dict[int, int] = {}
@@ -32,10 +32,10 @@ def joined(
         if event["kind"] == "impression":
             pending[event["impression_id"]] = [event["features"], 0, event["time"]]
             order.append((event["time"], event["impression_id"]))
-        elif (waiting := pending.get(event["impression_id"])) is not None and event[
-            "time"
-        ] <= waiting[2] + window_ms:
-            waiting[1] = 1
+        else:
+            waiting = pending.get(event["impression_id"])
+            if waiting is not None and event["time"] <= waiting[2] + window_ms:
+                waiting[1] = 1
         if len(latest) > 1:
             now = min(latest.values())
         while order and order[0][0] + window_ms < now:
@@ -47,9 +47,14 @@ def joined(
 
 
 def sparse(features: dict[str, Any]) -> dict[str, float]:
-    """One-hot by name for text, as they are for numbers."""
-    return {(f"{name}={value}" if isinstance(value, str) else name): 1.0 if isinstance(value, str) else value
-            for name, value in features.items()}  # fmt: skip
+    """Return the features of River's model: texts one-hot by name and value, numbers unchanged."""
+    x: dict[str, float] = {}
+    for name, value in features.items():
+        if isinstance(value, str):
+            x[f"{name}={value}"] = 1.0
+        else:
+            x[name] = value
+    return x
 
 
 def main() -> None:
@@ -59,7 +64,7 @@ def main() -> None:
     parser.add_argument("--servers", required=True)
     parser.add_argument("--topic", required=True)
     parser.add_argument("--window-ms", type=int, required=True)
-    parser.add_argument("--events", type=int, default=0, help="that are read; 0: all")
+    parser.add_argument("--events", type=int, default=0, help="number of events to read; 0: all")
     parser.add_argument("--model", choices=["none", "river"], required=True)
     arguments = parser.parse_args()
 
@@ -69,7 +74,7 @@ def main() -> None:
         )
         tally = {"events": 0, "examples": 0, "labels": 0}
         loss = 0.0
-        began, processor = time.perf_counter(), time.process_time()
+        stopwatch = Stopwatch()
         for features, label in joined(
             arguments.servers, arguments.topic, arguments.events, arguments.window_ms, tally
         ):
@@ -80,15 +85,9 @@ def main() -> None:
                 model.learn_one(x, bool(label))
             tally["examples"] += 1
             tally["labels"] += label
-        seconds, processor = time.perf_counter() - began, time.process_time() - processor
+        seconds = stopwatch.seconds()
         quality = {"logloss": loss / tally["examples"]} if arguments.model == "river" else {}
-        return {
-            "count": tally["events"],
-            "seconds": seconds,
-            "processor_seconds": processor,
-            **tally,
-            **quality,
-        }
+        return {"count": tally["events"], **seconds, **tally, **quality}
 
     answer(measure, note=f"the first {arguments.events:,} events" if arguments.events else "")
 

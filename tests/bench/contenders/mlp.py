@@ -1,4 +1,4 @@
-"""The dense part alone in plain PyTorch, forward, backward and Adam, on inputs that are there."""
+"""The dense part of DeepFM alone in plain PyTorch, on inputs in memory: forward, backward, Adam."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def main() -> None:
     network = mlp(inputs, arguments.hidden).to(**placed)
     optimizer = torch.optim.Adam(network.parameters(), fused=True)
     labels = torch.randint(2, (arguments.batch,), device=arguments.device).to(**placed)
-    # As from a gather: new memory for each batch, and a gradient with respect to it.
+    # Like the output of a gather: new memory for each batch, and a gradient with respect to it.
     batches = itertools.cycle([torch.randn(arguments.batch, inputs, **placed) for _ in range(4)])
 
     def step() -> None:

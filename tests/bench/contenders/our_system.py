@@ -1,9 +1,13 @@
-"""Ours: one of the nine through `stream_ctr.learner`; LR by exact FTRL, the others with Adam, which is lazy on the table's rows."""
+"""Ours: one of the nine models through `stream_ctr.learn.learner`.
+
+LR learns by exact FTRL. The others learn with Adam, which is lazy on the rows of the table.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +21,43 @@ from stream_ctr.learn.learner import (
     choose_precision,
     make_learner,
 )
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.thread_pool import set_up_process
 
+_ENDLESS = 1 << 40  # `follow` ends the pretraining
 Batch = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8]]
 
 
 class Ours:
+    """A model of ours in training."""
+
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
         bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
-        scale = (
-            {} if arguments.initial_scale is None else {"initial_scale": arguments.initial_scale}
+        options: dict[str, Any] = {}
+        if arguments.initial_scale is not None:
+            options["initial_scale"] = arguments.initial_scale
+        spec = LearnerSpec(
+            model=arguments.system,
+            fields=len(sizes),
+            embedding_dim=arguments.embedding_dim,
+            hidden=tuple(arguments.hidden),
+            activation="relu",
+            dropout=arguments.dropout,
+            table_bits=bits,
+            batch_size=arguments.batch,
+            table_optimizer=arguments.table_optimizer,
+            dense_learning_rate=0.001,
+            pretrain_examples=_ENDLESS,
+            precision=choose_precision(arguments.precision, choose_device(arguments.device)),
+            seed=seed,
+            **options,
         )
         self.learner = make_learner(
-            arguments.system, fields=len(sizes), embedding_dim=arguments.embedding_dim, hidden=arguments.hidden, activation="relu",
-            dropout=arguments.dropout, table_bits=bits, batch_size=arguments.batch, table_optimizer=arguments.table_optimizer,
-            dense_learning_rate=0.001, pretrain_examples=1 << 40, progressive=False,
-            precision=choose_precision(arguments.precision, choose_device(arguments.device)), device=arguments.device,
-            threads=1 if arguments.epochs else os.cpu_count() or 1, seed=seed, **scale,
-        )  # fmt: skip
+            spec,
+            device=arguments.device,
+            threads=1 if arguments.epochs else os.cpu_count() or 1,
+            progressive=False,
+        )
         self._kept: State | None = None
 
     def batch(self, ids: npt.NDArray[np.int32], labels: npt.NDArray[np.uint8]) -> Batch:
@@ -68,19 +91,17 @@ def main() -> None:
     parser = training.options(__doc__)
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16"], default="fp32")
     parser.add_argument(
-        "--table-bits", type=int, default=0, help="as the fields' rows want it unless given"
+        "--table-bits", type=int, default=0, help="default: enough for the fields' rows"
     )
     parser.add_argument("--table-optimizer", default="adam")
     parser.add_argument("--initial-scale", type=float)
     arguments = parse(parser)
     set_up_process()  # as `stream-ctr run` does
     precision = choose_precision(arguments.precision, choose_device(arguments.device))
-    how = (
-        "exact FTRL"
-        if arguments.system == "lr"
-        else f"{precision}, lazy {arguments.table_optimizer.capitalize()} on rows"
-    )
-    training.run(arguments, Ours, which="ids", note=how)
+    note = f"{precision}, lazy {arguments.table_optimizer.capitalize()} on rows"
+    if arguments.system == "lr":
+        note = "exact FTRL"
+    training.run(arguments, Ours, which="ids", note=note)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ours: for how long the copy at a snapshot's boundary keeps the learner waiting, the longest of a run of `bench.pause`."""
+"""Ours: the time for which a snapshot stops the learner, the longest in a run of `bench.pause`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Plain PyTorch: one `nn.Embedding` whose rows hold [ V x K | w ], an MLP, and an optimiser of `torch.optim` for each."""
+"""Plain PyTorch: an `nn.Embedding` with rows [ V x K | w ] and an MLP.
+
+Each has an optimiser of `torch.optim`.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +25,10 @@ def main() -> None:
     nn.init.normal_(table.weight, std=0.01)
     head = Head(len(sizes), arguments.embedding_dim, arguments.hidden).to(arguments.device)
     head_optimizer = torch.optim.Adam(head.parameters(), fused=True)
-    make = SPARSE.get(arguments.optimizer)
-    table_optimizer = (
-        make(table.parameters(), lr=0.01)
-        if make
-        else torch.optim.Adam(table.parameters(), fused=True)
-    )
+    if sparse:
+        table_optimizer = SPARSE[arguments.optimizer](table.parameters(), lr=0.01)
+    else:
+        table_optimizer = torch.optim.Adam(table.parameters(), fused=True)
     data = batches(arguments.data, arguments.batch, device=arguments.device)
 
     def step() -> None:
@@ -39,11 +40,8 @@ def main() -> None:
         head_optimizer.step()
         table_optimizer.step()
 
-    measured(
-        step,
-        arguments,
-        note=f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused"),
-    )
+    note = f"torch {torch.__version__}, {sum(sizes):,} rows" + ("" if sparse else ", fused")
+    measured(step, arguments, note=note)
 
 
 if __name__ == "__main__":
