@@ -33,7 +33,8 @@ from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.logs.open import FORMATS, open_log
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.subscriber import Scorer, Subscriber
+from stream_ctr.snapshots.scorer import Scorer
+from stream_ctr.snapshots.subscriber import Subscriber
 
 FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
 

@@ -18,7 +18,7 @@ from msgspec import Meta, Struct
 from stream_ctr.messages import nearest
 
 
-class Field(Struct, frozen=True, array_like=True):
+class Field(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A column of an impression's features. `kind` decides how its values become table rows."""
 
     name: str
