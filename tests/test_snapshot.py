@@ -562,7 +562,7 @@ def test_the_digest_of_weights_covers_names_shapes_dtypes_and_single_bits(
 
 
 def test_the_digest_of_weights_is_of_the_values_and_not_of_their_layout() -> None:
-    w = np.arange(6, dtype=np.float32).reshape(2, 3)
+    w: Any = np.arange(6, dtype=np.float32).reshape(2, 3)
     expected = sha256(b'["w", "<f4", [2, 3]]\n' + struct.pack("<6f", *range(6))).hexdigest()
     for same_w in (w, np.asfortranarray(w), w.astype(">f4"), np.repeat(w, 2, axis=1)[:, ::2]):
         assert snapshot.weights_sha256({"w": same_w}) == expected

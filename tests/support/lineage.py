@@ -1,4 +1,4 @@
-"""What a run left behind, in a form that can be compared with what another run left behind."""
+"""Fingerprints of what a run leaves behind, to compare it with another run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
 
-# A model small enough to start, learn and be written quickly; one thread, so that sums are added in one order.
+# A model small enough to start, learn and be written quickly. One thread adds sums in one order.
 SMALL = [
     part
     for pair in (
@@ -25,13 +25,16 @@ SMALL = [
     for part in ("-X", pair)
 ]
 
-
-QUICK = [*SMALL, "-X", "baseline.enabled=false"]  # its process takes a second to start
+# The process of the baseline takes a second to start.
+QUICK = [*SMALL, "-X", "baseline.enabled=false"]
 
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """A snapshot without its name, its times, its parent, its sequence and its epoch. `tensors`: file stem -> SHA-256 of all its arrays."""
+    """A snapshot without its name, times, parent, sequence and epoch.
+
+    `tensors` maps each file stem to the SHA-256 of all its arrays.
+    """
 
     examples: int
     ledger: tuple[int, int]
@@ -41,44 +44,47 @@ class Fingerprint:
     positions: dict[str, int]
 
     def same(self, other: Fingerprint, *stems: str) -> bool:
+        """Return whether the arrays of these files are equal, bit for bit."""
         return all(self.tensors[stem] == other.tensors[stem] for stem in stems)
 
 
 def fingerprint(path: Path) -> Fingerprint:
+    """Return the fingerprint of the snapshot at `path`."""
     manifest, tensors = snapshot.load(path)
     assert manifest.weights_sha256 == snapshot.weights_sha256(tensors["model"])
-    ledger = manifest.ledger.count, manifest.ledger.sum
-    digests = {stem: snapshot.weights_sha256(named) for stem, named in tensors.items()}
     return Fingerprint(
         manifest.examples,
-        ledger,
+        (manifest.ledger.count, manifest.ledger.sum),
         manifest.weights_sha256,
-        digests,
+        {stem: snapshot.weights_sha256(named) for stem, named in tensors.items()},
         manifest.metrics,
         manifest.positions,
     )
 
 
 def newest(state: Path) -> Fingerprint | None:
+    """Return the fingerprint of the newest snapshot, or None if there is none."""
     path = snapshot.newest(state / "snapshots")
     return fingerprint(path) if path else None
 
 
 def published(state: Path) -> Manifest | None:
-    """What subscribers are pointed to, after all of it was found as the pointer says; None when nothing was published."""
+    """Return the manifest of the published snapshot, or None if nothing was published.
+
+    The snapshot must verify, and its manifest must be the one that the pointer names.
+    """
     pointer = read_pointer(state / "latest.json")
-    return (
-        snapshot.verify(Path(pointer.path), manifest_sha256=pointer.manifest_sha256)
-        if pointer
-        else None
-    )
+    if pointer is None:
+        return None
+    return snapshot.verify(Path(pointer.path), manifest_sha256=pointer.manifest_sha256)
 
 
 def reports(state: Path) -> list[dict[str, Any]]:
-    """All that are whole: one may just be written."""
-    whole, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    """Return all complete reports. The last line of the file may be incomplete."""
+    complete, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
+    return [json.loads(line) for line in complete.splitlines()]
 
 
 def last_report(state: Path) -> dict[str, Any]:
+    """Return the last complete report."""
     return reports(state)[-1]
