@@ -152,10 +152,10 @@ def test_snapshots_are_refused_while_another_model_has_no_verdict() -> None:
     judge.add(scored(10_000, model=3.0))
     judge.begin_anew("it is another model")
     judge.judge(lambda: None)
-    assert judge.refused == ("it is another model",)
+    assert list(judge.refused) == ["it is another model"]
     judge.add(scored(10_000))
     judge.judge(lambda: None)
-    assert judge.refused == ()
+    assert list(judge.refused) == []
 
 
 def test_a_restored_model_has_the_verdict_of_its_snapshot_and_new_evidence() -> None:

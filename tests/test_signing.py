@@ -1,4 +1,4 @@
-"""Who has the public key loads only snapshots that the trainer's private key signed."""
+"""A subscriber with the public key loads only snapshots that the trainer's private key signed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Snapshots come back bit for bit, damaged ones are refused, and a crash never shows half of one."""
+"""Snapshots come back bit for bit, damaged ones are refused, and a crash leaves none half done."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from support.manifests import edit_manifest, make_newer, manifest, write_snapshot
+from support.manifests import (
+    edit_manifest,
+    make_newer,
+    manifest,
+    replace_file,
+    write_snapshot,
+)
 from support.processes import in_child
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors, flip_bit
 
@@ -103,7 +109,9 @@ def test_loaded_arrays_may_be_changed_and_do_not_follow_the_file(tmp_path: Path)
 
 def test_only_the_named_files_are_read(tmp_path: Path) -> None:
     path = write(tmp_path)
-    flip_bit(path / "joiner.safetensors", -1)  # the size is the same: only reading its bytes shows it
+    flip_bit(
+        path / "joiner.safetensors", -1
+    )  # the size is the same: only reading its bytes shows it
     assert set(snapshot.load(path, stems=["model"])[1]) == {"model"}
     chosen = snapshot.load(
         path, stems=lambda manifest: [manifest.learner.model.replace("deepfm", "model")]
@@ -246,15 +254,9 @@ def test_a_manifest_that_is_a_link_is_refused(tmp_path: Path) -> None:
         snapshot.load(path)
 
 
-def put_behind_a_true_digest(path: Path, data: bytes) -> None:
-    (path / "model.safetensors").write_bytes(data)
-    entry = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-    edit_manifest(path, lambda m: m["files"].update({"model.safetensors": entry}))
-
-
 def test_a_pickle_named_safetensors_is_refused_even_with_a_true_digest(tmp_path: Path) -> None:
     path = write(tmp_path)
-    put_behind_a_true_digest(path, b"\x80\x04cos\nsystem\n(S'false'\ntR.")
+    replace_file(path, "model.safetensors", b"\x80\x04cos\nsystem\n(S'false'\ntR.")
     with pytest.raises(SnapshotError, match=r"model\.safetensors is not a safetensors file"):
         snapshot.load(path)
 
@@ -262,7 +264,7 @@ def test_a_pickle_named_safetensors_is_refused_even_with_a_true_digest(tmp_path:
 def test_a_dtype_that_numpy_lacks_is_named(tmp_path: Path) -> None:
     path = write(tmp_path)
     header = json.dumps({"x": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}}).encode()
-    put_behind_a_true_digest(path, struct.pack("<Q", len(header)) + header + b"\0\0")
+    replace_file(path, "model.safetensors", struct.pack("<Q", len(header)) + header + b"\0\0")
     with pytest.raises(SnapshotError, match=r"model\.safetensors holds dtype 'BF16'"):
         snapshot.load(path)
 
@@ -297,7 +299,10 @@ def test_a_file_stem_with_a_path_in_it_is_refused(tmp_path: Path) -> None:
     [
         ({"metrics": {"auc": float("nan")}}, "not JSON"),
         ({"metrics": {"auc": object()}}, "not JSON"),
-        ({"weights_sha256": ""}, "the manifest of snapshot 00000001-.* is damaged: .*weights_sha256"),
+        (
+            {"weights_sha256": ""},
+            "the manifest of snapshot 00000001-.* is damaged: .*weights_sha256",
+        ),
         ({"examples": -1}, "the manifest of snapshot 00000001-.* is damaged: .*examples"),
         ({"epoch": None}, "the manifest of snapshot 00000001-.* is damaged: .*epoch"),
     ],
@@ -557,7 +562,7 @@ def test_names_sort_by_sequence_for_any_event_time(pairs: list[tuple[int, int]])
 def test_the_digest_of_weights_covers_names_shapes_dtypes_and_single_bits(
     other: dict[str, Any],
 ) -> None:
-    weights = {"w": np.zeros((3, 2), np.float32), "b": np.ones(1)}
+    weights: dict[str, Any] = {"w": np.zeros((3, 2), np.float32), "b": np.ones(1)}
     assert snapshot.weights_sha256(other) != snapshot.weights_sha256(weights)
 
 

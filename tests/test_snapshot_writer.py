@@ -18,10 +18,11 @@ GOOD = {"table": np.ones(3, np.float32)}
 BAD = {"table": np.array([1, np.nan, 1], np.float32)}
 
 
-def cut(sequence: int = 1, **tensors: dict[str, Any]) -> Cut:
-    arrays = {"model": GOOD, "optimizer": GOOD, "ftrl.model": GOOD, "ftrl.optimizer": GOOD}
-    described = manifest(sequence=sequence, weights_sha256="")
-    return Cut({**arrays, **tensors}, described, {0: 1200}, {})
+def cut(sequence: int = 1, *, bad: str = "") -> Cut:
+    """Return a cut of two models. The arrays of the file stem `bad` are not finite."""
+    stems = ("model", "optimizer", "ftrl.model", "ftrl.optimizer")
+    tensors: dict[str, dict[str, Any]] = {stem: BAD if stem == bad else GOOD for stem in stems}
+    return Cut(tensors, manifest(sequence=sequence, weights_sha256=""), {0: 1200}, {})
 
 
 def wait(writer: SnapshotWriter) -> Written:
@@ -46,7 +47,11 @@ def test_a_cut_becomes_a_snapshot_with_the_digest_of_the_weights(tmp_path: Path)
 
 def test_taking_without_waiting_returns_none_until_the_snapshot_is_on_disk(tmp_path: Path) -> None:
     on_disk = threading.Event()
-    writer = SnapshotWriter(tmp_path, check=lambda: bool(on_disk.wait(60)) and None)
+
+    def check() -> None:
+        assert on_disk.wait(60)
+
+    writer = SnapshotWriter(tmp_path, check=check)
     writer.begin(cut())
     assert writer.take(wait=False) is None
     assert writer.busy
@@ -57,7 +62,7 @@ def test_taking_without_waiting_returns_none_until_the_snapshot_is_on_disk(tmp_p
 
 def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
     writer = SnapshotWriter(tmp_path / "snapshots")
-    writer.begin(cut(model=BAD))
+    writer.begin(cut(bad="model"))
     with pytest.raises(NotFinite, match="not finite; no snapshot was written"):
         writer.take(wait=True)
     assert list(tmp_path.iterdir()) == []
@@ -70,7 +75,7 @@ def test_an_additional_model_that_is_not_finite_is_left_out_with_its_optimizer(
     tmp_path: Path,
 ) -> None:
     writer = SnapshotWriter(tmp_path)
-    writer.begin(cut(**{"ftrl.model": BAD}))
+    writer.begin(cut(bad="ftrl.model"))
     written = wait(writer)
     assert written.not_finite == ("ftrl",)
     assert set(snapshot.verify(written.path).files) == {

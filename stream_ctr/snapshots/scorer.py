@@ -52,7 +52,7 @@ class Scorer:
             _require_bounds(tensors, spec)
             self.learner = make_learner(spec, device=device, serving=True)
             self.learner.load_weights(tensors)
-        except (KeyError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+        except (TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(
                 f"snapshot {path} does not describe a model that this version can build: "
                 f"{one_line(error, 500)}"
@@ -104,7 +104,10 @@ def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], spec: Learne
     """
     if spec.batch_size > _LARGEST_BATCH:
         raise ValueError(f"a batch of {spec.batch_size}")
-    require_shapes(weights, spec)
+    try:
+        require_shapes(weights, spec)
+    except KeyError as missing:
+        raise ValueError(f"tensor {missing} is missing") from None
 
 
 def _text(value: object) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,13 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     """Change the manifest of the snapshot at `path`, which no digest then covers."""
     edit_json(path / "manifest.json", change)
+
+
+def replace_file(path: Path, name: str, data: bytes) -> None:
+    """Replace a file of the snapshot at `path`, and its digest in the manifest."""
+    (path / name).write_bytes(data)
+    entry = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    edit_manifest(path, lambda document: document["files"].update({name: entry}))
 
 
 def make_newer(path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.processes import in_child
 
 from stream_ctr.snapshots import snapshot
+from support.processes import in_child
 
 TENSORS: dict[str, dict[str, Any]] = {
     "model": {
