@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick faults bench systems lint fmt demo
+.PHONY: help install test quick faults bench systems schemas lint fmt demo
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -29,6 +29,9 @@ bench: ## every case beside its peers, half an hour; writes docs/performance.md 
 
 systems: ## the nine systems beside FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": these only)
 	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md
+
+schemas: ## the JSON Schemas of pointer, manifest and report, from the types; writes docs/schemas
+	$(BIN)/python docs/schemas/generate.py
 
 lint: ## style, form and types
 	$(BIN)/ruff check .

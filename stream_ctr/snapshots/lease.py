@@ -10,8 +10,8 @@ file at the path is not the one that it holds.
     taken over              another file             `check` raises `TakenOver`; it writes nothing
     taken over              missing                  the same: the lease was removed
 
-Every lease has an epoch above those of all snapshots, pointers and leases before it. A snapshot that
-a former holder began therefore ranks below those that the new one publishes.
+Every lease has an epoch above those of all snapshots, pointers and leases before it. A snapshot
+that a former holder began therefore ranks below those that the new one publishes.
 """
 
 from __future__ import annotations

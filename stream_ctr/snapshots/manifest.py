@@ -21,6 +21,7 @@ _LARGEST_SUM = (1 << 64) - 1
 METRICS_SCHEMA: dict[str, Any] = {
     "description": "The metrics of all models over the whole run, as in a report.",
     "properties": {
+        "from_example": {"type": "integer", "minimum": 0},
         "models": {"type": "object", "additionalProperties": {"$ref": "#/$defs/ModelScore"}},
         "constant_logloss": {"type": ["number", "null"]},
         "best_possible_logloss": {"type": ["number", "null"]},
@@ -28,7 +29,7 @@ METRICS_SCHEMA: dict[str, Any] = {
         "pairs": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Difference"}},
     },
 }
-"""The JSON Schema of metrics, whose types are those of a report."""
+"""The JSON Schema of metrics; a report defines its types (see docs/schemas/generate.py)."""
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -81,7 +82,10 @@ class GuardState(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
-    """The same of an additional model. `left_out` is why the run goes on without it, or empty."""
+    """The counts of an additional model, as `GuardState` has them, and why it was left out.
+
+    `left_out` is empty for a model that learns.
+    """
 
     skipped: Count = 0
     learned: Count = 0
