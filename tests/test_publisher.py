@@ -242,6 +242,14 @@ def test_a_run_of_a_later_epoch_publishes_with_its_own(tmp_path: Path) -> None:
     assert published(tmp_path).rank == (7, 2)
 
 
+def test_an_older_snapshot_than_the_published_one_keeps_its_own_epoch(tmp_path: Path) -> None:
+    publisher = Publisher(tmp_path)
+    for sequence, epoch in ((5, 9), (2, 4)):
+        path = write(tmp_path, sequence, epoch)
+        publisher.publish(path, snapshot.verify(path))
+    assert published(tmp_path).rank == (4, 2)
+
+
 def test_a_snapshot_that_is_published_twice_keeps_its_epoch(tmp_path: Path) -> None:
     """A resumed run publishes the snapshot that it resumed from once more."""
     path = write(tmp_path, 3, epoch=2)

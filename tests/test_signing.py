@@ -12,8 +12,8 @@ from cryptography.hazmat.primitives.serialization import (
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
 )
+from support.keys import write_keys
 from support.lineage import QUICK
 from support.manifests import edit_manifest
 from support.patience import PATIENCE_SECONDS
@@ -28,17 +28,6 @@ from stream_ctr.snapshots.signing import PublicKey, SigningKey, verifier
 from stream_ctr.snapshots.subscriber import Subscriber
 
 PASSPHRASE = BestAvailableEncryption(b"x")
-
-
-def write_keys(directory: Path, name: str) -> tuple[Path, Path]:
-    key = ed25519.Ed25519PrivateKey.generate()
-    private = directory / f"{name}.pem"
-    public = directory / f"{name}.pub.pem"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(
-        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
-    return private, public
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import struct
 from collections.abc import Callable
 from hashlib import sha256
@@ -28,7 +29,7 @@ from support.processes import in_child
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors, flip_bit
 
 from stream_ctr.errors import SnapshotError
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import files, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 
 
@@ -58,6 +59,13 @@ def test_the_manifest_has_the_size_and_sha256_of_each_file_on_disk(tmp_path: Pat
     for name, entry in json.loads((path / "manifest.json").read_text())["files"].items():
         data = (path / name).read_bytes()
         assert entry == {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+
+
+def test_the_files_have_the_mode_that_the_umask_leaves(tmp_path: Path) -> None:
+    """safetensors itself makes files that only their owner may read."""
+    path = write(tmp_path)
+    for file in path.iterdir():
+        assert file.stat().st_mode & 0o777 == 0o666 & ~files.UMASK, file.name
 
 
 def test_any_other_safetensors_reader_can_open_the_files(tmp_path: Path) -> None:
@@ -311,7 +319,7 @@ def test_a_manifest_that_could_not_be_read_again_is_not_written(
     tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
     with pytest.raises(SnapshotError, match=reason):
-        write(tmp_path, **change)
+        write(tmp_path / "snapshots", **change)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -403,6 +411,10 @@ def test_a_crash_at_any_step_of_retention_never_shows_half_a_snapshot(tmp_path: 
     assert [name[:8] for name in snapshot.snapshot_ids(tmp_path)] == ["00000003"]
 
 
+def name_of(fd: int) -> str:
+    return os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+
+
 def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_return(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -411,7 +423,7 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_retur
     rename = os.rename
 
     def recorded_fsync(fd: int) -> None:
-        order.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}")))
+        order.append(name_of(fd))
         fsync(fd)
 
     def recorded_rename(source: Path, target: Path) -> None:
@@ -429,6 +441,24 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_before_the_retur
         "rename",
         tmp_path.name,
     ]
+
+
+def test_retention_removes_a_name_from_the_disk_before_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    rmtree = shutil.rmtree
+    for sequence in (1, 2):
+        write(tmp_path, sequence)
+
+    def recorded_rmtree(path: Path) -> None:
+        order.append(f"remove {path.name}")
+        rmtree(path)
+
+    monkeypatch.setattr(os, "fsync", lambda fd: order.append(f"fsync {name_of(fd)}"))
+    monkeypatch.setattr(shutil, "rmtree", recorded_rmtree)
+    [old] = snapshot.retain(tmp_path, 1)
+    assert order == [f"fsync {tmp_path.name}", f"remove tmp-{old}"]
 
 
 # -- choosing ------------------------------------------------------------------------------------

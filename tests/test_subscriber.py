@@ -6,11 +6,13 @@ import json
 import logging
 import threading
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from support.keys import write_keys
 from support.manifests import edit_json, edit_manifest, make_newer
 from support.patience import PATIENCE_SECONDS, wait_until
 from support.served import publish, write_served
@@ -150,6 +152,12 @@ def publish_as_is(path: Path) -> None:
     edit_json(latest, lambda pointer: pointer.update(created_ms=pointer["created_ms"] + 1))
 
 
+def replace_manifest(path: Path) -> None:
+    """Change the manifest alone: the digests in it are still those of the files."""
+    edit_manifest(path, lambda manifest: manifest.update(examples=1))
+    publish_as_is(path)
+
+
 def damage_pointer(path: Path) -> None:
     edit_json(path.parent.parent / "latest.json", lambda pointer: pointer.pop("epoch"))
 
@@ -159,8 +167,6 @@ def make_pointer_newer(path: Path) -> None:
 
 
 def make_manifest_newer(path: Path) -> None:
-    from hashlib import sha256
-
     edit_manifest(path, lambda manifest: manifest.update(format=2, new=1))
     digest = sha256((path / "manifest.json").read_bytes()).hexdigest()
     latest = path.parent.parent / "latest.json"
@@ -170,6 +176,7 @@ def make_manifest_newer(path: Path) -> None:
 NEWER = "has format 2, and this version of stream-ctr reads formats up to 1: install the version"
 HARM = [
     pytest.param(damage_tensors, logging.WARNING, "model.safetensors has SHA-256", id="tensors"),
+    pytest.param(replace_manifest, logging.WARNING, "its pointer says", id="another manifest"),
     pytest.param(damage_pointer, logging.WARNING, "latest.json is damaged", id="pointer"),
     pytest.param(make_pointer_newer, logging.ERROR, f"latest.json {NEWER}", id="newer pointer"),
     pytest.param(make_manifest_newer, logging.ERROR, f"manifest.json {NEWER}", id="newer manifest"),
@@ -215,6 +222,14 @@ def test_subscribe_once_exits_6_with_the_reason_of_the_refusal(
     message = " ".join(result.output.split())
     assert "no valid snapshot was published within 0.2 s: " in message
     assert reason in message
+
+
+def test_with_a_public_key_a_snapshot_without_its_signature_is_refused(tmp_path: Path) -> None:
+    _, public = write_keys(tmp_path, "trainer")
+    publish(write(tmp_path, 1))
+    subscriber = Subscriber(tmp_path, public_key=public)
+    assert subscriber.next(0.0) is None
+    assert "is not signed, and a signature is required" in str(subscriber.refusal)
 
 
 def test_subscribe_once_without_a_snapshot_has_no_reason_to_give(tmp_path: Path) -> None:
