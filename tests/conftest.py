@@ -16,9 +16,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
-from support.fuzzing import served  # noqa: F401 - a fixture
 from support.patience import end_of, kill_started
 from support.reliability import MATRIX, Outcome, Report
+from support.served import served  # noqa: F401 - a fixture
 from support.trainers import stream  # noqa: F401 - a fixture
 
 from stream_ctr.connectors import confluent, embedded, kafka

@@ -25,10 +25,10 @@ from support.fuzzing import (
     EVENTS,
     Strict,
     ipc,
-    sign_again,
     told,
 )
 from support.lineage import SMALL, Fingerprint, last_report, newest
+from support.manifests import replace_file
 from support.patience import PATIENCE_SECONDS
 from support.sample_logs import AVAZU_HEADER, COLUMNS, OBD, avazu_line, criteo_line, nested
 
@@ -674,8 +674,11 @@ def renamed(tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 WRONG_TENSORS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
-    "a name": (renamed, "tensor"),
-    "one too few": (lambda tensors: {"table": tensors["table"]}, "tensor"),
+    "a name": (renamed, "tensor 'table' is missing"),
+    "one too few": (
+        lambda tensors: {"table": tensors["table"]},
+        r"tensor 'dense\..*' is missing",
+    ),
     "one too many": (
         lambda tensors: {**tensors, "dense.other": tensors["table"]},
         "tensor 'dense.other'",
@@ -710,7 +713,7 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(name, served, outco
 
     change, message = WRONG_TENSORS[name]
     assert Scorer(served).predict([{}]).shape == (1,)
-    sign_again(served, "model.safetensors", save(change(tensors_of(served))))
+    replace_file(served, "model.safetensors", save(change(tensors_of(served))))
     with pytest.raises(SnapshotError, match=message):
         Scorer(served)
     outcome("refused, the tensor named")
@@ -726,7 +729,7 @@ def test_tensors_that_are_not_those_of_the_model_are_refused(name, served, outco
     ids=["pickle", "zip", "empty"],
 )
 def test_a_file_of_another_kind_under_a_safetensors_name_is_refused(data, served, outcome):  # noqa: F811
-    sign_again(served, "model.safetensors", data)
+    replace_file(served, "model.safetensors", data)
     with pytest.raises(SnapshotError, match=r"model\.safetensors is not a safetensors file"):
         Scorer(served)
     outcome("refused, the tensor named")

@@ -36,7 +36,7 @@ from stream_ctr.logs.open import open_log
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.messages import nearest
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.subscriber import TopicPointers
+from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.train import stage_timer
 
 IMPRESSIONS = 4000

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from sklearn.metrics import roc_auc_score
+from support.manifests import edit_manifest, manifest
 from support.published_ids import published_cross, published_id
 from support.trainers import Partitions, assert_equal_states, final_state, finish, split, trainer
 
@@ -20,8 +21,9 @@ from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
-from stream_ctr.events.field import Field
+from stream_ctr.events.field import Field, Schema
 from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 
@@ -58,12 +60,14 @@ def test_only_the_cross_product_tells_an_exclusive_or():
         )
         # Without hidden layers the network is linear in the embeddings, and no sum over two fields is an exclusive or.
         linear = make_learner(
-            "lr_dnn",
-            fields=2,
-            crosses=len(crosses),
-            hidden=(),
-            table_bits=10,
-            batch_size=256,
+            LearnerSpec(
+                model="lr_dnn",
+                fields=2,
+                crosses=len(crosses),
+                hidden=(),
+                table_bits=10,
+                batch_size=256,
+            ),
             device="cpu",
             threads=1,
         )
@@ -92,11 +96,11 @@ def test_a_run_with_crosses_stopped_and_resumed_equals_one_that_went_through(tmp
 def test_a_server_scores_with_the_crosses_that_the_snapshot_names(tmp_path, stream):
     built = trained(tmp_path, stream)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
-    assert [list(names) for names in scorer.manifest.schema.crosses] == [
-        ["age", "category"],
-        ["user_id", "app_id"],
-        ["rating", "hour", "os"],
-    ]
+    assert scorer.manifest.schema.crosses == (
+        ("age", "category"),
+        ("user_id", "app_id"),
+        ("rating", "hour", "os"),
+    )
     columns = impressions(stream)
     ids, values = built.ingest.hasher.rows(columns)
     logits = built.state.guard.learner.predict(ids, values)
@@ -201,11 +205,9 @@ def test_crosses_given_on_the_command_line_are_kept_and_wrong_ones_end_the_run(t
         == 0
     )
     manifest = snapshot.verify(snapshot.newest(state / "snapshots"))
-    assert (
-        manifest.config["features"]["crosses"]
-        == manifest["schema"]["crosses"]
-        == [["age", "category"], ["user_id", "app_id"]]
-    )
+    crosses = [["age", "category"], ["user_id", "app_id"]]
+    assert manifest.config["features"]["crosses"] == crosses
+    assert [list(names) for names in manifest.schema.crosses] == crosses
     assert (
         command("run", "--source", log, "--state", state).exit_code == 0
     )  # goes on with what is kept
@@ -220,37 +222,40 @@ def test_crosses_given_on_the_command_line_are_kept_and_wrong_ones_end_the_run(t
         ([["f0", "f1"]] * 2, 2, "listed twice"),
         ([["f0", "f1"]], 0, "do not agree"),
         ([["f0", "nothing"]], 1, "which is no field"),
-        (list(itertools.combinations([f"f{i}" for i in range(24)], 2))[:257], 257, "at most 256"),
-        ([["f0"]], 1, "two or more"),
-        ("f0*f1", 1, "tuple"),
-        ([["f0", 1]], 1, "string"),
+        (list(itertools.combinations([f"f{i}" for i in range(24)], 2))[:257], 257, "<= 25[67]"),
+        ([["f0"]], 1, "Expected `array` of length >= 2"),
+        ("f0*f1", 1, "Expected `array`, got `str`"),
+        ([["f0", 1]], 1, "Expected `str`, got `int`"),
     ],
 )
 def test_a_manifest_whose_crosses_no_configuration_could_have_is_refused(
     tmp_path, schema, learner, message
 ):
-    fields = [[f"f{i}", "categorical"] for i in range(24)]
-    options = {
-        "model": "lr_dnn",
-        "fields": 24,
-        "embedding_dim": 4,
-        "hidden": [4],
-        "table_bits": 8,
-        "batch_size": 8,
-    }
-    weights = make_learner(**options, device="cpu").weights()
-    manifest = {
-        "model": "default", "epoch": 1, "sequence": 1, "examples": 1, "event_time_ms": 0, "created_ms": 0,
-        "schema": {"fields": fields, "table_bits": 8, "crosses": [["f0", "f1"]]},
-        "learner": {**options, "value_fields": [], "crosses": 1},
-    }  # fmt: skip
-    good = snapshot.write(
-        tmp_path, tensors={"model": weights}, manifest=manifest, snapshot_id="00000001-x"
+    fields = tuple(Field(f"f{i}", "categorical") for i in range(24))
+    spec = LearnerSpec(
+        model="lr_dnn",
+        fields=24,
+        crosses=1,
+        embedding_dim=4,
+        hidden=(4,),
+        table_bits=8,
+        batch_size=8,
     )
-    assert Scorer(good).predict([{"f0": "1", "f1": "a"}]).shape == (1,)
-    manifest["schema"]["crosses"], manifest["learner"]["crosses"] = schema, learner
-    bad = snapshot.write(
-        tmp_path, tensors={"model": weights}, manifest=manifest, snapshot_id="00000002-x"
+    path = snapshot.write(
+        tmp_path,
+        tensors={"model": make_learner(spec, device="cpu").weights()},
+        manifest=manifest(
+            schema=Schema(fields=fields, table_bits=8, crosses=(("f0", "f1"),)),
+            learner=spec,
+            beside={},
+        ),
     )
-    with pytest.raises(SnapshotError, match=f"does not describe a model.*{message}"):
-        Scorer(bad)
+    assert Scorer(path).predict([{"f0": "1", "f1": "a"}]).shape == (1,)
+
+    def change(document: Any) -> None:
+        document["schema"]["crosses"] = schema
+        document["learner"]["crosses"] = learner
+
+    edit_manifest(path, change)
+    with pytest.raises(SnapshotError, match=f"is damaged: .*{message}"):
+        Scorer(path)

@@ -33,7 +33,8 @@ from stream_ctr.logs.open import open_log
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import encode_pointer, pointer_for, read_pointer, write_pointer
-from stream_ctr.snapshots.subscriber import Subscriber, TopicPointers
+from stream_ctr.snapshots.pointer_sources import TopicPointers
+from stream_ctr.snapshots.subscriber import Subscriber
 from stream_ctr.train.trainer import Surroundings
 
 ROOT = Path(__file__).parents[1]

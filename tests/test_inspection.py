@@ -24,7 +24,7 @@ from stream_ctr.snapshots import publisher as publisher
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.publisher import Publisher
-from stream_ctr.snapshots.subscriber import TopicPointers
+from stream_ctr.snapshots.pointer_sources import TopicPointers
 
 QUICK = [
     part

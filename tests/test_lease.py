@@ -1,4 +1,4 @@
-"""One trainer on a state directory: a second is refused, and one that lost it writes nothing more."""
+"""One trainer holds a state directory: a second is refused, and one that lost it stops writing."""
 
 from __future__ import annotations
 
@@ -11,27 +11,31 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
-from support.lineage import SMALL, newest, published
+from click.testing import CliRunner, Result
+from support.lineage import QUICK, SMALL, newest, published
+from support.manifests import make_newer, manifest, write_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
+from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.lease import Lease, TakenOver
+from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.lease import Lease, TakenOver, epochs
+from stream_ctr.snapshots.pointer import pointer_for, write_pointer
 
 
-def test_a_second_lease_is_refused_and_names_the_holder(tmp_path):
+def test_a_second_lease_is_refused_and_names_the_holder(tmp_path: Path) -> None:
     with (
         Lease(tmp_path),
         pytest.raises(ConfigError, match=rf"in use by process {os.getpid()} on .*--take-over"),
     ):
         Lease(tmp_path)
-    Lease(tmp_path).close()  # free again
+    Lease(tmp_path).close()  # it is free again
 
 
-def test_each_lease_has_a_higher_epoch_also_when_nothing_was_written_under_it(tmp_path):
+def test_each_lease_has_a_higher_epoch_even_if_nothing_was_written(tmp_path: Path) -> None:
     found = []
     for _ in range(3):
         with Lease(tmp_path) as lease:
@@ -39,19 +43,74 @@ def test_each_lease_has_a_higher_epoch_also_when_nothing_was_written_under_it(tm
     assert found == [1, 2, 3]
 
 
-def test_the_epoch_is_above_that_of_every_snapshot_and_of_what_is_published(tmp_path):
-    path = snapshot.write(
-        tmp_path / "snapshots", tensors={}, manifest={"epoch": 7}, snapshot_id=snapshot.new_id(1, 0)
-    )
+def test_the_epoch_is_above_that_of_every_snapshot_and_of_the_pointer(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path / "snapshots", sequence=1, epoch=7)
+    write_snapshot(tmp_path / "snapshots", sequence=2, epoch=2)
     with Lease(tmp_path) as lease:
         assert lease.epoch == 8
-    told = {"model": "m", "sequence": 1, "examples": 1, "event_time_ms": 0, "created_ms": 0}
-    snapshot.write_pointer(tmp_path / "latest.json", snapshot.pointer_for(path, told, epoch=20))
+    write_pointer(tmp_path / "latest.json", pointer_for(path, manifest(), epoch=20))
     with Lease(tmp_path) as lease:
         assert lease.epoch == 21
 
 
-def test_who_was_taken_over_finds_out_and_the_new_holder_is_named(tmp_path):
+def test_damaged_snapshots_and_pointers_have_no_epoch(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "snapshots", sequence=1, epoch=7)
+    damaged = write_snapshot(tmp_path / "snapshots", sequence=2, epoch=9)
+    (damaged / "manifest.json").write_text("{}")
+    (tmp_path / "latest.json").write_text("{}")
+    assert list(epochs(tmp_path)) == [7]
+
+
+@pytest.mark.parametrize("document", ["manifest.json", "latest.json"])
+def test_a_directory_of_a_newer_version_is_not_taken_and_not_locked(
+    tmp_path: Path, document: str
+) -> None:
+    path = write_snapshot(tmp_path / "snapshots")
+    write_pointer(tmp_path / "latest.json", pointer_for(path, manifest()))
+    newer = path / document if document == "manifest.json" else tmp_path / document
+    make_newer(newer)
+    with pytest.raises(NewerFormat, match=f"{newer} has format 2"):
+        Lease(tmp_path)
+    newer.write_text("{}")
+    Lease(tmp_path).close()
+
+
+@pytest.mark.parametrize("document", ["manifest.json", "latest.json"])
+def test_a_run_on_a_directory_of_a_newer_version_exits_6_and_changes_nothing(
+    tmp_path: Path, document: str
+) -> None:
+    """An older snapshot that would verify is there, and is not resumed from."""
+    log = tmp_path / "log.jsonl"
+    state = tmp_path / "state"
+    Simulation(600, seed=0).write_jsonl(log)
+
+    def run(*options: str) -> Result:
+        arguments = ["run", "--source", str(log), "--state", str(state), *QUICK, *options]
+        return CliRunner().invoke(main, arguments)
+
+    first = run("-X", "schedule.snapshot_examples=256")
+    assert first.exit_code == 0, first.output
+    names = snapshot.snapshot_ids(state / "snapshots")
+    assert len(names) > 1
+    newest_snapshot = state / "snapshots" / names[-1]
+    changed = newest_snapshot / document if document == "manifest.json" else state / document
+    make_newer(changed)
+
+    def contents() -> dict[str, bytes]:
+        files = [path for path in state.rglob("*") if path.is_file() and path.name != "lock"]
+        return {str(path): path.read_bytes() for path in files}
+
+    before = contents()
+    result = run()
+    assert result.exit_code == 6, result.output
+    assert (
+        f"{changed} has format 2, and this version of stream-ctr reads formats up to 1: "
+        "install the version that wrote it" in " ".join(result.output.split())
+    )
+    assert contents() == before
+
+
+def test_a_holder_that_was_taken_over_finds_out_and_the_new_one_is_named(tmp_path: Path) -> None:
     old = Lease(tmp_path)
     old.check()
     new = Lease(tmp_path, take_over=True)
@@ -59,13 +118,13 @@ def test_who_was_taken_over_finds_out_and_the_new_holder_is_named(tmp_path):
     new.check()
     with pytest.raises(TakenOver, match=f"taken over by process {os.getpid()}"):
         old.check()
-    old.close()  # which must not free what is the new holder's
+    old.close()  # this must not release the lease of the new holder
     with pytest.raises(ConfigError, match="in use"):
         Lease(tmp_path)
     new.close()
 
 
-def test_a_lock_that_was_removed_is_a_lease_that_was_lost(tmp_path):
+def test_a_lease_whose_lock_was_removed_is_lost(tmp_path: Path) -> None:
     with Lease(tmp_path) as lease:
         (tmp_path / "lock").unlink()
         with pytest.raises(TakenOver, match="is gone"):
@@ -73,39 +132,35 @@ def test_a_lock_that_was_removed_is_a_lease_that_was_lost(tmp_path):
 
 
 def obey_modes() -> None:
-    """Root may write anywhere; without this capability it may not."""
+    """Drop the capability with which root may write anywhere."""
     if os.geteuid() == 0:
-        drop_from_bounding_set, cap_dac_override = 24, 1
+        drop_from_bounding_set = 24
+        cap_dac_override = 1
         assert ctypes.CDLL(None).prctl(drop_from_bounding_set, cap_dac_override, 0, 0, 0) == 0
 
 
 @pytest.mark.fault(21, injected="state directory with mode 0555; lock held by another process")
 @pytest.mark.slow
-def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_path, outcome):
+def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(
+    tmp_path: Path, outcome: Outcome
+) -> None:
     log = tmp_path / "log.jsonl"
-    Simulation(10, seed=0).write_jsonl(log)
     state = tmp_path / "state"
+    Simulation(10, seed=0).write_jsonl(log)
     state.mkdir(mode=0o555)
-    command = [
-        sys.executable,
-        "-m",
-        "stream_ctr",
-        "run",
-        "--source",
-        str(log),
-        "--state",
-        str(state),
-    ]
+    arguments = ["run", "--source", str(log), "--state"]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, preexec_fn=obey_modes
+        [sys.executable, "-m", "stream_ctr", *arguments, str(state)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=obey_modes,
     )
     assert done.returncode == 3, done.stderr
     assert f"cannot write in the state directory {state}" in done.stderr
     assert "Traceback" not in done.stderr
     with Lease(tmp_path / "held"):
-        result = CliRunner().invoke(
-            main, ["run", "--source", str(log), "--state", str(tmp_path / "held")]
-        )
+        result = CliRunner().invoke(main, [*arguments, str(tmp_path / "held")])
     assert result.exit_code == 3
     assert f"in use by process {os.getpid()}" in result.output
     outcome(
@@ -114,19 +169,17 @@ def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(tmp_p
 
 
 def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "stream_ctr",
-        "run",
-        "--source",
-        str(log),
-        "--state",
-        str(state),
-        *SMALL,
-        *options,
-    ]
+    arguments = ["run", "--source", str(log), "--state", str(state), *SMALL, *options]
+    command = [sys.executable, "-m", "stream_ctr", *arguments]
     return started(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+
+
+def errors_of(process: subprocess.Popen[str]) -> str:
+    return process.stderr.read() if process.stderr else ""
+
+
+def modification_times(state: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
 
 
 @pytest.mark.fault(9, injected="a second `run` while the first one learns")
@@ -134,35 +187,36 @@ def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
     10, injected="SIGSTOP of A between two snapshots, B with --take-over to the end, SIGCONT of A"
 )
 @pytest.mark.slow
-def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(tmp_path, outcome):
-    log, state = tmp_path / "log.jsonl", tmp_path / "state"
+def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
+    tmp_path: Path, outcome: Outcome
+) -> None:
+    log = tmp_path / "log.jsonl"
+    state = tmp_path / "state"
     Simulation(40_000, seed=2).write_jsonl(log)
     frequent = ["-X", "schedule.snapshot_examples=1024", "-X", "schedule.report_every=100ms"]
-    a = start(state, log, *frequent)
+    frozen = start(state, log, *frequent)
     wait_until(lambda: (state / "latest.json").exists())
-    assert a.poll() is None
-    os.kill(a.pid, signal.SIGSTOP)
+    assert frozen.poll() is None
+    os.kill(frozen.pid, signal.SIGSTOP)
     refused = start(state, log)
     assert refused.wait(PATIENCE_SECONDS) == 3
-    assert f"in use by process {a.pid}" in (refused.stderr.read() if refused.stderr else "")
+    assert f"in use by process {frozen.pid}" in errors_of(refused)
 
-    b = start(state, log, "--take-over", *frequent)
-    assert b.wait(PATIENCE_SECONDS) == 0, b.stderr.read() if b.stderr else ""
-    before = {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()}
-    left = newest(state)
-    os.kill(a.pid, signal.SIGCONT)
-    _, said = a.communicate(timeout=PATIENCE_SECONDS)
-    assert a.returncode == 3, said
-    assert f"was taken over by process {b.pid}" in said
-    assert {path: path.stat().st_mtime_ns for path in state.rglob("*") if path.is_file()} == before
-    assert newest(state) == left
-    pointed = published(state)
-    assert pointed is not None
-    assert (
-        pointed["examples"]
-        == 40_000
-        == json.loads((state / "reports.jsonl").read_text().splitlines()[-1])["examples"]
-    )
+    successor = start(state, log, "--take-over", *frequent)
+    assert successor.wait(PATIENCE_SECONDS) == 0, errors_of(successor)
+    before = modification_times(state)
+    last = newest(state)
+    os.kill(frozen.pid, signal.SIGCONT)
+    _, errors = frozen.communicate(timeout=PATIENCE_SECONDS)
+    assert frozen.returncode == 3, errors
+    assert f"was taken over by process {successor.pid}" in errors
+    assert modification_times(state) == before
+    assert newest(state) == last
+    served = published(state)
+    assert served is not None
+    report = json.loads((state / "reports.jsonl").read_text().splitlines()[-1])
+    assert served.examples == 40_000 == report["examples"]
     outcome(
-        "the second is refused and names the holder; A finds B's lease, changes no file, publishes nothing, exit 3"
+        "the second is refused and names the holder; "
+        "A finds B's lease, changes no file, publishes nothing, exit 3"
     )

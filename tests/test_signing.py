@@ -1,40 +1,33 @@
-"""Who has the public key loads nothing that the trainer's private key did not sign."""
+"""A subscriber with the public key loads only snapshots that the trainer's private key signed."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
     Encoding,
     NoEncryption,
     PrivateFormat,
-    PublicFormat,
 )
+from support.keys import write_keys
 from support.lineage import QUICK
+from support.manifests import edit_manifest
 from support.patience import PATIENCE_SECONDS
+from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
-from stream_ctr.errors import ConfigError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.signing import PublicKey, SigningKey
+from stream_ctr.snapshots.pointer import pointer_for, write_pointer
+from stream_ctr.snapshots.signing import PublicKey, SigningKey, verifier
 from stream_ctr.snapshots.subscriber import Subscriber
 
-
-def write_keys(directory: Path, name: str) -> tuple[Path, Path]:
-    key = ed25519.Ed25519PrivateKey.generate()
-    private, public = directory / f"{name}.pem", directory / f"{name}.pub.pem"
-    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
-    public.write_bytes(
-        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    )
-    return private, public
+PASSPHRASE = BestAvailableEncryption(b"x")
 
 
 @pytest.fixture(scope="module")
@@ -49,26 +42,35 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def run(log: Path, state: Path, *options: str) -> Any:
-    return CliRunner().invoke(
-        main, ["run", "--source", str(log), "--state", str(state), *QUICK, *options]
-    )
+def command(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-def verify(state: Path, key: Path) -> Any:
-    return CliRunner().invoke(main, ["snapshots", "verify", str(state), "--public-key", str(key)])
+def run(log: Path, state: Path, *, signing_key: Path | None = None) -> Result:
+    signing = ["-X", f"snapshots.signing_key={signing_key}"] if signing_key else []
+    return command("run", "--source", log, "--state", state, *QUICK, *signing)
 
 
-def test_a_signed_snapshot_is_loaded_with_the_public_key_and_by_who_asks_for_none(
-    log, tmp_path, keys
-):
+def test_a_key_verifies_its_own_signatures_and_no_others(keys: tuple[Path, Path]) -> None:
     private, public = keys
-    assert run(log, tmp_path, "-X", f"snapshots.signing_key={private}").exit_code == 0
+    signature = SigningKey(private).sign(b"manifest")
+    for key in (PublicKey(public), SigningKey(private)):
+        key.verify(b"manifest", signature)
+        for data, found in ((b"manifesT", signature), (b"manifest", signature[:32])):
+            with pytest.raises(SnapshotError, match="not that of the expected key"):
+                key.verify(data, found)
+    assert verifier(None) is None
+
+
+def test_a_signed_snapshot_is_loaded_with_the_public_key_and_without_one(
+    log: Path, tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
+    private, public = keys
+    assert run(log, tmp_path, signing_key=private).exit_code == 0
     for subscriber in (Subscriber(tmp_path, public_key=public), Subscriber(tmp_path)):
         assert subscriber.next(PATIENCE_SECONDS)
-    assert verify(tmp_path, public).exit_code == 0
-    again = run(log, tmp_path, "-X", f"snapshots.signing_key={private}")
-    assert "resumed from snapshot" in again.output
+    assert command("snapshots", "verify", tmp_path, "--public-key", public).exit_code == 0
+    assert "resumed from snapshot" in run(log, tmp_path, signing_key=private).output
 
 
 @pytest.mark.security(
@@ -79,64 +81,59 @@ def test_a_signed_snapshot_is_loaded_with_the_public_key_and_by_who_asks_for_non
     "forgery", ["unsigned", "another key", "a changed manifest", "half a signature"]
 )
 @pytest.mark.slow
-def test_what_the_key_did_not_sign_is_refused_before_anything_is_loaded(
-    log, tmp_path, keys, forgery, caplog, outcome
-):
+def test_a_snapshot_that_the_key_did_not_sign_is_refused_before_anything_is_loaded(
+    log: Path,
+    tmp_path: Path,
+    keys: tuple[Path, Path],
+    forgery: str,
+    caplog: pytest.LogCaptureFixture,
+    outcome: Outcome,
+) -> None:
     private, public = keys
-    signer = write_keys(tmp_path, "other")[0] if forgery == "another key" else private
+    signers = {"unsigned": None, "another key": write_keys(tmp_path, "other")[0]}
     state = tmp_path / "state"
-    assert (
-        run(
-            log,
-            state,
-            *([] if forgery == "unsigned" else ["-X", f"snapshots.signing_key={signer}"]),
-        ).exit_code
-        == 0
-    )
+    assert run(log, state, signing_key=signers.get(forgery, private)).exit_code == 0
     path = snapshot.newest(state / "snapshots")
     assert path
-    if (
-        forgery == "a changed manifest"
-    ):  # as the hashes in the manifest are right again, only the signature tells
-        manifest = json.loads((path / "manifest.json").read_text())
-        (path / "manifest.json").write_text(json.dumps({**manifest, "examples": 1}))
-        snapshot.write_pointer(state / "latest.json", snapshot.pointer_for(path, manifest))
-        assert snapshot.verify(path)
+    if forgery == "a changed manifest":
+        # The digests in the manifest are right, and so is the pointer: only the signature is not.
+        edit_manifest(path, lambda manifest: manifest.update(examples=1))
+        write_pointer(state / "latest.json", pointer_for(path, snapshot.verify(path)))
     elif forgery == "half a signature":
         (path / "manifest.sig").write_bytes((path / "manifest.sig").read_bytes()[:32])
     assert Subscriber(state, public_key=public).next(0.3) is None
     assert "signature" in caplog.text
-    checked = verify(state, public)
+    checked = command("snapshots", "verify", state, "--public-key", public)
     assert checked.exit_code == 6
     assert "sign" in checked.output
-    resumed = run(log, state, "-X", f"snapshots.signing_key={private}")
-    assert resumed.exit_code == 6, "a trainer does not go on from it either"
-    assert (
-        CliRunner()
-        .invoke(main, ["score", str(log), "--snapshot", str(path), "--public-key", str(public)])
-        .exit_code
-        == 6
-    )
+    resumed = run(log, state, signing_key=private)
+    assert resumed.exit_code == 6, "a trainer does not resume from it either"
+    scored = command("score", log, "--snapshot", path, "--public-key", public)
+    assert scored.exit_code == 6
     outcome("refused by subscriber, score, verify and the resuming trainer")
 
 
-def test_what_is_no_key_is_refused_by_name(tmp_path, keys):
+def test_a_file_that_holds_no_suitable_key_is_refused_by_name(
+    tmp_path: Path, keys: tuple[Path, Path]
+) -> None:
     private, public = keys
     other = rsa.generate_private_key(65537, 2048)
     (tmp_path / "rsa.pem").write_bytes(
         other.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
     )
     locked = ed25519.Ed25519PrivateKey.generate().private_bytes(
-        Encoding.PEM, PrivateFormat.PKCS8, BestAvailableEncryption(b"x")
+        Encoding.PEM, PrivateFormat.PKCS8, PASSPHRASE
     )
     (tmp_path / "locked.pem").write_bytes(locked)
     for path, reason in (
         (tmp_path / "none.pem", "cannot read the private key .*none.pem: No such file"),
         (tmp_path / "rsa.pem", "not Ed25519"),
         (tmp_path / "locked.pem", "without a passphrase"),
-        (public, "is no private key"),
+        (public, "is not a private key"),
     ):
         with pytest.raises(ConfigError, match=reason):
             SigningKey(path)
-    with pytest.raises(ConfigError, match="is no public key"):
+    with pytest.raises(ConfigError, match="is not a public key"):
         PublicKey(private)
+    with pytest.raises(ConfigError, match="cannot read the public key"):
+        verifier(tmp_path / "none.pem")

@@ -30,7 +30,8 @@ from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
     from stream_ctr.snapshots.pointer import Pointer
-    from stream_ctr.snapshots.subscriber import Scorer, Subscriber
+    from stream_ctr.snapshots.scorer import Scorer
+    from stream_ctr.snapshots.subscriber import Subscriber
 
 _MODEL_OPTION = click.option(
     "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
@@ -93,7 +94,8 @@ def subscribe(
     """
     from stream_ctr.cli import runs
     from stream_ctr.cli.client import connector_errors
-    from stream_ctr.snapshots.subscriber import Subscriber, TopicPointers
+    from stream_ctr.snapshots.pointer_sources import TopicPointers
+    from stream_ctr.snapshots.subscriber import Subscriber
 
     hook = _hook(command)
     if state and topic:
@@ -140,7 +142,10 @@ def _follow(
                 _run_hook(hook, pointer)
         if once:
             if pointer is None:
-                raise SnapshotError(f"no valid snapshot was published within {timeout:g} s")
+                reason = f": {subscriber.refusal}" if subscriber.refusal else ""
+                raise SnapshotError(
+                    f"no valid snapshot was published within {timeout:g} s{reason}"
+                )
             return
 
 
@@ -202,7 +207,8 @@ def score(
     """
     from stream_ctr.events.decoder import Decoder
     from stream_ctr.snapshots import snapshot
-    from stream_ctr.snapshots.subscriber import Scorer, verifier
+    from stream_ctr.snapshots.scorer import Scorer
+    from stream_ctr.snapshots.signing import verifier
 
     signature = verifier(public_key)
     if path.is_dir() and not (path / "manifest.json").exists():

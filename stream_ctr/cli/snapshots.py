@@ -242,7 +242,7 @@ def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
     \b
     stream-ctr snapshots verify state
     """
-    from stream_ctr.snapshots.subscriber import verifier
+    from stream_ctr.snapshots.signing import verifier
 
     signature = verifier(public_key)
     single = (path / "manifest.json").exists()

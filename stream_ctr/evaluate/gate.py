@@ -1,8 +1,9 @@
-"""The gate: a snapshot is published only if its model does no worse than the published one and the baseline.
+"""The gate: a snapshot is published only if its model does no worse than others.
 
-A model is measured on examples that it had not learned yet, since the last verdict, once they hold
-enough clicks. If there is a baseline, the model is compared through it: when traffic becomes harder
-both get worse, and the model is not to blame.
+The others are the published model and the baseline. A model is measured on the examples since the
+last verdict, each predicted before it was learned, once they hold enough clicks. With a baseline,
+the logloss of a model is compared relative to the baseline's: if traffic becomes harder to predict,
+both get worse, and the model is not refused for it.
 
 >>> good = Measured(
 ...     clicks=5000,
@@ -66,8 +67,8 @@ class Gate:
     """Bounds on how much worse a snapshot may be.
 
     `logloss` is a share of the logloss that it is compared with, `calibration` a difference of
-    |ln(predicted / actual clicks)|. There is no verdict on fewer than `clicks` clicks; with 0 there
-    is no gate.
+    |ln(predicted / actual clicks)|. No verdict is passed on fewer than `clicks` clicks, and with 0
+    there is no gate.
     """
 
     clicks: int = 1000
@@ -110,7 +111,7 @@ class Gate:
 
 
 class Judge:
-    """Collect evidence on the models of a run, and pass verdicts on the first of them."""
+    """Collect evidence on the models of a run, and pass verdicts on the first one."""
 
     def __init__(self, gate: Gate, models: Sequence[str], baseline: str | None = None) -> None:
         self._gate = gate
@@ -136,15 +137,15 @@ class Judge:
             self._recent = metrics.Tally(self._models)
 
     def begin_anew(self, reason: str) -> None:
-        """Forget the evidence, which is that of another model.
+        """Forget the evidence when another model takes over.
 
-        If there is a gate, it refuses with this reason until there is a verdict.
+        With a gate, snapshots are refused for `reason` until the next verdict.
         """
         self._recent = metrics.Tally(self._models)
         self.refused = (reason,) if self._gate.clicks else ()
 
     def go_back(self, verdict: Verdict) -> None:
-        """Forget the evidence and take the verdict of an earlier snapshot, which the model is again."""
+        """Forget the evidence, and take the verdict of the snapshot that was restored."""
         self._recent = metrics.Tally(self._models)
         self._take(verdict)
 

@@ -1,6 +1,7 @@
-"""Everything that a run measures: over all of it, in event-time windows, and since the last verdict.
+"""The metrics of a run: over all of it, in event-time windows, and since the last verdict.
 
->>> board = Scoreboard(["a", "b"], windows=MetricWindows(window_ms=1000, rolling=2), gate=Gate(clicks=0))
+>>> windows = MetricWindows(window_ms=1000, rolling=2)
+>>> board = Scoreboard(["a", "b"], windows=windows, gate=Gate(clicks=0))
 >>> board.add(
 ...     metrics.Scored(
 ...         np.array([0, 1]),
@@ -37,7 +38,7 @@ class MetricWindows:
 
 
 class Scoreboard:
-    """The metrics of `models`, of which the first is published and the last may be the `baseline`."""
+    """The metrics of `models`, the published one first and the `baseline`, if any, last."""
 
     def __init__(
         self,

@@ -18,11 +18,14 @@ from msgspec import Meta, Struct
 from stream_ctr.messages import nearest
 
 
-class Field(Struct, frozen=True, array_like=True):
+class Field(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A column of an impression's features. `kind` decides how its values become table rows."""
 
     name: str
     kind: Literal["categorical", "numeric"]
+
+
+Cross = Annotated[tuple[str, ...], Meta(min_length=2)]
 
 
 class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -36,12 +39,14 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
     buckets_per_octave: Annotated[float, Meta(gt=0, le=64)] = 2.0
     hash_seed: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
-    crosses: Annotated[tuple[tuple[str, ...], ...], Meta(max_length=256)] = ()
+    crosses: Annotated[tuple[Cross, ...], Meta(max_length=256)] = ()
 
     def __post_init__(self) -> None:
         names = [field.name for field in self.fields]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"a field is listed twice: {', '.join(twice)}")
+        if len({tuple(sorted(members)) for members in self.crosses}) < len(self.crosses):
+            raise ValueError("a cross product is listed twice")
         require_members(self.crosses, self.fields, self.numeric_encoding)
 
     @property

@@ -1,13 +1,15 @@
-"""Decoding of the JSON contracts: manifest and pointer, checked once at the door.
+"""Decoding of the JSON contracts, manifest and pointer, into frozen types.
 
-A document with a newer `format` raises `NewerFormat`, so that a run or a subscriber of an older
-version stops with that message and never falls back to an older snapshot in silence. Everything
-else that does not decode, an unknown key included, is damage.
+A document with a newer `format` raises `NewerFormat`: a run of an older version stops with that
+message, and never falls back to an older snapshot in silence. Everything else that does not decode
+is damage. An unknown key is damage too, and so is a missing one, even where the type has a default:
+a server that guessed a hash seed would serve wrong probabilities. Every change of the keys of a
+document therefore needs a new format.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +19,8 @@ from stream_ctr.messages import one_line
 
 Contract = TypeVar("Contract", bound=msgspec.Struct)
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+# Python's `$` allows a line feed at the end, unlike that of JSON Schema. The length forbids it.
+Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 
 
 class NewerFormat(SnapshotError):
@@ -54,9 +57,20 @@ stream-ctr reads formats up to 1: install the version that wrote it
                 f"formats up to {newest}: install the version that wrote it"
             )
         if found != newest:
-            raise ValueError(f"format {found} was never written")
-        return msgspec.json.decode(data, type=contract)
+            raise ValueError(f"there is no format {found}")
+        decoded = msgspec.json.decode(data, type=contract)
+        _require_keys(msgspec.json.decode(data), msgspec.to_builtins(decoded))
+        return decoded
     except NewerFormat:
         raise
     except (msgspec.MsgspecError, ValueError, RecursionError) as reason:
         raise SnapshotError(f"{name} is damaged: {one_line(reason, 400)}") from None
+
+
+def _require_keys(found: Any, complete: Any, path: str = "$") -> None:
+    """Raise `ValueError` if `found` lacks a key of `complete`, at any depth of objects."""
+    if isinstance(complete, dict):
+        for key, value in complete.items():
+            if key not in found:
+                raise ValueError(f"Object missing required field `{key}` - at `{path}`")
+            _require_keys(found[key], value, f"{path}.{key}")

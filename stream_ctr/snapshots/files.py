@@ -1,18 +1,24 @@
-"""File operations that snapshots and pointers share: durable writes, bounded reads, named errors."""
+"""File names and operations that snapshots and pointers share: durable writes, named errors."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
+
 from stream_ctr.errors import SnapshotError
 
+MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"
 """Names that begin like this are unfinished or half deleted."""
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 def _read_umask() -> int:
@@ -22,6 +28,33 @@ def _read_umask() -> int:
 
 
 UMASK = _read_umask()
+
+
+def plain_name(name: str, kind: str) -> str:
+    """Return `name` if it is one that a file may have. Raises `SnapshotError` otherwise.
+
+    >>> plain_name("fm.model", "file stem")
+    'fm.model'
+    >>> plain_name("../x", "file stem")
+    Traceback (most recent call last):
+    stream_ctr.errors.SnapshotError: file stem '../x' is not a plain name: letters, digits, '_', \
+'-' and '.', not starting with '.' or '-'
+    """
+    if not _PLAIN_NAME.fullmatch(name):
+        raise SnapshotError(
+            f"{kind} {name!r:.200} is not a plain name: letters, digits, '_', '-' and '.', "
+            "not starting with '.' or '-'"
+        )
+    return name
+
+
+def snapshot_name(name: str) -> str:
+    """Return `name` if a snapshot may have it. Raises `SnapshotError` otherwise."""
+    if name.startswith(TEMPORARY):
+        raise SnapshotError(
+            f"snapshot {name!r:.200} may not start with {TEMPORARY!r}, which marks unfinished ones"
+        )
+    return plain_name(name, "snapshot")
 
 
 @contextmanager
@@ -76,7 +109,7 @@ def remove(path: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give a file that never changes a second name, or copy it where the file system has no links."""
+    """Give an immutable file a second name, or copy it where the file system has no links."""
     try:
         os.link(source, target)
     except OSError:
@@ -91,10 +124,14 @@ def is_directory(path: Path) -> bool:
         return False
 
 
-def to_json(value: Mapping[str, object]) -> bytes:
-    """Encode a manifest or a pointer as indented JSON. Raises `SnapshotError` for NaN and infinity."""
+def to_json(document: msgspec.Struct) -> bytes:
+    """Encode a manifest or a pointer as indented JSON.
+
+    Raises `SnapshotError` for anything that JSON does not have, such as NaN.
+    """
     try:
-        return json.dumps(value, indent=1, allow_nan=False).encode() + b"\n"
+        builtins = msgspec.to_builtins(document)
+        return json.dumps(builtins, indent=1, allow_nan=False).encode() + b"\n"
     except (TypeError, ValueError) as reason:
         raise SnapshotError(f"manifest or pointer is not JSON: {reason}") from reason
 

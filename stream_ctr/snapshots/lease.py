@@ -1,6 +1,6 @@
-"""The lease of a state directory: one trainer at a time, and one that lost it writes nothing more.
+"""The lease of a state directory: one trainer holds it, and one that lost it writes nothing more.
 
-The file `lock` is held with flock for as long as the process lives, and names its holder.
+The file `lock` names its holder, which holds it with flock for as long as it lives. A run with
 `take_over` replaces the file. When the former holder, which was frozen or cut off, looks again, the
 file at the path is not the one that it holds.
 
@@ -8,10 +8,10 @@ file at the path is not the one that it holds.
     ---------------------   ----------------------   -------------------------------------------
     holder                  the file that it holds   it may write
     taken over              another file             `check` raises `TakenOver`; it writes nothing
-    taken over              missing                  the same: somebody removed the lease
+    taken over              missing                  the same: the lease was removed
 
-Every lease has an epoch above those of all snapshots, pointers and leases before it, so that what
-a former holder had begun ranks below what the new one publishes.
+Every lease has an epoch above those of all snapshots, pointers and leases before it. A snapshot
+that a former holder began therefore ranks below those that the new one publishes.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class TakenOver(ConfigError):
 
 
 class Lease:
-    """Hold `directory`, which is created if it is missing, until closed.
+    """Hold `directory`, which is created if it is missing, until `close`.
 
     Raises `ConfigError` if another process holds it and `take_over` is false, or if it cannot be
-    written.
+    written, and `NewerFormat` if a newer version wrote into it.
     """
 
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
@@ -76,7 +76,7 @@ class Lease:
             )
 
     def close(self) -> None:
-        """Let the directory go."""
+        """Release the directory."""
         os.close(self._fd)
 
     def __enter__(self) -> Self:
@@ -101,8 +101,8 @@ class Lease:
                     return self._replace()
                 raise ConfigError(
                     f"the state directory {self._path.parent} is in use by "
-                    f"{_describe(_holder(self._path))}; if that is frozen or gone for good, "
-                    "--take-over goes on without it"
+                    f"{_describe(_holder(self._path))}; if that process is frozen or gone for "
+                    "good, --take-over goes on without it"
                 ) from None
             with contextlib.suppress(FileNotFoundError):
                 if os.stat(self._path).st_ino == os.fstat(fd).st_ino:

@@ -1,14 +1,14 @@
-"""The manifest: what a snapshot's `manifest.json` holds, as one frozen type.
+"""The manifest: the contents of a snapshot's `manifest.json`, as one frozen type.
 
-A manifest is decoded once, when a snapshot is opened. What does not decode is a damaged snapshot;
-what a newer version wrote is an error of its own (see `snapshot.load`).
+A manifest is decoded once, when a snapshot is opened (see `contract.decode`). docs/schemas has its
+JSON Schema.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.events.field import Schema
@@ -16,6 +16,20 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots.contract import Count, Sha256
 
 FORMAT = 1
+_LARGEST_SUM = (1 << 64) - 1
+
+METRICS_SCHEMA: dict[str, Any] = {
+    "description": "The metrics of all models over the whole run, as in a report.",
+    "properties": {
+        "from_example": {"type": "integer", "minimum": 0},
+        "models": {"type": "object", "additionalProperties": {"$ref": "#/$defs/ModelScore"}},
+        "constant_logloss": {"type": ["number", "null"]},
+        "best_possible_logloss": {"type": ["number", "null"]},
+        "paired": {"$ref": "#/$defs/Paired"},
+        "pairs": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Difference"}},
+    },
+}
+"""The JSON Schema of metrics; a report defines its types (see docs/schemas/generate.py)."""
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -26,13 +40,14 @@ class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class LedgerEntry(Struct, frozen=True, forbid_unknown_fields=True):
-    """How many examples were trained, and the sum of their hashes modulo 2 ** 64."""
+    """The number of examples that were trained, and the sum of their hashes modulo 2 ** 64."""
 
     count: Count
-    sum: int
+    # The bounds of Meta itself are those of 64 bits with a sign.
+    sum: Annotated[int, Meta(extra_json_schema={"minimum": 0, "maximum": _LARGEST_SUM})]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sum < 1 << 64:  # Meta has no bounds of 64 bits without a sign
+        if not 0 <= self.sum <= _LARGEST_SUM:
             raise ValueError(f"a ledger's sum is a number of 64 bits, got {self.sum}")
 
 
@@ -67,7 +82,10 @@ class GuardState(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
-    """The same of an additional model, and why it was left out of the run, empty if it was not."""
+    """The counts of an additional model, as `GuardState` has them, and why it was left out.
+
+    `left_out` is empty for a model that learns.
+    """
 
     skipped: Count = 0
     learned: Count = 0
@@ -76,7 +94,7 @@ class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What a server needs to rebuild the models, and what a resumed run must agree with.
+    """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
     `model` is the name under which snapshots are published, `learner` specifies the published
     model and `beside` the additional ones. `config` holds the sections of the configuration that a
@@ -121,10 +139,11 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
 
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that a snapshot says about itself besides its arrays. Times are epoch milliseconds.
+    """The description of a snapshot: all of its state but the arrays.
 
-    `positions` maps "topic:partition" to the next offset to read. `weights_sha256` is equal if
-    every bit of the published weights is. `files` is filled in when the snapshot is written.
+    Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read.
+    `weights_sha256` is equal if every bit of the published weights is. `files` is filled in when
+    the snapshot is written.
     """
 
     format: Count = FORMAT
@@ -144,6 +163,6 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     guard: GuardState
     guards_beside: dict[str, AdditionalGuardState]
     gate: Verdict
-    metrics: dict[str, Any]
+    metrics: Annotated[dict[str, Any], Meta(extra_json_schema=METRICS_SCHEMA)]
     weights_sha256: Sha256
     files: dict[str, FileEntry] = {}

@@ -1,13 +1,13 @@
 """The pointer: a small JSON object that names the snapshot which subscribers load.
 
-It stands in `latest.json` of a state directory and on the snapshot topic under the model's name.
+It is in `latest.json` of a state directory, and on the snapshot topic under the model's name.
+docs/schemas has its JSON Schema.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 
 import msgspec
@@ -20,37 +20,6 @@ from stream_ctr.snapshots.contract import Count, Sha256, decode
 from stream_ctr.snapshots.manifest import Manifest
 
 FORMAT = 1
-MANIFEST = "manifest.json"
-
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-def plain_name(name: str, kind: str) -> str:
-    """Return `name` if it is one that a file may have. Raises `SnapshotError` otherwise.
-
-    >>> plain_name("fm.model", "file stem")
-    'fm.model'
-    >>> plain_name("../x", "file stem")
-    Traceback (most recent call last):
-    stream_ctr.errors.SnapshotError: file stem '../x' is not a plain name: letters, digits, '_', \
-'-' and '.', not starting with '.' or '-'
-    """
-    if not _PLAIN_NAME.fullmatch(name):
-        raise SnapshotError(
-            f"{kind} {name!r:.200} is not a plain name: letters, digits, '_', '-' and '.', "
-            "not starting with '.' or '-'"
-        )
-    return name
-
-
-def snapshot_name(name: str) -> str:
-    """Return `name` if a snapshot may have it. Raises `SnapshotError` otherwise."""
-    if name.startswith(files.TEMPORARY):
-        raise SnapshotError(
-            f"snapshot {name!r:.200} may not start with {files.TEMPORARY!r}, "
-            "which marks unfinished ones"
-        )
-    return plain_name(name, "snapshot")
 
 
 class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -81,8 +50,10 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
                 f"pointer path {self.path!r:.200} must be absolute and end in the snapshot's name "
                 f"{self.snapshot!r:.200}"
             )
-        if self.snapshot.startswith(files.TEMPORARY) or not _PLAIN_NAME.fullmatch(self.snapshot):
-            raise ValueError(f"{self.snapshot!r:.200} is not the name of a snapshot")
+        try:
+            files.snapshot_name(self.snapshot)
+        except SnapshotError as reason:
+            raise ValueError(reason) from None
 
     @property
     def rank(self) -> tuple[int, int]:
@@ -96,11 +67,11 @@ def pointer_for(path: Path, manifest: Manifest, *, epoch: int | None = None) -> 
     `epoch` replaces that of the manifest when a snapshot is published after one of a later epoch.
     Raises `SnapshotError` if the manifest cannot be read or its numbers do not fit a pointer.
     """
-    with files.opened(path / MANIFEST) as fd:
+    with files.opened(path / files.MANIFEST) as fd:
         digest = hashlib.sha256(files.read_all(fd)).hexdigest()
     described = {
         "format": FORMAT,
-        "snapshot": snapshot_name(path.name),
+        "snapshot": files.snapshot_name(path.name),
         "path": str(path.absolute()),
         "manifest_sha256": digest,
         "model": manifest.model,
@@ -134,7 +105,7 @@ def write_pointer(path: Path, pointer: Pointer) -> None:
     """
     temporary = path.with_name(f"{files.TEMPORARY}{path.name}")
     with files.naming(path, "cannot write pointer"):
-        files.write_durably(temporary, files.to_json(msgspec.to_builtins(pointer)))
+        files.write_durably(temporary, files.to_json(pointer))
         failpoint("pointer.before")
         os.replace(temporary, path)
         failpoint("pointer.after")

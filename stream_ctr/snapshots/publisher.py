@@ -1,12 +1,12 @@
 """The publisher: reports, dead letters and the pointer, in the state directory and on Kafka topics.
 
-The files are always written. With a `sink`, which is there if the input is Kafka, the same goes to
-topics. A broker that does not answer stops nothing:
+Files are always written. If the input is Kafka there is a `sink`, and topics get the same. A broker
+that does not answer does not stop the run:
 
     sent                  if the broker does not take it
     -------------------   ---------------------------------------------------------------
     a report              it is in `reports.jsonl` anyway
-    a dead letter         it goes to `dead_letters.jsonl`, as do all whose delivery is unknown
+    a dead letter         it goes to `dead_letters.jsonl`, with all whose delivery is unknown
     a pointer             `flush` sends it again, and raises if that fails too
 """
 
@@ -65,7 +65,7 @@ class Sink(Protocol):
 
 
 class LineFile:
-    """A file of lines. A line that a crash or a full disk cut short does not spoil the next one."""
+    """A file of lines. A line that a crash cut short does not damage the next one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,11 +87,12 @@ class LineFile:
 
 
 class Publisher:
-    """Write reports to `reports.jsonl`, dead letters to `dead_letters.jsonl`, the pointer to `latest.json`.
+    """Write reports, dead letters and the pointer into a state directory, and send them to topics.
 
-    With a `sink` they also go to `metrics_topic`, to `<topic>.dlq` and to `snapshot_topic`; dead
-    letters then go to the file only if the broker does not take them. `unavailable` are the errors
-    by which the sink says that a broker is away. A line that a full disk does not take is an error
+    The files are `reports.jsonl`, `dead_letters.jsonl` and `latest.json`. With a `sink`, reports go
+    to `metrics_topic` too, the pointer goes to `snapshot_topic`, and dead letters go to
+    `<topic>.dlq`, or to the file if the broker does not take them. The sink raises the errors
+    `unavailable` if it cannot reach the broker. A line that a full disk does not take is an error
     at the end (`flush`). With a `lease`, every method raises `TakenOver` once the lease is lost.
     """
 
@@ -124,7 +125,7 @@ class Publisher:
 
     @property
     def epoch(self) -> int:
-        """The epoch of this run, above that of every run before it in the directory."""
+        """The epoch of this run, above those of all earlier runs in the directory."""
         return self._lease.epoch if self._lease else 1 + max(epochs(self._directory), default=0)
 
     def check(self) -> None:
@@ -154,10 +155,11 @@ class Publisher:
         *,
         event: int | None = None,
     ) -> None:
-        """Set a malformed record aside: its bytes untouched, and the reason.
+        """Keep a malformed record, its bytes unchanged, with the reason.
 
-        `event` is the index of the one malformed event in a record; `value` is then a record of
-        that event alone. A value that no broker would take is cut, and a header says so.
+        `event` is the index of the malformed event in a record of many, and `value` is then a
+        record of that event alone. A value that is too large for a broker is cut, and a header says
+        so.
         """
         self.check()
         fields = {
@@ -255,7 +257,10 @@ class Publisher:
             return None
 
     def published_manifest(self) -> Manifest | None:
-        """Return the manifest of the published snapshot, or None, with a warning, if it is unreadable."""
+        """Return the manifest of the published snapshot, or None if there is none.
+
+        A snapshot that cannot be read is logged and counts as none. Raises `NewerFormat`.
+        """
         try:
             pointer = self.published()
             return snapshot.read_manifest(Path(pointer.path)) if pointer else None
@@ -302,7 +307,7 @@ class Publisher:
     # -- delivery --------------------------------------------------------------------------------
 
     def flush(self) -> None:
-        """Deliver everything, and say what could not be.
+        """Deliver everything, and report what could not be delivered.
 
         Raises `BrokerError` if the pointer did not reach its topic, and `ConfigError` if a line
         did not reach its file.

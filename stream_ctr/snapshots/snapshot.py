@@ -1,12 +1,13 @@
-"""A snapshot: one directory with safetensors files, segments of spilled impressions, and a manifest.
+"""Snapshots: a directory each, with safetensors files, spilled impressions, and a manifest.
 
     snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig
 
 The manifest holds the size and the SHA-256 of every file; `manifest.sig` is there if snapshots are
-signed. A snapshot becomes visible by one rename after everything in it is on disk. A crash leaves
+signed. A snapshot becomes visible by one rename after everything in it is on disk: a crash leaves
 the earlier snapshots, or those and a complete new one. Names that start with `tmp-` belong to
-unfinished or half-deleted snapshots. This module does not know what the arrays mean. It never
-unpickles: a file holds numbers, which are read from the very bytes whose SHA-256 was compared.
+unfinished or half-deleted snapshots. Segments are files of impressions that the joiner has moved to
+disk. This module does not interpret the arrays. It never unpickles: a file holds numbers, which are
+read from the same bytes whose SHA-256 was compared.
 """
 
 from __future__ import annotations
@@ -32,11 +33,16 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat, decode
+from stream_ctr.snapshots.files import MANIFEST, plain_name, snapshot_name
 from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest
-from stream_ctr.snapshots.pointer import MANIFEST, plain_name, snapshot_name
 
 DTYPES = frozenset(
-    "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64 complex64".split()
+    {
+        "bool",
+        *("int8", "int16", "int32", "int64"),
+        *("uint8", "uint16", "uint32", "uint64"),
+        *("float16", "float32", "float64", "complex64"),
+    }
 )
 
 Array = np.ndarray[Any, Any]
@@ -70,7 +76,7 @@ def new_id(sequence: int, event_time_ms: int) -> str:
 
 
 def stems(additional: str | None = None) -> tuple[str, str]:
-    """Return the file stems of a model and of its optimiser: the published one, or an additional one.
+    """Return the file stems of the published model and of its optimiser, or of an additional one.
 
     >>> stems(), stems("fm")
     (('model', 'optimizer'), ('fm.model', 'fm.optimizer'))
@@ -125,11 +131,12 @@ def write(
     sign: Callable[[bytes], bytes] | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
-    """Write `tensors` (file stem -> name -> array) and `manifest`; return `root / manifest.snapshot`.
+    """Write a snapshot, and return its path `root / manifest.snapshot`.
 
-    Arrays of any layout are accepted, of the types in `DTYPES`. Staged `segments` are moved in (see
-    `stage`). The manifest is written with the digests of these files. `check` is called before the
-    snapshot becomes visible and may raise. Everything is on disk when this returns.
+    `tensors` maps file stem -> name -> array; arrays of any layout are accepted, of the types in
+    `DTYPES`. Staged `segments` are moved in (see `stage`). The manifest is written with the digests
+    of these files. `check` is called before the snapshot becomes visible and may raise. Everything
+    is on disk when this returns.
 
     Raises `SnapshotError`, with nothing left behind, if something cannot be stored or the disk is
     full.
@@ -138,7 +145,7 @@ def write(
     name = snapshot_name(manifest.snapshot)
     for stem, named in tensors.items():
         _require_storable(stem, named)
-    _to_json(manifest)  # refuse a manifest that is not JSON before anything is written
+    _encode(manifest)  # refuse one that could not be read again before anything is written
     # The temporary name is this process's own: one that was taken over may write the same id.
     final = root / name
     temporary = root / f"{files.TEMPORARY}{OWN}-{name}"
@@ -155,10 +162,10 @@ def write(
         temporary.mkdir()
         entries = _fill(temporary, tensors, segments)
         failpoint("snapshot.files")
-        text = _to_json(msgspec.structs.replace(manifest, files=entries))
+        data = _encode(msgspec.structs.replace(manifest, files=entries))
         if sign:
-            files.write_durably(temporary / _SIGNATURE, sign(text))
-        files.write_durably(temporary / MANIFEST, text)
+            files.write_durably(temporary / _SIGNATURE, sign(data))
+        files.write_durably(temporary / MANIFEST, data)
         files.sync_directory(temporary)
         failpoint("snapshot.manifest")
         check()
@@ -207,8 +214,14 @@ def stage(root: Path, segments: Segments) -> Segments:
     return {name: (place / name, digest, size) for name, (_, digest, size) in segments.items()}
 
 
-def _to_json(manifest: Manifest) -> bytes:
-    return files.to_json(msgspec.to_builtins(manifest))
+def _encode(manifest: Manifest) -> bytes:
+    """Return the bytes of `manifest.json`. Raises `SnapshotError` if `load` would refuse them.
+
+    A frozen type does not check the values that it is made with, decoding does.
+    """
+    data = files.to_json(manifest)
+    decode(data, Manifest, newest=FORMAT, name=f"the manifest of snapshot {manifest.snapshot}")
+    return data
 
 
 def _require_storable(stem: str, named: Mapping[str, Array]) -> None:
@@ -362,7 +375,10 @@ def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
 def newest_with_model(
     root: Path, name: str | None, model: str, *, signature: Verify | None = None
 ) -> Path | None:
-    """Return the snapshot `name`, or its newest ancestor in `root`, that holds an additional `model`."""
+    """Return the path of the newest snapshot that holds an additional `model`, or None.
+
+    It is the snapshot `name`, or one of its ancestors in `root`.
+    """
     ids = set(snapshot_ids(root))
     while name is not None and name in ids:
         manifest = read_manifest(root / name, signature=signature)
@@ -375,7 +391,7 @@ def newest_with_model(
 def _verified_manifest(
     path: Path, expected_sha256: str | None, signature: Verify | None
 ) -> Manifest:
-    """Return the manifest after its signature, its digest, its form and its files were checked."""
+    """Check signature, digest and form of a manifest, and that its files are there; return it."""
     if not files.is_directory(path):
         raise SnapshotError(f"there is no snapshot directory {str(path)!r:.300}")
     with files.opened(path / MANIFEST) as fd:
@@ -408,7 +424,8 @@ def _require_entries(path: Path, entries: Iterable[str]) -> None:
     for name in entries:
         if not name.endswith((_SUFFIX, SEGMENT_SUFFIX)):
             raise SnapshotError(
-                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX} or *{SEGMENT_SUFFIX}"
+                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX} or "
+                f"*{SEGMENT_SUFFIX}"
             )
         plain_name(name, f"{path / MANIFEST}: file")
 

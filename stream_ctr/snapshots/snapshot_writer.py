@@ -66,7 +66,7 @@ class SnapshotWriter:
 
     @property
     def busy(self) -> bool:
-        """Whether a snapshot was begun that `take` has not returned."""
+        """True from `begin` until `take` has returned the snapshot."""
         return self._writing is not None
 
     def begin(self, cut: Cut) -> None:

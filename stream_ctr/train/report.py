@@ -16,7 +16,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.snapshots.contract import Count
-from stream_ctr.snapshots.manifest import LedgerEntry
+from stream_ctr.snapshots.manifest import METRICS_SCHEMA, LedgerEntry
 from stream_ctr.train.alarms import stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
 from stream_ctr.train.ingest import SourceStatus
@@ -26,6 +26,16 @@ from stream_ctr.train.state import TrainingState
 FORMAT = 1
 Kind = Literal["report", "final", "stopped"]
 Moment = Annotated[str, Meta(description="RFC 3339 in UTC, with milliseconds")]
+Tail = Annotated[
+    dict[str, Any],
+    Meta(
+        extra_json_schema={
+            **METRICS_SCHEMA,
+            "description": "The metrics over the last examples of a run, by kind and by model.",
+            "additionalProperties": {"$ref": "#/$defs/ModelScore"},
+        }
+    ),
+]
 _TAILS = {"last_half": 0.5, "last_quarter": 0.25}
 
 
@@ -114,6 +124,13 @@ class BaselineNote(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     note: str
 
 
+class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The share of the clicks that a label window of `window_seconds` would lose."""
+
+    window_seconds: float
+    lost_share: float
+
+
 class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The state of a run. `final` and `stopped` reports end a run and hold more.
 
@@ -153,9 +170,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     baseline: BaselineNote | UnsetType = UNSET
     rolling: Window | UnsetType = UNSET
     stalls: Count | UnsetType = UNSET
-    last_half: dict[str, Any] | UnsetType = UNSET
-    last_quarter: dict[str, Any] | UnsetType = UNSET
-    window_curve: list[dict[str, float]] | UnsetType = UNSET
+    last_half: Tail | UnsetType = UNSET
+    last_quarter: Tail | UnsetType = UNSET
+    window_curve: list[CurvePoint] | UnsetType = UNSET
     notes: list[str] | UnsetType = UNSET
 
 

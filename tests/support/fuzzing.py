@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Sequence
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from stream_ctr.events.decoder import Decoder, Events, Rejects
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
-from stream_ctr.learn.learner import NetworkLearner, make_learner
-from stream_ctr.snapshots import snapshot
 
 T = 1_735_689_600_000
 
@@ -150,42 +143,3 @@ def ipc(new_writer: Callable[..., Any], table: pa.Table) -> bytes:
             writer.write_table(table)
 
     return in_memory(write)
-
-
-LEARNER = {
-    "model": "deepfm", "fields": 3, "crosses": 1, "value_fields": [1], "embedding_dim": 4, "hidden": [8], "table_bits": 6, "batch_size": 8,
-}  # fmt: skip
-
-
-MANIFEST = {
-    "model": "default", "epoch": 3, "sequence": 1, "examples": 1000, "event_time_ms": T, "created_ms": T, "learner": LEARNER,
-    "beside": {"ftrl": {**LEARNER, "model": "lr", "ftrl": {"alpha": 0.1, "beta": 1.0, "l1": 0.0, "l2": 1.0}}},
-    "schema": {
-        "fields": [["app", "categorical"], ["age", "numeric"], ["os", "categorical"]], "table_bits": 6, "numeric_encoding": "value",
-        "crosses": [["app", "os"]],
-    },
-}  # fmt: skip
-
-
-@pytest.fixture
-def served(tmp_path):
-    """A snapshot that can be served."""
-    weights = NetworkLearner(**LEARNER, device="cpu").weights()
-    beside = make_learner(**MANIFEST["beside"]["ftrl"])
-    beside.learn(
-        np.array([[1, 2, 3, 4], [1, 5, 3, 6]], np.int32),
-        np.array([1, 0], np.uint8),
-        np.ones((2, 1), np.float32),
-    )
-    tensors = {"model": weights, "ftrl.model": beside.weights()}
-    return snapshot.write(
-        tmp_path / "snapshots", tensors=tensors, manifest=MANIFEST, snapshot_id="00000001-x"
-    )
-
-
-def sign_again(path: Path, name: str, data: bytes) -> None:
-    """Other bytes behind a true hash: what stands below the hash is reached."""
-    (path / name).write_bytes(data)
-    manifest = json.loads((path / "manifest.json").read_bytes())
-    manifest["files"][name] = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
-    (path / "manifest.json").write_text(json.dumps(manifest))

@@ -85,4 +85,5 @@ def reports(state: Path) -> list[dict[str, Any]]:
 
 
 def last_report(state: Path) -> dict[str, Any]:
+    """Return the last complete report."""
     return reports(state)[-1]

@@ -1,15 +1,21 @@
-"""Manifests of small models, with any field changed."""
+"""Manifests with sensible values, and changes to those of snapshots on disk."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
-import msgspec
+from msgspec import structs
 
-from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.evaluate.gate import Measured, Verdict
 from stream_ctr.events.field import Field, Schema
-from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.spec import FtrlRates, LearnerSpec
+from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import (
+    AdditionalGuardState,
     BaselineSpec,
     GuardState,
     JoinSpec,
@@ -17,53 +23,117 @@ from stream_ctr.snapshots.manifest import (
     Manifest,
 )
 
-T = 1_735_689_600_000
-
-SCHEMA = Schema(fields=(Field("app", "categorical"), Field("age", "numeric")), table_bits=6)
-LEARNER = LearnerSpec(fields=2, embedding_dim=4, hidden=(8,), table_bits=6, batch_size=8)
+TIME_MS = 1_735_726_500_000
+SCHEMA = Schema(
+    fields=(
+        Field("app", "categorical"),
+        Field("age", "numeric"),
+        Field("os", "categorical"),
+    ),
+    table_bits=6,
+    numeric_encoding="value",
+    crosses=(("app", "os"),),
+)
+LEARNER = LearnerSpec(
+    model="deepfm",
+    fields=3,
+    crosses=1,
+    value_fields=(1,),
+    embedding_dim=4,
+    hidden=(8,),
+    table_bits=6,
+    batch_size=8,
+)
 MANIFEST = Manifest(
-    snapshot="00000001-20250101T000000Z",
     model="default",
     schema=SCHEMA,
     learner=LEARNER,
-    beside={},
+    beside={"ftrl": structs.replace(LEARNER, model="lr", ftrl=FtrlRates())},
     join=JoinSpec(
-        label_window_ms=600_000,
-        early_click_wait_ms=30_000,
-        duplicate_horizon_ms=3_600_000,
-        allowed_lateness_ms=30_000,
+        label_window_ms=60_000,
+        early_click_wait_ms=5_000,
+        duplicate_horizon_ms=60_000,
+        allowed_lateness_ms=5_000,
     ),
     baseline=BaselineSpec(
-        enabled=True,
+        enabled=False,
         sample_rate=1.0,
         alpha=0.05,
         beta=1.0,
         l1=0.0,
         l2=1.0,
         intercept_learning_rate=0.01,
-        value_fields=(),
+        value_fields=(1,),
     ),
-    config={},
+    config={"features": {"categorical": ["app", "os"], "numeric": ["age"]}},
+    snapshot="00000001-20250101T101500Z",
     sequence=1,
-    epoch=1,
+    epoch=3,
     parent=None,
-    created_ms=T,
+    created_ms=TIME_MS + 1000,
     examples=1000,
-    ledger=LedgerEntry(1000, 7),
-    positions={"clicks:0": 1100},
-    topic_ids={},
-    event_time_ms=T,
-    event_time_range=("2025-01-01T00:00:00.000Z", "2025-01-01T00:00:00.000Z"),
-    first_event_ms=T,
-    counters={},
-    guard=GuardState(),
-    guards_beside={},
-    gate=Verdict(),
-    metrics={},
+    ledger=LedgerEntry(1000, 2**64 - 1),
+    positions={"clicks:0": 1200},
+    topic_ids={"clicks": None},
+    event_time_ms=TIME_MS,
+    event_time_range=("2025-01-01T10:00:00.000Z", "2025-01-01T10:15:00.000Z"),
+    first_event_ms=TIME_MS - 900_000,
+    counters={"records": 1200},
+    guard=GuardState(skipped=1, learned=2, rollbacks=0),
+    guards_beside={"ftrl": AdditionalGuardState()},
+    gate=Verdict(
+        evidence=Measured(
+            clicks=1000,
+            count=5000,
+            ne=0.9,
+            logloss=0.4,
+            baseline_logloss=0.41,
+            calibration=1.01,
+            baseline_calibration=1.0,
+        ),
+    ),
+    metrics={"models": {"deepfm": {"logloss": 0.4, "auc": 0.7}}},
     weights_sha256="0" * 64,
 )
 
 
 def manifest(**changes: Any) -> Manifest:
-    """Return a manifest with these fields changed."""
-    return msgspec.structs.replace(MANIFEST, **changes)
+    """Return a manifest with these fields changed.
+
+    With a `sequence` and no `snapshot`, the snapshot's name has that sequence.
+    """
+    if "sequence" in changes:
+        event_time_ms = changes.get("event_time_ms", TIME_MS)
+        changes = {"snapshot": snapshot.new_id(changes["sequence"], event_time_ms), **changes}
+    return structs.replace(MANIFEST, **changes)
+
+
+def write_snapshot(
+    root: Path, tensors: Mapping[str, Mapping[str, Any]] | None = None, **changes: Any
+) -> Path:
+    """Write a snapshot whose manifest has these fields changed; by default it holds no arrays."""
+    return snapshot.write(root, tensors=tensors or {}, manifest=manifest(**changes))
+
+
+def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the JSON object in a file in place."""
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of the snapshot at `path`, which no digest then covers."""
+    edit_json(path / "manifest.json", change)
+
+
+def replace_file(path: Path, name: str, data: bytes) -> None:
+    """Replace a file of the snapshot at `path`, and its digest in the manifest."""
+    (path / name).write_bytes(data)
+    entry = {"bytes": len(data), "sha256": sha256(data).hexdigest()}
+    edit_manifest(path, lambda document: document["files"].update({name: entry}))
+
+
+def make_newer(path: Path) -> None:
+    """Give the JSON object in a file the next format, and a key that this version does not know."""
+    edit_json(path, lambda document: document.update(format=document["format"] + 1, new=True))

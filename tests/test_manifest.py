@@ -1,0 +1,114 @@
+"""A manifest decodes to what was written, and is refused if its parts contradict each other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from msgspec import structs
+from support.manifests import LEARNER, SCHEMA, manifest
+
+from stream_ctr.errors import SnapshotError
+from stream_ctr.events.field import Field, Schema
+from stream_ctr.snapshots.contract import decode
+from stream_ctr.snapshots.manifest import FORMAT, LedgerEntry, Manifest
+
+
+def read(document: dict[str, Any]) -> Manifest:
+    return decode(msgspec.json.encode(document), Manifest, newest=FORMAT, name="manifest.json")
+
+
+def document(**changes: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest()))
+    return {**plain, **changes}
+
+
+def test_a_manifest_decodes_to_the_one_that_was_encoded() -> None:
+    assert read(document()) == manifest()
+
+
+def test_the_specification_of_each_model_is_found_by_its_name() -> None:
+    described = manifest()
+    assert described.spec() == described.spec("deepfm") == LEARNER
+    assert described.spec("ftrl").model == "lr"
+    with pytest.raises(KeyError):
+        described.spec("fm")
+
+
+@pytest.mark.parametrize("total", [0, 2**63, 2**64 - 1])
+def test_a_ledgers_sum_is_any_number_of_64_bits(total: int) -> None:
+    assert read(document(ledger={"count": 1, "sum": total})).ledger == LedgerEntry(1, total)
+
+
+@pytest.mark.parametrize("total", [-1, 2**64])
+def test_a_ledgers_sum_of_more_than_64_bits_is_damage(total: int) -> None:
+    with pytest.raises(SnapshotError, match=f"a ledger's sum is a number of 64 bits, got {total}"):
+        read(document(ledger={"count": 1, "sum": total}))
+
+
+def keys(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    """Return the path of every key that a manifest's types name."""
+    free = {("config",), ("metrics",), ("beside",), ("positions",), ("topic_ids",), ("counters",)}
+    if not isinstance(tree, dict) or path in free:
+        return []
+    return [
+        found for key, child in tree.items() for found in ((*path, key), *keys(child, (*path, key)))
+    ]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in keys(document()) if path[:1] != ("guards_beside",)],
+    ids=".".join,
+)
+def test_every_key_is_required_and_has_one_type(path: tuple[str, ...]) -> None:
+    damaged = document()
+    owner = damaged
+    for key in path[:-1]:
+        owner = owner[key]
+    value = owner.pop(path[-1])
+    with pytest.raises(SnapshotError, match=rf"is damaged: .*({path[-1]}`|do not agree|the table)"):
+        read(damaged)
+    for wrong in ({"x": None}, ["x"], "x", True, -1.5):
+        if type(wrong) is not type(value) and not (value is None and wrong == "x"):
+            owner[path[-1]] = wrong
+            with pytest.raises(SnapshotError, match="manifest.json is damaged: Expected"):
+                read(damaged)
+    owner[path[-1]] = value
+    assert read(damaged) == manifest()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"learner": {"fields": 4}}, "the fields of deepfm and of the schema do not agree"),
+        ({"learner": {"value_fields": [0]}}, "the fields of deepfm and of the schema do not agree"),
+        ({"learner": {"crosses": 0}}, "the cross products of deepfm and of the schema do not"),
+        ({"learner": {"table_bits": 7}}, r"the table of deepfm has 2\^7 rows, .* reach 2\^6"),
+        ({"learner": {"model": "deepfn"}}, "Invalid enum value 'deepfn'"),
+        ({"learner": {"hidden": [0]}}, r"Expected `int` >= 1 - at `\$.learner.hidden\[0\]`"),
+        ({"learner": {"dropout": 1.0}}, r"Expected `float` < 1.0"),
+        ({"schema": {"fields": [["app", "categorical"]] * 3}}, "a field is listed twice: app"),
+        ({"schema": {"fields": [["app", "categorical", 1]]}}, "Expected `array`"),
+        ({"schema": {"fields": [["app"]]}}, "Expected `array` of at least length 2, got 1"),
+        ({"schema": {"crosses": [["app", "size"]]}}, "'size', which is no field"),
+        ({"event_time_range": ["x"]}, "Expected `array` of length 2"),
+        ({"positions": {"clicks:0": -1}}, r"Expected `int` >= 0 - at `\$.positions\[...\]`"),
+    ],
+)
+def test_parts_that_contradict_each_other_are_damage(changes: dict[str, Any], reason: str) -> None:
+    whole = document()
+    for name, change in changes.items():
+        whole[name] = {**whole[name], **change} if isinstance(change, dict) else change
+    with pytest.raises(SnapshotError, match=f"manifest.json is damaged: .*{reason}"):
+        read(whole)
+
+
+def test_an_additional_model_must_fit_the_schema_too() -> None:
+    other = structs.replace(LEARNER, model="fm", fields=2)
+    with pytest.raises(ValueError, match="the fields of fm and of the schema do not agree"):
+        manifest(beside={"fm": other})
+    schema = Schema(fields=(Field("app", "categorical"), *SCHEMA.fields[1:]), table_bits=6)
+    with pytest.raises(ValueError, match="the fields of deepfm and of the schema do not agree"):
+        manifest(schema=schema)

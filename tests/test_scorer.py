@@ -1,0 +1,118 @@
+"""A scorer predicts with a model of a snapshot, and refuses weights that do not fit it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from msgspec import structs
+from safetensors.numpy import load, save
+from support.manifests import LEARNER, MANIFEST, edit_manifest, manifest, replace_file
+from support.served import write_served
+
+from stream_ctr.errors import SnapshotError
+from stream_ctr.evaluate.metrics import probabilities
+from stream_ctr.events.features import Hasher
+from stream_ctr.learn.learner import make_learner
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.scorer import Scorer
+
+ROWS: list[dict[str, object]] = [
+    {"app": "maps", "age": 31, "os": "a"},
+    {"app": "mail"},
+    {"app": None, "age": 1.5, "unknown": 1},
+    {},
+]
+
+
+@pytest.mark.parametrize("model", [None, "deepfm", "ftrl"])
+def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: str | None) -> None:
+    described, tensors = snapshot.load(served)
+    learner = make_learner(described.spec(model), device="cpu", serving=True)
+    learner.load_weights(tensors["ftrl.model" if model == "ftrl" else "model"])
+    hasher = Hasher(**structs.asdict(described.schema))
+    columns = {
+        "app": pa.array(["maps", "mail", None, None]),
+        "age": pa.array([31.0, None, 1.5, None]),
+        "os": pa.array(["a", None, None, None], pa.string()),
+    }
+    expected = probabilities(learner.predict(*hasher.rows(columns)).astype(np.float64))
+    scorer = Scorer(served, model=model)
+    assert scorer.manifest == described
+    assert scorer.fields == described.schema.fields
+    assert scorer.predict(ROWS).tolist() == expected.tolist()
+    assert scorer.predict_columns(columns).tolist() == expected.tolist()
+    assert scorer.predict([]).shape == (0,)
+    assert len(set(expected.tolist())) >= 3
+
+
+def test_numbers_and_booleans_are_categories_in_the_form_of_json(served: Path) -> None:
+    scorer = Scorer(served)
+    typed: list[dict[str, object]] = [{"app": 7}, {"app": True}, {"app": False}]
+    texts: list[dict[str, object]] = [{"app": "7"}, {"app": "true"}, {"app": "false"}]
+    assert scorer.predict(typed).tolist() == scorer.predict(texts).tolist()
+
+
+def test_a_model_that_the_snapshot_lacks_is_an_error_with_those_it_has(served: Path) -> None:
+    with pytest.raises(SnapshotError, match="has no model 'fm'; it has deepfm, ftrl"):
+        Scorer(served, model="fm")
+
+
+def test_an_additional_model_that_had_diverged_is_an_error(tmp_path: Path) -> None:
+    path = write_served(tmp_path)
+    tensors = snapshot.load(path)[1]
+    del tensors["ftrl.model"]
+    other = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2))
+    assert Scorer(other).predict(ROWS).shape == (4,)
+    with pytest.raises(SnapshotError, match="taken without the model 'ftrl', which had diverged"):
+        Scorer(other, model="ftrl")
+
+
+def test_a_damaged_or_newer_snapshot_is_not_served(served: Path) -> None:
+    with pytest.raises(SnapshotError, match="its pointer says"):
+        Scorer(served, manifest_sha256="0" * 64)
+    edit_manifest(served, lambda document: document.update(format=2))
+    with pytest.raises(NewerFormat):
+        Scorer(served)
+
+
+def change_tensors(path: Path, change: Any) -> None:
+    tensors = load((path / "model.safetensors").read_bytes())
+    replace_file(path, "model.safetensors", save(change(tensors)))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda tensors: {"table": tensors["table"]}, "tensor 'dense.* is missing"),
+        (lambda tensors: {**tensors, "table": tensors["table"][:-1]}, "tensor 'table'"),
+        (lambda tensors: {**tensors, "table": tensors["table"] * np.nan}, "not finite"),
+    ],
+)
+def test_tensors_that_contradict_the_manifest_are_refused(
+    served: Path, change: Any, reason: str
+) -> None:
+    change_tensors(served, change)
+    with pytest.raises(SnapshotError, match=f"does not describe a model .*{reason}"):
+        Scorer(served)
+
+
+def test_a_claimed_size_takes_no_memory_before_it_is_checked(tmp_path: Path) -> None:
+    """A table of 2^31 rows would take a hundred gigabytes."""
+    tensors = snapshot.load(write_served(tmp_path))[1]
+    huge = {
+        "schema": structs.replace(MANIFEST.schema, table_bits=31),
+        "learner": structs.replace(LEARNER, table_bits=31, hidden=(16384,) * 64),
+        "beside": {},
+    }
+    path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2, **huge))
+    with pytest.raises(SnapshotError, match="does not describe a model"):
+        Scorer(path)
+    learner = structs.replace(LEARNER, batch_size=(1 << 20) + 1)
+    path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=3, learner=learner))
+    with pytest.raises(SnapshotError, match="does not describe .* a batch of 1048577"):
+        Scorer(path)

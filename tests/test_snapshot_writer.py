@@ -1,0 +1,124 @@
+"""Snapshots are written by a thread, one at a time, and without models that are not finite."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.manifests import manifest
+
+from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
+
+GOOD = {"table": np.ones(3, np.float32)}
+BAD = {"table": np.array([1, np.nan, 1], np.float32)}
+
+
+def cut(sequence: int = 1, *, bad: str = "") -> Cut:
+    """Return a cut of two models. The arrays of the file stem `bad` are not finite."""
+    stems = ("model", "optimizer", "ftrl.model", "ftrl.optimizer")
+    tensors: dict[str, dict[str, Any]] = {stem: BAD if stem == bad else GOOD for stem in stems}
+    return Cut(tensors, manifest(sequence=sequence, weights_sha256=""), {0: 1200}, {})
+
+
+def wait(writer: SnapshotWriter) -> Written:
+    written = writer.take(wait=True)
+    assert written
+    return written
+
+
+def test_a_cut_becomes_a_snapshot_with_the_digest_of_the_weights(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path)
+    assert not writer.busy
+    assert writer.take(wait=True) is None
+    writer.begin(cut())
+    assert writer.busy
+    written = wait(writer)
+    assert not writer.busy
+    assert (written.positions, written.not_finite) == ({0: 1200}, ())
+    found = snapshot.verify(written.path)
+    assert found.weights_sha256 == written.manifest.weights_sha256 == snapshot.weights_sha256(GOOD)
+    writer.close()
+
+
+def test_taking_without_waiting_returns_none_until_the_snapshot_is_on_disk(tmp_path: Path) -> None:
+    on_disk = threading.Event()
+
+    def check() -> None:
+        assert on_disk.wait(60)
+
+    writer = SnapshotWriter(tmp_path, check=check)
+    writer.begin(cut())
+    assert writer.take(wait=False) is None
+    assert writer.busy
+    on_disk.set()
+    assert wait(writer).path.exists()
+    writer.close()
+
+
+def test_weights_that_are_not_finite_are_not_written(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path / "snapshots")
+    writer.begin(cut(bad="model"))
+    with pytest.raises(NotFinite, match="not finite; no snapshot was written"):
+        writer.take(wait=True)
+    assert list(tmp_path.iterdir()) == []
+    writer.begin(cut(2))
+    assert wait(writer).path.name.startswith("00000002")
+    writer.close()
+
+
+def test_an_additional_model_that_is_not_finite_is_left_out_with_its_optimizer(
+    tmp_path: Path,
+) -> None:
+    writer = SnapshotWriter(tmp_path)
+    writer.begin(cut(bad="ftrl.model"))
+    written = wait(writer)
+    assert written.not_finite == ("ftrl",)
+    assert set(snapshot.verify(written.path).files) == {
+        "model.safetensors",
+        "optimizer.safetensors",
+    }
+    writer.close()
+
+
+def test_an_additional_model_that_the_cut_lacks_is_no_error(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path)
+    without = cut()
+    del without.tensors["ftrl.model"], without.tensors["ftrl.optimizer"]
+    writer.begin(without)
+    assert wait(writer).not_finite == ()
+    writer.close()
+
+
+def test_a_snapshot_is_signed_and_checked_before_it_becomes_visible(tmp_path: Path) -> None:
+    def refuse() -> None:
+        assert list(tmp_path.glob("tmp-*/manifest.sig"))
+        raise ConfigError("taken over")
+
+    writer = SnapshotWriter(tmp_path, sign=lambda data: b"signature", check=refuse)
+    writer.begin(cut())
+    with pytest.raises(ConfigError, match="taken over"):
+        writer.take(wait=True)
+    assert list(tmp_path.iterdir()) == []
+    writer.close()
+
+
+def test_work_runs_after_the_snapshot_and_its_errors_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    writer = SnapshotWriter(tmp_path)
+    seen: list[list[str]] = []
+
+    def fail() -> None:
+        seen.append(snapshot.snapshot_ids(tmp_path))
+        raise SnapshotError("cannot delete")
+
+    writer.begin(cut())
+    writer.after(fail)
+    writer.close()
+    assert seen == [[wait(writer).path.name]]
+    assert "old snapshots are not removed: cannot delete" in caplog.text

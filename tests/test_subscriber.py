@@ -1,0 +1,246 @@
+"""A subscriber serves the newest snapshot that verifies, and keeps it when another is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+from collections.abc import Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from support.keys import write_keys
+from support.manifests import edit_json, edit_manifest, make_newer
+from support.patience import PATIENCE_SECONDS, wait_until
+from support.served import publish, write_served
+from support.snapshots import flip_bit
+
+from stream_ctr.cli.main import main
+from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.pointer import Pointer
+from stream_ctr.snapshots.subscriber import Subscriber
+
+ROWS: list[dict[str, object]] = [{"app": "maps", "age": 31}, {}]
+
+
+class Queue:
+    """A source of pointers that returns one batch a poll."""
+
+    def __init__(self, *batches: Sequence[Pointer | SnapshotError]) -> None:
+        self.batches = list(batches)
+
+    def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
+        return self.batches.pop(0) if self.batches else []
+
+
+def write(state: Path, sequence: int, **changes: Any) -> Path:
+    return write_served(state / "snapshots", seed=sequence, sequence=sequence, **changes)
+
+
+def subscribe_once(state: Path) -> Result:
+    arguments = ["subscribe", "--state", str(state), "--once", "--timeout", "0.2"]
+    return CliRunner().invoke(main, arguments)
+
+
+# -- following -----------------------------------------------------------------------------------
+
+
+def test_each_published_snapshot_is_loaded_in_turn(tmp_path: Path) -> None:
+    subscriber = Subscriber(tmp_path)
+    assert subscriber.next(0.0) is None
+    with pytest.raises(SnapshotError, match="no snapshot was published yet"):
+        subscriber.predict(ROWS)
+    predictions = []
+    for sequence in (1, 2):
+        pointer = publish(write(tmp_path, sequence))
+        assert subscriber.next(PATIENCE_SECONDS) == pointer == subscriber.pointer
+        predictions.append(subscriber.predict(ROWS).tolist())
+        assert predictions[-1] == subscriber.scorer.predict(ROWS).tolist()
+    assert predictions[0] != predictions[1]
+    assert subscriber.next(0.0) is None
+
+
+def test_a_subscriber_follows_in_the_background_until_it_is_closed(tmp_path: Path) -> None:
+    loaded: list[Pointer] = []
+    with Subscriber(tmp_path, on_snapshot=loaded.append) as subscriber:
+        assert not subscriber.wait(0.0)
+        first = publish(write(tmp_path, 1))
+        assert subscriber.wait(PATIENCE_SECONDS)
+        second = publish(write(tmp_path, 2))
+        wait_until(lambda: subscriber.pointer == second)
+        assert not subscriber.closing
+    assert subscriber.closing
+    assert loaded[-1] == second
+    assert set(loaded[:-1]) <= {first}
+    assert subscriber.predict(ROWS).shape == (2,)
+    assert threading.active_count() < 50
+
+
+def test_an_additional_model_can_be_served(tmp_path: Path) -> None:
+    publish(write(tmp_path, 1))
+    published = Subscriber(tmp_path)
+    additional = Subscriber(tmp_path, model="ftrl")
+    for subscriber in (published, additional):
+        assert subscriber.next(PATIENCE_SECONDS)
+    assert additional.predict(ROWS).tolist() != published.predict(ROWS).tolist()
+    with pytest.raises(ConfigError, match="there is no model 'deepfn'; did you mean 'deepfm'"):
+        Subscriber(tmp_path, model="deepfn")
+
+
+# -- ranks ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epoch", "sequence", "loaded"),
+    [
+        (2, 4, False),
+        (1, 9, False),
+        (2, 5, True),  # the same once more: a resumed run publishes it again
+        (2, 6, True),
+        (3, 1, True),  # a rollback
+    ],
+)
+def test_a_snapshot_that_ranks_below_the_loaded_one_is_ignored(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    epoch: int,
+    sequence: int,
+    loaded: bool,
+) -> None:
+    subscriber = Subscriber(tmp_path)
+    first = publish(write(tmp_path, 20), epoch=2, sequence=5)
+    assert subscriber.next(PATIENCE_SECONDS) == first
+    before = subscriber.scorer
+    second = publish(write(tmp_path, 21), epoch=epoch, sequence=sequence)
+    with caplog.at_level(logging.WARNING):
+        found = subscriber.next(0.0)
+    assert found == (second if loaded else None)
+    assert subscriber.pointer == (second if loaded else first)
+    assert (subscriber.scorer is before) is not loaded
+    assert ("older than the loaded one" in caplog.text) is not loaded
+
+
+def test_the_first_pointer_that_verifies_is_loaded_and_the_rest_are_not(
+    tmp_path: Path,
+) -> None:
+    newest, older = (publish(write(tmp_path, sequence)) for sequence in (2, 1))
+    subscriber = Subscriber(Queue([newest, older]))
+    assert subscriber.next(0.0) == newest
+    assert subscriber.next(0.0) is None
+
+    flip_bit(Path(newest.path) / "model.safetensors", -1)
+    subscriber = Subscriber(Queue([newest, older]))
+    assert subscriber.next(0.0) == older
+    assert subscriber.refusal is None
+
+
+# -- refusals ------------------------------------------------------------------------------------
+
+
+def damage_tensors(path: Path) -> None:
+    flip_bit(path / "model.safetensors", -1)
+    publish_as_is(path)
+
+
+def publish_as_is(path: Path) -> None:
+    """Touch the pointer, so that a subscriber reads it again."""
+    latest = path.parent.parent / "latest.json"
+    edit_json(latest, lambda pointer: pointer.update(created_ms=pointer["created_ms"] + 1))
+
+
+def replace_manifest(path: Path) -> None:
+    """Change the manifest alone: the digests in it are still those of the files."""
+    edit_manifest(path, lambda manifest: manifest.update(examples=1))
+    publish_as_is(path)
+
+
+def damage_pointer(path: Path) -> None:
+    edit_json(path.parent.parent / "latest.json", lambda pointer: pointer.pop("epoch"))
+
+
+def make_pointer_newer(path: Path) -> None:
+    make_newer(path.parent.parent / "latest.json")
+
+
+def make_manifest_newer(path: Path) -> None:
+    edit_manifest(path, lambda manifest: manifest.update(format=2, new=1))
+    digest = sha256((path / "manifest.json").read_bytes()).hexdigest()
+    latest = path.parent.parent / "latest.json"
+    edit_json(latest, lambda pointer: pointer.update(manifest_sha256=digest))
+
+
+NEWER = "has format 2, and this version of stream-ctr reads formats up to 1: install the version"
+HARM = [
+    pytest.param(damage_tensors, logging.WARNING, "model.safetensors has SHA-256", id="tensors"),
+    pytest.param(replace_manifest, logging.WARNING, "its pointer says", id="another manifest"),
+    pytest.param(damage_pointer, logging.WARNING, "latest.json is damaged", id="pointer"),
+    pytest.param(make_pointer_newer, logging.ERROR, f"latest.json {NEWER}", id="newer pointer"),
+    pytest.param(make_manifest_newer, logging.ERROR, f"manifest.json {NEWER}", id="newer manifest"),
+]
+
+
+@pytest.mark.parametrize(("harm", "level", "reason"), HARM)
+def test_a_refused_snapshot_is_logged_and_the_loaded_one_continues_to_serve(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Any, level: int, reason: str
+) -> None:
+    subscriber = Subscriber(tmp_path)
+    first = publish(write(tmp_path, 1))
+    assert subscriber.next(PATIENCE_SECONDS) == first
+    before = subscriber.predict(ROWS).tolist()
+    second = write(tmp_path, 2)
+    publish(second)
+    harm(second)
+    with caplog.at_level(logging.WARNING):
+        assert subscriber.next(0.0) is None
+    [record] = caplog.records
+    assert (record.levelno, record.getMessage().startswith("ignored ")) == (level, True)
+    assert reason in record.getMessage()
+    assert reason in str(subscriber.refusal)
+    assert isinstance(subscriber.refusal, NewerFormat) is (level == logging.ERROR)
+    assert subscriber.pointer == first
+    assert subscriber.predict(ROWS).tolist() == before
+
+    third = publish(write(tmp_path, 3))
+    assert subscriber.next(PATIENCE_SECONDS) == third
+    assert subscriber.refusal is None
+
+
+@pytest.mark.parametrize(("harm", "level", "reason"), HARM)
+def test_subscribe_once_exits_6_with_the_reason_of_the_refusal(
+    tmp_path: Path, harm: Any, level: int, reason: str
+) -> None:
+    write(tmp_path, 1)
+    second = write(tmp_path, 2)
+    publish(second)
+    harm(second)
+    result = subscribe_once(tmp_path)
+    assert result.exit_code == 6
+    message = " ".join(result.output.split())
+    assert "no valid snapshot was published within 0.2 s: " in message
+    assert reason in message
+
+
+def test_with_a_public_key_a_snapshot_without_its_signature_is_refused(tmp_path: Path) -> None:
+    _, public = write_keys(tmp_path, "trainer")
+    publish(write(tmp_path, 1))
+    subscriber = Subscriber(tmp_path, public_key=public)
+    assert subscriber.next(0.0) is None
+    assert "is not signed, and a signature is required" in str(subscriber.refusal)
+
+
+def test_subscribe_once_without_a_snapshot_has_no_reason_to_give(tmp_path: Path) -> None:
+    result = subscribe_once(tmp_path)
+    assert result.exit_code == 6
+    assert "no valid snapshot was published within 0.2 s\n" in result.output
+
+
+def test_subscribe_once_prints_the_loaded_snapshot(tmp_path: Path) -> None:
+    pointer = publish(write(tmp_path, 1))
+    arguments = ["subscribe", "--state", str(tmp_path), "--once", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["snapshot"] == pointer.snapshot
