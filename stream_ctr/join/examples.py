@@ -38,7 +38,7 @@ class Examples:
 
     @classmethod
     def concat(cls, parts: Sequence[Examples]) -> Examples:
-        """Return the examples of all parts in the order of the parts, of which there is at least one."""
+        """Return the examples of one or more parts, in the order of the parts."""
         columns = zip(*(part.arrays().values() for part in parts), strict=True)
         return cls(*(np.concatenate(arrays) for arrays in columns))
 

@@ -24,26 +24,26 @@ An impression that arrives after its own window has closed is late, and dropped 
 
 Fates of a click, by the state of its impression. A window at t is [t - early, t + label]:
 
-| state | in the window | before the window | after the window, or arrived after it |
+| state | before the window | in the window | after the window, or arrived after it |
 |---|---|---|---|
 | absent | waiting | waiting | waiting |
-| in memory, on disk | joined; a second one is a duplicate | waiting | late |
-| left | late | waiting | late |
-| evicted | evicted | waiting | evicted |
+| in memory, on disk | waiting | joined, or duplicate if it is not the first | late |
+| left | waiting | late | late |
+| evicted | waiting | evicted | evicted |
 
-A waiting click joins when its impression arrives. It is counted as late if it is outside that
-impression's window, as unmatched once no impression can want it any more (which may be so when it
-arrives), and as evicted when it is dropped to keep within the memory bound. A joined click is also early when it precedes its
-impression.
+A waiting click joins when its impression arrives, or is counted as late if it is after that
+impression's window. It is counted as unmatched once no impression can want it any more, which may
+be so when it arrives, and as evicted when it is dropped to keep within the memory bound. A joined
+click is also early when it precedes its impression.
 
 These rules make the examples a function of the log, however polls interleave the partitions:
 
 1. An event is late by the watermark of its own partition when it arrived (its `limit`), never by
    the overall watermark.
-2. Of several impressions of one id the first in (event time, partition, place) is kept, whichever
-   arrived first. One that replaces another keeps the click only if it is in its own window too;
-   `click_end` is what decides that.
-3. Of several waiting clicks the earliest counts as the first, whatever the order of their chain.
+2. Among several impressions of one id the first in (event time, partition, place) is kept,
+   whichever arrived first. One that replaces another keeps its click only if the click is in the
+   new window too, by `click_end`.
+3. Among several waiting clicks the earliest counts as the first, whatever the order of the chain.
 4. The horizon is measured between events. Entries are purged later, and a stale one is ignored.
    An impression beyond the horizon of a pending one of its id is new: both become examples.
 5. Examples are released in the order (event time, partition, place).
@@ -204,7 +204,10 @@ class WaitingArrays(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """`counters` are named by COUNTERS; `delays` counts clicks by delay, [IN_WINDOW or AFTER_WINDOW]."""
+    """`counters` [COUNTERS], and clicks by delay: `delays` [IN_WINDOW or AFTER_WINDOW, delay].
+
+    A delay is at most that of CURVE_SECONDS at the same position, or longer than all of them.
+    """
 
     counters: npt.NDArray[np.int64]
     delays: npt.NDArray[np.int64]
@@ -285,7 +288,7 @@ def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def mark_all(key, slot, state, index):  # type: ignore[no-untyped-def]
-    """Set the entries of n ids to `state`, LEFT or EVICTED, where they still point to `slot` [n]."""
+    """Set n entries to `state`, LEFT or EVICTED, where they still point to `slot` [n]."""
     for i in range(len(key)):
         position = _find(key[i], index)
         if index.slot[position] == slot[i]:
@@ -366,7 +369,14 @@ def _count_delay(delays, row, delay_ms):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _join_click(slot, impression_time, click_time, click_end, pending, counts):  # type: ignore[no-untyped-def]
+def _join_click(  # type: ignore[no-untyped-def]
+    slot,
+    impression_time,
+    click_time,
+    click_end,
+    pending,
+    counts,
+):
     """Give a click inside the window to the pending impression in `slot`."""
     if pending.click_end[slot] != NEVER:
         counts.counters[CLICKS_DUPLICATE] += 1
@@ -380,7 +390,15 @@ def _join_click(slot, impression_time, click_time, click_end, pending, counts): 
 
 
 @numba.njit(cache=True)
-def _join_waiting(key, slot, time, windows, pending, waiting, counts):  # type: ignore[no-untyped-def]
+def _join_waiting(  # type: ignore[no-untyped-def]
+    key,
+    slot,
+    time,
+    windows,
+    pending,
+    waiting,
+    counts,
+):
     """Give the clicks that wait for `key` to the impression at `time` that has just arrived."""
     end = time + windows.label_ms
     inside = 0
@@ -417,7 +435,16 @@ def _take(free, sizes):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def push_impressions(events, features, windows, pending, stored, index, waiting, counts):  # type: ignore[no-untyped-def]
+def push_impressions(  # type: ignore[no-untyped-def]
+    events,
+    features,
+    windows,
+    pending,
+    stored,
+    index,
+    waiting,
+    counts,
+):
     """Add n impressions, `events` and `features`, for each of which all arrays must have room."""
     counters = counts.counters
     for i in range(len(events.time)):
@@ -468,7 +495,15 @@ def push_impressions(events, features, windows, pending, stored, index, waiting,
 
 
 @numba.njit(cache=True, nogil=True)
-def push_clicks(events, windows, watermark, pending, index, waiting, counts):  # type: ignore[no-untyped-def]
+def push_clicks(  # type: ignore[no-untyped-def]
+    events,
+    windows,
+    watermark,
+    pending,
+    index,
+    waiting,
+    counts,
+):
     """Add n clicks, for each of which `waiting` must have room. `watermark` is the overall one."""
     counters = counts.counters
     for i in range(len(events.time)):

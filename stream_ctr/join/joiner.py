@@ -1,4 +1,4 @@
-"""The label joiner: impressions wait for their clicks in event time, and leave as labelled examples.
+"""The label joiner: impressions wait for their clicks, and leave as labelled examples.
 
 Each impression becomes one example when its window closes: the label is 1 if a click came within
 the window, else 0. The window of an impression at t is [t - early_click_wait, t + label_window],

@@ -1,8 +1,8 @@
-"""Rows on disk: features that do not fit into memory go to Arrow IPC files and are read back by row.
+"""Rows on disk: features that do not fit into memory go to Arrow IPC files.
 
 A segment is one file. It is written once, is on disk when `write` returns, and never changes, so
-that a snapshot may hold it by a hard link. A row on disk is named by its place, a negative int64:
-one column can hold both places on disk and rows in memory.
+that a snapshot may hold it by a hard link. Any rows can be read back. A row on disk is named by
+its place, a negative int64: one column can hold both places on disk and rows in memory.
 
 >>> spill = Spill()
 >>> places = spill.write({"ids": np.array([[1, 2], [3, 4], [5, 6]], np.int32)}, last=1000)

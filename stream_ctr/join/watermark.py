@@ -12,7 +12,7 @@ nobody clicks. Therefore a partition *stalls* when its clicks are overdue:
 | stalled | the greatest event time of its clicks | running, when the clicks have caught up |
 
 Clicks are overdue by `stall_clicks` when the impressions since the last click should have brought
-that many, at the partition's rate so far. By chance this happens with probability
+that many, at the partition's rate so far. This happens by chance with probability
 e^-stall_clicks. Clicks have caught up when their greatest event time is within the allowed
 lateness of the partition's greatest event time. Both rules depend on the partition's own log
 alone.
@@ -172,7 +172,15 @@ class Watermarks:
 
 
 @numba.njit(cache=True, nogil=True)
-def _observe(partition, time, click, limit, lateness, stall_clicks, state):  # type: ignore[no-untyped-def]
+def _observe(  # type: ignore[no-untyped-def]
+    partition,
+    time,
+    click,
+    limit,
+    lateness,
+    stall_clicks,
+    state,
+):
     """Update `state` and fill `limit` [n]; return how often a partition stalled."""
     latest, mark, latest_click, impressions, clicks, since_click, stalled = state
     stalls = 0
