@@ -518,7 +518,7 @@ class Trainer:
             cut.manifest,
             parent=self.snapshots.parent,
             created_ms=int(self._around.wall_clock() * 1000),
-            metrics=board.whole.summary(),
+            metrics=msgspec.to_builtins(board.whole.summary()),
             gate=board.judge.verdict(last_step=cut.manifest.gate.last_step),
         )
         self.snapshots.begin(Cut(cut.tensors, manifest, cut.positions, cut.segments))
