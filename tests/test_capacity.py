@@ -48,6 +48,17 @@ def test_the_rows_of_a_capacity_fill_the_bound_and_do_not_exceed_it(
     assert 0.7 * max_bytes < taken <= max_bytes
 
 
+@pytest.mark.parametrize("over_bound", ["spill", "evict"])
+@pytest.mark.parametrize("fields", [1, 39, 2000])
+def test_the_events_pushed_at_once_take_at_most_a_quarter_of_any_container(
+    fields: int, over_bound: OverBound
+) -> None:
+    feature_bytes = feature_pool(fields, 0, 4).row_bytes
+    rows = Capacity.of(12 << 20, columns=fields, feature_bytes=feature_bytes, over_bound=over_bound)
+    least = min(rows.ids // 4, rows.pending, rows.features, rows.clicks)
+    assert rows.at_once == least // 4 > 0
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 1000),

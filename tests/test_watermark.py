@@ -109,6 +109,14 @@ def test_far_too_many_impressions_without_a_click_hold_the_watermark() -> None:
     assert marks.stalls == 1
 
 
+def test_a_stalled_partition_holds_the_watermark_though_it_is_excused() -> None:
+    marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
+    held = stalled_at(marks) - 10
+    observe(marks, 1, [9000])
+    assert marks.overall(excused=ALL_EXCUSED) == held
+    assert marks.overall(excused=np.array([True, False])) == held
+
+
 def test_delayed_clicks_move_the_watermark_with_their_time_until_they_catch_up() -> None:
     marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
     held = stalled_at(marks) - 10

@@ -166,7 +166,7 @@ class IdIndex:
     def reserve(self, n: int, horizon_start: int) -> int:
         """Make room for n more ids.
 
-        When the table may not grow, entries of released and evicted impressions are forgotten:
+        If the table may not grow, entries of released and evicted impressions are forgotten:
         those before `horizon_start`, then the oldest of the others. Return how many others.
         """
         capacity = self._capacity_for(n)

@@ -246,7 +246,7 @@ class PendingImpressions:
 def _oldest(time: npt.NDArray[np.int64], before: int, about: int) -> Slots:
     """Return the slots with a time before `before`.
 
-    When these are more than `about`, return about so many, all of them older than the others.
+    If these are more than `about`, return about so many, all of them older than the others.
     """
     old = time < before
     n = int(np.count_nonzero(old))

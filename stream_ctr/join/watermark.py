@@ -3,8 +3,8 @@
 The watermark of a partition is its greatest event time minus the allowed lateness. It never goes
 back. The overall watermark is the least of the partitions' watermarks.
 
-If the clicks of a partition stopped while its impressions went on, the model would learn that
-nobody clicks. Therefore a partition *stalls* when its clicks are overdue:
+A partition *stalls* when its clicks are overdue, so that a click stream that has stopped is not
+learned as "no clicks":
 
 | partition | its watermark follows | it changes to |
 |---|---|---|
@@ -133,7 +133,7 @@ class Watermarks:
     def overall(self, *, excused: npt.NDArray[np.bool_]) -> int:
         """Return the least watermark of the partitions that are not excused.
 
-        A stalled partition is never excused. When all partitions are excused, return the greatest
+        A stalled partition is never excused. If all partitions are excused, return the greatest
         watermark.
         """
         holding = self.mark[~excused | self.stalled]
