@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.joins import (
+    WINDOW,
     Log,
     Poll,
     Stream,
@@ -115,6 +116,18 @@ def test_an_earlier_impression_takes_the_place_of_one_on_disk(tmp_path: Path) ->
         parts = release(target.drain)
     assert rows_of(parts) == [(5, 77, 3, 0), (10, 0, 1, 0), (20, 1, 2, 1)]
     assert target.counts()["impressions_duplicate"] == 1
+
+
+def test_a_segment_is_deleted_once_none_of_its_impressions_is_on_disk(tmp_path: Path) -> None:
+    target = joiner(tmp_path)
+    push_impressions(target, np.array([1, 2]), np.array([10, 200]))
+    assert target._pending.spill_newest(1) == 1
+    assert len(target.segments()) == 1
+    target.push_impressions(Arrivals.of([2], [190]), *features(np.array([77])))
+    assert target.spilled == 0
+    assert len(target.advance(10 + WINDOW + 1)) == 1
+    assert target.segments() == {}
+    assert rows_of(release(target.drain)) == [(190, 77, 2, 0)]
 
 
 @contextmanager
