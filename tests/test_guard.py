@@ -15,7 +15,7 @@ from support.manifests import manifest
 
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate.gate import Verdict
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 from stream_ctr.train.guard import Diverged, Guard, Learned, Skipped

@@ -30,7 +30,7 @@ from stream_ctr.config import Config
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import DataError
 from stream_ctr.events.features import Hasher
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.logs.log import Log
 from stream_ctr.logs.open import open_log
 from stream_ctr.logs.simulate import FIELDS, Simulation

@@ -1,11 +1,13 @@
-"""Segments: what is written comes back row by row, is refused when it is not what was written, and is gone when nobody needs it."""
+"""Segments: rows are read back as written, damaged files are refused, unused files are deleted."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 
@@ -13,7 +15,7 @@ from stream_ctr.errors import DataError
 from stream_ctr.join.spill import Spill, segment_of
 
 
-def columns(n: int, seed: int = 0) -> dict[str, np.ndarray]:
+def columns(n: int, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
     rng = np.random.default_rng(seed)
     return {
         "ids": rng.integers(-5, 1 << 30, (n, 3)).astype(np.int32),
@@ -23,12 +25,15 @@ def columns(n: int, seed: int = 0) -> dict[str, np.ndarray]:
     }
 
 
-def known(spill: Spill) -> dict[str, tuple[Path, str]]:
+def digests(spill: Spill) -> dict[str, tuple[Path, str]]:
+    """Return the (path, SHA-256) of each file, by name."""
     return {name: (path, sha256) for name, (path, sha256, _) in spill.files().items()}
 
 
-def test_rows_come_back_in_the_order_asked_for_whatever_segments_they_are_in(tmp_path):
-    spill, first, second = Spill(tmp_path), columns(100), columns(50, seed=1)
+def test_rows_come_back_in_the_order_asked_for_from_any_segments(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    first = columns(100)
+    second = columns(50, seed=1)
     places = np.concatenate([spill.write(first, last=1), spill.write(second, last=2)])
     asked = np.random.default_rng(2).permutation(150)[:70]
     found = spill.read(places[asked])
@@ -39,15 +44,16 @@ def test_rows_come_back_in_the_order_asked_for_whatever_segments_they_are_in(tmp
         assert np.array_equal(column, expected, equal_nan=name == "truth")
 
 
-def test_a_segment_is_an_arrow_file_that_others_can_read(tmp_path):
-    spill, written = Spill(tmp_path), columns(4)
+def test_a_segment_is_an_arrow_file_that_other_programs_can_read(tmp_path: Path) -> None:
+    spill = Spill(tmp_path)
+    written = columns(4)
     spill.write(written, last=0)
     [path] = tmp_path.glob("*/*")
     table = pa.ipc.open_file(path).read_all()
     assert table["ids"].to_pylist() == written["ids"].tolist()
 
 
-def test_segments_go_when_their_last_row_is_past(tmp_path):
+def test_segments_are_dropped_when_their_last_row_is_past(tmp_path: Path) -> None:
     spill = Spill(tmp_path)
     places = [spill.write(columns(2), last=last) for last in (30, 10, 20)]
     spill.drop(spill.ended_before(20))
@@ -55,27 +61,27 @@ def test_segments_go_when_their_last_row_is_past(tmp_path):
     assert [int(segment_of(place)[0]) in spill.segments for place in places] == [True, False, True]
 
 
-def test_what_another_left_there_is_removed_and_other_files_are_not(tmp_path):
+def test_folders_of_an_earlier_spill_are_removed_and_other_files_are_not(tmp_path: Path) -> None:
     Spill(tmp_path).write(columns(2), last=0)
     (tmp_path / "notes.txt").write_text("mine")
     Spill(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_one_that_was_taken_for_dead_and_wakes_can_do_nothing_to_its_successor(tmp_path):
-    asleep = Spill(tmp_path)
-    lost = asleep.write(columns(2), last=0)
+def test_a_spill_that_was_taken_over_cannot_harm_its_successor(tmp_path: Path) -> None:
+    old = Spill(tmp_path)
+    lost = old.write(columns(2), last=0)
     successor = Spill(tmp_path)
     places = successor.write(columns(2, seed=1), last=0)
     with pytest.raises(DataError):
-        asleep.read(lost)
+        old.read(lost)
     with pytest.raises(OSError, match="No such file"):
-        asleep.write(columns(2), last=0)
-    asleep.drop([0])
+        old.write(columns(2), last=0)
+    old.drop([0])
     assert np.array_equal(successor.read(places)["ids"], columns(2, seed=1)["ids"])
 
 
-def test_without_a_directory_a_temporary_one_is_used_and_gone_in_the_end():
+def test_without_a_directory_a_temporary_one_is_used_and_removed_in_the_end() -> None:
     spill = Spill()
     spill.write(columns(2), last=0)
     [(path, _, size)] = spill.files().values()
@@ -85,9 +91,9 @@ def test_without_a_directory_a_temporary_one_is_used_and_gone_in_the_end():
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
-def test_a_file_that_is_not_what_was_written_is_refused_by_name_on_load_and_on_reading(
-    tmp_path, damage
-):
+def test_a_damaged_file_is_refused_by_name_on_load_and_on_reading(
+    tmp_path: Path, damage: str
+) -> None:
     spill = Spill(tmp_path / "a")
     places = spill.write(columns(1000), last=0)
     [path] = tmp_path.glob("a/*/*")
@@ -101,39 +107,41 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name_on_load_and_on_r
     files = {path.name: (path, spill.segments[0].sha256)}
     with pytest.raises(ValueError, match=str(path)):
         Spill(tmp_path / "b").load_state_dict(spill.state_dict(), files)
-    with pytest.raises(
-        ValueError, match=f"segment {path.name} is missing: 1000 impressions are in it"
-    ):
+    missing = f"segment {path.name} is missing: 1000 impressions are in it"
+    with pytest.raises(ValueError, match=missing):
         Spill(tmp_path / "c").load_state_dict(spill.state_dict(), {})
 
 
-def test_a_link_to_a_segment_outlives_it_and_can_be_loaded(tmp_path):
-    spill, written = Spill(tmp_path / "a"), columns(10)
+def test_a_link_to_a_segment_outlives_it_and_can_be_loaded(tmp_path: Path) -> None:
+    spill = Spill(tmp_path / "a")
+    written = columns(10)
     places = spill.write(written, last=7)
-    state, files = spill.state_dict(), {}
-    for name, (path, sha256) in known(spill).items():
+    state = spill.state_dict()
+    files = {}
+    for name, (path, sha256) in digests(spill).items():
         os.link(path, tmp_path / name)
         files[name] = tmp_path / name, sha256
     spill.drop(list(spill.segments))
     other = Spill(tmp_path / "b")
     other.load_state_dict(state, files)
     assert np.array_equal(other.read(places)["ids"], written["ids"])
-    more = other.write(columns(5, seed=1), last=9)
-    assert not set(segment_of(more)) & set(segment_of(places))
+    added = other.write(columns(5, seed=1), last=9)
+    assert not set(segment_of(added)) & set(segment_of(places))
     assert other.ended_before(8) == [0]
 
 
-def test_a_segment_on_another_file_system_is_copied(tmp_path):
+def test_a_segment_on_another_file_system_is_copied(tmp_path: Path) -> None:
     elsewhere = Path("/dev/shm")
     if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("there is one file system here")
-    spill, other = Spill(), Spill(tmp_path)
+    spill = Spill()
+    other = Spill(tmp_path)
     places = spill.write(columns(3), last=0)
-    [(name, (path, sha256))] = known(spill).items()
-    far = elsewhere / f"{os.getpid()}-{name}"
+    [(name, (path, sha256))] = digests(spill).items()
+    copy = elsewhere / f"{os.getpid()}-{name}"
     try:
-        far.write_bytes(path.read_bytes())
-        other.load_state_dict(spill.state_dict(), {name: (far, sha256)})
+        copy.write_bytes(path.read_bytes())
+        other.load_state_dict(spill.state_dict(), {name: (copy, sha256)})
     finally:
-        far.unlink(missing_ok=True)
+        copy.unlink(missing_ok=True)
     assert np.array_equal(other.read(places)["ids"], columns(3)["ids"])

@@ -1,4 +1,4 @@
-"""How far event time has come: each partition by its own log, and not beyond what its clicks have reached."""
+"""Watermarks: each partition by its own log, and not beyond the event time of its clicks."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.join.watermark import NOT_YET, Watermarks
 
-NOBODY, ALL = np.array([False, False]), np.array([True, True])
+NONE_EXCUSED = np.array([False, False])
+ALL_EXCUSED = np.array([True, True])
 
 
 def observe(
@@ -16,35 +18,82 @@ def observe(
 ) -> list[int]:
     n = len(times)
     click = np.full(n, clicks) if isinstance(clicks, bool) else np.array(clicks)
-    return marks.observe(np.full(n, partition, np.int32), np.array(times, np.int64), click).tolist()
+    partitions = np.full(n, partition, np.int32)
+    return marks.observe(partitions, np.array(times, np.int64), click).tolist()
 
 
-def test_the_slowest_partition_holds_the_watermark_until_it_is_excused():
+def test_the_slowest_partition_holds_the_watermark_until_it_is_excused() -> None:
     marks = Watermarks(partitions=2, lateness_ms=10)
-    assert marks.overall(excused=NOBODY) == NOT_YET
+    assert marks.overall(excused=NONE_EXCUSED) == NOT_YET
     observe(marks, 0, [1000, 2000])
-    assert marks.overall(excused=NOBODY) == NOT_YET
+    assert marks.overall(excused=NONE_EXCUSED) == NOT_YET
     observe(marks, 1, [500])
-    assert marks.overall(excused=NOBODY) == 490
+    assert marks.overall(excused=NONE_EXCUSED) == 490
     assert marks.overall(excused=np.array([False, True])) == 1990
-    assert marks.overall(excused=ALL) == 1990
+    assert marks.overall(excused=ALL_EXCUSED) == 1990
 
 
-def test_a_partition_that_wakes_with_old_data_does_not_take_its_watermark_back():
+def test_an_excused_partition_does_not_hold_the_watermark_and_a_silent_one_does() -> None:
+    marks = Watermarks(partitions=3, lateness_ms=10)
+    marks.observe(np.array([0, 1]), np.array([100, 500]))
+    assert marks.overall(excused=np.zeros(3, np.bool_)) <= NOT_YET
+    assert marks.overall(excused=np.array([False, False, True])) == 90
+    assert marks.overall(excused=np.array([True, False, True])) == 490
+
+
+def test_partitions_that_are_too_far_ahead_are_named() -> None:
+    marks = Watermarks(partitions=3, lateness_ms=10)
+    assert marks.ahead(NOT_YET, 0) == frozenset()
+    marks.observe(np.array([0, 1]), np.array([100, 500]))
+    assert marks.ahead(90, 399) == frozenset({1})
+    assert marks.ahead(90, 400) == frozenset()
+
+
+def test_a_partition_that_wakes_with_old_data_does_not_take_its_watermark_back() -> None:
     marks = Watermarks(partitions=2, lateness_ms=10)
     assert observe(marks, 0, [1000, 3000, 1000]) == [990, 2990, 2990]
+
+
+def test_a_batch_is_observed_in_order_of_arrival_over_both_kinds() -> None:
+    """Arrival order: impression 5000, click 100, impression 6000, click 7000 of partition 1."""
+    impressions = Arrivals.of([1, 2], [5000, 6000])
+    clicks = Arrivals(
+        np.array([1, 2], np.uint64), np.array([100, 7000]), np.array([0, 1], np.int32), np.arange(2)
+    )
+    batch = EventBatch(
+        records=4,
+        impressions=impressions,
+        ids=np.zeros((2, 1), np.int32),
+        values=np.zeros((2, 0), np.float32),
+        true_probability=np.full(2, np.nan),
+        clicks=clicks,
+        arrival=np.array([0, 2, 1, 3]),
+        rejected=Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], []),
+        with_fields=frozenset(),
+        with_unknown_fields=0,
+        bad_records=0.0,
+    )
+    marks = Watermarks(partitions=2, lateness_ms=0)
+    impression_limit, click_limit = marks.observe_batch(batch)
+    assert impression_limit.tolist() == [5000, 6000]
+    assert click_limit.tolist() == [5000, 7000]
+    assert marks.impressions.tolist() == [2, 0]
+    assert marks.clicks.tolist() == [1, 1]
 
 
 # -- clicks that stop ----------------------------------------------------------------------------
 
 
 def healthy(impressions: int = 2000, every: int = 10) -> tuple[list[int], list[bool]]:
-    """An event a millisecond, every tenth a click."""
+    """Return an event a millisecond, every tenth a click."""
     return list(range(1, impressions + 1)), [i % every == 0 for i in range(1, impressions + 1)]
 
 
 def stalled_at(marks: Watermarks) -> int:
-    """Feeds a healthy stream and then impressions only; the event time at which the watermark stood still."""
+    """Observe a healthy stream and then impressions only.
+
+    Return the event time at which the watermark stood still.
+    """
     observe(marks, 0, *healthy())
     held = observe(marks, 0, list(range(2001, 4001)))
     assert marks.stalled.tolist() == [True, False]
@@ -52,27 +101,43 @@ def stalled_at(marks: Watermarks) -> int:
     return held[-1] + marks.lateness_ms
 
 
-def test_far_too_many_impressions_without_a_click_hold_the_watermark():
+def test_far_too_many_impressions_without_a_click_hold_the_watermark() -> None:
     marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
-    # 200 clicks in 1,800 impressions and n more: n * 200 / (1800 + n) > 50 from n = 601 on
+    # 200 clicks in 1,800 impressions and n more: n * 200 / (1800 + n) > 50 from n = 601 on.
     assert stalled_at(marks) == 2000 + 600
-    assert marks.overall(excused=ALL) == 2590, "though all is read"
+    assert marks.overall(excused=ALL_EXCUSED) == 2590, "though everything is read"
     assert marks.stalls == 1
 
 
-def test_delayed_clicks_move_the_watermark_with_their_own_time_until_they_have_caught_up():
+def test_a_stalled_partition_holds_the_watermark_though_it_is_excused() -> None:
+    marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
+    held = stalled_at(marks) - 10
+    observe(marks, 1, [9000])
+    assert marks.overall(excused=ALL_EXCUSED) == held
+    assert marks.overall(excused=np.array([True, False])) == held
+
+
+def test_delayed_clicks_move_the_watermark_with_their_time_until_they_catch_up() -> None:
     marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
     held = stalled_at(marks) - 10
     assert observe(marks, 0, [2100, 2700, 3000], True) == [held, 2690, 2990]
     assert observe(marks, 0, [4001]) == [2990]
-    assert observe(marks, 0, [3995], True) == [
-        3991
-    ]  # within the lateness of the impressions: all is as before
+    # Within the lateness of the impressions: the partition runs again.
+    assert observe(marks, 0, [3995], True) == [3991]
     assert not marks.stalled.any()
     assert observe(marks, 0, [4002]) == [3992]
 
 
-def test_nothing_is_held_before_the_rate_of_clicks_is_known_nor_when_it_is_switched_off():
+def test_clicks_catch_up_at_exactly_the_lateness() -> None:
+    marks = Watermarks(partitions=2, lateness_ms=10, stall_clicks=50)
+    stalled_at(marks)  # the last impression is at 4000
+    observe(marks, 0, [3989], True)
+    assert marks.stalled[0]
+    observe(marks, 0, [3990], True)
+    assert not marks.stalled[0]
+
+
+def test_no_partition_stalls_before_its_click_rate_is_known_or_when_stalling_is_off() -> None:
     young = Watermarks(partitions=2, lateness_ms=0, stall_clicks=50)
     observe(young, 0, *healthy(500))
     assert observe(young, 0, list(range(501, 5001)))[-1] == 5000
@@ -81,7 +146,7 @@ def test_nothing_is_held_before_the_rate_of_clicks_is_known_nor_when_it_is_switc
     assert observe(off, 0, list(range(2001, 9001)))[-1] == 9000
 
 
-def test_a_partition_of_clicks_only_that_falls_silent_is_stalled_and_not_idle():
+def test_a_partition_of_clicks_only_that_falls_silent_is_stalled_and_not_idle() -> None:
     marks = Watermarks(partitions=2, lateness_ms=0, stall_clicks=50)
     for start in range(0, 2000, 100):
         observe(marks, 0, list(range(start, start + 100)))
@@ -96,7 +161,7 @@ def test_a_partition_of_clicks_only_that_falls_silent_is_stalled_and_not_idle():
     assert not marks.silent_clicks().any()
 
 
-def test_clicks_that_are_read_before_their_impressions_are_not_missed():
+def test_clicks_that_are_read_before_their_impressions_are_not_overdue() -> None:
     marks = Watermarks(partitions=2, lateness_ms=0, stall_clicks=50)
     observe(marks, 1, list(range(0, 2000, 10)), True)
     observe(marks, 0, list(range(2000)))
@@ -107,20 +172,22 @@ def test_clicks_that_are_read_before_their_impressions_are_not_missed():
     st.lists(st.tuples(st.integers(0, 5000), st.booleans()), max_size=300),
     st.lists(st.integers(0, 300), max_size=5),
 )
-def test_what_a_partition_does_depends_on_its_own_log_alone_and_never_goes_back(events, cuts):
-    warm = healthy()
-    times, clicks = [*warm[0], *(t + 1000 for t, _ in events)], [*warm[1], *(c for _, c in events)]
-    whole = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
-    expected = observe(whole, 0, times, clicks)
-    parts = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
-    got: list[int] = []
-    bounds = sorted(
-        {0, len(times), *(len(warm[0]) + cut for cut in cuts if len(warm[0]) + cut < len(times))}
-    )
+def test_a_partitions_watermark_depends_on_its_own_log_and_never_goes_back(
+    events: list[tuple[int, bool]], cuts: list[int]
+) -> None:
+    warm_times, warm_clicks = healthy()
+    times = [*warm_times, *(time + 1000 for time, _ in events)]
+    clicks = [*warm_clicks, *(click for _, click in events)]
+    straight = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
+    expected = observe(straight, 0, times, clicks)
+    marks = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
+    limits: list[int] = []
+    inner = {len(warm_times) + cut for cut in cuts if len(warm_times) + cut < len(times)}
+    bounds = sorted({0, len(times), *inner})
     for start, end in zip(bounds, bounds[1:], strict=False):
-        got += observe(parts, 0, times[start:end], clicks[start:end])
-        observe(parts, 1, [7000], True)  # another partition is no matter of this one
-        kept = parts.state_dict()
-        parts = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
-        parts.load_state_dict(kept)
-    assert got == expected == sorted(expected)
+        limits += observe(marks, 0, times[start:end], clicks[start:end])
+        observe(marks, 1, [7000], True)  # another partition changes nothing in this one
+        state = marks.state_dict()
+        marks = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
+        marks.load_state_dict(state)
+    assert limits == expected == sorted(expected)

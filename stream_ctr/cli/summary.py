@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from stream_ctr.train.report import Difference, Paired, Report
+from stream_ctr.evaluate.summary import Difference, Paired
+from stream_ctr.train.report import Report
 
 _MODELS_IN_A_LINE = 3
 # These are counted for each additional model as well.

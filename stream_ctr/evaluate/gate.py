@@ -177,18 +177,18 @@ def measured(tally: metrics.Tally, baseline: str | None) -> Measured:
     model, *others = tally.scores
     score = tally.scores[model].summary()
     reference = tally.scores[baseline].summary() if baseline else None
-    logloss = score["logloss"]
-    if baseline and reference and reference["count"]:
+    logloss = score.logloss
+    if baseline and reference and reference.logloss is not None:
         difference, count = tally.paired[others.index(baseline)]
-        logloss = float(reference["logloss"] + difference / count)
+        logloss = float(reference.logloss + difference / count)
     return Measured(
         clicks=tally.clicks,
-        count=int(score["count"] or 0),
-        ne=score["ne"],
+        count=score.count,
+        ne=score.ne,
         logloss=logloss,
-        baseline_logloss=reference["logloss"] if reference else None,
-        calibration=score["pred_over_actual"],
-        baseline_calibration=reference["pred_over_actual"] if reference else None,
+        baseline_logloss=reference.logloss if reference else None,
+        calibration=score.pred_over_actual,
+        baseline_calibration=reference.pred_over_actual if reference else None,
     )
 
 

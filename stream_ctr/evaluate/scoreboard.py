@@ -11,7 +11,7 @@
 ...         {},
 ...     )
 ... )
->>> [round(score["logloss"], 4) for score in board.whole.summary()["models"].values()]
+>>> [round(score.logloss, 4) for score in board.whole.summary().models.values()]
 [0.3133, 0.6931]
 """
 

@@ -1,16 +1,25 @@
-"""What one poll brings, decoded and hashed: the columns that the joiner takes."""
+"""The columns of one poll: decoded and hashed events, and the records that were rejected."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+Array = npt.NDArray[Any]
+
 
 class RecordColumns(Protocol):
+    """Columns of n records in order of arrival.
+
+    `partition` is an index into the partitions of the source. `time` is the broker's time in
+    epoch milliseconds, -1 where it is unknown. `value` is null in a tombstone.
+    """
+
     @property
     def partition(self) -> npt.NDArray[np.int32]: ...
     @property
@@ -23,25 +32,49 @@ class RecordColumns(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Came:
-    """n events of one kind in order of arrival: id_hash uint64 · time int64 ms · partition int32 · place int64, the order of events within
-    their partition: `offset << 20 | index of the event in its record`."""
+class Arrivals:
+    """Columns of n events of one kind, in order of arrival.
+
+    `time` is the event time in epoch milliseconds. `place` orders the events of a partition: it is
+    `offset << 20 | index of the event in its record`.
+
+    >>> Arrivals.of([7, 8], [1000, 1500]).place.tolist()
+    [0, 1]
+    """
 
     id_hash: npt.NDArray[np.uint64]
     time: npt.NDArray[np.int64]
     partition: npt.NDArray[np.int32]
     place: npt.NDArray[np.int64]
 
+    @classmethod
+    def of(cls, id_hash: Sequence[int], time: Sequence[int]) -> Arrivals:
+        """Return events of partition 0 with the places 0, 1, 2 and so on."""
+        n = len(id_hash)
+        return cls(
+            np.array(id_hash, np.uint64),
+            np.array(time, np.int64),
+            np.zeros(n, np.int32),
+            np.arange(n),
+        )
+
     def __len__(self) -> int:
         return len(self.time)
+
+    def __getitem__(self, rows: slice | npt.NDArray[np.bool_]) -> Arrivals:
+        return Arrivals(self.id_hash[rows], self.time[rows], self.partition[rows], self.place[rows])
+
+    def arrays(self) -> list[Array]:
+        return [self.id_hash, self.time, self.partition, self.place]
 
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """n rejects with what their dead letters hold: where they came from, the bytes, and why.
+    """Columns of n rejects: where each came from, its bytes, and the reason.
 
-    `event` is the index of the event in its record whose other events may be good, then `value` is a record of this one alone; None of
-    those that are a record as it came.
+    `event` is None when the whole record is rejected; then `value` holds the record as it came.
+    Otherwise `event` is the index of the rejected event in a record whose other events may be
+    good, and `value` holds a record of this one event.
     """
 
     partition: npt.NDArray[np.int32]
@@ -57,20 +90,23 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """What `records` records held: n impressions with `ids` int32 [n, F + C], `values` float32 [n, V] and `true_probability` float64 [n],
-    m clicks, and rejects.
+    """The contents of the records of one poll: n impressions, m clicks, and rejects.
 
-    `arrival` [n + m] are indices into the impressions and then the clicks, in order of arrival over both. `with_fields` are the names of
-    the fields that any of the impressions had; `with_unknown_fields` is how many events had members that nobody reads. `bad_records` is how
-    many of the records are rejected, tombstones not among them; of one with good events, the share of those that are bad.
+    `records` counts the records. `ids` [n, F + C], `values` [n, V] and `true_probability` [n] (NaN
+    where it is unknown) belong to the impressions. `arrival` [n + m] lists the events of both
+    kinds in order of arrival, as indices into the impressions followed by the clicks.
+
+    `with_fields` names the fields that at least one impression had. `with_unknown_fields` counts
+    the events with members that are not read. `bad_records` counts the rejected records without
+    tombstones; a record with some good events counts as the share of its events that are bad.
     """
 
     records: int
-    impressions: Came
+    impressions: Arrivals
     ids: npt.NDArray[np.int32]
     values: npt.NDArray[np.float32]
     true_probability: npt.NDArray[np.float64]
-    clicks: Came
+    clicks: Arrivals
     arrival: npt.NDArray[np.int64]
     rejected: Rejected
     with_fields: frozenset[str]
@@ -79,18 +115,14 @@ class EventBatch:
 
     @property
     def events(self) -> int:
-        """All that came, rejects included."""
+        """The number of events, rejects included."""
         return len(self.impressions) + len(self.clicks) + len(self.rejected)
 
     @property
     def nbytes(self) -> int:
-        came = [
-            array
-            for part in (self.impressions, self.clicks)
-            for array in (part.id_hash, part.time, part.partition, part.place)
-        ]
         arrays = [
-            *came,
+            *self.impressions.arrays(),
+            *self.clicks.arrays(),
             self.ids,
             self.values,
             self.true_probability,
@@ -98,6 +130,5 @@ class EventBatch:
             self.rejected.partition,
             self.rejected.offset,
         ]
-        return sum(array.nbytes for array in arrays) + sum(
-            len(value) for value in self.rejected.value if value
-        )
+        values = sum(len(value) for value in self.rejected.value if value)
+        return values + sum(array.nbytes for array in arrays)

@@ -1,619 +1,582 @@
-"""What the joiner holds, as arrays: rows that are used again, an index over ids, clicks that wait; and the compiled passes over them."""
+"""The state machine of the label join, and the compiled passes that run it.
+
+States of an impression, by its entry in the index and its row among the pending:
+
+| state | entry | meaning |
+|---|---|---|
+| absent | EMPTY | never seen, or forgotten after the duplicate horizon |
+| in memory | slot >= 0, feature_row >= 0 | pending: its label window is open |
+| on disk | slot >= 0, feature_row < 0 | pending, and its features are in a segment |
+| left | LEFT | its window has closed and its example was released |
+| evicted | EVICTED | dropped while it was pending, to keep within the memory bound |
+
+Transitions. "Again" is a second impression of the same id within the duplicate horizon:
+
+| state | impression arrives | window closes | memory is full | horizon passes |
+|---|---|---|---|---|
+| absent | in memory | - | - | - |
+| in memory | again: duplicate | left | on disk, or evicted | - |
+| on disk | again: duplicate; in memory if it replaces | left | evicted | - |
+| left | again: duplicate, dropped | - | absent | absent |
+| evicted | again: duplicate, dropped | - | absent | absent |
+
+An impression that arrives after its own window has closed is late, and dropped in every state.
+
+Fates of a click, by the state of its impression. A window at t is [t - early, t + label]:
+
+| state | before the window | in the window | after the window, or arrived after it |
+|---|---|---|---|
+| absent | waiting | waiting | waiting |
+| in memory, on disk | waiting | joined, or duplicate if it is not the first | late |
+| left | waiting | late | late |
+| evicted | waiting | evicted | evicted |
+
+A waiting click joins when its impression arrives, or is counted as late if it is after that
+impression's window. It is counted as unmatched once no impression can want it any more, which may
+be so when it arrives, and as evicted when it is dropped to keep within the memory bound. A joined
+click is also early when it precedes its impression.
+
+These rules make the examples a function of the log, however polls interleave the partitions:
+
+1. An event is late by the watermark of its own partition when it arrived (its `limit`), never by
+   the overall watermark.
+2. Among several impressions of one id the first in (event time, partition, place) is kept,
+   whichever arrived first. One that replaces another keeps its click only if the click is in the
+   new window too, by `click_end`.
+3. Among several waiting clicks the earliest counts as the first, whatever the order of the chain.
+4. The horizon is measured between events. Entries are purged later, and a stale one is ignored.
+   An impression beyond the horizon of a pending one of its id is new: both become examples.
+5. Examples are released in the order (event time, partition, place).
+
+Eviction depends on the polls as well, and so does a partition that was excused as idle and comes
+back behind the overall watermark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.join.spill import ROW_BITS
+
 Array = npt.NDArray[Any]
 
-# The curve "a window of W loses x % of the clicks" is measured at these windows, in seconds.
-CURVE_SECONDS = (
-    1,
-    2,
-    5,
-    10,
-    20,
-    30,
-    60,
-    120,
-    300,
-    600,
-    1200,
-    1800,
-    3600,
-    7200,
-    14400,
-    28800,
-    43200,
-    86400,
-)
 COUNTERS = (
-    "impressions",  # that arrived, late and duplicate ones included
-    "impressions_late",  # came after their own window had closed: never an example
+    "impressions",  # all that arrived
+    "impressions_late",  # arrived after their own window had closed; never an example
     "impressions_duplicate",
-    "clicks",
+    "clicks",  # all that arrived
     "clicks_joined",
     "clicks_early",  # joined, and before their impression in event time
     "clicks_duplicate",  # a second click of the same impression
-    "clicks_late",  # their impression is known, but they were made or came after its window
+    "clicks_late",  # made or arrived after the window of their impression
     "clicks_unmatched",  # no impression came while they waited
     "impressions_spilled",  # their features were on disk for a while
-    "impressions_evicted",  # given up to keep within max_bytes, their labels unseen: a uniform share
-    "clicks_evicted",  # of such an impression, or given up while they waited
-    "ids_forgotten_early",  # before the duplicate horizon, to keep within max_bytes
+    "impressions_evicted",  # a uniform share of the pending, whatever their label
+    "clicks_evicted",  # of an evicted impression, or dropped while waiting
+    "ids_forgotten_early",  # before the duplicate horizon, to keep within the memory bound
 )
-(
-    IMPRESSIONS,
-    IMPRESSIONS_LATE,
-    IMPRESSIONS_DUPLICATE,
-    CLICKS,
-    JOINED,
-    EARLY,
-    DUPLICATE,
-    LATE,
-    UNMATCHED,
-) = range(9)
-SPILLED, EVICTED_IMPRESSIONS, EVICTED_CLICKS, FORGOTTEN = range(9, len(COUNTERS))
+IMPRESSIONS = COUNTERS.index("impressions")
+IMPRESSIONS_LATE = COUNTERS.index("impressions_late")
+IMPRESSIONS_DUPLICATE = COUNTERS.index("impressions_duplicate")
+CLICKS = COUNTERS.index("clicks")
+CLICKS_JOINED = COUNTERS.index("clicks_joined")
+CLICKS_EARLY = COUNTERS.index("clicks_early")
+CLICKS_DUPLICATE = COUNTERS.index("clicks_duplicate")
+CLICKS_LATE = COUNTERS.index("clicks_late")
+CLICKS_UNMATCHED = COUNTERS.index("clicks_unmatched")
+IMPRESSIONS_SPILLED = COUNTERS.index("impressions_spilled")
+IMPRESSIONS_EVICTED = COUNTERS.index("impressions_evicted")
+CLICKS_EVICTED = COUNTERS.index("clicks_evicted")
+IDS_FORGOTTEN_EARLY = COUNTERS.index("ids_forgotten_early")
+
+# Delays of clicks are counted between these bounds, for the curve of lost clicks by label window.
+CURVE_SECONDS = (
+    *(1, 2, 5, 10, 20, 30),
+    *(60, 120, 300, 600, 1200, 1800),
+    *(3600, 7200, 14400, 28800, 43200, 86400),
+)
+IN_WINDOW = 0
+AFTER_WINDOW = 1
+
 NEVER = np.iinfo(np.int64).max
-# Slots of the index: a free place; an impression that is no longer pending; one that was given up.
-EMPTY, LEFT, EVICTED = np.int32(-1), np.int32(-2), np.int32(-3)
-_LOTS = 4096  # an impression draws one by its id; those with the least are given up first
+EMPTY = np.int32(-1)  # a free entry of the index, or the end of a chain of waiting clicks
+LEFT = np.int32(-2)
+EVICTED = np.int32(-3)
+
+# Positions in the `sizes` of the arrays below.
+USED = 0  # rows from the start of the arrays that are or were in use; entries of the index
+FREED = 1  # rows on the stack `free`
+ALIVE = 1  # waiting clicks
+
+PACKED_BYTES = 3
+PACKED_BITS = 8 * PACKED_BYTES
+_BYTE = 0xFF
+
+# An impression draws one of these lots by its id; the least lots are evicted first.
+_LOT_BITS = 12
+_LOTS = 1 << _LOT_BITS
 
 
-class Rows:
-    """Rows of columns, which grow in place; a freed row is used again. sizes: [rows used, length of the free list]."""
+class Windows(NamedTuple):
+    """The lengths of time of the join, in milliseconds."""
 
-    def __init__(self, **columns: Array) -> None:
-        self.columns = columns
-        self.free = np.empty(0, np.int32)
-        self.sizes = np.zeros(2, np.int64)
-
-    def __getitem__(self, name: str) -> Array:
-        return self.columns[name]
-
-    def used(self, name: str) -> Array:
-        return self.columns[name][: self.sizes[0]]
-
-    def arrays(self) -> list[Array]:
-        return list(self.columns.values())
-
-    @property
-    def count(self) -> int:
-        return int(self.sizes[0] - self.sizes[1])
-
-    def reserve(self, n: int, most: int) -> None:
-        needed, have = self.count + n, len(self.free)
-        if needed > have:
-            # Memory is taken with the size; making it larger moves pages, not what is in them.
-            self._resize(max(needed, min(have + max(have // 16, min(have, 1 << 16), 1024), most)))
-
-    def _resize(self, capacity: int) -> None:
-        # Not by a copy, which would need the room of both for a moment. Nobody keeps a view of these arrays.
-        for array in (*self.arrays(), self.free):
-            array.resize((capacity, *array.shape[1:]), refcheck=False)
-
-    def release(self, rows: npt.NDArray[np.int64]) -> None:
-        free = int(self.sizes[1])
-        self.free[free : free + len(rows)] = rows
-        self.sizes[1] += len(rows)
-
-    def fill(self, rows: Mapping[str, Array], n: int) -> None:
-        self.sizes[:] = 0
-        self._resize(n)
-        for name, array in self.columns.items():
-            array[:] = rows[name]
-        self.sizes[0] = n
+    label_ms: int
+    early_ms: int
+    horizon_ms: int
 
 
-def pending_rows() -> Rows:
-    """`time` is NEVER in free rows."""
-    return Rows(
-        id_hash=np.empty(0, np.uint64),
-        time=np.empty(0, np.int64),
-        partition=np.empty(0, np.int32),
-        offset=np.empty(0, np.int64),
-        # When the window must have been open for its click to count: the later of the click's time and its partition's watermark; the
-        # least over all clicks, NEVER without one. Kept because an earlier impression of the same id may still take this one's place.
-        click=np.empty(0, np.int64),
-        place=np.empty(0, np.int64),  # the row of its features; negative: on disk
-    )
+class EventColumns(NamedTuple):
+    """Columns [n] of events of one kind, in order of arrival.
+
+    `limit` is the watermark of each event's own partition when it arrived.
+    """
+
+    id_hash: npt.NDArray[np.uint64]
+    time: npt.NDArray[np.int64]
+    partition: npt.NDArray[np.int32]
+    place: npt.NDArray[np.int64]
+    limit: npt.NDArray[np.int64]
 
 
-def feature_rows(fields: int, value_fields: int, id_bytes: int) -> Rows:
-    """`ids` are as `pack` makes them."""
-    ids = np.empty((0, id_bytes * fields), np.uint8)
-    return Rows(
-        truth=np.empty(0, np.float64), ids=ids, values=np.empty((0, value_fields), np.float32)
-    )
+class FeatureColumns(NamedTuple):
+    """Columns of the features of n impressions; `ids` [n, bytes] as `pack` returns them."""
+
+    true_probability: npt.NDArray[np.float64]
+    ids: npt.NDArray[np.uint8]
+    values: npt.NDArray[np.float32]
 
 
-INDEX_BYTES, PENDING_BYTES = (
-    8 + 8 + 4,
-    8 + 8 + 4 + 8 + 8 + 8 + 4,
-)  # a row with its place in the free list
-CLICK_BYTES = 8 + 8 + 8 + 4 + 1 + 16  # a row with its share of the heads of chains
+class PendingArrays(NamedTuple):
+    """Arrays of the pending impressions; a slot is an index into them.
+
+    `time` is NEVER in a free slot. `click_end` is the least end that the window may have for one
+    of the clicks to count: the later of the click's time and its `limit`, the least of all clicks;
+    NEVER without a click. `feature_row` is the row of the features in `FeatureArrays`, or negative
+    for a place on disk (see `spill`). `free` is a stack of free slots.
+    """
+
+    id_hash: npt.NDArray[np.uint64]
+    time: npt.NDArray[np.int64]
+    partition: npt.NDArray[np.int32]
+    place: npt.NDArray[np.int64]
+    click_end: npt.NDArray[np.int64]
+    feature_row: npt.NDArray[np.int64]
+    free: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
 
 
-def in_order(pending: Rows, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """By (event time, partition, offset)."""
-    return slots[
-        np.lexsort((pending["offset"][slots], pending["partition"][slots], pending["time"][slots]))
-    ]
+class FeatureArrays(NamedTuple):
+    """Arrays of the features in memory; `free` is a stack of free rows."""
+
+    true_probability: npt.NDArray[np.float64]
+    ids: npt.NDArray[np.uint8]
+    values: npt.NDArray[np.float32]
+    free: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
 
 
-def oldest(time: npt.NDArray[np.int64], before: int, about: int) -> npt.NDArray[np.int64]:
-    """Rows with a time before `before`: all of them or, when that is more than `about`, about so many, older than the others."""
-    old = time < before
-    n = int(np.count_nonzero(old))
-    if n > about:
-        sample = np.sort(
-            time[:: max(1, len(time) >> 16)]
-        )  # of millions it is enough to tell where the oldest end
-        sample = sample[sample < before]
-        if len(sample):
-            old = time <= sample[min(len(sample) * about // n * 9 // 8, len(sample) - 1)]
-    return np.flatnonzero(old)
+class IndexArrays(NamedTuple):
+    """A hash table from id to (event time, slot), with open addressing and linear probing.
+
+    `slot` is a slot of `PendingArrays`, EMPTY, LEFT or EVICTED.
+    """
+
+    key: npt.NDArray[np.uint64]
+    time: npt.NDArray[np.int64]
+    slot: npt.NDArray[np.int32]
+    sizes: npt.NDArray[np.int64]
 
 
-class Index:
-    """id -> (event time, slot): open addressing, linear probing, at most two thirds full, of at most `most` places. sizes: [entries]."""
+class WaitingArrays(NamedTuple):
+    """Waiting clicks, in chains by id: `head` starts each chain and `next` goes on with it."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._clear(min(1 << 12, most))
-        self._expired_at = -(1 << 62)
-
-    def _clear(self, capacity: int) -> None:
-        self.key = np.zeros(capacity, np.uint64)
-        self.time = np.zeros(capacity, np.int64)
-        self.slot = np.full(capacity, EMPTY, np.int32)
-        self.sizes = np.zeros(1, np.int64)
-
-    def arrays(self) -> list[Array]:
-        return [self.key, self.time, self.slot]
-
-    @property
-    def entries(self) -> int:
-        return int(self.sizes[0])
-
-    def reserve(self, n: int, horizon_start: int) -> int:
-        """Room for n more ids. Where there is none, those that left before `horizon_start` are forgotten, then the oldest of the others;
-        how many others."""
-        capacity = self._capacity(n)
-        if capacity <= self.most:
-            self._grow(capacity)
-            return 0
-        self._purge(horizon_start)
-        before, most = self.entries, 2 * self.most // 3
-        while self.entries + n > most:
-            self._purge(self._age_of(self.entries - min(most * 7 // 8, most - n)))
-        return before - self.entries
-
-    def _capacity(self, n: int) -> int:
-        capacity = len(self.key)
-        while 3 * (self.entries + n) > 2 * capacity:
-            capacity *= 2
-        return capacity
-
-    def _grow(self, capacity: int) -> None:
-        have = len(self.key)
-        if capacity == have:
-            return
-        for array in self.arrays():  # in place: a copy would need the room of both
-            array.resize(capacity, refcheck=False)
-        self.slot[have:] = EMPTY
-        self._purge(np.iinfo(np.int64).min)
-
-    def _purge(self, before: int) -> None:
-        _rehash(*self.arrays(), self.sizes, before)
-
-    def _age_of(self, n: int) -> int:
-        """A time before which about the n oldest of those that left did, and at least one."""
-        step = max(
-            1, len(self.slot) >> 16
-        )  # ids are hashes: every so many places are a fair sample
-        sample = np.sort(self.time[::step][self.slot[::step] <= LEFT])
-        return int(sample[min(n // step, len(sample) - 1)]) + 1
-
-    def expire(self, watermark: int, horizon: int) -> None:
-        """Forget impressions that left and are beyond the horizon; worth a pass once a quarter of the index is."""
-        if watermark - self._expired_at < horizon // 16:
-            return
-        self._expired_at = watermark
-        before = watermark - horizon
-        old = int(((self.slot <= LEFT) & (self.time < before)).sum())
-        if 4 * old >= self.entries + 1024:
-            self._purge(before)
-            self._shrink()
-
-    def _shrink(self) -> None:
-        if 8 * self.entries < len(self.key) and len(self.key) > 1 << 12:
-            keep = self.slot != EMPTY
-            key, time, slot = self.key[keep], self.time[keep], self.slot[keep]
-            self._clear(min(1 << 12, self.most))
-            self.fill(key, time, slot)
-
-    def fill(self, key: Array, time: Array, slot: npt.NDArray[np.int32]) -> None:
-        self._grow(self._capacity(len(key)))
-        _insert_all(key, time, slot, *self.arrays(), self.sizes)
-
-    def left(self, since: int) -> dict[str, Array]:
-        """Impressions that left and are not beyond the horizon."""
-        rows = np.flatnonzero((self.slot <= LEFT) & (self.time >= since))
-        rows = rows[np.argsort(self.key[rows])]
-        left: dict[str, Array] = {"key": self.key[rows], "time": self.time[rows]}
-        evicted = self.slot[rows] == EVICTED
-        return left | {"evicted": evicted} if evicted.any() else left
+    key: npt.NDArray[np.uint64]
+    time: npt.NDArray[np.int64]
+    limit: npt.NDArray[np.int64]
+    next: npt.NDArray[np.int32]
+    head: npt.NDArray[np.int32]
+    alive: npt.NDArray[np.bool_]
+    sizes: npt.NDArray[np.int64]
 
 
-class WaitingClicks:
-    """Clicks whose impression has not come: at most `most`, in a pool chained by id. sizes: [rows used, rows alive]."""
+class Counts(NamedTuple):
+    """`counters` [COUNTERS], and clicks by delay: `delays` [IN_WINDOW or AFTER_WINDOW, delay].
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._allocate(min(1024, most))
+    A delay is at most that of CURVE_SECONDS at the same position, or longer than all of them.
+    """
 
-    def _allocate(self, capacity: int) -> None:
-        self.key = np.zeros(capacity, np.uint64)
-        self.time = np.zeros(capacity, np.int64)
-        self.limit = np.zeros(capacity, np.int64)
-        self.next = np.full(capacity, EMPTY, np.int32)  # the next row of its chain
-        self.head = np.full(1 << int(2 * capacity - 1).bit_length(), EMPTY, np.int32)
-        self.sizes = np.zeros(2, np.int64)
-        self.alive_rows = np.zeros(capacity, np.bool_)
-
-    def arrays(self) -> list[Array]:
-        return [self.key, self.time, self.limit, self.next, self.head, self.alive_rows]
-
-    @property
-    def count(self) -> int:
-        return int(self.sizes[1])
-
-    def alive(self) -> dict[str, Array]:
-        rows = np.flatnonzero(self.alive_rows[: self.sizes[0]])
-        rows = rows[np.lexsort((self.limit[rows], self.key[rows], self.time[rows]))]
-        return {"key": self.key[rows], "time": self.time[rows], "limit": self.limit[rows]}
-
-    def fill(self, rows: Mapping[str, Array], room: int = 0) -> None:
-        n = len(rows["key"])
-        self._allocate(max(n + room, min(max(1024, 3 * n // 2), self.most)))
-        _wait_all(rows["key"], rows["time"], rows["limit"], *self.arrays(), self.sizes)
-
-    def reserve(self, n: int) -> int:
-        """Room for n more. Where there is none the oldest go; how many."""
-        if int(self.sizes[0]) + n <= min(len(self.key), self.most):
-            return 0
-        rows, dropped = self.alive(), 0
-        if self.count + n > self.most:
-            dropped = self.count - min(self.most * 3 // 4, self.most - n)
-        self.fill({name: array[dropped:] for name, array in rows.items()}, n)
-        return dropped
-
-    def expire(self, before: int) -> int:
-        """Drop clicks older than `before`; how many."""
-        used = int(self.sizes[0])
-        old = self.alive_rows[:used] & (self.time[:used] < before)
-        dropped = int(old.sum())
-        self.alive_rows[:used][old] = False
-        self.sizes[1] -= dropped
-        return dropped
-
-    def drop_all(self) -> int:
-        dropped = self.count
-        self._allocate(min(1024, self.most))
-        return dropped
-
-
-# -- compiled ------------------------------------------------------------------------------------
-#
-# One pass over the events in order of arrival. A hash map that a Python loop or a chain of numpy sorts would be far too slow for.
+    counters: npt.NDArray[np.int64]
+    delays: npt.NDArray[np.int64]
 
 
 def pack(ids: npt.NDArray[np.int32], id_bytes: int) -> npt.NDArray[np.uint8]:
-    """The low 3 or 4 bytes of `ids` [n, F] -> [n, F * id_bytes].
+    """Return the low 3 or 4 bytes of `ids` [n, F] as [n, F * id_bytes].
 
     >>> pack(np.array([[1, 0x012345]], np.int32), 3).tolist()
     [[1, 0, 0, 69, 35, 1]]
     """
-    return _pack(ids) if id_bytes == 3 else np.ascontiguousarray(ids).view(np.uint8)
+    if id_bytes == PACKED_BYTES:
+        return _pack(ids)
+    return np.ascontiguousarray(ids).view(np.uint8)
 
 
 def unpack(packed: npt.NDArray[np.uint8], id_bytes: int) -> npt.NDArray[np.int32]:
-    return _unpack(packed) if id_bytes == 3 else packed.view(np.int32)
+    """Return the ids [n, F] of packed ones [n, F * id_bytes]."""
+    return _unpack(packed) if id_bytes == PACKED_BYTES else packed.view(np.int32)
 
 
 @numba.njit(cache=True, nogil=True)
 def _pack(ids):  # type: ignore[no-untyped-def]
-    packed = np.empty((ids.shape[0], ids.shape[1] * 3), np.uint8)
+    packed = np.empty((ids.shape[0], ids.shape[1] * PACKED_BYTES), np.uint8)
     for i in range(ids.shape[0]):
         for j in range(ids.shape[1]):
-            id_ = ids[i, j]
-            packed[i, 3 * j], packed[i, 3 * j + 1], packed[i, 3 * j + 2] = (
-                id_ & 0xFF,
-                (id_ >> 8) & 0xFF,
-                (id_ >> 16) & 0xFF,
-            )
+            first = PACKED_BYTES * j
+            packed[i, first] = ids[i, j] & _BYTE
+            packed[i, first + 1] = (ids[i, j] >> 8) & _BYTE
+            packed[i, first + 2] = (ids[i, j] >> 16) & _BYTE
     return packed
 
 
 @numba.njit(cache=True, nogil=True)
 def _unpack(packed):  # type: ignore[no-untyped-def]
-    ids = np.empty((packed.shape[0], packed.shape[1] // 3), np.int32)
+    ids = np.empty((packed.shape[0], packed.shape[1] // PACKED_BYTES), np.int32)
     for i in range(ids.shape[0]):
         for j in range(ids.shape[1]):
+            first = PACKED_BYTES * j
             ids[i, j] = (
-                np.int32(packed[i, 3 * j])
-                | np.int32(packed[i, 3 * j + 1]) << 8
-                | np.int32(packed[i, 3 * j + 2]) << 16
+                np.int32(packed[i, first])
+                | np.int32(packed[i, first + 1]) << 8
+                | np.int32(packed[i, first + 2]) << 16
             )
     return ids
 
 
+# -- the index -----------------------------------------------------------------------------------
+
+
 @numba.njit(cache=True, inline="always")
 def _home(key, mask):  # type: ignore[no-untyped-def]
-    """Where `key` would be in an index with nobody else. Keys are hashes already."""
+    """Return the position of `key` in an otherwise empty index. Keys are hashes already."""
     return np.int64((key ^ (key >> np.uint64(32))) & np.uint64(mask))
 
 
 @numba.njit(cache=True, inline="always")
-def _place(key, keys, slots):  # type: ignore[no-untyped-def]
-    """Where `key` is, or the free place where it belongs."""
-    mask = len(keys) - 1
-    at = _home(key, mask)
-    while slots[at] != EMPTY and keys[at] != key:
-        at = (at + 1) & mask
-    return at
+def _find(key, index):  # type: ignore[no-untyped-def]
+    """Return the position of `key`, or the empty position where it belongs."""
+    mask = len(index.key) - 1
+    position = _home(key, mask)
+    while index.slot[position] != EMPTY and index.key[position] != key:
+        position = (position + 1) & mask
+    return position
+
+
+@numba.njit(cache=True)
+def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
+    """Insert n entries, or overwrite those with the same keys."""
+    for i in range(len(key)):
+        position = _find(key[i], index)
+        if index.slot[position] == EMPTY:
+            index.sizes[USED] += 1
+        index.key[position] = key[i]
+        index.time[position] = time[i]
+        index.slot[position] = slot[i]
+
+
+@numba.njit(cache=True)
+def mark_all(key, slot, state, index):  # type: ignore[no-untyped-def]
+    """Set n entries to `state`, LEFT or EVICTED, where they still point to `slot` [n]."""
+    for i in range(len(key)):
+        position = _find(key[i], index)
+        if index.slot[position] == slot[i]:
+            index.slot[position] = state
+
+
+@numba.njit(cache=True)
+def rehash(index, before):  # type: ignore[no-untyped-def]
+    """Move every entry to where it belongs, in place.
+
+    Entries in the states LEFT and EVICTED with a time before `before` are removed.
+
+    The pass starts after an empty position, and takes out and puts back one entry after another.
+    The positions between an entry's home and the entry were visited before, and keep their
+    entries. In a table that has just grown, whose new half is empty, some entries are put further
+    on instead; they stay there when the pass reaches them.
+    """
+    mask = len(index.key) - 1
+    start = 0
+    while index.slot[(start - 1) & mask] != EMPTY:
+        start += 1
+    for step in range(len(index.key)):
+        position = (start + step) & mask
+        key = index.key[position]
+        time = index.time[position]
+        slot = index.slot[position]
+        if slot == EMPTY:
+            continue
+        index.slot[position] = EMPTY
+        if slot <= LEFT and time < before:
+            index.sizes[USED] -= 1
+            continue
+        target = _find(key, index)
+        index.key[target] = key
+        index.time[target] = time
+        index.slot[target] = slot
+
+
+# -- waiting clicks ------------------------------------------------------------------------------
 
 
 @numba.njit(cache=True, inline="always")
 def _chain(key, heads):  # type: ignore[no-untyped-def]
+    """Return the chain of `key`, an index into `heads`."""
     return np.int64((key ^ (key >> np.uint64(29))) & np.uint64(len(heads) - 1))
 
 
 @numba.njit(cache=True)
-def _insert_all(key, time, slot, i_key, i_time, i_slot, i_sizes):  # type: ignore[no-untyped-def]
+def _wait(key, time, limit, waiting):  # type: ignore[no-untyped-def]
+    row = waiting.sizes[USED]
+    chain = _chain(key, waiting.head)
+    waiting.key[row] = key
+    waiting.time[row] = time
+    waiting.limit[row] = limit
+    waiting.next[row] = waiting.head[chain]
+    waiting.alive[row] = True
+    waiting.head[chain] = row
+    waiting.sizes[USED] += 1
+    waiting.sizes[ALIVE] += 1
+
+
+@numba.njit(cache=True)
+def wait_all(key, time, limit, waiting):  # type: ignore[no-untyped-def]
+    """Add n waiting clicks."""
     for i in range(len(key)):
-        at = _place(key[i], i_key, i_slot)
-        if i_slot[at] == EMPTY:
-            i_sizes[0] += 1
-        i_key[at], i_time[at], i_slot[at] = key[i], time[i], slot[i]
+        _wait(key[i], time[i], limit[i], waiting)
+
+
+# -- events --------------------------------------------------------------------------------------
 
 
 @numba.njit(cache=True)
-def mark(key, slot, fate, i_key, i_time, i_slot):  # type: ignore[no-untyped-def]
-    for i in range(len(key)):
-        at = _place(key[i], i_key, i_slot)
-        if i_slot[at] == slot[i]:
-            i_slot[at] = fate
+def _count_delay(delays, row, delay_ms):  # type: ignore[no-untyped-def]
+    column = 0
+    while column < len(CURVE_SECONDS) and delay_ms > CURVE_SECONDS[column] * 1000:
+        column += 1
+    delays[row, column] += 1
 
 
 @numba.njit(cache=True)
-def _rehash(i_key, i_time, i_slot, i_sizes, before):  # type: ignore[no-untyped-def]
-    """Put every entry where it belongs, without room of its own, and leave out those that left before `before`.
-
-    From an empty place on, entry after entry is taken out and put back. All between its home and there were seen to by then, and stay.
-    In a table that has just grown, whose new half is empty, some go further on instead, and stay there when their turn comes again.
-    """
-    mask = len(i_key) - 1
-    start = 0
-    while i_slot[(start - 1) & mask] != EMPTY:
-        start += 1
-    for step in range(len(i_key)):
-        at = (start + step) & mask
-        key, time, slot = i_key[at], i_time[at], i_slot[at]
-        if slot == EMPTY:
-            continue
-        i_slot[at] = EMPTY
-        if slot <= LEFT and time < before:
-            i_sizes[0] -= 1
-            continue
-        to = _place(key, i_key, i_slot)
-        i_key[to], i_time[to], i_slot[to] = key, time, slot
-
-
-@numba.njit(cache=True)
-def _lot(key):  # type: ignore[no-untyped-def]
-    """What an id draws, of _LOTS; not by the hash that chooses examples for the baseline."""
-    key = (key ^ np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
-    return np.int64(
-        ((key ^ (key >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)) >> np.uint64(52)
-    )
-
-
-@numba.njit(cache=True)
-def thin(id_hash, time, place, n, in_memory):  # type: ignore[no-untyped-def]
-    """The slots of the n pending impressions with the least lots, and of those that drew the same as the last of them."""
-    drawn = np.zeros(_LOTS, np.int64)
-    for slot in range(len(time)):
-        if time[slot] != NEVER and (place[slot] >= 0 or not in_memory):
-            drawn[_lot(id_hash[slot])] += 1
-    last, count = 0, drawn[0]
-    while count < n:
-        last += 1
-        count += drawn[last]
-    slots = np.empty(count, np.int64)
-    at = 0
-    for slot in range(len(time)):
-        if (
-            time[slot] != NEVER
-            and (place[slot] >= 0 or not in_memory)
-            and _lot(id_hash[slot]) <= last
-        ):
-            slots[at] = slot
-            at += 1
-    return slots
-
-
-@numba.njit(cache=True)
-def count_live(time, place, first, live):  # type: ignore[no-untyped-def]
-    for slot in range(len(time)):
-        at = (~place[slot] >> 16) - first
-        if time[slot] != NEVER and place[slot] < 0 and at < len(live):
-            live[at] += 1
-
-
-@numba.njit(cache=True)
-def _wait(key, time, limit, c_key, c_time, c_limit, c_next, c_head, c_alive, c_sizes):  # type: ignore[no-untyped-def]
-    row = c_sizes[0]
-    at = _chain(key, c_head)
-    c_key[row], c_time[row], c_limit[row], c_next[row], c_alive[row] = (
-        key,
-        time,
-        limit,
-        c_head[at],
-        True,
-    )
-    c_head[at] = row
-    c_sizes[0] += 1
-    c_sizes[1] += 1
-
-
-@numba.njit(cache=True)
-def _wait_all(key, time, limit, c_key, c_time, c_limit, c_next, c_head, c_alive, c_sizes):  # type: ignore[no-untyped-def]
-    for i in range(len(key)):
-        _wait(key[i], time[i], limit[i], c_key, c_time, c_limit, c_next, c_head, c_alive, c_sizes)
-
-
-@numba.njit(cache=True)
-def _count_delay(delays, row, delay):  # type: ignore[no-untyped-def]
-    at = 0
-    while at < len(CURVE_SECONDS) and delay > CURVE_SECONDS[at] * 1000:
-        at += 1
-    delays[row, at] += 1
-
-
-@numba.njit(cache=True)
-def _click(slot, impression_time, time, limit, p_click, counters, delays):  # type: ignore[no-untyped-def]
-    """A click inside the window of a pending impression."""
-    if p_click[slot] != NEVER:
-        counters[DUPLICATE] += 1
-        p_click[slot] = min(p_click[slot], max(time, limit))
+def _join_click(  # type: ignore[no-untyped-def]
+    slot,
+    impression_time,
+    click_time,
+    click_end,
+    pending,
+    counts,
+):
+    """Give a click inside the window to the pending impression in `slot`."""
+    if pending.click_end[slot] != NEVER:
+        counts.counters[CLICKS_DUPLICATE] += 1
+        pending.click_end[slot] = min(pending.click_end[slot], click_end)
         return
-    p_click[slot] = max(time, limit)
-    counters[JOINED] += 1
-    if time < impression_time:
-        counters[EARLY] += 1
-    _count_delay(delays, 0, time - impression_time)
+    pending.click_end[slot] = click_end
+    counts.counters[CLICKS_JOINED] += 1
+    if click_time < impression_time:
+        counts.counters[CLICKS_EARLY] += 1
+    _count_delay(counts.delays, IN_WINDOW, click_time - impression_time)
+
+
+@numba.njit(cache=True)
+def _join_waiting(  # type: ignore[no-untyped-def]
+    key,
+    slot,
+    time,
+    windows,
+    pending,
+    waiting,
+    counts,
+):
+    """Give the clicks that wait for `key` to the impression at `time` that has just arrived."""
+    end = time + windows.label_ms
+    inside = 0
+    # The earliest click counts as the first: the order of a chain changes with a restart.
+    first = NEVER
+    least_end = NEVER
+    row = waiting.head[_chain(key, waiting.head)]
+    while row != EMPTY:
+        click_time = waiting.time[row]
+        if waiting.alive[row] and waiting.key[row] == key and click_time >= time - windows.early_ms:
+            waiting.alive[row] = False
+            waiting.sizes[ALIVE] -= 1
+            if click_time > end or waiting.limit[row] > end:
+                counts.counters[CLICKS_LATE] += 1
+                _count_delay(counts.delays, AFTER_WINDOW, click_time - time)
+            else:
+                inside += 1
+                first = min(first, click_time)
+                least_end = min(least_end, max(click_time, waiting.limit[row]))
+        row = waiting.next[row]
+    if inside > 0:
+        _join_click(slot, time, first, least_end, pending, counts)
+        counts.counters[CLICKS_DUPLICATE] += inside - 1
 
 
 @numba.njit(cache=True, inline="always")
 def _take(free, sizes):  # type: ignore[no-untyped-def]
-    """A row that nobody has."""
-    if sizes[1] > 0:
-        sizes[1] -= 1
-        return free[sizes[1]]
-    sizes[0] += 1
-    return np.int32(sizes[0] - 1)
+    """Return a free row, for which there must be room."""
+    if sizes[FREED] > 0:
+        sizes[FREED] -= 1
+        return free[sizes[FREED]]
+    sizes[USED] += 1
+    return np.int32(sizes[USED] - 1)
 
 
 @numba.njit(cache=True, nogil=True)
 def push_impressions(  # type: ignore[no-untyped-def]
-    id_hash, time, partition, offset, limit, ids, values, truth, window, early, horizon,
-    p_id, p_time, p_partition, p_offset, p_click, p_place, p_free, p_sizes, f_truth, f_ids, f_values, f_free, f_sizes,
-    i_key, i_time, i_slot, i_sizes, c_key, c_time, c_limit, c_next, c_head, c_alive, c_sizes, counters, delays,
-):  # fmt: skip
-    for i in range(len(time)):
-        t = time[i]
+    events,
+    features,
+    windows,
+    pending,
+    stored,
+    index,
+    waiting,
+    counts,
+):
+    """Add n impressions, `events` and `features`, for each of which all arrays must have room."""
+    counters = counts.counters
+    for i in range(len(events.time)):
+        key = events.id_hash[i]
+        time = events.time[i]
+        limit = events.limit[i]
+        end = time + windows.label_ms
         counters[IMPRESSIONS] += 1
-        if limit[i] > t + window:
+        if limit > end:
             counters[IMPRESSIONS_LATE] += 1
             continue
-        at = _place(id_hash[i], i_key, i_slot)
-        known = i_slot[at] != EMPTY
-        # Forgetting is lazy, so the horizon is measured here, against the event's own partition: what counts is the log, not the timing.
-        if known and max(t, limit[i]) - i_time[at] <= horizon:
+        position = _find(key, index)
+        known = index.slot[position] != EMPTY
+        if known and max(time, limit) - index.time[position] <= windows.horizon_ms:
             counters[IMPRESSIONS_DUPLICATE] += 1
-            slot = i_slot[at]
-            # The first in (time, partition, offset) stays, whichever was read first.
-            if slot < 0 or (t, partition[i], offset[i]) >= (
-                p_time[slot],
-                p_partition[slot],
-                p_offset[slot],
+            slot = index.slot[position]
+            if slot < 0 or (time, events.partition[i], events.place[i]) >= (
+                pending.time[slot],
+                pending.partition[slot],
+                pending.place[slot],
             ):
                 continue
-            if p_click[slot] != NEVER and p_click[slot] > t + window:
-                p_click[slot] = NEVER
-                counters[JOINED] -= 1
-                counters[LATE] += 1
+            if pending.click_end[slot] != NEVER and pending.click_end[slot] > end:
+                pending.click_end[slot] = NEVER
+                counters[CLICKS_JOINED] -= 1
+                counters[CLICKS_LATE] += 1
         else:
-            slot = _take(p_free, p_sizes)
-            p_click[slot] = NEVER
-            p_place[slot] = -1
+            slot = _take(pending.free, pending.sizes)
+            pending.click_end[slot] = NEVER
+            pending.feature_row[slot] = -1
             if not known:
-                i_sizes[0] += 1
-        i_key[at], i_time[at], i_slot[at] = id_hash[i], t, slot
-        p_id[slot], p_time[slot], p_partition[slot], p_offset[slot] = (
-            id_hash[i],
-            t,
-            partition[i],
-            offset[i],
-        )
-        if p_place[slot] < 0:
-            p_place[slot] = _take(f_free, f_sizes)
-        row = p_place[slot]
-        f_truth[row] = truth[i]
-        f_ids[row] = ids[i]
-        f_values[row] = values[i]
-        if c_sizes[1] == 0:
-            continue
-        # Which of several counts as the first must not depend on the order of the chain: a restart makes that anew.
-        inside, first, least = 0, NEVER, NEVER
-        c = c_head[_chain(id_hash[i], c_head)]
-        while c != EMPTY:
-            if c_alive[c] and c_key[c] == id_hash[i] and c_time[c] >= t - early:
-                c_alive[c] = False
-                c_sizes[1] -= 1
-                if c_time[c] > t + window or c_limit[c] > t + window:
-                    counters[LATE] += 1
-                    _count_delay(delays, 1, c_time[c] - t)
-                else:
-                    inside += 1
-                    first, least = min(first, c_time[c]), min(least, max(c_time[c], c_limit[c]))
-            c = c_next[c]
-        if inside > 0:
-            _click(slot, t, first, least, p_click, counters, delays)
-            counters[DUPLICATE] += inside - 1
+                index.sizes[USED] += 1
+        index.key[position] = key
+        index.time[position] = time
+        index.slot[position] = slot
+        pending.id_hash[slot] = key
+        pending.time[slot] = time
+        pending.partition[slot] = events.partition[i]
+        pending.place[slot] = events.place[i]
+        if pending.feature_row[slot] < 0:
+            pending.feature_row[slot] = _take(stored.free, stored.sizes)
+        row = pending.feature_row[slot]
+        stored.true_probability[row] = features.true_probability[i]
+        stored.ids[row] = features.ids[i]
+        stored.values[row] = features.values[i]
+        if waiting.sizes[ALIVE] > 0:
+            _join_waiting(key, slot, time, windows, pending, waiting, counts)
 
 
 @numba.njit(cache=True, nogil=True)
 def push_clicks(  # type: ignore[no-untyped-def]
-    id_hash, time, limit, window, early, horizon, watermark, p_click,
-    i_key, i_time, i_slot, c_key, c_time, c_limit, c_next, c_head, c_alive, c_sizes, counters, delays,
-):  # fmt: skip
-    for i in range(len(time)):
+    events,
+    windows,
+    watermark,
+    pending,
+    index,
+    waiting,
+    counts,
+):
+    """Add n clicks, for each of which `waiting` must have room. `watermark` is the overall one."""
+    counters = counts.counters
+    for i in range(len(events.time)):
+        key = events.id_hash[i]
+        time = events.time[i]
+        limit = events.limit[i]
         counters[CLICKS] += 1
-        at = _place(id_hash[i], i_key, i_slot)
-        slot, impression_time = i_slot[at], i_time[at]
-        forgotten = slot <= LEFT and max(time[i], limit[i]) - impression_time > horizon
-        if slot == EMPTY or forgotten or time[i] < impression_time - early:
-            if time[i] < watermark - window - early:
-                counters[UNMATCHED] += 1
+        position = _find(key, index)
+        slot = index.slot[position]
+        impression_time = index.time[position]
+        end = impression_time + windows.label_ms
+        forgotten = slot <= LEFT and max(time, limit) - impression_time > windows.horizon_ms
+        if slot == EMPTY or forgotten or time < impression_time - windows.early_ms:
+            if time < watermark - windows.label_ms - windows.early_ms:
+                counters[CLICKS_UNMATCHED] += 1
             else:
-                _wait(
-                    id_hash[i],
-                    time[i],
-                    limit[i],
-                    c_key,
-                    c_time,
-                    c_limit,
-                    c_next,
-                    c_head,
-                    c_alive,
-                    c_sizes,
-                )
+                _wait(key, time, limit, waiting)
         elif slot == EVICTED:
-            counters[EVICTED_CLICKS] += 1
-        elif (
-            slot == LEFT
-            or time[i] > impression_time + window
-            or limit[i] > impression_time + window
-        ):
-            counters[LATE] += 1
-            _count_delay(delays, 1, time[i] - impression_time)
+            counters[CLICKS_EVICTED] += 1
+        elif slot == LEFT or time > end or limit > end:
+            counters[CLICKS_LATE] += 1
+            _count_delay(counts.delays, AFTER_WINDOW, time - impression_time)
         else:
-            _click(slot, impression_time, time[i], limit[i], p_click, counters, delays)
+            _join_click(slot, impression_time, time, max(time, limit), pending, counts)
+
+
+# -- pending rows --------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True)
+def _lot(key):  # type: ignore[no-untyped-def]
+    """Return the lot of an id, below _LOTS.
+
+    The hash differs from the one that samples examples for the baseline.
+    """
+    key = (key ^ np.uint64(0x9E3779B97F4A7C15)) * np.uint64(0xBF58476D1CE4E5B9)
+    key = (key ^ (key >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)
+    return np.int64(key >> np.uint64(64 - _LOT_BITS))
+
+
+@numba.njit(cache=True)
+def least_lots(id_hash, time, feature_row, n, in_memory):  # type: ignore[no-untyped-def]
+    """Return the slots of the n pending impressions with the least lots.
+
+    All with the last of these lots are returned, so there may be a few more. With `in_memory`
+    only impressions whose features are in memory are considered.
+    """
+    drawn = np.zeros(_LOTS, np.int64)
+    for slot in range(len(time)):
+        if time[slot] != NEVER and (feature_row[slot] >= 0 or not in_memory):
+            drawn[_lot(id_hash[slot])] += 1
+    last = 0
+    count = drawn[0]
+    while count < n:
+        last += 1
+        count += drawn[last]
+    slots = np.empty(count, np.int64)
+    found = 0
+    for slot in range(len(time)):
+        if (
+            time[slot] != NEVER
+            and (feature_row[slot] >= 0 or not in_memory)
+            and _lot(id_hash[slot]) <= last
+        ):
+            slots[found] = slot
+            found += 1
+    return slots
+
+
+@numba.njit(cache=True)
+def count_by_segment(time, feature_row, first, counts):  # type: ignore[no-untyped-def]
+    """Add to `counts` the pending impressions in each segment from number `first` on."""
+    for slot in range(len(time)):
+        segment = (~feature_row[slot] >> ROW_BITS) - first
+        if time[slot] != NEVER and feature_row[slot] < 0 and segment < len(counts):
+            counts[segment] += 1

@@ -1,14 +1,18 @@
-"""Rows on disk: what is too much for memory goes to Arrow IPC files, and comes back a few rows at a time.
+"""Rows on disk: features that do not fit into memory go to Arrow IPC files.
 
-A segment is one file, written once, on disk when `write` returns, and never changed; a snapshot may hold it by a hard link. A row is
-known by its place, a negative int64, so that one column can hold places on disk and rows in memory.
+A segment is one file. It is written once, is on disk when `write` returns, and never changes, so
+that a snapshot may hold it by a hard link. Any rows can be read back. A row on disk is named by
+its place, a negative int64: one column can hold both places on disk and rows in memory.
 
 >>> spill = Spill()
 >>> places = spill.write({"ids": np.array([[1, 2], [3, 4], [5, 6]], np.int32)}, last=1000)
->>> bool((places < 0).all()), spill.read(places[[2, 0]])["ids"].tolist()
-(True, [[5, 6], [1, 2]])
->>> spill.drop(spill.ended_before(1001)), spill.files()
-(None, {})
+>>> bool((places < 0).all())
+True
+>>> spill.read(places[[2, 0]])["ids"].tolist()
+[[5, 6], [1, 2]]
+>>> spill.drop(spill.ended_before(1001))
+>>> spill.files()
+{}
 """
 
 from __future__ import annotations
@@ -28,30 +32,37 @@ import pyarrow as pa
 
 from stream_ctr.errors import DataError
 
-SEGMENT_ROWS = 1 << 16  # at most; the low 16 bits of a place are the row
-_OWN = "run-"
+# A place is ~(segment number << ROW_BITS | row).
+ROW_BITS = 16
+_ROW_MASK = (1 << ROW_BITS) - 1
+SEGMENT_ROWS = 1 << ROW_BITS  # at most
+_FOLDER_PREFIX = "run-"
 
 Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
+    """A file of `rows` rows; `last` is the greatest event time in it."""
+
     path: Path
     rows: int
-    last: int  # the greatest event time in it
+    last: int
     sha256: str
 
 
 def segment_of(places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The number of the segment of each of these places."""
-    return ~places >> 16
+    """Return the segment number of each place."""
+    return ~places >> ROW_BITS
 
 
 class Spill:
-    """Segments in a folder of their own in `directory`; those that others left there are removed, for one at a time may use it.
+    """Segments in a folder of its own below `directory`.
 
-    An own folder, since one that was taken for dead may wake. Without a directory it is among the system's temporary ones, and gone when
-    this object is.
+    One object at a time may use a directory; folders of earlier objects are removed. Each object
+    has its own folder, so that a process that was taken over and goes on cannot change the files
+    of its successor. Without a directory the folder is a temporary one, and is removed together
+    with this object.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -59,15 +70,20 @@ class Spill:
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder: Path | None = None
-        self._next = 0
-        self._compared: set[int] = set()
-        for left in directory.glob(f"{_OWN}*") if directory else ():
-            shutil.rmtree(left)
+        self._next_number = 0
+        self._verified: set[int] = set()
+        for folder in directory.glob(f"{_FOLDER_PREFIX}*") if directory else ():
+            shutil.rmtree(folder)
 
     def write(self, columns: Mapping[str, Array], *, last: int) -> npt.NDArray[np.int64]:
-        """The places of n rows, now on disk; columns are [n] or [n, width]. Raises OSError, with nothing left behind, on a full disk."""
+        """Write n rows to a new segment, and return their places.
+
+        Columns are [n] or [n, width]; `last` is the greatest event time of the rows. Raises
+        `OSError` when the disk is full, and leaves no file behind.
+        """
         rows = len(next(iter(columns.values())))
-        number, self._next = self._next, self._next + 1
+        number = self._next_number
+        self._next_number += 1
         path = self._path(number)
         data = _encode(columns)
         try:
@@ -79,48 +95,51 @@ class Spill:
             path.unlink(missing_ok=True)
             raise
         self.segments[number] = Segment(path, rows, last, hashlib.sha256(data).hexdigest())
-        return ~((number << 16) + np.arange(rows))
+        return ~((number << ROW_BITS) + np.arange(rows))
 
     def read(self, places: npt.NDArray[np.int64]) -> dict[str, Array]:
-        """The columns of the rows at `places`, in that order. Raises DataError when a file is not as it was written."""
-        numbers, rows = segment_of(places), ~places & 0xFFFF
-        out: dict[str, Array] = {}
+        """Return the columns of the rows at `places`, in that order.
+
+        Raises `DataError` when a file is missing or has changed.
+        """
+        numbers = segment_of(places)
+        rows = ~places & _ROW_MASK
+        columns: dict[str, Array] = {}
         for number in np.unique(numbers).tolist():
-            mine = np.flatnonzero(numbers == number)
-            for name, column in self._read(number, rows[mine]).items():
-                whole = out.setdefault(
-                    name, np.empty((len(places), *column.shape[1:]), column.dtype)
-                )
-                whole[mine] = column
-        return out
+            chosen = np.flatnonzero(numbers == number)
+            for name, part in self._read(number, rows[chosen]).items():
+                if name not in columns:
+                    columns[name] = np.empty((len(places), *part.shape[1:]), part.dtype)
+                columns[name][chosen] = part
+        return columns
 
     def _read(self, number: int, rows: npt.NDArray[np.int64]) -> dict[str, Array]:
         path = self.segments[number].path
         try:
-            if number not in self._compared:
-                _compare(path, self.segments[number].sha256)
-                self._compared.add(number)
-            with pa.memory_map(
-                str(path)
-            ) as source:  # of a segment only the pages of these rows are read
+            if number not in self._verified:
+                _verify(path, self.segments[number].sha256)
+                self._verified.add(number)
+            # With a memory map only the pages of these rows are read.
+            with pa.memory_map(str(path)) as source:
                 batch = pa.ipc.open_file(source).get_batch(0)
                 return {name: _decode(batch.column(name))[rows] for name in batch.schema.names}
         except (OSError, pa.ArrowInvalid, ValueError) as error:
             raise DataError(
-                f"impressions that were put on disk cannot be read: {error}; the last snapshot has them"
+                f"spilled impressions cannot be read: {error}; the last snapshot has them"
             ) from error
 
     def ended_before(self, time: int) -> list[int]:
-        """Numbers of segments with nothing at `time` or after it."""
+        """Return the numbers of the segments whose rows are all older than `time`."""
         return [number for number, segment in self.segments.items() if segment.last < time]
 
     def drop(self, numbers: Collection[int]) -> None:
+        """Delete segments."""
         for number in numbers:
             self.segments.pop(number).path.unlink(missing_ok=True)
-            self._compared.discard(number)
+            self._verified.discard(number)
 
     def files(self) -> dict[str, tuple[Path, str, int]]:
-        """Name -> (path, SHA-256, bytes) of every segment."""
+        """Return the (path, SHA-256, bytes) of every segment, by file name."""
         return {
             segment.path.name: (segment.path, segment.sha256, segment.path.stat().st_size)
             for segment in self.segments.values()
@@ -129,7 +148,7 @@ class Spill:
     # -- state ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Array]:
-        """What is known of the files; empty without any."""
+        """Return the number, rows and last event time of each segment; nothing without segments."""
         if not self.segments:
             return {}
         segments = list(self.segments.values())
@@ -142,53 +161,56 @@ class Spill:
     def load_state_dict(
         self, state: Mapping[str, Array], files: Mapping[str, tuple[Path, str]]
     ) -> None:
-        """`files`, name -> (path, SHA-256), are linked, or copied from another file system. Raises ValueError, which names the file, when
-        one is missing or is not what it was."""
+        """Take over the segments of `state`, which are linked, or copied from another file system.
+
+        `files` maps file names to (path, SHA-256). Raises `ValueError`, which names the file, when
+        a segment is missing or has changed.
+        """
         self.drop(list(self.segments))
-        for number, rows, last in (
-            zip(*(state[name].tolist() for name in ("number", "rows", "last")), strict=True)
-            if state
-            else ()
-        ):
+        if not state:
+            return
+        columns = (state[name].tolist() for name in ("number", "rows", "last"))
+        for number, rows, last in zip(*columns, strict=True):
             path = self._path(number)
             if path.name not in files:
                 raise ValueError(f"segment {path.name} is missing: {rows} impressions are in it")
             found, sha256 = files[path.name]
-            _compare(found, sha256)
+            _verify(found, sha256)
             _link_or_copy(found, path)
             self.segments[number] = Segment(path, rows, last, sha256)
-            self._compared.add(number)
-            self._next = max(self._next, number + 1)
+            self._verified.add(number)
+            self._next_number = max(self._next_number, number + 1)
 
     def _path(self, number: int) -> Path:
         if self._folder is None:
-            if self._directory is None:
-                self._temporary = tempfile.TemporaryDirectory(prefix="stream-ctr-spill-")
-                self._folder = Path(self._temporary.name)
-            else:
-                self._directory.mkdir(parents=True, exist_ok=True)
-                self._folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=self._directory))
+            self._folder = self._make_folder()
         return self._folder / f"segment-{number:08d}.arrow"
+
+    def _make_folder(self) -> Path:
+        if self._directory is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="stream-ctr-spill-")
+            return Path(self._temporary.name)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=self._directory))
 
 
 def _encode(columns: Mapping[str, Array]) -> memoryview:
-    arrays = {
-        name: pa.array(np.ascontiguousarray(array).reshape(-1))
-        for name, array in columns.items()
-        if array.size
-    }
+    """Return an Arrow IPC file of the columns that have a width."""
     batch = pa.record_batch(
-        {
-            name: array
-            if columns[name].ndim == 1
-            else pa.FixedSizeListArray.from_arrays(array, columns[name].shape[1])
-            for name, array in arrays.items()
-        }
+        {name: _arrow_column(array) for name, array in columns.items() if array.size}
     )
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
         writer.write_batch(batch)
     return memoryview(sink.getvalue())
+
+
+def _arrow_column(array: Array) -> pa.Array:
+    """Return [n] as an array of its type, [n, width] as lists of that size."""
+    flat = pa.array(np.ascontiguousarray(array).reshape(-1))
+    if array.ndim == 1:
+        return flat
+    return pa.FixedSizeListArray.from_arrays(flat, array.shape[1])
 
 
 def _decode(column: pa.Array) -> Array:
@@ -197,7 +219,7 @@ def _decode(column: pa.Array) -> Array:
     return column.to_numpy()
 
 
-def _compare(path: Path, sha256: str) -> None:
+def _verify(path: Path, sha256: str) -> None:
     try:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

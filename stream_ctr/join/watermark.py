@@ -1,27 +1,45 @@
-"""Watermarks: how far event time has come, a partition at a time and for all of them; and whether its clicks have come as far.
+"""Watermarks: the event time that each partition, and all partitions together, have reached.
 
-A partition whose clicks stop while its impressions go on would teach that nobody clicks. So when far more clicks were to be expected
-since the last one than chance can explain, its watermark stands still; when clicks come again it moves with *their* time, until that has
-caught up with the impressions'. Both depend on the partition's own log alone.
+The watermark of a partition is its greatest event time minus the allowed lateness. It never goes
+back. The overall watermark is the least of the partitions' watermarks.
+
+A partition *stalls* when its clicks are overdue, so that a click stream that has stopped is not
+learned as "no clicks":
+
+| partition | its watermark follows | it changes to |
+|---|---|---|
+| running | its greatest event time | stalled, when more than `stall_clicks` clicks are overdue |
+| stalled | the greatest event time of its clicks | running, when the clicks have caught up |
+
+Clicks are overdue by `stall_clicks` when the impressions since the last click should have brought
+that many, at the partition's rate so far. This happens by chance with probability
+e^-stall_clicks. Clicks have caught up when their greatest event time is within the allowed
+lateness of the partition's greatest event time. Both rules depend on the partition's own log
+alone.
 
 >>> marks = Watermarks(partitions=2, lateness_ms=100)
->>> marks.observe(np.array([0, 0, 1, 0]), np.array([1000, 900, 5000, 1500]))  # each event's own partition, with itself
+>>> marks.observe(np.array([0, 0, 1, 0]), np.array([1000, 900, 5000, 1500]))
 array([ 900,  900, 4900, 1400])
->>> marks.overall(excused=np.array([False, False])), marks.overall(excused=np.array([True, False]))
-(1400, 4900)
+>>> marks.overall(excused=np.array([False, False]))
+1400
+>>> marks.overall(excused=np.array([True, False]))
+4900
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.events.batch import EventBatch
+
 NOT_YET = -(1 << 62)
-# Clicks that a partition must have had before their rate says anything.
-_KNOWN_CLICKS = 100
+# A partition needs this many clicks before their rate is used.
+_MIN_CLICKS = 100
 _STATE = (
     "latest",
     "mark",
@@ -34,23 +52,36 @@ _STATE = (
 )
 
 
-class Watermarks:
-    """`latest` is the greatest event time seen in each partition, in epoch milliseconds; its watermark `mark` lags behind by `lateness_ms`,
-    and further while its clicks are stalled.
+class _Partitions(NamedTuple):
+    """The arrays [P] that `_observe` updates in place."""
 
-    Clicks are taken for stalled when `stall_clicks` of them, at the partition's rate so far, should have come since the last one (by chance
-    that happens with probability e^-stall_clicks); 0: never.
+    latest: npt.NDArray[np.int64]
+    mark: npt.NDArray[np.int64]
+    latest_click: npt.NDArray[np.int64]
+    impressions: npt.NDArray[np.int64]
+    clicks: npt.NDArray[np.int64]
+    since_click: npt.NDArray[np.int64]
+    stalled: npt.NDArray[np.bool_]
+
+
+class Watermarks:
+    """The watermarks of P partitions; all times are epoch milliseconds.
+
+    `latest` [P] is the greatest event time and `mark` [P] the watermark of each partition.
+    `stall_clicks` is the number of overdue clicks at which a partition stalls; with 0 none does.
     """
 
     def __init__(self, *, partitions: int, lateness_ms: int, stall_clicks: float = 0.0) -> None:
-        self.lateness_ms, self.stall_clicks = lateness_ms, stall_clicks
-        self.latest, self.mark, self.latest_click = (
-            np.full(partitions, NOT_YET, np.int64) for _ in range(3)
-        )
-        self.impressions, self.clicks, self.since_click = (
-            np.zeros(partitions, np.int64) for _ in range(3)
-        )
-        # Impressions of all partitions later than the last click of each, for those that carry clicks only.
+        self.lateness_ms = lateness_ms
+        self.stall_clicks = stall_clicks
+        self.latest = np.full(partitions, NOT_YET, np.int64)
+        self.mark = np.full(partitions, NOT_YET, np.int64)
+        self.latest_click = np.full(partitions, NOT_YET, np.int64)
+        self.impressions = np.zeros(partitions, np.int64)
+        self.clicks = np.zeros(partitions, np.int64)
+        self.since_click = np.zeros(partitions, np.int64)
+        # Impressions of all partitions that are later than the last click of each partition; used
+        # for partitions that carry clicks only.
         self.all_since_click = np.zeros(partitions, np.int64)
         self.stalled = np.zeros(partitions, np.bool_)
         self.stalls = 0
@@ -61,43 +92,77 @@ class Watermarks:
         time: npt.NDArray[np.int64],
         click: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.int64]:
-        """The watermark of its own partition at each of n events, in order of arrival; `click` [n] says which of them are clicks."""
+        """Advance over n events in order of arrival.
+
+        Return, for each event, the watermark of its own partition after the event. `click` [n] is
+        True for clicks; without it all events are impressions.
+        """
         click = np.zeros(len(time), np.bool_) if click is None else click
         limit = np.empty(len(time), np.int64)
+        state = _Partitions(*(getattr(self, name) for name in _Partitions._fields))
         self.stalls += _observe(
-            partition.astype(np.int32), time, click, limit, self.lateness_ms, self.stall_clicks,
-            self.latest, self.mark, self.latest_click, self.impressions, self.clicks, self.since_click, self.stalled,
-        )  # fmt: skip
+            partition.astype(np.int32),
+            time,
+            click,
+            limit,
+            self.lateness_ms,
+            self.stall_clicks,
+            state,
+        )
         self.all_since_click += (time[~click] > self.latest_click[:, None]).sum(axis=1)
         self.all_since_click[np.unique(partition[click])] = 0
         return limit
 
+    def observe_batch(
+        self, events: EventBatch
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Advance over the events of one poll, both kinds in order of arrival.
+
+        Return what `observe` returns, for the impressions [n] and for the clicks [m].
+        """
+        impressions = events.impressions
+        clicks = events.clicks
+        arrival = events.arrival
+        n = len(impressions)
+        partition = np.concatenate([impressions.partition, clicks.partition])[arrival]
+        time = np.concatenate([impressions.time, clicks.time])[arrival]
+        limit = np.empty(len(arrival), np.int64)
+        limit[arrival] = self.observe(partition, time, arrival >= n)
+        return limit[:n], limit[n:]
+
     def overall(self, *, excused: npt.NDArray[np.bool_]) -> int:
-        """The least watermark of the partitions that are not excused; of all excused, the greatest. Who is stalled is not excused."""
+        """Return the least watermark of the partitions that are not excused.
+
+        A stalled partition is never excused. If all partitions are excused, return the greatest
+        watermark.
+        """
         holding = self.mark[~excused | self.stalled]
         return int(holding.min()) if len(holding) else int(self.mark.max(initial=NOT_YET))
 
     def ahead(self, watermark: int, by_ms: int) -> frozenset[int]:
-        """Partitions whose watermark is further ahead than this: reading on in them only fills memory."""
-        return (
-            frozenset(np.flatnonzero(self.mark > watermark + by_ms).tolist())
-            if watermark != NOT_YET
-            else frozenset()
-        )
+        """Return the partitions whose watermark is more than `by_ms` after `watermark`.
+
+        To read on in these partitions would only fill memory.
+        """
+        if watermark == NOT_YET:
+            return frozenset()
+        return frozenset(np.flatnonzero(self.mark > watermark + by_ms).tolist())
 
     def silent_clicks(self) -> npt.NDArray[np.bool_]:
-        """Of each partition [P] that carries clicks only, whether they are missing: such a one is not idle but stalled."""
+        """Return True [P] for each partition that carries clicks only and whose clicks are overdue.
+
+        Such a partition is not idle but stalled.
+        """
         if not self.stall_clicks:
             return np.zeros(len(self.clicks), np.bool_)
-        only = (self.impressions == 0) & (self.clicks >= _KNOWN_CLICKS)
+        clicks_only = (self.impressions == 0) & (self.clicks >= _MIN_CLICKS)
         expected = self.all_since_click * self.clicks / max(1, int(self.impressions.sum()))
-        return only & (expected > self.stall_clicks)
+        return clicks_only & (expected > self.stall_clicks)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
         state = {name: getattr(self, name).copy() for name in _STATE}
-        state["all_since_click"][self.impressions > 0] = (
-            0  # there it depends on how polls fell, and serves nothing
-        )
+        # In a partition with impressions this count is not used, and it depends on the polls.
+        state["all_since_click"][self.impressions > 0] = 0
         return state | {"stalls": np.array([self.stalls])}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
@@ -108,8 +173,16 @@ class Watermarks:
 
 @numba.njit(cache=True, nogil=True)
 def _observe(  # type: ignore[no-untyped-def]
-    partition, time, click, limit, lateness, stall_clicks, latest, mark, latest_click, impressions, clicks, since_click, stalled,
-):  # fmt: skip
+    partition,
+    time,
+    click,
+    limit,
+    lateness,
+    stall_clicks,
+    state,
+):
+    """Update `state` and fill `limit` [n]; return how often a partition stalled."""
+    latest, mark, latest_click, impressions, clicks, since_click, stalled = state
     stalls = 0
     for i in range(len(time)):
         p = partition[i]
@@ -123,9 +196,10 @@ def _observe(  # type: ignore[no-untyped-def]
         else:
             impressions[p] += 1
             since_click[p] += 1
-            if stall_clicks > 0 and not stalled[p] and clicks[p] >= _KNOWN_CLICKS:
+            if stall_clicks > 0 and not stalled[p] and clicks[p] >= _MIN_CLICKS:
                 stalled[p] = since_click[p] * clicks[p] > stall_clicks * impressions[p]
                 stalls += stalled[p]
-        mark[p] = max(mark[p], (latest_click[p] if stalled[p] else latest[p]) - lateness)
+        reached = latest_click[p] if stalled[p] else latest[p]
+        mark[p] = max(mark[p], reached - lateness)
         limit[i] = mark[p]
     return stalls

@@ -29,7 +29,7 @@ import numpy.typing as npt
 from stream_ctr.errors import DataError
 from stream_ctr.evaluate.metrics import entropy
 from stream_ctr.events.features import mix64
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.learn.cpu_step import Batch
 
 TRAINING, VALIDATION, TEST = range(3)

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -72,7 +73,9 @@ def paired_block_difference(
     """
     counts = np.diff(_edges(examples, len(blocks))).astype(np.float64)
     sums = np.array(blocks) - np.array(reference)
-    return metrics.paired_interval(np.stack([sums, counts], axis=1))
+    difference = metrics.paired_interval(np.stack([sums, counts], axis=1))
+    found: Difference = msgspec.to_builtins(difference)
+    return found
 
 
 def block_sums(losses: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -23,8 +23,8 @@ from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.events.decoder import Decoder, infer_fields
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
-from stream_ctr.join import joining
-from stream_ctr.join.joiner import Examples, LabelJoiner
+from stream_ctr.join.examples import Examples
+from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.logs.labelled_logs import AvazuLog, CriteoLog, OpenBanditLog
 from stream_ctr.logs.log import Log
@@ -266,7 +266,7 @@ class JoinedLog:
             poll = self._ingest.take(_POLL_SECONDS)
             status = poll.status
             if poll.events:
-                joining.push(poll.events, self._joiner, self._watermarks)
+                self._joiner.push(poll.events, self._watermarks)
                 self.rejected.update(poll.events.rejected.reason)
                 self.with_fields |= poll.events.with_fields
             watermark = self._watermarks.overall(excused=status.idle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from stream_ctr.join.joiner import Array, Examples
+from stream_ctr.join.examples import Array, Examples
 
 
 class BatchCutter:

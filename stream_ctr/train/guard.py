@@ -36,7 +36,7 @@ from torch import Tensor
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Verdict
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.learn.learner import Learner
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState

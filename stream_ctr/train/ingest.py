@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events.batch import Came, EventBatch, RecordColumns, Rejected
+from stream_ctr.events.batch import Arrivals, EventBatch, RecordColumns, Rejected
 from stream_ctr.events.decoder import Decoder, Events, Rejects
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.train.source import Source
@@ -162,7 +162,7 @@ class Ingest:
         with self.timer("hash"):
             ids, values = self.hasher.rows(impressions.features)
             impression_columns, click_columns = (
-                Came(
+                Arrivals(
                     hash_ids(part.impression_id),
                     part.time,
                     records.partition[part.row],

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from stream_ctr.evaluate.summary import Difference, ModelScore, Paired, Summary, WindowSummary
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.snapshots.contract import Count
@@ -37,46 +38,6 @@ Tail = Annotated[
     ),
 ]
 _TAILS = {"last_half": 0.5, "last_quarter": 0.25}
-
-
-class ModelScore(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The metrics of one model. A figure without meaning, such as the AUC of one class, is None.
-
-    The AUC comes from a histogram and is exact to `auc_error_bound`. `ne` is the logloss over the
-    entropy of the set's own click-through rate `ctr`.
-    """
-
-    auc: float | None
-    auc_error_bound: float | None
-    logloss: float | None
-    ne: float | None
-    pred_over_actual: float | None
-    ctr: float | None
-    count: Count
-
-
-class Difference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The mean logloss of the published model minus that of another, on `count` examples of both.
-
-    `low` and `high` bound a 95 % bootstrap interval over `blocks` blocks; None if there are too few.
-    """
-
-    logloss_difference: float | None
-    low: float | None
-    high: float | None
-    count: Count
-    blocks: Count
-
-
-class Paired(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The difference between the two `models`, the first and the last of the run."""
-
-    models: list[str]
-    logloss_difference: float | None
-    low: float | None
-    high: float | None
-    count: Count
-    blocks: Count
 
 
 class Window(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -221,7 +182,7 @@ def build_report(
         "click_coverage": joiner.click_coverage,
         "ledger": {"count": state.ledger.count, "sum": state.ledger.sum},
         "profile": profile,
-        **board.whole.summary(),
+        **msgspec.to_builtins(board.whole.summary()),
     }
     if baseline:
         fields["baseline"] = {"sample_rate": baseline.share, "note": DEVIATIONS}
@@ -235,7 +196,7 @@ def build_report(
     return msgspec.convert(fields, Report)
 
 
-def window_report(summary: Mapping[str, Any]) -> WindowReport:
+def window_report(summary: WindowSummary) -> WindowReport:
     """Build the report of a window that is final."""
     return msgspec.convert({"kind": "window", **readable_window(summary)}, WindowReport)
 
@@ -246,12 +207,12 @@ def to_json_object(report: Report | WindowReport) -> dict[str, Any]:
     return built
 
 
-def readable_window(summary: Mapping[str, Any]) -> dict[str, Any]:
+def readable_window(summary: WindowSummary) -> dict[str, Any]:
     """Return the summary of a window with its bounds in RFC 3339 as well."""
     return {
-        "start": rfc3339(summary["start_ms"]),
-        "end": rfc3339(summary["end_ms"]),
-        **summary,
+        "start": rfc3339(summary.start_ms),
+        "end": rfc3339(summary.end_ms),
+        **msgspec.to_builtins(summary),
     }
 
 
@@ -267,9 +228,10 @@ def rfc3339(milliseconds: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _tail(summary: Mapping[str, Any]) -> dict[str, Any]:
+def _tail(summary: Summary) -> dict[str, Any]:
     """Return a summary whose models stand at the top as well.
 
     `last_half.deepfm.logloss` then reads like `models.deepfm.logloss`.
     """
-    return {**summary, **summary["models"]}
+    figures = msgspec.to_builtins(summary)
+    return {**figures, **figures["models"]}

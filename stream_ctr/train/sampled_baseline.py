@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.events.features import mix64
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.learn.baseline import BaselineProcess, Marker
 
 

@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.scoreboard import Scoreboard, part
-from stream_ctr.join.joiner import Examples, LabelJoiner, Ledger
+from stream_ctr.join.examples import Examples, Ledger
+from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.learner import Learner
 from stream_ctr.snapshots import snapshot

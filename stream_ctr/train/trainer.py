@@ -31,8 +31,7 @@ from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.failpoint import failpoint
-from stream_ctr.join import joining
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
@@ -231,7 +230,7 @@ class Trainer:
         self._events_read += events.events
         self._bad_records.keep(events)
         self._missing.observe(events)
-        joining.push(events, self.state.joiner, self.state.watermarks)
+        self.state.joiner.push(events, self.state.watermarks)
 
     def _watermark(self) -> int:
         watermarks = self.state.watermarks
@@ -519,7 +518,7 @@ class Trainer:
             cut.manifest,
             parent=self.snapshots.parent,
             created_ms=int(self._around.wall_clock() * 1000),
-            metrics=board.whole.summary(),
+            metrics=msgspec.to_builtins(board.whole.summary()),
             gate=board.judge.verdict(last_step=cut.manifest.gate.last_step),
         )
         self.snapshots.begin(Cut(cut.tensors, manifest, cut.positions, cut.segments))

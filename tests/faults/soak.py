@@ -36,9 +36,10 @@ from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
 from stream_ctr.connectors import Records  # noqa: E402
 from stream_ctr.connectors.memory import BatchSource  # noqa: E402
+from stream_ctr.events.batch import Arrivals  # noqa: E402
 from stream_ctr.events.features import mix64  # noqa: E402
 from stream_ctr.events.json_events import encode_impressions  # noqa: E402
-from stream_ctr.join.joiner import Arrivals, LabelJoiner  # noqa: E402
+from stream_ctr.join.joiner import LabelJoiner  # noqa: E402
 from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
 from stream_ctr.train.ingest import Ingest, Poll  # noqa: E402
 from stream_ctr.train.schedule import Schedule  # noqa: E402
@@ -126,14 +127,10 @@ class JoinerSoak:
     def take(self, number: npt.NDArray[np.int64], event_time: npt.NDArray[np.int64]) -> None:
         n = len(number)
         arrivals = Arrivals(
-            mix64(number.astype(np.uint64)),
-            event_time,
-            np.zeros(n, np.int32),
-            number,
-            event_time,
+            mix64(number.astype(np.uint64)), event_time, np.zeros(n, np.int32), number
         )
         begin = int(number[0]) % (len(self._ids) - n)
-        self.joiner.push_impressions(arrivals, self._ids[begin : begin + n])
+        self.joiner.push_impressions(arrivals, self._ids[begin : begin + n], limit=event_time)
         self.within &= self.joiner.nbytes <= self.joiner.max_bytes
         while len(self.joiner.advance(int(event_time[-1]))):
             pass

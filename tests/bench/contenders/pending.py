@@ -1,4 +1,7 @@
-"""Resident memory of the joiner after so many impressions of 39 fields: all of them pending, or none, each forgotten as it leaves."""
+"""Resident memory of the joiner after many impressions: all of them pending, or none of them.
+
+With none pending, the ids of the released impressions are forgotten at once too.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,17 @@ from pathlib import Path
 import numpy as np
 from answers import answer
 
+from stream_ctr.events.batch import Arrivals
 from stream_ctr.events.features import mix64
-from stream_ctr.join.joiner import Arrivals, LabelJoiner
+from stream_ctr.join.joiner import LabelJoiner
 
 _BLOCK = 8192
 _START_MS = 1_735_689_600_000
 
 
 def resident_megabytes() -> float:
-    (line,) = (
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith("VmRSS:")
-    )
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith("VmRSS:"))
     return int(line.split()[1]) * 1024 / 1e6
 
 
@@ -30,9 +31,8 @@ def main() -> None:
     parser.add_argument("--fields", type=int, default=39)
     parser.add_argument("--pending", choices=["all", "none"], required=True)
     arguments = parser.parse_args()
-    window_ms = (
-        arguments.impressions if arguments.pending == "all" else 1
-    )  # one impression a millisecond
+    # One impression a millisecond.
+    window_ms = arguments.impressions if arguments.pending == "all" else 1
     joiner = LabelJoiner(
         fields=arguments.fields,
         id_bits=20,
@@ -41,14 +41,12 @@ def main() -> None:
     )
     rng = np.random.default_rng(0)
     for first in range(0, arguments.impressions, _BLOCK):
-        row = np.arange(first, min(first + _BLOCK, arguments.impressions))
-        time = _START_MS + row
-        arrivals = Arrivals(
-            mix64(row.astype(np.uint64)), time, np.zeros(len(row), np.int32), row, time
-        )
-        joiner.push_impressions(
-            arrivals, rng.integers(0, 1 << 20, (len(row), arguments.fields), dtype=np.int32)
-        )
+        number = np.arange(first, min(first + _BLOCK, arguments.impressions))
+        n = len(number)
+        time = _START_MS + number
+        impressions = Arrivals(mix64(number.astype(np.uint64)), time, np.zeros(n, np.int32), number)
+        ids = rng.integers(0, 1 << 20, (n, arguments.fields), dtype=np.int32)
+        joiner.push_impressions(impressions, ids, limit=time)
         while len(joiner.advance(int(time[-1]))):
             pass
     answer(

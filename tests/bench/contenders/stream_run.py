@@ -18,7 +18,7 @@ from answers import Stopwatch, answer
 
 from stream_ctr.cli import runs
 from stream_ctr.cli.main import main as stream_ctr
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.train.report import to_json_object
 
 NOTHING_PUBLISHED = ("metrics.topic=", "snapshots.topic=")

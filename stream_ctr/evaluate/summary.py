@@ -1,0 +1,88 @@
+"""The figures of a run or of a window, as frozen types; a report holds them under these names.
+
+>>> import msgspec
+>>> tie = Difference(logloss_difference=0.0, low=None, high=None, count=10, blocks=1)
+>>> msgspec.json.encode(tie).decode()
+'{"logloss_difference":0.0,"low":null,"high":null,"count":10,"blocks":1}'
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+
+
+class ModelScore(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The metrics of one model. A figure without meaning, such as the AUC of one class, is None.
+
+    The AUC comes from a histogram and is exact to `auc_error_bound`. `ne` is the logloss over the
+    entropy of the set's own click-through rate `ctr`.
+    """
+
+    auc: float | None
+    auc_error_bound: float | None
+    logloss: float | None
+    ne: float | None
+    pred_over_actual: float | None
+    ctr: float | None
+    count: Count
+
+
+class Difference(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The mean logloss of the first model minus that of another, on `count` examples of both.
+
+    `low` and `high` bound a 95 % bootstrap interval over `blocks` blocks. They are None if there
+    are too few blocks.
+    """
+
+    logloss_difference: float | None
+    low: float | None
+    high: float | None
+    count: Count
+    blocks: Count
+
+
+class Paired(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The difference between the two `models`, the first and the last of the run."""
+
+    models: list[str]
+    logloss_difference: float | None
+    low: float | None
+    high: float | None
+    count: Count
+    blocks: Count
+
+
+class Summary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The metrics of all examples from number `from_example` on.
+
+    `constant_logloss` is that of the best constant prediction, `best_possible_logloss` that of the
+    true probabilities, None where they are unknown. `pairs` has the difference of the first model
+    from each of the others.
+    """
+
+    from_example: Count
+    models: dict[str, ModelScore]
+    constant_logloss: float | None
+    best_possible_logloss: float | None
+    paired: Paired
+    pairs: dict[str, Difference]
+
+
+class WindowSummary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The metrics of the examples with an event time from `start_ms` to before `end_ms`.
+
+    A `provisional` window may still change. The other fields are those of `Summary`.
+    """
+
+    start_ms: int
+    end_ms: int
+    models: dict[str, ModelScore]
+    constant_logloss: float | None
+    best_possible_logloss: float | None
+    paired: Paired
+    pairs: dict[str, Difference]
+    provisional: bool

@@ -1,0 +1,258 @@
+"""Pending impressions: identity and click in memory, features in memory or on disk.
+
+Features go to disk in segments (see `spill`), the newest first: their windows close last. A
+snapshot holds what is in memory as arrays and the segments as files.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_ctr.join import join_state, spill
+from stream_ctr.join.examples import Examples
+from stream_ctr.join.join_arrays import RowPool, pending_pool
+from stream_ctr.join.join_state import NEVER, FeatureArrays
+from stream_ctr.join.spill import Spill
+
+_log = logging.getLogger(__name__)
+
+Array = npt.NDArray[Any]
+Slots = npt.NDArray[np.int64]
+
+# The names of the columns in segments and in snapshots, in the order of the arrays.
+_IDENTITY = ("id_hash", "time", "partition", "offset", "click")
+_FEATURES = ("truth", "ids", "values")
+# To find where the oldest end, about this many times are sorted.
+_SAMPLE = 1 << 16
+
+
+class PendingImpressions:
+    """The impressions whose label window is open. A slot names one of them.
+
+    `features` is the pool of the features in memory, whose ids are packed into `id_bytes` bytes;
+    `spill` holds the others.
+    """
+
+    def __init__(self, features: RowPool[FeatureArrays], spill: Spill, *, id_bytes: int) -> None:
+        self.rows = pending_pool()
+        self.features = features
+        self.spill = spill
+        self._id_bytes = id_bytes
+        self._disk_failed = False
+
+    @property
+    def count(self) -> int:
+        return self.rows.count
+
+    @property
+    def in_memory(self) -> int:
+        """The number of impressions whose features are in memory."""
+        return self.features.count
+
+    @property
+    def spilled(self) -> int:
+        """The number of impressions whose features are on disk."""
+        return self.count - self.in_memory
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.features.nbytes
+
+    @property
+    def _used_time(self) -> npt.NDArray[np.int64]:
+        return self.rows.arrays.time[: self.rows.used]
+
+    @property
+    def _used_feature_row(self) -> npt.NDArray[np.int64]:
+        return self.rows.arrays.feature_row[: self.rows.used]
+
+    def columns(
+        self,
+        ids: npt.NDArray[np.int32],
+        values: npt.NDArray[np.float32],
+        true_probability: npt.NDArray[np.float64],
+    ) -> join_state.FeatureColumns:
+        """Return features as `join_state.push_impressions` takes them."""
+        packed = join_state.pack(ids, self._id_bytes)
+        return join_state.FeatureColumns(true_probability, packed, values)
+
+    def clicked(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Return True for the impressions that were clicked in their window."""
+        return self.rows.arrays.click_end[slots] != NEVER
+
+    # -- choosing ---------------------------------------------------------------------------------
+
+    def oldest(self, before: int, at_most: int) -> Slots:
+        """Return impressions with a time before `before`: at most `at_most`, the first in order."""
+        return self._in_order(_oldest(self._used_time, before, at_most))[:at_most]
+
+    def uniform_share(self, n: int, *, in_memory: bool) -> Slots:
+        """Return n impressions or a few more, chosen by the hash of their ids.
+
+        With `in_memory` only impressions whose features are in memory are chosen.
+        """
+        time = self._used_time
+        id_hash = self.rows.arrays.id_hash
+        return join_state.least_lots(id_hash, time, self._used_feature_row, n, in_memory)
+
+    def _in_order(self, slots: Slots) -> Slots:
+        """Sort slots by (event time, partition, place)."""
+        arrays = self.rows.arrays
+        keys = (arrays.place[slots], arrays.partition[slots], arrays.time[slots])
+        return slots[np.lexsort(keys)]
+
+    # -- rows -------------------------------------------------------------------------------------
+
+    def reserve(self, n: int, *, limit: int, features_limit: int) -> None:
+        """Make room for n more impressions with their features in memory."""
+        self.rows.reserve(n, limit)
+        self.features.reserve(n, features_limit)
+
+    def examples(self, slots: Slots) -> Examples:
+        """Return the impressions as examples, with the labels that they have now."""
+        arrays = self.rows.arrays
+        features = self._features_of(slots)
+        return Examples(
+            id_hash=arrays.id_hash[slots],
+            time=arrays.time[slots],
+            ids=join_state.unpack(features["ids"], self._id_bytes),
+            values=features["values"],
+            label=self.clicked(slots).astype(np.uint8),
+            true_probability=features["truth"],
+        )
+
+    def _features_of(self, slots: Slots) -> dict[str, Array]:
+        """Return the feature columns of impressions, from memory and from disk."""
+        row = self.rows.arrays.feature_row[slots]
+        here = row >= 0
+        stored = dict(zip(_FEATURES, self.features.columns, strict=True))
+        if here.all():
+            return {name: array[row] for name, array in stored.items()}
+        spilled = self.spill.read(row[~here])
+        columns: dict[str, Array] = {}
+        for name, array in stored.items():
+            column = np.empty((len(row), *array.shape[1:]), array.dtype)
+            column[here] = array[row[here]]
+            if column.size:
+                column[~here] = spilled[name]
+            columns[name] = column
+        return columns
+
+    def remove(self, slots: Slots) -> None:
+        """Free the rows of impressions that are no longer pending."""
+        arrays = self.rows.arrays
+        row = arrays.feature_row[slots]
+        self.features.release(row[row >= 0])
+        arrays.time[slots] = NEVER
+        self.rows.release(slots)
+
+    # -- disk -------------------------------------------------------------------------------------
+
+    def spill_newest(self, n: int) -> int:
+        """Move the features of the n newest impressions in memory to disk.
+
+        Return how many were moved: fewer than n when the disk is full.
+        """
+        time = self._used_time
+        slots = np.flatnonzero((self._used_feature_row >= 0) & (time != NEVER))
+        first = len(slots) - n
+        newest = slots[np.argpartition(time[slots], first)[first:]]
+        return self._write(self._in_order(newest))
+
+    def _write(self, slots: Slots) -> int:
+        """Write the features of impressions, which are in order, to new segments.
+
+        Return how many were written.
+        """
+        arrays = self.rows.arrays
+        for start in range(0, len(slots), spill.SEGMENT_ROWS):
+            part = slots[start : start + spill.SEGMENT_ROWS]
+            last = int(arrays.time[part[-1]])
+            try:
+                places = self.spill.write(self._features_of(part), last=last)
+            except OSError as error:
+                self._log_full_disk(error)
+                return start
+            self._disk_failed = False
+            rows = arrays.feature_row[part]
+            self.features.release(rows[rows >= 0])
+            arrays.feature_row[part] = places
+        return len(slots)
+
+    def _log_full_disk(self, error: OSError) -> None:
+        """Log the first of several failures in a row."""
+        if not self._disk_failed:
+            _log.error(
+                "pending impressions cannot be spilled to disk: %s; "
+                "a share of them is evicted instead, and counted",
+                error,
+            )
+        self._disk_failed = True
+
+    def compact_segments(self) -> None:
+        """Delete segments without pending impressions, and rewrite those with few.
+
+        Otherwise the disk would fill with the features of evicted impressions.
+        """
+        if not self.spill.segments:
+            return
+        numbers = np.array(sorted(self.spill.segments))
+        rows = np.array([self.spill.segments[number].rows for number in numbers.tolist()])
+        sparse = numbers[2 * self._live_rows(numbers) < rows]
+        feature_row = self._used_feature_row
+        slots = np.flatnonzero((feature_row < 0) & (self._used_time != NEVER))
+        slots = slots[np.isin(spill.segment_of(feature_row[slots]), sparse)]
+        self._write(self._in_order(slots))
+        self.spill.drop(numbers[self._live_rows(numbers) == 0].tolist())
+
+    def _live_rows(self, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the number of pending impressions in each of these segments."""
+        live = np.zeros(int(numbers[-1] - numbers[0]) + 1, np.int64)
+        join_state.count_by_segment(self._used_time, self._used_feature_row, numbers[0], live)
+        return live[numbers - numbers[0]]
+
+    def drop_segments(self, before: int) -> None:
+        """Delete segments that are no longer needed. No pending impression is before `before`."""
+        if self.spill.segments:
+            self.spill.drop(self.spill.ended_before(before if self.spilled else NEVER))
+
+    # -- state ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Array]:
+        """Return the impressions in order. `place` is there only when some are on disk."""
+        slots = self._in_order(np.flatnonzero(self._used_time < NEVER))
+        row = self.rows.arrays.feature_row[slots]
+        here = row >= 0
+        identity = zip(_IDENTITY, self.rows.columns, strict=False)
+        features = zip(_FEATURES, self.features.columns, strict=True)
+        state = {name: array[slots] for name, array in identity}
+        state |= {name: array[row[here]] for name, array in features}
+        if not here.all():
+            state["place"] = np.where(here, np.cumsum(here) - 1, row)
+        return state
+
+    def fill(self, state: Mapping[str, Array]) -> None:
+        """Replace all impressions by those of `state`; the segments stay as they are."""
+        row = state.get("place", np.arange(len(state["time"])))
+        self.rows.fill([*(state[name] for name in _IDENTITY), row])
+        self.features.fill([state[name] for name in _FEATURES])
+
+
+def _oldest(time: npt.NDArray[np.int64], before: int, about: int) -> Slots:
+    """Return the slots with a time before `before`.
+
+    If these are more than `about`, return about so many, all of them older than the others.
+    """
+    old = time < before
+    n = int(np.count_nonzero(old))
+    if n > about:
+        sample = np.sort(time[:: max(1, len(time) // _SAMPLE)])
+        sample = sample[sample < before]
+        if len(sample):
+            old = time <= sample[min(len(sample) * about // n * 9 // 8, len(sample) - 1)]
+    return np.flatnonzero(old)
