@@ -31,7 +31,7 @@ from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrErro
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.decoder import Decoder, infer_fields
 from stream_ctr.events.field import Field
-from stream_ctr.learn.learner import choose_device
+from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease

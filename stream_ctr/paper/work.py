@@ -27,7 +27,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from stream_ctr import __version__
 from stream_ctr.config import Config
 from stream_ctr.errors import DataError
-from stream_ctr.learn.table import columns
+from stream_ctr.learn.table import row_floats
 from stream_ctr.models import MODELS
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json
@@ -152,7 +152,7 @@ def memory(
     """Bytes of the largest table and its optimiser, as much again for the best weights, and what is held of each of `rows` examples."""
     most = max((MODELS[system].embeddings for system in systems), default=1)
     return (
-        2 * 4 * columns(embedding_dim, embeddings=most, optimizer=optimizer) << table_bits
+        2 * 4 * row_floats(embedding_dim, embeddings=most, optimizer=optimizer) << table_bits
     ) + _PASS_BYTES * rows
 
 
