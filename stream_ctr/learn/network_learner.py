@@ -170,8 +170,7 @@ class NetworkLearner:
         return {
             "table": self._reused_rows() if reuse else _host(self.table.rows),
             **{
-                f"{_DENSE}{name}": _host(tensor)
-                for name, tensor in self.model.state_dict().items()
+                f"{_DENSE}{name}": _host(tensor) for name, tensor in self.model.state_dict().items()
             },
         }
 

@@ -2,7 +2,7 @@
 
     y_FM = b + <w, x> + sum_{j1 < j2} <V_j1, V_j2> x_j1 x_j2
 
-This is equation (2) of the DeepFM paper and a constant b. That paper leaves the constant out "for
+This is equation (2) of the DeepFM paper and a constant b. The DeepFM paper leaves it out "for
 simplicity"; Rendle's equation (1) has it.
 """
 
