@@ -18,7 +18,8 @@ from stream_ctr.events.field import Field, Schema
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
-from stream_ctr.learn.learner import choose_device, choose_precision, make_learner
+from stream_ctr.learn.device import choose_device, choose_precision
+from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec, ModelName
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity

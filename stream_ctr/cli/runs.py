@@ -27,7 +27,7 @@ from stream_ctr.connectors.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import StreamCtrError
 from stream_ctr.events.field import Field
-from stream_ctr.learn.learner import choose_device
+from stream_ctr.learn.device import choose_device
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher

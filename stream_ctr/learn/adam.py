@@ -1,6 +1,7 @@
-"""Adam over the dense part, whose parameters lie in one vector: a step is a few passes over that, which lanes can share.
+"""Adam for the dense part. The parameters lie in one vector, whose pieces threads can share.
 
-Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1; the step itself is torch's fused one.
+Kingma and Ba, "Adam: A Method for Stochastic Optimization", ICLR 2015, Algorithm 1; the step itself
+is torch's fused one.
 """
 
 from __future__ import annotations
@@ -16,18 +17,24 @@ from torch.optim.adam import adam
 from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON
 from stream_ctr.models.layers import Dense
 
-_BLOCK = 64  # floats
+_BLOCK = 64  # floats; a piece is a whole number of blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class FlatAdam:
-    """Takes the parameters of `model` into one float32 vector [P], of which they are views from then on.
+    """Adam over the parameters of `model`, which become views of one float32 vector [P].
 
-    With `low`, the `Dense` layers but output neurons get copies of theirs in bfloat16, made anew with each step.
+    With `low`, `Dense` layers except output neurons get copies of their parameters in bfloat16,
+    which every step renews.
+
+    >>> model = nn.Linear(2, 1)
+    >>> FlatAdam(model, learning_rate=0.001).vector.shape
+    torch.Size([3])
     """
 
     def __init__(self, model: nn.Module, *, learning_rate: float, low: bool = False) -> None:
-        self.learning_rate, self.weight_decay = learning_rate, 0.0
+        self.learning_rate = learning_rate
+        self.weight_decay = 0.0
         named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in named.items()}
         self.vector = (
@@ -38,18 +45,20 @@ class FlatAdam:
         self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
         self.low = torch.empty_like(self.vector, dtype=torch.bfloat16) if low else None
         if self.low is not None:
-            copies: dict[Tensor, Tensor] = dict(
-                zip(named.values(), self.views(self.low).values(), strict=True)
-            )
-            for layer in model.modules():
-                if (
-                    isinstance(layer, Dense) and layer.out_features > 1
-                ):  # the output neuron's sum is the logit
-                    layer.low = copies[layer.weight], copies[layer.bias]
-            self.refresh()
+            self._attach_copies(model, self.low)
+
+    def _attach_copies(self, model: nn.Module, low: Tensor) -> None:
+        copies: dict[Tensor, Tensor] = dict(
+            zip(model.parameters(), self.views(low).values(), strict=True)
+        )
+        for layer in model.modules():
+            # The sum of the output neuron is the logit, which stays float32.
+            if isinstance(layer, Dense) and layer.out_features > 1:
+                layer.low = copies[layer.weight], copies[layer.bias]
+        self.refresh()
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
-        """Of a vector [P], the parts that are the parameters, in their shapes."""
+        """Return the parts of a vector [P] that belong to the parameters, in their shapes."""
         parts = torch.split(vector, [shape.numel() for shape in self._shapes.values()])
         return {
             name: part.view(shape)
@@ -57,7 +66,10 @@ class FlatAdam:
         }
 
     def pieces(self, count: int) -> Iterator[slice]:
-        """The vector in `count` parts of about one size. Any split gives the same step: they end where registers do."""
+        """Yield `count` slices of the vector, of about one size.
+
+        Any split gives the same step, because slices end where vector registers do.
+        """
         blocks = np.linspace(0, -(-len(self.vector) // _BLOCK), count + 1).astype(int)
         edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
         return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
@@ -65,31 +77,47 @@ class FlatAdam:
     def step(
         self, gradients: Tensor, steps: Tensor, piece: slice, *, skip: Tensor | None = None
     ) -> None:
-        """One step on a piece with the sum of `gradients` [parts, P], in the order of the parts. `steps` is how many there were before.
-        When `skip`, on the device like the rest, is 1.0 it changes nothing."""
+        """Update a piece with the sum of `gradients` [parts, P], taken in the order of the parts.
+
+        `steps` is the number of steps before this one. With a `skip` of 1.0, which lies on the
+        device like the rest, nothing changes.
+        """
         gradient = gradients[0, piece]
         for part in gradients[1:]:
             gradient.add_(part[piece])
+        first, second = self.moments
         adam(
-            [self.vector[piece]], [gradient], [self.moments[0][piece]], [self.moments[1][piece]], [], [steps],
-            lr=self.learning_rate, weight_decay=self.weight_decay, beta1=BETA1, beta2=BETA2, eps=EPSILON,
-            fused=True, found_inf=skip, amsgrad=False, maximize=False,
-        )  # fmt: skip
+            [self.vector[piece]],
+            [gradient],
+            [first[piece]],
+            [second[piece]],
+            [],
+            [steps],
+            lr=self.learning_rate,
+            weight_decay=self.weight_decay,
+            beta1=BETA1,
+            beta2=BETA2,
+            eps=EPSILON,
+            fused=True,
+            found_inf=skip,
+            amsgrad=False,
+            maximize=False,
+        )
         if self.low is not None:
             self.low[piece].copy_(self.vector[piece])
 
-    def forget(self) -> None:
-        """Everything but the parameters: the optimiser begins anew."""
+    def reset(self) -> None:
+        """Clear the moments and keep the parameters."""
         for moment in self.moments:
             moment.zero_()
 
     def refresh(self) -> None:
-        """After the parameters were set from outside."""
+        """Renew the bfloat16 copies after the parameters were set from outside."""
         if self.low is not None:
             self.low.copy_(self.vector)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
-        """The moments of each parameter by its name, copied to the host."""
+        """Return the moments of each parameter by its name, copied to the host."""
         return {
             f"{name}.{key}": view.to("cpu", copy=True).numpy()
             for key, moment in zip(_MOMENTS, self.moments, strict=True)
@@ -97,12 +125,16 @@ class FlatAdam:
         }
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Raises KeyError for a moment that is missing and ValueError for one of another shape."""
+        """Load the moments.
+
+        Raises `KeyError` when a moment is missing and `ValueError` when one has another shape.
+        """
         for key, moment in zip(_MOMENTS, self.moments, strict=True):
             for name, view in self.views(moment).items():
                 found = state[f"{name}.{key}"]
                 if found.shape != tuple(view.shape):
                     raise ValueError(
-                        f"{name}.{key} is {found.shape}, its parameter {tuple(view.shape)}"
+                        f"{name}.{key} has shape {found.shape}, "
+                        f"its parameter has {tuple(view.shape)}"
                     )
                 view.copy_(torch.from_numpy(found))

@@ -1,6 +1,13 @@
-"""The baseline: River's FTRL-Proximal (see `river_ftrl`) in a process of its own, on the very same examples.
+"""The baseline: River's FTRL-Proximal (see `river_ftrl`) in a process of its own.
 
-Frames of raw arrays go over the process's standard input and output.
+It learns the same examples as the models. Frames of raw arrays go over the process's standard input
+and output. A frame is a `HEADER` and its arrays:
+
+    to the process      B  rows, fields, value fields    a batch: ids, values, labels
+                        S  0, 0, 0                       a request for the state
+                        L  text bytes, body bytes, 0     a state to load
+    from the process    P  rows, 0, 0                    the probabilities of a batch
+                        S  text bytes, body bytes, 0     the state
 """
 
 from __future__ import annotations
@@ -19,30 +26,39 @@ import numpy.typing as npt
 from stream_ctr.errors import StreamCtrError
 
 DEVIATIONS = (
-    "River refreshes a weight before it adds the new gradient to z, does not zero weights with |z| <= l1, and updates the intercept "
-    "by plain SGD; so its FTRL differs from FTRL-Proximal as published."
+    "River refreshes a weight before it adds the new gradient to z, does not zero weights with "
+    "|z| <= l1, and updates the intercept by plain SGD; so its FTRL differs from FTRL-Proximal "
+    "as published."
 )
 State = dict[str, npt.NDArray[np.generic]]
 HEADER = struct.Struct("<cqqq")  # kind, three sizes
-# What may wait in memory for the process before the trainer has to wait for it.
-_MOST_WAITING_BYTES = 256 << 20
+BATCH = b"B"
+STATE = b"S"
+LOAD = b"L"
+PROBABILITIES = b"P"
+
+# The bytes that may be queued for the process before the trainer has to wait for it.
+_MAX_WAITING_BYTES = 256 << 20
+_EXIT_SECONDS = 10
 
 
 class BaselineFailed(StreamCtrError):
-    """The baseline's process ended by itself."""
+    """The process of the baseline has ended unexpectedly."""
 
 
 class Marker(NamedTuple):
-    """The baseline's state at the point in the sequence where it was asked for."""
+    """The state of the baseline after everything that was submitted before the request."""
 
     state: State
 
 
 class BaselineProcess:
-    """`river_ftrl.RiverFTRL` in a process of its own: batches go in, their probabilities come out later, in order.
+    """`river_ftrl.RiverFTRL` in a process of its own.
 
-    Two threads move bytes so that neither side ever waits for a full pipe. The trainer has to wait only when it is `full`: when more
-    than a fixed number of bytes is queued.
+    Batches go in, and their probabilities come out later, in order. Two threads move bytes so that
+    neither side ever waits for a full pipe. The trainer has to wait only when this object is
+    `full`, that is, when more than a fixed number of bytes is queued. `options` are those of
+    `RiverFTRL`.
     """
 
     name = "river_ftrl"
@@ -52,7 +68,7 @@ class BaselineProcess:
             [sys.executable, "-m", "stream_ctr.learn.river_ftrl", json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is for the trainer, which then closes this process
+            start_new_session=True,  # Ctrl-C reaches the trainer only, which closes the process
         )
         self._to_send: queue.SimpleQueue[tuple[bytes, ...] | None] = queue.SimpleQueue()
         self._received: queue.Queue[npt.NDArray[np.float64] | Marker | None] = queue.Queue()
@@ -69,7 +85,7 @@ class BaselineProcess:
     ) -> None:
         """Queue a batch: `ids` [n, F], `values` [n, V], `labels` [n]; n may be 0."""
         frame = (
-            HEADER.pack(b"B", *ids.shape, values.shape[1]),
+            HEADER.pack(BATCH, *ids.shape, values.shape[1]),
             ids.tobytes(),
             values.tobytes(),
             labels.tobytes(),
@@ -77,26 +93,29 @@ class BaselineProcess:
         self._enqueue(frame)
 
     def mark(self) -> None:
-        """Ask for the state as it will be when everything submitted so far is learned."""
-        self._enqueue((HEADER.pack(b"S", 0, 0, 0),))
+        """Request the state as it is once everything submitted so far is learned."""
+        self._enqueue((HEADER.pack(STATE, 0, 0, 0),))
 
     def load_state_dict(self, state: State) -> None:
+        """Replace the state of the process, in the order of the sequence."""
         text, body = pack(state)
-        self._to_send.put((HEADER.pack(b"L", len(text), len(body), 0), text, body))
+        self._to_send.put((HEADER.pack(LOAD, len(text), len(body), 0), text, body))
 
     @property
     def full(self) -> bool:
-        return self.waiting_bytes > _MOST_WAITING_BYTES
+        """True if the trainer must wait for answers before it submits more."""
+        return self.waiting_bytes > _MAX_WAITING_BYTES
 
     @property
     def outstanding(self) -> int:
-        """Batches and markers not answered yet."""
+        """The number of batches and markers that are not answered yet."""
         return len(self._outstanding)
 
     def take(self, *, wait: bool) -> npt.NDArray[np.float64] | Marker | None:
-        """The next answer in order: probabilities [n] of a batch, or a `Marker`.
+        """Return the next answer in order: the probabilities [n] of a batch, or a `Marker`.
 
-        None: nothing yet (never when `wait` and something is out). Raises `BaselineFailed` when the process has ended.
+        Returns None when there is no answer yet; with `wait` only when none is outstanding. Raises
+        `BaselineFailed` when the process has ended.
         """
         if not self._outstanding:
             return None
@@ -106,15 +125,17 @@ class BaselineProcess:
             return None
         if answer is None:
             raise BaselineFailed(
-                f"the baseline's process ended with status {self._process.wait()}; see its message above"
+                f"the baseline's process ended with status {self._process.wait()}; "
+                "see its message above"
             )
         self.waiting_bytes -= self._outstanding.pop(0)
         return answer
 
     def close(self) -> None:
+        """End the process, by force when it does not end by itself within seconds."""
         self._to_send.put(None)
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -134,13 +155,13 @@ class BaselineProcess:
                 self._process.stdin.flush()
             self._process.stdin.close()
         except (BrokenPipeError, ValueError):
-            return  # the process has ended; `take` tells
+            return  # the process has ended; `take` raises
 
     def _receive(self) -> None:
         assert self._process.stdout
         while (header := read_header(cast(BinaryIO, self._process.stdout))) is not None:
             kind, first, second, _ = header
-            if kind == b"P":
+            if kind == PROBABILITIES:
                 self._received.put(np.frombuffer(self._process.stdout.read(8 * first), np.float64))
             else:
                 text, body = self._process.stdout.read(first), self._process.stdout.read(second)
@@ -149,6 +170,14 @@ class BaselineProcess:
 
 
 def pack(state: State) -> tuple[bytes, bytes]:
+    """Return the names, types and shapes of the arrays as JSON, and the arrays' bytes.
+
+    >>> text, body = pack({"z": np.array([1.0])})
+    >>> text, len(body)
+    (b'[["z", "<f8", [1]]]', 8)
+    >>> unpack(text, body)
+    {'z': array([1.])}
+    """
     text = json.dumps(
         [[name, array.dtype.str, array.shape] for name, array in state.items()]
     ).encode()
@@ -156,15 +185,17 @@ def pack(state: State) -> tuple[bytes, bytes]:
 
 
 def unpack(text: bytes, body: bytes) -> State:
+    """Return the arrays that `pack` turned into `text` and `body`."""
     state: State = {}
-    at = 0
+    offset = 0
     for name, dtype, shape in json.loads(text):
-        array = np.frombuffer(body, np.dtype(dtype), int(np.prod(shape)), at).reshape(shape)
-        state[name] = array
-        at += array.nbytes
+        array = np.frombuffer(body, np.dtype(dtype), int(np.prod(shape)), offset)
+        state[name] = array.reshape(shape)
+        offset += array.nbytes
     return state
 
 
 def read_header(stream: BinaryIO) -> tuple[bytes, int, int, int] | None:
+    """Return the kind and the sizes of the next frame, or None at the end of `stream`."""
     header = stream.read(HEADER.size)
     return HEADER.unpack(header) if len(header) == HEADER.size else None

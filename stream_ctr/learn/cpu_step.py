@@ -1,20 +1,21 @@
-"""A step on the CPU: the batch in parts that lanes take, each part's forward and backward pass on one lane, then the updates likewise.
+"""One step on the CPU. The threads of a pool share first the parts of a batch, then the updates.
 
-    per part    gather rows -> w, v -> the model forward -> dL/dlogit = p - label -> backward -> gradients of w, v and of the parameters
-    meanwhile   sort the batch's ids
-    then        pieces of the parameters: sum the parts' gradients, Adam, bfloat16 copy
-                pieces of the sorted ids: sum each row's gradients, optimiser in place
+    per part    gather rows -> w, v -> model forward -> dL/dlogit = p - label -> backward
+                -> gradients of w, of v and of the parameters
+    meanwhile   sort the ids of the batch
+    then        pieces of the parameters: sum the gradients of the parts, Adam, bfloat16 copy
+                pieces of the sorted ids: sum the gradients of each row, optimiser in place
 
-The parts depend on the size of the batch alone, each is computed by one thread and they are summed in their order: so the model is the
-same, bit for bit, for any number of lanes. Nothing the size of a batch is allocated in a step but what torch needs within the model.
+The parts depend on the size of the batch alone. One thread computes each part, and the parts are
+summed in their order, so any number of threads gives the same model, bit for bit. Within a step,
+only torch's own operations allocate memory in the order of a batch.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, partial
-from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -23,70 +24,83 @@ from torch import Tensor, nn
 
 from stream_ctr.learn import table_kernels
 from stream_ctr.learn.adam import FlatAdam
+from stream_ctr.learn.step import (
+    LARGEST_GRADIENT,
+    Batch,
+    Ids,
+    Labels,
+    StepOptions,
+    Values,
+    dropout_seed,
+)
 from stream_ctr.learn.table import Table
+from stream_ctr.learn.table_kernels import SortedIds
 from stream_ctr.learn.thread_pool import Task, ThreadPool
-from stream_ctr.models.layers import dropout_from
 
-Ids: TypeAlias = npt.NDArray[np.int32]
-Labels: TypeAlias = npt.NDArray[np.uint8]
-Values: TypeAlias = npt.NDArray[np.float32]
-Batch: TypeAlias = tuple[Ids, Labels, Values | None]
-# Of a part: products of fewer rows take longer, by the example, but there should be some for each of a few lanes. Each part has gradients.
-_ROWS, _LEAST_ROWS = 1024, 256
-_PARTS, _MOST_PARTS = 4, 16
-# A gradient beyond it is exploding: its square, and the sum of thousands of those, must stay a number in float32.
-LARGEST_GRADIENT = 1e15
+# Matrix products of fewer rows take longer per example, but a few threads should each have a part.
+# Every part has gradients of its own, so their number is limited.
+_PART_ROWS = 1024
+_MIN_PART_ROWS = 256
+_USUAL_PARTS = 4
+_MAX_PARTS = 16
+_ROW_MULTIPLE = 16
 
 
 def parts_of(batch_size: int) -> list[slice]:
-    """The parts of a batch, all of one size, so that what an example's logit is does not depend on where in the batch it stands; together
-    they may have a few rows more.
+    """Return the parts of a batch as slices of equal size.
+
+    The equal size makes an example's logit independent of its position in the batch. Together the
+    parts may have a few rows more than the batch.
 
     >>> parts_of(512), parts_of(1000)[-1], len(parts_of(4096)), len(parts_of(65536))
     ([slice(0, 256, None), slice(256, 512, None)], slice(672, 1008, None), 4, 16)
     """
-    count = min(max(batch_size // _ROWS, min(batch_size // _LEAST_ROWS, _PARTS), 1), _MOST_PARTS)
-    rows = -(-batch_size // (16 * count)) * 16
+    count = max(batch_size // _PART_ROWS, min(batch_size // _MIN_PART_ROWS, _USUAL_PARTS), 1)
+    count = min(count, _MAX_PARTS)
+    rows = -(-batch_size // (_ROW_MULTIPLE * count)) * _ROW_MULTIPLE
     return [slice(start, start + rows) for start in range(0, rows * count, rows)]
 
 
 class CpuStep:
-    """Learns and predicts batches of up to `batch_size` examples; what it changes is `table.rows` and `adam`, that is, `model`."""
+    """Learns and predicts batches of up to `options.batch_size` examples.
+
+    A step changes `table.rows` and the vectors of `adam`, of which the parameters of `model` are
+    views. Nothing else.
+    """
 
     def __init__(
         self,
         model: nn.Module,
         table: Table,
         adam: FlatAdam,
+        options: StepOptions,
         *,
-        fields: int,
-        value_fields: Sequence[int],
-        batch_size: int,
         threads: int,
-        seed: int,
-        dropout: bool,
-        progressive: bool,
     ) -> None:
-        self._model, self._table, self._adam, self._seed = model, table, adam, seed
+        self._model = model
+        self._table = table
+        self._adam = adam
+        self._options = options
         self._parameters = tuple(model.parameters())
-        self._value_fields = list(value_fields)
-        self._parts = parts_of(batch_size)
+        self._parts = parts_of(options.batch_size)
         self._pool = ThreadPool(threads)
-        self._progressive = progressive
-        self._generators = [torch.Generator() if dropout else None for _ in self._parts]
-        rows, width = self._parts[-1].stop, table.width
-        self._ids = np.zeros((rows, fields), np.int32)
-        self._scale = torch.ones(rows, fields) if value_fields else torch.ones(0, 0)
+        # Parts run at the same time, so each draws from a generator of its own.
+        self._generators = [torch.Generator() if options.dropout else None for _ in self._parts]
+        rows = self._parts[-1].stop
+        columns = options.columns
+        width = table.width
+        self._value_fields = list(options.value_fields)
+        self._ids = np.zeros((rows, columns), np.int32)
+        self._scale = torch.ones(rows, columns) if self._value_fields else torch.ones(0, 0)
         self._labels = torch.zeros(rows)
-        self._w, self._v = torch.zeros(rows, fields), torch.zeros(rows, fields, width)
-        self._gw, self._gv = torch.zeros(rows, fields), torch.zeros(rows, fields, width)
+        self._w = torch.zeros(rows, columns)
+        self._v = torch.zeros(rows, columns, width)
+        self._grad_w = torch.zeros(rows, columns)
+        self._grad_v = torch.zeros(rows, columns, width)
         self._logits = torch.zeros(rows)
-        places = rows * fields
-        self._keys, self._order, self._spare = (
-            np.empty(places, np.int32),
-            np.empty(places, np.int32),
-            np.empty((2, places), np.int32),
-        )
+        self._keys = np.empty(rows * columns, np.int32)
+        self._order = np.empty(rows * columns, np.int32)
+        self._spare = np.empty((2, rows * columns), np.int32)
         self._gather = table_kernels.gather(width)
         self._update = table_kernels.update(
             table.embedding_dim, table.embeddings, table.rates.optimizer
@@ -100,54 +114,59 @@ class CpuStep:
         steps: int,
         following: Batch | None = None,
     ) -> Tensor | None:
-        """One step; the logits [n] from before it. None, and nothing is learned, when one of them or a gradient is not finite, or the
-        gradient explodes. What is `following` is of use on the GPU only."""
+        """Learn one batch and return its logits [n] from before the update.
+
+        `steps` is the number of steps before this one. Returns None, and learns nothing, when a
+        logit or a gradient is not finite or the gradient explodes. `following` is used on the GPU
+        only.
+        """
         n = len(ids)
-        self._take(ids, values)
+        self._load(ids, values)
         self._labels[:n] = torch.from_numpy(labels)
         parts = [part for part in self._parts if part.start < n]
         gradients = self._gradients
-        fine = np.zeros(len(parts), np.bool_)
-        with _one_thread_each():
-            work = [
-                partial(self._part, index, part, n, steps, gradients[index], fine)
-                for index, part in enumerate(parts)
-            ]
-            self._pool.run([*work[:1], partial(self._sort, n), *work[1:]])
-            if not fine.all():
-                return None
-            self._pool.run(
-                [
-                    *self._dense_updates(gradients[: len(parts)], steps),
-                    *self._table_updates(n, steps),
-                ]
+        finite = np.zeros(len(parts), np.bool_)
+        with _one_torch_thread():
+            first, *others = (
+                partial(self._learn_part, index, n, steps, gradients[index], finite)
+                for index in range(len(parts))
             )
+            self._pool.run([first, partial(self._sort, n), *others])
+            if not finite.all():
+                return None
+            dense = self._dense_updates(gradients[: len(parts)], steps)
+            self._pool.run([*dense, *self._table_updates(n, steps)])
         return self._logits[:n].clone()
 
     def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
-        """Logits [n] without dropout."""
+        """Return the logits [n] without dropout."""
         n = len(ids)
-        self._take(ids, values)
-        with _one_thread_each():
+        self._load(ids, values)
+        with _one_torch_thread():
             self._pool.run([partial(self._score, part) for part in self._parts if part.start < n])
         return self._logits[:n].numpy().copy()
 
-    def _take(self, ids: Ids, values: Values | None) -> None:
+    def _load(self, ids: Ids, values: Values | None) -> None:
+        """Copy a batch into the buffers; the rows behind it become padding."""
         n = len(ids)
-        self._ids[:n], self._ids[n:] = ids, 0
+        self._ids[:n] = ids
+        self._ids[n:] = 0
         if values is not None and values.size:
             scale = self._scale.numpy()
-            scale[:n, self._value_fields], scale[n:, self._value_fields] = values, 1.0
+            scale[:n, self._value_fields] = values
+            scale[n:, self._value_fields] = 1.0
 
     @cached_property
     def _gradients(self) -> Tensor:
-        """[parts, P]; a server never needs it."""
+        """Gradients of the parameters [parts, P]; a learner that only predicts never needs them."""
         return torch.zeros(len(self._parts), len(self._adam.vector))
 
     # -- tasks ------------------------------------------------------------------------------------
 
     def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
-        w, v = self._w[part], self._v[part]
+        """Gather the rows of a part: `w` [n, F] and `v` [n, F, width], multiplied by the values."""
+        w = self._w[part]
+        v = self._v[part]
         self._gather(
             self._table.rows.numpy(),
             self._ids[part],
@@ -161,61 +180,72 @@ class CpuStep:
         with torch.no_grad():
             self._logits[part] = self._model(*self._gathered(part))
 
-    def _part(
+    def _learn_part(
         self,
         index: int,
-        part: slice,
         n: int,
         steps: int,
         gradients: Tensor,
-        fine: npt.NDArray[np.bool_],
+        finite: npt.NDArray[np.bool_],
     ) -> None:
-        """Forward and backward of one part, into its rows of the buffers and its `gradients` [P]."""
+        """Run the forward and backward pass of part `index` of a batch of `n` examples.
+
+        Writes the part's rows of the buffers, its `gradients` [P] and `finite[index]`.
+        """
+        part = self._parts[index]
         w, v = self._gathered(part)
-        generator = self._generators[index]
-        twice = generator is not None and self._progressive
-        if twice:
-            with torch.no_grad():
-                self._logits[part] = self._model(w, v)  # what it predicts, with nothing dropped
-        if generator is not None:
-            generator.manual_seed(draw_seed(self._seed, steps, index))
-        with torch.enable_grad(), dropout_from(generator):
-            logits = self._model(w, v)
-        if not twice:
-            self._logits[part] = logits.detach()
-        slope = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
-        slope[max(n - part.start, 0) :] = 0.0  # of the rows that are padding
-        # Of a scalar: a gradient to begin with would be checked by code of torch's whose import, sympy and all, takes half a second.
+        logits = self._forward(index, w, v, steps)
+        grad_logit = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
+        grad_logit[max(n - part.start, 0) :] = 0.0  # padding
+        # The gradient is that of a scalar. Torch checks an initial gradient with code whose import,
+        # which includes sympy, takes half a second.
         with torch.enable_grad():
-            sloped = torch.dot(logits, slope)
-        gw, gv, *rest = torch.autograd.grad(
-            sloped, (w, v, *self._parameters), materialize_grads=True
+            scalar = torch.dot(logits, grad_logit)
+        grad_w, grad_v, *grad_parameters = torch.autograd.grad(
+            scalar, (w, v, *self._parameters), materialize_grads=True
         )
         if len(scale := self._scale[part]):
-            gw, gv = gw * scale, gv * scale.unsqueeze(2)
-        self._gw[part], self._gv[part] = gw, gv
-        at = 0
-        for gradient in rest:
-            gradients[at : at + gradient.numel()].view_as(gradient).copy_(gradient)
-            at += gradient.numel()
-        finite = bool(self._logits[part.start : min(part.stop, n)].isfinite().all())
-        size = (
+            grad_w, grad_v = grad_w * scale, grad_v * scale.unsqueeze(2)
+        self._grad_w[part] = grad_w
+        self._grad_v[part] = grad_v
+        offset = 0
+        for gradient in grad_parameters:
+            end = offset + gradient.numel()
+            gradients[offset:end].view_as(gradient).copy_(gradient)
+            offset = end
+        norm = (
             torch.linalg.vector_norm(gradients)
-            + torch.linalg.vector_norm(gw)
-            + torch.linalg.vector_norm(gv)
+            + torch.linalg.vector_norm(grad_w)
+            + torch.linalg.vector_norm(grad_v)
         )
-        fine[index] = finite and float(size) * n <= LARGEST_GRADIENT
+        logits_are_finite = bool(self._logits[part.start : min(part.stop, n)].isfinite().all())
+        finite[index] = logits_are_finite and float(norm) * n <= LARGEST_GRADIENT
+
+    def _forward(self, index: int, w: Tensor, v: Tensor, steps: int) -> Tensor:
+        """Return the logits to learn from, and write the ones to return into the buffer."""
+        part = self._parts[index]
+        generator = self._generators[index]
+        if generator is not None:
+            generator.manual_seed(dropout_seed(self._options.seed, steps, index))
+        separate = generator is not None and self._options.progressive
+        if separate:
+            with torch.no_grad():
+                self._logits[part] = self._model(w, v)
+        with torch.enable_grad():
+            logits: Tensor = self._model(w, v, generator=generator)
+        if not separate:
+            self._logits[part] = logits.detach()
+        return logits
 
     def _sort(self, n: int) -> None:
-        places = n * self._ids.shape[1]
-        spare = self._spare[:, :places]
+        count = n * self._options.columns
         table_kernels.sort_ids(
-            self._ids[:n].reshape(-1),
-            self._table.bits,
-            self._keys[:places],
-            self._order[:places],
-            spare,
+            self._ids[:n].reshape(-1), self._table.bits, self._sorted(n), self._spare[:, :count]
         )
+
+    def _sorted(self, n: int) -> SortedIds:
+        count = n * self._options.columns
+        return SortedIds(self._keys[:count], self._order[:count])
 
     def _dense_updates(self, gradients: Tensor, steps: int) -> Iterator[Task]:
         pieces = self._adam.pieces(self._pool.threads)
@@ -225,31 +255,30 @@ class CpuStep:
         )
 
     def _table_updates(self, n: int, steps: int) -> Iterator[Task]:
-        edges = (
-            np.linspace(0, n * self._ids.shape[1], 2 * self._pool.threads + 1).astype(int).tolist()
-        )
+        count = n * self._options.columns
+        edges = np.linspace(0, count, 2 * self._pool.threads + 1).astype(int).tolist()
         return (
             partial(self._update_rows, n, steps, first, last)
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         )
 
     def _update_rows(self, n: int, steps: int, first: int, last: int) -> None:
-        places, table = n * self._ids.shape[1], self._table
-        gw, gv = self._gw.view(-1).numpy(), self._gv.view(-1, table.width).numpy()
+        """Update the rows whose run in the sorted ids starts within [first, last)."""
+        table = self._table
         self._update(
-            table.rows.numpy(), self._keys[:places], self._order[:places], first, last, gw, gv, np.float32(table.rates.times(n)),
-            *table.rates.floats(steps),
-        )  # fmt: skip
-
-
-def draw_seed(*numbers: int) -> int:
-    """Of what is drawn in a step: the same for the same numbers, and unlike for any others."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+            table.rows.numpy(),
+            self._sorted(n),
+            first,
+            last,
+            self._grad_w.view(-1).numpy(),
+            self._grad_v.view(-1, table.width).numpy(),
+            table.rates.at_step(steps, examples=n),
+        )
 
 
 @contextlib.contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """ThreadPool are the threads: torch splits no operation among more."""
+def _one_torch_thread() -> Iterator[None]:
+    """Keep torch from splitting an operation among threads: the pool's threads are the threads."""
     before = torch.get_num_threads()
     if before == 1:
         yield

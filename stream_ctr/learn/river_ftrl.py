@@ -1,11 +1,14 @@
-"""River's logistic regression with FTRL-Proximal, as the program of the baseline's process: `python -m stream_ctr.river_ftrl`.
+"""The program of the baseline's process: River's logistic regression with FTRL-Proximal.
 
-Why River: it is the library that people who learn online already use; its figures are the ones to beat. It works one event at a time
-in Python (tens of microseconds each), so it runs beside the trainer, never in its loop, and the trainer need not even import it.
+It runs as `python -m stream_ctr.learn.river_ftrl`.
 
-What River 0.26's FTRLProximal does differently from Algorithm 1 of McMahan et al. (2013), and why its figures are reported as "River FTRL":
-a weight is refreshed before the new gradient is added to z, so a feature seen once still has weight zero; a weight is not zeroed
-when |z| <= l1; the intercept is plain SGD.
+River is the library that people who learn online already use, so its figures are the ones to beat.
+It takes one event at a time in Python, tens of microseconds each. Therefore it runs in a process
+beside the trainer's, never in its loop, and the trainer need not import it.
+
+FTRLProximal of River 0.26 differs from Algorithm 1 of McMahan et al. (2013), so its figures are
+reported as "River FTRL". A weight is refreshed before the new gradient is added to z, so a feature
+seen once still has weight zero. A weight is not zeroed when |z| <= l1. The intercept is plain SGD.
 """
 
 from __future__ import annotations
@@ -23,15 +26,26 @@ import numpy as np
 import numpy.typing as npt
 from river import linear_model, optim, utils
 
-from stream_ctr.learn.baseline import HEADER, State, pack, read_header, unpack
+from stream_ctr.learn.baseline import (
+    BATCH,
+    HEADER,
+    PROBABILITIES,
+    STATE,
+    State,
+    pack,
+    read_header,
+    unpack,
+)
 
 
 class RiverFTRL:
-    """`LogisticRegression(optimizer=FTRLProximal(...))` over table rows as features, each with value 1 or its multiplier.
+    """`LogisticRegression(optimizer=FTRLProximal(...))` over table rows as features.
+
+    Each feature has value 1 or its multiplier.
 
     >>> model = RiverFTRL(alpha=0.1)
-    >>> ids = np.array([[1, 2], [1, 3]], np.int32)
-    >>> model.learn(ids, np.empty((2, 0), np.float32), np.array([1, 0], np.uint8)).round(3).tolist()
+    >>> ids, labels = np.array([[1, 2], [1, 3]], np.int32), np.array([1, 0], np.uint8)
+    >>> model.learn(ids, np.empty((2, 0), np.float32), labels).round(3).tolist()
     [0.5, 0.501]
     """
 
@@ -57,8 +71,9 @@ class RiverFTRL:
         values: npt.NDArray[np.float32],
         labels: npt.NDArray[np.uint8],
     ) -> npt.NDArray[np.float64]:
-        """Predict each example, then learn it, in order: probabilities [n] from before each update."""
-        predict, learn = self._model.predict_proba_one, self._model.learn_one
+        """Predict each example, then learn it; return the probabilities [n] from before."""
+        predict = self._model.predict_proba_one
+        learn = self._model.learn_one
         multipliers = np.ones(ids.shape)
         multipliers[:, self._value_fields] = values
         probabilities = np.empty(len(ids))
@@ -71,8 +86,13 @@ class RiverFTRL:
         return probabilities
 
     def state_dict(self) -> State:
-        """As arrays. The order of the weights is kept: River sums a dot product in the order of its dict."""
-        weights, z, n = self._model.weights, self._optimizer.z, self._optimizer.n
+        """Return the state as arrays.
+
+        The order of the weights is kept, because River sums a dot product in the order of its dict.
+        """
+        weights = self._model.weights
+        z = self._optimizer.z
+        n = self._optimizer.n
         return {
             "weight_keys": np.fromiter(weights.keys(), np.int64, len(weights)),
             "weights": np.fromiter(weights.values(), np.float64, len(weights)),
@@ -94,27 +114,28 @@ class RiverFTRL:
 
 
 def _serve(model: RiverFTRL, source: BinaryIO, sink: BinaryIO) -> None:
-    """Answer frames until the input ends."""
+    """Answer the frames of `source`, which `baseline` lists, until it ends."""
     while (header := read_header(source)) is not None:
         kind, first, second, third = header
-        if kind == b"B":
+        if kind == BATCH:
             ids = np.frombuffer(source.read(4 * first * second), np.int32).reshape(first, second)
             values = np.frombuffer(source.read(4 * first * third), np.float32).reshape(first, third)
             probabilities = model.learn(ids, values, np.frombuffer(source.read(first), np.uint8))
-            sink.write(HEADER.pack(b"P", first, 0, 0) + probabilities.tobytes())
-        elif kind == b"S":
+            sink.write(HEADER.pack(PROBABILITIES, first, 0, 0) + probabilities.tobytes())
+        elif kind == STATE:
             text, body = pack(model.state_dict())
-            sink.write(HEADER.pack(b"S", len(text), len(body), 0) + text + body)
+            sink.write(HEADER.pack(STATE, len(text), len(body), 0) + text + body)
         else:
             model.load_state_dict(unpack(source.read(first), source.read(second)))
         sink.flush()
 
 
 def main() -> None:
+    """Serve standard input; the first argument holds the options of `RiverFTRL` as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sink = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints must not end up between two frames
-    with contextlib.suppress(BrokenPipeError):  # the trainer is gone: nobody waits for an answer
+    os.dup2(2, 1)  # a library that prints must not write between two frames
+    with contextlib.suppress(BrokenPipeError):  # the trainer has ended
         _serve(RiverFTRL(**json.loads(sys.argv[1])), sys.stdin.buffer, sink)
 
 

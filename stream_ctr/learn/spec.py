@@ -35,7 +35,7 @@ class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     `fields` counts the fields of the input, `crosses` its cross products, and `value_fields` are
     the indices of the fields that carry a multiplier. `table_bits` gives a table of
-    2 ** table_bits rows. A learning rate of 0 is the optimiser's own (see `table.Rates`).
+    2 ** table_bits rows. A learning rate of 0 is the optimiser's own (see `table.Rates.per_field`).
     `ftrl` is present for `lr` only.
     """
 

@@ -6,10 +6,12 @@
               adam     m of V and w, v of V and w
               sgd      nothing
 
-Weights, first-order weight and optimiser state of a feature lie side by side, so a gather brings them together (in one cache line, for one
-embedding of K up to 13 with Adagrad) and the update touches them while they are hot. The gradient never becomes table-sized, nor a tensor
-of torch's autograd: the ids of a batch are sorted, the gradients of each distinct row summed in batch order (which is why two runs are
-equal bit for bit), and the optimiser reads and writes those rows alone.
+The weights, the first-order weight and the optimiser's state of a feature lie side by side. A
+gather therefore reads them together (in one cache line, for one embedding of K up to 13 with
+Adagrad), and the update touches them while they are in the cache. The gradient never becomes as
+large as the table, nor a tensor of torch's autograd. Instead the ids of a batch are sorted, the
+gradients of each distinct row are summed in batch order, so that two runs are equal bit for bit,
+and the optimiser reads and writes those rows alone.
 """
 
 from __future__ import annotations
@@ -24,33 +26,38 @@ import torch
 from torch import Tensor
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, LINE, used
+from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, LINE, StepRates, floats_in_use
 
-# Learning rates of V and w where none are given.
+FLOAT_BYTES = 4
+
+# The optimisers' own learning rates of V and of w.
 _OWN_RATES = {"adagrad": (1.0, 2.0), "sgd": (1.0, 2.0), "adam": (0.001, 0.001)}
 
 
-def columns(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "adagrad") -> int:
-    """Floats in a row.
+def row_floats(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "adagrad") -> int:
+    """Return the number of floats in a row.
 
-    >>> columns(10), columns(10, embeddings=2), columns(10, optimizer="adam")
+    >>> row_floats(10), row_floats(10, embeddings=2), row_floats(10, optimizer="adam")
     (16, 32, 48)
     """
-    return -(-used(embedding_dim, embeddings, optimizer) // LINE) * LINE
+    return -(-floats_in_use(embedding_dim, embeddings, optimizer) // LINE) * LINE
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How the rows of a batch step.
+    """The optimiser of the rows and its rates.
 
-    "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, n being the sum of the squared gradients up to this one (the
-    per-coordinate rate of McMahan et al. 2013, section 3.1): one n for the K coordinates of an embedding, of their mean square, and one for
-    w. beta keeps a feature's first steps short, which plain Adagrad makes as long as any. "sgd" steps by the rate. The gradient of both is
-    that of the batch's summed loss: a row's step does not depend on how many examples without it were in the batch.
+    "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, where n is the sum of the squared
+    gradients up to this one (the per-coordinate rate of McMahan et al. 2013, section 3.1). The K
+    coordinates of an embedding share one n, of their mean square, and w has another. beta keeps the
+    first steps of a feature short, which plain Adagrad makes as long as any. "sgd" steps by the
+    rate. Both use the gradient of the batch's summed loss: the step of a row does not depend on
+    how many examples without it are in the batch.
 
-    "adam" is lazy Adam, `torch.optim.SparseAdam`: moments for each coordinate, which change in the batches that have the row, and are
-    corrected by the number of all batches. Its gradient is that of the mean loss, as in torch and for the dense part, since its epsilon,
-    which is `beta` here, was made for that.
+    "adam" is lazy Adam, `torch.optim.SparseAdam`: each coordinate has moments, which change in the
+    batches that contain the row and are corrected by the number of all batches. It uses the
+    gradient of the mean loss, as torch and the dense part do, because its epsilon, here `beta`, was
+    chosen for that.
     """
 
     optimizer: str = "adagrad"
@@ -60,58 +67,81 @@ class Rates:
     linear_beta: float = 1.0
 
     @classmethod
-    def of(
-        cls, optimizer: str, *, fields: int, columns: int = 0, learning_rate: float, beta: float, linear_learning_rate: float,
+    def per_field(
+        cls,
+        optimizer: str,
+        *,
+        fields: int,
+        columns: int = 0,
+        learning_rate: float,
+        beta: float,
+        linear_learning_rate: float,
         linear_beta: float,
-    ) -> Rates:  # fmt: skip
-        """A rate of 0 is the optimiser's own. With Adagrad and SGD they are divided by the number of fields; that of w by the number of
-        `columns`, where the w of cross products are summed too.
+    ) -> Rates:
+        """Return the rates for a model of `fields` fields.
 
-        >>> Rates.of("adagrad", fields=4, learning_rate=0.0, beta=3.0, linear_learning_rate=1.0, linear_beta=1.0)
-        Rates(optimizer='adagrad', learning_rate=0.25, beta=3.0, linear_learning_rate=0.25, linear_beta=1.0)
-        >>> Rates.of("adam", fields=4, learning_rate=0.0, beta=3.0, linear_learning_rate=0.01, linear_beta=1.0)
-        Rates(optimizer='adam', learning_rate=0.001, beta=1e-08, linear_learning_rate=0.01, linear_beta=1e-08)
+        A rate of 0 is the optimiser's own. With Adagrad and SGD the rates are divided by the number
+        of fields; the rate of w is divided by the number of `columns`, where the w of cross
+        products are summed too.
+
+        >>> given = {"learning_rate": 0.0, "beta": 3.0, "linear_beta": 1.0}
+        >>> Rates.per_field("adagrad", fields=4, linear_learning_rate=1.0, **given)
+        ... # doctest: +NORMALIZE_WHITESPACE
+        Rates(optimizer='adagrad', learning_rate=0.25, beta=3.0, linear_learning_rate=0.25,
+              linear_beta=1.0)
+        >>> Rates.per_field("adam", fields=4, linear_learning_rate=0.01, **given)
+        ... # doctest: +NORMALIZE_WHITESPACE
+        Rates(optimizer='adam', learning_rate=0.001, beta=1e-08, linear_learning_rate=0.01,
+              linear_beta=1e-08)
         """
         own, linear_own = _OWN_RATES[optimizer]
-        rate, linear_rate = learning_rate or own, linear_learning_rate or linear_own
+        rate = learning_rate or own
+        linear_rate = linear_learning_rate or linear_own
         if optimizer == "adam":
             return cls(optimizer, rate, EPSILON, linear_rate, EPSILON)
         return cls(optimizer, rate / fields, beta, linear_rate / (columns or fields), linear_beta)
 
     def correction(self, steps: int) -> float:
-        """What the rates are multiplied by in the step after `steps` others: with Adam, what corrects its moments, which began with 0
-        (Kingma and Ba 2015, the end of section 2).
+        """Return the factor of the rates in the step after `steps` others.
+
+        With Adam it corrects the moments, which start at 0 (Kingma and Ba 2015, the end of
+        section 2). With the other optimisers it is 1.
 
         >>> Rates("adam").correction(0), Rates("adagrad").correction(0)
         (0.316..., 1.0)
         """
-        return (
-            math.sqrt(1.0 - BETA2 ** (steps + 1)) / (1.0 - BETA1 ** (steps + 1))
-            if self.optimizer == "adam"
-            else 1.0
-        )
+        if self.optimizer != "adam":
+            return 1.0
+        return math.sqrt(1.0 - BETA2 ** (steps + 1)) / (1.0 - BETA1 ** (steps + 1))
 
-    def times(self, examples: int) -> int:
-        """By what to multiply the gradient of a batch's mean loss."""
+    def gradient_scale(self, examples: int) -> int:
+        """Return the factor of the gradient of the mean loss of a batch of `examples` examples.
+
+        >>> Rates("adam").gradient_scale(512), Rates("adagrad").gradient_scale(512)
+        (1, 512)
+        """
         return 1 if self.optimizer == "adam" else examples
 
-    def floats(self, steps: int = 0) -> tuple[np.float32, np.float32, np.float32, np.float32]:
-        """Those of the step after `steps` others, in float32 as the compiled loops want them."""
+    def at_step(self, steps: int, *, examples: int) -> StepRates:
+        """Return the rates of the step after `steps` others on a batch of `examples` examples."""
         correction = self.correction(steps)
-        rate, linear_rate = self.learning_rate * correction, self.linear_learning_rate * correction
-        return (
-            np.float32(rate),
+        return StepRates(
+            np.float32(self.gradient_scale(examples)),
+            np.float32(self.learning_rate * correction),
             np.float32(self.beta),
-            np.float32(linear_rate),
+            np.float32(self.linear_learning_rate * correction),
             np.float32(self.linear_beta),
         )
 
 
 class Table:
-    """2 ** `bits` rows, each of `embeddings` of `embedding_dim` coordinates. They are normally distributed with `initial_scale` to begin
-    with, all else is zero.
+    """2 ** `bits` rows, each with `embeddings` embeddings of `embedding_dim` coordinates.
 
-    Raises `ConfigError` when there is no memory for them.
+    The coordinates start normally distributed with standard deviation `initial_scale`; everything
+    else starts at zero. Raises `ConfigError` when there is no memory for the rows.
+
+    >>> Table(bits=4, embedding_dim=10).rows.shape
+    torch.Size([16, 16])
     """
 
     def __init__(
@@ -125,39 +155,40 @@ class Table:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.bits, self.embedding_dim, self.embeddings, self.rates = (
-            bits,
-            embedding_dim,
-            embeddings,
-            rates,
-        )
-        floats = columns(embedding_dim, embeddings=embeddings, optimizer=rates.optimizer)
+        self.bits = bits
+        self.embedding_dim = embedding_dim
+        self.embeddings = embeddings
+        self.rates = rates
+        floats = row_floats(embedding_dim, embeddings=embeddings, optimizer=rates.optimizer)
         try:
             rows = _zeros(1 << bits, floats)
-            rows[:, : self.width].normal_(
-                0.0, initial_scale, generator=torch.Generator().manual_seed(seed)
-            )
+            generator = torch.Generator().manual_seed(seed)
+            rows[:, : self.width].normal_(0.0, initial_scale, generator=generator)
             self.rows = rows.to(device)
         except (OSError, RuntimeError):
             raise ConfigError(
-                f"no memory for a table of 2^{bits} rows of {4 * floats} bytes; lower model.table_bits"
+                f"no memory for a table of 2^{bits} rows of {FLOAT_BYTES * floats} bytes; "
+                "lower model.table_bits"
             ) from None
 
     @property
     def width(self) -> int:
-        """Coordinates of all embeddings of a row; its first-order weight is behind them."""
+        """The number of coordinates of all embeddings of a row; the first-order weight follows."""
         return self.embeddings * self.embedding_dim
 
-    def forget(self) -> None:
-        """Everything but the weights: the optimiser begins anew."""
+    def reset_optimizer(self) -> None:
+        """Clear the optimiser's state and keep the weights."""
         self.rows[:, self.width + 1 :] = 0.0
 
 
 def _zeros(rows: int, width: int) -> Tensor:
-    """In large pages where the system has them: rows lie anywhere, and there are far more small pages than a processor keeps in mind."""
-    memory = mmap.mmap(
-        -1, 4 * rows * width, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )  # shared memory gets small pages
-    with contextlib.suppress(AttributeError, OSError):  # not everywhere
+    """Return zeros [rows, width], in large pages where the system has them.
+
+    Rows are read at random, and a processor caches the addresses of few small pages.
+    """
+    # Shared memory would get small pages.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, FLOAT_BYTES * rows * width, flags=flags)
+    with contextlib.suppress(AttributeError, OSError):  # not every system has large pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

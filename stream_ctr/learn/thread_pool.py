@@ -1,8 +1,10 @@
-"""ThreadPool: threads that share the tasks of a step, each taking the next one when it is done with its last.
+"""A pool of threads that share the tasks of a step.
 
-Torch's own threads split every single operation and wait for each other after each: on processors that a broker, a baseline or a reader
-uses too, each of these waits may last as long as the scheduler lets the other run. Here a lane that is held up takes fewer tasks. What
-a task computes does not depend on who runs it, so results are the same for any number of lanes.
+A thread takes the next task when it has finished its last one. Torch's own threads instead split
+every single operation and wait for each other after each: on processors that a broker, a baseline
+or a reader uses too, each of these waits may last as long as the scheduler lets the other process
+run. Here a thread that is held up takes fewer tasks. The result of a task does not depend on the
+thread that runs it, so results are the same for any number of threads.
 
 >>> pool = ThreadPool(2)
 >>> squares = [0] * 5
@@ -23,55 +25,66 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 Task = Callable[[], object]
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # M_* of glibc's malloc.h
+
+# Parameters of glibc's mallopt, from malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+_TRIM_BYTES = 1 << 30
+# A larger block, such as a copy for a snapshot, goes back to the system when it is freed.
+_MMAP_BYTES = 1 << 25
 
 
 def set_up_process() -> None:
-    """For a process whose main work is to learn: no threads of torch's own, and freed memory is kept, where the allocator is glibc's.
+    """Prepare a process whose main work is learning.
 
-    A step frees tens of megabytes that the next one takes again; what went back to the system in between returns in thousands of faults.
+    Torch gets no threads of its own. Where the allocator is glibc's, it keeps freed memory: a step
+    frees tens of megabytes that the next one takes again, and memory that went back to the system
+    in between returns in thousands of page faults.
     """
     torch.set_num_threads(1)
     if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
-        mallopt(_TRIM_THRESHOLD, 1 << 30)
-        mallopt(
-            _MMAP_THRESHOLD, 1 << 25
-        )  # beyond it a block is the system's again when it is freed: copies for snapshots
+        mallopt(_M_TRIM_THRESHOLD, _TRIM_BYTES)
+        mallopt(_M_MMAP_THRESHOLD, _MMAP_BYTES)
 
 
 class ThreadPool:
-    """`threads` lanes, the caller's thread being one of them. The others end with this object."""
+    """`threads` threads, of which the caller's is one. The others end with this object."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        self._calls: list[queue.SimpleQueue[_Step | None]] = []
-        weakref.finalize(self, _end, self._calls)
+        self._queues: list[queue.SimpleQueue[_Run | None]] = []
+        weakref.finalize(self, _stop, self._queues)
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Run all tasks, begun in this order, and return when all are done. Raises the first exception that one of them raised."""
-        step = _Step(tasks)
-        for calls in self._others(len(tasks) - 1):
-            calls.put(step)
-        step.work()
-        step.done.wait()
-        if step.errors:
-            raise step.errors[0]
+        """Run all tasks, started in this order, and return when all are done.
 
-    def _others(self, wanted: int) -> list[queue.SimpleQueue[_Step | None]]:
-        """ThreadPool besides the caller's, begun when there is first something for them to do."""
-        while len(self._calls) < min(wanted, self.threads - 1):
-            self._calls.append(queue.SimpleQueue())
+        Raises the first exception that a task raised, after the other tasks are done.
+        """
+        run = _Run(tasks)
+        for waiting in self._helpers(len(tasks) - 1):
+            waiting.put(run)
+        run.work()
+        run.done.wait()
+        if run.errors:
+            raise run.errors[0]
+
+    def _helpers(self, wanted: int) -> list[queue.SimpleQueue[_Run | None]]:
+        """Return the queues of up to `wanted` threads besides the caller's; start missing ones."""
+        while len(self._queues) < min(wanted, self.threads - 1):
+            self._queues.append(queue.SimpleQueue())
             threading.Thread(
-                target=_lane, args=(self._calls[-1],), name="lane", daemon=True
+                target=_serve, args=(self._queues[-1],), name="learner", daemon=True
             ).start()
-        return self._calls[: max(wanted, 0)]
+        return self._queues[: max(wanted, 0)]
 
 
-class _Step:
+class _Run:
+    """The tasks of one call of `run`."""
+
     def __init__(self, tasks: Sequence[Task]) -> None:
         self._tasks = tasks
         self._next: Iterator[int] = itertools.count()
-        self._left = len(tasks)
+        self._unfinished = len(tasks)
         self._lock = threading.Lock()
         self.done = threading.Event()
         self.errors: list[BaseException] = []
@@ -79,24 +92,25 @@ class _Step:
             self.done.set()
 
     def work(self) -> None:
+        """Run tasks until none is left to start."""
         while (index := next(self._next)) < len(self._tasks):
             try:
                 self._tasks[index]()
-            except BaseException as error:  # noqa: BLE001 - raised again by `run`
+            except BaseException as error:  # noqa: BLE001 - raised again by `ThreadPool.run`
                 self.errors.append(error)
             with self._lock:
-                self._left -= 1
-                if not self._left:
+                self._unfinished -= 1
+                if not self._unfinished:
                     self.done.set()
 
 
-def _lane(calls: queue.SimpleQueue[_Step | None]) -> None:
-    torch.set_num_threads(1)  # of this thread's operations
-    while (step := calls.get()) is not None:
-        step.work()
-        del step  # its tasks hold a batch, and this may be a long wait
+def _serve(runs: queue.SimpleQueue[_Run | None]) -> None:
+    torch.set_num_threads(1)  # for the operations of this thread
+    while (run := runs.get()) is not None:
+        run.work()
+        del run  # its tasks hold a batch, and the next run may be far away
 
 
-def _end(calls: Sequence[queue.SimpleQueue[_Step | None]]) -> None:
-    for call in calls:
-        call.put(None)
+def _stop(queues: Sequence[queue.SimpleQueue[_Run | None]]) -> None:
+    for waiting in queues:
+        waiting.put(None)

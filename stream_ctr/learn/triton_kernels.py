@@ -1,13 +1,16 @@
-"""The embedding table's kernels on the GPU, in Triton: gather with the FM's sums, and segment-reduce with the optimiser in place.
+"""Triton kernels of the embedding table on the GPU: gather, and segment-reduce with update.
 
-    gather     one program an example: its rows, multiplied by their values, -> w, v, and of v the sums that FM wants
-    update     ids are sorted; a program takes a chunk of places, sums the gradients of each row in it and steps the rows that
-               lie in this chunk alone. Of a row that others have a part of, each chunk leaves its sum; a second launch has one program
-               for each such row, which adds the chunks' sums `_CHUNKS` at a time and steps the row.
+    gather     one program an example: its rows, multiplied by their values, -> w, v and the sums
+               over the fields of v that an FM needs
+    update     The ids are sorted. A program takes a chunk of them, sums the gradients of each row
+               in it, and updates the rows whose ids all lie in this chunk. A row in several chunks
+               gets one sum from each. A second launch has one program for each such row, which
+               adds `_CHUNKS` sums at a time and updates the row.
 
-Every sum is taken in an order that the sorted ids alone decide, and every row is stepped by one program: two runs are equal bit for
-bit, and a hot row is no queue, neither of atomic additions nor of a single thread. With TRITON_INTERPRET=1 in the environment before
-this module is imported, all of it runs on the CPU.
+Every sum is taken in an order that the sorted ids alone decide, and one program updates each row.
+So two runs are equal bit for bit, and a hot row causes no queue, neither of atomic additions nor of
+a single thread. With TRITON_INTERPRET=1 in the environment before this module is imported, all of
+it runs on the CPU.
 """
 
 from __future__ import annotations
@@ -21,35 +24,53 @@ from torch import Tensor
 
 from stream_ctr.learn.table import Table
 from stream_ctr.learn.table_kernels import BETA1, BETA2
+from stream_ctr.models import FieldSums
 
-_CHUNKS = 64
-_TILE = 2048  # numbers that a program of `gather` has in hand at once
-_DECAY1, _DECAY2 = tl.constexpr(1.0 - BETA1), tl.constexpr(1.0 - BETA2)
+_CHUNKS = 64  # sums that a program of `_join` adds at once
+_TILE = 2048  # numbers that a program of `gather` holds at once
+_MAX_CHUNK = 32  # ids
+_CHUNK_FLOATS = 16384  # 64 KiB
+_LEAST_PRODUCT = 16  # rows and columns of the smallest matrix product
+_FLOATS_PER_WARP = 512
+_MAX_WARPS = 8
+_DECAY1 = tl.constexpr(1.0 - BETA1)
+_DECAY2 = tl.constexpr(1.0 - BETA2)
 
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    rows, ids, values, w, v, total, pairs, fields,
-    WIDTH: tl.constexpr, FLOATS: tl.constexpr, COLUMNS: tl.constexpr, FIELDS: tl.constexpr, SCALED: tl.constexpr,
-):  # fmt: skip
+    rows,
+    ids,
+    values,
+    w,
+    v,
+    total,
+    pairs,
+    fields,
+    WIDTH: tl.constexpr,
+    FLOATS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    SCALED: tl.constexpr,
+):
     example = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     sums = tl.zeros([COLUMNS], tl.float32)
     squares = tl.zeros([COLUMNS], tl.float32)
     for first in range(0, fields, FIELDS):
         field = first + tl.arange(0, FIELDS)
-        there = field < fields
-        place = example * fields + field
-        row = tl.load(ids + place, mask=there, other=0).to(tl.int64)
+        inside = field < fields
+        index = example * fields + field
+        row = tl.load(ids + index, mask=inside, other=0).to(tl.int64)
         x = tl.load(
             rows + row[:, None] * FLOATS + column,
-            mask=there[:, None] & (column <= WIDTH),
+            mask=inside[:, None] & (column <= WIDTH),
             other=0.0,
         )
         if SCALED:
-            x *= tl.load(values + place, mask=there, other=0.0)[:, None]
-        tl.store(v + place[:, None] * WIDTH + column, x, mask=there[:, None] & (column < WIDTH))
-        tl.store(w + place[:, None] + column * 0, x, mask=there[:, None] & (column == WIDTH))
+            x *= tl.load(values + index, mask=inside, other=0.0)[:, None]
+        tl.store(v + index[:, None] * WIDTH + column, x, mask=inside[:, None] & (column < WIDTH))
+        tl.store(w + index[:, None] + column * 0, x, mask=inside[:, None] & (column == WIDTH))
         sums += tl.sum(x, axis=0)
         squares += tl.sum(x * x, axis=0)
     column = tl.arange(0, COLUMNS)
@@ -61,25 +82,40 @@ def _gather(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _step(  # type: ignore[no-untyped-def]
-    rows, key, mean, examples, chosen, correction, rate, beta, linear_rate, linear_beta,
-    K: tl.constexpr, EMBEDDINGS: tl.constexpr, FLOATS: tl.constexpr, COLUMNS: tl.constexpr, OPTIMIZER: tl.constexpr,
-):  # fmt: skip
-    """One step of the `chosen` [n] of the rows `key` [n], whose gradients of the mean loss are `mean` [n, COLUMNS], that of w behind those
-    of V."""
+    rows,
+    key,
+    mean,
+    examples,
+    chosen,
+    correction,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    K: tl.constexpr,
+    EMBEDDINGS: tl.constexpr,
+    FLOATS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
+):
+    """Update the rows `key` [n] that are `chosen` [n].
+
+    `mean` [n, COLUMNS] are their gradients of the mean loss, of V and, behind it, of w.
+    """
     WIDTH: tl.constexpr = EMBEDDINGS * K
     column = tl.arange(0, COLUMNS)[None, :]
     linear = column == WIDTH
     row = rows + key.to(tl.int64) * FLOATS
-    at = row[:, None] + column
+    address = row[:, None] + column
     inside = chosen[:, None] & (column <= WIDTH)
     rates = tl.where(linear, linear_rate, rate)
     if OPTIMIZER == "adam":
-        m = tl.load(at + WIDTH + 1, mask=inside, other=0.0)
-        v = tl.load(at + 2 * (WIDTH + 1), mask=inside, other=0.0)
+        m = tl.load(address + WIDTH + 1, mask=inside, other=0.0)
+        v = tl.load(address + 2 * (WIDTH + 1), mask=inside, other=0.0)
         m += (mean - m) * _DECAY1
         v += (mean * mean - v) * _DECAY2
-        tl.store(at + WIDTH + 1, m, mask=inside)
-        tl.store(at + 2 * (WIDTH + 1), v, mask=inside)
+        tl.store(address + WIDTH + 1, m, mask=inside)
+        tl.store(address + 2 * (WIDTH + 1), v, mask=inside)
         step = (
             rates * tl.load(correction) * (m / (tl.where(linear, linear_beta, beta) + tl.sqrt(v)))
         )
@@ -93,119 +129,189 @@ def _step(  # type: ignore[no-untyped-def]
             tl.store(state + EMBEDDINGS, n_w, mask=chosen)
             rates = tl.where(linear, (linear_rate / (linear_beta + tl.sqrt(n_w)))[:, None], 0.0)
             for e in tl.static_range(EMBEDDINGS):
-                its = (column >= e * K) & (column < (e + 1) * K)
+                embedding = (column >= e * K) & (column < (e + 1) * K)
                 n_v = (
                     tl.load(state + e, mask=chosen, other=0.0)
-                    + tl.sum(tl.where(its, total * total, 0.0), axis=1) / K
+                    + tl.sum(tl.where(embedding, total * total, 0.0), axis=1) / K
                 )
                 tl.store(state + e, n_v, mask=chosen)
-                rates = tl.where(its, (rate / (beta + tl.sqrt(n_v)))[:, None], rates)
+                rates = tl.where(embedding, (rate / (beta + tl.sqrt(n_v)))[:, None], rates)
         step = rates * total
-    tl.store(at, tl.load(at, mask=inside, other=0.0) - step, mask=inside)
+    tl.store(address, tl.load(address, mask=inside, other=0.0) - step, mask=inside)
 
 
 @triton.jit
 def _reduce(  # type: ignore[no-untyped-def]
-    rows, keys, order, gw, gv, led, begun, count, skip, correction, fields, rate, beta, linear_rate, linear_beta,
-    K: tl.constexpr, EMBEDDINGS: tl.constexpr, FLOATS: tl.constexpr, COLUMNS: tl.constexpr, OPTIMIZER: tl.constexpr,
+    rows,
+    keys,
+    order,
+    grad_w,
+    grad_v,
+    continued,
+    started,
+    example_count,
+    skip,
+    correction,
+    fields,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    K: tl.constexpr,
+    EMBEDDINGS: tl.constexpr,
+    FLOATS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
     CHUNK: tl.constexpr,
-):  # fmt: skip
+):
     WIDTH: tl.constexpr = EMBEDDINGS * K
-    examples = tl.load(count)
-    places = examples * fields
+    examples = tl.load(example_count)
+    id_count = examples * fields
     chunk = tl.program_id(0)
-    if (tl.load(skip) != 0.0) | (chunk * CHUNK >= places):
+    if (tl.load(skip) != 0.0) | (chunk * CHUNK >= id_count):
         return
-    place = chunk * CHUNK + tl.arange(0, CHUNK)
+    index = chunk * CHUNK + tl.arange(0, CHUNK)
     column = tl.arange(0, COLUMNS)[None, :]
-    there = place < places
-    key = tl.load(keys + place, mask=there, other=-1)
-    above = tl.load(keys + place - 1, mask=there & (place > 0), other=-1)
+    inside = index < id_count
+    key = tl.load(keys + index, mask=inside, other=-1)
+    above = tl.load(keys + index - 1, mask=inside & (index > 0), other=-1)
     before = tl.load(keys + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
-    after = tl.load(keys + (chunk + 1) * CHUNK, mask=(chunk + 1) * CHUNK < places, other=-1)
-    at = tl.load(order + place, mask=there, other=0).to(tl.int64)
+    after = tl.load(keys + (chunk + 1) * CHUNK, mask=(chunk + 1) * CHUNK < id_count, other=-1)
+    position = tl.load(order + index, mask=inside, other=0).to(tl.int64)
     gradient = tl.load(
-        gv + at[:, None] * WIDTH + column, mask=there[:, None] & (column < WIDTH), other=0.0
+        grad_v + position[:, None] * WIDTH + column,
+        mask=inside[:, None] & (column < WIDTH),
+        other=0.0,
     )
-    gradient += tl.where(column == WIDTH, tl.load(gw + at, mask=there, other=0.0)[:, None], 0.0)
+    gradient += tl.where(
+        column == WIDTH, tl.load(grad_w + position, mask=inside, other=0.0)[:, None], 0.0
+    )
     same = (key[:, None] == key[None, :]).to(tl.float32)
-    total = tl.dot(
-        same, gradient, input_precision="ieee"
-    )  # each place has the sum of its row's gradients in this chunk
-    first = there & ((key != above) | (place == chunk * CHUNK))
-    led_in = first & (key == before)
-    goes_on = first & (key == after)
+    # Each line of `total` is the sum of its row's gradients in this chunk.
+    total = tl.dot(same, gradient, input_precision="ieee")
+    first = inside & ((key != above) | (index == chunk * CHUNK))
+    continues_before = first & (key == before)
+    continues_after = first & (key == after)
     tl.store(
-        led + chunk.to(tl.int64) * COLUMNS + column + place[:, None] * 0,
+        continued + chunk.to(tl.int64) * COLUMNS + column + index[:, None] * 0,
         total,
-        mask=led_in[:, None],
+        mask=continues_before[:, None],
     )
     tl.store(
-        begun + chunk.to(tl.int64) * COLUMNS + column + place[:, None] * 0,
+        started + chunk.to(tl.int64) * COLUMNS + column + index[:, None] * 0,
         total,
-        mask=goes_on[:, None],
+        mask=continues_after[:, None],
     )
     _step(
-        rows, key, total, examples, first & ~led_in & ~goes_on, correction, rate, beta, linear_rate, linear_beta,
-        K=K, EMBEDDINGS=EMBEDDINGS, FLOATS=FLOATS, COLUMNS=COLUMNS, OPTIMIZER=OPTIMIZER,
-    )  # fmt: skip
+        rows,
+        key,
+        total,
+        examples,
+        first & ~continues_before & ~continues_after,
+        correction,
+        rate,
+        beta,
+        linear_rate,
+        linear_beta,
+        K=K,
+        EMBEDDINGS=EMBEDDINGS,
+        FLOATS=FLOATS,
+        COLUMNS=COLUMNS,
+        OPTIMIZER=OPTIMIZER,
+    )
 
 
 @triton.jit
 def _join(  # type: ignore[no-untyped-def]
-    rows, keys, led, begun, count, skip, correction, fields, rate, beta, linear_rate, linear_beta,
-    K: tl.constexpr, EMBEDDINGS: tl.constexpr, FLOATS: tl.constexpr, COLUMNS: tl.constexpr, OPTIMIZER: tl.constexpr,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    examples = tl.load(count)
-    places = examples * fields
+    rows,
+    keys,
+    continued,
+    started,
+    example_count,
+    skip,
+    correction,
+    fields,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    K: tl.constexpr,
+    EMBEDDINGS: tl.constexpr,
+    FLOATS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):
+    examples = tl.load(example_count)
+    id_count = examples * fields
     chunk = tl.program_id(0)
     end = (chunk + 1) * CHUNK
-    if (tl.load(skip) != 0.0) | (end >= places):
+    if (tl.load(skip) != 0.0) | (end >= id_count):
         return
     key = tl.load(keys + end)
     before = tl.load(keys + chunk * CHUNK - 1, mask=chunk > 0, other=-1)
-    if (tl.load(keys + end - 1) != key) | (
-        before == key
-    ):  # no row begins in this chunk that goes on in the next
+    # Only a row that starts in this chunk and continues in the next is joined here.
+    if (tl.load(keys + end - 1) != key) | (before == key):
         return
     column = tl.arange(0, COLUMNS)[None, :]
-    total = tl.load(begun + chunk.to(tl.int64) * COLUMNS + column)
+    total = tl.load(started + chunk.to(tl.int64) * COLUMNS + column)
     following = chunk + 1
     more = True
     while more:
         others = following + tl.arange(0, CHUNKS)
-        same = tl.load(keys + others * CHUNK, mask=others * CHUNK < places, other=-1) == key
+        same = tl.load(keys + others * CHUNK, mask=others * CHUNK < id_count, other=-1) == key
         parts = tl.load(
-            led + others.to(tl.int64)[:, None] * COLUMNS + column, mask=same[:, None], other=0.0
+            continued + others.to(tl.int64)[:, None] * COLUMNS + column,
+            mask=same[:, None],
+            other=0.0,
         )
         total += tl.sum(parts, axis=0)[None, :]
         more = tl.min(same.to(tl.int32), axis=0) == 1
         following += CHUNKS
     _step(
-        rows, key + tl.zeros([1], tl.int32), total, examples, tl.full([1], True, tl.int1), correction, rate, beta, linear_rate, linear_beta,
-        K=K, EMBEDDINGS=EMBEDDINGS, FLOATS=FLOATS, COLUMNS=COLUMNS, OPTIMIZER=OPTIMIZER,
-    )  # fmt: skip
+        rows,
+        key + tl.zeros([1], tl.int32),
+        total,
+        examples,
+        tl.full([1], True, tl.int1),
+        correction,
+        rate,
+        beta,
+        linear_rate,
+        linear_beta,
+        K=K,
+        EMBEDDINGS=EMBEDDINGS,
+        FLOATS=FLOATS,
+        COLUMNS=COLUMNS,
+        OPTIMIZER=OPTIMIZER,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class _Shape:
-    """Of a row, for the compiler."""
+    """The shape of a row, for the compiler."""
 
     floats: int
-    columns: int  # V and w, rounded up to a power of two, of which Triton's ranges are
+    columns: int  # V and w, rounded up to a power of two, as Triton's ranges must be
 
     @classmethod
-    def of(cls, table: Table) -> _Shape:
-        return cls(table.rows.shape[1], max(triton.next_power_of_2(table.width + 1), 16))
+    def of_table(cls, table: Table) -> _Shape:
+        columns = max(triton.next_power_of_2(table.width + 1), _LEAST_PRODUCT)
+        return cls(table.rows.shape[1], columns)
 
     @property
     def chunk(self) -> int:
-        """Places; a program's gradients take up to 64 KiB of the multiprocessor's shared memory (128 for two embeddings of 512)."""
-        return max(min(32, 16384 // self.columns), 16)  # a product has no fewer
+        """The number of ids in a chunk.
+
+        The gradients of a program take up to 64 KiB of the multiprocessor's shared memory, or
+        128 KiB for two embeddings of 512.
+        """
+        return max(min(_MAX_CHUNK, _CHUNK_FLOATS // self.columns), _LEAST_PRODUCT)
 
     def warps(self, lines: int) -> int:
-        return min(max(lines * self.columns // 512, 1), 8)
+        """Return the number of warps for `lines` rows of the shape's columns."""
+        return min(max(lines * self.columns // _FLOATS_PER_WARP, 1), _MAX_WARPS)
 
 
 def gather(
@@ -214,69 +320,103 @@ def gather(
     values: Tensor | None,
     w: Tensor,
     v: Tensor,
-    total: Tensor,
-    pairs: Tensor,
+    sums: FieldSums,
 ) -> None:
-    """`ids` int32 [B, F] and, if any, `values` [B, F] -> `w` [B, F], `v` [B, F, width], their sum over the fields `total` [B, width], and
-    `pairs` [B], the sum over field pairs of inner products."""
+    """Gather the rows at `ids` int32 [B, F] and multiply them by `values` [B, F], if any.
+
+    Writes `w` [B, F], `v` [B, F, width] and the `sums` of `v` over the fields.
+    """
     examples, fields = ids.shape
-    shape = _Shape.of(table)
+    shape = _Shape.of_table(table)
     tile = min(triton.next_power_of_2(fields), max(_TILE // shape.columns, 1))
     _gather[(examples,)](
-        table.rows, ids, ids if values is None else values, w, v, total, pairs, fields,
-        WIDTH=table.width, FLOATS=shape.floats, COLUMNS=shape.columns, FIELDS=tile, SCALED=values is not None,
+        table.rows,
+        ids,
+        ids if values is None else values,
+        w,
+        v,
+        sums.total,
+        sums.pairs,
+        fields,
+        WIDTH=table.width,
+        FLOATS=shape.floats,
+        COLUMNS=shape.columns,
+        FIELDS=tile,
+        SCALED=values is not None,
         num_warps=shape.warps(tile),
-    )  # fmt: skip
+    )
 
 
 class Update:
-    """The optimiser's step on the rows of a batch of up to `examples` examples of `fields` fields."""
+    """The optimiser's step on the rows of a batch of up to `examples` examples of `fields` ids."""
 
     def __init__(self, table: Table, *, examples: int, fields: int) -> None:
-        self._table, self._fields = table, fields
-        self._shape = _Shape.of(table)
+        self._table = table
+        self._fields = fields
+        self._shape = _Shape.of_table(table)
         self._chunks = -(-examples * fields // self._shape.chunk)
-        self._sums = torch.zeros(
-            2, self._chunks, self._shape.columns, device=table.rows.device
-        )  # of rows that go on, that begin
+        # The sums of rows that continue from the chunk before, and of rows that start in a chunk
+        # and continue in the next.
+        self._sums = torch.zeros(2, self._chunks, self._shape.columns, device=table.rows.device)
 
     def __call__(
-        self, ids: Tensor, gw: Tensor, gv: Tensor, count: Tensor, skip: Tensor, correction: Tensor
+        self,
+        ids: Tensor,
+        grad_w: Tensor,
+        grad_v: Tensor,
+        count: Tensor,
+        skip: Tensor,
+        correction: Tensor,
     ) -> None:
-        """Step by the gradients `gw` [B, F] and `gv` [B, F, width], of the mean loss, of what `gather` gave for `ids` int32 [B, F].
+        """Update the rows at `ids` int32 [B, F] by the gradients of the mean loss.
 
-        `count` int32, `skip` and `correction` (that of `Rates`) are single numbers on the device. Only the first `count` examples are
-        learned; the ids of the others must be the table's last row, so that they are sorted behind. With a `skip` that is not zero nothing
-        is changed.
+        `grad_w` [B, F] and `grad_v` [B, F, width] are the gradients of the outputs of `gather`.
+        `count` int32, `skip` and `correction` (that of `Rates`) are single numbers on the device.
+        Only the first `count` examples are learned; the ids of the others must be the table's last
+        row, so that they are sorted behind. With a `skip` other than zero nothing changes.
         """
         keys, order = torch.sort(ids.view(-1), stable=True)
-        led, begun = self._sums
-        table, shape, rates = self._table, self._shape, self._table.rates
-        steps = rates.learning_rate, rates.beta, rates.linear_learning_rate, rates.linear_beta
-        given = count, skip, correction, self._fields, *steps
-        row = {
-            "K": table.embedding_dim, "EMBEDDINGS": table.embeddings, "FLOATS": shape.floats, "COLUMNS": shape.columns,
-            "OPTIMIZER": rates.optimizer, "CHUNK": shape.chunk,
-        }  # fmt: skip
+        continued, started = self._sums
+        table = self._table
+        shape = self._shape
+        rates = table.rates
+        numbers = (
+            count,
+            skip,
+            correction,
+            self._fields,
+            rates.learning_rate,
+            rates.beta,
+            rates.linear_learning_rate,
+            rates.linear_beta,
+        )
+        constants = {
+            "K": table.embedding_dim,
+            "EMBEDDINGS": table.embeddings,
+            "FLOATS": shape.floats,
+            "COLUMNS": shape.columns,
+            "OPTIMIZER": rates.optimizer,
+            "CHUNK": shape.chunk,
+        }
         _reduce[(self._chunks,)](
             table.rows,
             keys,
             order,
-            gw,
-            gv,
-            led,
-            begun,
-            *given,
-            **row,
+            grad_w,
+            grad_v,
+            continued,
+            started,
+            *numbers,
+            **constants,
             num_warps=shape.warps(shape.chunk),
         )
         _join[(self._chunks,)](
             table.rows,
             keys,
-            led,
-            begun,
-            *given,
-            **row,
+            continued,
+            started,
+            *numbers,
+            **constants,
             CHUNKS=_CHUNKS,
             num_warps=shape.warps(_CHUNKS),
         )

@@ -1,11 +1,24 @@
-"""The paper's nine systems. All but one are small modules from gathered embeddings to logits; tables and optimisers are the learner's.
+"""The paper's nine systems: small modules from gathered embeddings to logits.
 
-A module's `forward(w, v)` takes the first-order weights `w` [B, F] and the embeddings `v` [B, F, K] of a batch - each already multiplied by
-its feature's value - and returns logits [B]. What a class may say of itself: `embeddings`, how many of K coordinates each feature has
-(`v` is [B, F, embeddings * K]); `crosses`, that behind the F fields it wants those of the configured cross products; `pretraining`, that it
-begins as another model, until `begin_network`. Layers above a `Dense` must take what it gives, which may be bfloat16.
+Tables, optimisers and the steps belong to the learner; a module knows none of them. All modules
+share one call:
 
-LR is no module: FTRL-Proximal, which trains it, is a loop over examples (see `lr`).
+    model(w, v, sums=None, generator=None) -> logits [B]
+
+    w            [B, F] first-order weights, multiplied by the values of their features
+    v            [B, F, K] embeddings, multiplied likewise
+    sums         the `FieldSums` of `v`, from a step that computed them while gathering; models
+                 with an FM over all of `v` use them instead of summing again
+    generator    draws the units that dropout drops; without one nothing is dropped
+
+The same module may run in several threads at once, each with tensors and a generator of its own.
+
+A class may declare `embeddings`, the number of embeddings of K coordinates that each feature has
+(`v` is [B, F, embeddings * K]), and `crosses`: behind the F fields the model then takes the
+configured cross products. A module with an attribute `pretraining` starts as another model, until
+`begin_network`. A `Dense` layer may return bfloat16, which the layers above it must accept.
+
+LR has no module: FTRL-Proximal, which trains it, is a loop over examples (see `learn.ftrl`).
 """
 
 from __future__ import annotations
@@ -19,14 +32,17 @@ from stream_ctr.models.deepfm import DeepFM
 from stream_ctr.models.fm import FM
 from stream_ctr.models.fnn import FNN
 from stream_ctr.models.pnn import IPNN, OPNN, PNN
+from stream_ctr.models.products import FieldSums
 from stream_ctr.models.wide_deep import FMDNN, LRDNN
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One of the nine: `title` is the paper's name of it, `module` None for LR, `activation` the paper's choice.
+    """One of the nine systems.
 
-    The rest is the paper's Table 1, where it has a line for it.
+    `title` is the paper's name for it, `module` its class (None for LR), `says` a description in a
+    few words, and `activation` the paper's choice. The flags are the columns of the paper's
+    Table 1; systems that the table leaves out are described in the same terms.
     """
 
     title: str
@@ -40,10 +56,12 @@ class System:
 
     @property
     def embeddings(self) -> int:
+        """The number of embeddings of a feature."""
         return getattr(self.module, "embeddings", 1)
 
     @property
     def crosses(self) -> bool:
+        """True if the module takes cross products behind the fields."""
         return getattr(self.module, "crosses", False)
 
 
@@ -88,5 +106,6 @@ __all__ = [
     "OPNN",
     "PNN",
     "DeepFM",
+    "FieldSums",
     "System",
 ]

@@ -1,27 +1,32 @@
-"""DeepFM (Guo, Tang, Ye, Li, He, "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction", IJCAI 2017).
+"""DeepFM: a factorization machine and a deep network over the same embeddings.
+
+Guo, Tang, Ye, Li, He, "DeepFM: A Factorization-Machine based Neural Network for CTR Prediction",
+IJCAI 2017:
 
     y     = sigmoid(y_FM + y_DNN)                                (1)
     y_FM  = <w, x> + sum_{j1 < j2} <V_j1, V_j2> x_j1 x_j2        (2)
     a^(0) = [e_1, ..., e_m],  e_i = V_i x_i                      (3)
     a^(l+1) = sigma(W^(l) a^(l) + b^(l))                         (4)
 
-Both components read the same embeddings. The paper omits FM's constant offset; the bias of the output neuron plays its part.
+The paper omits the FM's constant offset; the bias of the output neuron takes its place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import MLP, pairwise_inner_products
+from stream_ctr.models.layers import MLP
+from stream_ctr.models.products import FieldSums, pairwise_inner_products
 
 
 class DeepFM(nn.Module):
     """`w` [B, F], `v` [B, F, K] -> logits [B].
 
     >>> import torch
-    >>> DeepFM(fields=3, embedding_dim=4, hidden=[8])(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
+    >>> model = DeepFM(fields=3, embedding_dim=4, hidden=[8])
+    >>> model(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
     torch.Size([2])
     """
 
@@ -37,7 +42,14 @@ class DeepFM(nn.Module):
         super().__init__()
         self.deep = MLP(fields * embedding_dim, hidden, activation=activation, dropout=dropout)
 
-    def forward(self, w: Tensor, v: Tensor) -> Tensor:
-        y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(v)
-        y_dnn: Tensor = self.deep(v.flatten(1))  # [B, F, K] -> [B, F * K]
+    def forward(
+        self,
+        w: Tensor,
+        v: Tensor,
+        *,
+        sums: FieldSums | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(v, sums)
+        y_dnn: Tensor = self.deep(v.flatten(1), generator)  # [B, F, K] -> [B, F * K]
         return y_fm + y_dnn

@@ -1,20 +1,23 @@
-"""Factorization machines (Rendle, "Factorization Machines", ICDM 2010), as the paper's equation (2) has them, and a constant.
+"""Factorization machine (Rendle, "Factorization Machines", ICDM 2010).
 
     y_FM = b + <w, x> + sum_{j1 < j2} <V_j1, V_j2> x_j1 x_j2
 
-The paper leaves the constant offset out of its equation "for simplicity"; Rendle's (1) has it.
+This is equation (2) of the DeepFM paper and a constant b. The DeepFM paper leaves it out "for
+simplicity"; Rendle's equation (1) has it.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import pairwise_inner_products
+from stream_ctr.models.products import FieldSums, pairwise_inner_products
 
 
 class FM(nn.Module):
     """`w` [B, F], `v` [B, F, K] -> logits [B].
+
+    The constructor accepts the options of the other systems and needs none of them.
 
     >>> w, v = torch.tensor([[0.5, 0.25]]), torch.tensor([[[1.0, 2.0], [3.0, -1.0]]])
     >>> FM()(w, v)  # 0.5 + 0.25 + (1 * 3 - 2 * 1)
@@ -25,6 +28,13 @@ class FM(nn.Module):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(()))
 
-    def forward(self, w: Tensor, v: Tensor) -> Tensor:
-        y_fm: Tensor = self.bias + w.sum(dim=1) + pairwise_inner_products(v)
+    def forward(
+        self,
+        w: Tensor,
+        v: Tensor,
+        *,
+        sums: FieldSums | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        y_fm: Tensor = self.bias + w.sum(dim=1) + pairwise_inner_products(v, sums)
         return y_fm

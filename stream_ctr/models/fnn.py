@@ -1,14 +1,18 @@
-"""FNN, the FM-initialised network (Zhang, Du, Wang, "Deep Learning over Multi-field Categorical Data", ECIR 2016).
+"""FNN: a network over embeddings that a factorization machine was trained to.
+
+Zhang, Du, Wang, "Deep Learning over Multi-field Categorical Data", ECIR 2016:
 
     z_i = [w_i, V_i1, ..., V_iK] x_i        from an FM that was trained before
     y   = MLP([z_1, ..., z_F])
 
-It begins as an FM and learns as one: that is the pre-training. Then the network takes over, and learning goes on through `w` and `V`, as
-their fine-tuning does. The network has learned nothing by then: in a stream its first predictions are worse than the FM's last.
+The model starts as an FM and learns as one: this is the pre-training. Then the network takes over,
+and learning goes on through `w` and `V`, as in the authors' fine-tuning. At that point the network
+has learned nothing, so in a stream its first predictions are worse than the FM's last ones.
 
-Their z also has the FM's constant, which is one number for all examples: the bias of the first layer plays its part. They have tanh in the
-network; the DeepFM paper, whose table this repeats, gives it relu. Common implementations have no FM at all and leave `w` out: that is an
-embedding under a network, without the pre-training that Table 1 gives FNN a line for.
+The authors' z also contains the FM's constant, which is one number for all examples; the bias of
+the first layer takes its place. They use tanh in the network; the DeepFM paper, whose table this
+repository repeats, uses relu. Common implementations have no FM and leave `w` out: that is an
+embedding under a network, without the pre-training that Table 1 lists for FNN.
 """
 
 from __future__ import annotations
@@ -16,14 +20,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from stream_ctr.models.fm import FM
 from stream_ctr.models.layers import MLP
+from stream_ctr.models.products import FieldSums
 
 
 class FNN(nn.Module):
-    """`w` [B, F], `v` [B, F, K] -> logits [B]: those of `fm` while `pretraining`, which `begin_network` ends.
+    """`w` [B, F], `v` [B, F, K] -> logits [B].
+
+    The logits are those of `fm` while `pretraining` is true. `begin_network` sets it to false, and
+    from then on the logits are those of the network.
 
     >>> model = FNN(fields=3, embedding_dim=4, hidden=[8])
     >>> model.pretraining, model(torch.ones(2, 3), torch.zeros(2, 3, 4)).tolist()
@@ -44,23 +52,29 @@ class FNN(nn.Module):
         self.deep = MLP(
             fields * (embedding_dim + 1), hidden, activation=activation, dropout=dropout
         )
-        self.register_buffer(
-            "network", torch.zeros(())
-        )  # 1: it has begun; a weight, so that whoever loads those knows
+        # 1 once the network has begun. It is a buffer so that the weights record the phase.
+        self.register_buffer("network", torch.zeros(()))
         self.pretraining = True
         self.register_load_state_dict_post_hook(_read_phase)  # type: ignore[no-untyped-call]
 
     def begin_network(self) -> None:
+        """End the pre-training: from now on the logits are those of the network."""
         self.get_buffer("network").fill_(1.0)
         self.pretraining = False
 
-    def forward(self, w: Tensor, v: Tensor) -> Tensor:
-        model, inputs = (
-            (self.fm, (w, v))
-            if self.pretraining
-            else (self.deep, (torch.cat([w.unsqueeze(2), v], dim=2).flatten(1),))
-        )
-        logits: Tensor = model(*inputs)
+    def forward(
+        self,
+        w: Tensor,
+        v: Tensor,
+        *,
+        sums: FieldSums | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
+        if self.pretraining:
+            y_fm: Tensor = self.fm(w, v, sums=sums)
+            return y_fm
+        z = torch.cat([w.unsqueeze(2), v], dim=2)  # [B, F, K + 1]
+        logits: Tensor = self.deep(z.flatten(1), generator)
         return logits
 
 

@@ -1,17 +1,21 @@
-"""Product-based networks (Qu et al., "Product-based Neural Networks for User Response Prediction", ICDM 2016): IPNN, OPNN and PNN*.
+"""Product-based networks: IPNN, OPNN and PNN*.
 
-    z   = [f_1, ..., f_F],  f_i = V_i x_i                       their linear signal
-    p   = inner: p_ij = <f_i, f_j> for i < j                    IPNN
-          outer: p = f f^T [K, K],  f = sum_i f_i               OPNN: the F^2 outer products f_i f_j^T, laid over each other
-          both                                                  PNN*
-    y   = MLP([z, p])                                           W_z and W_p are the two parts of its first layer
+Qu et al., "Product-based Neural Networks for User Response Prediction", ICDM 2016:
 
-They approximate the weights that a neuron gives the inner products by a matrix of rank one, to save time and memory. Here each pair has a
-weight of its own, as in most implementations: that is what the approximation stands for, and F (F - 1) / 2 inputs are few. Their p also
-has the pairs i = j, the squared lengths, which are no interactions. Their linear signal keeps one weight for each coordinate and neuron, as
-here; `w` has no part in it. The outer product is theirs, summed over the fields before it is multiplied, which the DeepFM paper says makes
-it less reliable than the inner one (section 2.2). Many implementations instead put a kernel between each pair of fields, a model that came
-later. The constant 1 among their signals is the bias.
+    z = [f_1, ..., f_F],  f_i = V_i x_i           the linear signal
+    p = inner: p_ij = <f_i, f_j> for i < j        IPNN
+        outer: p = f f^T [K, K],  f = sum_i f_i   OPNN: the sum of all F^2 products f_i f_j^T
+        both                                      PNN*
+    y = MLP([z, p])                               W_z and W_p are the parts of its first layer
+
+The authors approximate a neuron's weights of the inner products by a matrix of rank one, to save
+time and memory. Here each pair has a weight of its own, as in most implementations: this is what
+the approximation stands for, and F (F - 1) / 2 inputs are few. Their p also has the pairs i = j,
+the squared lengths, which are no interactions. Their linear signal has one weight for each
+coordinate and neuron, as here; `w` is not used. The outer product is theirs: the fields are summed
+before the product, which according to the DeepFM paper (section 2.2) makes it less reliable than
+the inner product. Many implementations instead put a kernel between each pair of fields, which is a
+later model. The constant 1 among their signals is the bias.
 """
 
 from __future__ import annotations
@@ -20,13 +24,14 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import MLP, inner_products, outer_product
+from stream_ctr.models.layers import MLP
+from stream_ctr.models.products import FieldSums, inner_products, outer_product
 
 
 class _PNN(nn.Module):
-    """`w` [B, F], which it has no use for, and `v` [B, F, K] -> logits [B]."""
+    """`w` [B, F], which is not used, and `v` [B, F, K] -> logits [B]."""
 
     inner: ClassVar[bool] = False
     outer: ClassVar[bool] = False
@@ -46,20 +51,28 @@ class _PNN(nn.Module):
             fields * embedding_dim + products, hidden, activation=activation, dropout=dropout
         )
 
-    def forward(self, w: Tensor, v: Tensor) -> Tensor:
+    def forward(
+        self,
+        w: Tensor,
+        v: Tensor,
+        *,
+        sums: FieldSums | None = None,
+        generator: Generator | None = None,
+    ) -> Tensor:
         signals = [v.flatten(1)]  # [B, F * K]
         if self.inner:
             signals.append(inner_products(v))  # [B, F * (F - 1) / 2]
         if self.outer:
             signals.append(outer_product(v.sum(dim=1)))  # [B, K * K]
-        logits: Tensor = self.deep(torch.cat(signals, dim=1))
+        logits: Tensor = self.deep(torch.cat(signals, dim=1), generator)
         return logits
 
 
 class IPNN(_PNN):
-    """With inner products. The paper gives it tanh, and all others relu.
+    """PNN with inner products. The paper gives it tanh, and relu to all other networks.
 
-    >>> IPNN(fields=3, embedding_dim=4, hidden=[8])(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
+    >>> model = IPNN(fields=3, embedding_dim=4, hidden=[8])
+    >>> model(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
     torch.Size([2])
     """
 
@@ -67,9 +80,10 @@ class IPNN(_PNN):
 
 
 class OPNN(_PNN):
-    """With the outer product.
+    """PNN with the outer product.
 
-    >>> OPNN(fields=3, embedding_dim=4, hidden=[8])(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
+    >>> model = OPNN(fields=3, embedding_dim=4, hidden=[8])
+    >>> model(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
     torch.Size([2])
     """
 
@@ -77,9 +91,10 @@ class OPNN(_PNN):
 
 
 class PNN(_PNN):
-    """PNN*, with both.
+    """PNN*, with both products.
 
-    >>> PNN(fields=3, embedding_dim=4, hidden=[8])(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
+    >>> model = PNN(fields=3, embedding_dim=4, hidden=[8])
+    >>> model(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
     torch.Size([2])
     """
 

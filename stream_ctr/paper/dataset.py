@@ -30,7 +30,7 @@ from stream_ctr.errors import DataError
 from stream_ctr.evaluate.metrics import entropy
 from stream_ctr.events.features import mix64
 from stream_ctr.join.examples import Examples
-from stream_ctr.learn.cpu_step import Batch
+from stream_ctr.learn.step import Batch
 
 TRAINING, VALIDATION, TEST = range(3)
 _SAMPLE = 3  # the salt of a sample, next to those of the parts

@@ -28,9 +28,11 @@ from torch import Tensor
 
 from stream_ctr.errors import StreamCtrError
 from stream_ctr.evaluate import metrics
-from stream_ctr.learn.cpu_step import Batch, Labels
-from stream_ctr.learn.learner import Learner, NetworkLearner, State, make_learner
+from stream_ctr.learn.learner import Learner, make_learner
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.step import Batch, Labels
+from stream_ctr.learn.tensors import State
 from stream_ctr.models import MODELS
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Rows, Split, shuffled
 from stream_ctr.paper.intervals import block_sums

@@ -16,8 +16,8 @@ import numpy as np
 
 from stream_ctr.config import Config, Section
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.learn.cpu_step import Labels
-from stream_ctr.learn.learner import choose_device, choose_precision
+from stream_ctr.learn.device import choose_device, choose_precision
+from stream_ctr.learn.step import Labels
 from stream_ctr.models import MODELS
 from stream_ctr.paper import published
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Dataset, Split

@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from stream_ctr import __version__
 from stream_ctr.config import Config
 from stream_ctr.errors import DataError
-from stream_ctr.learn.table import columns
+from stream_ctr.learn.table import row_floats
 from stream_ctr.models import MODELS
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json
@@ -150,7 +150,7 @@ def memory_bytes(
 ) -> int:
     """Return the bytes of the largest table with its optimizer, its best copy, and the examples."""
     embeddings = max((MODELS[system].embeddings for system in systems), default=1)
-    floats = columns(embedding_dim, embeddings=embeddings, optimizer=optimizer)
+    floats = row_floats(embedding_dim, embeddings=embeddings, optimizer=optimizer)
     tables = 2 * _FLOAT32_BYTES * floats << table_bits
     return tables + _EXAMPLE_BYTES * rows
 
