@@ -17,8 +17,9 @@ from support.patience import end_of, end_what_was_started
 from support.reliability import MATRIX, Outcome, Report
 from support.trainers import stream  # noqa: F401 - a fixture
 
-from stream_ctr.connectors import confluent, embedded, kafka
+from stream_ctr.connectors import embedded
 from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable, embedded_version
+from stream_ctr.connectors.kafka import timeouts
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = (
@@ -167,10 +168,8 @@ def _describe_apache() -> str:
 def _patient_clients() -> Iterator[None]:
     """A broker that has a share of a busy machine answers, if late."""
     with pytest.MonkeyPatch.context() as patch:
-        for client in (kafka, confluent):
-            patch.setattr(client, "BOOTSTRAP_SECONDS", 30.0)
-            patch.setattr(client, "ANSWER_SECONDS", 30.0)
-        patch.setitem(kafka._PRODUCER_DEFAULTS, "max_block_ms", 30_000)
+        for limit in ("BOOTSTRAP_SECONDS", "ANSWER_SECONDS", "TOPIC_MISSING_SECONDS"):
+            patch.setattr(timeouts, limit, 30.0)
         patch.setattr(embedded, "START_SECONDS", 60.0)
         yield
 

@@ -52,10 +52,10 @@ from test_connectors import (  # noqa: F401 - these run here too
     write,
 )
 
-import stream_ctr.connectors.confluent
-import stream_ctr.connectors.kafka_diagnosis
+import stream_ctr.connectors.kafka.confluent
+import stream_ctr.connectors.kafka.diagnosis
 from stream_ctr.cli.main import main
-from stream_ctr.connectors.confluent import ConfluentSource
+from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.errors import (
     KafkaOptionError,
     KafkaReadFailed,
@@ -65,7 +65,7 @@ from stream_ctr.connectors.errors import (
     TopicChanged,
 )
 from stream_ctr.connectors.kafka import KafkaSink, client_options, ensure_topic, topic_partitions
-from stream_ctr.connectors.kafka_options import _LIBRDKAFKA, _OPTIONS, librdkafka_options
+from stream_ctr.connectors.kafka.options import _LIBRDKAFKA, _OPTIONS, librdkafka_options
 
 pytest.importorskip("confluent_kafka")
 
@@ -75,7 +75,7 @@ def _the_tests_of_the_other_source_open_this_one(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(test_connectors, "KafkaSource", ConfluentSource)
     # What they set in the module of the source, they set in this one's.
     theirs = SimpleNamespace(
-        kafka=stream_ctr.connectors.confluent, kafka_diagnosis=stream_ctr.connectors.kafka_diagnosis
+        kafka=stream_ctr.connectors.kafka.confluent, kafka_diagnosis=stream_ctr.connectors.kafka.diagnosis
     )
     monkeypatch.setattr(test_connectors, "stream_ctr", SimpleNamespace(connectors=theirs))
 
@@ -83,8 +83,8 @@ def _the_tests_of_the_other_source_open_this_one(monkeypatch: pytest.MonkeyPatch
 def test_a_poll_ends_when_its_values_have_many_bytes(
     embedded_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_ctr.connectors.confluent, "POLL_BYTES", 100_000)
-    monkeypatch.setattr(stream_ctr.connectors.confluent, "_AT_ONCE", 5)
+    monkeypatch.setattr(stream_ctr.connectors.kafka.confluent, "POLL_BYTES", 100_000)
+    monkeypatch.setattr(stream_ctr.connectors.kafka.confluent, "_AT_ONCE", 5)
     write(embedded_broker, topic, 1, [[b"%d " % index + bytes(10_000) for index in range(100)]])
     with open_source(embedded_broker, topic) as source:
         polls = []
@@ -160,7 +160,7 @@ def test_a_batch_that_expands_beyond_the_limit_is_damage(
     kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        stream_ctr.connectors.confluent._RULES, "receive.message.max.bytes", 4 << 20
+        stream_ctr.connectors.kafka.confluent._RULES, "receive.message.max.bytes", 4 << 20
     )
     client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
     ensure_topic(client, topic)
@@ -244,7 +244,7 @@ def test_a_topic_that_is_deleted_is_told_after_a_while_and_not_created(
 
 
 def test_an_unreachable_broker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_ctr.connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
+    monkeypatch.setattr(stream_ctr.connectors.kafka.confluent, "BOOTSTRAP_SECONDS", 0.3)
     with pytest.raises(
         KafkaUnreachable,
         match="no Kafka broker answered within 0.3 s .*127.0.0.1:1: connection refused",
@@ -255,7 +255,7 @@ def test_an_unreachable_broker_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_tls_client_does_not_hang_at_a_silent_peer(
     embedded_broker: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_ctr.connectors.confluent, "BOOTSTRAP_SECONDS", 0.3)
+    monkeypatch.setattr(stream_ctr.connectors.kafka.confluent, "BOOTSTRAP_SECONDS", 0.3)
     with pytest.raises(KafkaRefused, match="accepts connections, but let nobody in"):
         ConfluentSource(
             ["t"], client=client_options(embedded_broker, {"security.protocol": "SSL"}), group="g"

@@ -32,7 +32,7 @@ from support.patience import PATIENCE_SECONDS, wait_until
 from support.reliability import Outcome
 
 import stream_ctr.connectors.kafka
-import stream_ctr.connectors.kafka_diagnosis
+import stream_ctr.connectors.kafka.diagnosis
 from stream_ctr.connectors.embedded import EmbeddedBroker, EmbeddedUnavailable
 from stream_ctr.connectors.kafka import (
     KafkaCodecMissing,
@@ -54,7 +54,7 @@ from stream_ctr.connectors.kafka import (
     stored_records,
     topic_partitions,
 )
-from stream_ctr.connectors.kafka_topics import Doubt
+from stream_ctr.connectors.kafka.topics import Doubt
 from stream_ctr.connectors.memory import BatchSource
 
 Row = tuple[int, int, bytes | None]  # offset, time, value
@@ -1154,7 +1154,7 @@ def test_a_connection_that_others_can_read_is_warned_of_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(stream_ctr.connectors.kafka, "BOOTSTRAP_SECONDS", 0.05)
-    monkeypatch.setattr(stream_ctr.connectors.kafka_diagnosis, "PROBE_SECONDS", 0.05)
+    monkeypatch.setattr(stream_ctr.connectors.kafka.diagnosis, "PROBE_SECONDS", 0.05)
     login = (
         {"sasl.mechanism": "PLAIN", "sasl.username": "u", "sasl.password": "p"}
         if "login" in servers

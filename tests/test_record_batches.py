@@ -32,11 +32,16 @@ from kafka.record.util import calc_crc32c, encode_varint
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 from support.patience import PATIENCE_SECONDS
 
-import stream_ctr.connectors.kafka
-from stream_ctr.connectors import kafka_inside as inside
-from stream_ctr.connectors import record_batches
-from stream_ctr.connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
-from stream_ctr.connectors.record_batches import (
+from stream_ctr.connectors.kafka import (
+    KafkaSink,
+    KafkaSource,
+    client_options,
+    codecs,
+    ensure_topic,
+    inside,
+    record_batches,
+)
+from stream_ctr.connectors.kafka.record_batches import (
     FORMAT,
     GZIP,
     LZ4,
@@ -48,7 +53,7 @@ from stream_ctr.connectors.record_batches import (
     StoredBatches,
 )
 
-CODECS = stream_ctr.connectors.kafka._CODECS
+CODECS = codecs.CODECS
 GREATEST = (1 << 63) - 1
 HEADER = DefaultRecordBatch.HEADER_STRUCT.size
 LOG_APPEND_TIME, CONTROL = 0x08, 0x20
@@ -434,7 +439,7 @@ def test_a_paused_partition_keeps_its_answer_until_it_flows() -> None:
     assert client.poll()[0] == [1] * 2
     held = client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert (
         client._fetcher._paused_partition_records[TopicPartition("t", 0)]._batches._open is held
     ), "it flows again at once"
@@ -449,11 +454,11 @@ def test_a_paused_partition_keeps_no_expanded_batch() -> None:
     client.subscriptions.pause(TopicPartition("t", 0))
     held = weakref.ref(client._fetcher._next_partition_records._batches._open)
     for _ in range(2):
-        inside.hand_out_what_was_set_aside(client)
+        inside.restore_set_aside(client)
         assert client.poll() == ([], [])
     assert held() is None
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert [offset for _ in range(2) for offset, _, _ in client.poll()[1]] == [*range(4, 10)]
 
 
@@ -467,10 +472,10 @@ def test_a_paused_partition_keeps_no_batch_of_an_older_format_and_is_fetched_aga
     assert client.poll()[0] == [0] * 4
     client.subscriptions.pause(TopicPartition("t", 0))
     for _ in range(2):
-        inside.hand_out_what_was_set_aside(client)
+        inside.restore_set_aside(client)
         assert client.poll() == ([], [])
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert client.poll() == ([], [])
     assert client._fetcher._fetchable_partitions() == [TopicPartition("t", 0)]
     client.answer(0, stored)
@@ -677,7 +682,7 @@ def test_a_payload_that_is_cut_or_no_payload_is_damage(codec: int) -> None:
 
 @pytest.mark.parametrize("codec", COMPRESS)
 def test_what_a_batch_expands_to_is_bounded(codec: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream_ctr.connectors.kafka, "MAX_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
     for size, told in (
         (1 << 20, "more bytes than records"),
         ((1 << 20) + 1, "expands to more than 1 MiB"),

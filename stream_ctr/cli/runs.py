@@ -24,7 +24,7 @@ from stream_ctr.cli.assembly import build_trainer, signing_key
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
-from stream_ctr.connectors.confluent import ConfluentSource
+from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.errors import PositionLost, TopicChanged
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrError
