@@ -153,7 +153,7 @@ def test_batches_that_expand_in_another_way_are_not_bounded(
 ) -> None:
     other = renamed(module, {method: "_expand_otherwise"})
     monkeypatch.setattr(kafka.record.memory_records, batch, getattr(other, batch))
-    assert "the bounded codec is used" in inside.why_not_bounded(consumer())
+    assert "unexpected: the bounded codec" in inside.why_not_bounded(consumer())
 
 
 def test_every_private_member_that_is_used_is_in_these_tests() -> None:

@@ -553,6 +553,7 @@ def _try_columns(consumer: Any) -> None:
     _expect(next_offset(trial, first) == 2, "position after the second record")
 
     trial.answer(1, bytes(damaged))
+    located = Located(ValueError("no error"))
     try:
         trial.poll()
     except DamagedBatch as error:
@@ -578,18 +579,20 @@ def _try_bounds(consumer: Any) -> None:
         refused.append(bytes(payload))
         raise DamagedBatch("refused")
 
-    trial = _Trial(consumer)
-    bound_batches(trial, Codecs(CODECS.crc32c, {GZIP: refuse}))
-    trial.answer(0, _batch(b"a", b"b"))
-    (records,) = trial.poll().values()
-    _expect([record.value for record in records] == [b"a", b"b"], "records without compression")
-    for number, stored in enumerate((_batch(b"new", codec=GZIP), _message(b"old", codec=GZIP)), 1):
+    def read(stored: bytes) -> list[Any]:
         trial = _Trial(consumer)
         bound_batches(trial, Codecs(CODECS.crc32c, {GZIP: refuse}))
         trial.answer(0, stored)
-        with suppress(DamagedBatch):
-            trial.poll()
-        _expect(len(refused) == number, "the bounded codec is used")
+        (records,) = trial.poll().values()
+        return [record.value for record in records]
+
+    _expect(read(_batch(b"a", b"b")) == [b"a", b"b"], "records without compression")
+    with suppress(Exception):  # the client's own codec may fail too
+        read(_batch(b"new", codec=GZIP))
+    _expect(len(refused) == 1, "the bounded codec for batches")
+    with suppress(Exception):
+        read(_message(b"old", codec=GZIP))
+    _expect(len(refused) == 2, "the bounded codec for messages")
 
 
 def _expect(holds: bool, what: str) -> None:
