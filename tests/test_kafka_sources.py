@@ -105,6 +105,10 @@ def open_source(client_name: str, make_source: Callable[..., TopicSource]) -> Op
     return opened
 
 
+# The public interface connects as kafka-python always does.
+connects = pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT], indirect=True)
+
+
 # -- reading -------------------------------------------------------------------------------------
 
 
@@ -695,6 +699,7 @@ def test_a_topic_that_is_deleted_is_reported_after_a_while_and_not_created(
     assert topic_partitions(client_options(broker, {}), topic) is None
 
 
+@connects
 def test_a_missing_topic_is_named_with_similar_ones_and_how_to_create_it(
     make_source: Callable[..., TopicSource], broker: str, topic: str
 ) -> None:
@@ -793,6 +798,7 @@ def refusal(
     return refused
 
 
+@connects
 def test_an_unreachable_broker_is_an_error_in_time(
     make_source: Callable[..., TopicSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -802,6 +808,7 @@ def test_an_unreachable_broker_is_an_error_in_time(
         make_source(["clicks"], client=client_options("127.0.0.1:1", {}), group="g")
 
 
+@connects
 @pytest.mark.slow
 def test_a_refused_login_and_missing_tls_are_told_apart_from_silence(
     refusal: Callable[[str, dict[str, str], str], KafkaRefused], apache: ApacheBroker
@@ -821,6 +828,7 @@ def test_a_refused_login_and_missing_tls_are_told_apart_from_silence(
     refusal(apache.bootstrap_servers, login, "this listener wants no login")
 
 
+@connects
 @pytest.mark.slow
 def test_a_tls_client_does_not_hang_at_a_silent_peer(
     make_source: Callable[..., TopicSource], embedded_broker: str, monkeypatch: pytest.MonkeyPatch
@@ -831,6 +839,7 @@ def test_a_tls_client_does_not_hang_at_a_silent_peer(
         make_source(["t"], client=client, group="g")
 
 
+@connects
 @pytest.mark.slow
 def test_a_password_logs_in_and_never_appears_in_a_log(
     make_source: Callable[..., TopicSource],
@@ -863,6 +872,7 @@ def test_a_password_logs_in_and_never_appears_in_a_log(
     assert SASL_PASSWORD not in repr(client) + str(client)
 
 
+@connects
 @pytest.mark.security(
     "TLS and login are checked",
     how="SASL_SSL with SCRAM-SHA-256: wrong password, wrong authority, wrong host name",
