@@ -232,7 +232,11 @@ CONNECTOR = "connectors/kafka/client.py"
         ("stream_ctr/helpers.py", "", "helpers is not in the picture; give it a place"),
         (TRAINER, "from river import x", "imported in stream_ctr/learn/river_ftrl.py only"),
         (TRAINER, "import apscheduler.x", "imported in stream_ctr/train/schedule.py only"),
-        ("connectors/memory.py", "import kafka", "kafka is imported in connectors/kafka/admin.py and"),
+        (
+            "connectors/memory.py",
+            "import kafka",
+            "kafka is imported in connectors/kafka/admin.py and",
+        ),
         (
             "stream_ctr/cli/demo.py",
             "import click",
