@@ -21,9 +21,10 @@ from support.reliability import MATRIX, Outcome, Report
 from support.served import served  # noqa: F401 - a fixture
 from support.trainers import stream  # noqa: F401 - a fixture
 
-from stream_ctr.connectors import confluent, embedded, kafka
+from stream_ctr.connectors import embedded
 from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version
 from stream_ctr.connectors.errors import EmbeddedUnavailable
+from stream_ctr.connectors.kafka import timeouts
 
 if not torch.cuda.is_available():
     # Set before anything imports Triton: the GPU kernels then run on the CPU.
@@ -173,10 +174,8 @@ def _describe_apache() -> str:
 def _long_timeouts() -> Iterator[None]:
     """Raise the timeouts of clients and brokers: on a busy machine answers come late."""
     with pytest.MonkeyPatch.context() as patch:
-        for client in (kafka, confluent):
-            patch.setattr(client, "BOOTSTRAP_SECONDS", 30.0)
-            patch.setattr(client, "ANSWER_SECONDS", 30.0)
-        patch.setitem(kafka._PRODUCER_DEFAULTS, "max_block_ms", 30_000)
+        for limit in ("BOOTSTRAP_SECONDS", "ANSWER_SECONDS", "TOPIC_MISSING_SECONDS"):
+            patch.setattr(timeouts, limit, 30.0)
         patch.setattr(embedded, "START_SECONDS", 60.0)
         yield
 

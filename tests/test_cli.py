@@ -29,7 +29,9 @@ from stream_ctr import Scorer, Subscriber
 from stream_ctr.cli.main import main
 from stream_ctr.cli.options import MISSPELT
 from stream_ctr.config import known_keys
-from stream_ctr.connectors import kafka, kafka_options
+from stream_ctr.connectors import kafka
+from stream_ctr.connectors.kafka import options as kafka_options
+from stream_ctr.connectors.kafka import timeouts
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.logs.open import open_log
@@ -574,7 +576,7 @@ def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic
 
 @pytest.mark.slow
 def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
-    monkeypatch.setattr(kafka, "BOOTSTRAP_SECONDS", 2.0)
+    monkeypatch.setattr(timeouts, "BOOTSTRAP_SECONDS", 2.0)
     result = command(
         "run", "--topic", "clicks", "--bootstrap-servers", "127.0.0.1:1", "--state", tmp_path
     )
@@ -668,7 +670,7 @@ def test_score_says_that_there_is_no_snapshot_yet_or_no_impression(log, trained,
 
 @pytest.mark.slow
 def test_servers_of_a_properties_file_are_used_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setattr(kafka, "BOOTSTRAP_SECONDS", 1.0)
+    monkeypatch.setattr(timeouts, "BOOTSTRAP_SECONDS", 1.0)
     properties = tmp_path / "client.properties"
     properties.write_text("bootstrap.servers=127.0.0.1:2\n")
     result = command("run", "--kafka-config", properties, "--state", tmp_path / "a")

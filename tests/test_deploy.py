@@ -23,7 +23,7 @@ from support.patience import PATIENCE_SECONDS
 from stream_ctr.cli.main import main
 from stream_ctr.config import Config
 from stream_ctr.connectors.embedded import answers_metadata, dies_with_parent, free_port
-from stream_ctr.connectors.kafka_options import client_options, parse_properties
+from stream_ctr.connectors.kafka.options import client_options, parse_properties
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"

@@ -1,4 +1,7 @@
-"""What happens to Kafka while a trainer reads from it: after each fault the run goes on as if nothing had been, or says why it cannot."""
+"""Faults of Kafka while a trainer reads from it.
+
+After each fault the run goes on and ends like an undisturbed one, or it says why it cannot.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,11 @@ pytestmark = pytest.mark.slow
 
 
 class Trainer:
-    """`stream-ctr run` on a topic, in a process of its own while it is `running`, in this one to `drain` what is left."""
+    """`stream-ctr run` on a topic.
+
+    While it is `running` it has its own process; `drain` runs it to the end of the topic in this
+    one.
+    """
 
     def __init__(
         self,
@@ -42,29 +49,24 @@ class Trainer:
         *options: str,
         environment: dict[str, str] | None = None,
     ) -> None:
-        self.state, self.log = state, state.with_suffix(".log")
-        # A report that a broker could not take is an error at the end of a run, and not what these tests are about.
+        self.state = state
+        self.log = state.with_suffix(".log")
+        # Without a topic for reports: one that a broker does not take is an error at the end.
         pairs = (
             "metrics.topic=",
             f"snapshots.topic={topic}.snapshots",
             "schedule.report_every=300ms",
             *options,
         )
-        self._command = [
-            "run",
-            "--topic",
-            topic,
-            "--bootstrap-servers",
-            servers,
-            "--state",
-            str(state),
-        ]
+        self._command = ["run", "--topic", topic, "--bootstrap-servers", servers]
+        self._command += ["--state", str(state)]
         self._command += [*SMALL, *(part for pair in pairs for part in ("-X", pair))]
         self._environment = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[Trainer]:
+        """Run it in a process, which is killed at the end of the block."""
         command = [sys.executable, "-m", "stream_ctr", *self._command]
         with self.log.open("ab") as output:
             self._process = subprocess.Popen(
@@ -77,50 +79,62 @@ class Trainer:
             self._process.wait()
 
     def drain(self) -> int:
-        """Read to the end of the topic; the exit code."""
+        """Read to the end of the topic, and return the exit code."""
         done = CliRunner().invoke(main, [*self._command, "--until-end"])
         with self.log.open("a") as output:
             output.write(done.output)
         return done.exit_code
 
     def ends(self) -> int:
-        """Wait until it ends by itself; the exit code."""
+        """Wait until it ends by itself, and return the exit code."""
         assert self._process
         return self._process.wait(PATIENCE_SECONDS)
 
     def terminate(self) -> int:
+        """Send SIGTERM, and return the exit code."""
         assert self._process
         self._process.terminate()
         return self.ends()
 
     @property
-    def told(self) -> str:
+    def output(self) -> str:
+        """Everything that it has written to its log."""
         return self.log.read_text(errors="replace")
 
     @property
     def report(self) -> dict[str, Any]:
-        """The last that it reported; empty before the first."""
+        """The last report; empty before the first."""
         with contextlib.suppress(OSError, IndexError, json.JSONDecodeError):
             return last_report(self.state)
         return {}
 
     @property
     def records(self) -> int:
+        """How many records it has read, by its last report."""
         return int(self.report.get("counters", {}).get("records", 0))
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition holds while it runs."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not condition():
             assert self._process
-            assert self._process.poll() is None, f"it ended by itself: {self.told[-3000:]}"
-            assert time.monotonic() < deadline, f"still waiting: {self.report} {self.told[-2000:]}"
+            assert self._process.poll() is None, f"it ended by itself: {self.output[-3000:]}"
+            assert time.monotonic() < deadline, (
+                f"still waiting: {self.report} {self.output[-2000:]}"
+            )
             time.sleep(0.05)
+
+    def wait_for_more(self, records: int = 1) -> None:
+        """Wait until it has read so many more records than now."""
+        enough = self.records + records
+        self.wait_for(lambda: self.records >= enough)
 
     @property
     def end(self) -> Fingerprint:
-        left = newest(self.state)
-        assert left
-        return left
+        """The newest snapshot."""
+        snapshot = newest(self.state)
+        assert snapshot
+        return snapshot
 
 
 def survive(
@@ -134,9 +148,10 @@ def survive(
     options: Sequence[str] = (),
     environment: dict[str, str] | None = None,
 ) -> Trainer:
-    """A run that meets a fault while a producer goes on, and one on the same topic that meets none: they end alike.
+    """Check that a run that meets a fault ends like one on the same topic that meets none.
 
-    The first must go on by itself to the end of what was produced. `fault` leaves the broker well.
+    A producer goes on during the fault, and the run must go on by itself to the end of what was
+    produced. `fault` must leave the broker running.
     """
     client = client_options(produce_to, {})
     ensure_topic(client, topic, partitions=2)
@@ -150,23 +165,21 @@ def survive(
             time.sleep(seconds_after)
         ends = end_of(client, topic)
         trainer.wait_for(lambda: trainer.records == sum(ends.values()))
-        assert trainer.terminate() == 0, trainer.told[-3000:]
+        assert trainer.terminate() == 0, trainer.output[-3000:]
     assert trainer.end.positions == ends
-    assert trainer.drain() == 0, trainer.told[-3000:]
+    assert trainer.drain() == 0, trainer.output[-3000:]
     undisturbed = Trainer(produce_to, topic, directory / "undisturbed")
-    assert undisturbed.drain() == 0, undisturbed.told[-3000:]
+    assert undisturbed.drain() == 0, undisturbed.output[-3000:]
     assert_alike(trainer, undisturbed)
     assert trainer.end.examples > EVENTS_A_SECOND
     return trainer
 
 
 def assert_alike(trainer: Trainer, undisturbed: Trainer) -> None:
-    end, clean = trainer.end, undisturbed.end
-    assert (end.examples, end.ledger, end.positions) == (
-        clean.examples,
-        clean.ledger,
-        clean.positions,
-    )
+    end = trainer.end
+    clean = undisturbed.end
+    assert (end.examples, end.ledger) == (clean.examples, clean.ledger)
+    assert end.positions == clean.positions
     assert end.weights_sha256 == clean.weights_sha256
     assert end.same(clean, "model", "optimizer", "baseline")
     assert trainer.report["models"] == undisturbed.report["models"]
@@ -174,12 +187,8 @@ def assert_alike(trainer: Trainer, undisturbed: Trainer) -> None:
 
 def end_of(client: dict[str, object], topic: str) -> dict[str, int]:
     with closing(KafkaSource([topic], client=client, group="test")) as source:
-        return {
-            f"{name}:{partition}": end
-            for (name, partition), end in zip(
-                source.partitions, source.ends().values(), strict=True
-            )
-        }
+        named = zip(source.partitions, source.ends().values(), strict=True)
+        return {f"{name}:{partition}": end for (name, partition), end in named}
 
 
 @pytest.fixture
@@ -213,8 +222,7 @@ def test_a_broker_that_is_killed_costs_nothing(
         for _ in range(times):
             apache.kill()
             apache.start()
-            before = trainer.records
-            trainer.wait_for(lambda: trainer.records > before)  # noqa: B023 - called in this round only
+            trainer.wait_for_more()
 
     survive(kill, topic, tmp_path, produce_to=apache.bootstrap_servers)
     outcome(SAME, times=times, broker=described)
@@ -238,11 +246,11 @@ def test_a_frozen_broker_raises_an_alarm_and_costs_nothing(
             apache.thaw()
 
     trainer = survive(freeze, topic, tmp_path, produce_to=apache.bootstrap_servers)
-    assert silent[0] > 5  # the brokers may have said their last word a while before
-    assert re.search(r"no broker has answered for \d+ s; waiting", trainer.told), trainer.told[
+    assert silent[0] > 5  # the last answers may have come a while before
+    assert re.search(r"no broker has answered for \d+ s; waiting", trainer.output), trainer.output[
         -3000:
     ]
-    assert "a broker answers again" in trainer.told
+    assert "a broker answers again" in trainer.output
     outcome(
         f"alarm in the log and silent_seconds in the reports; {SAME} after {seconds} s",
         broker=described,
@@ -262,8 +270,7 @@ def test_a_network_that_is_cut_reset_and_slow_costs_nothing(
             time.sleep(3)
             proxy.restore()
             for _ in range(3):
-                before = trainer.records
-                trainer.wait_for(lambda: trainer.records > before)  # noqa: B023 - called in this round only
+                trainer.wait_for_more()
                 proxy.reset()
             proxy.slow(20_000)
             time.sleep(5)
@@ -291,7 +298,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.mark.fault(
     8,
-    injected="three brokers, kill -9 of the leader; then (not in the quick run) SIGTERM to the next one",
+    injected="three brokers, kill -9 of the leader; "
+    "then (not in the quick run) SIGTERM to the next one",
 )
 def test_a_leader_that_moves_costs_nothing(
     cluster: Cluster, topic: str, tmp_path: Path, full: bool, outcome: Outcome
@@ -302,9 +310,8 @@ def test_a_leader_that_moves_costs_nothing(
         for end in (ApacheBroker.kill, ApacheBroker.stop) if full else (ApacheBroker.kill,):
             leader = cluster.leader_of(topic)
             end(leader)
-            trainer.wait_for(lambda: cluster.leader_of(topic) is not leader)  # noqa: B023 - called in this round only
-            before = trainer.records
-            trainer.wait_for(lambda: trainer.records > before + EVENTS_A_SECOND)  # noqa: B023
+            trainer.wait_for(lambda: cluster.leader_of(topic) is not leader)  # noqa: B023
+            trainer.wait_for_more(EVENTS_A_SECOND)
             moved.append(leader.node)
             leader.start()
 
@@ -321,7 +328,7 @@ def test_a_step_that_takes_long_teaches_nothing_twice(
         trainer.wait_for(lambda: trainer.records > 4 * EVENTS_A_SECOND)
         with closing(KafkaAdminClient(bootstrap_servers=apache.bootstrap_servers)) as admin:
             assert not [group for group in admin.list_groups() if topic in str(group)], (
-                "nobody has joined a group"
+                "no consumer has joined a group"
             )
 
     options = [f"input.group={topic}"]
@@ -334,7 +341,7 @@ def test_a_step_that_takes_long_teaches_nothing_twice(
         options=options,
         environment=environment,
     )
-    assert "silent" not in trainer.told
+    assert "silent" not in trainer.output
     outcome("no group, so no interval; ledger and weights equal", broker=described)
 
 
@@ -345,12 +352,12 @@ def admin(apache: ApacheBroker) -> Iterator[KafkaAdminClient]:
 
 
 def left_off(servers: str, topic: str, directory: Path) -> Trainer:
-    """A trainer that has read 4,000 events, has its positions in a snapshot and does not run."""
+    """Return a trainer that has read 4,000 events, has written a snapshot and does not run."""
     produced(servers, topic, slice(0, 4000))
     trainer = Trainer(servers, topic, directory / "state")
     with trainer.running():
         trainer.wait_for(lambda: trainer.records == 4000)
-        assert trainer.terminate() == 0, trainer.told[-3000:]
+        assert trainer.terminate() == 0, trainer.output[-3000:]
     return trainer
 
 
@@ -371,17 +378,15 @@ def test_records_that_retention_took_stop_the_run_with_numbers_or_are_counted(
     produced(apache.bootstrap_servers, topic, slice(4000, 8000))
     position = before.positions[f"{topic}:1"]
     admin.delete_records({TopicPartition(topic, 1): position + 700})
-    assert trainer.drain() == 5, trainer.told[-3000:]
-    said = f"partition 1 of topic '{topic}' begins at offset {position + 700}, but {position} comes next: 700 were deleted"
-    assert said in trainer.told
+    assert trainer.drain() == 5, trainer.output[-3000:]
+    begins = f"partition 1 of topic '{topic}' begins at offset {position + 700}"
+    assert f"{begins}, but {position} comes next: 700 were deleted" in trainer.output
     assert trainer.end == before
     skipping = Trainer(apache.bootstrap_servers, topic, tmp_path / "state", "input.on_lost=skip")
-    assert skipping.drain() == 0, skipping.told[-3000:]
+    assert skipping.drain() == 0, skipping.output[-3000:]
     assert skipping.records == 8000 - 700
-    assert (
-        f"700 records of partition 1 of topic '{topic}' were deleted before they were read"
-        in caplog.text
-    )
+    deleted = f"700 records of partition 1 of topic '{topic}' were deleted before they were read"
+    assert deleted in caplog.text
     assert skipping.report["counters"]["records_lost"] == 700
     outcome(
         "exit code 5 with the number; with input.on_lost = skip it goes on and counts them",
@@ -405,8 +410,8 @@ def test_a_topic_created_again_between_two_runs_stops_the_second(
     before = trainer.end
     admin.delete_topics([topic])
     produced(apache.bootstrap_servers, topic, slice(0, 8000))
-    assert trainer.drain() == 5, trainer.told[-3000:]
-    assert f"topic '{topic}' was deleted and created again" in trainer.told
+    assert trainer.drain() == 5, trainer.output[-3000:]
+    assert f"topic '{topic}' was deleted and created again" in trainer.output
     assert trainer.end == before
     outcome("exit code 5 with the reason; nothing learned", broker=described)
 
@@ -435,13 +440,13 @@ def test_a_topic_that_changes_under_a_run_stops_it(
         else:
             admin.delete_topics([topic])
             produced(apache.bootstrap_servers, topic, slice(0, 8000))
-        assert trainer.ends() == 5, trainer.told[-3000:]
-    # On a slow machine it is away for so long that this is told.
-    said = {
+        assert trainer.ends() == 5, trainer.output[-3000:]
+    # On a slow machine the topic is away for so long that its deletion is reported.
+    expected = {
         "added": "partitions 2, 3 were added to",
         "created again": "was deleted (and created again: its id was|while it was read)",
     }
-    assert re.search(said[change], trainer.told), trainer.told[-3000:]
+    assert re.search(expected[change], trainer.output), trainer.output[-3000:]
     outcome("exit code 5 with the reason", broker=described)
 
 
@@ -456,8 +461,8 @@ def test_partitions_added_between_two_runs_stop_the_second(
 ) -> None:
     trainer = left_off(apache.bootstrap_servers, topic, tmp_path)
     admin.create_partitions({topic: 4})
-    assert trainer.drain() == 5, trainer.told[-3000:]
-    assert f"{topic}:3" in trainer.told or "partitions 2, 3 were added" in trainer.told
+    assert trainer.drain() == 5, trainer.output[-3000:]
+    assert f"{topic}:3" in trainer.output or "partitions 2, 3 were added" in trainer.output
     outcome("stopped with the reason", broker=described)
 
 
@@ -481,10 +486,10 @@ def test_events_of_aborted_transactions_are_not_learned(
                 producer.send(topic, event)
             producer.flush()
             if number == len(chunks) - 1:
-                break  # left open
+                break  # without an end
             (producer.abort_transaction if number % 3 == 1 else producer.commit_transaction)()
         reader = Trainer(apache.bootstrap_servers, topic, tmp_path / "state")
-        assert reader.drain() == 0, reader.told[-3000:]
+        assert reader.drain() == 0, reader.output[-3000:]
     finally:
         producer.close()
     committed = [
@@ -495,7 +500,7 @@ def test_events_of_aborted_transactions_are_not_learned(
     with closing(KafkaSink(client)) as sink:
         sink.send_batch(plain, pa.array(committed, pa.large_binary()))
     other = Trainer(apache.bootstrap_servers, plain, tmp_path / "plain")
-    assert other.drain() == 0, other.told[-3000:]
+    assert other.drain() == 0, other.output[-3000:]
     assert reader.records == len(committed)
     assert reader.end.ledger == other.end.ledger
     assert reader.end.same(other.end, "model", "optimizer", "baseline")

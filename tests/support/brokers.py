@@ -1,4 +1,7 @@
-"""Starts real Apache Kafka brokers (KRaft, loopback) from the jars of any Kafka installation, for tests: one, or a cluster of three."""
+"""Real Apache Kafka brokers for tests, one or a cluster of three.
+
+They run in KRaft mode on the loopback interface, from the jars of any Kafka installation.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ from stream_ctr.connectors.embedded import answers_metadata, dies_with_parent, f
 
 START_SECONDS = 180.0
 STOP_SECONDS = 120.0
-SASL_USER, SASL_PASSWORD = "tester", "marker-secret-5f2c"
+SASL_USER = "tester"
+SASL_PASSWORD = "marker-secret-5f2c"
+_HEAP = "-Xmx384m"
+_HEAP_OF_THREE = "-Xmx256m"
 _JAVA_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
 
 
@@ -49,14 +55,18 @@ class Installation:
     def __str__(self) -> str:
         return f"Apache Kafka {self.version} from {self.home}"
 
-    def command(self, main: str, *arguments: str, heap: str = "-Xmx384m") -> list[str]:
+    def command(self, main: str, *arguments: str, heap: str = _HEAP) -> list[str]:
+        """Return the command line that runs a main class of Kafka's."""
         return [self.java, heap, *_JAVA_OPTIONS, "-cp", f"{self.home}/libs/*", main, *arguments]
 
 
 def find_kafka() -> Installation:
-    """The installation in `KAFKA_HOME`, else in `../shared/kafka` beside the checkout; `KafkaMissing` says what is lacking."""
-    beside = Path(__file__).resolve().parents[3] / "shared" / "kafka"
-    home = Path(os.environ.get("KAFKA_HOME") or beside)
+    """Return the installation in `KAFKA_HOME`, or else in `../shared/kafka` next to the checkout.
+
+    Raises `KafkaMissing` with what is missing.
+    """
+    next_to_checkout = Path(__file__).resolve().parents[3] / "shared" / "kafka"
+    home = Path(os.environ.get("KAFKA_HOME") or next_to_checkout)
     server_jar = next(iter(sorted(home.glob("libs/kafka_2.*.jar"))), None)
     if server_jar is None:
         raise KafkaMissing(
@@ -71,24 +81,32 @@ def find_kafka() -> Installation:
 
 @dataclass(frozen=True, slots=True)
 class Quorum:
-    """Who decides in a cluster: its id, and the ports of its controllers by node; every broker is one."""
+    """The id of a cluster, and the ports of its controllers by node; every broker is one."""
 
     cluster: str
     controllers: Mapping[int, int]
 
     @classmethod
     def of(cls, nodes: int) -> Self:
+        """Return a new quorum of nodes 1, 2, ... on free ports."""
         cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
         return cls(cluster, {node: free_port() for node in range(1, nodes + 1)})
 
 
 class ApacheBroker:
-    """A broker on free ports with its data in `directory`, as a context manager: formatted and started, and killed at the end.
+    """A broker on free ports with its data in `directory`, as a context manager.
 
-    Listeners: a plain one (`bootstrap_servers`); one where clients log in (`sasl_servers`: SASL_PLAINTEXT, PLAIN, `SASL_USER`,
-    `SASL_PASSWORD`); one with TLS (`tls_servers`: SASL_SSL, SCRAM-SHA-256, the same user; the certificate is for localhost alone, of the
-    authority in `ca`); and a plain one that is reached through `proxy`. `stop` or `kill` and `start` restart it on the same data and ports.
-    It dies with this process.
+    Entering formats the data and starts the broker; leaving kills it. `stop` or `kill` and `start`
+    restart it on the same data and ports. It dies with this process.
+
+    | listener | protocol | login |
+    |---|---|---|
+    | `bootstrap_servers` | PLAINTEXT | |
+    | `sasl_servers` | SASL_PLAINTEXT | PLAIN, `SASL_USER`, `SASL_PASSWORD` |
+    | `tls_servers` | SASL_SSL | SCRAM-SHA-256, the same user |
+    | `proxied_servers` | PLAINTEXT, through `proxy` | |
+
+    The certificate is for localhost alone, and `ca` holds its authority.
     """
 
     def __init__(
@@ -131,16 +149,17 @@ class ApacheBroker:
         self.kill()
 
     def start(self) -> None:
+        """Start the broker and wait until it answers."""
         self.launch()
         self.wait_until_ready()
 
     def launch(self) -> None:
-        heap = "-Xmx384m" if len(self._quorum.controllers) == 1 else "-Xmx256m"
+        """Start the broker."""
+        heap = _HEAP if len(self._quorum.controllers) == 1 else _HEAP_OF_THREE
+        command = self.installation.command("kafka.Kafka", str(self._configuration), heap=heap)
         with open(self.log, "ab") as output:
             self.process = subprocess.Popen(
-                dies_with_parent(
-                    self.installation.command("kafka.Kafka", str(self._configuration), heap=heap)
-                ),
+                dies_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -148,52 +167,52 @@ class ApacheBroker:
             )
 
     def wait_until_ready(self) -> None:
+        """Wait until the broker answers. Raises `RuntimeError` with the end of its log."""
         deadline = time.monotonic() + START_SECONDS
         while not answers_metadata(self._ports["PLAIN"]):
-            if (
-                self.process is None
-                or self.process.poll() is not None
-                or time.monotonic() > deadline
-            ):
+            ended = self.process is None or self.process.poll() is not None
+            if ended or time.monotonic() > deadline:
                 self.kill()
-                raise RuntimeError(
-                    f"{self.installation} did not start: {self.log.read_text(errors='replace')[-2000:]}"
-                )
+                end_of_log = self.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"{self.installation} did not start: {end_of_log}")
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End it with SIGTERM: it closes its logs."""
+        """End the broker with SIGTERM, so that it closes its logs."""
         if self.process is not None:
             self.process.terminate()
             self.process.wait(STOP_SECONDS)
             self.process = None
 
     def kill(self) -> None:
+        """End the broker with SIGKILL."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
 
     def freeze(self) -> None:
-        """It keeps its ports open and answers nobody, until it is thawed."""
+        """Stop the process: its ports stay open and it answers nothing until it is thawed."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
+        """Let a frozen process go on."""
         assert self.process is not None
         self.process.send_signal(signal.SIGCONT)
 
     @contextmanager
     def proxy(self) -> Iterator[Proxy]:
-        """What stands between it and those who speak to `proxied_servers`."""
+        """Yield the proxy between the broker and clients that connect to `proxied_servers`."""
         with Proxy(self._proxy_port, self._ports["PROXIED"]) as proxy:
             yield proxy
 
     def segments(self, topic: str, partition: int = 0) -> list[Path]:
-        """The files that hold the records of a partition, in order."""
+        """Return the files that hold the records of a partition, in order."""
         return sorted((self.data / f"{topic}-{partition}").glob("*.log"))
 
     def format(self) -> None:
+        """Write certificates, configuration and an empty storage."""
         self._directory.mkdir(parents=True, exist_ok=True)
         make_certificates(self._directory)
         self._configuration.write_text(
@@ -228,43 +247,18 @@ class ApacheBroker:
 
     @property
     def log(self) -> Path:
-        """What it writes of itself."""
+        """The log file of the broker's process."""
         return self._directory / "server.log"
 
     def _properties(self) -> dict[str, object]:
-        jaas = "org.apache.kafka.common.security"
-        controller = self._quorum.controllers[self.node]
-        advertised = {
-            **{name: f"127.0.0.1:{port}" for name, port in self._ports.items()},
-            "TLS": self.tls_servers,
-            "PROXIED": self.proxied_servers,
-        }
         replicas = min(3, len(self._quorum.controllers))
+        voters = [f"{node}@127.0.0.1:{port}" for node, port in self._quorum.controllers.items()]
         return {
             "process.roles": "broker,controller",
             "node.id": self.node,
             "log.dirs": self.data,
-            "controller.quorum.voters": ",".join(
-                f"{node}@127.0.0.1:{port}" for node, port in self._quorum.controllers.items()
-            ),
-            "listeners": ",".join(
-                f"{name}://127.0.0.1:{port}"
-                for name, port in {**self._ports, "CONTROLLER": controller}.items()
-            ),
-            "advertised.listeners": ",".join(
-                f"{name}://{server}" for name, server in advertised.items()
-            ),
-            "listener.security.protocol.map": "PLAIN:PLAINTEXT,LOGIN:SASL_PLAINTEXT,TLS:SASL_SSL,PROXIED:PLAINTEXT,INTERNAL:PLAINTEXT,"
-            "CONTROLLER:PLAINTEXT",
-            "inter.broker.listener.name": "INTERNAL",
-            "controller.listener.names": "CONTROLLER",
-            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256",
-            "listener.name.login.sasl.enabled.mechanisms": "PLAIN",
-            "listener.name.login.plain.sasl.jaas.config": f'{jaas}.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";',
-            "listener.name.tls.sasl.enabled.mechanisms": "SCRAM-SHA-256",
-            "listener.name.tls.scram-sha-256.sasl.jaas.config": f"{jaas}.scram.ScramLoginModule required;",
-            "listener.name.tls.ssl.keystore.type": "PEM",
-            "listener.name.tls.ssl.keystore.location": self._directory / "server.pem",
+            "controller.quorum.voters": ",".join(voters),
+            **self._listeners(),
             "auto.create.topics.enable": "false",
             "default.replication.factor": replicas,
             "min.insync.replicas": min(2, replicas),
@@ -274,11 +268,55 @@ class ApacheBroker:
             "transaction.state.log.min.isr": min(2, replicas),
             "transaction.state.log.num.partitions": 1,
             "group.initial.rebalance.delay.ms": 0,
-            "broker.session.timeout.ms": 6000,  # a killed broker may register again after that long; one that starves is cut off
+            # A killed broker may register again after that long; one that starves is cut off.
+            "broker.session.timeout.ms": 6000,
             "broker.heartbeat.interval.ms": 500,
             "log.cleaner.dedupe.buffer.size": 4 << 20,
-            "log.retention.ms": -1,  # half a minute after its start a broker deletes what is old, and tests write times of 1970
+            # Half a minute after its start a broker deletes old records, and tests write times of
+            # 1970.
+            "log.retention.ms": -1,
             **self._settings,
+        }
+
+    def _listeners(self) -> dict[str, object]:
+        jaas = "org.apache.kafka.common.security"
+        controller = self._quorum.controllers[self.node]
+        advertised = {
+            **{name: f"127.0.0.1:{port}" for name, port in self._ports.items()},
+            "TLS": self.tls_servers,
+            "PROXIED": self.proxied_servers,
+        }
+        protocols = {
+            "PLAIN": "PLAINTEXT",
+            "LOGIN": "SASL_PLAINTEXT",
+            "TLS": "SASL_SSL",
+            "PROXIED": "PLAINTEXT",
+            "INTERNAL": "PLAINTEXT",
+            "CONTROLLER": "PLAINTEXT",
+        }
+        plain_login = f'{jaas}.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";'
+        return {
+            "listeners": ",".join(
+                f"{name}://127.0.0.1:{port}"
+                for name, port in {**self._ports, "CONTROLLER": controller}.items()
+            ),
+            "advertised.listeners": ",".join(
+                f"{name}://{server}" for name, server in advertised.items()
+            ),
+            "listener.security.protocol.map": ",".join(
+                f"{name}:{protocol}" for name, protocol in protocols.items()
+            ),
+            "inter.broker.listener.name": "INTERNAL",
+            "controller.listener.names": "CONTROLLER",
+            "sasl.enabled.mechanisms": "PLAIN,SCRAM-SHA-256",
+            "listener.name.login.sasl.enabled.mechanisms": "PLAIN",
+            "listener.name.login.plain.sasl.jaas.config": plain_login,
+            "listener.name.tls.sasl.enabled.mechanisms": "SCRAM-SHA-256",
+            "listener.name.tls.scram-sha-256.sasl.jaas.config": (
+                f"{jaas}.scram.ScramLoginModule required;"
+            ),
+            "listener.name.tls.ssl.keystore.type": "PEM",
+            "listener.name.tls.ssl.keystore.location": self._directory / "server.pem",
         }
 
 
@@ -318,7 +356,7 @@ class Cluster:
             broker.kill()
 
     def leader_of(self, topic: str, partition: int = 0) -> ApacheBroker:
-        """The broker that others read the partition from and write it to."""
+        """Return the broker that leads the partition."""
         deadline = time.monotonic() + STOP_SECONDS
         while True:
             try:
@@ -327,55 +365,68 @@ class Cluster:
                 ) as admin:
                     (described,) = admin.describe_topics([topic])
                 leaders = {
-                    one["partition_index"]: one["leader_id"] for one in described["partitions"]
+                    each["partition_index"]: each["leader_id"] for each in described["partitions"]
                 }
                 return self.brokers[leaders[partition]]
-            except (KafkaError, KeyError):  # it asked the one that is down, or nobody leads yet
+            except (KafkaError, KeyError):  # the broker that was asked is down, or none leads yet
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.1)
 
 
-def make_certificates(directory: Path) -> None:
-    """`ca.pem`, an authority of its own, and `server.pem`: a key and its certificate for localhost, not for 127.0.0.1."""
-    authority, server = (
-        ec.generate_private_key(ec.SECP256R1()),
-        ec.generate_private_key(ec.SECP256R1()),
-    )
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
-    now = datetime.datetime.now(datetime.UTC)
+class _Authority:
+    """A new authority that signs certificates."""
 
-    def certificate(
-        subject: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType
+    def __init__(self) -> None:
+        self._key = ec.generate_private_key(ec.SECP256R1())
+        self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
+
+    def own_certificate(self) -> bytes:
+        identity = x509.SubjectKeyIdentifier.from_public_key(self._key.public_key())
+        constraints = x509.BasicConstraints(ca=True, path_length=0)
+        return self._sign(self._name, self._key.public_key(), constraints, identity)
+
+    def certificate_of_localhost(self, key: ec.EllipticCurvePublicKey) -> bytes:
+        host = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+        return self._sign(
+            host,
+            key,
+            x509.BasicConstraints(ca=False, path_length=None),
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]),
+            x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()),
+        )
+
+    def _sign(
+        self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType
     ) -> bytes:
-        builder = x509.CertificateBuilder().subject_name(subject).issuer_name(name).public_key(key)
+        now = datetime.datetime.now(datetime.UTC)
         builder = (
-            builder.serial_number(x509.random_serial_number())
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(self._name)
+            .public_key(key)
+            .serial_number(x509.random_serial_number())
             .not_valid_before(now)
             .not_valid_after(now + datetime.timedelta(days=2))
         )
         for extension in extensions:
-            builder = builder.add_extension(
-                extension, critical=isinstance(extension, x509.BasicConstraints)
-            )
-        return builder.sign(authority, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+            critical = isinstance(extension, x509.BasicConstraints)
+            builder = builder.add_extension(extension, critical=critical)
+        signed = builder.sign(self._key, hashes.SHA256())
+        return signed.public_bytes(serialization.Encoding.PEM)
 
-    identity = x509.SubjectKeyIdentifier.from_public_key(authority.public_key())
-    of_authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
-    ca = certificate(
-        name, authority.public_key(), x509.BasicConstraints(ca=True, path_length=0), identity
-    )
-    host = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    names = x509.SubjectAlternativeName([x509.DNSName("localhost")])
-    signed = certificate(
-        host,
-        server.public_key(),
-        x509.BasicConstraints(ca=False, path_length=None),
-        names,
-        of_authority,
-    )
+
+def make_certificates(directory: Path) -> None:
+    """Write `ca.pem`, the certificate of a new authority, and `server.pem`.
+
+    `server.pem` holds a key and its certificate, for localhost and not for 127.0.0.1.
+    """
+    authority = _Authority()
+    ca = authority.own_certificate()
+    server = ec.generate_private_key(ec.SECP256R1())
     key = server.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
+    signed = authority.certificate_of_localhost(server.public_key())
     (directory / "ca.pem").write_bytes(ca)
     (directory / "server.pem").write_bytes(key + signed + ca)

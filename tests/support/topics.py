@@ -1,4 +1,4 @@
-"""Topics filled through a real client."""
+"""Topics filled with simulated events through the sink."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pyarrow as pa
 from stream_ctr.connectors.kafka import KafkaSink, client_options, ensure_topic
 from stream_ctr.logs.simulate import Simulation
 
+_BATCH_EVENTS = 1000  # at least so many are in a batch of the simulation
+
 
 def produced(servers: str, topic: str, events: slice, partitions: int = 2) -> None:
-    """Send some events of the simulation to a topic, which is created if it is not there."""
+    """Send some events of the simulation to a topic, which is created if it is missing."""
     client = client_options(servers, {})
     ensure_topic(client, topic, partitions=partitions)
     with closing(KafkaSink(client)) as sink:
@@ -20,5 +22,7 @@ def produced(servers: str, topic: str, events: slice, partitions: int = 2) -> No
 
 
 def simulated(count: int) -> pa.LargeBinaryArray:
-    batches = itertools.islice(Simulation(10_000_000, seed=11).batches(), 1 + count // 1000)
+    """Return the first events of a simulation, always the same."""
+    simulation = Simulation(10_000_000, seed=11)
+    batches = itertools.islice(simulation.batches(), 1 + count // _BATCH_EVENTS)
     return pa.concat_arrays([batch.value for batch in batches])[:count]

@@ -1,0 +1,58 @@
+"""Topics of a cluster: create them and look them up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from kafka.errors import (
+    IncompatibleBrokerVersion,
+    InvalidReplicationFactorError,
+    TopicAlreadyExistsError,
+)
+
+from stream_ctr.connectors.kafka import timeouts
+from stream_ctr.connectors.kafka.client import open_admin
+
+
+def ensure_topic(
+    client: Mapping[str, object], topic: str, *, partitions: int = 1, compacted: bool = False
+) -> bool:
+    """Create the topic if it is missing, and return whether it was created.
+
+    Its replication is the broker's default. Raises `KafkaUnreachable` and `KafkaFailure`.
+    """
+    settings: dict[str, object] = {
+        "num_partitions": partitions,
+        "configs": {"cleanup.policy": "compact"} if compacted else {},
+    }
+    wait = {
+        "timeout_ms": timeouts.milliseconds(timeouts.ANSWER_SECONDS),
+        "wait_for_metadata": True,
+    }
+    with open_admin(client) as admin:
+        try:
+            try:
+                admin.create_topics({topic: settings}, **wait)
+            except (IncompatibleBrokerVersion, InvalidReplicationFactorError):
+                admin.create_topics({topic: {**settings, "replication_factor": 1}}, **wait)
+        except TopicAlreadyExistsError:
+            return False
+    return True
+
+
+def topic_partitions(client: Mapping[str, object], topic: str) -> int | None:
+    """Return how many partitions the topic has; None when it does not exist.
+
+    Raises `KafkaUnreachable` and `KafkaFailure`.
+    """
+    return partition_counts(client).get(topic)
+
+
+def partition_counts(client: Mapping[str, object]) -> dict[str, int]:
+    """Return how many partitions each topic of the cluster has.
+
+    Raises `KafkaUnreachable` and `KafkaFailure`.
+    """
+    with open_admin(client) as admin:
+        # All topics: to ask for one by name creates it where brokers create topics by themselves.
+        return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
