@@ -393,13 +393,13 @@ def test_an_additional_model_follows_parents_within_its_run_only(tmp_path, strea
     before = snapshot.snapshot_ids(tmp_path / "snapshots")[-2]
     manifest = json.loads((newest / "manifest.json").read_text())
     assert manifest["parent"] == before
-    assert built.snapshots.last_good_with("deepfm") == newest
+    assert built.snapshots.last_good("deepfm") == newest
     del manifest["files"]["deepfm.model.safetensors"]
     (newest / "deepfm.model.safetensors").unlink()
     (newest / "manifest.json").write_text(json.dumps(manifest))
-    assert built.snapshots.last_good_with("deepfm") == newest.parent / before
+    assert built.snapshots.last_good("deepfm") == newest.parent / before
     (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": parent}))
-    assert built.snapshots.last_good_with("deepfm") is None
+    assert built.snapshots.last_good("deepfm") is None
 
 
 def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
@@ -419,11 +419,11 @@ def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_p
     )
     finish(built)
     newest = snapshot.newest(tmp_path / "state" / "snapshots")
-    assert built.snapshots.last_good_with("deepfm") == newest
+    assert built.snapshots.last_good("deepfm") == newest
     manifest = json.loads((newest / "manifest.json").read_text())
     (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": "x"}))
     with pytest.raises(SnapshotError, match="sign"):
-        built.snapshots.last_good_with("deepfm")
+        built.snapshots.last_good("deepfm")
 
 
 def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):

@@ -1,4 +1,7 @@
-"""Malformed records: count each, send it to the dead letters, and stop a run that reads mostly these."""
+"""Malformed records: count each, and send it to the dead letters.
+
+A run that reads mostly these is stopped.
+"""
 
 from __future__ import annotations
 

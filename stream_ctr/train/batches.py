@@ -17,7 +17,8 @@ class BatchCutter:
     ...     number = np.arange(first, first + n)
     ...     none = np.zeros((n, 0), np.float32)
     ...     label = np.zeros(n, np.uint8)
-    ...     return Examples(number.astype(np.uint64), number, none.astype(np.int32), none, label, label)
+    ...     ids = none.astype(np.int32)
+    ...     return Examples(number.astype(np.uint64), number, ids, none, label, label)
     >>> batches = BatchCutter(3)
     >>> batches.add(examples(0, 2))
     >>> batches.next() is None

@@ -1,4 +1,4 @@
-"""The guard of a model: examples that are not finite are not learned, and a diverging model goes back.
+"""The guard of a model: it skips examples that are not finite, and notices divergence.
 
 Every model of a run has a guard. `learn` returns what became of a batch; the trainer decides what
 follows, finds the snapshot to go back to and calls `restore`.

@@ -79,7 +79,7 @@ class Profile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 class BaselineNote(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The share of the impressions that the baseline learns, and how it differs from FTRL-Proximal."""
+    """The share that the baseline learns, and how it differs from FTRL-Proximal."""
 
     sample_rate: float
     note: str

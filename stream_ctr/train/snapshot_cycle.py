@@ -84,7 +84,7 @@ class SnapshotCycle:
         )
 
     def stage(self, segments: Callable[[], snapshot.Segments]) -> snapshot.Segments | None:
-        """Keep the joiner's spilled segments as they are now, or return None if the disk is full."""
+        """Keep the spilled segments as they are now, or return None if the disk is full."""
         try:
             return snapshot.stage(self.policy.root, segments())
         except SnapshotError as error:
@@ -141,17 +141,19 @@ class SnapshotCycle:
         """Finish what was begun."""
         self._writer.close()
 
-    def last_good(self) -> Path | None:
-        """Return the published snapshot, else the last one on disk, else None."""
+    def last_good(self, additional: str | None = None) -> Path | None:
+        """Return the snapshot that a diverged model goes back to, or None.
+
+        For the published model it is the published snapshot, else the last one on disk. For an
+        `additional` model it is the newest one of this lineage that holds the model.
+        """
+        if additional:
+            return snapshot.newest_with_model(
+                self.policy.root, self.parent, additional, signature=self.policy.signature
+            )
         published = self._publisher.published()
         name = published.snapshot if published else self.parent
         return self.policy.root / name if name else None
-
-    def last_good_with(self, model: str) -> Path | None:
-        """Return the newest snapshot of this lineage that holds an additional model."""
-        return snapshot.newest_with_model(
-            self.policy.root, self.parent, model, signature=self.policy.signature
-        )
 
     def _publish(self, written: Written) -> None:
         name = written.path.name

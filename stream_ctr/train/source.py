@@ -1,4 +1,4 @@
-"""The interface of an input. `connectors` has a Kafka topic and an in-memory log that implement it."""
+"""The interface of an input, which a Kafka topic and an in-memory log implement."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Source(Protocol):
         ...
 
     def caught_up(self) -> npt.NDArray[np.bool_]:
-        """Return for each partition [P] whether it was read to its end."""
+        """Return a mask [P] of the partitions that were read to their end."""
         ...
 
     def silent_seconds(self) -> float:

@@ -16,50 +16,38 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
-import numpy as np
-import numpy.typing as npt
-
 from stream_ctr.errors import DataError, SnapshotError
-from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.failpoint import failpoint
 from stream_ctr.join.examples import Examples
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import Manifest, RunIdentity
+from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
+from stream_ctr.train import cut
 from stream_ctr.train.alarms import MissingFields, RunAlarms, stalled_partitions
+from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.bad_records import BadRecords
-from stream_ctr.train.guard import Diverged, Guard, Learned
+from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll
 from stream_ctr.train.read_ahead import ReadAhead
-from stream_ctr.train.report import (
-    Kind,
-    Report,
-    build_report,
-    rfc3339,
-    to_json_object,
-    window_report,
-)
+from stream_ctr.train.report import Kind, Report, build_report, to_json_object
 from stream_ctr.train.resume import partition_names, require_same_run
 from stream_ctr.train.sampled_baseline import SampledBaseline
+from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
 from stream_ctr.train.snapshot_cycle import SnapshotCycle, SnapshotPolicy
 from stream_ctr.train.stage_timer import ELSE, StageTimer, profile
 from stream_ctr.train.state import TrainingState
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
-# Partitions that are ahead are paused once the joiner is this full.
-_PAUSE_WHEN_FILLED = 1 / 8
 _NOT_FINITE = "its weights are not finite"
 
 
@@ -73,7 +61,7 @@ class Flags(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """What a run needs from outside: a schedule, a display, notes for the last report, two clocks."""
+    """The outside of a run: a schedule, a display, notes for the last report, two clocks."""
 
     flags: Flags | None = None
     show: Callable[[Report], None] = lambda report: None
@@ -82,24 +70,8 @@ class Surroundings:
     wall_clock: Callable[[], float] = time.time
 
 
-@dataclass(slots=True)
-class LearnedBatch:
-    """A batch that waits to be scored.
-
-    `logits` maps each model to its logits from before the update, of the examples that
-    `chosen[model]` (bool [n]) marks, or of all.
-    """
-
-    time: npt.NDArray[np.int64]
-    label: npt.NDArray[np.uint8]
-    true_probability: npt.NDArray[np.float64]
-    logits: dict[str, npt.NDArray[np.floating]]
-    chosen: dict[str, npt.NDArray[np.bool_]]
-    ends_pretraining: bool
-
-
 class Trainer:
-    """Learn from what `ingest` reads, and write reports, snapshots and pointers through `publisher`.
+    """Learn from what `ingest` reads; write reports, snapshots and pointers through `publisher`.
 
     `identity` goes into every snapshot: a server rebuilds the models from it, and a resumed run
     must agree with it.
@@ -133,9 +105,15 @@ class Trainer:
         )
         self._alarms = RunAlarms(self.source.partitions, state.counters)
         self._missing = MissingFields([field.name for field in identity.schema.fields])
-        self._in_flight: deque[LearnedBatch | Cut] = deque()
+        self._alignment = Alignment(ingest)
+        self._unscored = ScoringQueue(
+            state.scoreboard,
+            baseline,
+            alarms=self._alarms,
+            timer=self.timer,
+            report=lambda window: publisher.report(to_json_object(window)),
+        )
         self._status = ingest.status()
-        self._paused: frozenset[int] = frozenset()
         self._stopping = False
         self._started = self._around.clock()
         self._events_read = 0
@@ -194,17 +172,6 @@ class Trainer:
         finally:
             self.ingest.close()
 
-    def _drain(self) -> None:
-        """Close the windows that are open at the end of the source.
-
-        If clicks are overdue, their impressions are left to the run that reads on.
-        """
-        # A run that resumed at the very end has not polled: bring its watermark to where a run
-        # that read up to here has it.
-        self._release(lambda: self.state.joiner.advance(self._watermark()))
-        if not self._stalled():
-            self._release(self.state.joiner.drain)
-
     def _handle(self, poll: Poll) -> None:
         self._status = poll.status
         if poll.events:
@@ -212,16 +179,29 @@ class Trainer:
             with self.timer("join"):
                 self._join(poll.events)
             failpoint("join.after")
-        watermark = self._watermark()
+        watermark = self.state.watermark(self._status.idle)
         self._release(lambda: self.state.joiner.advance(watermark))
-        self._align_partitions()
-        self._alarms.check(self._status, self.state.joiner, self._stalled())
+        self._alignment.update(self.state.joiner, self.state.watermarks, self._status)
+        stalled = stalled_partitions(self.state.watermarks, self.source.partitions)
+        self._alarms.check(self._status, self.state.joiner, stalled)
         if self._stopping:
             return
         self._settle(wait=False)
         self._serve_flags()
 
-    # -- joining ---------------------------------------------------------------------------------
+    def _drain(self) -> None:
+        """Close the windows that are open at the end of the source.
+
+        If clicks are overdue, their impressions are left to the run that reads on.
+        """
+        # A run that resumed at the very end has not polled: bring its watermark to where a run
+        # that read up to here has it.
+        watermark = self.state.watermark(self._status.idle)
+        self._release(lambda: self.state.joiner.advance(watermark))
+        if not stalled_partitions(self.state.watermarks, self.source.partitions):
+            self._release(self.state.joiner.drain)
+
+    # -- from events to learned batches ----------------------------------------------------------
 
     def _join(self, events: EventBatch) -> None:
         self.state.counters["records"] += events.records
@@ -231,13 +211,6 @@ class Trainer:
         self._bad_records.keep(events)
         self._missing.observe(events)
         self.state.joiner.push(events, self.state.watermarks)
-
-    def _watermark(self) -> int:
-        watermarks = self.state.watermarks
-        return watermarks.overall(excused=self._status.idle & ~watermarks.silent_clicks())
-
-    def _stalled(self) -> list[str]:
-        return stalled_partitions(self.state.watermarks, self.source.partitions)
 
     def _release(self, leave: Callable[[], Examples]) -> None:
         """Learn the examples that leave the joiner, a part at a time.
@@ -252,25 +225,6 @@ class Trainer:
             self.state.batches.add(examples)
             self._learn_ready()
 
-    def _align_partitions(self) -> None:
-        """Pause partitions that are far ahead, once waiting impressions have filled some room.
-
-        Not before: pausing and resuming cost fetches, which is not worth it where one poll is
-        longer than a window.
-        """
-        joiner = self.state.joiner
-        ahead: frozenset[int] = frozenset()
-        if joiner.filled >= _PAUSE_WHEN_FILLED:
-            ahead = self.state.watermarks.ahead(joiner.watermark, joiner.label_window_ms)
-        behind = [index for index in range(len(self.source.partitions)) if index not in ahead]
-        if self.source.until_end and self._status.caught_up[behind].all():
-            ahead = frozenset()  # the partitions that they wait for have ended
-        if ahead != self._paused:
-            self.ingest.pause(ahead)
-            self._paused = ahead
-
-    # -- learning --------------------------------------------------------------------------------
-
     def _learn_ready(self, *, partial: bool = False) -> None:
         while batch := self.state.batches.next(partial=partial):
             with self.timer("learn"):
@@ -282,134 +236,64 @@ class Trainer:
 
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
-        following = self.state.batches.peek()
-        outcome = self.state.guard.learn(batch, following)
-        if isinstance(outcome, Diverged):
-            self._restore(outcome.reason)
-        if not isinstance(outcome, Learned):
+        step = self.state.learn(batch, self.timer)
+        for name, reason in step.diverged.items():
+            self._restore_model(name, reason)
+        if step.batch is None:
             return
-        if outcome.kept is not None:
-            batch = batch[outcome.kept]
-        self.state.count_examples(batch)
-        learned = LearnedBatch(
-            batch.time,
-            batch.label,
-            batch.true_probability,
-            {self.state.published: outcome.logits},
-            {},
-            outcome.ends_pretraining,
-        )
-        for name in self.state.additional:
-            with self.timer(f"learn.{name}"):
-                self._learn_additional(name, batch, following, learned)
         if self.baseline:
-            chosen = self.baseline.submit(batch)
+            chosen = self.baseline.submit(step.batch)
             if chosen is not None:
-                learned.chosen[self.baseline.name] = chosen
-        self._in_flight.append(learned)
+                step.chosen[self.baseline.name] = chosen
+        self._unscored.add(
+            LearnedBatch(
+                step.batch.time,
+                step.batch.label,
+                step.batch.true_probability,
+                step.logits,
+                step.chosen,
+                step.ends_pretraining,
+            )
+        )
         failpoint("learn.after")
 
-    def _learn_additional(
-        self, name: str, batch: Examples, following: Examples | None, learned: LearnedBatch
-    ) -> None:
-        outcome = self.state.additional[name].learn(batch, following)
-        if isinstance(outcome, Diverged):
-            self._restore_additional(name, outcome.reason)
-        if isinstance(outcome, Learned):
-            learned.logits[name] = outcome.logits
-            if outcome.kept is not None:
-                learned.chosen[name] = outcome.kept
-        else:
-            learned.logits[name] = np.empty(0)
-            learned.chosen[name] = np.zeros(len(batch), np.bool_)
+    def _restore_model(self, name: str, reason: str) -> None:
+        """Give a diverged model the state of an earlier snapshot.
 
-    def _restore(self, reason: str) -> None:
-        """Give the published model the state of the published snapshot."""
-        self._settle(wait=True)
-        verdict = self.state.guard.restore(
-            self.snapshots.last_good(),
-            reason,
-            trained=self.state.ledger.count,
-            signature=self.snapshots.policy.signature,
-        )
-        if verdict is not None:
-            self.state.scoreboard.judge.go_back(verdict)
-
-    def _restore_additional(self, name: str, reason: str) -> None:
-        """Give an additional model the state of an earlier snapshot, or leave it out of the run."""
-        guard = self.state.additional[name]
+        If that does not help, an additional model is left out of the run, and the published one
+        ends it.
+        """
+        guard = self.state.guard_of(name)
         try:
             self._settle(wait=True)
-            guard.restore(
-                self.snapshots.last_good_with(name),
+            verdict = guard.restore(
+                self.snapshots.last_good(guard.additional),
                 reason,
                 trained=self.state.ledger.count,
                 signature=self.snapshots.policy.signature,
             )
         except (DataError, SnapshotError) as error:
+            if guard.additional is None:
+                raise
             guard.leave_out(error)
+            return
+        if verdict is not None and guard.additional is None:
+            self.state.scoreboard.judge.go_back(verdict)
 
-    # -- scoring ---------------------------------------------------------------------------------
+    # -- from learned batches to reports and snapshots -------------------------------------------
 
     def _settle(self, *, wait: bool) -> None:
-        """Score the batches that every model has predicted, and finish the snapshots behind them."""
-        self._score_answered(wait=wait)
+        """Score the batches that every model predicted, and finish the snapshots behind them."""
+        for taken, marker in self._unscored.score(wait=wait):
+            self._write(taken, marker)
         with self.timer("snapshot"):
             finished = self.snapshots.take(wait=wait)
             if isinstance(finished, Diverged):
-                self._restore(finished.reason)
+                self._restore_model(self.state.published, finished.reason)
             elif finished:
                 for name in finished.not_finite:  # before the snapshot to go back to is removed
-                    self._restore_additional(name, _NOT_FINITE)
+                    self._restore_model(name, _NOT_FINITE)
                 self.snapshots.commit_and_publish(finished)
-
-    def _score_answered(self, *, wait: bool) -> None:
-        while self._in_flight:
-            answer = self._answer(self.baseline, wait=wait) if self.baseline else None
-            if self.baseline and answer is None:
-                return
-            head = self._in_flight.popleft()
-            if isinstance(head, Cut):
-                assert answer is None or isinstance(answer, Marker)
-                self._write(head, answer)
-            else:
-                assert not isinstance(answer, Marker)
-                with self.timer("score"):
-                    self._score(head, answer)
-
-    def _answer(
-        self, baseline: SampledBaseline, *, wait: bool
-    ) -> npt.NDArray[np.float64] | Marker | None:
-        if baseline.process.full:
-            self._alarms.baseline_full(baseline)
-        with self.timer("wait.baseline"):
-            return baseline.take(wait=wait)
-
-    def _score(self, learned: LearnedBatch, probability: npt.NDArray[np.float64] | None) -> None:
-        if self.baseline and probability is not None:
-            learned.logits[self.baseline.name] = metrics.logits(probability)
-        board = self.state.scoreboard
-        board.add(
-            metrics.Scored(
-                learned.time,
-                learned.label,
-                learned.true_probability,
-                learned.logits,
-                learned.chosen,
-            )
-        )
-        if learned.ends_pretraining:
-            board.judge.begin_anew(
-                "its pre-training has ended, and there is no verdict yet on the network that took over"
-            )
-        self._close_windows(int(learned.time[-1]))  # examples come in event-time order
-
-    def _close_windows(self, before_ms: int) -> None:
-        with self.timer("report"):
-            for window in self.state.scoreboard.windows.close(before_ms):
-                self.publisher.report(to_json_object(window_report(window)))
-
-    # -- reports and snapshots -------------------------------------------------------------------
 
     def _serve_flags(self) -> None:
         flags = self._around.flags
@@ -425,9 +309,9 @@ class Trainer:
     def _report(self, kind: Kind) -> Report:
         with self.timer("report"):
             joiner = self.state.joiner
-            if not self._in_flight and not len(self.state.batches):
+            if not len(self._unscored) and not len(self.state.batches):
                 # Everything whose label window is closed is scored, even if nothing follows.
-                self._close_windows(joiner.watermark - joiner.label_window_ms)
+                self._unscored.close_windows(joiner.watermark - joiner.label_window_ms)
             report = build_report(
                 kind,
                 state=self.state,
@@ -456,72 +340,39 @@ class Trainer:
         if self.snapshots.in_progress:  # its copy is in the memory that this one needs
             self._settle(wait=True)
         failpoint("cut.before")
-        last_step = self._check_last_steps()
+        last_step: tuple[str, ...] = ()
+        for name in self.state.learners:
+            checked = self.state.guard_of(name).check_last_step()
+            if isinstance(checked, Diverged):
+                self._restore_model(name, checked.reason)
+            elif name == self.state.published:
+                last_step = checked
         self._examples_at_snapshot = self.state.ledger.count
         segments = self.snapshots.stage(self.state.joiner.segments)
         if segments is None:
             return
-        sequence = self.snapshots.next_sequence()
-        self._in_flight.append(
-            Cut(
-                self.state.tensors(),
-                self._manifest(sequence, last_step),
+        self._unscored.add_cut(
+            cut.take(
+                self.state,
+                self.identity,
+                self.source,
                 self._status.positions,
-                segments,
+                sequence=self.snapshots.next_sequence(),
+                epoch=self.publisher.epoch,
+                last_step=last_step,
+                segments=segments,
             )
         )
-        if self.baseline:
-            self.baseline.process.mark()
         failpoint("cut.after")
 
-    def _check_last_steps(self) -> tuple[str, ...]:
-        """Return what the published model's last step did wrong; restore models that diverged."""
-        last_step = self.state.guard.check_last_step()
-        if isinstance(last_step, Diverged):
-            self._restore(last_step.reason)
-            last_step = ()
-        for name, guard in self.state.additional.items():
-            if isinstance(checked := guard.check_last_step(), Diverged):
-                self._restore_additional(name, checked.reason)
-        return last_step
-
-    def _manifest(self, sequence: int, last_step: tuple[str, ...]) -> Manifest:
-        """Describe a cut. Verdict, metrics and digests are filled in when it is written."""
-        state = self.state
-        positions = self._status.positions
-        return Manifest(
-            **msgspec.structs.asdict(self.identity),
-            **state.describe(),
-            snapshot=snapshot.new_id(sequence, state.last_event_ms or 0),
-            sequence=sequence,
-            epoch=self.publisher.epoch,
-            parent=None,
-            created_ms=0,
-            positions={
-                name: positions[index] for index, name in enumerate(partition_names(self.source))
-            },
-            topic_ids=self.source.topic_ids(),
-            event_time_range=(rfc3339(state.first_event_ms), rfc3339(state.last_event_ms)),
-            gate=state.scoreboard.judge.verdict(last_step=last_step),
-            metrics={},
-            weights_sha256="",
+    def _write(self, taken: Cut, marker: Marker | None) -> None:
+        """Judge the model, complete a cut whose batches are all scored, and begin to write it."""
+        self.state.scoreboard.judge.judge(self._published_evidence)
+        now_ms = int(self._around.wall_clock() * 1000)
+        parent = self.snapshots.parent
+        self.snapshots.begin(
+            cut.complete(taken, self.state.scoreboard, marker, parent=parent, now_ms=now_ms)
         )
-
-    def _write(self, cut: Cut, marker: Marker | None) -> None:
-        """Complete a cut, all of whose batches are scored, and begin to write it."""
-        board = self.state.scoreboard
-        board.judge.judge(self._published_evidence)
-        cut.tensors["metrics"] = board.state_dict()
-        if marker:
-            cut.tensors["baseline"] = dict(marker.state)
-        manifest = msgspec.structs.replace(
-            cut.manifest,
-            parent=self.snapshots.parent,
-            created_ms=int(self._around.wall_clock() * 1000),
-            metrics=msgspec.to_builtins(board.whole.summary()),
-            gate=board.judge.verdict(last_step=cut.manifest.gate.last_step),
-        )
-        self.snapshots.begin(Cut(cut.tensors, manifest, cut.positions, cut.segments))
 
     def _published_evidence(self) -> Measured | None:
         manifest = self.publisher.published_manifest()
@@ -532,17 +383,16 @@ class Trainer:
 
         Raises `ConfigError` if it was made with another configuration.
         """
-        signature = self.snapshots.policy.signature
-        manifest, tensors = snapshot.load(path, signature=signature)
+        manifest, tensors = snapshot.load(path, signature=self.snapshots.policy.signature)
         require_same_run(manifest, self.identity, self.source, path)
-        self.state.restore(path, manifest, tensors)
+        missing = self.state.restore(path, manifest, tensors)
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
         published = self.publisher.published()
         self.snapshots.sequence = manifest.sequence
         self.snapshots.parent = path.name
-        for name, guard in self.state.additional.items():
-            self._resume_additional(name, guard, manifest, tensors, path)
+        for name in missing:
+            self._restore_model(name, _NOT_FINITE)
         self._examples_at_snapshot = self.state.ledger.count
         positions = {
             index: manifest.positions[name]
@@ -559,20 +409,3 @@ class Trainer:
             self.state.ledger.count,
             manifest.positions,
         )
-
-    def _resume_additional(
-        self,
-        name: str,
-        guard: Guard,
-        manifest: Manifest,
-        tensors: snapshot.Tensors,
-        path: Path,
-    ) -> None:
-        """Resume an additional model; one that the snapshot lacks goes back to an earlier one."""
-        guard.load_state(manifest.guards_beside[name])
-        if guard.left_out:
-            return
-        if snapshot.stems(name)[0] in tensors:
-            guard.load_model(tensors, path)
-        else:
-            self._restore_additional(name, _NOT_FINITE)
