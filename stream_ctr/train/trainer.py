@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import DataError, SnapshotError
-from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate import metrics, summary
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.failpoint import failpoint
@@ -503,7 +503,7 @@ class Trainer:
             topic_ids=self.source.topic_ids(),
             event_time_range=(rfc3339(state.first_event_ms), rfc3339(state.last_event_ms)),
             gate=state.scoreboard.judge.verdict(last_step=last_step),
-            metrics={},
+            metrics=summary.EMPTY,
             weights_sha256="",
         )
 
@@ -518,7 +518,7 @@ class Trainer:
             cut.manifest,
             parent=self.snapshots.parent,
             created_ms=int(self._around.wall_clock() * 1000),
-            metrics=msgspec.to_builtins(board.whole.summary()),
+            metrics=board.whole.summary(),
             gate=board.judge.verdict(last_step=cut.manifest.gate.last_step),
         )
         self.snapshots.begin(Cut(cut.tensors, manifest, cut.positions, cut.segments))
