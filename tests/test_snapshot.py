@@ -305,8 +305,8 @@ def test_a_file_stem_with_a_path_in_it_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"metrics": {"auc": float("nan")}}, "not JSON"),
-        ({"metrics": {"auc": object()}}, "not JSON"),
+        ({"counters": {"auc": float("nan")}}, "not JSON"),
+        ({"counters": {"auc": object()}}, "not JSON"),
         (
             {"weights_sha256": ""},
             "the manifest of snapshot 00000001-.* is damaged: .*weights_sha256",

@@ -22,24 +22,20 @@ from stream_ctr.train import report
 FOLDER = Path(__file__).parent
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 REFERENCE = "#/$defs/{name}"
-# Types to which METRICS_SCHEMA refers.
-METRICS = (report.ModelScore, report.Paired, report.Difference)
 
 
 def schemas() -> dict[str, dict[str, Any]]:
     """Return the schema of each document by the name of its file."""
     return {
         "pointer.schema.json": document(pointer.Pointer, newest=pointer.FORMAT),
-        "manifest.schema.json": document(manifest.Manifest, *METRICS, newest=manifest.FORMAT),
+        "manifest.schema.json": document(manifest.Manifest, newest=manifest.FORMAT),
         "report.schema.json": reports(),
     }
 
 
-def document(
-    contract: type[msgspec.Struct], *referred: type[msgspec.Struct], newest: int
-) -> dict[str, Any]:
+def document(contract: type[msgspec.Struct], *, newest: int) -> dict[str, Any]:
     """Return the schema of a document that is an object of this type."""
-    definitions = components(contract, *referred)
+    definitions = components(contract)
     root = with_format(definitions.pop(contract.__name__), newest)
     return {"$schema": DIALECT, **root, "$defs": definitions}
 

@@ -121,7 +121,7 @@ def _describe(path: Path, published: str | None) -> dict[str, Any]:
     except SnapshotError as error:
         return {**place, "error": str(error)}
     model = manifest.learner.model
-    score = manifest.metrics.get("models", {}).get(model, {})
+    score = manifest.metrics.models.get(model)
     return {
         **place,
         "parent": manifest.parent,
@@ -133,8 +133,8 @@ def _describe(path: Path, published: str | None) -> dict[str, Any]:
         "refused": [*manifest.gate.refused, *manifest.gate.last_step],
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "model": model,
-        "logloss": score.get("logloss"),
-        "auc": score.get("auc"),
+        "logloss": score.logloss if score else None,
+        "auc": score.auc if score else None,
     }
 
 

@@ -5,6 +5,7 @@ last verdict, each predicted before it was learned, once they hold enough clicks
 the logloss of a model is compared relative to the baseline's: if traffic becomes harder to predict,
 both get worse, and the model is not refused for it.
 
+>>> import msgspec
 >>> good = Measured(
 ...     clicks=5000,
 ...     count=60_000,

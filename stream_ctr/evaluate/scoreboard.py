@@ -1,5 +1,6 @@
 """The metrics of a run: over all of it, in event-time windows, and since the last verdict.
 
+>>> import numpy as np
 >>> windows = MetricWindows(window_ms=1000, rolling=2)
 >>> board = Scoreboard(["a", "b"], windows=windows, gate=Gate(clicks=0))
 >>> board.add(
@@ -82,6 +83,7 @@ class Scoreboard:
 def part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:
     """Return the arrays whose names begin with `prefix`, named without it.
 
+    >>> import numpy as np
     >>> part({"whole.counts": np.ones(1), "judge.sums": np.ones(2)}, "judge.")
     {'sums': array([1., 1.])}
     """

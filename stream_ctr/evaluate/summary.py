@@ -72,6 +72,17 @@ class Summary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     pairs: dict[str, Difference]
 
 
+EMPTY = Summary(
+    from_example=0,
+    models={},
+    constant_logloss=None,
+    best_possible_logloss=None,
+    paired=Paired(models=[], logloss_difference=None, low=None, high=None, count=0, blocks=0),
+    pairs={},
+)
+"""The metrics of no model."""
+
+
 class WindowSummary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The metrics of the examples with an event time from `start_ms` to before `end_ms`.
 

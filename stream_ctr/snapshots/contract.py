@@ -18,7 +18,6 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.messages import one_line
 
 Contract = TypeVar("Contract", bound=msgspec.Struct)
-Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 # Python's `$` allows a line feed at the end, unlike that of JSON Schema. The length forbids it.
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$", max_length=64)]
 

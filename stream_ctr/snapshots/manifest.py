@@ -11,25 +11,13 @@ from typing import Annotated, Any
 from msgspec import Meta, Struct
 
 from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.snapshots.contract import Count, Sha256
+from stream_ctr.snapshots.contract import Sha256
 
 FORMAT = 1
 _LARGEST_SUM = (1 << 64) - 1
-
-METRICS_SCHEMA: dict[str, Any] = {
-    "description": "The metrics of all models over the whole run, as in a report.",
-    "properties": {
-        "from_example": {"type": "integer", "minimum": 0},
-        "models": {"type": "object", "additionalProperties": {"$ref": "#/$defs/ModelScore"}},
-        "constant_logloss": {"type": ["number", "null"]},
-        "best_possible_logloss": {"type": ["number", "null"]},
-        "paired": {"$ref": "#/$defs/Paired"},
-        "pairs": {"type": "object", "additionalProperties": {"$ref": "#/$defs/Difference"}},
-    },
-}
-"""The JSON Schema of metrics; a report defines its types (see docs/schemas/generate.py)."""
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):
@@ -142,8 +130,8 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """The description of a snapshot: all of its state but the arrays.
 
     Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read.
-    `weights_sha256` is equal if every bit of the published weights is. `files` is filled in when
-    the snapshot is written.
+    `metrics` are those of the whole run. `weights_sha256` is equal if every bit of the published
+    weights is. `files` is filled in when the snapshot is written.
     """
 
     format: Count = FORMAT
@@ -163,6 +151,6 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     guard: GuardState
     guards_beside: dict[str, AdditionalGuardState]
     gate: Verdict
-    metrics: Annotated[dict[str, Any], Meta(extra_json_schema=METRICS_SCHEMA)]
+    metrics: Summary
     weights_sha256: Sha256
     files: dict[str, FileEntry] = {}

@@ -14,9 +14,10 @@ import msgspec
 from msgspec import Struct
 
 from stream_ctr.errors import SnapshotError
+from stream_ctr.evaluate.summary import Count
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import files
-from stream_ctr.snapshots.contract import Count, Sha256, decode
+from stream_ctr.snapshots.contract import Sha256, decode
 from stream_ctr.snapshots.manifest import Manifest
 
 FORMAT = 1

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from stream_ctr.evaluate import summary
 from stream_ctr.evaluate.scoreboard import Scoreboard
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
@@ -45,7 +46,7 @@ def take(
         topic_ids=source.topic_ids(),
         event_time_range=(rfc3339(state.first_event_ms), rfc3339(state.last_event_ms)),
         gate=state.scoreboard.judge.verdict(last_step=last_step),
-        metrics={},
+        metrics=summary.EMPTY,
         weights_sha256="",
     )
     return Cut(state.tensors(), manifest, dict(positions), segments)
@@ -62,7 +63,7 @@ def complete(
         cut.manifest,
         parent=parent,
         created_ms=now_ms,
-        metrics=msgspec.to_builtins(scoreboard.whole.summary()),
+        metrics=scoreboard.whole.summary(),
         gate=scoreboard.judge.verdict(last_step=cut.manifest.gate.last_step),
     )
     return Cut(tensors, manifest, cut.positions, cut.segments)

@@ -13,11 +13,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from stream_ctr.evaluate.summary import Difference, ModelScore, Paired, Summary, WindowSummary
+from stream_ctr.evaluate.summary import (
+    Count,
+    Difference,
+    ModelScore,
+    Paired,
+    Summary,
+    WindowSummary,
+)
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
-from stream_ctr.snapshots.contract import Count
-from stream_ctr.snapshots.manifest import METRICS_SCHEMA, LedgerEntry
+from stream_ctr.snapshots.manifest import LedgerEntry
 from stream_ctr.train.alarms import stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
 from stream_ctr.train.ingest import SourceStatus
@@ -31,8 +37,22 @@ Tail = Annotated[
     dict[str, Any],
     Meta(
         extra_json_schema={
-            **METRICS_SCHEMA,
-            "description": "The metrics over the last examples of a run, by kind and by model.",
+            "description": "The metrics of the last examples of a run, and again by model.",
+            "properties": {
+                "from_example": {"type": "integer", "minimum": 0},
+                "models": {
+                    "type": "object",
+                    "additionalProperties": {"$ref": "#/$defs/ModelScore"},
+                },
+                "constant_logloss": {"type": ["number", "null"]},
+                "best_possible_logloss": {"type": ["number", "null"]},
+                "paired": {"$ref": "#/$defs/Paired"},
+                "pairs": {
+                    "type": "object",
+                    "additionalProperties": {"$ref": "#/$defs/Difference"},
+                },
+            },
+            "required": list(Summary.__struct_fields__),
             "additionalProperties": {"$ref": "#/$defs/ModelScore"},
         }
     ),

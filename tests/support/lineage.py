@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stream_ctr.evaluate.summary import Summary
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
@@ -41,7 +42,7 @@ class Fingerprint:
     ledger: tuple[int, int]
     weights_sha256: str
     tensors: dict[str, str]
-    metrics: dict[str, Any]
+    metrics: Summary
     positions: dict[str, int]
 
     def same(self, other: Fingerprint, *stems: str) -> bool:

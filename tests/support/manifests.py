@@ -11,6 +11,7 @@ from typing import Any
 from msgspec import structs
 
 from stream_ctr.evaluate.gate import Measured, Verdict
+from stream_ctr.evaluate.summary import EMPTY
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.snapshots import snapshot
@@ -92,7 +93,7 @@ MANIFEST = Manifest(
             baseline_calibration=1.0,
         ),
     ),
-    metrics={"models": {"deepfm": {"logloss": 0.4, "auc": 0.7}}},
+    metrics=structs.replace(EMPTY, constant_logloss=0.5),
     weights_sha256="0" * 64,
 )
 
