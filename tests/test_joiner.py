@@ -214,6 +214,20 @@ def test_a_click_waits_for_an_impression_that_is_out_of_order_but_not_late() -> 
     assert target.drain().label.tolist() == [1]
 
 
+@pytest.mark.parametrize(("beyond", "unmatched"), [(0, 0), (1, 1)])
+def test_a_waiting_click_is_kept_until_no_impression_can_want_it(
+    beyond: int, unmatched: int
+) -> None:
+    target = joiner()
+    target.push_clicks(Arrivals.of([7], [1000]))
+    watermark = 1000 + EARLY + WINDOW + beyond
+    target.advance(watermark)
+    assert target.counts()["clicks_unmatched"] == unmatched
+    # The oldest impression that is not late has a window that ends at the watermark.
+    push_impressions(target, np.array([7]), watermark - WINDOW)
+    assert target.drain().label.tolist() == [1 - unmatched]
+
+
 def test_a_jump_of_the_watermark_releases_examples_in_parts_and_in_order() -> None:
     n = 200_000
     target = bounded(1 << 28, label_window_ms=1000)
