@@ -94,14 +94,14 @@ def pair(model: FTRL, row: int) -> list[float]:
 def test_three_steps_worked_out_by_hand() -> None:
     model = FTRL(table_bits=4, value_fields=(2,), alpha=0.1, beta=1.0, l1=0.25, l2=1.0)
     # 1. All weights are 0, so p = 1/2, and every g = -1/2, z = -1/2, n = 1/4; field 2 has value 1.
-    step = [np.array([[1, 2, 4]], np.int32), np.array([1], np.uint8), np.array([[1.0]], np.float32)]
+    step = (np.array([[1, 2, 4]], np.int32), np.array([1], np.uint8), np.array([[1.0]], np.float32))
     assert model.learn(*step).tolist() == [0.0]
     for row in (1, 2, 4):
         assert pair(model, row) == [-0.5, 0.25]
     assert model.state_dict()["intercept"].tolist() == [-0.5, 0.25]
     # 2. w_1 = (0.5 - 0.25) / (1.5 / 0.1 + 1) = 1/64, the intercept is 0.5 / 15 = 1/30, row 5 is new
     # and row 3 has value 2.
-    step = [np.array([[1, 5, 3]], np.int32), np.array([0], np.uint8), np.array([[2.0]], np.float32)]
+    step = (np.array([[1, 5, 3]], np.int32), np.array([0], np.uint8), np.array([[2.0]], np.float32))
     assert model.learn(*step) == pytest.approx([1 / 64 + 1 / 30], rel=1e-14)
     # p = 1 / (1 + exp(-0.0489583)), sigma_1 = (sqrt(1/4 + p^2) - 1/2) / 0.1,
     # z_1 = -1/2 + p - sigma_1 / 64.

@@ -144,8 +144,7 @@ def test_learn_returns_the_prediction_from_before_the_update(dropout: float) -> 
 def test_a_step_that_is_not_finite_or_explodes_changes_nothing_and_the_next_one_learns(
     value: float,
 ) -> None:
-    options = {"value_fields": [1], "precision": "bf16"}
-    made, other = with_gpu_step(**options), with_gpu_step(**options)
+    made, other = (with_gpu_step(value_fields=[1], precision="bf16") for _ in range(2))
     ids, labels, values = batch(values=1)
     bad = values.copy()
     bad[3] = value

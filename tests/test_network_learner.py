@@ -139,7 +139,7 @@ class PlainSparse:
         width = learner.table.width
         self.v, self.w = (
             torch.nn.Embedding.from_pretrained(part.double(), freeze=False, sparse=True)  # type: ignore[no-untyped-call]
-            for part in learner.table.rows[:, : width + 1].split([width, 1], dim=1)
+            for part in torch.split(learner.table.rows[:, : width + 1], [width, 1], dim=1)
         )
         groups = [
             {"params": [self.v.weight], "lr": 0.02},
@@ -154,7 +154,7 @@ class PlainSparse:
         self.sparse.zero_grad()
         self.adam.zero_grad()
         mean_loss(logits, labels).backward()  # type: ignore[no-untyped-call]
-        self.sparse.step()
+        self.sparse.step()  # type: ignore[no-untyped-call]
         self.adam.step()
         found: Array = logits.detach().numpy()
         return found
@@ -395,7 +395,7 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_is_loaded(name: str
 def test_fnn_is_an_fm_until_its_pretraining_examples_are_learned() -> None:
     fnn = small_learner("fnn", pretrain_examples=300)  # three batches of 128
     fm = small_learner("fm")
-    as_network = []
+    as_network: list[int] = []
     for ids, labels in planted_batches(5, seed=0):
         equal = np.array_equal(fnn.learn(ids, labels), fm.learn(ids, labels))
         assert equal is not bool(as_network)
