@@ -6,15 +6,14 @@ which brokers were used.
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
+from support import interpreter  # noqa: F401 - before Triton is imported
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 from support.patience import end_of, kill_started
 from support.reliability import MATRIX, Outcome, Report
@@ -25,10 +24,6 @@ from stream_ctr.connectors import embedded
 from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version
 from stream_ctr.connectors.errors import EmbeddedUnavailable
 from stream_ctr.connectors.kafka import timeouts
-
-if not torch.cuda.is_available():
-    # Set before anything imports Triton: the GPU kernels then run on the CPU.
-    os.environ["TRITON_INTERPRET"] = "1"
 
 # These are separate programs. Some need packages that only a peer's environment has.
 collect_ignore_glob = ["bench/contenders/*"]

@@ -64,7 +64,7 @@ def test_any_number_of_threads_gives_the_same_model_bit_for_bit(
         )
         for step in range(4):
             ids, labels = random_batch(1500 if step else 700, seed=step)
-            learner.learn(ids, labels, ids[:, :1].astype(np.float32) / 1024)
+            learner.learn(ids, labels, (ids[:, :1] / 1024).astype(np.float32))
         states.append(state_of(learner))
     for other in states[1:]:
         assert_equal_states(states[0], other)

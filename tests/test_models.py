@@ -196,7 +196,7 @@ def test_the_gradient_of_a_system_agrees_with_finite_differences(
     assert gradcheck(logits, (w.requires_grad_(), v.requires_grad_(), *parameters))
 
 
-# -- the arguments that a step passes ---------------------------------------------------------------
+# -- the arguments that a step passes -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -52,7 +52,8 @@ def test_products_are_those_of_each_pair_in_the_order_of_the_pairs(fields: int, 
 def test_the_outer_product_of_the_sum_is_the_sum_of_all_outer_products(fields: int) -> None:
     v = random_embeddings(5, fields, 4)
     expected = [
-        sum(np.outer(a, b).ravel() for a in example for b in example) for example in v.numpy()
+        np.sum([np.outer(a, b).ravel() for a in example for b in example], axis=0)
+        for example in v.numpy()
     ]
     assert np.allclose(outer_product(v.sum(dim=1)), expected, atol=1e-12)
 

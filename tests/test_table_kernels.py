@@ -116,7 +116,7 @@ class SparseAdam:
     def __init__(self, table: Table) -> None:
         self.v, self.w = (
             torch.nn.Parameter(part.clone())
-            for part in table.rows[:, : table.width + 1].split([table.width, 1], dim=1)
+            for part in torch.split(table.rows[:, : table.width + 1], [table.width, 1], dim=1)
         )
         rates = table.rates
         self._optimizer = torch.optim.SparseAdam(
@@ -131,7 +131,7 @@ class SparseAdam:
         g = torch.from_numpy(gradient).float()
         for part, values in ((self.v, g[:, :-1]), (self.w, g[:, -1:])):
             part.grad = torch.sparse_coo_tensor(index, values, part.shape, check_invariants=True)
-        self._optimizer.step()
+        self._optimizer.step()  # type: ignore[no-untyped-call]
 
     @property
     def moments(self) -> list[torch.Tensor]:
@@ -157,7 +157,7 @@ def test_adam_on_the_table_is_torchs_sparse_adam(embeddings: int, scale: float) 
         gradient = scale * rng.normal(size=(40, width + 1))
         theirs.step(ids, gradient)
         step(table, ids, gradient, steps=steps, examples=40, split=[3, 30])
-    ours = table.rows[:, : 3 * (width + 1)].split(width + 1, dim=1)
+    ours = torch.split(table.rows[:, : 3 * (width + 1)], width + 1, dim=1)
     expected = torch.cat([theirs.v, theirs.w], dim=1), *theirs.moments
     for found, other in zip(ours, expected, strict=True):
         assert torch.allclose(found, other, rtol=2e-5, atol=1e-6 * min(scale, 1.0) ** 0.5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 from support.patience import wait_until
@@ -19,13 +20,17 @@ def test_every_task_runs_exactly_once(threads: int, count: int) -> None:
     pool = ThreadPool(threads)
     for _ in range(3):
         ran.clear()
-        pool.run([lambda index=index: ran.append(index) for index in range(count)])
+        pool.run([partial(ran.append, index) for index in range(count)])
         assert sorted(ran) == list(range(count))
 
 
 def test_one_thread_runs_the_tasks_in_order_in_the_callers_thread() -> None:
     ran: list[tuple[int, int]] = []
-    ThreadPool(1).run([lambda i=i: ran.append((i, threading.get_ident())) for i in range(5)])
+
+    def note(index: int) -> None:
+        ran.append((index, threading.get_ident()))
+
+    ThreadPool(1).run([partial(note, index) for index in range(5)])
     assert ran == [(i, threading.get_ident()) for i in range(5)]
 
 

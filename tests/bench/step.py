@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 from support.record import fill, machine, print_table  # noqa: E402
 
 from bench import zipf  # noqa: E402
-from stream_ctr.learn.learner import NetworkLearner, make_learner  # noqa: E402
+from stream_ctr.learn.learner import make_learner  # noqa: E402
+from stream_ctr.learn.network_learner import NetworkLearner  # noqa: E402
 from stream_ctr.learn.spec import LearnerSpec  # noqa: E402
 from stream_ctr.learn.thread_pool import set_up_process  # noqa: E402
 from stream_ctr.models import MODELS, layers  # noqa: E402

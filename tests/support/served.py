@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from msgspec import structs
 
-from stream_ctr.learn.learner import NetworkLearner, make_learner
+from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import Pointer, pointer_for, write_pointer
 from support.manifests import LEARNER, MANIFEST, manifest

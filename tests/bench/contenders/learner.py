@@ -1,4 +1,4 @@
-"""Ours: DeepFM through `stream_ctr.learn.learner.NetworkLearner.learn`."""
+"""Ours: DeepFM through `stream_ctr.learn.network_learner.NetworkLearner.learn`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import numpy as np
 from examples import field_sizes, full_batches, measured, options, parse
 
-from stream_ctr.learn.learner import NetworkLearner, choose_device, choose_precision
+from stream_ctr.learn.device import choose_device, choose_precision
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.thread_pool import set_up_process
 

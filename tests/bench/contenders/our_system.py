@@ -14,14 +14,11 @@ import numpy.typing as npt
 import training
 from examples import parse
 
-from stream_ctr.learn.learner import (
-    NetworkLearner,
-    State,
-    choose_device,
-    choose_precision,
-    make_learner,
-)
+from stream_ctr.learn.device import choose_device, choose_precision
+from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.tensors import State
 from stream_ctr.learn.thread_pool import set_up_process
 
 _ENDLESS = 1 << 40  # `follow` ends the pretraining

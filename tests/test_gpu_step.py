@@ -1,0 +1,286 @@
+"""The step of the GPU against that of the CPU.
+
+It runs on a CUDA GPU where there is one, else on the CPU: there without graphs, and with its
+kernels in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from support.learners import assert_equal_states, learner, small_network, state_of
+
+from stream_ctr.errors import ConfigError
+from stream_ctr.learn import gpu_step
+from stream_ctr.learn.gpu_step import GpuStep
+from stream_ctr.learn.network_learner import NetworkLearner
+from stream_ctr.learn.step import StepOptions
+
+pytest.importorskip(
+    "stream_ctr.learn.triton_kernels", reason="Triton is for Linux only", exc_type=ImportError
+)
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+ATOL = 5e-3 if CUDA else 2e-5  # TF32's products against float32's
+on_a_gpu = pytest.mark.skipif(not CUDA, reason="no CUDA GPU here: not measured")
+
+Examples = tuple[npt.NDArray[np.int32], npt.NDArray[np.uint8], npt.NDArray[np.float32]]
+
+
+def small(model: str = "deepfm", *, device: str = DEVICE, **changes: Any) -> NetworkLearner:
+    return small_network(model, device=device, **{"table_bits": 6, "batch_size": 8, **changes})
+
+
+def with_gpu_step(model: str = "deepfm", **changes: Any) -> NetworkLearner:
+    """Return a learner with the GPU's step, also where it runs on the CPU."""
+    made = small(model, **changes)
+    if not CUDA:
+        made._make_step = partial(GpuStep, made.model, made.table, made.adam)
+        made._step = made._prepared_step()
+    return made
+
+
+def batch(n: int = 8, *, seed: int = 0, values: int = 0) -> Examples:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 64, (n, 3)).astype(np.int32)
+    ids[:, 0] %= 2
+    labels = rng.integers(0, 2, n).astype(np.uint8)
+    return ids, labels, rng.normal(size=(n, values)).astype(np.float32)
+
+
+def learn(made: NetworkLearner, examples: Examples, following: Examples | None = None) -> Any:
+    """Return the logits on the host, and fail where nothing was learned."""
+    logits = made.learn(*examples, following=following)
+    assert logits is not None
+    return logits.cpu()
+
+
+def feed_of(made: NetworkLearner) -> Any:
+    assert isinstance(made._step, GpuStep)
+    return made._step._feed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="adagrad"),
+        pytest.param(
+            {"table_optimizer": "sgd", "table_learning_rate": 0.1, "linear_learning_rate": 0.1},
+            id="sgd",
+        ),
+        pytest.param({"value_fields": [0, 2], "dense_weight_decay": 0.1}, id="values and decay"),
+        pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"model": "fm_dnn"}, id="fm_dnn"),
+        pytest.param({"model": "fnn", "pretrain_examples": 100}, id="fnn"),
+        pytest.param({"model": "pnn", "hidden": [8]}, id="pnn"),
+        pytest.param(
+            {
+                "table_optimizer": "adam",
+                "model": "fm_dnn",
+                "table_learning_rate": 0.01,
+                "linear_learning_rate": 0.01,
+            },
+            id="fm_dnn with adam",
+        ),
+        pytest.param(
+            {"dropout": 0.5, "batch_size": 16},
+            id="dropout",
+            marks=pytest.mark.skipif(CUDA, reason="a GPU draws other numbers"),
+        ),
+    ],
+)
+def test_thirty_steps_equal_those_on_the_cpu(changes: dict[str, Any]) -> None:
+    cpu = small(device="cpu", **changes)
+    gpu = with_gpu_step(**changes)
+    atol = max(ATOL, 0.02 if "precision" in changes else 0.0)
+    for step in range(30):
+        examples = batch(8 - step % 3, seed=step, values=len(changes.get("value_fields", ())))
+        assert torch.allclose(learn(cpu, examples), learn(gpu, examples), atol=atol)
+    found = state_of(gpu)
+    for name, array in state_of(cpu).items():
+        assert np.allclose(array, found[name], rtol=1e-3, atol=atol), name
+
+
+@pytest.mark.parametrize("model", ["deepfm", "fm", "fnn"])
+def test_the_models_with_an_fm_use_the_sums_of_the_gather(model: str) -> None:
+    made = with_gpu_step(model, pretrain_examples=1000)
+    assert isinstance(made._step, GpuStep)
+    step = made._step
+    ids, labels, _ = batch()
+    before = made.predict(ids)
+    gathered = step._gathered
+
+    def shifted() -> tuple[torch.Tensor, torch.Tensor]:
+        w, v = gathered()
+        step._sums.pairs.add_(2.0)
+        return w, v
+
+    step.__dict__.pop("_recorded_score", None)
+    step._gathered = shifted  # type: ignore[method-assign]
+    assert np.allclose(made.predict(ids), before + 2.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_learn_returns_the_prediction_from_before_the_update(dropout: float) -> None:
+    made = with_gpu_step(dropout=dropout)
+    for step in range(3):
+        examples = batch(6, seed=step)
+        before = made.predict(examples[0])
+        assert np.array_equal(learn(made, examples).numpy(), before)
+        assert not np.array_equal(made.predict(examples[0]), before)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NumPy
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e17])  # the last explodes in the gradient alone
+def test_a_step_that_is_not_finite_or_explodes_changes_nothing_and_the_next_one_learns(
+    value: float,
+) -> None:
+    made, other = (with_gpu_step(value_fields=[1], precision="bf16") for _ in range(2))
+    ids, labels, values = batch(values=1)
+    bad = values.copy()
+    bad[3] = value
+    labels[3] = 1  # the model predicts 0 for it, if anything
+    assert made.learn(ids, labels, bad) is None
+    assert_equal_states(state_of(made), state_of(other))
+    good = ids, labels, values
+    assert torch.equal(learn(made, good), learn(other, good))
+    assert_equal_states(state_of(made), state_of(other))
+
+
+def test_a_batch_that_was_staged_beforehand_is_the_batch_that_is_learned() -> None:
+    ahead, plain = with_gpu_step(value_fields=[2]), with_gpu_step(value_fields=[2])
+    batches = [batch(8 - step % 2, seed=step, values=1) for step in range(6)]
+    staged: list[npt.NDArray[np.int32]] = []
+    feed = feed_of(ahead)
+    stage = feed.stage
+
+    def counted(examples: Examples) -> Any:
+        staged.append(examples[0])
+        return stage(examples)
+
+    feed.stage = counted
+    for step, examples in enumerate(batches):
+        # From the fourth step on, the batch that is announced does not follow.
+        following = batches[step + 1] if step < 3 else batch(seed=9, values=1)
+        assert torch.equal(learn(ahead, examples, following), learn(plain, examples))
+    assert_equal_states(state_of(ahead), state_of(plain))
+    for ids, expected in zip(staged[:4], batches, strict=False):
+        assert np.shares_memory(ids, expected[0])
+    assert len(staged) == 4 + 2 * 2 + 1
+
+
+def test_a_staged_batch_that_changes_and_comes_later_is_learned_as_it_is_then() -> None:
+    made, other = with_gpu_step(), with_gpu_step()
+    first, second = batch(seed=1), batch(seed=2)
+    learn(made, first, second)
+    learn(made, first)
+    second[0][:] = 5
+    learn(other, first)
+    learn(other, first)
+    assert torch.equal(learn(made, second), learn(other, second))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_learner_restored_from_its_state_continues_bit_for_bit(dropout: float) -> None:
+    straight, before, after = (with_gpu_step(dropout=dropout) for _ in range(3))
+    for step in range(3):
+        learn(straight, batch(seed=step))
+        learn(before, batch(seed=step))
+    learn(after, batch(seed=7))
+    after.load_weights(before.weights())
+    after.load_optimizer_state(before.optimizer_state())
+    for step in range(3, 6):
+        examples = batch(seed=step)
+        assert torch.equal(learn(straight, examples), learn(after, examples))
+    assert_equal_states(state_of(straight), state_of(after))
+
+
+# -- Triton --------------------------------------------------------------------------------------
+
+
+def test_without_triton_the_gpu_step_names_the_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = with_gpu_step()
+    monkeypatch.setattr(gpu_step, "triton_kernels", None)
+    with pytest.raises(ConfigError, match="Triton is not installed; install torch's CUDA build"):
+        GpuStep(made.model, made.table, made.adam, StepOptions(columns=3, batch_size=8))
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None
+import stream_ctr.learn.learner
+import stream_ctr.learn.gpu_step
+print(stream_ctr.learn.gpu_step.triton_kernels)
+"""
+
+
+@pytest.mark.slow
+def test_a_learner_on_the_cpu_needs_no_triton() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TRITON], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "None\n"
+
+
+# -- on a GPU only -------------------------------------------------------------------------------
+
+
+@on_a_gpu
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.5},
+        {"precision": "bf16", "value_fields": [1]},
+        {"table_optimizer": "adam", "model": "fm_dnn"},
+    ],
+    ids=str,
+)
+def test_a_replayed_graph_does_the_same_as_the_step(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    replayed = with_gpu_step(**changes)
+    eager = with_gpu_step(**changes)
+    monkeypatch.setattr(eager._step, "_record", lambda call: call)
+    torch.set_float32_matmul_precision("high")
+    try:
+        for step in range(10):
+            examples = batch(8 - step % 3, seed=step, values=len(changes.get("value_fields", ())))
+            assert torch.equal(learn(replayed, examples), learn(eager, examples))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert_equal_states(state_of(replayed), state_of(eager))
+
+
+@on_a_gpu
+def test_a_step_waits_for_nothing_but_its_verdict() -> None:
+    made = with_gpu_step()
+    made.learn(*batch())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in range(5):
+            made.learn(*batch(seed=step), following=batch(seed=step + 1))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_a_gpu
+def test_two_runs_of_the_papers_model_are_equal() -> None:
+    states = []
+    for _ in range(2):
+        made = learner(fields=39, batch_size=4096, precision="bf16", device="cuda")
+        rng = np.random.default_rng(0)
+        for _ in range(20):
+            ids = (rng.zipf(1.2, (4096, 39)) % (1 << 20)).astype(np.int32)
+            made.learn(ids, rng.integers(0, 2, 4096).astype(np.uint8))
+        states.append(state_of(made))
+    assert_equal_states(*states)

@@ -1,0 +1,176 @@
+"""LR as a learner: its state, the weights it accepts, and LR that is only served."""
+
+from __future__ import annotations
+
+import resource
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from support.learners import (
+    PLANTED_FIELDS,
+    assert_equal_states,
+    planted_batches,
+    planted_stream,
+    small_learner,
+    state_of,
+)
+
+LR_WEIGHTS = {
+    "rows": np.array([3, 7], np.int32),
+    "pairs": np.array([[0.5, 1.0], [-1.0, 2.0]]),
+    "intercept": np.array([0.1, 0.2]),
+}
+
+
+def test_lr_learns_from_an_example_what_it_predicted_for_it() -> None:
+    learner = small_learner("lr", value_fields=[1])
+    ids, labels = planted_stream(300, seed=0)
+    values = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
+    for e in range(300):
+        row = slice(e, e + 1)
+        before = learner.predict(ids[row], values[row]).tolist()
+        found = learner.learn(ids[row], labels[row], values[row]).tolist()
+        assert found == pytest.approx(before, abs=1e-12)
+    assert learner.steps == 300
+
+
+def test_lr_continues_from_its_state() -> None:
+    straight, before, resumed = (small_learner("lr") for _ in range(3))
+    steps = planted_batches(4, seed=0)
+    for ids, labels in steps:
+        straight.learn(ids, labels)
+    for ids, labels in steps[:2]:
+        before.learn(ids, labels)
+    weights, state = before.weights(), before.optimizer_state()
+    before.learn(*steps[2])
+    before.weights(reuse=True)  # earlier copies stay as they were
+    resumed.learn(*steps[3])
+    resumed.load_weights(weights)
+    resumed.load_optimizer_state(state)
+    for ids, labels in steps[2:]:
+        resumed.learn(ids, labels)
+    assert_equal_states(state_of(straight), state_of(resumed))
+
+
+def test_copies_of_lrs_weights_stay_except_in_memory_that_is_reused() -> None:
+    learner = small_learner("lr")
+    first, second = planted_batches(2, seed=0)
+    learner.learn(*first)
+    reused, own = learner.weights(reuse=True), learner.weights()
+    kept = {name: array.copy() for name, array in own.items()}
+    learner.learn(*second)
+    learner.weights()
+    assert_equal_states(own, kept)
+    assert_equal_states(reused, kept)
+    assert not np.array_equal(learner.weights(reuse=True)["pairs"], kept["pairs"])
+    assert not np.array_equal(reused["pairs"], kept["pairs"])
+    assert_equal_states(own, kept)
+
+
+def test_lr_that_learns_in_one_thread_predicts_finite_numbers_in_another() -> None:
+    learner = small_learner("lr", table_bits=4)
+    ids, labels = planted_stream(20_000, seed=0)
+    ids = (ids % 16).astype(np.int32)
+    with ThreadPoolExecutor(1) as pool:
+        learning = pool.submit(lambda: [learner.learn(ids, labels) for _ in range(30)])
+        predicted = [np.isfinite(learner.predict(ids[:2000])).all()]
+        while not learning.done():
+            predicted.append(np.isfinite(learner.predict(ids[:2000])).all())
+    assert len(predicted) > 10
+    assert all(predicted)
+    assert len(learning.result()) == 30
+
+
+def test_the_rates_of_ftrl_are_used_by_lr_alone() -> None:
+    strict = small_learner("lr", ftrl={"l1": 50.0})
+    loose = small_learner("lr")
+    ids, labels = planted_stream(128, seed=0)
+    for learner in (strict, loose):
+        learner.learn(ids, labels)
+    assert np.ptp(strict.predict(ids)) == 0.0 < np.ptp(loose.predict(ids))
+    small_learner("fm", ftrl={"l1": 50.0})
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"rows": np.array([3, 256], np.int32)}, "outside a table of 2\\^8 rows"),
+        ({"rows": np.array([-1, 3], np.int32)}, "outside a table of 2\\^8 rows"),
+        ({"rows": np.array([7, 3], np.int32)}, "'rows' does not ascend"),
+        ({"rows": np.array([3, 3], np.int32)}, "'rows' does not ascend"),
+        ({"rows": np.array([3, 7])}, "'rows' is int64"),
+        ({"rows": np.array([[3, 7]], np.int32)}, "'rows' is int32 \\(1, 2\\), expected"),
+        ({"rows": np.array(3, np.int32)}, "'rows' is int32 \\(\\), expected"),
+        (
+            {"rows": np.array([3], np.int32)},
+            "'pairs' is float64 \\(2, 2\\), expected .* \\(1, 2\\)",
+        ),
+        ({"pairs": np.array([[0.5, -1.0], [1.0, 2.0]])}, "'pairs' holds a negative sum of squares"),
+        (
+            {"pairs": np.array([[0.5, np.inf], [1.0, 2.0]])},
+            "'pairs' holds values that are not finite",
+        ),
+        (
+            {"pairs": np.array([[np.nan, 1.0], [1.0, 2.0]])},
+            "'pairs' holds values that are not finite",
+        ),
+        ({"pairs": np.ones((2, 2), np.float32)}, "'pairs' is float32"),
+        ({"intercept": np.array([0.1, -0.2])}, "'intercept' holds a negative sum of squares"),
+        ({"intercept": np.array([0.1])}, "'intercept' is float64 \\(1,\\)"),
+        ({"odd": np.zeros(1)}, "'odd' is not one of this model"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("serving", [False, True])
+def test_weights_that_are_not_those_of_lr_are_refused_and_change_nothing(
+    serving: bool, changed: dict[str, Any], message: str
+) -> None:
+    learner = small_learner("lr", serving=serving)
+    learner.load_weights(LR_WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        learner.load_weights({**LR_WEIGHTS, **changed})
+    assert_equal_states(learner.weights(), LR_WEIGHTS)
+
+
+@pytest.mark.parametrize("name", LR_WEIGHTS)
+def test_the_weights_of_lr_must_all_be_there(name: str) -> None:
+    others = {key: value for key, value in LR_WEIGHTS.items() if key != name}
+    with pytest.raises(ValueError, match=f"{name!r} is missing"):
+        small_learner("lr").load_weights(others)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_served_lr_predicts_the_same_bits_also_for_rows_it_never_saw(steps: int) -> None:
+    there = small_learner("lr", value_fields=[1], table_bits=20)
+    ids, labels = planted_stream(300, seed=0)
+    ids *= 1000  # with rows between those that are learned
+    values = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
+    for _ in range(steps):
+        there.learn(ids[:200], labels[:200], values[:200])
+    here = small_learner("lr", value_fields=[1], table_bits=20, serving=True)
+    here.load_weights(there.weights())
+    ids[::3, 0] = 0
+    ids[1::3, 2] = 2**20 - 1
+    ids[2::3, 3] = 7777
+    assert np.array_equal(here.predict(ids, values), there.predict(ids, values))
+    assert_equal_states(here.weights(), there.weights())
+    with pytest.raises(TypeError, match="does not learn"):
+        here.learn(ids, labels, values)
+
+
+def test_served_lr_takes_memory_for_its_weights_whatever_its_table_bits() -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    learner = small_learner("lr", serving=True, table_bits=31)
+    rows = np.arange(0, 2**31, 2**16, dtype=np.int64).astype(np.int32)  # each on its own page
+    learner.load_weights({"rows": rows, "pairs": np.ones((len(rows), 2)), "intercept": np.zeros(2)})
+    last = learner.predict(np.full((1, PLANTED_FIELDS), rows[-1]))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
+    assert last != 0.0 == learner.predict(np.full((1, PLANTED_FIELDS), rows[-1] + 1))
+
+
+def test_lr_that_has_learned_nothing_has_weights_too() -> None:
+    learner = small_learner("lr")
+    learner.load_weights(small_learner("lr").weights())
+    assert learner.predict(planted_stream(3, seed=0)[0]).tolist() == [0.0, 0.0, 0.0]
