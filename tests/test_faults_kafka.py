@@ -110,7 +110,7 @@ class Trainer:
 
     @property
     def records(self) -> int:
-        """How many records it has read, by its last report."""
+        """The number of records that it has read, by its last report."""
         return int(self.report.get("counters", {}).get("records", 0))
 
     def wait_for(self, condition: Callable[[], bool]) -> None:

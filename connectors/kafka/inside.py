@@ -3,7 +3,7 @@
 The client has no public way to read fetched bytes, to bound what they expand to, or to tell when a
 broker last answered. Every release may change its private members, so nothing here relies on a
 version: `why_not_columns` and `why_not_bounded` look at the members and try them on a few batches
-made by hand. What they refuse, the caller does through the public interface (`public_reader`).
+made by hand. If a check fails, sources read through the public interface (`public_reader`).
 
 Nothing here imports kafka-python. Consumers are handed in; a partition is a (topic, partition).
 """

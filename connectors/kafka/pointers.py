@@ -57,7 +57,7 @@ class PointerReader:
 
     @property
     def caught_up(self) -> bool:
-        """Whether everything that was in the topic at the start has been polled."""
+        """True once everything that was in the topic at the start has been polled."""
         if not self._caught_up:
             positions = [
                 self._consumer.position(partition, timeout_ms=0) for partition in self._assigned

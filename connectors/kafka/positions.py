@@ -120,7 +120,7 @@ class Positions:
 
     @property
     def finished(self) -> bool:
-        """Whether there are recorded ends and all of them are reached."""
+        """True once all recorded ends are reached; never where there are none."""
         return self.recorded_end is not None and bool(self.caught_up().all())
 
     def seek(

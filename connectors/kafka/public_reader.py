@@ -1,7 +1,7 @@
 """The slow reader: kafka-python through its public interface alone.
 
 It serves releases whose private members differ from those that `inside` knows. Records, positions,
-lost offsets and errors are those of `columns_reader`. What differs:
+lost offsets and errors are those of `columns_reader`. There are these differences:
 
 - each record is a Python object of the client's, which takes several times as long;
 - a compressed batch may expand without a bound (`client.open_consumer` warns of that);
@@ -253,7 +253,7 @@ class PublicReader(ConsumerReader):
 
 
 def _may_be_damage(error: Exception) -> bool:
-    """Whether bytes that cannot be decoded may be the cause of an error."""
+    """Return whether bytes that cannot be decoded may be the cause of an error."""
     elsewhere = (
         LogTruncationError,
         MemoryError,

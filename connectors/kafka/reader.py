@@ -1,7 +1,7 @@
 """The interface between a source, which keeps count of positions, and a client, which reads.
 
 A `Reader` fetches from the positions that it is given and reports what it read and what it could
-not read. What follows from a failure is decided once, in `topic_source`.
+not read. `topic_source` decides what follows from a failure, once for all clients.
 """
 
 from __future__ import annotations

@@ -68,12 +68,12 @@ class TopicSource:
 
     @property
     def until_end(self) -> bool:
-        """Whether the source ends where the logs ended when it was opened."""
+        """True if the source ends where the logs ended when it was opened."""
         return self._positions.recorded_end is not None
 
     @property
     def finished(self) -> bool:
-        """Whether the source ends and everything was read."""
+        """True once a source that ends has read everything."""
         return self._positions.finished
 
     def poll(self, timeout_seconds: float) -> Records:
@@ -200,6 +200,8 @@ class TopicSource:
 
     def _due_failure(self) -> Failure | None:
         """Take a failure whose partition is to be read; drop those whose partition has moved."""
+        if not self._failures:
+            return None
         wanted = self._positions.wanted()
         for index, failure in list(self._failures.items()):
             if index is not None and failure.position != self._positions.next_offset[index]:

@@ -36,7 +36,7 @@ class TopicNews(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether an answer is on its way."""
+        """True while an answer is on its way."""
 
 
 class FutureNews:
