@@ -64,7 +64,12 @@ def main() -> None:
 
     step()
     fit(slice(0, arguments.batch))
-    share = _seconds(lambda: [step() for _ in pairs]) / _seconds(fit)
+
+    def steps() -> None:
+        for _ in pairs:
+            step()
+
+    share = _seconds(steps) / _seconds(fit)
     if share <= 1:
         fastest, examples, name = step, arguments.batch, "the steps of fit"
     else:

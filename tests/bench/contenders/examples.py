@@ -57,8 +57,8 @@ def full_batches(
     ids = torch.from_numpy(np.load(data / f"{which}.npy"))
     labels = torch.from_numpy(np.load(data / "labels.npy")).float()
     n = len(ids) - len(ids) % batch
-    id_batches = ids[:n].to(device).split(batch)
-    label_batches = labels[:n].to(device).split(batch)
+    id_batches = ids[:n].to(device).split(batch)  # type: ignore[no-untyped-call]
+    label_batches = labels[:n].to(device).split(batch)  # type: ignore[no-untyped-call]
     return list(zip(id_batches, label_batches, strict=True))
 
 

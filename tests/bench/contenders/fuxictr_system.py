@@ -9,6 +9,7 @@ zoo's FM and DNN.
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import fuxictr
 import numpy as np
@@ -90,11 +91,12 @@ class Composed(BaseModel):  # type: ignore[misc]
         if self.lr_layer is not None:
             sides.append(self.lr_layer(x))
         if self.mlp is not None:
-            deep = embeddings if self.own_embedding is None else self.own_embedding(x)
-            sides.append(self.mlp(self._signals(deep)))
+            if self.own_embedding is not None:
+                embeddings = self.own_embedding(x)
+            sides.append(self.mlp(self._signals(embeddings)))
         return {"y_pred": self.output_activation(sum(sides[1:], sides[0]))}
 
-    def _signals(self, embeddings: Tensor) -> Tensor:
+    def _signals(self, embeddings: Any) -> Tensor:
         """Return the input of the MLP: the embeddings, and their inner products if any."""
         flat = embeddings.flatten(start_dim=1)
         if self.inner_product_layer is None:

@@ -175,14 +175,15 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name, Lease(Path(name)) as lease:
             report = runs.train_on_log(stream, config, lease)
         seconds = time.perf_counter() - began
+        assert report
         costs = by_block(stream.marks, arguments.block)
         _, *steady = costs  # in the first block, code is loaded and memory grows
         quarter = max(1, len(steady) // 4)
         return {
             "value": statistics.median(steady[-quarter:]) / statistics.median(steady[:quarter]),
             "microseconds_by_block": costs,
-            "events": report["events"],
-            "examples": report["examples"],
+            "events": report.events,
+            "examples": report.examples,
             "seconds": seconds,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from typing import Any
 
 import numpy as np
 from examples import field_sizes, full_batches, measured, options, parse
@@ -27,7 +28,7 @@ def main() -> None:
     )
     arguments = parse(parser)
     set_up_process()  # as `stream-ctr run` does
-    precision = choose_precision(arguments.precision, choose_device(arguments.device))
+    precision: Any = choose_precision(arguments.precision, choose_device(arguments.device))
     sizes = [] if arguments.fields else field_sizes(arguments.data)
     bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
     spec = LearnerSpec(

@@ -29,7 +29,7 @@ def main() -> None:
         leaf = next(batches).detach().requires_grad_()
         loss = nn.functional.binary_cross_entropy_with_logits(network(leaf).squeeze(1), labels)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
     measured(step, arguments, note=f"torch {torch.__version__}, {arguments.precision} throughout")

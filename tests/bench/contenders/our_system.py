@@ -30,6 +30,7 @@ class Ours:
 
     def __init__(self, arguments: argparse.Namespace, sizes: list[int], seed: int) -> None:
         bits = arguments.table_bits or (sum(sizes) - 1).bit_length()
+        precision: Any = choose_precision(arguments.precision, choose_device(arguments.device))
         options: dict[str, Any] = {}
         if arguments.initial_scale is not None:
             options["initial_scale"] = arguments.initial_scale
@@ -45,7 +46,7 @@ class Ours:
             table_optimizer=arguments.table_optimizer,
             dense_learning_rate=0.001,
             pretrain_examples=_ENDLESS,
-            precision=choose_precision(arguments.precision, choose_device(arguments.device)),
+            precision=precision,
             seed=seed,
             **options,
         )
@@ -67,21 +68,17 @@ class Ours:
         return 1 / (1 + np.exp(-self.learner.predict(batch[0]).astype(np.float64)))
 
     def keep(self) -> None:
-        if self._pretraining(self.learner):
+        if self.learner.pretraining:
             self._kept = self.learner.weights(reuse=True)
 
     def follow(self) -> bool:
         learner = self.learner
-        if not self._pretraining(learner):
+        if not isinstance(learner, NetworkLearner) or not learner.pretraining:
             return False
         if self._kept is not None:
             learner.load_weights(self._kept)
         learner.end_pretraining()
         return True
-
-    @staticmethod
-    def _pretraining(learner: object) -> bool:
-        return isinstance(learner, NetworkLearner) and learner.pretraining
 
 
 def main() -> None:

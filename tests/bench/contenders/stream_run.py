@@ -17,6 +17,7 @@ import numpy as np
 from answers import Stopwatch, answer
 
 from stream_ctr.cli import runs
+from stream_ctr.cli.assembly import build_trainer
 from stream_ctr.cli.main import main as stream_ctr
 from stream_ctr.join.examples import Examples
 from stream_ctr.train.report import to_json_object
@@ -88,11 +89,14 @@ def main() -> None:
     command += ["--until-end", *arguments.run_options]
     for option in (*NOTHING_PUBLISHED, *(JOIN_ONLY if arguments.join_only else ())):
         command += ["-X", option]
-    build = runs.build_trainer
 
     def measure() -> dict[str, Any]:
         watch = Watch(join_only=arguments.join_only, keep=arguments.save is not None)
-        runs.build_trainer = lambda *args, **options: watch.attach(build(*args, **options))
+
+        def build_watched(*arguments: Any, **options: Any) -> Any:
+            return watch.attach(build_trainer(*arguments, **options))
+
+        runs.build_trainer = build_watched  # type: ignore[attr-defined]
         with tempfile.TemporaryDirectory() as state:
             if status := stream_ctr([*command, "--state", state], standalone_mode=False):
                 sys.exit(status)  # the command has printed the reason
