@@ -138,7 +138,7 @@ def test_verify_misses_a_published_snapshot_that_is_not_there(state):
     pointer = read_pointer(state / "latest.json")
     assert pointer
     shutil.rmtree(pointer.path)
-    result = CliRunner().invoke(main, ["snapshots", "verify", str(state)])
+    result = command("snapshots", "verify", state)
     assert result.exit_code == 6
     assert f"{pointer.snapshot}  is published, and is missing" in result.output
 
