@@ -1,28 +1,42 @@
-"""Every error that stream_ctr raises on purpose, and the exit code each one ends a command with.
+"""The errors that stream_ctr raises on purpose, and the exit code of a command that raises one.
 
-StreamCtrError
-|-- ConfigError      3   the configuration is wrong; the message names the key, the value and the way out
-|-- BrokerError      4   no broker, or the broker refused us
-|-- DataError        5   the data policy stopped the run, or a log cannot be read at all
-`-- SnapshotError    6   no valid snapshot where one is needed
+StreamCtrError      1
+|-- ConfigError     3   the configuration is wrong
+|-- BrokerError     4   no broker answers, or the broker refuses the client
+|-- DataError       5   the data policy stopped the run, or a log cannot be read at all
+`-- SnapshotError   6   a valid snapshot is needed, and there is none
 """
 
 
 class StreamCtrError(Exception):
+    """The base of all errors of stream_ctr. Messages name the thing, the value and the way out.
+
+    >>> ConfigError("label window must be positive, got -5s").exit_code
+    3
+    """
+
     exit_code = 1
 
 
 class ConfigError(StreamCtrError):
+    """The configuration is wrong. The message names the key and the value."""
+
     exit_code = 3
 
 
 class BrokerError(StreamCtrError):
+    """No broker answers, or the broker refuses the client."""
+
     exit_code = 4
 
 
 class DataError(StreamCtrError):
+    """The data policy stopped the run, or a log cannot be read at all."""
+
     exit_code = 5
 
 
 class SnapshotError(StreamCtrError):
+    """A valid snapshot is needed, and there is none."""
+
     exit_code = 6

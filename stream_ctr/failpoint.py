@@ -1,8 +1,14 @@
-"""Named places where the process can be made to die, so that a test can show what a crash there leaves behind.
+"""Named places where a test can end, pause or break the process, to see what a crash leaves behind.
 
-`STREAM_CTR_FAILPOINT=NAME` ends the process the first time it comes to that place, `NAME:N` the N-th time: at once and without any cleaning
-up, as `kill -9` does, with exit code 137. `NAME:N=sleep:SECONDS` makes it wait there instead, `NAME:N=out-of-memory` makes memory run out.
-Without the variable a failpoint is one comparison.
+The environment variable `STREAM_CTR_FAILPOINT` selects one of them:
+
+    NAME                     end the process when it first reaches the place
+    NAME:N                   end it when it reaches the place for the N-th time
+    NAME:N=sleep:SECONDS     wait there instead
+    NAME:N=out-of-memory     raise `MemoryError` there instead
+
+The process ends as with `kill -9`: at once, without cleaning up, with exit code 137. Without the
+variable, a failpoint costs one comparison.
 """
 
 from __future__ import annotations
@@ -17,38 +23,38 @@ from typing import NamedTuple
 from stream_ctr.errors import ConfigError
 
 VARIABLE = "STREAM_CTR_FAILPOINT"
-EXIT_CODE = 137  # what a shell calls a process that SIGKILL ended
+EXIT_CODE = 137  # what a shell reports for a process that SIGKILL ended
 
-# In the order of a run. Every name stands here once, and at one place in the code.
+# The state at each failpoint, in the order of a run. Each name is used at one place in the code.
 FAILPOINTS = {
-    "poll.after": "records were read, none of them is joined",
-    "join.after": "records are joined, what became of them is not learned",
+    "poll.after": "records are read, none of them is joined",
+    "join.after": "records are joined, none of their examples is learned",
     "learn.before": "a batch is cut, no model has seen it",
-    "learn.after": "the models here have learned a batch, the baseline may not have",
-    "cut.before": "a snapshot is due, nothing of the state is copied",
-    "cut.after": "the state is copied, nothing of it is on disk",
+    "learn.after": "the models in this process have learned a batch, the baseline may not have",
+    "cut.before": "a snapshot is due, no state is copied",
+    "cut.after": "the state is copied, none of it is on disk",
     "snapshot.file": "one more tensor file of an unfinished snapshot is on disk",
     "snapshot.files": "all tensor files are on disk, the manifest is not",
-    "snapshot.manifest": "the manifest too is on disk, the snapshot is not visible yet",
+    "snapshot.manifest": "the manifest is on disk too, the snapshot is not visible yet",
     "snapshot.rename": "the snapshot is visible, its name may not be on disk",
     "commit.before": "the snapshot is on disk, offsets are not committed",
-    "commit.after": "offsets are committed, nobody was told of the snapshot",
-    "pointer.before": "the new pointer is on disk beside the old one",
+    "commit.after": "offsets are committed, the snapshot is not published",
+    "pointer.before": "the new pointer is on disk next to the old one",
     "pointer.after": "latest.json is replaced",
-    "announce.before": "the pointer is about to go to its topic",
+    "announce.before": "the pointer is about to be sent to its topic",
     "announce.after": "the broker has the pointer",
-    "retain.before": "the snapshot is published, none too old is removed",
-    "retain.hidden": "a snapshot that is too old is out of sight, its files are there",
-    "retain.after": "snapshots that are too old are gone",
+    "retain.before": "the snapshot is published, no expired snapshot is removed",
+    "retain.hidden": "an expired snapshot is hidden, its files are still there",
+    "retain.after": "expired snapshots are removed",
 }
 
-_SPELLED = re.compile(
+_SYNTAX = re.compile(
     r"([^:=]*)(?::([1-9][0-9]*))?(?:=(kill|out-of-memory|sleep:[0-9]+(?:\.[0-9]+)?))?"
 )
 
 
 class Armed(NamedTuple):
-    """Which failpoint, at which time of reaching it, and what happens there."""
+    """The selected failpoint, the number of times to reach it, and the action there."""
 
     name: str
     time: int = 1
@@ -56,22 +62,26 @@ class Armed(NamedTuple):
 
 
 def parse(text: str) -> Armed:
-    """What `text` asks for.
+    """Return the failpoint that a value of the variable selects.
 
-    >>> parse("snapshot.rename"), parse("learn.after:12=sleep:8")
-    (Armed(name='snapshot.rename', time=1, action='kill'), Armed(name='learn.after', time=12, action='sleep:8'))
-    >>> parse("snapshot.renamed")
+    Raises `ConfigError` for an unknown name or action.
+
+    >>> parse("snapshot.rename")
+    Armed(name='snapshot.rename', time=1, action='kill')
+    >>> parse("learn.after:12=sleep:8")
+    Armed(name='learn.after', time=12, action='sleep:8')
+    >>> parse("learn")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    stream_ctr.errors.ConfigError: STREAM_CTR_FAILPOINT='snapshot.renamed' is no failpoint; did you mean 'snapshot.rename'?
+    stream_ctr.errors.ConfigError: STREAM_CTR_FAILPOINT='learn' is no failpoint; did you mean ...
     """
-    spelled = _SPELLED.fullmatch(text)
-    if spelled is None:
+    match = _SYNTAX.fullmatch(text)
+    if match is None:
         actions = "=kill, =sleep:SECONDS, =out-of-memory or nothing"
         raise ConfigError(
             f"{VARIABLE}={text!r} must be NAME or NAME:N with N from 1 on, then {actions}"
         )
-    name, count, action = spelled.groups()
+    name, count, action = match.groups()
     if name not in FAILPOINTS:
         near = difflib.get_close_matches(name, FAILPOINTS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(FAILPOINTS)}"
@@ -79,13 +89,13 @@ def parse(text: str) -> Armed:
     return Armed(name, int(count or 1), action or "kill")
 
 
-# Read once: a run that began without a failpoint never meets one.
+# Read once, on import: a process that starts without a failpoint never has one.
 _ARMED = parse(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else Armed("")
 _REACHED = itertools.count(1)
 
 
 def failpoint(name: str) -> None:
-    """Die here, wait here or run out of memory here, if the environment says so.
+    """Act here if the environment selects this failpoint: end, wait or run out of memory.
 
     >>> failpoint("poll.after")
     """

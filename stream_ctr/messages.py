@@ -1,4 +1,4 @@
-"""Text for messages that quote input: short, on one line, and without characters that steer a terminal."""
+"""Text for messages that quote input: short, on one line, without terminal control characters."""
 
 from __future__ import annotations
 
@@ -6,41 +6,55 @@ import difflib
 from collections.abc import Iterable
 
 _SHOWN_CHARACTERS = 200
+_UTF8_BYTES = 4  # of a character, at most
 
 
-def one_line(text: object, longest: int = 200) -> str:
-    r"""`text` for a message: what would steer a terminal is an escape, what is too long is cut.
+def one_line(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
+    r"""Return `text` for a message, with escapes for control characters, cut to `longest`.
+
+    A cut text ends with "...".
 
     >>> one_line("column \x1b[31m" + 300 * "x", 20)
     'column \\x1b[31mxxxxx...'
     """
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode()
-        for c in str(text)[: longest + 1]
-    )
+    shown = "".join(map(_escaped, str(text)[: longest + 1]))
     return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
 def printable(data: bytes | str, longest: int = _SHOWN_CHARACTERS) -> str:
-    r"""`data` for a terminal: one line of at most `longest` characters, where what would steer the terminal is written as an escape.
+    r"""Return `data` on one line for a terminal, with escapes for control characters.
+
+    At most `longest` characters are shown, followed by the length if that is greater. Bytes are
+    decoded as UTF-8, and invalid bytes become escapes.
 
     >>> printable(b"\x1b[2Jcaf\xc3\xa9\r\n\xff")
     '\\x1b[2Jcafé\\r\\n\\xff'
     >>> printable("a\u202eb" + 100 * "c", 5)
     'a\\u202ebcc... (103 characters)'
     """
-    text = (
-        data if isinstance(data, str) else data[: 4 * longest].decode("utf-8", "backslashreplace")
-    )
-    shown = "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:longest]
-    )
-    if len(data) <= longest:
-        return shown
-    return f"{shown}... ({len(data):,} {'characters' if isinstance(data, str) else 'bytes'})"
+    if isinstance(data, str):
+        text = data
+        unit = "characters"
+    else:
+        text = data[: _UTF8_BYTES * longest].decode("utf-8", "backslashreplace")
+        unit = "bytes"
+    shown = "".join(map(_escaped, text[:longest]))
+    return shown if len(data) <= longest else f"{shown}... ({len(data):,} {unit})"
+
+
+def _escaped(character: str) -> str:
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
-    """`"; did you mean 'x'?"` for the word most like `word`, or nothing."""
+    """Return a suggestion of the most similar word for the end of a message, or "".
+
+    >>> nearest("lear", ["learn", "join"])
+    "; did you mean 'learn'?"
+    >>> nearest("x", ["learn", "join"])
+    ''
+    """
     match = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,6 +1,6 @@
 """Processor time of each event as a stream grows: decoded, hashed, joined and learned.
 
-The stream repeats one block of encoded events with new ids and times. That costs little and is not
+The stream repeats one block of encoded events with new ids and times. This costs little and is not
 counted. Windows are short, so that as many impressions are pending at the end as at the beginning.
 The value is the median cost of the last quarter of the blocks divided by that of the first quarter,
 without the first block. A block has at least --block events.
