@@ -63,6 +63,25 @@ def test_the_index_forgets_the_oldest_ids_first_and_counts_them() -> None:
     assert target.counts()["impressions_duplicate"] == 400 - forgotten
 
 
+def full_index() -> IdIndex:
+    """Return an index that has no room for more than its ten ids, of the times 0 to 9."""
+    index = IdIndex(16)
+    index.fill(np.arange(10, dtype=np.uint64), np.arange(10), np.full(10, LEFT, np.int32))
+    return index
+
+
+def test_ids_beyond_the_horizon_make_room_and_are_not_counted_as_forgotten_early() -> None:
+    index = full_index()
+    assert index.reserve(4, horizon_start=6) == 0
+    assert index.state_dict(since=0)["time"].tolist() == [6, 7, 8, 9]
+
+
+def test_ids_within_the_horizon_that_make_room_are_counted_as_forgotten_early() -> None:
+    index = full_index()
+    assert index.reserve(8, horizon_start=6) == 3  # of the four that the horizon has left
+    assert index.state_dict(since=0)["time"].tolist() == [9]
+
+
 def test_the_oldest_of_too_many_waiting_clicks_are_dropped() -> None:
     with capacity(features=100, clicks=40):
         target = bounded(1 << 20)
