@@ -39,7 +39,13 @@ from pydantic import Field as key
 from pydantic_core import ErrorDetails
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.events.field import Field, cross, require_members, shown_cross
+from stream_ctr.events.field import (
+    Field,
+    cross,
+    require_distinct_crosses,
+    require_distinct_members,
+    require_members,
+)
 from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
@@ -156,12 +162,7 @@ class Section(BaseModel):
 
 
 def _distinct_members(names: tuple[str, ...]) -> tuple[str, ...]:
-    if len(names) < 2 or not all(names):
-        raise ValueError(
-            f'a cross product needs two or more fields, "age*category", got {shown_cross(names)}'
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(f"a cross product has a field twice: {shown_cross(names)}")
+    require_distinct_members(names)
     return names
 
 
@@ -270,9 +271,7 @@ class Features(Section):
     def _crosses_of_fields(
         cls, crosses: tuple[Cross, ...], info: ValidationInfo
     ) -> tuple[Cross, ...]:
-        for index, names in enumerate(crosses):
-            if any(sorted(names) == sorted(other) for other in crosses[:index]):
-                raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
+        require_distinct_crosses(crosses)
         # A key that is absent is wrong itself and has an error of its own.
         if {"categorical", "numeric", "numeric_encoding"} <= info.data.keys():
             fields = _fields(info.data["categorical"], info.data["numeric"])

@@ -102,7 +102,7 @@ WRONG = {
         ("[features]\ncrosses=[3]", "features.crosses.0: Input should be a valid tuple, got 3"),
         (
             "[features]\ncategorical=['age', 'category']\ncrosses=['age*categry']",
-            "no field; did you mean 'category'?",
+            "not a field; did you mean 'category'?",
         ),
         (
             "[features]\ncategorical=['a']\nnumeric=['x']\n"

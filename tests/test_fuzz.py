@@ -1,4 +1,8 @@
-"""Bytes from outside, mutated: the decoder, the readers of logs and the loader of snapshots answer in their own terms, whatever comes."""
+"""Mutated bytes from outside: the decoder, the readers of logs and the loader of snapshots.
+
+Whatever the bytes are, each of them returns a result or raises an error of its own kind, with a
+short and printable message.
+"""
 
 from __future__ import annotations
 
@@ -15,132 +19,115 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 from hypothesis import strategies as st
-from support.fuzzing import (
-    EVENTS,
-    Strict,
-    T,
-    fuzz,
-    in_memory,
-    ipc,
-    mutated,
-    told,
-)
+from support.event_records import EVENTS, FIELDS, T, as_values
+from support.fuzzing import StrictDecoder, fuzz, in_memory, ipc, mutated
 from support.manifests import replace_file
 from support.sample_logs import AVAZU_HEADER, COLUMNS, OBD, avazu_line, criteo_line, nested
 
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events.decoder import Decoder
-from stream_ctr.events.field import Field
 from stream_ctr.logs.open import FORMATS, open_log
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import encode_pointer, pointer_for, read_pointer
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.subscriber import Subscriber
 
-FIELDS = (Field("app", "categorical"), Field("age", "numeric"))
-
-
-# -- mutations -----------------------------------------------------------------------------------
+LONGEST_MESSAGE = 300
+LONGEST_LOG_MESSAGE = 800
 
 
 # -- the decoder ---------------------------------------------------------------------------------
 
-json_values = st.recursive(
+JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner, max_size=2)
     ),
     max_leaves=4,
 )
-documents = st.fixed_dictionaries(
+DOCUMENTS = st.fixed_dictionaries(
     {},
     optional={
         "kind": st.sampled_from(["impression", "click", "view", 1, None]),
         "impression_id": st.sampled_from(["a", "b", "", 5, None]),
-        "time": st.one_of(st.integers(T, T + 10**6), st.just("2025-01-01T00:00:00Z"), json_values),
+        "time": st.one_of(st.integers(T, T + 10**6), st.just("2025-01-01T00:00:00Z"), JSON_VALUES),
         "features": st.one_of(
             st.fixed_dictionaries(
                 {},
                 optional={
-                    "app": st.text(max_size=3) | json_values,
-                    "age": st.floats(-9, 9) | json_values,
+                    "app": st.text(max_size=3) | JSON_VALUES,
+                    "age": st.floats(-9, 9) | JSON_VALUES,
                 },
             ),
-            json_values,
+            JSON_VALUES,
         ),
-        "true_probability": st.floats(-1, 2) | json_values,
-        "x": json_values,
+        "true_probability": st.floats(-1, 2) | JSON_VALUES,
+        "x": JSON_VALUES,
     },
 )
-records = st.one_of(
+RECORDS = st.one_of(
     mutated(*EVENTS),
-    documents.map(lambda d: json.dumps(d).encode("utf-8", "surrogatepass")),
+    DOCUMENTS.map(lambda d: json.dumps(d).encode("utf-8", "surrogatepass")),
     st.sampled_from(EVENTS),
     st.binary(max_size=20),
     st.none(),
 )
 
 
-@pytest.mark.slow
-def test_the_fast_way_and_the_strict_way_tell_the_same_of_any_bytes(full):
+def rows(read: dict[str, Any], *names: str) -> list[int]:
+    """Return the rows of these impressions, clicks or rejects."""
+    return [row for name in names for row, *_ in read[name]]
 
-    @fuzz(full, 300, st.lists(records, min_size=1, max_size=30))
+
+@pytest.mark.slow
+def test_the_scanner_and_the_strict_parser_read_any_bytes_alike(full: bool) -> None:
+    @fuzz(full, 300, st.lists(RECORDS, min_size=1, max_size=30))
     def check(values: list[bytes | None]) -> None:
         array = pa.array(values, pa.large_binary())
-        strict = told(Strict(FIELDS).decode(array))
-        assert told(Decoder(FIELDS).decode(array)) == strict
-        seen = sorted(
-            row for name in ("impressions", "clicks", "rejects") for row, *_ in strict[name]
-        )
-        assert seen == list(range(len(values)))  # nothing is lost, nothing is read twice
-        assert all(
-            message.isprintable() and len(message) < 300 for _, _, message in strict["rejects"]
-        )
+        strict = as_values(StrictDecoder(FIELDS).decode(array))
+        assert as_values(Decoder(FIELDS).decode(array)) == strict
+        # No record is lost or read twice.
+        read = rows(strict, "impressions", "clicks", "rejects")
+        assert sorted(read) == list(range(len(values)))
+        for _, _, message in strict["rejects"]:
+            assert message.isprintable()
+            assert len(message) < LONGEST_MESSAGE
 
 
-def test_many_neighbours_of_one_mutated_record_are_read_as_without_it(full):
+def test_the_neighbours_of_a_mutated_record_are_read_as_without_it(full: bool) -> None:
     good = [EVENTS[0]] * 40 + [EVENTS[3]] * 40
 
     @fuzz(full, 150, mutated(*EVENTS), st.integers(0, 80))
-    def check(bad: bytes, at: int) -> None:
-        read = told(
-            Decoder(FIELDS).decode(pa.array([*good[:at], bad, *good[at:]], pa.large_binary()))
-        )
-        others = [
-            row - (row > at)
-            for name in ("impressions", "clicks", "rejects")
-            for row, *_ in read[name]
-            if row != at
-        ]
-        assert sorted(others) == list(range(80))
-        assert [row for row, *_ in read["rejects"] if row != at] == []
+    def check(bad: bytes, index: int) -> None:
+        values = pa.array([*good[:index], bad, *good[index:]], pa.large_binary())
+        read = as_values(Decoder(FIELDS).decode(values))
+        others = [row for row in rows(read, "impressions", "clicks", "rejects") if row != index]
+        assert sorted(row - (row > index) for row in others) == list(range(80))
+        assert set(rows(read, "rejects")) <= {index}
 
 
 # -- logs on disk --------------------------------------------------------------------------------
 
 
 def seeds_of_logs() -> dict[str, list[bytes]]:
-    """Small logs of every format, written in every way."""
+    """Return small logs of every format, written in every way."""
+    events = b"\n".join(EVENTS)
     flat = pa.table(COLUMNS)
     coded = flat.set_column(3, "app", flat["app"].dictionary_encode())
     criteo = "\n".join(criteo_line(str(i % 2)) for i in range(4)).encode()
     avazu = "\n".join(avazu_line(i, i % 2) for i in range(4)).encode()
+
+    def plain_parquet(file: object) -> None:
+        pa.parquet.write_table(nested(flat), file, compression="none", use_dictionary=False)
+
     return {
-        "events": [
-            b"\n".join(EVENTS),
-            gzip.compress(b"\n".join(EVENTS)),
-            bytes(pa.Codec("zstd").compress(b"\n".join(EVENTS))),
-        ],
+        "events": [events, gzip.compress(events), bytes(pa.Codec("zstd").compress(events))],
         "criteo": [criteo],
         "avazu": [avazu, AVAZU_HEADER.encode() + b"\n" + avazu],
         "obd": [b"\n".join(OBD.read_bytes().splitlines()[:4])],
         "parquet": [
-            in_memory(lambda stream: pa.parquet.write_table(coded, stream)),
-            in_memory(
-                lambda stream: pa.parquet.write_table(
-                    nested(flat), stream, compression="none", use_dictionary=False
-                )
-            ),
+            in_memory(lambda file: pa.parquet.write_table(coded, file)),
+            in_memory(plain_parquet),
         ],
         "arrow": [
             ipc(pa.ipc.new_file, flat),
@@ -152,8 +139,11 @@ def seeds_of_logs() -> dict[str, list[bytes]]:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.slow
-def test_a_mutated_log_is_read_or_refused_by_name_and_nothing_else(full, format, tmp_path):
-    seeds, numbers = seeds_of_logs()[format], itertools.count()
+def test_a_mutated_log_is_read_or_ends_with_a_data_error(
+    full: bool, format: str, tmp_path: Path
+) -> None:
+    seeds = seeds_of_logs()[format]
+    numbers = itertools.count()
 
     @fuzz(full, 150, mutated(*seeds), st.sampled_from([None, format, format, *FORMATS]))
     def check(data: bytes, read_as: str | None) -> None:
@@ -166,33 +156,40 @@ def test_a_mutated_log_is_read_or_refused_by_name_and_nothing_else(full, format,
             messages = [*log.notes, *(reason for _, reason in log.rejected.first)]
         except DataError as error:
             messages = [str(error)]
-        assert all(message.isprintable() and len(message) < 800 for message in messages)
+        for message in messages:
+            assert message.isprintable()
+            assert len(message) < LONGEST_LOG_MESSAGE
         path.unlink()
 
 
 # -- snapshots -----------------------------------------------------------------------------------
 
-ODD_VALUES = [
-    ..., None, True, -1, 0, 1, 3, 63, 2**31, 2**62, 2**64, -(2**63), 10**400, 0.5, 1e308, "", "x", "../../x", "\x1b[2J", "\ud800", "0" * 64,
-    [], [1], [30_000, 30_000], [["app", "categorical"]], {}, {"bytes": 1, "sha256": ""},
-]  # fmt: skip
+ODD_VALUES: list[Any] = [
+    *(..., None, True, -1, 0, 1, 3, 63),
+    *(2**31, 2**62, 2**64, -(2**63), 10**400, 0.5, 1e308),
+    *("", "x", "../../x", "\x1b[2J", "\ud800", "0" * 64),
+    *([], [1], [30_000, 30_000], [["app", "categorical"]]),
+    *({}, {"bytes": 1, "sha256": ""}),
+]
+"""Values for any place of a JSON document; `...` removes what is there."""
+
+ROWS = [{"app": "maps", "age": 31}, {}]
 
 
 def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Every place in a JSON document but the document itself."""
-    children = (
-        list(tree.items())
-        if isinstance(tree, dict)
-        else list(enumerate(tree))
-        if isinstance(tree, list)
-        else []
-    )
+    """Return every place in a JSON document but the document itself."""
+    children: list[tuple[Any, Any]] = []
+    if isinstance(tree, dict):
+        children = list(tree.items())
+    elif isinstance(tree, list):
+        children = list(enumerate(tree))
     return [
         place for key, child in children for place in ((*path, key), *places(child, (*path, key)))
     ]
 
 
 def changed(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
+    """Return a copy of a JSON document with this value in this place."""
     tree = json.loads(json.dumps(tree))
     owner = tree
     for key in place[:-1]:
@@ -204,8 +201,8 @@ def changed(tree: Any, place: tuple[Any, ...], value: Any) -> Any:
     return tree
 
 
-def refusal(read: Callable[[], object]) -> str:
-    """Why it cannot be read; nothing when it can."""
+def error_of(read: Callable[[], object]) -> str:
+    """Return the message of the `SnapshotError` that this raises, empty if it raises none."""
     try:
         read()
     except SnapshotError as error:
@@ -213,61 +210,64 @@ def refusal(read: Callable[[], object]) -> str:
     return ""
 
 
-def serve(path: Path) -> None:
-    """Everything that reads a snapshot: each loads it or says in its own terms, and briefly, why not; what is loaded predicts."""
+def assert_served_or_refused(path: Path) -> None:
+    """Read a snapshot in every way: each returns, or raises a `SnapshotError` that is not long.
+
+    A model that was loaded predicts finite numbers.
+    """
     for read in (
-        snapshot.load,
-        snapshot.verify,
-        lambda path: snapshot.newest(path.parent),
-        predict,
-        predict_beside,
+        lambda: snapshot.load(path),
+        lambda: snapshot.verify(path),
+        lambda: snapshot.newest(path.parent),
+        lambda: assert_finite(Scorer(path)),
+        lambda: assert_finite(Scorer(path, model="ftrl")),
     ):
-        assert len(refusal(lambda read=read: read(path))) < 1000
+        assert len(error_of(read)) < 1000
 
 
-def predict(path: Path) -> None:
-    assert np.isfinite(Scorer(path).predict([{"app": "maps", "age": 31}, {}])).all()
+def assert_finite(scorer: Scorer) -> None:
+    assert np.isfinite(scorer.predict(ROWS)).all()
 
 
-def predict_beside(path: Path) -> None:
-    assert np.isfinite(Scorer(path, model="ftrl").predict([{"app": "maps", "age": 31}, {}])).all()
-
-
-def test_a_mutated_manifest_is_refused_or_loads(full, served):
+def test_a_mutated_manifest_is_refused_or_loads(full: bool, served: Path) -> None:
     text = (served / "manifest.json").read_bytes()
 
     @fuzz(full, 100, mutated(text))
     def check(data: bytes) -> None:
         (served / "manifest.json").write_bytes(data)
-        serve(served)
+        assert_served_or_refused(served)
 
 
-def test_a_manifest_with_odd_values_in_any_place_is_refused_or_loads(full, served):
+def test_a_manifest_with_an_odd_value_in_any_place_is_refused_or_loads(
+    full: bool, served: Path
+) -> None:
     manifest = json.loads((served / "manifest.json").read_bytes())
 
     @fuzz(full, 120, st.sampled_from(places(manifest)), st.sampled_from(ODD_VALUES))
     def check(place: tuple[Any, ...], value: Any) -> None:
         (served / "manifest.json").write_text(json.dumps(changed(manifest, place, value)))
-        serve(served)
+        assert_served_or_refused(served)
 
 
-def test_mutated_tensors_behind_a_true_hash_are_refused_or_load(full, served):
-    whole = (served / "model.safetensors").read_bytes()
-    size = int.from_bytes(whole[:8], "little")
-    header = json.loads(whole[8 : 8 + size])
+def test_mutated_tensors_with_the_right_hash_are_refused_or_load(full: bool, served: Path) -> None:
+    file = (served / "model.safetensors").read_bytes()
+    size = int.from_bytes(file[:8], "little")
+    header = json.loads(file[8 : 8 + size])
+    numbers_start = 8 + size
     numbers = st.floats(allow_nan=True, width=32).map(lambda number: np.float32(number).tobytes())
 
     def rebuilt(place: tuple[Any, ...], value: Any) -> bytes:
         text = json.dumps(changed(header, place, value)).encode()
-        return len(text).to_bytes(8, "little") + text + whole[8 + size :]
+        return len(text).to_bytes(8, "little") + text + file[numbers_start:]
 
     def with_number(where: float, number: bytes) -> bytes:
-        at = 8 + size + 4 * int(where * ((len(whole) - 8 - size) // 4))
-        return whole[:at] + number + whole[at + 4 :]
+        index = int(where * ((len(file) - numbers_start) // 4))
+        start = numbers_start + 4 * index
+        return file[:start] + number + file[start + 4 :]
 
     files = st.one_of(
-        mutated(whole),
-        mutated(whole[: 8 + size]).map(lambda head: head + whole[8 + size :]),
+        mutated(file),
+        mutated(file[:numbers_start]).map(lambda head: head + file[numbers_start:]),
         st.builds(
             rebuilt,
             st.sampled_from(places(header)),
@@ -288,10 +288,12 @@ def test_mutated_tensors_behind_a_true_hash_are_refused_or_load(full, served):
     @fuzz(full, 150, files)
     def check(data: bytes) -> None:
         replace_file(served, "model.safetensors", data)
-        serve(served)
+        assert_served_or_refused(served)
 
 
-def test_a_mutated_pointer_is_refused_or_leads_somewhere(full, served, tmp_path):
+def test_a_mutated_pointer_is_refused_or_leads_to_a_snapshot(
+    full: bool, served: Path, tmp_path: Path
+) -> None:
     pointer = json.loads(encode_pointer(pointer_for(served, snapshot.verify(served))))
     latest = tmp_path / "latest.json"
     elsewhere = [
@@ -303,15 +305,11 @@ def test_a_mutated_pointer_is_refused_or_leads_somewhere(full, served, tmp_path)
         changed, st.just(pointer), st.sampled_from([("path",), *places(pointer)]), values
     )
 
-    @fuzz(
-        full,
-        200,
-        st.one_of(
-            mutated(json.dumps(pointer).encode()), odd.map(lambda other: json.dumps(other).encode())
-        ),
-    )
+    changed_bytes = odd.map(lambda other: json.dumps(other).encode())
+
+    @fuzz(full, 200, st.one_of(mutated(json.dumps(pointer).encode()), changed_bytes))
     def check(data: bytes) -> None:
         latest.write_bytes(data)
         subscriber = Subscriber(tmp_path)
-        subscriber.next(0.0)  # what it is pointed to it loads, or passes over with a warning
-        assert len(refusal(lambda: read_pointer(latest))) < 1000
+        subscriber.next(0.0)  # loads the snapshot, or logs a warning
+        assert len(error_of(lambda: read_pointer(latest))) < 1000

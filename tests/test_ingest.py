@@ -22,7 +22,7 @@ from support.trainers import RIVER, Partitions, assert_equal_states, finish, spl
 from stream_ctr.connectors import Records
 from stream_ctr.connectors.errors import PositionLost
 from stream_ctr.events.arrow_events import pack
-from stream_ctr.events.decoder import Clicks, Decoder, Events, Impressions, Rejects
+from stream_ctr.events.decoder import Clicks, Decoder, Events, Impressions, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
@@ -199,7 +199,7 @@ def test_events_of_one_record_keep_their_order_and_come_before_those_of_the_next
                 row, np.full(len(values), 1), ids.slice(0, len(values)), times[: len(values)]
             )
             nothing = np.empty(0, np.int64)
-            return Events(impressions, clicks), Rejects(nothing, nothing, [], [], [])
+            return Events(impressions, clicks), Rejections(nothing, nothing, [], [], [])
 
     columns = (
         Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).events

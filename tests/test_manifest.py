@@ -94,7 +94,7 @@ def test_every_key_is_required_and_has_one_type(path: tuple[str, ...]) -> None:
         ({"schema": {"fields": [["app", "categorical"]] * 3}}, "a field is listed twice: app"),
         ({"schema": {"fields": [["app", "categorical", 1]]}}, "Expected `array`"),
         ({"schema": {"fields": [["app"]]}}, "Expected `array` of at least length 2, got 1"),
-        ({"schema": {"crosses": [["app", "size"]]}}, "'size', which is no field"),
+        ({"schema": {"crosses": [["app", "size"]]}}, "'size', which is not a field"),
         ({"event_time_range": ["x"]}, "Expected `array` of length 2"),
         ({"positions": {"clicks:0": -1}}, r"Expected `int` >= 0 - at `\$.positions\[...\]`"),
     ],

@@ -14,7 +14,7 @@ from support.pages import ROOT
 
 from stream_ctr.cli.main import main
 from stream_ctr.config import load
-from stream_ctr.events.decoder import infer_fields
+from stream_ctr.events.infer import infer_fields
 
 README = pages.read("README.md")
 

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pyarrow as pa
 
 from stream_ctr.errors import DataError
-from stream_ctr.events.decoder import Decoder, infer_fields
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
+from stream_ctr.events.infer import infer_fields
 from stream_ctr.messages import one_line
 from stream_ctr.train.source import Source
 

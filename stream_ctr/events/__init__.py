@@ -1,1 +1,1 @@
-"""Wire bytes to columns, columns to ids."""
+"""Decode records into columns of events, and hash their features into ids."""

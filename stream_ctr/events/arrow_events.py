@@ -1,16 +1,22 @@
-"""Events as Arrow, many a record: the value of a record is an Arrow IPC stream, whose columns become ours, and back.
+"""Events in columns, many a record: the value of a record is an Arrow IPC stream.
+
+The stream has these columns:
 
     kind              string                       impression or click
     impression_id     string
-    time              int64 epoch milliseconds, or a timestamp of any unit (UTC where it names no zone), rounded down to milliseconds
-    features          struct, a member a field     null for clicks; text, integer or boolean for categorical fields, a number for numeric
+    time              int64 epoch milliseconds, or a timestamp of any unit, rounded down to
+                      milliseconds (UTC unless it names a zone)
+    features          struct, a member a field     null for clicks; a categorical field is text,
+                                                   integer or boolean, a numeric field is a number
     true_probability  any number                   optional
 
-A string may be string, large_string, string_view, or a dictionary of one of them; categorical integers and booleans may come as a
-dictionary too. A column of type null is missing everywhere, NaN and infinities are missing, and of columns or members of one name the
-last counts. Other columns and members are accepted and counted.
+A string may be `string`, `large_string`, `string_view`, or a dictionary of one of them. Categorical
+integers and booleans may come as a dictionary too. A column of type null is missing everywhere. NaN
+and infinities are missing. The last of several columns or members of one name counts. Other columns
+and members are accepted and counted.
 
-A record that is no such stream, from its schema to its end, or that lacks a column or has one of another type is refused as a whole.
+A record is rejected as a whole when it is not a complete Arrow IPC stream, when a column is absent,
+or when a column has another type.
 """
 
 from __future__ import annotations
@@ -27,65 +33,110 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from stream_ctr.events import ipc_frames
-from stream_ctr.events.arrow_columns import epoch_ms, one_array
-from stream_ctr.events.candidates import IMPRESSION, Candidates, Refusal, Refused, kind_codes
+from stream_ctr.events.arrow_columns import byte_spans, epoch_ms, one_array
 from stream_ctr.events.field import Field
+from stream_ctr.events.ipc_frames import MARKER
+from stream_ctr.events.parsed_events import (
+    IMPRESSION,
+    UNKNOWN_KIND,
+    InvalidRecord,
+    ParsedEvents,
+    Rejection,
+    kind_codes,
+)
 from stream_ctr.messages import one_line
 
 MOST_EVENTS = 1 << 20
-"""Of a record: their order within it has 20 bits."""
-# What a record takes as columns, to the most bytes that it may have as it comes, and to those that it has: many small ones come in a poll.
-# Of the latter a record of good events that compress well takes 40, one that was made to fill memory thousands.
-_UNFOLDING = 16
-_UNFOLDING_OF_OWN = 64
-_SMALL = 1 << 17  # bytes that any record may take
-_EVENT_BYTES = 100  # of an event once it is read, whatever its columns had: nulls and indices have next to none
+"""The most events of a record: their order within it has 20 bits."""
+
+# A record may take this many times `max_record_bytes` once it is decompressed, and this many times
+# its own size, because one poll brings many small records. A record of good events that compress
+# well takes about 40 times its size, a record made to exhaust memory takes thousands.
+_DECOMPRESSED_TO_LIMIT = 16
+_DECOMPRESSED_TO_SIZE = 64
+_LEAST_ROOM_BYTES = 1 << 17  # any record may take this much
+_EVENT_BYTES = 100  # of a parsed event, even one whose columns take next to no space
 _BLOCK_BYTES = 64 << 20
-_SHOWN = 100  # characters of what is no kind
-_LARGEST_PACKED = (
-    900_000  # bytes: brokers and clients take a megabyte, if nobody told them otherwise
-)
+_SHOWN_CHARACTERS = 100  # of a kind that is neither impression nor click
+_LARGEST_PACKED_BYTES = 900_000  # by default, brokers and clients accept a megabyte
 _INT64_MAX = np.iinfo(np.int64).max
+_MS_PER_SECOND = 1000
+_TICKS_PER_MS = {"ms": 1, "us": 1_000, "ns": 1_000_000}
+_VIEW_WORDS = 4  # a view of a string is four int32; the first is the length of the string
 _READ_OPTIONS = pa.ipc.IpcReadOptions(
     use_threads=False, ensure_alignment=pa.ipc.Alignment.DataTypeSpecific
 )
-_TICKS_A_MILLISECOND = {"ms": 1, "us": 1_000, "ns": 1_000_000}
 Mask = npt.NDArray[np.bool_]
 
 
-def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBatch]:
-    """The batches of an IPC stream of a stranger, every offset, index and character of them looked at.
+def is_arrow(values: pa.LargeBinaryArray) -> Mask:
+    """Return which records begin with the marker of an Arrow IPC stream [n].
 
-    Raises `Refused` when the bytes are no such stream, or one of too many rows, or one that would take too much memory: more than 16 times
-    `max_record_bytes`, or than 64 times its own and 128 KiB.
+    >>> values = [b"{}", b"\\xff\\xff\\xff\\xff...", b"", None]
+    >>> is_arrow(pa.array(values, pa.large_binary())).tolist()
+    [False, True, False, False]
+    """
+    data, start, size = byte_spans(values)
+    found = np.zeros(len(values), np.bool_)
+    indices = np.flatnonzero(size >= len(MARKER))
+    found[indices] = data[start[indices]] == MARKER[0]  # cheap, and False for all JSON
+    indices = np.flatnonzero(found)
+    beginnings = data[start[indices, None] + np.arange(len(MARKER))]
+    found[indices] = (beginnings == np.frombuffer(MARKER, np.uint8)).all(axis=1)
+    return found
+
+
+# -- untrusted streams ---------------------------------------------------------------------------
+
+
+def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBatch]:
+    """Return the batches of an untrusted IPC stream, with every offset, index and text validated.
+
+    Raises `InvalidRecord` when the bytes are not such a stream, or when it has too many rows or
+    would take too much memory: more than 16 times `max_record_bytes`, or more than both 64 times
+    its own size and 128 KiB.
     """
     if value.size > max_record_bytes:
-        raise Refused("too_large", f"{value.size} bytes, more than {max_record_bytes}")
+        raise InvalidRecord("too_large", f"{value.size} bytes, more than {max_record_bytes}")
     try:
-        said = ipc_frames.sizes(memoryview(value))
-        if said.rows > MOST_EVENTS:
-            raise Refused("too_many_events", f"{said.rows} events, more than {MOST_EVENTS}")
-        room = (
-            min(_UNFOLDING * max_record_bytes, max(_SMALL, _UNFOLDING_OF_OWN * value.size))
-            - _EVENT_BYTES * said.rows
-        )
-        _require_room(said.bytes, room)
+        declared = ipc_frames.sizes(memoryview(value))
+        if declared.rows > MOST_EVENTS:
+            raise InvalidRecord(
+                "too_many_events", f"{declared.rows} events, more than {MOST_EVENTS}"
+            )
+        most = max(_LEAST_ROOM_BYTES, _DECOMPRESSED_TO_SIZE * value.size)
+        room = min(_DECOMPRESSED_TO_LIMIT * max_record_bytes, most) - _EVENT_BYTES * declared.rows
+        _require_room(declared.bytes, room)
         with pa.ipc.open_stream(value, options=_READ_OPTIONS) as reader:
-            _require_text(reader.schema)
+            _require_text_names(reader.schema)
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-        _require_room(_shown_bytes(batches), room)
-    except MemoryError:  # Arrow's is an ArrowException too, and says nothing of the record
+        _require_room(_expanded_text_bytes(batches), room)
+    except MemoryError:  # Arrow's is an ArrowException too, but no fault of the record
         raise
     except (ipc_frames.DamagedStream, pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise Refused("not_arrow", one_line(error)) from None
+        raise InvalidRecord("not_arrow", one_line(error)) from None
     return batches
 
 
-def _shown_bytes(batches: Sequence[pa.RecordBatch]) -> int:
-    """Of texts that are stored once and may be shown often: views, and ids in a dictionary."""
-    total, words_counted = 0, set()
+def _require_room(needed: int, most: int) -> None:
+    if needed > most:
+        raise InvalidRecord("too_large", f"{needed} bytes once decompressed, more than {most}")
+
+
+def _require_text_names(columns: Iterable[pa.Field]) -> None:
+    """Raises `UnicodeDecodeError` when a name is not UTF-8. Printing it later would raise it."""
+    for column in columns:
+        _ = column.name
+        _require_text_names(column.type.field(index) for index in range(column.type.num_fields))
+
+
+def _expanded_text_bytes(batches: Sequence[pa.RecordBatch]) -> int:
+    """Return the bytes of texts that are stored once and may occur often: views, and ids in a
+    dictionary."""
+    total = 0
+    counted: set[int] = set()  # addresses of dictionaries, which batches share
     for batch in batches:
         columns = list(zip(batch.schema.names, batch.columns, strict=True))
         while columns:
@@ -93,123 +144,114 @@ def _shown_bytes(batches: Sequence[pa.RecordBatch]) -> int:
             if pa.types.is_struct(column.type):
                 columns += [("", column.field(index)) for index in range(column.type.num_fields)]
             elif pa.types.is_string_view(column.type):
-                total += int(_lengths(column).sum())
+                total += int(_text_bytes(column).sum())
             elif pa.types.is_dictionary(column.type) and _is_text(column.type):
                 if name == "impression_id":
-                    total += int(
-                        _lengths(column.dictionary)[column.indices.drop_null().to_numpy()].sum()
-                    )
-                address = column.dictionary.buffers()[1].address if len(column.dictionary) else 0
-                if pa.types.is_string_view(column.type.value_type) and address not in words_counted:
-                    words_counted.add(address)  # batches share them
-                    total += int(_lengths(column.dictionary).sum())
+                    indices = column.indices.drop_null().to_numpy()
+                    total += int(_text_bytes(column.dictionary)[indices].sum())
+                total += _dictionary_view_bytes(column.dictionary, counted)
     return total
 
 
-def _lengths(texts: pa.Array) -> npt.NDArray[np.int64]:
-    """Bytes of each, 0 where it is missing [n]."""
+def _dictionary_view_bytes(dictionary: pa.Array, counted: set[int]) -> int:
+    """Return the bytes of a dictionary of views that is not in `counted`, and add it there."""
+    address = dictionary.buffers()[1].address if len(dictionary) else 0
+    if not pa.types.is_string_view(dictionary.type) or address in counted:
+        return 0
+    counted.add(address)
+    return int(_text_bytes(dictionary).sum())
+
+
+def _text_bytes(texts: pa.Array) -> npt.NDArray[np.int64]:
+    """Return the bytes of each text, 0 where it is missing [n]."""
     if not pa.types.is_string_view(texts.type):
         return pc.fill_null(pc.binary_length(texts), 0).to_numpy().astype(np.int64)
-    views = np.frombuffer(texts.buffers()[1] or b"", np.int32)[4 * texts.offset :: 4][
-        : len(texts)
-    ]  # each begins with its length
-    return np.where(texts.is_valid(), views, 0).astype(np.int64)
+    words = np.frombuffer(texts.buffers()[1] or b"", np.int32)
+    lengths = words[_VIEW_WORDS * texts.offset :: _VIEW_WORDS][: len(texts)]
+    return np.where(texts.is_valid(), lengths, 0).astype(np.int64)
 
 
-def _require_text(columns: Iterable[pa.Field]) -> None:
-    """Raises UnicodeDecodeError where a name is none: whoever prints it later would."""
-    for column in columns:
-        _ = column.name
-        _require_text(column.type.field(index) for index in range(column.type.num_fields))
+# -- columns to events ---------------------------------------------------------------------------
 
 
 class ArrowReader:
-    """Arrow records -> candidates with these fields."""
+    """Read Arrow records into `ParsedEvents` with the given fields."""
 
     def __init__(self, fields: Sequence[Field]) -> None:
         self.fields = tuple(fields)
 
     def read(
         self, streams: Mapping[int, Sequence[pa.RecordBatch]]
-    ) -> tuple[list[Candidates], list[Refusal]]:
-        """What is in the batches of the record at each row.
+    ) -> tuple[list[ParsedEvents], list[Rejection]]:
+        """Read the batches of the record at each row.
 
-        Refused is a record in which a column is missing or of a type that it cannot have.
+        A record in which a column is absent or has a wrong type is rejected.
         """
-        found: list[Candidates] = []
-        refusals: list[Refusal] = []
-        for _, group in itertools.groupby(
-            _parts(streams), key=lambda part: (part.batch.schema, part.block)
-        ):
-            self._read(list(group), found, refusals)
-        whole = {refusal.row for refusal in refusals}
+        parts: list[ParsedEvents] = []
+        rejections: list[Rejection] = []
+        chunks = _chunks(streams)
+        for _, group in itertools.groupby(chunks, lambda chunk: (chunk.batch.schema, chunk.block)):
+            self._read(list(group), parts, rejections)
+        if not rejections:
+            return parts, []
+        rejected = [rejection.row for rejection in rejections]
         return [
-            part.at(np.flatnonzero(~np.isin(part.row, list(whole)))) if whole else part
-            for part in found
-        ], refusals
+            part.take(np.flatnonzero(~np.isin(part.row, rejected))) for part in parts
+        ], rejections
 
     def _read(
-        self, parts: Sequence[_Part], found: list[Candidates], refusals: list[Refusal]
+        self, chunks: Sequence[_Chunk], parts: list[ParsedEvents], rejections: list[Rejection]
     ) -> None:
-        """Batches of one schema at once, which is faster; when that cannot be, by halves."""
+        """Read batches of one schema together, which is faster. If that fails, halve them."""
         try:
-            found.append(self._candidates(parts))
+            parts.append(self._parse(chunks))
         except MemoryError:  # Arrow's is an ArrowException too
             raise
-        except (Refused, pa.ArrowException, UnicodeDecodeError) as error:
-            if half := len(parts) // 2:
-                self._read(parts[:half], found, refusals)
-                self._read(parts[half:], found, refusals)
-            elif all(refusal.row != parts[0].row for refusal in refusals):
-                refused = (
-                    error if isinstance(error, Refused) else Refused("not_arrow", one_line(error))
-                )
-                refusals.append(Refusal(parts[0].row, refused.code, refused.message))
+        except (InvalidRecord, pa.ArrowException, UnicodeDecodeError) as error:
+            row = chunks[0].row
+            if half := len(chunks) // 2:
+                self._read(chunks[:half], parts, rejections)
+                self._read(chunks[half:], parts, rejections)
+            elif all(rejection.row != row for rejection in rejections):
+                reason = error.reason if isinstance(error, InvalidRecord) else "not_arrow"
+                message = error.message if isinstance(error, InvalidRecord) else one_line(error)
+                rejections.append(Rejection(row, reason, message))
 
-    def _candidates(self, parts: Sequence[_Part]) -> Candidates:
-        columns = _Columns(pa.Table.from_batches([part.batch for part in parts]))
-        sizes = [len(part.batch) for part in parts]
+    def _parse(self, chunks: Sequence[_Chunk]) -> ParsedEvents:
+        columns = _Columns(pa.Table.from_batches([chunk.batch for chunk in chunks]))
+        sizes = [len(chunk.batch) for chunk in chunks]
+        n = sum(sizes)
         kind, kind_text = columns.kind()
-        identity = columns.impression_id()
+        impression_id = columns.impression_id()
         time, has_time = columns.time()
         has_features, members = columns.features()
         features = {
-            field.name: self._feature(field, members.pop(field.name, None), len(kind))
-            for field in self.fields
+            field.name: _feature(field, members.pop(field.name, None), n) for field in self.fields
         }
-        truth = _numbers(
-            "true_probability", columns.others.pop("true_probability", None), len(kind)
-        )
-        return Candidates(
-            row=np.repeat([part.row for part in parts], sizes),
+        true_probability = columns.true_probability().to_numpy(zero_copy_only=False)
+        has_unknown_members = _any_present([*members.values(), *columns.replaced_members], n)
+        return ParsedEvents(
+            row=np.repeat([chunk.row for chunk in chunks], sizes),
             within=np.concatenate(
-                [
-                    np.arange(part.first, part.first + size)
-                    for part, size in zip(parts, sizes, strict=True)
-                ]
+                [np.arange(chunk.first, chunk.first + len(chunk.batch)) for chunk in chunks]
             ),
             kind=kind,
             kind_text=kind_text,
-            impression_id=identity,
+            impression_id=impression_id,
             time=time,
             has_time=has_time,
             has_features=has_features,
-            true_probability=truth.to_numpy(zero_copy_only=False),
+            true_probability=true_probability,
             features=features,
-            unread=columns.any_other()
-            | (_any_present([*members.values(), *columns.twice_members], len(kind)) & has_features),
-        )
-
-    def _feature(self, field: Field, member: pa.Array | None, n: int) -> pa.Array:
-        return (
-            _numbers(field.name, member, n)
-            if field.kind == "numeric"
-            else _categories(field.name, member, n)
+            has_unknown_fields=columns.any_unread() | (has_unknown_members & has_features),
         )
 
 
-class _Part(NamedTuple):
-    """A batch of the record at `row`, whose events from the `first` on it holds; `block`: those that are small enough together."""
+class _Chunk(NamedTuple):
+    """A batch of the record at `row`, whose events from index `first` on it holds.
+
+    Batches of one `block` are small enough to be read together.
+    """
 
     row: int
     first: int
@@ -217,113 +259,136 @@ class _Part(NamedTuple):
     block: int
 
 
-def _parts(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Part]:
-    size = 0
+def _chunks(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Chunk]:
+    total_bytes = 0
     for row, batches in streams.items():
         first = 0
         for batch in batches:
-            size += batch.get_total_buffer_size()
+            total_bytes += batch.get_total_buffer_size()
             if len(batch):
-                yield _Part(row, first, batch, size // _BLOCK_BYTES)
+                yield _Chunk(row, first, batch, total_bytes // _BLOCK_BYTES)
             first += len(batch)
 
 
 class _Columns:
-    """The columns of some batches by what they mean. What nobody has asked for is in `others`, and what a later one hides in `_twice`."""
+    """The columns of a table by their meaning. Each method takes its column from `_unread`.
+
+    Columns that a later column of the same name replaces are in `_replaced`.
+    """
 
     def __init__(self, table: pa.Table) -> None:
         self._n = len(table)
-        self.others, self._twice = _by_name(
-            table.schema, [one_array(column) for column in table.columns]
-        )
-        self.twice_members: list[pa.Array] = []
+        columns = [one_array(column) for column in table.columns]
+        self._unread, self._replaced = _last_by_name(table.schema, columns)
+        self.replaced_members: list[pa.Array] = []
 
     def kind(self) -> tuple[npt.NDArray[np.int8], pa.StringArray]:
-        """Its code, and where that is none, the beginning of what is there."""
-        kind = self._needed("kind", _is_text, "a string")
+        """Return the codes of kinds, and the beginning of the text where the kind is unknown."""
+        kind = self._required("kind", _is_text, "a string")
         if not pa.types.is_dictionary(kind.type):
             texts = kind.cast(pa.string())
             return kind_codes(texts), texts
         words = kind.dictionary.cast(pa.string())
-        codes = np.append(kind_codes(words), np.int8(-1))[
-            np.asarray(pc.fill_null(kind.indices.cast(pa.int64()), -1))
-        ]
-        others = pc.if_else(pa.array(codes < 0), kind.indices, None)
-        return codes, pc.utf8_slice_codeunits(words, 0, _SHOWN).take(others)
+        code_of_word = np.append(kind_codes(words), np.int8(UNKNOWN_KIND))  # the last: null
+        codes = code_of_word[np.asarray(pc.fill_null(kind.indices.cast(pa.int64()), -1))]
+        unknown = pc.if_else(pa.array(codes == UNKNOWN_KIND), kind.indices, None)
+        return codes, pc.utf8_slice_codeunits(words, 0, _SHOWN_CHARACTERS).take(unknown)
 
     def impression_id(self) -> pa.StringArray:
-        identity = self._needed("impression_id", _is_text, "a string")
-        if not pa.types.is_dictionary(identity.type):
-            return identity.cast(pa.string())
-        return identity.dictionary.cast(pa.string()).take(identity.indices)
+        column = self._required("impression_id", _is_text, "a string")
+        if not pa.types.is_dictionary(column.type):
+            return column.cast(pa.string())
+        return column.dictionary.cast(pa.string()).take(column.indices)
 
     def time(self) -> tuple[npt.NDArray[np.int64], Mask]:
-        """Epoch milliseconds, and whether there is a time."""
-        time = self._needed("time", _is_time, "int64 milliseconds or a timestamp")
+        """Return epoch milliseconds, and which events have a time."""
+        time = self._required("time", _is_time, "int64 milliseconds or a timestamp")
         if pa.types.is_null(time.type):
             return np.zeros(len(time), np.int64), np.zeros(len(time), bool)
         ticks = pc.fill_null(time.cast(pa.int64()), 0).to_numpy()
         if pa.types.is_timestamp(time.type) and time.type.unit == "s":
-            ticks = np.clip(ticks, -_INT64_MAX // 1000, _INT64_MAX // 1000) * 1000
+            most = _INT64_MAX // _MS_PER_SECOND
+            ticks = np.clip(ticks, -most, most) * _MS_PER_SECOND
         elif pa.types.is_timestamp(time.type):
-            ticks = ticks // _TICKS_A_MILLISECOND[time.type.unit]
+            ticks = ticks // _TICKS_PER_MS[time.type.unit]
         return ticks, np.asarray(time.is_valid())
 
     def features(self) -> tuple[Mask, dict[str, pa.Array]]:
-        """Which events have features, and these by their names."""
-        features = self.others.pop("features", None)
+        """Return which events have features, and the features by name."""
+        features = self._unread.pop("features", None)
         if features is None or pa.types.is_null(features.type):
             return np.zeros(self._n, bool), {}
-        _require("features", features, pa.types.is_struct, "a struct")
+        _require_type("features", features, pa.types.is_struct, "a struct")
         members = [features.field(index) for index in range(features.type.num_fields)]
-        by_name, self.twice_members = _by_name(features.type, members)
+        by_name, self.replaced_members = _last_by_name(features.type, members)
         return np.asarray(features.is_valid()), by_name
 
-    def any_other(self) -> Mask:
-        """Where there is something in a column that nobody reads."""
-        return _any_present([*self.others.values(), *self._twice], self._n)
+    def true_probability(self) -> pa.DoubleArray:
+        column = self._unread.pop("true_probability", None)
+        return _numbers("true_probability", column, self._n)
 
-    def _needed(self, name: str, accepts: Callable[[pa.DataType], bool], expected: str) -> pa.Array:
-        if name not in self.others:
-            raise Refused("missing_column", f"there is no column {name}")
-        return _require(name, self.others.pop(name), accepts, expected)
+    def any_unread(self) -> Mask:
+        """Return the events with a value in a column that no method has taken."""
+        return _any_present([*self._unread.values(), *self._replaced], self._n)
+
+    def _required(
+        self, name: str, accepts: Callable[[pa.DataType], bool], expected: str
+    ) -> pa.Array:
+        if name not in self._unread:
+            raise InvalidRecord("missing_column", f"there is no column {name}")
+        return _require_type(name, self._unread.pop(name), accepts, expected)
 
 
-def _by_name(
+def _last_by_name(
     named: pa.Schema | pa.StructType, columns: Sequence[pa.Array]
 ) -> tuple[dict[str, pa.Array], list[pa.Array]]:
-    """The last column of each name, and those before it."""
+    """Return the last column of each name, and all other columns."""
     names = [field.name for field in named]
     last = {name: index for index, name in enumerate(names)}
-    twice = [column for index, column in enumerate(columns) if last[names[index]] != index]
-    return {name: columns[index] for name, index in last.items()}, twice
+    replaced = [column for index, column in enumerate(columns) if last[names[index]] != index]
+    return {name: columns[index] for name, index in last.items()}, replaced
 
 
 def _any_present(columns: Sequence[pa.Array], n: int) -> Mask:
-    """Where any of these is not null [n]."""
+    """Return the rows in which any of these columns is not null [n]."""
     present = np.zeros(n, bool)
     for column in columns:
         present |= np.asarray(column.is_valid())
     return present
 
 
+def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
+    """Return the number of impressions in a batch, and of their features by name and Python type.
+
+    Raises `InvalidRecord` when the batch does not hold events.
+
+    >>> columns = {"kind": ["impression"], "features": [{"app": "maps", "age": 31}]}
+    >>> feature_types(pa.RecordBatch.from_pydict(columns))
+    (1, {'app': {<class 'str'>: 1}, 'age': {<class 'float'>: 1}})
+    """
+    columns = _Columns(pa.Table.from_batches([batch]))
+    impressions = columns.kind()[0] == IMPRESSION
+    _, members = columns.features()
+    found: dict[str, dict[type, int]] = {}
+    for name, member in members.items():
+        count = int(np.count_nonzero(impressions & np.asarray(member.is_valid())))
+        if count and (_is_category(member.type) or _is_number(member.type)):
+            found[name] = {(float if _is_number(member.type) else str): count}
+    return int(np.count_nonzero(impressions)), found
+
+
 # -- columns of one type -------------------------------------------------------------------------
 
 
-def _require(
+def _require_type(
     name: str, column: pa.Array, accepts: Callable[[pa.DataType], bool], expected: str
 ) -> pa.Array:
     if not (accepts(column.type) or pa.types.is_null(column.type)):
-        raise Refused(
+        raise InvalidRecord(
             "wrong_type",
             f"column {one_line(name, 80)} must be {expected}, got {one_line(column.type, 80)}",
         )
     return column
-
-
-def _require_room(needed: int, most: int) -> None:
-    if needed > most:
-        raise Refused("too_large", f"{needed} bytes once it is unfolded, more than {most}")
 
 
 def _is_plain_text(type: pa.DataType) -> bool:
@@ -351,133 +416,127 @@ def _is_number(type: pa.DataType) -> bool:
     )
 
 
+def _feature(field: Field, column: pa.Array | None, n: int) -> pa.Array:
+    if field.kind == "numeric":
+        return _numbers(field.name, column, n)
+    return _categories(field.name, column, n)
+
+
 def _numbers(name: str, column: pa.Array | None, n: int) -> pa.DoubleArray:
-    """As float64, null where they are not finite."""
+    """Return float64, null where a number is not finite [n]."""
     if column is None:
         return pa.nulls(n, pa.float64())
-    numbers = _require(name, column, _is_number, "a number").cast(pa.float64(), safe=False)
+    column = _require_type(name, column, _is_number, "a number")
+    numbers = column.cast(pa.float64(), safe=False)
     finite = pc.is_finite(numbers)
     return numbers if pc.all(finite, min_count=0).as_py() else pc.if_else(finite, numbers, None)
 
 
 def _categories(name: str, column: pa.Array | None, n: int) -> pa.Array:
-    """As strings, or a dictionary of int32 and strings where it is one."""
+    """Return strings or, for a dictionary, a dictionary of strings with int32 indices [n]."""
     if column is None:
         return pa.nulls(n, pa.string())
-    _require(name, column, _is_category, "a string, an integer or a boolean")
+    _require_type(name, column, _is_category, "a string, an integer or a boolean")
     if not pa.types.is_dictionary(column.type):
         return column.cast(pa.string())
-    words, indices = column.dictionary.cast(pa.string()), column.indices.cast(pa.int32())
+    words = column.dictionary.cast(pa.string())
+    indices = column.indices.cast(pa.int32())
     if words.null_count:
-        words, indices = (
-            pc.fill_null(words, ""),
-            pc.if_else(words.is_valid().take(indices), indices, None),
-        )
+        indices = pc.if_else(words.is_valid().take(indices), indices, None)
+        words = pc.fill_null(words, "")
     return pa.DictionaryArray.from_arrays(indices, words)
 
 
-def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
-    """How many impressions there are in a batch that was read, and of each feature how many values of which Python type."""
-    columns = _Columns(pa.Table.from_batches([batch]))
-    impressions = columns.kind()[0] == IMPRESSION
-    _, members = columns.features()
-    found: dict[str, dict[type, int]] = {}
-    for name, member in members.items():
-        count = int(np.count_nonzero(impressions & np.asarray(member.is_valid())))
-        if count and (_is_category(member.type) or _is_number(member.type)):
-            number = _is_number(member.type)
-            found[name] = {(float if number else str): count}
-    return int(np.count_nonzero(impressions)), found
-
-
-# -- back to bytes -------------------------------------------------------------------------------
+# -- events to records ---------------------------------------------------------------------------
 
 
 def one_event(batches: Sequence[pa.RecordBatch], within: int) -> bytes:
-    """A record of the one event at this place in a record. Raises `Refused` where Arrow cannot write what else is there."""
+    """Return a record that holds only the event at index `within` of these batches.
+
+    Raises `InvalidRecord` when Arrow cannot write another column of the event.
+    """
     for batch in batches:
         if within < len(batch):
             break
         within -= len(batch)
-    row = batch.slice(within, 1)
+    event = batch.slice(within, 1)
     try:
-        return _stream(
-            pa.RecordBatch.from_arrays([_alone(column) for column in row.columns], row.schema.names)
-        )
+        columns = [_compact(column) for column in event.columns]
+        return _write_stream(pa.RecordBatch.from_arrays(columns, event.schema.names))
     except MemoryError:  # Arrow's is an ArrowException too
         raise
     except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise Refused("not_arrow", one_line(error)) from None
+        raise InvalidRecord("not_arrow", one_line(error)) from None
 
 
-def _alone(value: pa.Array) -> pa.Array:
-    """An array of one value without what else it was stored with: the words of its dictionary, the bytes of other strings."""
+def _compact(value: pa.Array) -> pa.Array:
+    """Return an array of one value without the other values that share its buffers."""
     if pa.types.is_struct(value.type):
         names = [value.type.field(index).name for index in range(value.type.num_fields)]
-        members = [_alone(member) for member in value.flatten()]
+        members = [_compact(member) for member in value.flatten()]
         mask = pa.array([not value.is_valid()[0].as_py()])
         return pa.StructArray.from_arrays(members, names, mask=mask) if members else value
     if pa.types.is_dictionary(value.type):
         index = value.indices[0].as_py()
-        return (
-            pa.nulls(1, value.type.value_type)
-            if index is None
-            else _alone(value.dictionary.slice(index, 1))
-        )
+        if index is None:
+            return pa.nulls(1, value.type.value_type)
+        return _compact(value.dictionary.slice(index, 1))
     return value.cast(pa.large_string()) if pa.types.is_string_view(value.type) else value
 
 
 def pack(values: pa.LargeBinaryArray, *, events_a_record: int) -> pa.LargeBinaryArray:
-    """JSON events -> Arrow records of at most so many of them, in order. What does not fit into columns with its neighbours, or is no
-    event, is a record of its own, as it is.
+    """Pack JSON events into Arrow records of at most `events_a_record` events, in order.
 
-    A column has one type: whole numbers become fractions beside a fraction in the same feature. A numeric field has the same values then; a
-    categorical one, which takes no fraction, refuses the record and not the one event.
+    A record that is not an event, or that does not fit into columns with its neighbours, stays as
+    it is.
+
+    A column has one type, so integers become floats when the same feature also has a fraction. The
+    values of a numeric field stay the same. A categorical field takes no fractions, so the decoder
+    rejects the whole Arrow record where it would reject one JSON event.
 
     >>> event = b'{"kind":"click","impression_id":"a","time":1735689600000}'
-    >>> [record[:4] for record in pack(pa.array([event, event, b"oops"], pa.large_binary()), events_a_record=2).to_pylist()]
+    >>> packed = pack(pa.array([event, event, b"oops"], pa.large_binary()), events_a_record=2)
+    >>> [record[:4] for record in packed.to_pylist()]
     [b'\\xff\\xff\\xff\\xff', b'oops']
     """
     packed: list[bytes] = []
     lines = values.to_pylist()
     for first in range(0, len(lines), events_a_record):
-        _pack(lines[first : first + events_a_record], packed)
+        packed += _pack(lines[first : first + events_a_record])
     return pa.array(packed, pa.large_binary())
 
 
-def _pack(values: Sequence[bytes], packed: list[bytes]) -> None:
+def _pack(lines: Sequence[bytes]) -> Sequence[bytes]:
+    """Return the lines as one Arrow record. If they do not fit together, halve them."""
     try:
-        packed.append(_record_of(values))
-    except (ValueError, TypeError, OverflowError):  # Arrow's and msgspec's among them
-        if len(values) == 1:
-            packed += values
-        else:
-            half = len(values) // 2
-            _pack(values[:half], packed)
-            _pack(values[half:], packed)
+        return [_pack_together(lines)]
+    except (ValueError, TypeError, OverflowError):  # including those of Arrow and msgspec
+        if len(lines) == 1:
+            return lines
+        half = len(lines) // 2
+        return [*_pack(lines[:half]), *_pack(lines[half:])]
 
 
-def _record_of(values: Sequence[bytes]) -> bytes:
-    """Raises when one of these is no event, or has another type where another one has this type."""
-    events = msgspec.json.decode(b"[" + b",".join(values) + b"]", type=list[_Event])
-    if len(events) != len(values):
-        raise ValueError("two in one line")
-    time = pa.array([event.time for event in events])
+def _pack_together(lines: Sequence[bytes]) -> bytes:
+    """Raises an error when a line is not an event, or has another type than its neighbours."""
+    events = msgspec.json.decode(b"[" + b",".join(lines) + b"]", type=list[_Event])
+    if len(events) != len(lines):
+        raise ValueError("a line holds several events")
     columns = {
         "kind": pa.array([event.kind for event in events]),
         "impression_id": pa.array([event.impression_id for event in events]),
-        "time": epoch_ms(time),
+        "time": epoch_ms(pa.array([event.time for event in events])),
         "features": pa.array([event.features for event in events]),
         "true_probability": pa.array([event.true_probability for event in events], pa.float64()),
     }
-    record = _stream(pa.RecordBatch.from_pydict(columns))
-    if len(record) > _LARGEST_PACKED:
+    record = _write_stream(pa.RecordBatch.from_pydict(columns))
+    if len(record) > _LARGEST_PACKED_BYTES:
         raise ValueError("too large for one record")
     return record
 
 
 class _Event(msgspec.Struct):
-    """What fits into columns. Members that nobody reads are left out."""
+    """The members that fit into columns. All others are left out."""
 
     kind: Literal["impression", "click"]
     impression_id: str
@@ -486,7 +545,7 @@ class _Event(msgspec.Struct):
     true_probability: float | None = None
 
 
-def _stream(batch: pa.RecordBatch) -> bytes:
+def _write_stream(batch: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, batch.schema) as writer:
         writer.write_batch(batch)

@@ -1,55 +1,71 @@
-"""Events on the wire: the bytes of records in, columns out.
+"""Decode records into events in columns, and reject what is not an event.
 
-A record holds one event as JSON (`json_events`), or many in columns: a record that begins with ff ff ff ff, which no JSON does, is a stream
-of Arrow record batches (`arrow_events`). Both may come in one poll, and what an event is does not depend on how it came:
+A record holds one event as JSON (`json_events`), or many events in columns: a record that begins
+with the bytes ff ff ff ff, with which no JSON begins, is an Arrow IPC stream (`arrow_events`). One
+poll may hold both kinds of records. The rules for an event are the same in both:
 
-`time` is epoch milliseconds, in JSON also RFC 3339. A categorical value is a string, an integer or a boolean; a numeric value is a finite
-number; null or absent is missing. `true_probability`, on impressions of simulated streams, is the probability that the label was drawn
-with. Other members are accepted and counted, of a member that is there twice the last wins. A record's key only says where it goes: the id
-in the value counts.
+- `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
+- A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
+  value that is null or absent is missing.
+- `true_probability`, on impressions of simulated streams, is the probability from which the label
+  was drawn.
+- Other members are accepted and counted. The last of several members of one name counts.
+- The key of a record decides its partition only; the id comes from the value.
 
->>> impression = b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}'
->>> events, rejects = Decoder([Field("app", "categorical")]).decode(pa.array([impression, b"oops"], pa.large_binary()))
->>> events.impressions.impression_id.to_pylist(), events.impressions.features["app"].to_pylist(), rejects.reason, rejects.row.tolist()
-(['a'], ['maps'], ['not_json'], [1])
+>>> impression = b'''{"kind": "impression", "impression_id": "a", "time": 1735689600000,
+...                   "features": {"app": "maps"}}'''
+>>> decoder = Decoder([Field("app", "categorical")])
+>>> events, rejections = decoder.decode(pa.array([impression, b"oops"], pa.large_binary()))
+>>> events.impressions.impression_id.to_pylist(), events.impressions.features["app"].to_pylist()
+(['a'], ['maps'])
+>>> rejections.row.tolist(), rejections.reason
+([1], ['not_json'])
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_ctr.errors import DataError
-from stream_ctr.events.arrow_events import ArrowReader, feature_types, one_event, read_batches
-from stream_ctr.events.candidates import CLICK, IMPRESSION, Candidates, Refusal, Refused
+from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
 from stream_ctr.events.field import Field
-from stream_ctr.events.ipc_frames import MARKER
-from stream_ctr.events.json_events import JsonReader, spans
+from stream_ctr.events.json_events import JsonReader
+from stream_ctr.events.parsed_events import (
+    CLICK,
+    IMPRESSION,
+    UNKNOWN_KIND,
+    InvalidRecord,
+    ParsedEvents,
+    Rejection,
+)
 
-# Epoch milliseconds of 1973-03-03 and 2100-01-01: a time outside is seconds taken for milliseconds, zero, or a broken clock.
-EARLIEST_MS, LATEST_MS = 100_000_000_000, 4_102_444_800_000
-# Of one record: each would be a dead letter.
+# 1973-03-03 and 2100-01-01 in epoch milliseconds. A time outside of them is in seconds, zero, or
+# from a broken clock.
+EARLIEST_MS = 100_000_000_000
+LATEST_MS = 4_102_444_800_000
+
+# Every bad event of an Arrow record becomes a dead letter of its own. A record with more of them,
+# or whose dead letters would take more than 16 times its bytes (64 KiB at least), is rejected.
 _MOST_BAD_EVENTS = 1000
-_LETTERS_TO_RECORD, _FEW_LETTERS_BYTES = (
-    16,
-    1 << 16,
-)  # bytes of all its dead letters, to those that it has or at least so many
-# A field that fewer impressions have is a slip of one producer, and a row of a model for as long as it lives.
-_LEAST_SHARE_OF_IMPRESSIONS = 0.01
-_MOST_INFERRED_FIELDS = 1000
+_DEAD_LETTER_FACTOR = 16
+_LEAST_DEAD_LETTER_BYTES = 1 << 16
+
+_NO_LIMIT = np.iinfo(np.int64).max
+_GOOD = -1
+_RECORD_REJECTED = -2
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
 class Clicks:
-    """n clicks; `row` is the index of the record that each came in, `within` its index there."""
+    """n clicks. `row` is the index of each one's record, `within` its index in the record."""
 
     row: npt.NDArray[np.int64]
     within: npt.NDArray[np.int64]
@@ -62,8 +78,11 @@ class Clicks:
 
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """n impressions; features by field name (null: missing): float64 for numeric fields, for categorical ones strings or, where all of
-    them came so, a dictionary of int32 and strings."""
+    """n impressions. `row` is the index of each one's record, `within` its index in the record.
+
+    Features are columns by field name, null where missing. Numeric ones are float64; categorical
+    ones are strings, or a dictionary of strings with int32 indices when all came in that form.
+    """
 
     row: npt.NDArray[np.int64]
     within: npt.NDArray[np.int64]
@@ -78,7 +97,11 @@ class Impressions:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """`with_unknown_fields` is how many of the events have a member that nobody reads: one of no configured name, or one there twice."""
+    """Decoded impressions and clicks.
+
+    `with_unknown_fields` is the number of events with a member that the decoder does not read: a
+    member of an unknown name, or one that a later member of the same name replaces.
+    """
 
     impressions: Impressions
     clicks: Clicks
@@ -86,10 +109,10 @@ class Events:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejects:
-    """What is no event: the record, which event of it, a reason code (of a small fixed set, fit for a counter) and what was seen.
+class Rejections:
+    """n rejected records and events: `Rejection` in columns.
 
-    `value` is what to keep: None for the bytes of the record, else a record of this one event alone.
+    `reason` is a code from a small fixed set, fit for a counter; `message` quotes what was wrong.
     """
 
     row: npt.NDArray[np.int64]
@@ -101,9 +124,25 @@ class Rejects:
     def __len__(self) -> int:
         return len(self.row)
 
+    @classmethod
+    def of(cls, rejections: Sequence[Rejection]) -> Rejections:
+        """Return these rejections in order of `row` and `within`."""
+        ordered = sorted(rejections, key=lambda rejection: (rejection.row, rejection.within))
+        return cls(
+            row=np.array([rejection.row for rejection in ordered], np.int64),
+            within=np.array([rejection.within for rejection in ordered], np.int64),
+            reason=[rejection.reason for rejection in ordered],
+            message=[rejection.message for rejection in ordered],
+            value=[rejection.value for rejection in ordered],
+        )
+
 
 class Decoder:
-    """Records -> events in columns, for the given fields."""
+    """Decode records into events with the given fields.
+
+    `max_ahead_ms` bounds how far an event may be ahead of the broker's time of its record. Without
+    a bound, one producer's wrong clock would close the label windows of all others.
+    """
 
     def __init__(
         self,
@@ -120,226 +159,177 @@ class Decoder:
 
     def decode(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None
-    ) -> tuple[Events, Rejects]:
-        """`values` [n] -> the events, in order of row and place in it, and what is none. A null value is rejected as `tombstone`.
+    ) -> tuple[Events, Rejections]:
+        """Decode n records, and return the events in order of `row` and `within`.
 
-        `received` [n] is the broker's time of each record in epoch milliseconds (-1: unknown). An event more than `max_ahead_ms` after
-        it is rejected: one producer's wrong clock would close the windows of everybody else.
+        A null value is rejected with the reason `tombstone`. `received` [n] holds the broker's time
+        of each record in epoch milliseconds, -1 where it is unknown.
         """
-        batched = _begins_with_marker(values)
-        parts, refusals = self._json.read(values, np.flatnonzero(~batched))
+        in_columns = is_arrow(values)
+        streams, rejected_streams = self._open_streams(values, np.flatnonzero(in_columns))
+        json_parts, rejected_json = self._json.read(values, np.flatnonzero(~in_columns))
+        arrow_parts, rejected_arrow = self._arrow.read(streams)
+        parts = [*json_parts, *arrow_parts]
+        rejections = [*rejected_json, *rejected_streams, *rejected_arrow]
+        parsed = ParsedEvents.concatenate([part for part in parts if len(part)] or parts[:1])
+        broken = _first_broken_rules(parsed, self._latest(parsed, received))
+        for row, indices in _bad_events_by_record(parsed, broken):
+            try:
+                rejections += _reject_events(
+                    parsed, indices, broken, streams.get(row), len(values[row].as_buffer())
+                )
+            except InvalidRecord as error:
+                rejections.append(Rejection(row, error.reason, error.message))
+                broken[parsed.row == row] = _RECORD_REJECTED
+        return _valid_events(parsed, broken == _GOOD), Rejections.of(rejections)
+
+    def _open_streams(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
+    ) -> tuple[dict[int, list[pa.RecordBatch]], list[Rejection]]:
+        """Return the batches of the Arrow records at `rows`, by row."""
         streams: dict[int, list[pa.RecordBatch]] = {}
-        for row in np.flatnonzero(batched).tolist():
+        rejections: list[Rejection] = []
+        for row in rows.tolist():
+            value = values[row].as_buffer()
             try:
-                streams[row] = read_batches(
-                    values[row].as_buffer(), max_record_bytes=self.max_record_bytes
-                )
-            except Refused as refused:
-                refusals.append(Refusal(row, refused.code, refused.message))
-        more_parts, more_refusals = self._arrow.read(streams)
-        candidates = Candidates.together(
-            [part for part in (*parts, *more_parts) if len(part)] or parts
-        )
-        rejected = [
-            _Reject(row, 0, code, message, None)
-            for row, code, message in (*refusals, *more_refusals)
-        ]
-        verdict = self._verdicts(candidates, received)
-        bad = np.flatnonzero(verdict != _GOOD)
-        for events in (
-            np.split(bad, np.flatnonzero(np.diff(candidates.row[bad])) + 1) if len(bad) else []
-        ):
-            row = int(candidates.row[events[0]])
-            try:
-                rejected += self._rejected(
-                    candidates, events, verdict, streams.get(row), len(values[row].as_buffer())
-                )
-            except Refused as refused:
-                rejected.append(_Reject(row, 0, refused.code, refused.message, None))
-                verdict[candidates.row == row] = _OF_NO_USE
-        rejected.sort(key=lambda reject: (reject.row, reject.within))
-        return _events(candidates, verdict == _GOOD), _columns(rejected)
+                streams[row] = read_batches(value, max_record_bytes=self.max_record_bytes)
+            except InvalidRecord as error:
+                rejections.append(Rejection(row, error.reason, error.message))
+        return streams, rejections
 
-    def _verdicts(
-        self, candidates: Candidates, received: npt.NDArray[np.int64] | None
-    ) -> npt.NDArray[np.int8]:
-        """Which of `_RULES` each candidate breaks first, `_GOOD`: none [n]."""
-        time, truth = candidates.time, candidates.true_probability
-        known = np.full(len(time), -1) if received is None else received[candidates.row]
-        breaks = [
-            candidates.kind < 0,
-            np.asarray(pc.fill_null(pc.equal(pc.binary_length(candidates.impression_id), 0), True)),
-            ~candidates.has_time,
-            (time < EARLIEST_MS) | (time >= LATEST_MS),
-            (known >= 0) & (time > known + self.max_ahead_ms),
-            (candidates.kind == IMPRESSION) & ~candidates.has_features,
-            (truth < 0) | (truth > 1),
-        ]
-        verdict = np.full(len(time), _GOOD, np.int8)
-        for rule, broken in reversed(list(enumerate(breaks))):
-            verdict[broken] = rule
-        return verdict
-
-    def _rejected(
-        self,
-        candidates: Candidates,
-        events: npt.NDArray[np.int64],
-        verdict: npt.NDArray[np.int8],
-        stream: list[pa.RecordBatch] | None,
-        record_bytes: int,
-    ) -> list[_Reject]:
-        """Those of one record. Raises `Refused` when they are so many, or so large one by one, that none of its events is taken."""
-        if len(events) > _MOST_BAD_EVENTS:
-            raise Refused(
-                "too_many_bad_events",
-                f"{len(events)} of its events are bad, more than {_MOST_BAD_EVENTS}",
-            )
-        rejected, room = [], max(_FEW_LETTERS_BYTES, _LETTERS_TO_RECORD * record_bytes)
-        for at in events.tolist():
-            row, within = int(candidates.row[at]), int(candidates.within[at])
-            code, message = _RULES[verdict[at]]
-            seen = message.format(
-                kind=repr(candidates.kind_text[at].as_py())[:80], time=int(candidates.time[at])
-            )
-            value = None if stream is None else one_event(stream, within)
-            room -= len(value or b"")
-            if room < 0:
-                raise Refused(
-                    "too_many_bad_events",
-                    f"{len(events)} of its events are bad, and too large one by one",
-                )
-            rejected.append(_Reject(row, within, code, seen, value))
-        return rejected
+    def _latest(
+        self, parsed: ParsedEvents, received: npt.NDArray[np.int64] | None
+    ) -> npt.NDArray[np.int64]:
+        """Return the latest time that each event may have, in epoch milliseconds [n]."""
+        if received is None:
+            return np.full(len(parsed), _NO_LIMIT)
+        times = received[parsed.row]
+        return np.where(times >= 0, times + self.max_ahead_ms, _NO_LIMIT)
 
 
-# A code and what to say, in the order in which they are looked at.
-_RULES = (
-    ("unknown_kind", "kind must be impression or click, got {kind}"),
-    ("missing_id", "impression_id is missing or empty"),
-    ("missing_time", "time is missing"),
-    ("time_out_of_range", "time {time} ms is not between 1973 and 2100 (seconds?)"),
-    ("time_in_future", "time {time} ms is too far ahead of its arrival"),
-    ("missing_features", "an impression needs features"),
-    ("wrong_probability", "true_probability is not in [0, 1]"),
-)
-_GOOD, _OF_NO_USE = -1, -2
+# -- the rules -----------------------------------------------------------------------------------
 
 
-class _Reject(NamedTuple):
-    row: int
-    within: int
-    code: str
+class _Rule(NamedTuple):
+    """A rule of events: the reason code, the message, and the events that break it [n]."""
+
+    reason: str
     message: str
-    value: bytes | None
+    is_broken: Callable[[ParsedEvents, npt.NDArray[np.int64]], Mask]
 
 
-def _columns(rejected: Sequence[_Reject]) -> Rejects:
-    row, within, code, message, value = (
-        (list(column) for column in zip(*rejected, strict=True))
-        if rejected
-        else ([], [], [], [], [])
-    )
-    return Rejects(np.array(row, np.int64), np.array(within, np.int64), code, message, value)
+def _lacks_id(events: ParsedEvents, latest: npt.NDArray[np.int64]) -> Mask:
+    is_empty = pc.equal(pc.binary_length(events.impression_id), 0)
+    return np.asarray(pc.fill_null(is_empty, True))
 
 
-def _events(candidates: Candidates, good: npt.NDArray[np.bool_]) -> Events:
-    impressions, clicks = (
-        candidates if of_kind.all() else candidates.at(np.flatnonzero(of_kind))
-        for of_kind in (good & (candidates.kind == kind) for kind in (IMPRESSION, CLICK))
-    )
+# An event is rejected for the first rule that it breaks.
+_RULES = (
+    _Rule(
+        "unknown_kind",
+        "kind must be impression or click, got {kind}",
+        lambda events, latest: events.kind == UNKNOWN_KIND,
+    ),
+    _Rule("missing_id", "impression_id is missing or empty", _lacks_id),
+    _Rule("missing_time", "time is missing", lambda events, latest: ~events.has_time),
+    _Rule(
+        "time_out_of_range",
+        "time {time} ms is not between 1973 and 2100 (seconds?)",
+        lambda events, latest: (events.time < EARLIEST_MS) | (events.time >= LATEST_MS),
+    ),
+    _Rule(
+        "time_in_future",
+        "time {time} ms is too far ahead of its arrival",
+        lambda events, latest: events.time > latest,
+    ),
+    _Rule(
+        "missing_features",
+        "an impression needs features",
+        lambda events, latest: (events.kind == IMPRESSION) & ~events.has_features,
+    ),
+    _Rule(
+        "wrong_probability",
+        "true_probability is not in [0, 1]",
+        lambda events, latest: (events.true_probability < 0) | (events.true_probability > 1),
+    ),
+)
+
+
+def _first_broken_rules(
+    events: ParsedEvents, latest: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int8]:
+    """Return the index of the first rule that each event breaks, or `_GOOD` [n]."""
+    first = np.full(len(events), _GOOD, np.int8)
+    for index, rule in reversed(list(enumerate(_RULES))):
+        first[rule.is_broken(events, latest)] = index
+    return first
+
+
+def _bad_events_by_record(
+    events: ParsedEvents, broken: npt.NDArray[np.int8]
+) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
+    """Yield each row with bad events, and their indices."""
+    bad = np.flatnonzero(broken != _GOOD)
+    rows = events.row[bad]
+    for indices in np.split(bad, np.flatnonzero(np.diff(rows)) + 1) if len(bad) else []:
+        yield int(events.row[indices[0]]), indices
+
+
+def _reject_events(
+    events: ParsedEvents,
+    indices: npt.NDArray[np.int64],
+    broken: npt.NDArray[np.int8],
+    stream: Sequence[pa.RecordBatch] | None,
+    record_bytes: int,
+) -> list[Rejection]:
+    """Return a rejection for each of these bad events of one record.
+
+    Raises `InvalidRecord` when they are too many, or too large as records of their own.
+    """
+    if len(indices) > _MOST_BAD_EVENTS:
+        raise InvalidRecord(
+            "too_many_bad_events",
+            f"{len(indices)} of its events are bad, more than {_MOST_BAD_EVENTS}",
+        )
+    rejections = []
+    remaining_bytes = max(_LEAST_DEAD_LETTER_BYTES, _DEAD_LETTER_FACTOR * record_bytes)
+    for index in indices.tolist():
+        rule = _RULES[broken[index]]
+        within = int(events.within[index])
+        kind = repr(events.kind_text[index].as_py())[:80]
+        message = rule.message.format(kind=kind, time=int(events.time[index]))
+        value = None if stream is None else one_event(stream, within)
+        remaining_bytes -= len(value or b"")
+        if remaining_bytes < 0:
+            raise InvalidRecord(
+                "too_many_bad_events",
+                f"{len(indices)} of its events are bad, and too large as records of their own",
+            )
+        rejections.append(Rejection(int(events.row[index]), rule.reason, message, within, value))
+    return rejections
+
+
+def _valid_events(events: ParsedEvents, is_good: Mask) -> Events:
+    impressions = _select(events, is_good & (events.kind == IMPRESSION))
+    clicks = _select(events, is_good & (events.kind == CLICK))
     return Events(
         Impressions(
-            impressions.row,
-            impressions.within,
-            impressions.impression_id,
-            impressions.time,
-            impressions.features,
-            impressions.true_probability,
+            row=impressions.row,
+            within=impressions.within,
+            impression_id=impressions.impression_id,
+            time=impressions.time,
+            features=impressions.features,
+            true_probability=impressions.true_probability,
         ),
-        Clicks(clicks.row, clicks.within, clicks.impression_id, clicks.time),
-        int(np.count_nonzero(candidates.unread & good)),
+        Clicks(
+            row=clicks.row,
+            within=clicks.within,
+            impression_id=clicks.impression_id,
+            time=clicks.time,
+        ),
+        with_unknown_fields=int(np.count_nonzero(events.has_unknown_fields & is_good)),
     )
 
 
-def _begins_with_marker(values: pa.LargeBinaryArray) -> npt.NDArray[np.bool_]:
-    """Which of them are Arrow, for all that anybody can say yet [n]."""
-    data, start, size = spans(values)
-    found = np.zeros(len(values), np.bool_)
-    first = np.flatnonzero(size >= len(MARKER))
-    found[first] = data[start[first]] == MARKER[0]
-    first = np.flatnonzero(found)
-    found[first] = (
-        data[start[first, None] + np.arange(len(MARKER))] == np.frombuffer(MARKER, np.uint8)
-    ).all(axis=1)
-    return found
-
-
-# -- fields nobody named -------------------------------------------------------------------------
-
-
-def infer_fields(
-    values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20
-) -> tuple[Field, ...]:
-    """The fields of these impressions: numeric where every value is a number, categorical otherwise; sorted by kind and name.
-
-    What fewer than one impression in a hundred has is no field; Arrow records that the decoder would refuse have none. Raises `DataError`
-    when more than a thousand fields are left.
-
-    >>> infer_fields(pa.array([b'{"kind":"impression","features":{"age":31,"app":"maps"}}'], pa.large_binary()))
-    (Field(name='app', kind='categorical'), Field(name='age', kind='numeric'))
-    """
-    kinds: dict[str, Counter[type]] = {}
-    impressions = 0
-    batched = _begins_with_marker(values)
-    for value, in_batches in zip(values.to_pylist(), batched.tolist(), strict=True):
-        for count, features in (
-            _features_in_batches(value, max_record_bytes)
-            if in_batches
-            else _features_in_document(value)
-        ):
-            impressions += count
-            for name, types in features.items():
-                kinds.setdefault(name, Counter()).update(types)
-    kinds = {
-        name: types
-        for name, types in kinds.items()
-        if types.total() >= _LEAST_SHARE_OF_IMPRESSIONS * impressions
-    }
-    if len(kinds) > _MOST_INFERRED_FIELDS:
-        raise DataError(
-            f"the impressions have {len(kinds):,} features, too many to take all for fields; list those that matter in a --config"
-        )
-    numeric = {name for name, types in kinds.items() if types.keys() <= {int, float}}
-    names = [*sorted(kinds.keys() - numeric), *sorted(numeric)]
-    return tuple(Field(name, "numeric" if name in numeric else "categorical") for name in names)
-
-
-def _features_in_document(
-    value: bytes | None,
-) -> Iterator[tuple[int, Mapping[str, Mapping[type, int]]]]:
-    """How many impressions there are, and of each feature the values by type; nothing where there are absurdly many features."""
-    try:
-        document = msgspec.json.decode(value or b"")
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return
-    if isinstance(document, dict) and document.get("kind") == "impression":
-        features = document.get("features")
-        if isinstance(features, dict) and len(features) <= _MOST_INFERRED_FIELDS:
-            yield (
-                1,
-                {
-                    name: {type(value): 1}
-                    for name, value in features.items()
-                    if isinstance(value, (str, bool, int, float))
-                },
-            )
-
-
-def _features_in_batches(
-    value: bytes, max_record_bytes: int
-) -> Iterator[tuple[int, Mapping[str, Mapping[type, int]]]]:
-    try:
-        batches = read_batches(pa.py_buffer(value), max_record_bytes=max_record_bytes)
-        yield from (feature_types(batch) for batch in batches)
-    except Refused:
-        return
+def _select(events: ParsedEvents, mask: Mask) -> ParsedEvents:
+    return events if mask.all() else events.take(np.flatnonzero(mask))

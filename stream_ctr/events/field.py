@@ -29,9 +29,10 @@ Cross = Annotated[tuple[str, ...], Meta(min_length=2)]
 
 
 class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Everything that turns features into table rows: a server needs nothing else to hash an impression.
+    """Everything that turns features into table rows. A server needs nothing else to hash them.
 
-    Raises `ValueError` when a field is listed twice or a cross product has a wrong member.
+    Raises `ValueError` when a field or a cross product is listed twice, or when a cross product
+    has a wrong member.
     """
 
     fields: tuple[Field, ...]
@@ -43,10 +44,12 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     def __post_init__(self) -> None:
         names = [field.name for field in self.fields]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"a field is listed twice: {', '.join(twice)}")
-        if len({tuple(sorted(members)) for members in self.crosses}) < len(self.crosses):
-            raise ValueError("a cross product is listed twice")
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"a field is listed twice: {', '.join(repeated)}")
+        for members in self.crosses:
+            require_distinct_members(members)
+        require_distinct_crosses(self.crosses)
         require_members(self.crosses, self.fields, self.numeric_encoding)
 
     @property
@@ -54,35 +57,63 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         """The indices of the fields whose embedding is multiplied by a value."""
         if self.numeric_encoding == "buckets":
             return ()
-        return tuple(at for at, field in enumerate(self.fields) if field.kind == "numeric")
+        return tuple(index for index, field in enumerate(self.fields) if field.kind == "numeric")
 
 
 def cross(names: object) -> object:
-    """The fields of a cross product, written "age*category"; a list of names is taken as it is.
+    """Return the fields of a cross product written as "age*category"; return a list unchanged.
 
     >>> cross("age * category")
     ('age', 'category')
+    >>> cross(["age", "category"])
+    ['age', 'category']
     """
     return tuple(part.strip() for part in names.split("*")) if isinstance(names, str) else names
+
+
+def require_distinct_members(names: Sequence[str]) -> None:
+    """Raises `ValueError` unless a cross product has two or more members, all different."""
+    if len(names) < 2 or not all(names):
+        raise ValueError(
+            f'a cross product needs two or more fields, "age*category", got {shown_cross(names)}'
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(f"a cross product has a field twice: {shown_cross(names)}")
+
+
+def require_distinct_crosses(crosses: Sequence[Sequence[str]]) -> None:
+    """Raises `ValueError` when two cross products have the same members, in any order."""
+    for index, names in enumerate(crosses):
+        if any(sorted(names) == sorted(other) for other in crosses[:index]):
+            raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
 
 
 def require_members(
     crosses: Sequence[Sequence[str]], fields: Sequence[Field], numeric_encoding: str
 ) -> None:
-    """Raises `ValueError` when a cross product has a member that is no field, or a number that is not in buckets."""
+    """Raises `ValueError` when a member of a cross product cannot be crossed.
+
+    A member must be one of the `fields`. It can be numeric only if `numeric_encoding` is "buckets".
+    """
     kinds = {field.name: field.kind for field in fields}
     for names in crosses:
         for name in names:
             if name not in kinds:
                 raise ValueError(
-                    f"{shown_cross(names)} has {name!r:.80}, which is no field{nearest(name, kinds)}"
+                    f"{shown_cross(names)} has {name!r:.80}, "
+                    f"which is not a field{nearest(name, kinds)}"
                 )
             if kinds[name] == "numeric" and numeric_encoding != "buckets":
                 raise ValueError(
-                    f"{shown_cross(names)} has the number {name!r:.80}, which has one row with numeric_encoding = {numeric_encoding!r}; "
-                    "only buckets of it can be crossed"
+                    f"{shown_cross(names)} has the number {name!r:.80}, which has one row with "
+                    f"numeric_encoding = {numeric_encoding!r}; only buckets of it can be crossed"
                 )
 
 
 def shown_cross(names: Sequence[str]) -> str:
+    """Return the cross product for a message, cut to 120 characters.
+
+    >>> shown_cross(["age", "category"])
+    "'age*category'"
+    """
     return repr("*".join(names))[:120]

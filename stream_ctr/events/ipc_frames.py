@@ -1,11 +1,16 @@
-"""The frames of an Arrow IPC stream, looked at before Arrow reads what is in them.
+"""Read the frames of an Arrow IPC stream, before Arrow reads what is in them.
 
-    ff ff ff ff | metadata size, int32 | metadata, a flatbuffer | body      of the schema, each dictionary and each record batch
-    ff ff ff ff | 00 00 00 00                                               the end
+    ff ff ff ff | metadata size, int32 | metadata, a flatbuffer | body
+    ff ff ff ff | 00 00 00 00
 
-https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format. Arrow's reader takes the end of the bytes for the end of the
-stream, allots what a compressed buffer says it unfolds to, and makes columns of nulls as long as they say. Here a stream must end, and
-what it says of its sizes is known before anything is allotted. Whether the rest is sound is for Arrow to find out.
+The first line is a message: the schema, a dictionary or a record batch. The second is the end.
+
+https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
+
+Arrow's own reader trusts the sender in three ways. It takes the end of the bytes for the end of the
+stream. It allocates what a compressed buffer claims as its size. It makes columns of nulls of any
+length. Here, a stream must have an end, and its sizes are known before anything is allocated. Arrow
+checks the rest.
 """
 
 from __future__ import annotations
@@ -15,27 +20,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 MARKER = b"\xff\xff\xff\xff"
-_END = MARKER + b"\0\0\0\0"
-_SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3
+_MARKER_AND_SIZE = 8  # bytes
+
+# Fields of the flatbuffers by their number, and values of their enumerations, from Arrow's
+# format/Message.fbs and format/Schema.fbs.
+_MESSAGE_KIND = 1
+_MESSAGE_HEADER = 2
+_MESSAGE_BODY_LENGTH = 3
+_SCHEMA_ENDIANNESS = 0
+_DICTIONARY_DATA = 1
+_BATCH_ROWS = 0
+_BATCH_BUFFERS = 2
+_BATCH_COMPRESSION = 3
+_SCHEMA = 1
+_DICTIONARY = 2
+_BATCH = 3
 _BIG_ENDIAN = 1
+_STORED_UNCOMPRESSED = -1  # in place of the size of a buffer in a compressed batch
 
 
 class DamagedStream(Exception):
-    """Bytes that are no Arrow IPC stream from its schema to its end."""
+    """Raised when bytes are not an Arrow IPC stream from its schema to its end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """Rows of all record batches, and bytes of all buffers as they are once nothing is compressed."""
+    """The rows of all record batches, and the bytes of all buffers once decompressed."""
 
     rows: int
     bytes: int
 
 
 def sizes(data: bytes | memoryview) -> Sizes:
-    """What the stream says of itself. Raises `DamagedStream`, also when its numbers are stored big end first.
+    """Return the sizes that the stream declares.
+
+    Raises `DamagedStream` when the frames are not valid, or the stream has big-endian numbers.
 
     >>> import pyarrow as pa
     >>> table = pa.table({"x": pa.array([1, 2, 3], pa.int64())})
@@ -45,109 +67,123 @@ def sizes(data: bytes | memoryview) -> Sizes:
     >>> sizes(sink.getvalue().to_pybytes())
     Sizes(rows=3, bytes=24)
     """
-    rows = unfolded = 0
+    rows = 0
+    decompressed = 0
     try:
-        for number, (message, body) in enumerate(_frames(memoryview(data).cast("B"))):
-            kind, header = message.number(1, "B"), message.table(2)
-            if (number == 0) != (kind == _SCHEMA):
-                raise DamagedStream("a stream begins with its schema, and has one")
+        for index, (message, body) in enumerate(_frames(memoryview(data).cast("B"))):
+            kind = message.number(_MESSAGE_KIND, "B")
+            header = message.table(_MESSAGE_HEADER)
+            if (index == 0) != (kind == _SCHEMA):
+                raise DamagedStream("a stream must begin with its schema, and have only one")
             if kind == _SCHEMA:
-                if header.number(0, "h") == _BIG_ENDIAN:
-                    raise DamagedStream("numbers are stored big end first")
-            elif kind in (_DICTIONARY, _BATCH):
-                batch = header.table(1) if kind == _DICTIONARY else header
-                rows += batch.number(0, "q") if kind == _BATCH else 0
-                unfolded += _unfolded(batch, body)
-            else:
-                raise DamagedStream(f"a message of kind {kind}")
-            if rows < 0 or (kind != _SCHEMA and batch.number(0, "q") < 0):
-                raise DamagedStream("a batch of fewer than no rows")
+                if header.number(_SCHEMA_ENDIANNESS, "h") == _BIG_ENDIAN:
+                    raise DamagedStream("big-endian numbers are not supported")
+                continue
+            if kind not in (_DICTIONARY, _BATCH):
+                raise DamagedStream(f"a message of the unknown kind {kind}")
+            batch = header.table(_DICTIONARY_DATA) if kind == _DICTIONARY else header
+            batch_rows = batch.number(_BATCH_ROWS, "q")
+            rows += batch_rows if kind == _BATCH else 0
+            decompressed += _decompressed_bytes(batch, body)
+            if batch_rows < 0 or rows < 0:
+                raise DamagedStream("a batch has a negative number of rows")
     except (struct.error, ValueError, OverflowError) as error:
-        raise DamagedStream(f"a frame does not hold what it should: {error}") from None
-    return Sizes(rows, unfolded)
+        raise DamagedStream(f"a frame is damaged: {error}") from None
+    return Sizes(rows, decompressed)
 
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """A table of a flatbuffer: fields by their number, each where the vtable says, which may be nowhere.
+    """A table of a flatbuffer, at `position` in `data`.
 
-    https://flatbuffers.dev/internals/. Reading outside of `data` raises `struct.error`.
+    A vtable gives the position of each field, by the field's number, or says that it is absent
+    (https://flatbuffers.dev/internals/). Reading outside of `data` raises `struct.error`.
     """
 
     data: memoryview
-    at: int
+    position: int
 
     def number(self, field: int, format: str) -> int:
-        """0 where it is left out."""
-        at = self._place(field)
-        return int(_read(self.data, at, format)) if at else 0
+        """Return a number, 0 when it is absent. `format` is that of `struct`."""
+        position = self._position_of(field)
+        return int(_read(self.data, position, format)) if position else 0
 
     def table(self, field: int) -> _Table:
-        at = self._place(field)
-        if not at:
-            raise DamagedStream("a frame without its header")
-        return _Table(self.data, at + _read(self.data, at, "I"))
+        """Return a nested table. Raises `DamagedStream` when it is absent."""
+        position = self._position_of(field)
+        if not position:
+            raise DamagedStream("a frame has no header")
+        return _Table(self.data, position + _read(self.data, position, "I"))
 
     def has(self, field: int) -> bool:
-        return bool(self._place(field))
+        return bool(self._position_of(field))
 
-    def pairs(self, field: int) -> np.ndarray:
-        """A vector of n structs of two int64, [n, 2]."""
-        at = self._place(field)
-        if not at:
+    def pairs(self, field: int) -> npt.NDArray[np.int64]:
+        """Return a vector of n structs of two int64 [n, 2], empty when it is absent."""
+        position = self._position_of(field)
+        if not position:
             return np.empty((0, 2), np.int64)
-        at += _read(self.data, at, "I")
-        return np.frombuffer(self.data, "<i8", 2 * _read(self.data, at, "I"), at + 4).reshape(-1, 2)
+        vector = position + _read(self.data, position, "I")
+        count = 2 * _read(self.data, vector, "I")
+        return np.frombuffer(self.data, "<i8", count, vector + 4).reshape(-1, 2)
 
-    def _place(self, field: int) -> int:
-        vtable = self.at - _read(self.data, self.at, "i")
-        slot = 4 + 2 * field
-        offset = _read(self.data, vtable + slot, "H") if slot < _read(self.data, vtable, "H") else 0
-        return self.at + offset if offset else 0
+    def _position_of(self, field: int) -> int:
+        """Return the position of a field, 0 when it is absent."""
+        vtable = self.position - _read(self.data, self.position, "i")
+        slot = 4 + 2 * field  # after the sizes of vtable and table
+        if slot >= _read(self.data, vtable, "H"):
+            return 0
+        offset = _read(self.data, vtable + slot, "H")
+        return self.position + offset if offset else 0
 
 
 def _frames(data: memoryview) -> Iterator[tuple[_Table, memoryview]]:
-    """Metadata and body of each message. The stream ends with the data."""
-    at = 0
+    """Yield metadata and body of each message. The stream must end where the data ends."""
+    position = 0
     while True:
-        if data[at : at + 4] != MARKER:
+        if data[position : position + len(MARKER)] != MARKER:
             raise DamagedStream(
-                "it stops before its end"
-                if at >= len(data)
-                else "a frame does not begin with its marker"
+                "the stream stops before its end"
+                if position >= len(data)
+                else "a frame does not begin with the marker ff ff ff ff"
             )
-        size = _read(data, at + 4, "i")
+        size = _read(data, position + len(MARKER), "i")
+        position += _MARKER_AND_SIZE
         if size == 0:
-            if at + 8 != len(data):
-                raise DamagedStream(f"{len(data) - at - 8} bytes come after its end")
+            if position != len(data):
+                raise DamagedStream(f"{len(data) - position} bytes follow the end of the stream")
             return
-        metadata, at = data[at + 8 : at + 8 + size], at + 8 + size
+        metadata = data[position : position + size]
+        position += size
         message = _Table(metadata, _read(metadata, 0, "I"))
-        length = message.number(3, "q")
-        if size < 0 or length < 0 or at + length > len(data):
-            raise DamagedStream("it stops within a message")
-        yield message, data[at : at + length]
-        at += length
+        length = message.number(_MESSAGE_BODY_LENGTH, "q")
+        if size < 0 or length < 0 or position + length > len(data):
+            raise DamagedStream("the stream stops within a message")
+        yield message, data[position : position + length]
+        position += length
 
 
-def _unfolded(batch: _Table, body: memoryview) -> int:
-    """Bytes of a batch's buffers. A compressed one begins with its size, -1: stored as it is."""
-    buffers = batch.pairs(2)
+def _decompressed_bytes(batch: _Table, body: memoryview) -> int:
+    """Return the bytes of a batch's buffers once decompressed.
+
+    In a compressed batch, each buffer begins with its decompressed size.
+    """
+    buffers = batch.pairs(_BATCH_BUFFERS)
     if (buffers < 0).any() or (buffers > len(body)).any():
-        raise DamagedStream("a buffer outside of its message")
-    if not batch.has(3):
+        raise DamagedStream("a buffer is outside of its message")
+    if not batch.has(_BATCH_COMPRESSION):
         return int(buffers[:, 1].sum())
     total = 0
     for offset, length in buffers[buffers[:, 1] > 0].tolist():
         size = _read(body, offset, "q")
-        if size < -1:
-            raise DamagedStream("a buffer of fewer than no bytes")
-        total += length if size == -1 else size
+        if size < _STORED_UNCOMPRESSED:
+            raise DamagedStream("a buffer has a negative size")
+        total += length if size == _STORED_UNCOMPRESSED else size
     return total
 
 
-def _read(data: memoryview, at: int, format: str) -> int:
-    if at < 0:
+def _read(data: memoryview, position: int, format: str) -> int:
+    if position < 0:
         raise DamagedStream("a frame points before its beginning")
-    value: int = struct.unpack_from(f"<{format}", data, at)[0]
+    value: int = struct.unpack_from(f"<{format}", data, position)[0]
     return value

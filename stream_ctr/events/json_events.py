@@ -1,20 +1,19 @@
-"""Events as JSON, one a record: bytes to columns, and back.
+"""Events as JSON, one event a record: bytes to columns, and back.
 
-    {"kind": "impression", "impression_id": "a1", "time": 1735689600000, "features": {"app": "maps", "age": 31}}
+    {"kind": "impression", "impression_id": "a1", "time": 1735689600000,
+     "features": {"app": "maps", "age": 31}}
     {"kind": "click", "impression_id": "a1", "time": "2025-01-01T00:00:04.200Z"}
 
-What the scanner (`json_scan`) does not vouch for is looked at one by one (msgspec, a strict parser), so one bad record costs itself time
-and nothing else. Both accept exactly the same records.
+The compiled scanner (`json_scan`) reads the usual records in blocks. Every record that it does not
+pass goes to the strict parser (`json_strict`) alone, so that a bad record delays no other. Both
+paths accept exactly the same records and read the same events from them.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -23,365 +22,258 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.events import json_scan
-from stream_ctr.events.candidates import Candidates, Refusal, Refused, kind_codes
+from stream_ctr.events.arrow_columns import ByteSpans, byte_spans, epoch_ms
 from stream_ctr.events.field import Field
+from stream_ctr.events.json_scan import (
+    BACKSLASH,
+    BOOLEAN,
+    FIRST_FEATURE,
+    INTEGER,
+    NULL,
+    NUMBER,
+    OBJECT,
+    QUOTE,
+    SPACE,
+    STRING,
+    TOP_MEMBERS,
+    Members,
+    MemberSpans,
+)
+from stream_ctr.events.json_strict import StrictEvent, parse_event
+from stream_ctr.events.parsed_events import InvalidRecord, ParsedEvents, Rejection, kind_codes
 
-_BLOCK_ROWS, _BLOCK_BYTES = 2048, 64 << 20
-_NOTHING = pa.scalar(b"", pa.large_binary())
-_END = np.iinfo(np.int64).max
-_NUMBER = json_scan.INTEGER | json_scan.NUMBER | json_scan.NULL
-_CATEGORY = json_scan.STRING | json_scan.INTEGER | json_scan.BOOLEAN | json_scan.NULL
-_TEXT = json_scan.STRING | json_scan.NULL
-_TOP_TYPES = (_TEXT, _TEXT, _TEXT | json_scan.INTEGER, json_scan.OBJECT | json_scan.NULL, _NUMBER)
-_FIELD_TYPES = {"categorical": _CATEGORY, "numeric": _NUMBER}
-_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_BLOCK_ROWS = 2048
+_BLOCK_BYTES = 64 << 20
+_TEXT_TYPES = STRING | NULL
+_NUMBER_TYPES = INTEGER | NUMBER | NULL
+_CATEGORY_TYPES = STRING | INTEGER | BOOLEAN | NULL
+_TOP_TYPES = {
+    "kind": _TEXT_TYPES,
+    "impression_id": _TEXT_TYPES,
+    "time": STRING | INTEGER | NULL,
+    "features": OBJECT | NULL,
+    "true_probability": _NUMBER_TYPES,
+}
+_FIELD_TYPES = {"categorical": _CATEGORY_TYPES, "numeric": _NUMBER_TYPES}
 _CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
-_RFC_3339 = rf"^(19[7-9]\d|20\d\d)-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])[T ]{_CLOCK}:[0-5]\d(\.\d{{1,9}})?(Z|[+-]{_CLOCK})$"
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_INT64 = range(-(1 << 63), 1 << 63)
+_RFC_3339 = (
+    r"^(19[7-9]\d|20\d\d)-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
+    rf"[T ]{_CLOCK}:[0-5]\d(\.\d{{1,9}})?(Z|[+-]{_CLOCK})$"
+)
+_NO_BYTES = pa.scalar(b"", pa.large_binary())
+_CLOSING_BRACE = pa.scalar(b"}", pa.large_binary())
+_END = np.iinfo(np.int64).max
 
 
 class JsonReader:
-    """JSON records -> candidates with these fields."""
+    """Read JSON records into `ParsedEvents` with the given fields."""
 
     def __init__(self, fields: Sequence[Field], *, max_record_bytes: int) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
-        names = [name.encode() for name in (*json_scan.TOP, *(field.name for field in self.fields))]
-        self.names = np.frombuffer(b"".join(names), np.uint8)
-        self.ends = np.cumsum([0, *map(len, names)])
-        self.accepts = np.array(
-            [*_TOP_TYPES, *(_FIELD_TYPES[field.kind] for field in self.fields)], np.uint8
-        )
+        self._members = _members(self.fields)
 
     def read(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
-    ) -> tuple[list[Candidates], list[Refusal]]:
-        """The records at `rows`, in that order but for those that were looked at one by one, which come last."""
-        data, start, size = spans(values)
-        plain = (size[rows] > 0) & (size[rows] <= self.max_record_bytes)
-        found, left = [], [rows[~plain]]
-        for block in _blocks(rows[plain], size):
-            scan = _Scan.of(self, data, start[block], size[block])
-            found.append(self._scanned(block, scan))
-            left.append(block[~scan.passed])
-        parts, refusals = self._read_one_by_one(values, np.sort(np.concatenate(left)))
-        return [*found, *parts], refusals
+    ) -> tuple[list[ParsedEvents], list[Rejection]]:
+        """Read the records at `rows`.
 
-    # -- the fast way -----------------------------------------------------------------------------
+        The parts are in order of `rows`, except that the last one holds the events that the strict
+        parser read.
+        """
+        spans = byte_spans(values)
+        size = spans.size[rows]
+        can_scan = (size > 0) & (size <= self.max_record_bytes)
+        parts = []
+        left = [rows[~can_scan]]
+        for block in _blocks(rows[can_scan], spans.size):
+            records = ByteSpans(spans.data, spans.start[block], spans.size[block])
+            found = MemberSpans.empty(len(block), len(self._members.accepted_types))
+            json_scan.scan(records, self._members, found)
+            scanned = _ScannedRecords(spans.data, found)
+            parts.append(self._scanned_events(block, scanned))
+            left.append(block[~found.passed])
+        events, rejections = self._read_strictly(values, np.sort(np.concatenate(left)))
+        return [*parts, events], rejections
 
-    def _scanned(self, rows: npt.NDArray[np.int64], scan: _Scan) -> Candidates:
-        """Those of these records that were found good."""
-        time = scan.times()
-        kept = np.flatnonzero(scan.passed)
+    def _scanned_events(
+        self, rows: npt.NDArray[np.int64], records: _ScannedRecords
+    ) -> ParsedEvents:
+        """Return the events of the records that passed."""
+        time = records.times()  # an impossible time revokes `passed`
+        kept = np.flatnonzero(records.found.passed)
         if len(kept) < len(rows):
-            rows, time, scan = rows[kept], time[kept], scan.only(kept)
-        kind = scan.texts(json_scan.KIND)
-        features = {
-            field.name: scan.texts(member) if field.kind == "categorical" else scan.numbers(member)
-            for member, field in enumerate(self.fields, len(json_scan.TOP))
-        }
-        return Candidates(
+            rows = rows[kept]
+            time = time[kept]
+            records = records.take(kept)
+        kind = records.texts(json_scan.KIND)
+        probability = records.numbers(json_scan.PROBABILITY)
+        return ParsedEvents(
             row=rows,
             within=np.zeros_like(rows),
             kind=kind_codes(kind),
             kind_text=kind,
-            impression_id=scan.texts(json_scan.ID),
+            impression_id=records.texts(json_scan.ID),
             time=time,
-            has_time=scan.length[:, json_scan.TIME] >= 0,
-            has_features=scan.length[:, json_scan.FEATURES] >= 0,
-            true_probability=scan.numbers(json_scan.PROBABILITY).to_numpy(zero_copy_only=False),
-            features=features,
-            unread=scan.unread,
+            has_time=records.found.length[:, json_scan.TIME] >= 0,
+            has_features=records.found.length[:, json_scan.FEATURES] >= 0,
+            true_probability=probability.to_numpy(zero_copy_only=False),
+            features={
+                field.name: records.feature(field, member)
+                for member, field in enumerate(self.fields, FIRST_FEATURE)
+            },
+            has_unknown_fields=records.found.has_unknown,
         )
 
-    # -- one by one -------------------------------------------------------------------------------
-
-    def _read_one_by_one(
+    def _read_strictly(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
-    ) -> tuple[list[Candidates], list[Refusal]]:
-        good: list[int] = []
-        documents, refusals = [], []
+    ) -> tuple[ParsedEvents, list[Rejection]]:
+        """Read the records at `rows` one by one."""
+        good_rows: list[int] = []
+        events: list[StrictEvent] = []
+        rejections: list[Rejection] = []
         for row in rows.tolist():
+            value = values[row].as_py()
             try:
-                documents.append(self._read_one(values[row].as_py()))
-                good.append(row)
-            except Refused as refused:
-                refusals.append(Refusal(row, refused.code, refused.message))
-        return [self._columns(np.array(good, np.int64), documents)], refusals
+                event = parse_event(value, self.fields, max_record_bytes=self.max_record_bytes)
+            except InvalidRecord as error:
+                rejections.append(Rejection(row, error.reason, error.message))
+            else:
+                good_rows.append(row)
+                events.append(event)
+        return self._strict_events(np.array(good_rows, np.int64), events), rejections
 
-    def _read_one(self, value: bytes | None) -> dict[str, Any]:
-        if value is None:
-            raise Refused("tombstone", "null value")
-        if not value.strip():
-            raise Refused("empty", "no bytes")
-        if len(value) > self.max_record_bytes:
-            raise Refused("too_large", f"{len(value)} bytes, more than {self.max_record_bytes}")
-        bare = _without_strings(value)
-        if _depth(bare) > json_scan.DEEPEST_NESTING:
-            raise Refused("too_deep", f"nested more than {json_scan.DEEPEST_NESTING} deep")
-        try:
-            document = msgspec.json.decode(value)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise Refused("not_json", str(error)) from None
-        if not isinstance(document, dict):
-            raise Refused("not_an_object", f"a JSON {type(document).__name__}")
-        for name in ("kind", "impression_id"):
-            if not isinstance(document.get(name), (str, type(None))):
-                raise Refused("wrong_type", f"{name} must be a string, got {document[name]!r:.80}")
-        features = document.get("features")
-        if not isinstance(features, (dict, type(None))):
-            raise Refused("wrong_type", f"features must be an object, got {features!r:.80}")
-        found = {
-            field.name: _read_feature(field, (features or {}).get(field.name))
-            for field in self.fields
-        }
-        if (probability := document.get("true_probability")) is not None:
-            probability = _read_number("true_probability", probability)
-        time = _read_time(document.get("time"))
-        read = (
-            3
-            + (features is not None)
-            + (probability is not None)
-            + sum(value is not None for value in found.values())
-        )
-        return {
-            "kind": document.get("kind"),
-            "impression_id": document.get("impression_id"),
-            "time": time,
-            "has_features": features is not None,
-            "true_probability": probability,
-            "unread": _members(bare) > read,
-            "features": found,
-        }
-
-    def _columns(
-        self, rows: npt.NDArray[np.int64], documents: Sequence[Mapping[str, Any]]
-    ) -> Candidates:
-        def column(name: str, type: pa.DataType) -> pa.Array:
-            return pa.array([document[name] for document in documents], type)
-
-        time, kind = column("time", pa.int64()), column("kind", pa.string())
-        return Candidates(
+    def _strict_events(
+        self, rows: npt.NDArray[np.int64], events: Sequence[StrictEvent]
+    ) -> ParsedEvents:
+        kind = pa.array([event.kind for event in events], pa.string())
+        time = pa.array([event.time for event in events], pa.int64())
+        probability = pa.array([event.true_probability for event in events], pa.float64())
+        return ParsedEvents(
             row=rows,
             within=np.zeros_like(rows),
             kind=kind_codes(kind),
             kind_text=kind,
-            impression_id=column("impression_id", pa.string()),
+            impression_id=pa.array([event.impression_id for event in events], pa.string()),
             time=pc.fill_null(time, 0).to_numpy(),
             has_time=np.asarray(time.is_valid()),
-            has_features=np.array([document["has_features"] for document in documents], np.bool_),
-            true_probability=column("true_probability", pa.float64())
-            .to_numpy(zero_copy_only=False)
-            .astype(np.float64),
+            has_features=np.array([event.has_features for event in events], np.bool_),
+            true_probability=probability.to_numpy(zero_copy_only=False).astype(np.float64),
             features={
                 field.name: pa.array(
-                    [document["features"][field.name] for document in documents],
+                    [event.features[field.name] for event in events],
                     pa.string() if field.kind == "categorical" else pa.float64(),
                 )
                 for field in self.fields
             },
-            unread=np.array([document["unread"] for document in documents], np.bool_),
+            has_unknown_fields=np.array([event.has_unknown_fields for event in events], np.bool_),
         )
 
 
-def spans(
-    values: pa.LargeBinaryArray,
-) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """The bytes of n values, and where in them each starts [n] and how many it has [n], which is none where it is null."""
-    _, offsets, data = values.buffers()
-    ends = (
-        np.frombuffer(offsets, np.int64)[values.offset : values.offset + len(values) + 1]
-        if len(values)
-        else np.zeros(1, np.int64)
+def _members(fields: Sequence[Field]) -> Members:
+    names = [name.encode() for name in (*TOP_MEMBERS, *(field.name for field in fields))]
+    accepted_types = [
+        *(_TOP_TYPES[name] for name in TOP_MEMBERS),
+        *(_FIELD_TYPES[field.kind] for field in fields),
+    ]
+    return Members(
+        names=np.frombuffer(b"".join(names), np.uint8),
+        name_ends=np.cumsum([0, *map(len, names)]),
+        accepted_types=np.array(accepted_types, np.uint8),
     )
-    size = (
-        np.diff(ends)
-        if not values.null_count
-        else np.asarray(pc.fill_null(pc.binary_length(values), 0))
-    )
-    return np.frombuffer(data or b"", np.uint8), ends[:-1], size
 
 
 def _blocks(
     rows: npt.NDArray[np.int64], size: npt.NDArray[np.int64]
 ) -> list[npt.NDArray[np.int64]]:
-    """These rows in runs that are scanned at once."""
-    part = np.arange(len(rows)) // _BLOCK_ROWS + np.cumsum(size[rows]) // _BLOCK_BYTES
-    return np.split(rows, np.flatnonzero(np.diff(part)) + 1) if len(rows) else []
+    """Split the rows into runs to scan together, bounded in rows and, softly, in bytes."""
+    block = np.arange(len(rows)) // _BLOCK_ROWS + np.cumsum(size[rows]) // _BLOCK_BYTES
+    return np.split(rows, np.flatnonzero(np.diff(block)) + 1) if len(rows) else []
 
 
 @dataclass(frozen=True, slots=True)
-class _Scan:
-    """Where the M members of n records stand in `data`, as `json_scan.scan` tells it."""
+class _ScannedRecords:
+    """A block of n scanned records: their bytes, and where their members stand in them."""
 
     data: npt.NDArray[np.uint8]
-    at: npt.NDArray[np.int64]
-    length: npt.NDArray[np.int32]
-    passed: npt.NDArray[np.bool_]
-    unread: npt.NDArray[np.bool_]
-    escaped: npt.NDArray[np.bool_]
+    found: MemberSpans
 
-    @classmethod
-    def of(
-        cls,
-        reader: JsonReader,
-        data: npt.NDArray[np.uint8],
-        start: npt.NDArray[np.int64],
-        size: npt.NDArray[np.int64],
-    ) -> _Scan:
-        n, members = len(start), len(reader.accepts)
-        at, length = np.empty((n, members), np.int64), np.full((n, members), -1, np.int32)
-        passed, unread, escaped = (
-            np.zeros(n, np.bool_),
-            np.zeros(n, np.bool_),
-            np.zeros(members, np.bool_),
+    def take(self, indices: npt.NDArray[np.int64]) -> _ScannedRecords:
+        """Return the records at these indices."""
+        found = self.found._replace(
+            start=self.found.start[indices],
+            length=self.found.length[indices],
+            passed=self.found.passed[indices],
+            has_unknown=self.found.has_unknown[indices],
         )
-        json_scan.scan(
-            data,
-            start,
-            size,
-            reader.names,
-            reader.ends,
-            reader.accepts,
-            at,
-            length,
-            passed,
-            unread,
-            escaped,
-        )
-        return cls(data, at, length, passed, unread, escaped)
-
-    def only(self, kept: npt.NDArray[np.int64]) -> _Scan:
-        return _Scan(
-            self.data,
-            self.at[kept],
-            self.length[kept],
-            self.passed[kept],
-            self.unread[kept],
-            self.escaped,
-        )
+        return _ScannedRecords(self.data, found)
 
     def times(self) -> npt.NDArray[np.int64]:
-        """Epoch milliseconds; records whose time is a text that is read more slowly have not `passed` any more."""
-        at, length = self.at[:, json_scan.TIME], self.length[:, json_scan.TIME]
-        there = self.passed & (length >= 0)
-        text = np.zeros(len(at), np.bool_)
-        text[there] = self.data[at[there] - 1] == ord('"')
-        time = json_scan.integers(self.data, at, np.where(there & ~text, length, -1))
-        if text.any():
-            moments = _moments(self._texts(at[text], length[text]))
-            time[text] = pc.fill_null(moments, 0).to_numpy()
-            self.passed[text] = np.asarray(moments.is_valid())
+        """Return epoch milliseconds [n]. Clears `passed` where a time is text but not a time."""
+        start = self.found.start[:, json_scan.TIME]
+        length = self.found.length[:, json_scan.TIME]
+        present = self.found.passed & (length >= 0)
+        is_text = np.zeros(len(start), np.bool_)
+        is_text[present] = self.data[start[present] - 1] == QUOTE
+        time = json_scan.parse_integers(self.data, start, np.where(present & ~is_text, length, -1))
+        if is_text.any():
+            moments = _parse_moments(self._copy_texts(start[is_text], length[is_text]))
+            time[is_text] = pc.fill_null(moments, 0).to_numpy()
+            self.found.passed[is_text] = np.asarray(moments.is_valid())
         return time
 
+    def feature(self, field: Field, member: int) -> pa.Array:
+        """Return the values of a field, which is this member."""
+        return self.texts(member) if field.kind == "categorical" else self.numbers(member)
+
     def numbers(self, member: int) -> pa.DoubleArray:
-        at, length = self.at[:, member], self.length[:, member]
-        found, inexact = json_scan.numbers(self.data, at, length)
+        """Return the numbers of a member, null where it is missing [n]."""
+        start = self.found.start[:, member]
+        length = self.found.length[:, member]
+        numbers, inexact = json_scan.parse_numbers(self.data, start, length)
         if inexact.any():
-            found[inexact] = self._texts(at[inexact], length[inexact]).cast(pa.float64()).to_numpy()
+            texts = self._copy_texts(start[inexact], length[inexact])
+            numbers[inexact] = texts.cast(pa.float64()).to_numpy()
         missing = length < 0
-        return pa.array(found, mask=missing if missing.any() else None)
+        return pa.array(numbers, mask=missing if missing.any() else None)
 
     def texts(self, member: int) -> pa.StringArray:
-        found = self._texts(self.at[:, member], self.length[:, member])
-        if not self.escaped[member]:
-            return found
-        special = pc.fill_null(pc.match_substring(found, "\\"), False)
-        quoted = [f'"{text}"' for text in found.filter(special).to_pylist()]
-        meant = msgspec.json.decode(f"[{','.join(quoted)}]")
-        return pc.replace_with_mask(found, special, pa.array(meant, pa.string()))
+        """Return the texts of a member, null where it is missing [n]."""
+        texts = self._copy_texts(self.found.start[:, member], self.found.length[:, member])
+        if not self.found.has_escapes[member]:
+            return texts
+        escaped = pc.fill_null(pc.match_substring(texts, "\\"), False)
+        quoted = [f'"{text}"' for text in texts.filter(escaped).to_pylist()]
+        unescaped = msgspec.json.decode(f"[{','.join(quoted)}]")
+        return pc.replace_with_mask(texts, escaped, pa.array(unescaped, pa.string()))
 
-    def _texts(self, at: npt.NDArray[np.int64], length: npt.NDArray[np.int32]) -> pa.StringArray:
-        offsets, text = json_scan.texts(self.data, at, length)
+    def _copy_texts(
+        self, start: npt.NDArray[np.int64], length: npt.NDArray[np.int32]
+    ) -> pa.StringArray:
+        offsets, text = json_scan.copy_texts(self.data, start, length)
         valid = length >= 0
         bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
-        return pa.StringArray.from_buffers(len(at), pa.py_buffer(offsets), pa.py_buffer(text), bits)
+        buffers = (pa.py_buffer(offsets), pa.py_buffer(text), bits)
+        return pa.StringArray.from_buffers(len(start), *buffers)
 
 
-def _moments(text: pa.StringArray) -> pa.Int64Array:
-    """Epoch milliseconds, rounded down, of RFC 3339; null where it is anything else."""
+def _parse_moments(text: pa.StringArray) -> pa.Int64Array:
+    """Return epoch milliseconds, rounded down, or null where a text is not RFC 3339."""
     return _cast_moments(pc.if_else(pc.match_substring_regex(text, _RFC_3339), text, None))
 
 
 def _cast_moments(text: pa.StringArray) -> pa.Int64Array:
     try:
-        moments = text.cast(pa.timestamp("ns", "UTC"))
-    except pa.ArrowInvalid:  # a 30th of February: nobody is told which, it is found by halving
+        return epoch_ms(text)
+    except pa.ArrowInvalid:
+        # A 30th of February, say. Arrow does not tell which text failed, so halve to find it.
         half = len(text) // 2
-        return (
-            pa.concat_arrays([_cast_moments(text[:half]), _cast_moments(text[half:])])
-            if half
-            else pa.nulls(1, pa.int64())
-        )
-    return (
-        pc.floor_temporal(moments, unit="millisecond")
-        .cast(pa.timestamp("ms", "UTC"))
-        .cast(pa.int64())
-    )
+        if not half:
+            return pa.nulls(1, pa.int64())
+        return pa.concat_arrays([_cast_moments(text[:half]), _cast_moments(text[half:])])
 
 
-def _without_strings(value: bytes) -> npt.NDArray[np.uint8]:
-    return np.frombuffer(_STRING.sub(b'"', value), np.uint8)
-
-
-def _depth(bare: npt.NDArray[np.uint8]) -> int:
-    """How deep the brackets nest, [ and ] and their like, which differ from these by one bit."""
-    folded = bare | 32
-    return int(
-        np.cumsum((folded == ord("{")).astype(np.int64) - (folded == ord("}"))).max(initial=0)
-    )
-
-
-def _members(bare: npt.NDArray[np.uint8]) -> int:
-    """Members of all objects (of valid JSON) but those that are null."""
-    dense = bare[bare > 32]
-    return int(np.count_nonzero((dense[:-1] == ord(":")) & (dense[1:] != ord("n"))))
-
-
-def _read_feature(field: Field, value: object) -> str | float | None:
-    if value is None:
-        return None
-    if field.kind == "numeric":
-        return _read_number(field.name, value)
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str) or (isinstance(value, int) and value in _INT64):
-        return str(value)
-    raise Refused(
-        "wrong_type",
-        f"{field.name!r:.80} is categorical (a string, a 64-bit integer or a boolean), got {value!r:.80}",
-    )
-
-
-def _read_number(name: str, value: object) -> float:
-    try:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-    except OverflowError:
-        pass
-    raise Refused("wrong_type", f"{name!r:.80} must be a number, got {value!r:.80}")
-
-
-def _read_time(value: object) -> int | None:
-    if value is None or (
-        isinstance(value, int) and not isinstance(value, bool) and value in _INT64
-    ):
-        return value
-    if isinstance(value, str):
-        try:
-            moment = datetime.fromisoformat(value)
-        except ValueError:
-            raise Refused(
-                "wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}"
-            ) from None
-        if moment.tzinfo is None:
-            raise Refused("wrong_time", f"time has no zone offset: {value!r:.80}")
-        return (moment - _EPOCH) // timedelta(milliseconds=1)
-    raise Refused("wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}")
-
-
-# -- back to bytes -------------------------------------------------------------------------------
+# -- columns to JSON -----------------------------------------------------------------------------
 
 
 def encode_impressions(
@@ -390,51 +282,61 @@ def encode_impressions(
     features: Mapping[str, pa.Array],
     true_probability: npt.NDArray[np.float64] | None = None,
 ) -> pa.LargeBinaryArray:
-    """JSON bytes [n] of n impressions: ids, epoch milliseconds, features by name (string, int64, float64, bool, or a dictionary of those).
+    """Return the JSON bytes of n impressions [n].
 
-    What is missing is left out: nulls and, because JSON has no word for them, NaN and infinities.
+    `time` is in epoch milliseconds. Features, by name, are columns of strings, integers, floats or
+    booleans, or a dictionary of those. Missing values are left out: nulls, and also NaN and
+    infinities, which JSON cannot express.
 
     >>> features = {"app": pa.array(["maps"]), "age": pa.array([None], pa.int64())}
-    >>> encode_impressions(pa.array(["a"]), np.array([1735689600000]), features)[0].as_py()
-    b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}'
+    >>> time = np.array([1735689600000])
+    >>> print(encode_impressions(pa.array(["a"]), time, features)[0].as_py().decode())
+    {"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}
     """
-    # Each member brings a comma and a missing one is nothing: Arrow 26 drops rows in which null_handling="skip" leaves nothing to join.
-    members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()] or [
-        pa.repeat(_NOTHING, len(time))
-    ]
+    # A member begins with a comma, and is empty when its value is missing. null_handling="skip"
+    # would do, but with it Arrow 26 drops rows in which nothing is left to join.
+    members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()]
     joined = pc.binary_join_element_wise(
-        *members, _NOTHING, null_handling="replace", null_replacement=b""
+        *(members or [pa.repeat(_NO_BYTES, len(time))]),
+        _NO_BYTES,
+        null_handling="replace",
+        null_replacement=b"",
     )
+    # The opening replaces the first comma, if there is one.
+    opened = pc.binary_replace_slice(joined, 0, 1, b',"features":{')
     parts = [
         _member('{"kind":"impression","impression_id":', impression_id),
         _member(',"time":', pa.array(time)),
-        pc.binary_replace_slice(
-            joined, 0, 1, b',"features":{'
-        ),  # in place of the first comma, or of nothing
-        pa.scalar(b"}", pa.large_binary()),
+        opened,
+        _CLOSING_BRACE,
     ]
     if true_probability is not None:
-        parts.append(
-            pc.fill_null(_member(',"true_probability":', pa.array(true_probability)), _NOTHING)
-        )
-    return pc.binary_join_element_wise(*parts, pa.scalar(b"}", pa.large_binary()), _NOTHING)
+        probability = _member(',"true_probability":', pa.array(true_probability))
+        parts.append(pc.fill_null(probability, _NO_BYTES))
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
 
 
 def encode_clicks(impression_id: pa.Array, time: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:
-    """JSON bytes [n] of n clicks."""
+    """Return the JSON bytes of n clicks [n]. `time` is in epoch milliseconds.
+
+    >>> encode_clicks(pa.array(["a"]), np.array([1735689600000]))[0].as_py()
+    b'{"kind":"click","impression_id":"a","time":1735689600000}'
+    """
     parts = [
         _member('{"kind":"click","impression_id":', impression_id),
         _member(',"time":', pa.array(time), "}"),
     ]
-    return pc.binary_join_element_wise(*parts, _NOTHING)
+    return pc.binary_join_element_wise(*parts, _NO_BYTES)
 
 
 def _member(before: str, column: pa.Array, after: str = "") -> pa.LargeBinaryArray:
-    """The JSON text of each value between `before` and `after`; null where the value is missing."""
+    """Return the JSON of each value between `before` and `after`; null where it is missing."""
     if pa.types.is_dictionary(column.type):
         return _member(before, column.dictionary, after).take(column.indices)
     if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        text, before, after = _escaped(column.cast(pa.large_string())), before + '"', '"' + after
+        text = _escaped(column.cast(pa.large_string()))
+        before = before + '"'
+        after = '"' + after
     elif pa.types.is_floating(column.type):
         text = pc.if_else(pc.is_finite(column), column, None).cast(pa.large_string())
     else:
@@ -445,22 +347,20 @@ def _member(before: str, column: pa.Array, after: str = "") -> pa.LargeBinaryArr
 
 
 def _escaped(text: pa.LargeStringArray) -> pa.LargeStringArray:
-    """What stands between the quotes of the JSON string of each text."""
-    if not _has_special(text):
+    """Return each text as it is written between the quotes of a JSON string."""
+    if not _needs_escapes(text):
         return text
     words = text.dictionary_encode()
-    inside = pa.array(
-        [json.dumps(word, ensure_ascii=False)[1:-1] for word in words.dictionary.to_pylist()],
-        pa.large_string(),
-    )
-    return inside.take(words.indices)
+    escaped = [json.dumps(word, ensure_ascii=False)[1:-1] for word in words.dictionary.to_pylist()]
+    return pa.array(escaped, pa.large_string()).take(words.indices)
 
 
-def _has_special(text: pa.LargeStringArray) -> bool:
-    """Whether JSON must escape anything in these texts: a quote, a backslash or a control character."""
+def _needs_escapes(text: pa.LargeStringArray) -> bool:
+    """Return True when a text holds a quote, a backslash or a control character."""
     if not len(text):
         return False
     _, offsets, data = text.buffers()
     first, last = np.frombuffer(offsets, np.int64)[[text.offset, text.offset + len(text)]]
     characters = np.frombuffer(data or b"", np.uint8)[first:last]
-    return bool(((characters < 0x20) | (characters == ord('"')) | (characters == ord("\\"))).any())
+    special = (characters < SPACE) | (characters == QUOTE) | (characters == BACKSLASH)
+    return bool(special.any())

@@ -20,9 +20,10 @@ from rich.progress import Progress
 
 from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.events.decoder import Decoder, infer_fields
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
+from stream_ctr.events.infer import infer_fields
 from stream_ctr.join.examples import Examples
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks

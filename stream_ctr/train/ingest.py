@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.events.batch import Arrivals, EventBatch, RecordColumns, Rejected
-from stream_ctr.events.decoder import Decoder, Events, Rejects
+from stream_ctr.events.decoder import Decoder, Events, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.train.source import Source
 from stream_ctr.train.stage_timer import StageTimer
@@ -207,7 +207,7 @@ def _places(
     return records.offset[rows] << _INDEX_BITS | within
 
 
-def _rejected(records: RecordColumns, rejects: Rejects) -> Rejected:
+def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
     values = [
         value if value is not None else records.value[row].as_py()
         for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)
@@ -226,7 +226,7 @@ def _rejected(records: RecordColumns, rejects: Rejects) -> Rejected:
     )
 
 
-def _bad_records(events: Events, rejects: Rejects, n: int) -> float:
+def _bad_records(events: Events, rejects: Rejections, n: int) -> float:
     """Return how many of n records were rejected; a record with good events counts in part."""
     rows = rejects.row[[reason != "tombstone" for reason in rejects.reason]]
     if not len(rows):
