@@ -2,12 +2,13 @@
 
     python tests/bits.py record before.json --checkout ../old    run the code of another checkout
     python tests/bits.py record after.json                       run this one
-    python tests/bits.py compare before.json after.json          exit 1 and the differences, when there are any
+    python tests/bits.py compare before.json after.json          exit 1 and print any differences
 
-Six runs: the demo, three samples of real logs, three models at once, and a run that is killed and resumed. For each, `record` keeps
-`weights_sha256`, the ledger, the SHA-256 of every file of the last snapshot, and the final report without its wall-clock fields.
-A run whose data is absent is left out, and `compare` says so. The samples are those in `STREAM_CTR_DATA`, or in `shared/data` beside the
-checkout.
+There are six runs: the demo, three samples of real logs, three models at once, and a run that is
+killed and resumed. For each, `record` keeps `weights_sha256`, the ledger, the SHA-256 of every file
+of the last snapshot, and the final report without its wall-clock fields. A run whose data is absent
+is left out, and `compare` says so. The samples are those in `STREAM_CTR_DATA`, or in `shared/data`
+next to the checkout.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ SAMPLES = {
 
 
 def stream_ctr(checkout: Path, folder: Path, *arguments: object, failpoint: str = "") -> int:
-    """Run `stream-ctr` from `checkout` in `folder`; its exit code, which is 0 or that of a failpoint."""
+    """Run `stream-ctr` from `checkout` in `folder`, and check its exit code."""
     environment = {**os.environ, "PYTHONPATH": str(checkout), "STREAM_CTR_FAILPOINT": failpoint}
     command = [sys.executable, "-m", "stream_ctr", *map(str, arguments)]
     done = subprocess.run(
@@ -60,7 +61,7 @@ def compared(report: dict[str, Any]) -> dict[str, Any]:
 
 
 def results(state: Path) -> dict[str, Any]:
-    """What is compared of the run in `state`."""
+    """Return the compared results of the run in `state`."""
     newest = max((state / "snapshots").glob("[0-9]*"))
     manifest = json.loads((newest / "manifest.json").read_text())
     lines = [json.loads(line) for line in (state / "reports.jsonl").read_text().splitlines()]
@@ -75,7 +76,7 @@ def results(state: Path) -> dict[str, Any]:
 
 
 def record(checkout: Path, wanted: list[str]) -> dict[str, Any]:
-    """Run name -> results."""
+    """Return the results of each run by name."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -120,7 +121,7 @@ def record(checkout: Path, wanted: list[str]) -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any, path: str = "") -> list[str]:
-    """Where two JSON values differ, a line each."""
+    """Return a line for each difference of two JSON values."""
     if isinstance(before, dict) and isinstance(after, dict):
         names = sorted({*before, *after})
         return [

@@ -4,9 +4,9 @@
     python tests/style.py ../old                another one
     python tests/style.py --beside h11 httpx    installed packages too
 
-Function lengths count source lines without the docstring; tokens are those of Python's tokenizer without
-comments, line ends and docstrings. A docstring sentence "opens obscurely" when its first word is one of
-Of, By, What, Who, Whether, That and How.
+Function lengths count source lines without the docstring; tokens are those of Python's tokenizer
+without comments, line ends and docstrings. A docstring sentence opens obscurely if its first word
+is one of Of, By, What, Who, Whether, That and How.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LAYOUT = {
 
 @dataclass
 class Form:
-    """What was counted in a tree."""
+    """The counts of a tree."""
 
     lines: int = 0
     long_lines: int = 0

@@ -140,7 +140,8 @@ def test_run_on_an_existing_state_resumes_and_equals_one_run_over_all(
         *own_topics(topic),
     ]
     sink = kafka.KafkaSink(client)
-    # An --until-end closes every window at the end of what it saw; a run that is stopped does not. So the first part is stopped.
+    # An --until-end closes every window at the end of what it saw; a run that is stopped does not.
+    # So the first part is stopped.
     sink.send_batch(topic, values.slice(0, 2500), np.full(2500, -1), None)
     sink.flush(PATIENCE_SECONDS)
     process = start(*args)
@@ -170,9 +171,19 @@ def test_impressions_and_clicks_may_have_a_topic_each(broker, topic, log, traine
     sink.flush(PATIENCE_SECONDS)
     sink.close()
     succeed(
-        "run", "--topic", topic, "--click-topic", f"{topic}-clicks", "--state", tmp_path, "--bootstrap-servers", broker, "--until-end",
-        *QUICK, *own_topics(topic),
-    )  # fmt: skip
+        "run",
+        "--topic",
+        topic,
+        "--click-topic",
+        f"{topic}-clicks",
+        "--state",
+        tmp_path,
+        "--bootstrap-servers",
+        broker,
+        "--until-end",
+        *QUICK,
+        *own_topics(topic),
+    )
     assert reports(tmp_path)[-1]["ledger"] == reports(trained)[-1]["ledger"]
 
 
@@ -403,7 +414,8 @@ def test_score_prints_the_trainers_own_probabilities(log, trained):
     ]
     assert list(ids) == [name for part in events for name in part.impression_id.to_pylist()]
 
-    # A trainer that goes on from this snapshot predicts its next batch with the same weights, before it learns from it.
+    # A trainer that goes on from this snapshot predicts its next batch with the same weights,
+    # before it learns from it.
     rows, values = scorer.hasher.rows(
         {name: column.slice(0, 128) for name, column in events[0].features.items()}
     )
@@ -429,7 +441,11 @@ def test_predict_in_python_equals_score(log, trained):
 
 def test_subscribe_once_prints_a_verified_snapshot_and_runs_the_hook(trained, tmp_path):
     marker = tmp_path / "hook"
-    hook = f"{sys.executable} -c \"import os,sys; open('{marker}','w').write(sys.argv[1] + os.environ['STREAM_CTR_SNAPSHOT_ID'])\" {{path}}"
+    program = (
+        f"import os,sys; open('{marker}','w')"
+        ".write(sys.argv[1] + os.environ['STREAM_CTR_SNAPSHOT_ID'])"
+    )
+    hook = f'{sys.executable} -c "{program}" {{path}}'
     line = json.loads(
         succeed("subscribe", "--state", trained, "--once", "--json", "--exec", hook).stdout
     )
@@ -488,9 +504,21 @@ def test_a_subscriber_on_the_topic_gets_the_newest_and_swaps_while_it_serves(
         TopicPointers(reader), on_snapshot=lambda pointer: seen.append(pointer.snapshot)
     ) as subscriber:
         succeed(
-            "run", "--topic", topic, "--state", tmp_path, "--bootstrap-servers", broker, "--until-end", *QUICK, *own_topics(topic),
-            "-X", "schedule.snapshot_examples=1500", "-X", "snapshots.keep=10",
-        )  # fmt: skip
+            "run",
+            "--topic",
+            topic,
+            "--state",
+            tmp_path,
+            "--bootstrap-servers",
+            broker,
+            "--until-end",
+            *QUICK,
+            *own_topics(topic),
+            "-X",
+            "schedule.snapshot_examples=1500",
+            "-X",
+            "snapshots.keep=10",
+        )
         newest = snapshot.snapshot_ids(tmp_path / "snapshots")[-1]
         wait_until(lambda: seen[-1:] == [newest])
         assert subscriber.predict([{}]).shape == (1,)

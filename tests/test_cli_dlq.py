@@ -54,7 +54,7 @@ class Lettered(NamedTuple):
 
 
 def made_letters(servers: str, log: Path, state: Path) -> Lettered:
-    """A topic with events and bad records in two partitions, of which a run has made dead letters."""
+    """Make a topic with events and malformed records in two partitions, and run on it."""
     there = Lettered(servers, f"topic-{uuid.uuid4().hex[:12]}")
     client = kafka.client_options(servers, {})
     kafka.ensure_topic(client, there.topic, partitions=2)

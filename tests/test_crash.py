@@ -32,7 +32,8 @@ from stream_ctr.snapshots.pointer import decode_pointer, read_pointer
 from stream_ctr.snapshots.publisher import Publisher
 
 ROOT = Path(__file__).parents[1]
-# Snapshots at 1024, 2048 and 3072 examples and at the end; one is kept, so that each publication removes another.
+# Snapshots at 1024, 2048 and 3072 examples and at the end; one is kept, so that each publication
+# removes another.
 OPTIONS = [*SMALL, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
 IMPRESSIONS = 4000
 
@@ -248,7 +249,8 @@ def test_kill_9_at_random_moments_while_a_producer_goes_on(
     assert lineage.equal(), [(r.killed_after, r.left) for r in lineage.rounds]
     assert lineage.last.examples > 3 * 1024
     outcome(
-        "each resumed; after each and at the end ledger, weights, optimiser, baseline and metrics equal",
+        "each resumed; after each and at the end ledger, weights, optimiser, baseline and metrics "
+        "equal",
         times=rounds,
         broker=kafka_version,
     )
@@ -344,7 +346,10 @@ def poll_until(
 
 
 class Unreliable:
-    """A producer that has sent nothing before it is flushed; `at_flush` is called first, with what waits."""
+    """A producer that sends nothing before it is flushed.
+
+    `at_flush` is called first, with the records that wait.
+    """
 
     def __init__(self, at_flush) -> None:
         self.waiting: list[str] = []

@@ -87,13 +87,23 @@ def row(lines: list[str], name: str) -> str:
 
 def test_a_row_of_a_model_has_its_rolling_numbers_and_then_those_of_the_whole_run() -> None:
     assert row(drawn(REPORT), "deepfm ").split() == [
-        "deepfm", "0.11812", "0.7812", "0.8634", "1.012", "60,000", "0.0312", "0.11000", "0.7612", "0.8634", "1.012", "1,234,567", "0.0312",
-    ]  # fmt: skip
+        "deepfm",
+        "0.11812",
+        "0.7812",
+        "0.8634",
+        "1.012",
+        "60,000",
+        "0.0312",
+        "0.11000",
+        "0.7612",
+        "0.8634",
+        "1.012",
+        "1,234,567",
+        "0.0312",
+    ]
 
 
-def test_the_constant_and_the_best_possible_stand_under_the_models_in_the_logloss_column_of_the_whole_run() -> (
-    None
-):
+def test_the_constant_and_the_best_possible_stand_under_the_models_of_the_whole_run() -> None:
     lines = drawn(REPORT)
     order = [
         lines.index(row(lines, name))
@@ -145,13 +155,15 @@ def test_a_wider_terminal_shows_more_metrics_and_eighty_columns_show_calibration
             -0.0040,
             -0.0044,
             -0.0036,
-            "deepfm beats river_ftrl by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)",
+            "deepfm beats river_ftrl by 0.00400 nats per impression (whole run, 95 % interval "
+            "0.00360 to 0.00440)",
         ),
         (
             0.0040,
             0.0036,
             0.0044,
-            "river_ftrl beats deepfm by 0.00400 nats per impression (whole run, 95 % interval 0.00360 to 0.00440)",
+            "river_ftrl beats deepfm by 0.00400 nats per impression (whole run, 95 % interval "
+            "0.00360 to 0.00440)",
         ),
         (
             -0.0010,
@@ -248,9 +260,18 @@ def test_the_share_of_the_gap_that_each_model_closed_is_said() -> None:
 
 def test_progress_and_counters_are_said_with_their_units() -> None:
     text = " ".join(drawn(REPORT, 300))
-    for piece in ["1,234,567 examples", "15,210 events/s", "event time 2025-01-01T10:15:00Z", "12,345 pending", "7 lag", "12 clicks late",
-                  "snapshot 00000012-20250101T101500Z", "99.87% of clicks joined", "AUC exact to ±0.0002",
-                  "window 2025-01-01T10:05:00Z to 2025-01-01T10:15:00Z (provisional)"]:  # fmt: skip
+    for piece in [
+        "1,234,567 examples",
+        "15,210 events/s",
+        "event time 2025-01-01T10:15:00Z",
+        "12,345 pending",
+        "7 lag",
+        "12 clicks late",
+        "snapshot 00000012-20250101T101500Z",
+        "99.87% of clicks joined",
+        "AUC exact to ±0.0002",
+        "window 2025-01-01T10:05:00Z to 2025-01-01T10:15:00Z (provisional)",
+    ]:
         assert piece in text
     assert "(provisional)" not in " ".join(
         drawn({**REPORT, "rolling": {**REPORT["rolling"], "provisional": False}})
@@ -353,7 +374,12 @@ def test_no_color_leaves_out_colours() -> None:
 
 
 def test_nothing_is_written_when_the_output_is_piped() -> None:
-    program = "from stream_ctr.cli.display import LiveTable\nwith LiveTable() as table:\n    table.update({'examples': 1})\nprint('end')"
+    program = (
+        "from stream_ctr.cli.display import LiveTable\n"
+        "with LiveTable() as table:\n"
+        "    table.update({'examples': 1})\n"
+        "print('end')"
+    )
     done = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""What months bring, at the trainer: wrong clocks, stalls, duplicates, numbers that are none, full disks, damaged files."""
+"""Faults of the trainer: wrong clocks, stalls, duplicates, NaN, full disks, damaged files."""
 
 from __future__ import annotations
 
@@ -145,7 +145,8 @@ def test_duplicates_and_disorder_within_the_lateness_change_nothing(tmp_path, st
     assert counters["impressions_duplicate"] > IMPRESSIONS / 2
     assert counters["clicks_duplicate"] > 0
     outcome(
-        f"ledger and weights equal; {counters['impressions_duplicate']:,} repeated impressions counted, none trained twice"
+        f"ledger and weights equal; {counters['impressions_duplicate']:,} repeated impressions "
+        f"counted, none trained twice"
     )
 
 
@@ -208,7 +209,8 @@ def test_a_silent_partition_is_excused_and_what_it_brings_later_is_late_and_harm
     others = finish(live(tmp_path / "others", Live(three)))
     assert report["ledger"] == others["ledger"]
     outcome(
-        f"the watermark advances after the timeout and never goes back; {impressions} impressions late, the others' ledger unchanged"
+        f"the watermark advances after the timeout and never goes back; {impressions} impressions "
+        f"late, the others' ledger unchanged"
     )
 
 
@@ -262,7 +264,8 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
     assert counters["impressions_late"] > 20
     quarantined = counters["rejected.time_in_future"] + counters["rejected.time_out_of_range"]
     outcome(
-        f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of the others alone"
+        f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of "
+        f"the others alone"
     )
 
 
@@ -407,7 +410,7 @@ def test_a_topic_of_clicks_that_ends_early_teaches_nothing_of_the_impressions_af
 @pytest.mark.parametrize("why", ["no broker answers", "the trainer was away"])
 @pytest.mark.slow
 def test_partitions_are_not_idle_while_brokers_are_silent_or_nobody_listened(tmp_path, stream, why):
-    """They are 20 s apart; the one that is behind has nothing new for 40 s by the clock, when it could not have spoken."""
+    """Two partitions 20 s apart; no broker of the one behind answers for 40 s."""
     logs = apart(stream, lambda event: True)
     times = [np.array([event["time"] for event in documents(log)]) for log in logs]
     middle = int(times[0][len(times[0]) // 2])
@@ -525,7 +528,7 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
 
 
 @pytest.mark.fault(22, injected="weights that become NaN while it learns")
-def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to_the_last_good_snapshot(
+def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back(
     tmp_path, stream, outcome, caplog
 ):
     built = trainer(
@@ -553,7 +556,8 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back_to
         _, tensors = snapshot.load(tmp_path / "snapshots" / name, stems=("model",))
         assert all(np.isfinite(array).all() for array in tensors["model"].values())
     outcome(
-        "3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning goes on"
+        "3 batches skipped, then back to the last good snapshot; no snapshot with a NaN; learning "
+        "goes on"
     )
 
 
@@ -658,7 +662,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_room(
     embedded_broker, topic, small_disk, log, clean, outcome
 ):
-    """From a topic: what has not been sent yet cannot be learned before the disk is full, nor while it is."""
+    """Read from a topic, so that later events cannot be learned before the disk is full."""
     state, filler = small_disk / "state", small_disk / "filler"
     options = [
         "-X",
@@ -758,7 +762,8 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_e
     assert none.exit_code == 6
     assert "verifies" in none.output
     outcome(
-        "refused by name, the one before is gone on from, ledger and state equal; with none left exit 6",
+        "refused by name, the one before is gone on from, ledger and state equal; with none left "
+        "exit 6",
         times=2,
     )
 
@@ -803,7 +808,8 @@ def test_running_out_of_memory_is_told_and_a_resumed_run_equals_one_that_did_not
     assert taken(tmp_path).ledger == taken(clean).ledger
     assert taken(tmp_path).tensors == taken(clean).tensors
     outcome(
-        "exit 1 with the way out; resumed, ledger and state equal (the error itself is made, not a card's)"
+        "exit 1 with the way out; resumed, ledger and state equal (the error itself is made, not "
+        "a card's)"
     )
 
 
@@ -835,7 +841,8 @@ def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, o
 
 @pytest.mark.fault(
     24,
-    injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one id",
+    injected="every categorical value drawn by Zipf's law with exponent 3; 200,000 clicks of one "
+    "id",
 )
 @pytest.mark.slow
 def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
@@ -859,7 +866,8 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
     assert report["counters"]["clicks_unmatched"] == 200_000
     assert all(np.isfinite(score["logloss"]) for score in report["models"].values())
     outcome(
-        f"all learned; the run took {slower:.1f} times as long as one over an even stream without those clicks"
+        f"all learned; the run took {slower:.1f} times as long as one over an even stream without "
+        f"those clicks"
     )
 
 
@@ -868,7 +876,8 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
 
 @pytest.mark.fault(
     26,
-    injected="SIGSTOP of a subscriber while 3 snapshots are published and 3 removed; SIGKILL of another",
+    injected="SIGSTOP of a subscriber while 3 snapshots are published and 3 removed; SIGKILL of "
+    "another",
 )
 @pytest.mark.slow
 def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, tmp_path, outcome):
@@ -898,7 +907,8 @@ def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, t
     assert loaded["sequence"] > first["sequence"]
     assert loaded["verified"]
     outcome(
-        "the trainer's state equals that of a run without subscribers; the slow one has the newest after SIGCONT"
+        "the trainer's state equals that of a run without subscribers; the slow one has the "
+        "newest after SIGCONT"
     )
 
 
@@ -925,7 +935,8 @@ def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log
 
 @pytest.mark.fault(
     29,
-    injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a newer one",
+    injected="by hand: an older epoch, an older sequence, nonsense, another model, a null; then a "
+    "newer one",
 )
 @pytest.mark.slow
 def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
@@ -983,7 +994,8 @@ def test_pointers_that_are_withdrawn_old_or_reordered_leave_the_model_in_use(
 
 @pytest.mark.fault(
     25,
-    injected="a label window of 25,000 impressions, join.max_memory = 4MB, spilling; stopped and resumed halfway",
+    injected="a label window of 25,000 impressions, join.max_memory = 4MB, spilling; stopped and "
+    "resumed halfway",
 )
 @pytest.mark.slow
 def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_path, outcome):
@@ -1009,7 +1021,8 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
     assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
     assert resumed.state.joiner.nbytes <= 4_000_000
     outcome(
-        f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and weights equal; within the bound"
+        f"{report['counters']['impressions_spilled']:,} impressions to disk and back; ledger and "
+        f"weights equal; within the bound"
     )
 
 
@@ -1035,13 +1048,15 @@ def test_a_run_that_may_not_spill_gives_up_a_uniform_share_and_counts_it(tmp_pat
         everything["models"]["deepfm"]["ctr"], rel=0.1
     )
     outcome(
-        f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; within the bound"
+        f"{evicted:,} of 60,000 given up and counted, the others' click-through rate as before; "
+        f"within the bound"
     )
 
 
 @pytest.mark.fault(
     25,
-    injected="ten label windows without clicks, as fast as the trainer takes them, for 600 s; a bound of 128 MiB",
+    injected="ten label windows without clicks, as fast as the trainer takes them, for 600 s; a "
+    "bound of 128 MiB",
 )
 @pytest.mark.long
 @pytest.mark.timeout(900)

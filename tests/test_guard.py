@@ -214,9 +214,7 @@ def test_restore_gives_the_model_back_and_counts_what_is_unlearned(
 def test_the_row_of_skipped_batches_begins_anew_after_a_restore(tmp_path: Path) -> None:
     path = written(tmp_path, weight=1.0)
     made, _, _ = guard([B, B, B, B, B])
-    outcomes = []
-    for _ in range(3):
-        outcomes.append(made.learn(batch()))
+    outcomes = [made.learn(batch()) for _ in range(3)]
     made.restore(path, "why", trained=0)
     outcomes += [made.learn(batch()) for _ in range(2)]
     assert list(map(type, outcomes)) == [Skipped, Skipped, Diverged, Skipped, Skipped]

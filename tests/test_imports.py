@@ -1,4 +1,7 @@
-"""Imports follow the layer picture of docs/design.md; a module that breaks it is named, and the picture is printed."""
+"""Imports follow the layer picture of docs/design.md.
+
+A test names each module that breaks it, and prints the picture.
+"""
 
 import ast
 import graphlib
@@ -123,7 +126,7 @@ def broken(path: str, source: str) -> list[str]:
 
 
 def folder_of(path: str) -> str:
-    """The name in the picture: stream_ctr/models/deepfm.py is `models`, all of connectors/ is `connectors`."""
+    """Return the name in the picture: `models` for stream_ctr/models/deepfm.py."""
     parts = Path(path).with_suffix("").parts
     return parts[0] if parts[0] == "connectors" else parts[1]
 

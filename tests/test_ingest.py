@@ -1,4 +1,4 @@
-"""Reading ahead: the same things in the same order as reading when asked, an error in its turn, and no thread that outlives its use."""
+"""Ingest and reading ahead: the same polls in the same order, and no thread left over."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ def click(number: int) -> bytes:
 
 
 class Polls:
-    """Polls that bring given records of partition 0, or raise; `asked` counts them, `by` are the threads that polled."""
+    """A source whose polls return given records of partition 0, or raise.
+
+    `asked` counts the polls, `by` holds the threads that polled.
+    """
 
     partitions = (("clicks", 0),)
     until_end = True
@@ -484,7 +487,7 @@ def assert_same_snapshots(
 def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_that_does_neither(
     stream, seed, read_ahead, kill
 ):
-    """One partition: then polls, and so also what is pending and the positions, are the same at every snapshot before the kill."""
+    """With one partition, polls and positions are the same at every snapshot before the kill."""
     directory = Path(tempfile.mkdtemp())
     try:
         finish(trainer(directory / "asked", Partitions([stream], seed=seed), **sections(0)))
@@ -550,7 +553,7 @@ def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, see
 
 
 def test_a_snapshot_is_never_past_what_was_joined(tmp_path, stream):
-    """The fake polls at once whenever there is room, so hundreds of records are read and not joined at each snapshot."""
+    """The fake polls whenever there is room, so hundreds of records are ahead at each snapshot."""
     ahead = []
 
     class Watched(Partitions):

@@ -263,7 +263,7 @@ def _columns(fields: Sequence[Field], rows: Sequence[dict[str, Any]]) -> dict[st
 
 
 def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> None:
-    """The table of a model becomes NaN before its step number `after`, and before each one from there on."""
+    """Fill a model's table with NaN before step `after`, or before every step from there on."""
     learner: Any = built.state.learners[name]
     learn, calls = learner.learn, []
 
@@ -279,7 +279,7 @@ def spoil(built: Trainer, name: str, *, after: int, forever: bool = False) -> No
 FREQUENT = {"schedule": {"snapshot_examples": 1000}, "snapshots": {"keep": 50}}
 
 
-def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notices(
+def test_a_additional_model_that_diverges_goes_back_by_itself_and_no_other_one_notices(
     tmp_path, stream, fm_alone, caplog
 ):
     built = trainer(
@@ -307,7 +307,7 @@ def test_a_model_beside_that_diverges_goes_back_by_itself_and_no_other_one_notic
 
 
 @pytest.mark.parametrize("frequent", [{}, FREQUENT], ids=["no snapshot yet", "snapshots"])
-def test_a_model_beside_that_nothing_helps_is_left_out_and_stays_so_when_the_run_is_resumed(
+def test_a_additional_model_that_nothing_helps_is_left_out_and_stays_so_when_the_run_is_resumed(
     tmp_path, stream, fm_alone, frequent, caplog
 ):
     stopping = Partitions([stream], stop_after=len(stream) - 500)
@@ -345,7 +345,7 @@ def spoil_the_third_snapshot(built: Trainer, of: str) -> None:
     built.snapshots._writer.begin = begun
 
 
-def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_finite_and_that_goes_back(
+def test_a_snapshot_omits_an_additional_model_whose_weights_are_not_finite(
     tmp_path, stream, fm_alone
 ):
     built = trainer(
@@ -372,7 +372,7 @@ def test_a_snapshot_is_written_without_a_model_beside_whose_weights_are_not_fini
     )
 
 
-def test_what_a_model_beside_goes_back_to_is_there_though_only_one_snapshot_is_kept(
+def test_what_a_additional_model_goes_back_to_is_there_though_only_one_snapshot_is_kept(
     tmp_path, stream
 ):
     frequent = {**FREQUENT, "snapshots": {"keep": 1}}
@@ -402,7 +402,7 @@ def test_an_additional_model_follows_parents_within_its_run_only(tmp_path, strea
     assert built.snapshots.last_good("deepfm") is None
 
 
-def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
+def test_a_additional_model_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_path, stream):
     key = tmp_path / "key.pem"
     key.write_bytes(
         ed25519.Ed25519PrivateKey.generate().private_bytes(
@@ -426,7 +426,7 @@ def test_a_model_beside_goes_back_to_no_snapshot_that_the_key_did_not_sign(tmp_p
         built.snapshots.last_good("deepfm")
 
 
-def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
+def test_an_example_that_a_additional_model_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
     documents = [json.loads(value) for value in stream.to_pylist()]
     numeric = next(field.name for field in Simulation(1, seed=0).fields if field.kind == "numeric")
     huge = 0
@@ -454,7 +454,7 @@ def test_an_example_that_a_model_beside_cannot_learn_is_skipped_by_it_alone(tmp_
 
 
 @pytest.mark.slow
-def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdict_on_the_network_and_learns_on(
+def test_fnn_is_not_published_after_its_pre_training_until_there_is_a_verdict(
     tmp_path, stream, caplog
 ):
     lenient = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
@@ -476,21 +476,19 @@ def test_when_its_pre_training_ends_fnn_is_not_published_until_there_is_a_verdic
     refused = [manifest.examples for manifest in manifests if list(manifest.gate.refused)]
     assert refused == [2048, 3072]
     assert (
-        "is not published: its pre-training has ended, and there is no verdict yet on the network that took over"
-        in caplog.text
+        "is not published: its pre-training has ended, and there is no verdict yet on the network "
+        "that took over" in caplog.text
     )
     assert (
-        "its last step ended its pre-training, the network that took over has learned nothing yet: it took the logloss"
-        in caplog.text
+        "its last step ended its pre-training, the network that took over has learned nothing "
+        "yet: it took the logloss" in caplog.text
     )
     assert report["refused"] == []
     assert read_pointer(tmp_path / "latest.json").examples == 6000
 
 
 @pytest.mark.slow
-def test_fnn_that_diverges_as_a_network_before_that_was_published_is_an_fm_again_and_published_as_it_was(
-    tmp_path, stream
-):
+def test_fnn_that_diverges_as_a_network_before_it_was_published_is_an_fm_again(tmp_path, stream):
     gate = {"keep": 50, "gate_clicks": 100, "gate_logloss": 100, "gate_calibration": 100}
     sections = {
         "schedule": {"snapshot_examples": 1024},

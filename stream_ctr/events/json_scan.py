@@ -160,7 +160,7 @@ class MemberSpans(NamedTuple):
 
 @numba.njit(cache=True, nogil=True)
 def scan(records: ByteSpans, members: Members, found: MemberSpans) -> None:
-    """Find the members of n records, and write into `found`, which comes from `MemberSpans.empty`."""
+    """Find the members of n records; write into `found`, which `MemberSpans.empty` made."""
     # Arrays in local variables: in a loop, Numba counts references on access to a tuple's arrays.
     data, record_start, record_size = records
     names, name_ends, accepted_types = members

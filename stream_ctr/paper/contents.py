@@ -68,7 +68,8 @@ _QUICK = (
 
 _OTHER_DROPOUT = (
     "Table 2 uses a dropout of {:g}, which was set by hand; the paper uses {:g}. If test scores "
-    "suggested the value, the scores in Table 2 are optimistic. Choose the dropout by the validation "
+    "suggested the value, the scores in Table 2 are optimistic. Choose the dropout by the "
+    "validation "
     "loglosses of Figure 8."
 )
 
