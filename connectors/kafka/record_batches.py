@@ -16,11 +16,11 @@ A broker stores and sends a partition as a sequence of batches. Header numbers a
       61        the records, compressed together if the attributes name a codec
 
 A record is a sequence of zigzag varints and byte strings: size of the rest, attributes (one byte),
-time delta, offset delta, key size, key, value size, value, number of headers, and the name
-and value of each header with their sizes. The size -1 means null. With log append time, every record has the
-greatest timestamp. Compaction removes records but keeps headers, so offsets have gaps. A control
-batch holds one marker, which commits or aborts a transaction. A consumer skips control batches and
-the batches of aborted transactions.
+time delta, offset delta, key size, key, value size, value, number of headers, and the name and
+value of each header with their sizes. The size -1 means null. With log append time, every record
+has the greatest timestamp. Compaction removes records but keeps headers, so offsets have gaps. A
+control batch holds one marker, which commits or aborts a transaction. A consumer skips control
+batches and the batches of aborted transactions.
 
 Specification: https://kafka.apache.org/documentation/#recordbatch. This module depends on no
 client, connection or compression library.
