@@ -28,7 +28,12 @@ def pages() -> list[str]:
     """Return the names of the hand-written pages, relative to the repository."""
     roots = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "deploy/README.md"]
     docs = sorted((ROOT / "docs").glob("*.md"))
-    return [*roots, *(str(path.relative_to(ROOT)) for path in docs), "docs/paper/README.md"]
+    return [
+        *roots,
+        *(str(path.relative_to(ROOT)) for path in docs),
+        "docs/paper/README.md",
+        "docs/schemas/README.md",
+    ]
 
 
 def read(page: str) -> str:
