@@ -835,7 +835,7 @@ def test_a_tls_client_does_not_hang_at_a_silent_peer(
 ) -> None:
     monkeypatch.setattr(timeouts, "BOOTSTRAP_SECONDS", 0.3)
     client = client_options(embedded_broker, {"security.protocol": "SSL"})
-    with pytest.raises(KafkaRefused, match="accepts connections, but let nobody in"):
+    with pytest.raises(KafkaRefused, match="accepts connections, but refused this client"):
         make_source(["t"], client=client, group="g")
 
 

@@ -74,7 +74,8 @@ def explain_silence(
     hint, reason = _refusal_hint(_protocol(client), reasons)
     quoted = f" ({reason})" if reason else ""
     return KafkaRefused(
-        f"{accepting} accepts connections, but let nobody in within {seconds:g} s: {hint}{quoted}"
+        f"{accepting} accepts connections, but refused this client within {seconds:g} s: "
+        f"{hint}{quoted}"
     )
 
 

@@ -18,9 +18,9 @@ A broker stores and sends a partition as a sequence of batches. Header numbers a
 A record is a sequence of zigzag varints and byte strings: size of the rest, attributes (one byte),
 time delta, offset delta, key size, key, value size, value, number of headers, and the name and
 value of each header with their sizes. The size -1 means null. With log append time, every record
-has the greatest timestamp. Compaction removes records but keeps headers, so offsets have gaps. A
-control batch holds one marker, which commits or aborts a transaction. A consumer skips control
-batches and the batches of aborted transactions.
+has the greatest timestamp. Compaction removes records, so offsets have gaps and a batch may be
+empty. A control batch holds one marker, which commits or aborts a transaction. A consumer skips
+control batches and the batches of aborted transactions.
 
 Specification: https://kafka.apache.org/documentation/#recordbatch. This module depends on no
 client, connection or compression library.
