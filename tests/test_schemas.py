@@ -45,9 +45,14 @@ def test_the_published_schemas_are_those_of_the_types() -> None:
     assert doctest.testmod(generator).failed == 0
     schemas = generator.schemas()
     assert {path.name for path in FOLDER.glob("*.json")} == set(schemas)
-    for name, schema in schemas.items():
+    for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
-        assert (FOLDER / name).read_text() == generator.text(schema), "make schemas writes it anew"
+    changed = [
+        name
+        for name, schema in schemas.items()
+        if (FOLDER / name).read_text() != generator.text(schema)
+    ]
+    assert changed == [], "write them again with: make schemas"
 
 
 @pytest.fixture(scope="module")
