@@ -177,7 +177,16 @@ def _repeat(log: Log, config: Config, options: Options, out: Path, *, restart: b
     from rich.console import Console
 
     from stream_ctr.connectors.memory import BatchSource
-    from stream_ctr.paper import plan, reading, work
+
+    # All of these before any work: without matplotlib, the import of `report` fails.
+    from stream_ctr.paper import facts, plan, reading, report, work
+
+    def write_report(made: Plan) -> None:
+        if runs := work.results(made, out):
+            typed = shlex.join(["stream-ctr", *sys.argv[1:]])
+            run_facts = facts.run_facts(made, typed, runs)
+            report.write(out, runs, data=facts.data_facts(log, made), made=run_facts)
+            click.echo(f"{out / 'report.html'}")
 
     console = Console(stderr=True)
     planned: list[Plan] = []
@@ -198,17 +207,7 @@ def _repeat(log: Log, config: Config, options: Options, out: Path, *, restart: b
         try:
             work.run(made, out, console=console)
         finally:  # what is done is reported if the command is interrupted too
-            _write_report(log, made, out)
-
-
-def _write_report(log: Log, made: Plan, out: Path) -> None:
-    from stream_ctr.paper import facts, report, work
-
-    if runs := work.results(made, out):
-        typed = shlex.join(["stream-ctr", *sys.argv[1:]])
-        run_facts = facts.run_facts(made, typed, runs)
-        report.write(out, runs, data=facts.data_facts(log, made), made=run_facts)
-        click.echo(f"{out / 'report.html'}")
+            write_report(made)
 
 
 @contextmanager
