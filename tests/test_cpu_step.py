@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.learners import assert_equal_states, random_batch, small_network, state_of
 
+from stream_ctr.learn import cpu_step
 from stream_ctr.learn.cpu_step import parts_of
 from stream_ctr.learn.step import dropout_seed
 
@@ -78,3 +79,33 @@ def test_an_examples_logit_does_not_depend_on_its_neighbours(precision: str) -> 
     together = learner.predict(ids)
     alone = np.concatenate([learner.predict(ids[i : i + 1]) for i in range(0, 700, 9)])
     assert np.array_equal(together[::9], alone)
+
+
+def test_a_short_batch_after_a_full_one_has_only_the_gradients_of_its_own_parts() -> None:
+    straight, resumed = (small_network(batch_size=600) for _ in range(2))  # two parts
+    straight.learn(*random_batch(600))
+    resumed.load_weights(straight.weights())
+    resumed.load_optimizer_state(straight.optimizer_state())
+    for made in (straight, resumed):
+        made.learn(*random_batch(200, seed=1))
+    assert_equal_states(state_of(straight), state_of(resumed))
+
+
+def test_each_part_and_each_step_drops_other_units() -> None:
+    learner = small_network(batch_size=512, dropout=0.5, progressive=False)  # two parts of 256
+    ids = np.ones((512, 3), np.int32)
+    labels = np.zeros(512, np.uint8)
+    first, second = (learner.learn(ids, labels) for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert not np.array_equal(first[:256], first[256:])
+    assert not np.array_equal(np.argsort(first), np.argsort(second))
+
+
+def test_the_limit_of_the_gradient_is_that_of_the_summed_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cpu_step, "LARGEST_GRADIENT", 4.0)
+    ids, labels = random_batch(1)
+    assert small_network().learn(ids, labels) is not None
+    assert small_network().learn(np.repeat(ids, 16, axis=0), np.repeat(labels, 16)) is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.paper_data import read_dataset
 
 from stream_ctr.errors import DataError
-from stream_ctr.join.joiner import Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, VALIDATION, Split

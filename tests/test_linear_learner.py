@@ -174,3 +174,17 @@ def test_lr_that_has_learned_nothing_has_weights_too() -> None:
     learner = small_learner("lr")
     learner.load_weights(small_learner("lr").weights())
     assert learner.predict(planted_stream(3, seed=0)[0]).tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 8])
+def test_the_table_of_served_lr_has_an_untouched_row_for_unknown_ids(count: int) -> None:
+    learner = small_learner("lr", serving=True)
+    rows = np.arange(count, dtype=np.int32)
+    weights = {"rows": rows, "pairs": np.full((count, 2), 2.0), "intercept": np.array([-1.0, 1.0])}
+    learner.load_weights(weights)
+    # The compiled loops do not check bounds, so the row must exist.
+    assert len(learner._ftrl._table) > count
+    only_intercept = small_learner("lr")
+    only_intercept.load_weights({**weights, "rows": rows[:0], "pairs": weights["pairs"][:0]})
+    unknown = np.full((1, PLANTED_FIELDS), 200, np.int32)
+    assert learner.predict(unknown).tolist() == only_intercept.predict(unknown).tolist()
