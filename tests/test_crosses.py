@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from sklearn.metrics import roc_auc_score  # type: ignore[import-untyped]
+from sklearn.metrics import roc_auc_score
 from support.commands import command, succeed
 from support.manifests import edit_manifest, write_snapshot
 from support.published_ids import published_cross, published_id

@@ -607,7 +607,8 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
         def poll(self, timeout_seconds: float) -> Records:
             if self._at[0] > 3000 and self.trainer and not self.done:
                 self.done = True
-                self.trainer.state.guard.learner.table.rows[:, :4].add_(3.0)
+                learner: Any = self.trainer.state.guard.learner
+                learner.table.rows[:, :4].add_(3.0)
             return super().poll(timeout_seconds)
 
     built = trainer(

@@ -49,7 +49,9 @@ def test_a_ledgers_sum_of_more_than_64_bits_is_damage(total: int) -> None:
 
 def keys(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the path of every key that a manifest's types name."""
-    free = {(name,) for name in ("config", "beside", "positions", "topic_ids", "counters")}
+    free: set[tuple[str, ...]] = {
+        (name,) for name in ("config", "beside", "positions", "topic_ids", "counters")
+    }
     free |= {("metrics", "models"), ("metrics", "pairs")}
     if not isinstance(tree, dict) or path in free:
         return []

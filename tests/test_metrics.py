@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss, roc_auc_score  # type: ignore[import-untyped]
+from sklearn.metrics import log_loss, roc_auc_score
 
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.metrics import Score, Scored, Tally, WholeRun, Windows, paired_interval

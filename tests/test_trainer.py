@@ -18,6 +18,7 @@ from support.trainers import (
     RIVER,
     SMALL,
     Partitions,
+    Sections,
     assert_equal_states,
     final_state,
     finish,
@@ -50,7 +51,7 @@ def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
     assert_equal_states(tmp_path / "1", tmp_path / "2")
 
 
-SEVERAL = {
+SEVERAL: dict[str, Any] = {
     **SMALL["model"],
     "name": "deepfm",
     "beside": ("fnn", "lr", "fm_dnn"),
@@ -163,7 +164,7 @@ def test_ftrl_learns_every_example_in_order_however_batches_are_cut(tmp_path, st
 
 # -- several models on the same examples ---------------------------------------------------------
 
-ALONE = {"baseline": {"enabled": False}, "ftrl": {"enabled": False}}
+ALONE: Sections = {"baseline": {"enabled": False}, "ftrl": {"enabled": False}}
 
 
 def model(name: str, *beside: str, **options: Any) -> dict[str, Any]:
@@ -334,7 +335,7 @@ def test_a_additional_model_that_nothing_helps_is_left_out_and_stays_so_when_the
 
 
 def spoil_the_third_snapshot(built: Trainer, of: str) -> None:
-    """In it a weight is not finite, of a row that the last batch had not."""
+    """Make a weight infinite in it, of a row that the last batch lacks."""
     begin = built.snapshots._writer.begin
 
     def begun(cut: Any) -> None:
@@ -342,7 +343,7 @@ def spoil_the_third_snapshot(built: Trainer, of: str) -> None:
             cut.tensors[f"{of}.model"]["table"][7, 0] = np.inf
         begin(cut)
 
-    built.snapshots._writer.begin = begun
+    built.snapshots._writer.begin = begun  # type: ignore[method-assign]
 
 
 def test_a_snapshot_omits_an_additional_model_whose_weights_are_not_finite(
@@ -717,7 +718,9 @@ def test_a_partition_that_is_far_ahead_is_held_once_what_waits_has_filled_some_o
             kept = ~((records.partition == 1) & late)
             self._at[1] -= int((~kept).sum())
             return Records(
-                *(column[kept] for column in (records.partition, records.offset, records.time)),
+                records.partition[kept],
+                records.offset[kept],
+                records.time[kept],
                 records.value.filter(pa.array(kept)),
             )
 
@@ -748,6 +751,7 @@ def test_an_idle_partition_stops_holding_the_others_back(tmp_path, stream):
         def poll(self, timeout_seconds: float) -> Records:
             self.now += 1.0
             if self.now == 200:
+                assert self.trainer
                 self.trainer.stop()
             return super().poll(timeout_seconds)
 

@@ -132,7 +132,7 @@ def settings_options(kinds: str = EVERY_KEY) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True, slots=True)
 class LogFormat:
-    """How a log is read: its format, None to look at it, and the seed of what it lacks."""
+    """The format of a log, None to detect it, and the seed of what the log lacks."""
 
     name: str | None = None
     seed: int = 0

@@ -25,12 +25,12 @@ class Source(Protocol):
 
     @property
     def finished(self) -> bool:
-        """Whether a source that ends was read to its end."""
+        """True once a source that ends was read to its end."""
         ...
 
     @property
     def until_end(self) -> bool:
-        """Whether the source ends at the end that the log had when it was opened."""
+        """True if the source ends at the end that the log had when it was opened."""
         ...
 
     def poll(self, timeout_seconds: float) -> RecordColumns:

@@ -88,6 +88,10 @@ class Absent:
         raise NotRun(self.reason)
 
 
+def _programs(environment: Own | Peer) -> Path:
+    return environment.programs if isinstance(environment, Own) else PROGRAMS
+
+
 class _Process:
     """A running `Program`. It answers each line on its standard input with one line of JSON."""
 
@@ -105,7 +109,7 @@ class _Process:
         }
         command = [
             str(program.environment.python()),
-            str(PROGRAMS / f"{program.script}.py"),
+            str(_programs(program.environment) / f"{program.script}.py"),
             *map(str, program.arguments),
         ]
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__

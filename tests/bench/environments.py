@@ -22,14 +22,20 @@ class NotRun(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Own:
-    """The environment of this process."""
+    """The environment of this process, with the code of a checkout."""
+
+    checkout: Path = ROOT
+
+    @property
+    def programs(self) -> Path:
+        return self.checkout / "tests" / "bench" / "contenders"
 
     def python(self) -> Path:
         return Path(sys.executable)
 
     @property
     def variables(self) -> Mapping[str, str]:
-        return {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+        return {"PYTHONPATH": os.pathsep.join((str(self.checkout), str(self.checkout / "tests")))}
 
 
 @dataclass(frozen=True, slots=True)

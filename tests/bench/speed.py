@@ -72,8 +72,9 @@ from bench.contest import (  # noqa: E402
     Program,
     Result,
     compare,
+    ratio,
 )
-from bench.environments import NotRun, Peer  # noqa: E402
+from bench.environments import NotRun, Own, Peer  # noqa: E402
 from bench.streams import Topic, filled_topic  # noqa: E402
 
 CACHE = Path.home() / ".cache" / "stream-ctr-bench"
@@ -108,6 +109,7 @@ class Bench:
     quick: bool
     offline: bool
     only: str
+    against: Path | None = None
 
     def size(self, full: int, quick: int) -> int:
         """Return the size for this run: `full`, or `quick` in a quick run."""
@@ -129,9 +131,33 @@ class Bench:
         """Measure the contenders that --only selects."""
         say(f"\n{name}: {title}")
         selected = [contender for contender in contenders if self.only in contender.name]
+        selected += self.earlier(selected)
         results = compare(selected, rounds=rounds or self.rounds, say=say)
+        by_name = {result.name: result for result in results}
+        for result in results:
+            if before := by_name.get(f"{result.name}, earlier"):
+                say(against_line(result, before))
         selected_goals = [goal for goal in goals if self.only in goal.contender]
         return Comparison(name, title, unit, results, selected_goals, peer)
+
+    def earlier(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Return the same programs of the other checkout, if there is one to compare with."""
+        if self.against is None:
+            return []
+        environment = Own(self.against)
+        return [
+            replace(program, name=f"{program.name}, earlier", environment=environment)
+            for program in contenders
+            if isinstance(program, Program) and isinstance(program.environment, Own)
+        ]
+
+
+def against_line(now: Result, earlier: Result) -> str:
+    """Format the median ratio, within rounds, of this checkout to the earlier one."""
+    if now.reason or earlier.reason:
+        return f"{now.name}: no ratio ({now.reason or earlier.reason})"
+    found = ratio(now, earlier)
+    return f"{now.name}: {found:.3f} times the earlier checkout (median of the rounds' ratios)"
 
 
 Case = Callable[[Bench], Iterator[Comparison]]
@@ -496,6 +522,12 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="run only contenders with this in their name"
     )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKOUT",
+        help="measure our programs from another checkout too, in the same rounds",
+    )
     add_common_options(parser)
     parser.add_argument(
         "--read",
@@ -561,6 +593,7 @@ def measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             quick=arguments.quick,
             offline=arguments.offline,
             only=arguments.only,
+            against=arguments.against and arguments.against.resolve(),
         )
         for case in arguments.cases or CASES:
             began = time.perf_counter()

@@ -20,7 +20,9 @@ from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.report import to_json_object
 from stream_ctr.train.trainer import Surroundings, Trainer
 
-SMALL = {
+SIMULATED_FIELDS = Simulation(1, seed=0).fields or ()
+Sections = dict[str, Any]
+SMALL: Sections = {
     "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
     "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
     "learn": {"batch_size": 128, "threads": 1},
@@ -29,7 +31,7 @@ SMALL = {
     # Its process takes a second to start; tests that need it ask for it.
     "baseline": {"enabled": False},
 }
-RIVER = {"baseline": {"enabled": True}}
+RIVER: Sections = {"baseline": {"enabled": True}}
 
 
 class Partitions:
@@ -117,7 +119,7 @@ def stream() -> pa.LargeBinaryArray:
 
 
 def split(stream: pa.LargeBinaryArray, partitions: int) -> list[pa.LargeBinaryArray]:
-    """By record number: a click is seldom in the partition of its impression."""
+    """Split records by number: a click is seldom in the partition of its impression."""
     at = np.arange(len(stream))
     return [stream.take(pa.array(at[at % partitions == p])) for p in range(partitions)]
 
@@ -126,7 +128,7 @@ def trainer(
     directory: Path,
     source: Any,
     *,
-    fields: Sequence[Field] = Simulation(1, seed=0).fields,
+    fields: Sequence[Field] = SIMULATED_FIELDS,
     surroundings: Surroundings | None = None,
     **sections: Any,
 ) -> Trainer:
@@ -155,7 +157,9 @@ def finish(built: Trainer) -> dict[str, Any]:
 
 
 def final_state(directory: Path) -> dict[str, dict[str, np.ndarray]]:
-    _, tensors = snapshot.load(snapshot.newest(directory / "snapshots"))
+    newest = snapshot.newest(directory / "snapshots")
+    assert newest
+    _, tensors = snapshot.load(newest)
     return tensors
 
 
