@@ -1,10 +1,12 @@
 """The errors that stream_ctr raises on purpose, and the exit code of a command that raises one.
 
-StreamCtrError      1
-|-- ConfigError     3   the configuration is wrong
-|-- BrokerError     4   no broker answers, or the broker refuses the client
-|-- DataError       5   the data policy stopped the run, or a log cannot be read at all
-`-- SnapshotError   6   a valid snapshot is needed, and there is none
+    StreamCtrError      1
+    |-- ConfigError     3   the configuration is wrong
+    |-- BrokerError     4   no broker answers, or the broker refuses the client
+    |-- DataError       5   the data policy stopped the run, or a log cannot be read at all
+    `-- SnapshotError   6   a valid snapshot is needed, and there is none
+
+A command that is used wrongly exits with 2, as `click` does.
 """
 
 

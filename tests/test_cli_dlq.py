@@ -117,7 +117,7 @@ def test_replay_with_a_reason_puts_back_those_alone_and_without_any_choice_nothi
         assert result.exit_code == 2
         assert "--reason" in result.output
     assert (
-        "the letters there are have other reasons: "
+        "the letters have other reasons: "
         in succeed("dlq", "replay", *where, "--reason", "none_such").output
     )
     assert len(values_of(lettered.servers, lettered.topic)) == before

@@ -320,7 +320,7 @@ def test_impressions_whose_clicks_are_delayed_wait_and_get_their_labels(tmp_path
             )
         )
     assert waited["ledger"] == plain["ledger"]
-    assert "clicks of clicks:0 are overdue: learning waits" in caplog.text
+    assert "clicks of clicks:0 are overdue: learning pauses" in caplog.text
     assert "clicks come again: learning goes on" in caplog.text
     deaf = finish(
         trainer(
@@ -466,7 +466,7 @@ def test_a_run_that_is_stopped_while_its_last_windows_close_goes_on_bit_for_bit(
     join = {"label_window": "1h"}
     finish(trainer(tmp_path / "whole", Partitions([stream]), join=join))
     stopped = trainer(tmp_path / "parts", Partitions([stream]), join=join)
-    drain, calls = stopped.joiner.drain, []
+    drain, calls = stopped.state.joiner.drain, []
 
     def drain_some() -> Any:
         calls.append(1)
@@ -474,7 +474,7 @@ def test_a_run_that_is_stopped_while_its_last_windows_close_goes_on_bit_for_bit(
             stopped.stop()
         return drain(1000)
 
-    stopped.joiner.drain = drain_some
+    stopped.state.joiner.drain = drain_some
     assert finish(stopped)["kind"] == "stopped"
     resumed = trainer(tmp_path / "parts", Partitions([stream]), join=join)
     resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))

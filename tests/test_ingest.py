@@ -631,9 +631,14 @@ def test_a_report_tells_where_the_time_went_and_the_stages_of_a_thread_add_up(
 ):
     built = trainer(tmp_path, Partitions([stream]), **sections(read_ahead))
     ticks: list[int] = []
-    built.timer = stage_timer.StageTimer(
-        clock=lambda: ticks.append(len(ticks)) or 10**6 * len(ticks)
-    )  # every look at it is a millisecond later
+
+    def clock() -> int:
+        """Return a time one millisecond later than that of the last call."""
+        ticks.append(len(ticks))
+        return 10**6 * len(ticks)
+
+    # The trainer's parts hold this timer, so a new one would not reach them.
+    vars(built.timer).update(vars(stage_timer.StageTimer(clock=clock)))
     told = built.publisher.report
     at_report: list[int] = []
     built.publisher.report = lambda report: at_report.append(len(ticks)) or told(report)
@@ -721,7 +726,7 @@ def test_a_stage_that_an_error_leaves_is_left():
 def test_learning_that_waits_for_the_baseline_says_so_once_and_what_to_do(
     tmp_path, stream, caplog, monkeypatch
 ):
-    monkeypatch.setattr("stream_ctr.learn.baseline._MOST_WAITING_BYTES", 1)
+    monkeypatch.setattr("stream_ctr.learn.baseline._MAX_WAITING_BYTES", 1)
     with caplog.at_level("WARNING"):
         finish(trainer(tmp_path, Partitions([stream]), **RIVER))
     said = [record.getMessage() for record in caplog.records if "river_ftrl" in record.getMessage()]

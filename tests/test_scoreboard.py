@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
@@ -37,11 +35,10 @@ def batch(start_ms: int, seed: int) -> metrics.Scored:
 def test_every_part_measures_every_batch() -> None:
     board = scoreboard()
     board.add(batch(0, seed=1))
-    whole: Any = board.whole.summary()
-    assert whole["models"]["deepfm"]["count"] == 500
-    windows: Any = list(board.windows.close(2000))
-    assert [window["start_ms"] for window in windows] == [0, 1000]
-    assert sum(window["models"]["deepfm"]["count"] for window in windows) == 500
+    assert board.whole.summary().models["deepfm"].count == 500
+    windows = list(board.windows.close(2000))
+    assert [window.start_ms for window in windows] == [0, 1000]
+    assert sum(window.models["deepfm"].count for window in windows) == 500
     board.judge.judge(lambda: None)
     assert board.judge.refused
 
