@@ -120,6 +120,7 @@ class _Process:
             stderr=self._errors,
             text=True,
             env={**os.environ, **variables},
+            cwd=program.environment.directory,
         )
         self._answers: queue.Queue[str] = queue.Queue()
         assert self._process.stdout is not None

@@ -27,6 +27,11 @@ class Own:
     checkout: Path = ROOT
 
     @property
+    def directory(self) -> Path:
+        """The working directory of its programs; `python -m` in it imports this checkout."""
+        return self.checkout
+
+    @property
     def programs(self) -> Path:
         return self.checkout / "tests" / "bench" / "contenders"
 
@@ -49,6 +54,11 @@ class Peer:
     requirements: tuple[str, ...]
     cache: Path
     offline: bool = False
+
+    @property
+    def directory(self) -> None:
+        """Its programs run in the working directory of this process."""
+        return None
 
     def python(self) -> Path:
         """Return its interpreter, and create the environment if it is missing or outdated.
