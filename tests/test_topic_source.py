@@ -175,13 +175,30 @@ def test_a_failure_that_came_with_records_waits_until_its_partition_is_read(
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_a_seek_forgets_the_failures(reader: FakeReader) -> None:
+@pytest.mark.parametrize("offset", [0, 20])
+def test_a_seek_forgets_the_failures(offset: int, reader: FakeReader) -> None:
     reader.fail(FailureKind.DAMAGED, 1, 0)
     source = source_of(reader)
     source.poll(0.0)
     reader.failures.clear()
-    source.seek({1: 20})
-    assert [offset for partition, offset in read_all(source) if partition == 1] == [*range(20, 30)]
+    source.seek({1: offset})
+    found = read_all(source)
+    assert [offset for partition, offset in found if partition == 1] == [*range(offset, SIZE)]
+
+
+def test_a_failure_is_forgotten_when_its_partition_has_moved(reader: FakeReader) -> None:
+    reader.fail(FailureKind.DAMAGED, 1, 0)
+    source = source_of(reader, on_lost="skip")
+    source.poll(0.0)
+    source.pause({1})
+    reader.failures.clear()
+    reader.fail(FailureKind.POSITION_REFUSED, 0, 10)
+    reader.first = array(20, 5)
+    source.poll(0.0)
+    assert source.positions() == {0: 20, 1: 5}
+    source.pause(())
+    read_all(source)
+    assert source.lost() == {0: 10, 1: 5}
 
 
 def test_damage_is_skipped_and_counted_where_its_end_is_found(reader: FakeReader) -> None:
@@ -250,6 +267,17 @@ def test_a_topic_that_was_created_again_explains_a_doubt(reader: FakeReader) -> 
     reader.news.id = "b2"
     with pytest.raises(TopicChanged, match="its id was a1 and is b2"):
         source.poll(0.0)
+
+
+def test_a_truncated_log_is_not_explained_by_retention(
+    reader: FakeReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timeouts, "TOPIC_NEWS_SECONDS", 0.1)
+    reader.fail(FailureKind.LOG_TRUNCATED, 0, 0)
+    source = source_of(reader, on_lost="skip")
+    reader.first = array(10, 0)
+    with pytest.raises(PositionLost, match="begins at offset 10, but 0 comes next"):
+        poll_nothing(source)
 
 
 def test_a_doubt_waits_for_brokers_that_are_silent(reader: FakeReader) -> None:
