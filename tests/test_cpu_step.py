@@ -99,7 +99,7 @@ def test_each_part_and_each_step_drops_other_units() -> None:
     assert first is not None
     assert second is not None
     assert not np.array_equal(first[:256], first[256:])
-    assert not np.array_equal(np.argsort(first), np.argsort(second))
+    assert not np.array_equal(np.argsort(first.numpy()), np.argsort(second.numpy()))
 
 
 def test_the_limit_of_the_gradient_is_that_of_the_summed_loss(
