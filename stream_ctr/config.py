@@ -330,12 +330,12 @@ class Model(Section):
     The defaults are those of the DeepFM paper, without dropout because a stream is seen once.
     """
 
-    name: ModelName = "deepfm"
-    """The published model."""
+    name: Literal[ModelName, "blend"] = "blend"
+    """The published model. `blend` is the mixture of the models of the run and of FTRL experts."""
     beside: tuple[ModelName, ...] = ()
-    """Additional models that learn the same examples, for comparison.
+    """Additional models that learn the same examples, each with a table of its own.
 
-    The keys below apply to them too. Each has a table of its own.
+    A blend mixes them; it mixes `deepfm` if there are none. The keys below apply to them too.
     """
     embedding_dim: int = key(10, ge=1, le=512)
     """The width K of an embedding."""
@@ -362,36 +362,51 @@ class Model(Section):
             )
         return beside
 
+    @property
+    def mixed(self) -> tuple[ModelName, ...]:
+        """The models of the paper that a blend mixes."""
+        return self.beside or ("deepfm",)
+
 
 class Learn(Section):
     """Optimizers, precision and threads of learning."""
 
-    batch_size: int = key(512, ge=1)
-    """The number of examples in a step."""
-    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
+    batch_size: int = key(4096, ge=1)
+    """The largest number of examples in a batch.
+
+    With the table optimizer `online`, batches start with 16 examples and grow by 16 with each 1,024
+    that were learned. With the others, each batch has this number.
+    """
+    table_optimizer: Literal["online", "adagrad", "adam"] = "online"
     """The optimizer of the embeddings and the first-order weights.
 
-    The paper uses Adam. Here `adam` updates only the rows of each batch, and makes the rows of the
-    table up to three times as wide.
+    `online` steps them on the whole logit after each 256 examples within a batch, as FTRL does.
+    `adagrad` and `adam` step once a batch. The paper uses Adam. Here `adam` updates only the rows
+    of each batch, and makes the rows of the table up to three times as wide.
     """
     table_learning_rate: float = key(0.0, ge=0)
-    """The learning rate of the embeddings. 0: 1.0 with adagrad and sgd, 0.001 with adam.
+    """The learning rate of the embeddings. 0: 1.0, and 0.001 with adam.
 
-    With adagrad and sgd the rate is divided by the number of fields, because the embeddings of all
-    fields step together. A step of adagrad is rate / (beta + sqrt(n)) times the gradient, where n
-    is the sum of the squared gradients.
+    With online and adagrad the rate is divided by the number of fields, because the embeddings of
+    all fields step together. A step is rate / (beta + sqrt(n)) times the gradient, where n is the
+    sum of the squared gradients.
     """
-    table_beta: float = key(3.0, gt=0)
-    """The beta of adagrad for the embeddings."""
+    table_beta: float = key(0.0, ge=0)
+    """The beta of the embeddings. 0: 1.0 with online, 3.0 with adagrad."""
     linear_learning_rate: float = key(0.0, ge=0)
-    """The learning rate of the first-order weights. 0: 2.0 with adagrad and sgd, 0.001 with adam.
+    """The learning rate of the first-order weights. 0: 3.0 with online, 2.0 with adagrad, 0.001
+    with adam.
 
-    With adagrad and sgd it is divided by the number of fields and cross products.
+    With online and adagrad it is divided by the number of fields and cross products.
     """
-    linear_beta: float = key(1.0, gt=0)
-    """The beta of adagrad for the first-order weights."""
+    linear_beta: float = key(0.0, ge=0)
+    """The beta of the first-order weights. 0: 1.0. With online, FTRL's l2 = 1 adds to it."""
     dense_learning_rate: float = key(0.001, gt=0)
-    """The learning rate of the dense part, which Adam optimizes."""
+    """The learning rate of the dense part, which Adam optimizes.
+
+    With the table optimizer `online` it is that of a batch of 512; it grows with the square root of
+    the batch.
+    """
     dense_weight_decay: float = key(0.0, ge=0)
     """The weight decay of the dense part."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

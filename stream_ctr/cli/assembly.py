@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from msgspec import UNSET
@@ -18,9 +19,12 @@ from stream_ctr.events.field import Field, Schema
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
+from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
 from stream_ctr.learn.learner import make_learner
-from stream_ctr.learn.spec import FtrlRates, LearnerSpec, ModelName
+from stream_ctr.learn.pairs import choose_columns
+from stream_ctr.learn.spec import BLEND, EXPERTS, FtrlRates, LearnerSpec, Pairs
+from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
@@ -33,8 +37,9 @@ from stream_ctr.train.source import Source
 from stream_ctr.train.state import TrainingState
 from stream_ctr.train.trainer import Surroundings, Trainer
 
-FTRL = "ftrl"
-"""The name of the logistic regression that learns beside the other models."""
+FTRL, FTRL_SCALED, FTRL_PAIRS = EXPERTS
+SCALED_ALPHA = 3.0
+"""The rate of a logistic regression, times its number of columns."""
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 """The sections of the configuration that a state directory keeps for later runs."""
 
@@ -112,14 +117,16 @@ def run_identity(config: Config, fields: Sequence[Field]) -> RunIdentity:
     Raises `ConfigError` if a cross product has a wrong member.
     """
     schema = _schema(config, fields)
-    published, *additional = _specs(config, schema).items()
+    specs = _specs(config, schema)
+    blends = config.model.name == BLEND
     join = config.join
     rates = config.baseline.model_dump(exclude={"enabled", "sample_rate"})
     return RunIdentity(
         model=config.snapshots.model_name,
         schema=schema,
-        learner=published[1],
-        beside=dict(additional),
+        learner=UNSET if blends else specs.pop(config.model.name),
+        blend=tuple(specs) if blends else (),
+        beside=specs,
         join=JoinSpec(
             label_window_ms=in_milliseconds(join.label_window),
             early_click_wait_ms=in_milliseconds(join.early_click_wait),
@@ -170,13 +177,7 @@ def _kept_config(config: Config, fields: Sequence[Field]) -> dict[str, dict[str,
 
 
 def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
-    """Return the specification of each model, the published one first."""
-    models: dict[str, ModelName] = {
-        name: name for name in (config.model.name, *config.model.beside)
-    }
-    if config.ftrl.enabled and "lr" not in models:
-        models[FTRL] = "lr"
-    rates = FtrlRates(**config.ftrl.model_dump(exclude={"enabled"}))
+    """Return the specification of each model that learns, a published one first."""
     common = LearnerSpec(
         fields=len(schema.fields),
         crosses=len(schema.crosses),
@@ -184,10 +185,35 @@ def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
         **config.model.model_dump(exclude={"name", "beside"}),
         **config.learn.model_dump(exclude={"device", "threads", "skips_before_rollback"}),
     )
-    return {
-        name: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
-        for name, model in models.items()
+    rates = FtrlRates(**config.ftrl.model_dump(exclude={"enabled"}))
+    blends = config.model.name == BLEND
+    models = config.model.mixed if blends else (config.model.name, *config.model.beside)
+    specs = {
+        model: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
+        for model in models
     }
+    if config.ftrl.enabled and "lr" not in models:
+        specs[FTRL] = replace(common, model="lr", ftrl=rates)
+    return {**specs, **_experts(common, specs)} if blends else specs
+
+
+def _experts(common: LearnerSpec, specs: Mapping[str, LearnerSpec]) -> dict[str, LearnerSpec]:
+    """Return the logistic regressions that a blend has beside `specs`.
+
+    Their rate is the one at which all columns together move a logit three units at most. One whose
+    twin is among `specs` is left out.
+    """
+    scaled = replace(common, model="lr", ftrl=FtrlRates(alpha=SCALED_ALPHA / common.fields))
+    experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
+    columns = choose_columns(common.fields, common.value_fields)
+    if len(columns) > common.fields:
+        experts[FTRL_PAIRS] = replace(
+            common,
+            model="lr",
+            ftrl=FtrlRates(alpha=SCALED_ALPHA / len(columns)),
+            pairs=Pairs(columns=tuple(columns)),
+        )
+    return experts
 
 
 def _joiner(config: Config, identity: RunIdentity, directory: Path) -> LabelJoiner:
@@ -229,8 +255,9 @@ def _state(
     source: Source,
     baseline: SampledBaseline | None,
 ) -> TrainingState:
-    specs = {identity.learner.model: identity.learner, **identity.beside}
-    models = [*specs, *([baseline.name] if baseline else [])]
+    specs = identity.specs
+    blend = Blend(identity.blend) if identity.blend else None
+    models = [*dict.fromkeys([identity.published, *specs]), *([baseline.name] if baseline else [])]
     limits = config.snapshots
     return TrainingState(
         joiner=joiner,
@@ -251,5 +278,15 @@ def _state(
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
             baseline=baseline.name if baseline else None,
         ),
+        batch_size=_batch_sizes(config),
+        blend=blend,
         skips_before_rollback=config.learn.skips_before_rollback,
     )
+
+
+def _batch_sizes(config: Config) -> Callable[[int], int]:
+    """Return the function from the examples learned so far to the size of the next batch."""
+    largest = config.learn.batch_size
+    if config.learn.table_optimizer == "online":
+        return partial(batch_size_after, largest=largest)
+    return lambda examples: largest

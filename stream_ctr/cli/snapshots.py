@@ -120,7 +120,7 @@ def _describe(path: Path, published: str | None) -> dict[str, Any]:
         manifest = snapshot.read_manifest(path)
     except SnapshotError as error:
         return {**place, "error": str(error)}
-    model = manifest.learner.model
+    model = manifest.published
     score = manifest.metrics.models.get(model)
     return {
         **place,

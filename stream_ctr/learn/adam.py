@@ -75,12 +75,18 @@ class FlatAdam:
         return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
 
     def step(
-        self, gradients: Tensor, steps: Tensor, piece: slice, *, skip: Tensor | None = None
+        self,
+        gradients: Tensor,
+        steps: Tensor,
+        piece: slice,
+        *,
+        rate_scale: float = 1.0,
+        skip: Tensor | None = None,
     ) -> None:
         """Update a piece with the sum of `gradients` [parts, P], taken in the order of the parts.
 
-        `steps` is the number of steps before this one. With a `skip` of 1.0, which lies on the
-        device like the rest, nothing changes.
+        `steps` is the number of steps before this one, and `rate_scale` multiplies the rate. With a
+        `skip` of 1.0, which lies on the device like the rest, nothing changes.
         """
         gradient = gradients[0, piece]
         for part in gradients[1:]:
@@ -93,7 +99,7 @@ class FlatAdam:
             [second[piece]],
             [],
             [steps],
-            lr=self.learning_rate,
+            lr=self.learning_rate * rate_scale,
             weight_decay=self.weight_decay,
             beta1=BETA1,
             beta2=BETA2,

@@ -1,4 +1,6 @@
-"""One step on the CPU. The threads of a pool share first the parts of a batch, then the updates.
+"""Steps on the CPU. The threads of a pool share first the parts of a batch, then the updates.
+
+`BatchStep` takes one step a batch, with the table optimisers "adagrad" and "adam":
 
     per part    gather rows -> w, v -> model forward -> dL/dlogit = p - label -> backward
                 -> gradients of w, of v and of the parameters
@@ -6,9 +8,10 @@
     then        pieces of the parameters: sum the gradients of the parts, Adam, bfloat16 copy
                 pieces of the sorted ids: sum the gradients of each row, optimiser in place
 
-The parts depend on the size of the batch alone. One thread computes each part, and the parts are
-summed in their order, so any number of threads gives the same model, bit for bit. Within a step,
-only torch's own operations allocate memory in the order of a batch.
+`OnlineStep` in `online_step` is the other one. The parts depend on the size of the batch alone. One
+thread computes each part, and the parts are summed in their order, so any number of threads gives
+the same model, bit for bit. Within a step, only torch's own operations allocate memory in the order
+of a batch.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ _PART_ROWS = 1024
 _MIN_PART_ROWS = 256
 _USUAL_PARTS = 4
 _MAX_PARTS = 16
-_ROW_MULTIPLE = 16
+ROW_MULTIPLE = 16
+PREDICTED_ROWS = 256
+"""The rows of a part of a prediction, under the online rule."""
 
 
 def parts_of(batch_size: int) -> list[slice]:
@@ -57,12 +62,113 @@ def parts_of(batch_size: int) -> list[slice]:
     """
     count = max(batch_size // _PART_ROWS, min(batch_size // _MIN_PART_ROWS, _USUAL_PARTS), 1)
     count = min(count, _MAX_PARTS)
-    rows = -(-batch_size // (_ROW_MULTIPLE * count)) * _ROW_MULTIPLE
+    rows = -(-batch_size // (ROW_MULTIPLE * count)) * ROW_MULTIPLE
     return [slice(start, start + rows) for start in range(0, rows * count, rows)]
 
 
 class CpuStep:
-    """Learns and predicts batches of up to `options.batch_size` examples.
+    """The buffers of a step on batches of up to `options.batch_size` examples, and predictions.
+
+    `intercept` is (w0, n0), float64 [2]: the constant of the logit, and its sum of squared
+    gradients.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        table: Table,
+        adam: FlatAdam,
+        intercept: npt.NDArray[np.float64],
+        options: StepOptions,
+        *,
+        threads: int,
+    ) -> None:
+        self._model = model
+        self._table = table
+        self._adam = adam
+        self._intercept = intercept
+        self._options = options
+        self._parts = parts_of(options.batch_size)
+        self._predicted_parts = self._parts
+        self._pool = ThreadPool(threads)
+        # Parts run at the same time, so each draws from a generator of its own.
+        self._generators = [torch.Generator() if options.dropout else None for _ in self._parts]
+        rows = -(-self._parts[-1].stop // PREDICTED_ROWS) * PREDICTED_ROWS
+        columns = options.columns
+        width = table.width
+        self._value_fields = list(options.value_fields)
+        self._ids = np.zeros((rows, columns), np.int32)
+        self._scale = torch.ones(rows, columns) if self._value_fields else torch.ones(0, 0)
+        self._labels = torch.zeros(rows)
+        self._w = torch.zeros(rows, columns)
+        self._v = torch.zeros(rows, columns, width)
+        # Gradients of the loss or, in an online step, of the network's logit.
+        self._grad_w = torch.zeros(rows, columns)
+        self._grad_v = torch.zeros(rows, columns, width)
+        self._logits = torch.zeros(rows)
+        self._keys = np.empty(rows * columns, np.int32)
+        self._order = np.empty(rows * columns, np.int32)
+        self._spare = np.empty((2, rows * columns), np.int32)
+        self._gather = table_kernels.gather(width)
+
+    def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
+        """Return the logits [n] without dropout."""
+        n = len(ids)
+        self._load(ids, values)
+        with one_torch_thread():
+            parts = (part for part in self._predicted_parts if part.start < n)
+            self._pool.run([partial(self._score, part) for part in parts])
+        return self._logits[:n].numpy() + np.float32(self._intercept[0])
+
+    def _load(self, ids: Ids, values: Values | None) -> None:
+        """Copy a batch into the buffers; the rows behind it become padding."""
+        n = len(ids)
+        self._ids[:n] = ids
+        self._ids[n:] = 0
+        if values is not None and values.size:
+            scale = self._scale.numpy()
+            scale[:n, self._value_fields] = values
+            scale[n:, self._value_fields] = 1.0
+
+    # -- tasks ------------------------------------------------------------------------------------
+
+    def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
+        """Gather the rows of a part: `w` [n, F] and `v` [n, F, width], multiplied by the values."""
+        w = self._w[part]
+        v = self._v[part]
+        self._gather(
+            self._table.rows.numpy(),
+            self._ids[part],
+            self._scale[part].numpy(),
+            w.numpy(),
+            v.numpy(),
+        )
+        return w.requires_grad_(), v.requires_grad_()
+
+    def _score(self, part: slice) -> None:
+        with torch.no_grad():
+            self._logits[part] = self._model(*self._gathered(part))
+
+    def _seeded_generator(self, index: int, steps: int) -> torch.Generator | None:
+        """Return the generator of a part's dropped units, if any are dropped."""
+        generator = self._generators[index]
+        if generator is not None:
+            generator.manual_seed(dropout_seed(self._options.seed, steps, index))
+        return generator
+
+    def _sort(self, n: int) -> None:
+        count = n * self._options.columns
+        table_kernels.sort_ids(
+            self._ids[:n].reshape(-1), self._table.bits, self._sorted(n), self._spare[:, :count]
+        )
+
+    def _sorted(self, n: int) -> SortedIds:
+        count = n * self._options.columns
+        return SortedIds(self._keys[:count], self._order[:count])
+
+
+class BatchStep(CpuStep):
+    """Takes one step on a batch: of the rows by the table's optimiser, of the rest by Adam.
 
     A step changes `table.rows` and the vectors of `adam`, of which the parameters of `model` are
     views. Nothing else.
@@ -73,35 +179,13 @@ class CpuStep:
         model: nn.Module,
         table: Table,
         adam: FlatAdam,
+        intercept: npt.NDArray[np.float64],
         options: StepOptions,
         *,
         threads: int,
     ) -> None:
-        self._model = model
-        self._table = table
-        self._adam = adam
-        self._options = options
+        super().__init__(model, table, adam, intercept, options, threads=threads)
         self._parameters = tuple(model.parameters())
-        self._parts = parts_of(options.batch_size)
-        self._pool = ThreadPool(threads)
-        # Parts run at the same time, so each draws from a generator of its own.
-        self._generators = [torch.Generator() if options.dropout else None for _ in self._parts]
-        rows = self._parts[-1].stop
-        columns = options.columns
-        width = table.width
-        self._value_fields = list(options.value_fields)
-        self._ids = np.zeros((rows, columns), np.int32)
-        self._scale = torch.ones(rows, columns) if self._value_fields else torch.ones(0, 0)
-        self._labels = torch.zeros(rows)
-        self._w = torch.zeros(rows, columns)
-        self._v = torch.zeros(rows, columns, width)
-        self._grad_w = torch.zeros(rows, columns)
-        self._grad_v = torch.zeros(rows, columns, width)
-        self._logits = torch.zeros(rows)
-        self._keys = np.empty(rows * columns, np.int32)
-        self._order = np.empty(rows * columns, np.int32)
-        self._spare = np.empty((2, rows * columns), np.int32)
-        self._gather = table_kernels.gather(width)
         self._update = table_kernels.update(
             table.embedding_dim, table.embeddings, table.rates.optimizer
         )
@@ -126,7 +210,7 @@ class CpuStep:
         parts = [part for part in self._parts if part.start < n]
         gradients = self._gradients
         finite = np.zeros(len(parts), np.bool_)
-        with _one_torch_thread():
+        with one_torch_thread():
             first, *others = (
                 partial(self._learn_part, index, n, steps, gradients[index], finite)
                 for index in range(len(parts))
@@ -138,47 +222,10 @@ class CpuStep:
             self._pool.run([*dense, *self._table_updates(n, steps)])
         return self._logits[:n].clone()
 
-    def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
-        """Return the logits [n] without dropout."""
-        n = len(ids)
-        self._load(ids, values)
-        with _one_torch_thread():
-            self._pool.run([partial(self._score, part) for part in self._parts if part.start < n])
-        return self._logits[:n].numpy().copy()
-
-    def _load(self, ids: Ids, values: Values | None) -> None:
-        """Copy a batch into the buffers; the rows behind it become padding."""
-        n = len(ids)
-        self._ids[:n] = ids
-        self._ids[n:] = 0
-        if values is not None and values.size:
-            scale = self._scale.numpy()
-            scale[:n, self._value_fields] = values
-            scale[n:, self._value_fields] = 1.0
-
     @cached_property
     def _gradients(self) -> Tensor:
         """Gradients of the parameters [parts, P]; a learner that only predicts never needs them."""
         return torch.zeros(len(self._parts), len(self._adam.vector))
-
-    # -- tasks ------------------------------------------------------------------------------------
-
-    def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
-        """Gather the rows of a part: `w` [n, F] and `v` [n, F, width], multiplied by the values."""
-        w = self._w[part]
-        v = self._v[part]
-        self._gather(
-            self._table.rows.numpy(),
-            self._ids[part],
-            self._scale[part].numpy(),
-            w.numpy(),
-            v.numpy(),
-        )
-        return w.requires_grad_(), v.requires_grad_()
-
-    def _score(self, part: slice) -> None:
-        with torch.no_grad():
-            self._logits[part] = self._model(*self._gathered(part))
 
     def _learn_part(
         self,
@@ -224,9 +271,7 @@ class CpuStep:
     def _forward(self, index: int, w: Tensor, v: Tensor, steps: int) -> Tensor:
         """Return the logits to learn from, and write the ones to return into the buffer."""
         part = self._parts[index]
-        generator = self._generators[index]
-        if generator is not None:
-            generator.manual_seed(dropout_seed(self._options.seed, steps, index))
+        generator = self._seeded_generator(index, steps)
         separate = generator is not None and self._options.progressive
         if separate:
             with torch.no_grad():
@@ -236,16 +281,6 @@ class CpuStep:
         if not separate:
             self._logits[part] = logits.detach()
         return logits
-
-    def _sort(self, n: int) -> None:
-        count = n * self._options.columns
-        table_kernels.sort_ids(
-            self._ids[:n].reshape(-1), self._table.bits, self._sorted(n), self._spare[:, :count]
-        )
-
-    def _sorted(self, n: int) -> SortedIds:
-        count = n * self._options.columns
-        return SortedIds(self._keys[:count], self._order[:count])
 
     def _dense_updates(self, gradients: Tensor, steps: int) -> Iterator[Task]:
         pieces = self._adam.pieces(self._pool.threads)
@@ -277,7 +312,7 @@ class CpuStep:
 
 
 @contextlib.contextmanager
-def _one_torch_thread() -> Iterator[None]:
+def one_torch_thread() -> Iterator[None]:
     """Keep torch from splitting an operation among threads: the pool's threads are the threads."""
     before = torch.get_num_threads()
     if before == 1:

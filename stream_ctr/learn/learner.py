@@ -21,6 +21,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+from msgspec import UNSET
 from torch import Tensor
 
 from stream_ctr.learn.linear_learner import LinearLearner, ServedLinear
@@ -114,7 +115,8 @@ def make_learner(
     [0.0]
     """
     if MODELS[spec.model].module is None:
-        return (ServedLinear if serving else LinearLearner)(spec)
+        compact = serving and spec.pairs is UNSET  # a table of pairs is never large
+        return (ServedLinear if compact else LinearLearner)(spec)
     return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
 
 
@@ -139,6 +141,7 @@ def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
     expected = {
         "table": (1 << spec.table_bits, floats),
         **{f"dense.{name}": tuple(tensor.shape) for name, tensor in dense.items()},
+        **({"intercept": (2,)} if spec.table_optimizer == "online" else {}),
     }
     for name, shape in expected.items():
         if (found := weights[name].shape) != shape:

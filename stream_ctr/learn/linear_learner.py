@@ -16,10 +16,11 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec import structs
+from msgspec import UNSET, structs
 from torch import Tensor
 
 from stream_ctr.learn.ftrl import FTRL
+from stream_ctr.learn.pairs import PairHasher
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
@@ -28,8 +29,8 @@ from stream_ctr.learn.tensors import State, Tensors, require_names, require_tens
 class LinearLearner:
     """LR by FTRL-Proximal, which learns one example at a time.
 
-    Batches are only the form in which examples arrive. It runs on the CPU, whatever the device of
-    other learners.
+    With `spec.pairs` it reads pairs of fields too, in a table of their own. Batches are only the
+    form in which examples arrive. It runs on the CPU, whatever the device of other learners.
     """
 
     pretraining = False
@@ -38,9 +39,14 @@ class LinearLearner:
         self.fields = spec.fields
         self.batch_size = spec.batch_size
         self.steps = 0
-        self._bits = spec.table_bits
+        self._pairs = (
+            None
+            if spec.pairs is UNSET
+            else PairHasher(spec.pairs.columns, table_bits=spec.pairs.table_bits)
+        )
+        self._bits = spec.table_bits if spec.pairs is UNSET else spec.pairs.table_bits
         self._lock = threading.Lock()  # the rows of an example are marked while it is learned
-        self._ftrl = _ftrl(spec, spec.table_bits)
+        self._ftrl = _ftrl(spec, self._bits)
 
     def learn(
         self,
@@ -61,8 +67,9 @@ class LinearLearner:
             return self._ftrl.predict(self._coordinates(ids), values)
 
     def _coordinates(self, ids: Ids) -> Ids:
-        """Return the ids of the fields, without those of cross products."""
-        return np.ascontiguousarray(ids[:, : self.fields])
+        """Return the ids of the fields, without those of cross products, or of the pairs."""
+        fields = np.ascontiguousarray(ids[:, : self.fields])
+        return fields if self._pairs is None else self._pairs.rows(fields)
 
     def weights(self, *, reuse: bool = False) -> State:
         """Return the pairs (z, n), which are weights and optimiser in one."""

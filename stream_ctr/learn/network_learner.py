@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from stream_ctr.learn.adam import FlatAdam
-from stream_ctr.learn.cpu_step import CpuStep
+from stream_ctr.learn.cpu_step import BatchStep
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.gpu_step import GpuStep
+from stream_ctr.learn.online_step import OnlineStep
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
 from stream_ctr.learn.table import Rates, Table
@@ -37,12 +38,14 @@ _DENSE = "dense."
 class NetworkLearner:
     """One of the modules over the embedding table.
 
-    Parameters are updated by Adam, rows by the table's optimiser. A batch is filled up to a fixed
-    number of rows: with the same shapes throughout, an example's logit depends neither on how many
-    others are scored with it nor on the number of threads.
+    With the table optimiser "online" it learns by the online rule (see `online_step`). With
+    "adagrad" and "adam", rows and parameters take one step a batch. Parameters are updated by Adam.
+    Predictions are made in parts of a fixed number of rows: with the same shapes throughout, an
+    example's logit depends neither on how many others are scored with it nor on the number of
+    threads.
 
-    With Adagrad and SGD the table's rates are divided by the number of fields. All fields of an
-    example step together, so its logit moves F times as far as each row does, and hot rows would
+    With "online" and "adagrad" the table's rates are divided by the number of fields. All fields of
+    an example step together, so its logit moves F times as far as each row does, and hot rows would
     overshoot in the first batches of a model with many fields. The rate of first-order weights is
     divided by F + C where the weights of C cross products are summed too. Adam's rates are used
     unchanged, as for the dense part. A rate of 0 is the optimiser's own. With the precision "bf16"
@@ -77,6 +80,9 @@ class NetworkLearner:
             torch.manual_seed(spec.seed)
             self.model = module_of(spec).to(self.device)
         self.table = _table_of(spec, self.columns, self.device)
+        self.online = spec.table_optimizer == "online"
+        self.intercept = np.zeros(2)
+        """The constant of the logit, w0, and its sum of squared gradients, n0."""
         self.adam = FlatAdam(
             self.model, learning_rate=spec.dense_learning_rate, low=spec.precision == "bf16"
         )
@@ -105,12 +111,15 @@ class NetworkLearner:
             isinstance(layer, Dropout) and layer.rate > 0 for layer in self.model.modules()
         )
 
-    def _step_maker(self, threads: int) -> Callable[[StepOptions], CpuStep | GpuStep]:
+    def _step_maker(
+        self, threads: int
+    ) -> Callable[[StepOptions], BatchStep | OnlineStep | GpuStep]:
         if self.device.type == "cpu":
-            return partial(CpuStep, self.model, self.table, self.adam, threads=threads)
+            step = OnlineStep if self.online else BatchStep
+            return partial(step, self.model, self.table, self.adam, self.intercept, threads=threads)
         return partial(GpuStep, self.model, self.table, self.adam)
 
-    def _prepared_step(self) -> CpuStep | GpuStep:
+    def _prepared_step(self) -> BatchStep | OnlineStep | GpuStep:
         """Return a step of the model in its present phase.
 
         It is made anew when the phase changes, because a GPU's step is recorded.
@@ -124,6 +133,7 @@ class NetworkLearner:
         self.model.begin_network()  # type: ignore[operator]
         self.table.reset_optimizer()
         self.adam.reset()
+        self.intercept[1] = 0.0
         self._first_step = self.steps
         self._step = self._prepared_step()
 
@@ -169,6 +179,7 @@ class NetworkLearner:
         """Return the table's rows and the dense parameters."""
         return {
             "table": self._reused_rows() if reuse else _host(self.table.rows),
+            **({"intercept": self.intercept.copy()} if self.online else {}),
             **{
                 f"{_DENSE}{name}": _host(tensor) for name, tensor in self.model.state_dict().items()
             },
@@ -185,9 +196,11 @@ class NetworkLearner:
     def load_weights(self, weights: Tensors) -> None:
         dense = {f"{_DENSE}{name}": tensor for name, tensor in self.model.state_dict().items()}
         expected = {"table": self.table.rows, **dense}
-        require_names(weights, expected)
+        require_names(weights, [*expected, *(["intercept"] if self.online else [])])
         for name, tensor in expected.items():
             require_tensor(name, weights[name], np.float32, tuple(tensor.shape))
+        if self.online:
+            require_tensor("intercept", weights["intercept"], np.float64, self.intercept.shape)
         with self._lock:
             pretraining = self.pretraining
             self.table.rows.copy_(torch.from_numpy(weights["table"]))
@@ -195,6 +208,8 @@ class NetworkLearner:
                 {name.removeprefix(_DENSE): torch.from_numpy(weights[name]) for name in dense}
             )
             self.adam.refresh()
+            if self.online:
+                self.intercept[:] = weights["intercept"]
             if self.pretraining != pretraining:
                 self._step = self._prepared_step()
 

@@ -17,6 +17,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
 
+BLEND = "blend"
+"""The name of the mixture of the models of a run."""
+
+EXPERTS = ("ftrl", "ftrl_scaled", "ftrl_pairs")
+"""The names of the logistic regressions that learn beside other models."""
+
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -30,13 +36,28 @@ class FtrlRates(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     l2: NotNegative = 1.0
 
 
+class Pairs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The columns of LR over fields and pairs of fields, in a table of 2 ** `table_bits` rows.
+
+    A column (i, i) is field i itself, a column (i, j) the pair of fields i < j (see
+    `learn.pairs`).
+    """
+
+    columns: Annotated[
+        tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]], ...],
+        Meta(min_length=1, max_length=65536),
+    ]
+    table_bits: Annotated[int, Meta(ge=4, le=24)] = 22
+
+
 class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A model, its embedding table and its optimisers.
 
     `fields` counts the fields of the input, `crosses` its cross products, and `value_fields` are
     the indices of the fields that carry a multiplier. `table_bits` gives a table of
-    2 ** table_bits rows. A learning rate of 0 is the optimiser's own (see `table.Rates.per_field`).
-    `ftrl` is present for `lr` only.
+    2 ** table_bits rows. A learning rate or a beta of 0 is the optimiser's own (see
+    `table.Rates.per_field`).
+    `ftrl` is present for `lr` only, `pairs` for an `lr` that reads pairs of fields too.
     """
 
     model: ModelName = "deepfm"
@@ -54,14 +75,15 @@ class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     table_bits: Annotated[int, Meta(ge=4, le=31)] = 20
     initial_scale: NotNegative = 0.01
     pretrain_examples: Annotated[int, Meta(ge=0)] = 0
-    batch_size: Annotated[int, Meta(ge=1)] = 512
-    table_optimizer: Literal["adagrad", "sgd", "adam"] = "adagrad"
+    batch_size: Annotated[int, Meta(ge=1)] = 4096
+    table_optimizer: Literal["online", "adagrad", "adam"] = "online"
     table_learning_rate: NotNegative = 0.0
-    table_beta: Positive = 3.0
+    table_beta: NotNegative = 0.0
     linear_learning_rate: NotNegative = 0.0
-    linear_beta: Positive = 1.0
+    linear_beta: NotNegative = 0.0
     dense_learning_rate: Positive = 0.001
     dense_weight_decay: NotNegative = 0.0
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     ftrl: FtrlRates | UnsetType = UNSET
+    pairs: Pairs | UnsetType = UNSET

@@ -2,9 +2,8 @@
 
     [ V: embeddings x K | w | state | padding to 64 bytes ]
 
-    state     adagrad  n of each embedding, n of w
-              adam     m of V and w, v of V and w
-              sgd      nothing
+    state     online, adagrad  n of each embedding, n of w
+              adam             m of V and w, v of V and w
 
 The weights, the first-order weight and the optimiser's state of a feature lie side by side. A
 gather therefore reads them together (in one cache line, for one embedding of K up to 13 with
@@ -30,8 +29,12 @@ from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, LINE, StepRate
 
 FLOAT_BYTES = 4
 
-# The optimisers' own learning rates of V and of w.
-_OWN_RATES = {"adagrad": (1.0, 2.0), "sgd": (1.0, 2.0), "adam": (0.001, 0.001)}
+# The optimisers' own rates: of V its rate and beta, of w its rate and beta.
+_OWN_RATES = {
+    "online": (1.0, 1.0, 3.0, 1.0),
+    "adagrad": (1.0, 3.0, 2.0, 1.0),
+    "adam": (0.001, EPSILON, 0.001, EPSILON),
+}
 
 
 def row_floats(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "adagrad") -> int:
@@ -47,12 +50,17 @@ def row_floats(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "ada
 class Rates:
     """The optimiser of the rows and its rates.
 
+    "online" steps the rows several times in a batch (see `online_kernels`), by the formula of
+    "adagrad". Its w is exactly FTRL-Proximal (McMahan et al. 2013, Algorithm 1) with l1 = 0 and
+    l2 = 1, for gradients that come one at a time: the closed form of its weight is the weight
+    before, less alpha / (beta + alpha l2 + sqrt(n)) times the gradient.
+
     "adagrad" steps by rate / (beta + sqrt(n)) times the gradient, where n is the sum of the squared
     gradients up to this one (the per-coordinate rate of McMahan et al. 2013, section 3.1). The K
     coordinates of an embedding share one n, of their mean square, and w has another. beta keeps the
-    first steps of a feature short, which plain Adagrad makes as long as any. "sgd" steps by the
-    rate. Both use the gradient of the batch's summed loss: the step of a row does not depend on
-    how many examples without it are in the batch.
+    first steps of a feature short, which plain Adagrad makes as long as any. The gradient is that
+    of the batch's summed loss: the step of a row does not depend on how many examples without it
+    are in the batch.
 
     "adam" is lazy Adam, `torch.optim.SparseAdam`: each coordinate has moments, which change in the
     batches that contain the row and are corrected by the number of all batches. It uses the
@@ -80,26 +88,31 @@ class Rates:
     ) -> Rates:
         """Return the rates for a model of `fields` fields.
 
-        A rate of 0 is the optimiser's own. With Adagrad and SGD the rates are divided by the number
-        of fields; the rate of w is divided by the number of `columns`, where the w of cross
-        products are summed too.
+        A rate or beta of 0 is the optimiser's own. With "online" and "adagrad" the rates are
+        divided by the number of fields; the rate of w is divided by the number of `columns`, where
+        the w of cross products are summed too. With "online", l2 = 1 adds that rate to the beta of
+        w.
 
-        >>> given = {"learning_rate": 0.0, "beta": 3.0, "linear_beta": 1.0}
+        >>> given = {"learning_rate": 0.0, "beta": 0.0, "linear_beta": 0.0}
         >>> Rates.per_field("adagrad", fields=4, linear_learning_rate=1.0, **given)
         ... # doctest: +NORMALIZE_WHITESPACE
         Rates(optimizer='adagrad', learning_rate=0.25, beta=3.0, linear_learning_rate=0.25,
               linear_beta=1.0)
-        >>> Rates.per_field("adam", fields=4, linear_learning_rate=0.01, **given)
+        >>> Rates.per_field("online", fields=4, linear_learning_rate=0.0, **given)
         ... # doctest: +NORMALIZE_WHITESPACE
-        Rates(optimizer='adam', learning_rate=0.001, beta=1e-08, linear_learning_rate=0.01,
-              linear_beta=1e-08)
+        Rates(optimizer='online', learning_rate=0.25, beta=1.0, linear_learning_rate=0.75,
+              linear_beta=1.75)
         """
-        own, linear_own = _OWN_RATES[optimizer]
+        own, own_beta, linear_own, linear_own_beta = _OWN_RATES[optimizer]
         rate = learning_rate or own
         linear_rate = linear_learning_rate or linear_own
         if optimizer == "adam":
-            return cls(optimizer, rate, EPSILON, linear_rate, EPSILON)
-        return cls(optimizer, rate / fields, beta, linear_rate / (columns or fields), linear_beta)
+            return cls(optimizer, rate, own_beta, linear_rate, linear_own_beta)
+        linear_rate /= columns or fields
+        linear_beta = linear_beta or linear_own_beta
+        if optimizer == "online":
+            linear_beta += linear_rate
+        return cls(optimizer, rate / fields, beta or own_beta, linear_rate, linear_beta)
 
     def correction(self, steps: int) -> float:
         """Return the factor of the rates in the step after `steps` others.

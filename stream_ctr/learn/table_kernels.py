@@ -52,12 +52,11 @@ class StepRates(NamedTuple):
 def floats_in_use(k: int, embeddings: int, optimizer: str) -> int:
     """Return the number of floats of a row that hold V, w and the optimiser's state.
 
-    >>> floats_in_use(10, 1, "sgd"), floats_in_use(10, 2, "adagrad"), floats_in_use(10, 2, "adam")
-    (11, 24, 63)
+    >>> floats_in_use(10, 1, "online"), floats_in_use(10, 2, "online"), floats_in_use(10, 2, "adam")
+    (13, 24, 63)
     """
     weights = embeddings * k + 1
-    state = {"adagrad": embeddings + 1, "adam": 2 * weights, "sgd": 0}
-    return weights + state[optimizer]
+    return weights + (2 * weights if optimizer == "adam" else embeddings + 1)
 
 
 @intrinsic
@@ -127,7 +126,6 @@ def update(k: int, embeddings: int, optimizer: str) -> Callable[..., None]:
     """
     width = embeddings * k
     lines = -(-floats_in_use(k, embeddings, optimizer) // LINE)
-    adagrad = optimizer == "adagrad"
     adam = optimizer == "adam"
 
     @numba.njit(cache=True, nogil=True)
@@ -159,14 +157,10 @@ def update(k: int, embeddings: int, optimizer: str) -> Callable[..., None]:
                 i += 1
             for j in range(width + 1):
                 total[j] *= rates.gradient_scale
-            if adagrad:
-                _adagrad(rows, key, total, k, embeddings, rates)
-            elif adam:
+            if adam:
                 _adam(rows, key, total, width, rates)
             else:
-                for j in range(width):
-                    rows[key, j] -= rates.rate * total[j]
-                rows[key, width] -= rates.linear_rate * total[width]
+                _adagrad(rows, key, total, k, embeddings, rates)
 
     return compiled
 

@@ -14,11 +14,13 @@ The paper omits the FM's constant offset; the bias of the output neuron takes it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import MLP
+from stream_ctr.models.layers import MLP, Tape
 from stream_ctr.models.products import FieldSums, pairwise_inner_products
+from stream_ctr.models.terms import Terms
 
 
 class DeepFM(nn.Module):
@@ -29,6 +31,8 @@ class DeepFM(nn.Module):
     >>> model(torch.zeros(2, 3), torch.zeros(2, 3, 4)).shape
     torch.Size([2])
     """
+
+    terms: ClassVar[Terms] = Terms(linear=True, pairs=True)
 
     def __init__(
         self,
@@ -51,5 +55,10 @@ class DeepFM(nn.Module):
         generator: Generator | None = None,
     ) -> Tensor:
         y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(v, sums)
-        y_dnn: Tensor = self.deep(v.flatten(1), generator)  # [B, F, K] -> [B, F * K]
-        return y_fm + y_dnn
+        return y_fm + self.network(w, v, generator=generator)
+
+    def network(
+        self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
+        y_dnn: Tensor = self.deep(v.flatten(1), generator, tape)  # [B, F, K] -> [B, F * K]
+        return y_dnn

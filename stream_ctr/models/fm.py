@@ -8,10 +8,13 @@ simplicity"; Rendle's equation (1) has it.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Generator, Tensor, nn
 
 from stream_ctr.models.products import FieldSums, pairwise_inner_products
+from stream_ctr.models.terms import Terms
 
 
 class FM(nn.Module):
@@ -23,6 +26,8 @@ class FM(nn.Module):
     >>> FM()(w, v)  # 0.5 + 0.25 + (1 * 3 - 2 * 1)
     tensor([1.7500], grad_fn=<AddBackward0>)
     """
+
+    terms: ClassVar[Terms] = Terms(linear=True, pairs=True, network=False)
 
     def __init__(self, **_: object) -> None:
         super().__init__()

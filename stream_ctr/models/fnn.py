@@ -23,8 +23,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from stream_ctr.models.fm import FM
-from stream_ctr.models.layers import MLP
+from stream_ctr.models.layers import MLP, Tape
 from stream_ctr.models.products import FieldSums
+from stream_ctr.models.terms import Terms
 
 
 class FNN(nn.Module):
@@ -73,8 +74,18 @@ class FNN(nn.Module):
         if self.pretraining:
             y_fm: Tensor = self.fm(w, v, sums=sums)
             return y_fm
+        return self.network(w, v, generator=generator)
+
+    @property
+    def terms(self) -> Terms:
+        """The terms of the present phase."""
+        return FM.terms if self.pretraining else Terms(network_w=True)
+
+    def network(
+        self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
         z = torch.cat([w.unsqueeze(2), v], dim=2)  # [B, F, K + 1]
-        logits: Tensor = self.deep(z.flatten(1), generator)
+        logits: Tensor = self.deep(z.flatten(1), generator, tape)
         return logits
 
 

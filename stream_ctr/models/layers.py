@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -98,6 +98,39 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "n
     return _ACTIVATE[activation](F.linear(x, weight, bias))
 
 
+class Tape:
+    """The inputs of dense layers, and the gradients of the logits by their sums.
+
+    A step that learns what each example's loss is only after the backward pass records them here,
+    with an initial gradient of 1 for every example. Then `gradients` needs no second pass.
+    """
+
+    def __init__(self) -> None:
+        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def record(self, layer: nn.Module, x: Tensor, dz: Tensor) -> None:
+        """Keep the input `x` [B, inputs] of a layer and `dz` [B, outputs]."""
+        self._layers[layer] = x, dz
+
+    def gradients(
+        self, rows: slice, grad_logit: Tensor
+    ) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+        """Yield each layer with the gradients of its weight and bias.
+
+        `grad_logit` [n] is dL/dlogit of the examples in `rows`.
+        """
+        for layer, (x, dz) in self._layers.items():
+            scaled = dz[rows] * grad_logit.to(dz.dtype).unsqueeze(1)
+            yield layer, _weight_gradient(scaled, x[rows]), scaled.sum(0)
+
+
+def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+    # Each of the two products is the faster one in its case.
+    if _AVX512 and x.dtype == torch.float32:
+        return _linear(dz.t(), x.t(), None)
+    return torch.mm(dz.t(), x)
+
+
 class _Affine(torch.autograd.Function):
     """sigma(W a + b), with the products in the type of `low_weight`, whatever the type of `a`."""
 
@@ -109,27 +142,28 @@ class _Affine(torch.autograd.Function):
         bias: Tensor,
         low_weight: Tensor,
         low_bias: Tensor,
-        activation: str,
+        layer: Dense,
+        tape: Tape | None,
     ) -> Tensor:
+        activation = layer.activation
         x = a.to(low_weight.dtype)
         y = _linear(x, low_weight, low_bias, activation)
         ctx.save_for_backward(x, low_weight, y)
         ctx.activation = activation
         ctx.input_dtype = a.dtype
+        ctx.layer = layer
+        ctx.tape = tape
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dz = _BACK[ctx.activation](dy, y)
-        # Each of the two products is the faster one in its case.
-        grad_weight = (
-            _linear(dz.t(), x.t(), None)
-            if _AVX512 and x.dtype == torch.float32
-            else torch.mm(dz.t(), x)
-        )
         grad_input = _linear(dz, weight.t(), None).to(ctx.input_dtype)
-        return grad_input, grad_weight, dz.sum(0), None, None, None
+        if ctx.tape is not None:
+            ctx.tape.record(ctx.layer, x, dz)
+            return grad_input, None, None, None, None, None, None
+        return grad_input, _weight_gradient(dz, x), dz.sum(0), None, None, None, None
 
 
 class Dense(nn.Linear):
@@ -152,9 +186,9 @@ class Dense(nn.Linear):
         self.activation = activation
         self.low: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, a: Tensor) -> Tensor:
+    def forward(self, a: Tensor, tape: Tape | None = None) -> Tensor:
         low_weight, low_bias = self.low or (self.weight.detach(), self.bias.detach())
-        return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self.activation)  # type: ignore[no-untyped-call]
+        return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self, tape)  # type: ignore[no-untyped-call]
 
 
 class MLP(nn.Module):
@@ -174,9 +208,14 @@ class MLP(nn.Module):
             inputs = width
         self.layers = nn.Sequential(*layers, Dense(inputs, 1))
 
-    def forward(self, a: Tensor, generator: Generator | None = None) -> Tensor:
-        """Return the logits; hidden units are dropped where a `generator` is given."""
+    def forward(
+        self, a: Tensor, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
+        """Return the logits; hidden units are dropped where a `generator` is given.
+
+        With a `tape`, the gradients of the layers' parameters are left to it.
+        """
         x = a
         for layer in self.layers:
-            x = layer(x, generator) if isinstance(layer, Dropout) else layer(x)
+            x = layer(x, generator) if isinstance(layer, Dropout) else layer(x, tape)
         return x.squeeze(1).to(a.dtype)  # [B, 1] -> [B]

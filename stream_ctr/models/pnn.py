@@ -26,13 +26,15 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import MLP
+from stream_ctr.models.layers import MLP, Tape
 from stream_ctr.models.products import FieldSums, inner_products, outer_product
+from stream_ctr.models.terms import Terms
 
 
 class _PNN(nn.Module):
     """`w` [B, F], which is not used, and `v` [B, F, K] -> logits [B]."""
 
+    terms: ClassVar[Terms] = Terms()
     inner: ClassVar[bool] = False
     outer: ClassVar[bool] = False
 
@@ -59,12 +61,17 @@ class _PNN(nn.Module):
         sums: FieldSums | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
+        return self.network(w, v, generator=generator)
+
+    def network(
+        self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
         signals = [v.flatten(1)]  # [B, F * K]
         if self.inner:
             signals.append(inner_products(v))  # [B, F * (F - 1) / 2]
         if self.outer:
             signals.append(outer_product(v.sum(dim=1)))  # [B, K * K]
-        logits: Tensor = self.deep(torch.cat(signals, dim=1), generator)
+        logits: Tensor = self.deep(torch.cat(signals, dim=1), generator, tape)
         return logits
 
 

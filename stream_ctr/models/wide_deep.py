@@ -23,8 +23,9 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-from stream_ctr.models.layers import MLP
+from stream_ctr.models.layers import MLP, Tape
 from stream_ctr.models.products import FieldSums, pairwise_inner_products
+from stream_ctr.models.terms import Terms
 
 
 class LRDNN(nn.Module):
@@ -39,6 +40,7 @@ class LRDNN(nn.Module):
     """
 
     crosses: ClassVar[bool] = True
+    terms: ClassVar[Terms] = Terms(linear=True)
 
     def __init__(
         self,
@@ -61,8 +63,13 @@ class LRDNN(nn.Module):
         sums: FieldSums | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        y_dnn: Tensor = self.deep(v[:, : self._fields].flatten(1), generator)
-        return w.sum(dim=1) + y_dnn
+        return w.sum(dim=1) + self.network(w, v, generator=generator)
+
+    def network(
+        self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
+        y_dnn: Tensor = self.deep(v[:, : self._fields].flatten(1), generator, tape)
+        return y_dnn
 
 
 class FMDNN(nn.Module):
@@ -78,6 +85,7 @@ class FMDNN(nn.Module):
     """
 
     embeddings: ClassVar[int] = 2
+    terms: ClassVar[Terms] = Terms(linear=True, pairs=True)
 
     def __init__(
         self,
@@ -99,7 +107,13 @@ class FMDNN(nn.Module):
         sums: FieldSums | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        u, e = v.chunk(2, dim=2)  # [B, F, K] each
+        u, _ = v.chunk(2, dim=2)  # [B, F, K] each
         y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(u)
-        y_dnn: Tensor = self.deep(e.flatten(1), generator)
-        return y_fm + y_dnn
+        return y_fm + self.network(w, v, generator=generator)
+
+    def network(
+        self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
+    ) -> Tensor:
+        _, e = v.chunk(2, dim=2)
+        y_dnn: Tensor = self.deep(e.flatten(1), generator, tape)
+        return y_dnn

@@ -33,6 +33,7 @@ _MIN_BATCH = 32
 _MAX_BATCH = 1024
 _SHORT_LOG = 20_000
 _SHORT_LOG_BATCH = 128
+_STREAM_BATCH = 512
 _UNTIL_STOPPED = 1 << 62  # examples of pre-training; the validation part ends it
 _RATES = (
     "table_learning_rate",
@@ -271,15 +272,15 @@ def make_stream_setting(data: Dataset, config: Config, options: Options) -> Sett
         activation=model.activation,
         dropout=model.dropout,
         hidden=model.hidden,
-        batch_size=_configured(
-            learn, "batch_size", _SHORT_LOG_BATCH if short else learn.batch_size
-        ),
+        batch_size=_configured(learn, "batch_size", _SHORT_LOG_BATCH if short else _STREAM_BATCH),
         epochs=0,
         share=1.0,
         device=choose_device(options.device).type,
         learner={
             **_shared_options(data, config, options),
-            **{name: getattr(learn, name) for name in ("table_optimizer", *_RATES)},
+            **{name: getattr(learn, name) for name in _RATES},
+            # One step a batch, as in the paper, with rates for a stream.
+            "table_optimizer": _configured(learn, "table_optimizer", "adagrad"),
             "pretrain_examples": min(model.pretrain_examples, len(data) // 10),
         },
     )

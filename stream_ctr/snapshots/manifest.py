@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
-from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.snapshots.contract import Sha256
 
 FORMAT = 1
@@ -84,23 +84,29 @@ class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
-    `model` is the name under which snapshots are published, `learner` specifies the published
-    model and `beside` the additional ones. `config` holds the sections of the configuration that a
-    state directory keeps.
+    `model` is the name under which snapshots are published. The published model is the one that
+    `learner` specifies, or the mixture of the additional models that `blend` names. `beside`
+    specifies the additional models. `config` holds the sections of the configuration that a state
+    directory keeps.
 
-    Raises `ValueError` if a model does not fit the schema.
+    Raises `ValueError` if a model does not fit the schema, and unless one model is published.
     """
 
     model: str
     schema: Schema
-    learner: LearnerSpec
+    learner: LearnerSpec | UnsetType = UNSET
+    blend: tuple[str, ...] = ()
     beside: dict[str, LearnerSpec]
     join: JoinSpec
     baseline: BaselineSpec
     config: dict[str, dict[str, Any]]
 
     def __post_init__(self) -> None:
-        for spec in (self.learner, *self.beside.values()):
+        if bool(self.blend) == isinstance(self.learner, LearnerSpec):
+            raise ValueError("a run publishes either one model or a blend")
+        if not set(self.blend) <= set(self.beside):
+            raise ValueError("a blend mixes models of its run")
+        for spec in self.specs.values():
             if (
                 spec.fields != len(self.schema.fields)
                 or spec.value_fields != self.schema.value_fields
@@ -116,14 +122,16 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
                     f"the hashes of the schema reach 2^{self.schema.table_bits}"
                 )
 
-    def spec(self, model: str | None = None) -> LearnerSpec:
-        """Return the specification of the published model, or of the additional `model`.
+    @property
+    def published(self) -> str:
+        """The name of the published model."""
+        return self.learner.model if isinstance(self.learner, LearnerSpec) else BLEND
 
-        Raises `KeyError` if the run has no such model.
-        """
-        if model is None or model == self.learner.model:
-            return self.learner
-        return self.beside[model]
+    @property
+    def specs(self) -> dict[str, LearnerSpec]:
+        """The specification of each model that learns; a published one comes first."""
+        first = {self.learner.model: self.learner} if isinstance(self.learner, LearnerSpec) else {}
+        return {**first, **self.beside}
 
 
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):

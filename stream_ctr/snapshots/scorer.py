@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import msgspec
 import numpy as np
@@ -13,11 +14,12 @@ import pyarrow as pa
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.features import Hasher
-from stream_ctr.learn.learner import make_learner, require_shapes
-from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.blend import Blend, BlendPredictor
+from stream_ctr.learn.learner import Learner, make_learner, require_shapes
+from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import Manifest
+from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 
 _LARGEST_BATCH = 1 << 20
 
@@ -38,20 +40,16 @@ class Scorer:
         signature: snapshot.Verify | None = None,
         device: str = "cpu",
     ) -> None:
-        self.manifest, named = snapshot.load(
+        self.manifest, tensors = snapshot.load(
             path,
-            stems=lambda manifest: [_stem(manifest, model)],
+            stems=lambda manifest: _stems(manifest, model),
             manifest_sha256=manifest_sha256,
             signature=signature,
         )
-        (tensors,) = named.values()
         self.fields = self.manifest.schema.fields
-        spec = self.manifest.spec(model)
         try:
             self.hasher = Hasher(**msgspec.structs.asdict(self.manifest.schema))
-            _require_bounds(tensors, spec)
-            self.learner = make_learner(spec, device=device, serving=True)
-            self.learner.load_weights(tensors)
+            self.model = build_predictor(self.manifest, tensors, model, device=device)
         except (TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(
                 f"snapshot {path} does not describe a model that this version can build: "
@@ -77,24 +75,74 @@ class Scorer:
         Categorical fields are columns of strings, numeric ones of float64.
         """
         ids, values = self.hasher.rows(features)
-        return metrics.probabilities(self.learner.predict(ids, values).astype(np.float64))
+        return metrics.probabilities(self.model.predict(ids, values).astype(np.float64))
 
 
-def _stem(manifest: Manifest, model: str | None) -> str:
-    """Return the stem of the file with the weights of `model`."""
-    if model is None or model == manifest.learner.model:
-        return snapshot.stems()[0]
+class Predictor(Protocol):
+    """A model that predicts."""
+
+    def predict(
+        self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None
+    ) -> npt.NDArray[np.floating]:
+        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
+        ...
+
+
+def build_predictor(
+    identity: RunIdentity,
+    tensors: Mapping[str, Mapping[str, npt.NDArray[np.generic]]],
+    model: str | None = None,
+    *,
+    device: str = "cpu",
+) -> Predictor:
+    """Return the published model of a run, or the additional `model`.
+
+    `tensors` maps file stems to the arrays of weights. Members of a blend without a file were left
+    out of the run. Raises `ValueError` or `RuntimeError` if the arrays do not fit, before any
+    memory is taken for the model.
+    """
+    if (model or identity.published) != BLEND:
+        name = model or identity.published
+        weights = tensors[snapshot.stems(None if name == identity.published else name)[0]]
+        return _learner(identity.specs[name], weights, device)
+    blend = Blend(identity.blend)
+    blend.load_weights(tensors[snapshot.stems()[0]])
+    stems = {name: snapshot.stems(name)[0] for name in identity.blend}
+    members = {
+        name: _learner(identity.specs[name], tensors[stem], device)
+        for name, stem in stems.items()
+        if stem in tensors
+    }
+    return BlendPredictor(blend, members)
+
+
+def _learner(
+    spec: LearnerSpec, weights: Mapping[str, npt.NDArray[np.generic]], device: str
+) -> Learner:
+    _require_bounds(weights, spec)
+    learner = make_learner(spec, device=device, serving=True)
+    learner.load_weights(weights)
+    return learner
+
+
+def _stems(manifest: Manifest, model: str | None) -> list[str]:
+    """Return the stems of the files with the weights of `model`."""
+    published = manifest.published
+    if model is None or model == published:
+        members = [snapshot.stems(name)[0] for name in manifest.blend]
+        present = [stem for stem in members if snapshot.file_name(stem) in manifest.files]
+        return [snapshot.stems()[0], *present]
     if model not in manifest.beside:
-        present = ", ".join(
-            one_line(name, 60) for name in (manifest.learner.model, *manifest.beside)
+        models = ", ".join(
+            one_line(name, 60) for name in dict.fromkeys([published, *manifest.beside])
         )
-        raise SnapshotError(f"the snapshot has no model {model!r:.80}; it has {present}")
+        raise SnapshotError(f"the snapshot has no model {model!r:.80}; it has {models}")
     stem = snapshot.stems(model)[0]
     if snapshot.file_name(stem) not in manifest.files:
         raise SnapshotError(
             f"the snapshot was taken without the model {model!r:.80}, which had diverged"
         )
-    return stem
+    return [stem]
 
 
 def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], spec: LearnerSpec) -> None:

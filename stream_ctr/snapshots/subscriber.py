@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.learn.spec import BLEND, EXPERTS
 from stream_ctr.messages import nearest
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots.contract import NewerFormat
@@ -31,7 +32,7 @@ from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import verifier
 
 _log = logging.getLogger(__name__)
-_NAMES = (*MODELS, "ftrl")  # `ftrl` is an `lr` that learns beside other models
+_NAMES = (BLEND, *MODELS, *EXPERTS)
 
 
 class Subscriber:

@@ -1,6 +1,8 @@
-"""Cutting: the sequence of examples in batches of exactly `size`, whatever the polls were."""
+"""Cutting: the sequence of examples in batches of definite sizes, whatever the polls were."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -10,8 +12,8 @@ from stream_ctr.join.examples import Array, Examples
 class BatchCutter:
     """Examples that wait to fill a batch.
 
-    A batch never ends at the boundary of a poll, so the batches are a function of the sequence of
-    examples alone.
+    `size_after` returns the size of the batch that follows so many examples. A batch never ends at
+    the boundary of a poll, so the batches are a function of the sequence of examples alone.
 
     >>> def examples(first: int, n: int) -> Examples:
     ...     number = np.arange(first, first + n)
@@ -19,7 +21,7 @@ class BatchCutter:
     ...     label = np.zeros(n, np.uint8)
     ...     ids = none.astype(np.int32)
     ...     return Examples(number.astype(np.uint64), number, ids, none, label, label)
-    >>> batches = BatchCutter(3)
+    >>> batches = BatchCutter(lambda seen: 3)
     >>> batches.add(examples(0, 2))
     >>> batches.next() is None
     True
@@ -28,9 +30,10 @@ class BatchCutter:
     ([0, 1, 2], [3], 0)
     """
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self, size_after: Callable[[int], int]) -> None:
+        self._size_after = size_after
         self._parts: list[Examples] = []
+        self._cut = 0  # examples in the batches before
 
     def __len__(self) -> int:
         return sum(map(len, self._parts))
@@ -45,15 +48,18 @@ class BatchCutter:
         With `partial`, return what there is, or None if there is nothing.
         """
         count = len(self)
-        if count < self.size and not (partial and count):
+        size = self._size_after(self._cut)
+        if count < size and not (partial and count):
             return None
         waiting = self._joined()
-        self._parts = [waiting[self.size :]]
-        return waiting[: self.size]
+        self._parts = [waiting[size:]]
+        self._cut += min(count, size)
+        return waiting[:size]
 
     def peek(self) -> Examples | None:
         """Return the next batch without removing it, or None if it is not full."""
-        return self._joined()[: self.size] if len(self) >= self.size else None
+        size = self._size_after(self._cut)
+        return self._joined()[:size] if len(self) >= size else None
 
     def _joined(self) -> Examples:
         if len(self._parts) > 1:
@@ -61,12 +67,15 @@ class BatchCutter:
         return self._parts[0]
 
     def state_dict(self) -> dict[str, Array]:
-        """Return the waiting examples as arrays, or nothing if there are none."""
-        if not len(self):
-            return {}
-        arrays = self._joined().arrays()
-        return {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        """Return the waiting examples as arrays, if there are any, and `cut` [1]."""
+        state: dict[str, Array] = {"cut": np.array([self._cut])}
+        if len(self):
+            arrays = self._joined().arrays()
+            state |= {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        return state
 
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """Restore what `state_dict` returned."""
-        self._parts = [Examples(**state)] if state else []
+        waiting = {name: array for name, array in state.items() if name != "cut"}
+        self._parts = [Examples(**waiting)] if waiting else []
+        self._cut = int(state["cut"][0])

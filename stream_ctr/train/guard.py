@@ -168,23 +168,14 @@ class Guard:
         if self._last is None:  # no step since this run resumed
             return self._resumed_last_step
         examples, learned = self._last
-        before = learned.logits.astype(np.float64)
         after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
         if not np.isfinite(after).all():
             return Diverged("after its last step it predicts values that are not finite")
-        loss_before, loss_after = (
-            float(metrics.losses(logits, examples.label).mean()) for logits in (before, after)
-        )
-        if loss_after <= max(_WORSENED_FACTOR * loss_before, loss_before + _WORSENED_NATS):
-            return ()
-        step = "its last step"
-        if learned.ends_pretraining:
-            step += (
-                " ended its pre-training, the network that took over has learned nothing yet: it"
-            )
-        return (
-            f"{step} took the logloss of its own examples "
-            f"from {loss_before:.3g} to {loss_after:.3g}",
+        return worsened(
+            learned.logits.astype(np.float64),
+            after,
+            examples.label,
+            ends_pretraining=learned.ends_pretraining,
         )
 
     # -- going back ------------------------------------------------------------------------------
@@ -295,6 +286,27 @@ class Guard:
     def _count(self, counter: str, number: int) -> None:
         key = f"{counter}.{self.additional}" if self.additional else counter
         self._counters[key] += number
+
+
+def worsened(
+    before: npt.NDArray[np.float64],
+    after: npt.NDArray[np.float64],
+    label: npt.NDArray[np.uint8],
+    *,
+    ends_pretraining: bool = False,
+) -> tuple[str, ...]:
+    """Return what a step did wrong, by the logits of its examples before and after it."""
+    loss_before, loss_after = (
+        float(metrics.losses(logits, label).mean()) for logits in (before, after)
+    )
+    if loss_after <= max(_WORSENED_FACTOR * loss_before, loss_before + _WORSENED_NATS):
+        return ()
+    step = "its last step"
+    if ends_pretraining:
+        step += " ended its pre-training, the network that took over has learned nothing yet: it"
+    return (
+        f"{step} took the logloss of its own examples from {loss_before:.3g} to {loss_after:.3g}",
+    )
 
 
 def _to_host(logits: Tensor) -> npt.NDArray[np.floating]:

@@ -23,6 +23,7 @@ from stream_ctr.evaluate.summary import (
 )
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
+from stream_ctr.learn.blend import BlendReport
 from stream_ctr.snapshots.manifest import LedgerEntry
 from stream_ctr.train.alarms import stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
@@ -148,6 +149,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     best_possible_logloss: float | None
     paired: Paired
     pairs: dict[str, Difference]
+    blend: BlendReport | UnsetType = UNSET
     baseline: BaselineNote | UnsetType = UNSET
     rolling: Window | UnsetType = UNSET
     stalls: Count | UnsetType = UNSET
@@ -190,9 +192,7 @@ def build_report(
         "stalled": stalled_partitions(state.watermarks, partitions),
         "silent_seconds": round(status.silent_seconds, 1),
         "refused": board.judge.refused,
-        "left_out": {
-            name: guard.left_out for name, guard in state.additional.items() if guard.left_out
-        },
+        "left_out": state.left_out,
         "counters": {
             **counts,
             **dict(sorted(state.counters.items())),
@@ -204,6 +204,8 @@ def build_report(
         "profile": profile,
         **msgspec.to_builtins(board.whole.summary()),
     }
+    if state.blend:
+        fields["blend"] = state.blend.report()
     if baseline:
         fields["baseline"] = {"sample_rate": baseline.share, "note": DEVIATIONS}
     if rolling:

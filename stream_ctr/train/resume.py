@@ -42,7 +42,7 @@ def partition_names(source: Source) -> list[str]:
 
 
 def _require_same_models(saved: RunIdentity, wanted: RunIdentity, path: Path) -> None:
-    made, asked = (", ".join([each.learner.model, *each.beside]) for each in (saved, wanted))
+    made, asked = (_models(each) for each in (saved, wanted))
     if made != asked:
         raise ConfigError(
             f"snapshot {path.name} was made with the models {made}, not with {asked}; "
@@ -50,16 +50,19 @@ def _require_same_models(saved: RunIdentity, wanted: RunIdentity, path: Path) ->
         )
     # Weights are float32 in either precision, and a run may have to go on where there is no
     # bfloat16, so the precision may differ.
-    before = saved.learner.precision
-    now = wanted.learner.precision
-    specs = [(saved.learner, wanted.learner)]
-    specs += [(saved.beside[name], spec) for name, spec in wanted.beside.items()]
-    for made_with, asked_for in specs:
+    for name, asked_for in wanted.specs.items():
+        made_with = saved.specs[name]
+        before = made_with.precision
+        now = asked_for.precision
         _require_same(msgspec.structs.replace(made_with, precision=now), asked_for, path)
     if before != now:
         _log.warning(
             "snapshot %s was made with precision %s; from here on it is %s", path.name, before, now
         )
+
+
+def _models(identity: RunIdentity) -> str:
+    return ", ".join(dict.fromkeys([identity.published, *identity.specs]))
 
 
 def _require_same(saved: msgspec.Struct, wanted: msgspec.Struct, path: Path) -> None:

@@ -7,7 +7,7 @@ gives it back.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,13 @@ from stream_ctr.evaluate.scoreboard import Scoreboard, part
 from stream_ctr.join.examples import Examples, Ledger
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
+from stream_ctr.learn.blend import Blend, BlendPredictor
 from stream_ctr.learn.learner import Learner
+from stream_ctr.learn.spec import BLEND
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import LedgerEntry, Manifest
+from stream_ctr.snapshots.manifest import GuardState, LedgerEntry, Manifest
 from stream_ctr.train.batches import BatchCutter
-from stream_ctr.train.guard import Diverged, Guard, Learned, Outcome
+from stream_ctr.train.guard import Diverged, Guard, Learned, Outcome, worsened
 from stream_ctr.train.stage_timer import StageTimer
 
 Tensors = dict[str, dict[str, npt.NDArray[Any]]]
@@ -46,12 +48,29 @@ class Step:
     ends_pretraining: bool
     diverged: dict[str, str]
 
+    def without(self, rejected: npt.NDArray[np.bool_]) -> Step:
+        """Return the step on the examples that are not `rejected` (bool [n])."""
+        assert self.batch is not None
+        kept = ~rejected
+        logits = {}
+        chosen = {}
+        for name, found in self.logits.items():
+            mask = self.chosen.get(name)
+            if mask is None:
+                logits[name] = found[kept] if len(found) else found
+            else:
+                logits[name] = found[kept[mask]]
+                chosen[name] = mask[kept]
+        batch = self.batch[kept] if kept.any() else None
+        return Step(batch, logits, chosen, self.ends_pretraining, self.diverged)
+
 
 class TrainingState:
     """Everything that learning changes.
 
-    The first of `learners` is the published model. All of them learn the same examples, each with
-    a guard of its own.
+    All `learners` learn the same examples, each with a guard of its own. The published model is the
+    `blend` of some of them or, without one, the first of them. `batch_size` returns the size of the
+    batch that follows so many examples.
     """
 
     def __init__(
@@ -61,41 +80,41 @@ class TrainingState:
         watermarks: Watermarks,
         learners: Mapping[str, Learner],
         scoreboard: Scoreboard,
+        batch_size: Callable[[int], int],
+        blend: Blend | None = None,
         skips_before_rollback: int = 8,
     ) -> None:
-        published, *additional = learners
         self.joiner = joiner
         self.watermarks = watermarks
         self.learners = dict(learners)
         self.scoreboard = scoreboard
         self.counters: Counter[str] = Counter()
-        self.guard = Guard(
-            learners[published], self.counters, skips_before_rollback=skips_before_rollback
-        )
-        self.additional = {
+        self.blend = blend
+        self.published = BLEND if blend else next(iter(learners))
+        """The name of the published model."""
+        self.guards = {
             name: Guard(
-                learners[name],
+                learner,
                 self.counters,
                 skips_before_rollback=skips_before_rollback,
-                additional=name,
+                additional=None if name == self.published else name,
             )
-            for name in additional
+            for name, learner in learners.items()
         }
-        self.batches = BatchCutter(learners[published].batch_size)
+        # The last batch of a blend and its logits, by which a snapshot shows that it did no harm.
+        self._last: tuple[Examples, npt.NDArray[np.float64]] | None = None
+        self._resumed_last_step: tuple[str, ...] = ()
+        self.batches = BatchCutter(batch_size)
         self.ledger = Ledger()
         self.first_event_ms: int | None = None
         self.last_event_ms: int | None = None
 
-    @property
-    def published(self) -> str:
-        """The name of the published model."""
-        return next(iter(self.learners))
-
     # -- learning --------------------------------------------------------------------------------
 
-    def guard_of(self, name: str) -> Guard:
-        """Return the guard of a model."""
-        return self.guard if name == self.published else self.additional[name]
+    @property
+    def left_out(self) -> dict[str, str]:
+        """The additional models that take no part any more, and why."""
+        return {name: guard.left_out for name, guard in self.guards.items() if guard.left_out}
 
     def watermark(self, idle: npt.NDArray[np.bool_]) -> int:
         """Return the event time before which nothing more is expected.
@@ -107,10 +126,13 @@ class TrainingState:
     def learn(self, batch: Examples, timer: StageTimer) -> Step:
         """Let every model take a step on the batch.
 
-        Examples that the published model skips are skipped for every model.
+        Examples that the published model cannot learn are left out for every model, and of a blend
+        only those that no member can predict.
         """
         following = self.batches.peek()
-        outcome = self.guard.learn(batch, following)
+        if self.blend:
+            return self._learn_blend(self.blend, batch, following, timer)
+        outcome = self.guards[self.published].learn(batch, following)
         if not isinstance(outcome, Learned):
             diverged = {self.published: outcome.reason} if isinstance(outcome, Diverged) else {}
             return Step(None, {}, {}, False, diverged)
@@ -118,10 +140,46 @@ class TrainingState:
             batch = batch[outcome.kept]
         self._count(batch)
         step = Step(batch, {self.published: outcome.logits}, {}, outcome.ends_pretraining, {})
-        for name, guard in self.additional.items():
-            with timer(f"learn.{name}"):
-                _enter(step, name, guard.learn(batch, following), len(batch))
+        for name, guard in self.guards.items():
+            if name != self.published:
+                with timer(f"learn.{name}"):
+                    _enter(step, name, guard.learn(batch, following), len(batch))
         return step
+
+    def _learn_blend(
+        self, blend: Blend, batch: Examples, following: Examples | None, timer: StageTimer
+    ) -> Step:
+        n = len(batch)
+        step = Step(batch, {BLEND: np.empty(0)}, {}, False, {})
+        for name, guard in self.guards.items():
+            with timer(f"learn.{name}"):
+                _enter(step, name, guard.learn(batch, following), n)
+        logits = np.full((len(blend.members), n), np.nan)
+        for row, name in enumerate(blend.members):
+            logits[row, step.chosen.get(name, slice(None))] = step.logits[name]
+        with timer("learn.blend"):
+            blended = blend.learn(logits, batch.label)
+        kept = np.isfinite(blended)
+        if not kept.all():
+            self.counters["examples_skipped"] += n - int(kept.sum())
+            step = step.without(~kept)
+            batch = batch[kept]
+        step.logits[BLEND] = blended[kept]
+        if len(batch):
+            self._count(batch)
+            self._last = batch, step.logits[BLEND]
+        return step
+
+    def check_last_step(self) -> tuple[str, ...]:
+        """Return what the last step of the blend did wrong, empty if nothing or without a blend."""
+        if self._last is None or self.blend is None:
+            return self._resumed_last_step
+        examples, before = self._last
+        learners = {
+            name: learner for name, learner in self.learners.items() if name not in self.left_out
+        }
+        after = BlendPredictor(self.blend, learners).predict(examples.ids, examples.values)
+        return worsened(before, after, examples.label)
 
     def _count(self, batch: Examples) -> None:
         """Enter a batch that the published model learned into the ledger."""
@@ -143,11 +201,14 @@ class TrainingState:
 
     def _model_tensors(self) -> Tensors:
         tensors: Tensors = {}
+        if self.blend:
+            model, optimizer = snapshot.stems()
+            tensors[model] = self.blend.weights()
+            tensors[optimizer] = self.blend.optimizer_state()
         for name, learner in self.learners.items():
-            guard = self.additional.get(name)
-            if guard and guard.left_out:
+            if name in self.left_out:
                 continue
-            model, optimizer = snapshot.stems(name if guard else None)
+            model, optimizer = snapshot.stems(self.guards[name].additional)
             tensors[model] = dict(learner.weights(reuse=True))
             tensors[optimizer] = dict(learner.optimizer_state())
         return tensors
@@ -160,9 +221,11 @@ class TrainingState:
             "event_time_ms": self.last_event_ms or 0,
             "first_event_ms": self.first_event_ms,
             "counters": dict(self.counters),
-            "guard": self.guard.state(),
+            "guard": guard.state() if (guard := self.guards.get(self.published)) else GuardState(),
             "guards_beside": {
-                name: guard.additional_state() for name, guard in self.additional.items()
+                name: guard.additional_state()
+                for name, guard in self.guards.items()
+                if guard.additional
             },
         }
 
@@ -174,8 +237,13 @@ class TrainingState:
         Returns the additional models that the snapshot lacks because their weights were not finite.
         Raises `SnapshotError` if the arrays do not fit this run.
         """
-        self.guard.load_model(tensors, path, last_step=manifest.gate.last_step)
-        self.guard.load_state(manifest.guard)
+        if self.blend:
+            self._load_blend(self.blend, tensors, path)
+            self._resumed_last_step = manifest.gate.last_step
+        else:
+            guard = self.guards[self.published]
+            guard.load_model(tensors, path, last_step=manifest.gate.last_step)
+            guard.load_state(manifest.guard)
         self.watermarks.load_state_dict(part(tensors["joiner"], "watermarks."))
         if not self.watermarks.stall_clicks:  # this run does not wait for overdue clicks
             self.watermarks.stalled[:] = False
@@ -191,7 +259,9 @@ class TrainingState:
         self.first_event_ms = manifest.first_event_ms
         self.last_event_ms = manifest.event_time_ms or None
         missing = []
-        for name, guard in self.additional.items():
+        for name, guard in self.guards.items():
+            if not guard.additional:
+                continue
             guard.load_state(manifest.guards_beside[name])
             if guard.left_out:
                 continue
@@ -200,6 +270,15 @@ class TrainingState:
             else:
                 missing.append(name)
         return missing
+
+    @staticmethod
+    def _load_blend(blend: Blend, tensors: snapshot.Tensors, path: Path) -> None:
+        model, optimizer = snapshot.stems()
+        try:
+            blend.load_weights(tensors[model])
+            blend.load_optimizer_state(tensors[optimizer])
+        except (KeyError, ValueError) as error:
+            raise SnapshotError(f"snapshot {path.name} does not fit the blend: {error}") from None
 
 
 def _enter(step: Step, name: str, outcome: Outcome, n: int) -> None:

@@ -263,7 +263,7 @@ class Trainer:
         If that does not help, an additional model is left out of the run, and the published one
         ends it.
         """
-        guard = self.state.guard_of(name)
+        guard = self.state.guards[name]
         try:
             self._settle(wait=True)
             verdict = guard.restore(
@@ -341,12 +341,14 @@ class Trainer:
             self._settle(wait=True)
         failpoint("cut.before")
         last_step: tuple[str, ...] = ()
-        for name in self.state.learners:
-            checked = self.state.guard_of(name).check_last_step()
+        for name, guard in self.state.guards.items():
+            checked = guard.check_last_step()
             if isinstance(checked, Diverged):
                 self._restore_model(name, checked.reason)
             elif name == self.state.published:
                 last_step = checked
+        if self.state.blend:
+            last_step = self.state.check_last_step()
         self._examples_at_snapshot = self.state.ledger.count
         segments = self.snapshots.stage(self.state.joiner.segments)
         if segments is None:
