@@ -188,7 +188,7 @@ def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
     rates = FtrlRates(**config.ftrl.model_dump(exclude={"enabled"}))
     blends = config.model.name == BLEND
     models = config.model.mixed if blends else (config.model.name, *config.model.beside)
-    specs = {
+    specs: dict[str, LearnerSpec] = {
         model: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
         for model in models
     }

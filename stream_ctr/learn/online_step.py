@@ -38,8 +38,9 @@ Nothing is written before every number is known to be finite.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, partial
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,6 +70,7 @@ from stream_ctr.learn.step import (
 from stream_ctr.learn.table import Table
 from stream_ctr.learn.thread_pool import Task
 from stream_ctr.models.layers import Tape
+from stream_ctr.models.terms import Terms
 
 
 class OnlineStep(CpuStep):
@@ -93,7 +95,7 @@ class OnlineStep(CpuStep):
         self._predicted_parts = [
             slice(start, start + rows) for start in range(0, options.batch_size, rows)
         ]
-        self._terms = model.terms  # type: ignore[union-attr]
+        self._terms = cast(Terms, model.terms)
         self._plain = torch.zeros(len(self._logits)) if self._options.dropout else None
         kernel = table.embedding_dim, table.embeddings, self._terms
         self._scores = online_kernels.scores(*kernel)
@@ -146,12 +148,12 @@ class OnlineStep(CpuStep):
             self._pool.run([network, partial(self._group, batch), *others])
             if not batch.finite.all():
                 return None
-            self._pool.run(self._row_tasks(batch, online_kernels.copy_rows, to_table=False))
+            self._pool.run(self._row_tasks(batch, online_kernels.copy_rows))
             dense = [partial(self._layer_gradients, batch, at) for at in range(len(parts))]
             self._pool.run([partial(self._step_sub_batches, batch), *dense])
             if not (batch.finite.all() and batch.stepped):
                 return None
-            write = self._row_tasks(batch, online_kernels.write_rows, to_table=True)
+            write = self._row_tasks(batch, online_kernels.write_rows)
             self._pool.run([*self._dense_updates(batch, steps), *write])
         self._intercept[:] = batch.intercept
         return self._returned_logits(n)
@@ -182,9 +184,9 @@ class OnlineStep(CpuStep):
         tape = batch.tapes[at]
         if self._plain is not None and self._options.progressive:
             with torch.no_grad():
-                self._plain[part] = self._model.network(w, v)  # type: ignore[operator]
+                self._plain[part] = self._model.deep_logits(w, v)  # type: ignore[operator]
         with torch.enable_grad():
-            deep: Tensor = self._model.network(w, v, generator=generator, tape=tape)  # type: ignore[operator]
+            deep: Tensor = self._model.deep_logits(w, v, generator=generator, tape=tape)  # type: ignore[operator]
             # The sum is a scalar, whose initial gradient torch does not check with code that takes
             # half a second to import.
             total = deep.sum()
@@ -207,12 +209,12 @@ class OnlineStep(CpuStep):
             self._sorted(batch.n), shape, SUB_BATCH, self._memory.groups[:, : shape[0] * shape[1]]
         )
 
-    def _row_tasks(self, batch: _OnlineBatch, copy: object, *, to_table: bool) -> Sequence[Task]:
+    def _row_tasks(self, batch: _OnlineBatch, copy: Callable[..., None]) -> Sequence[Task]:
         rows = batch.groups.rows
         edges = np.linspace(0, len(rows), self._pool.threads + 1).astype(int).tolist()
         arguments = self._table.rows.numpy(), rows, self._memory.rows
         return [
-            partial(copy, *arguments, first, last)  # type: ignore[arg-type]
+            partial(copy, *arguments, first, last)
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
 

@@ -55,9 +55,9 @@ class DeepFM(nn.Module):
         generator: Generator | None = None,
     ) -> Tensor:
         y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(v, sums)
-        return y_fm + self.network(w, v, generator=generator)
+        return y_fm + self.deep_logits(w, v, generator=generator)
 
-    def network(
+    def deep_logits(
         self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
     ) -> Tensor:
         y_dnn: Tensor = self.deep(v.flatten(1), generator, tape)  # [B, F, K] -> [B, F * K]

@@ -74,14 +74,14 @@ class FNN(nn.Module):
         if self.pretraining:
             y_fm: Tensor = self.fm(w, v, sums=sums)
             return y_fm
-        return self.network(w, v, generator=generator)
+        return self.deep_logits(w, v, generator=generator)
 
     @property
     def terms(self) -> Terms:
         """The terms of the present phase."""
         return FM.terms if self.pretraining else Terms(network_w=True)
 
-    def network(
+    def deep_logits(
         self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
     ) -> Tensor:
         z = torch.cat([w.unsqueeze(2), v], dim=2)  # [B, F, K + 1]

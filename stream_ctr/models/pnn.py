@@ -61,9 +61,9 @@ class _PNN(nn.Module):
         sums: FieldSums | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        return self.network(w, v, generator=generator)
+        return self.deep_logits(w, v, generator=generator)
 
-    def network(
+    def deep_logits(
         self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
     ) -> Tensor:
         signals = [v.flatten(1)]  # [B, F * K]

@@ -63,9 +63,9 @@ class LRDNN(nn.Module):
         sums: FieldSums | None = None,
         generator: Generator | None = None,
     ) -> Tensor:
-        return w.sum(dim=1) + self.network(w, v, generator=generator)
+        return w.sum(dim=1) + self.deep_logits(w, v, generator=generator)
 
-    def network(
+    def deep_logits(
         self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
     ) -> Tensor:
         y_dnn: Tensor = self.deep(v[:, : self._fields].flatten(1), generator, tape)
@@ -109,9 +109,9 @@ class FMDNN(nn.Module):
     ) -> Tensor:
         u, _ = v.chunk(2, dim=2)  # [B, F, K] each
         y_fm: Tensor = w.sum(dim=1) + pairwise_inner_products(u)
-        return y_fm + self.network(w, v, generator=generator)
+        return y_fm + self.deep_logits(w, v, generator=generator)
 
-    def network(
+    def deep_logits(
         self, w: Tensor, v: Tensor, *, generator: Generator | None = None, tape: Tape | None = None
     ) -> Tensor:
         _, e = v.chunk(2, dim=2)

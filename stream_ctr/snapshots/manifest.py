@@ -130,8 +130,10 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     @property
     def specs(self) -> dict[str, LearnerSpec]:
         """The specification of each model that learns; a published one comes first."""
-        first = {self.learner.model: self.learner} if isinstance(self.learner, LearnerSpec) else {}
-        return {**first, **self.beside}
+        specs = dict(self.beside)
+        if isinstance(self.learner, LearnerSpec):
+            specs = {str(self.learner.model): self.learner, **specs}
+        return specs
 
 
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):

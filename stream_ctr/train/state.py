@@ -167,7 +167,7 @@ class TrainingState:
         step.logits[BLEND] = blended[kept]
         if len(batch):
             self._count(batch)
-            self._last = batch, step.logits[BLEND]
+            self._last = batch, blended[kept]
         return step
 
     def check_last_step(self) -> tuple[str, ...]:
