@@ -523,7 +523,7 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
     assert report["examples"] == IMPRESSIONS - huge
     assert report["models"]["deepfm"]["count"] == report["examples"]
     assert counters.get("batches_skipped", 0) == 0
-    assert all(np.isfinite(array).all() for array in built.state.guard.learner.weights().values())
+    assert all(np.isfinite(array).all() for array in built.state.learners["deepfm"].weights().values())
     outcome(f"{huge} examples skipped and counted, all others learned; weights finite")
 
 
@@ -537,15 +537,15 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back(
         learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3},
         **FREQUENT,
     )
-    learn, calls = built.state.guard.learner.learn, []
+    learn, calls = built.state.learners["deepfm"].learn, []
 
     def spoiled(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 30:
-            built.state.guard.learner.table.rows.fill_(float("nan"))
+            built.state.learners["deepfm"].table.rows.fill_(float("nan"))
         return learn(*arguments, **options)
 
-    built.state.guard.learner.learn = spoiled
+    built.state.learners["deepfm"].learn = spoiled
     report = finish(built)
     counters = report["counters"]
     assert (counters["batches_skipped"], counters["rollbacks"]) == (3, 1)
@@ -573,15 +573,15 @@ def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_publish
         **sections,
         **FREQUENT,
     )
-    learn, calls = built.state.guard.learner.learn, []
+    learn, calls = built.state.learners["deepfm"].learn, []
 
     def wild(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) >= 30:
-            built.state.guard.learner.adam.learning_rate = 1e35
+            built.state.learners["deepfm"].adam.learning_rate = 1e35
         return learn(*arguments, **options)
 
-    built.state.guard.learner.learn = wild
+    built.state.learners["deepfm"].learn = wild
     with pytest.raises(
         DataError, match=r"the model diverged: .*going back to 0000000\d-.* did not help 3 times"
     ):

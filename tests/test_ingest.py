@@ -442,7 +442,7 @@ class Killed(Exception):
 
 def learn_until(built: Any, batches: int, end: Callable[[], object]) -> None:
     """In place of the batch after so many, `end`."""
-    learn, left = built.state.guard.learner.learn, [batches]
+    learn, left = built.state.learners["deepfm"].learn, [batches]
 
     def learn_or_end(*arguments: Any, **options: Any) -> Any:
         left[0] -= 1
@@ -450,7 +450,7 @@ def learn_until(built: Any, batches: int, end: Callable[[], object]) -> None:
             end()
         return learn(*arguments, **options)
 
-    built.state.guard.learner.learn = learn_or_end
+    built.state.learners["deepfm"].learn = learn_or_end
 
 
 def killed() -> None:

@@ -521,7 +521,7 @@ def test_every_system_is_served_with_the_default_network(tmp_path, stream, name)
     finish(built)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
     rows = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}]
-    expected = built.state.guard.learner.predict(
+    expected = built.state.learners["deepfm"].predict(
         *scorer.hasher.rows(_columns(scorer.fields, rows))
     ).astype(np.float64)
     assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))

@@ -23,7 +23,14 @@ from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.pairs import choose_columns
-from stream_ctr.learn.spec import BLEND, EXPERTS, FtrlRates, LearnerSpec, Pairs
+from stream_ctr.learn.spec import (
+    BLEND,
+    EXPERTS,
+    LARGEST_PAIR_BITS,
+    FtrlRates,
+    LearnerSpec,
+    Pairs,
+)
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
@@ -206,12 +213,14 @@ def _experts(common: LearnerSpec, specs: Mapping[str, LearnerSpec]) -> dict[str,
     scaled = replace(common, model="lr", ftrl=FtrlRates(alpha=SCALED_ALPHA / common.fields))
     experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
     columns = choose_columns(common.fields, common.value_fields)
+    # Pairs have more values than fields.
+    pair_bits = min(common.table_bits + 2, LARGEST_PAIR_BITS)
     if len(columns) > common.fields:
         experts[FTRL_PAIRS] = replace(
             common,
             model="lr",
             ftrl=FtrlRates(alpha=SCALED_ALPHA / len(columns)),
-            pairs=Pairs(columns=tuple(columns)),
+            pairs=Pairs(columns=tuple(columns), table_bits=pair_bits),
         )
     return experts
 

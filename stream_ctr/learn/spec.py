@@ -36,6 +36,9 @@ class FtrlRates(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     l2: NotNegative = 1.0
 
 
+LARGEST_PAIR_BITS = 24
+
+
 class Pairs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The columns of LR over fields and pairs of fields, in a table of 2 ** `table_bits` rows.
 
@@ -47,7 +50,7 @@ class Pairs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         tuple[tuple[Annotated[int, Meta(ge=0)], Annotated[int, Meta(ge=0)]], ...],
         Meta(min_length=1, max_length=65536),
     ]
-    table_bits: Annotated[int, Meta(ge=4, le=24)] = 22
+    table_bits: Annotated[int, Meta(ge=4, le=LARGEST_PAIR_BITS)] = 22
 
 
 class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

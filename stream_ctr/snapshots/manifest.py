@@ -16,7 +16,7 @@ from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.snapshots.contract import Sha256
 
-FORMAT = 1
+FORMAT = 2
 _LARGEST_SUM = (1 << 64) - 1
 
 

@@ -24,7 +24,7 @@ SIMULATED_FIELDS = Simulation(1, seed=0).fields or ()
 Sections = dict[str, Any]
 SMALL: Sections = {
     "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
-    "model": {"hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
+    "model": {"name": "deepfm", "hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
     "learn": {"batch_size": 128, "threads": 1},
     "join": {"label_window": "60s"},
     "metrics": {"window": "60s"},
