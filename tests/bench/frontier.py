@@ -106,6 +106,7 @@ _WARM_UP_IMPRESSIONS = 1000
 BATCH_SIZES = (64, 128, 512, 4096)
 _STREAM = re.compile(r"(simulated|drift|falling)-(\d+)([km]?)")
 _DRIFTS = {"simulated": "none", "drift": "weights", "falling": "rate"}
+_SERVED_SHARE = "metrics.served_share"
 _THOUSANDS = {"": 1, "k": 1_000, "m": 1_000_000}
 _SAMPLES = {"criteo": "criteo/train.csv", "avazu": "avazu/train.csv", "obd": "obd/impressions.csv"}
 
@@ -118,7 +119,8 @@ _NOT_KEPT = {
     *("format", "kind", "from_example", "models", "paired", "pairs", "rolling", "notes", "lag"),
     *("last_half", "last_quarter", "window_curve", "profile", "counters", "ledger", "pending"),
     *("event_time", "watermark", "snapshot", "stalled", "stalls", "silent_seconds", "baseline"),
-    *("constant_logloss", "best_possible_logloss", "clicks_late"),
+    *("constant_logloss", "best_possible_logloss", "clicks_late", "as_served"),
+    "as_served_last_half",
 }
 
 
@@ -203,8 +205,10 @@ def ours() -> list[Ours]:
         size for size in BATCH_SIZES if size != configuration.load(environ={}).learn.batch_size
     ]
     one_step = ("--model", "deepfm", "-X", "learn.table_optimizer=adagrad")
+    not_served = [Ours("defaults, not scored as served", ("-X", f"{_SERVED_SHARE}=0"))]
     return [
         Ours(DEFAULTS),
+        *(not_served if _SERVED_SHARE in configuration.known_keys() else []),
         *(Ours(batch_name(size), batch(size)) for size in sizes),
         Ours("DeepFM alone", ("--model", "deepfm")),
         *(Ours(f"{ONE_STEP}, {size:,}", (*one_step, *batch(size))) for size in (512, 4096)),
@@ -278,9 +282,24 @@ def our_result(contender: Ours, learned: Learned, reference: Reference) -> dict[
             name: {part: part_figures(learned.run, name, part)["logloss"] for part in PARTS}
             for name in learned.run.models
         },
+        **_as_served(learned.report),
         "report": report,
         **({"message": learned.message} if learned.message else {}),
     }
+
+
+def _as_served(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of what was served, and of the progressive predictions of the same."""
+    tables = {"whole": "as_served", "last_half": "as_served_last_half"}
+    found = {
+        part: {
+            name: {score: figures[score] for score in (*_SCORES, "count")}
+            for name, figures in report[table]["models"].items()
+        }
+        for part, table in tables.items()
+        if table in report
+    }
+    return {"as_served": found} if found else {}
 
 
 def scores(run: WholeRun, model: str, beside: Learned, reference: Reference) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from bench.frontier_page import DEFAULTS, ONE_STEP, Case, Group, groups
 _COLUMNS = 3
 _PANEL_INCHES = (4.2, 3.3)
 _LEGEND_INCHES = 1.1
+_LINEAR_TO = 0.002  # the vertical axis is linear up to here, and logarithmic beyond
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",
     "svg.hashsalt": "frontier",
@@ -51,7 +52,7 @@ def figure(cases: Sequence[Case]) -> str:
     """Return the text of an SVG file.
 
     The horizontal axis is events/s, logarithmic; the vertical one is the logloss of the whole run
-    above exact FTRL's on the same examples, lower is better.
+    above exact FTRL's on the same examples, lower is better; it is linear around 0 only.
     """
     found = groups(cases)
     columns = min(_COLUMNS, len(found))
@@ -86,6 +87,8 @@ def _draw(axes: Axes, group: Group) -> None:
         if point:
             axes.plot(*point, marker, color=colour, markersize=8, label=name)
     axes.set_xscale("log")
+    axes.set_yscale("symlog", linthresh=_LINEAR_TO)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g}"))
     axes.margins(x=0.1, y=0.12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g} k"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -23,6 +23,7 @@ Case = Mapping[str, Any]
 
 DEFAULTS = "defaults"
 ONE_STEP = "DeepFM, one step a batch"
+PROGRESSIVE = "progressive"  # among the models that were scored as served
 IN_HINDSIGHT = ", in hindsight"
 BEFORE = f"{ONE_STEP}, 512"
 _PARTS = ("first_tenth", "whole", "last_half")
@@ -38,6 +39,11 @@ _HEADER = [
     "predicted / actual, last half",
     "whole run above exact FTRL [95 %]",
 ]
+# Columns that a table has if any of its results has the key.
+_OPTIONAL = {
+    "recovery": "recovers after",
+    "as_served": "as served, last half (the same, progressive)",
+}
 
 
 def batch_name(size: int) -> str:
@@ -151,17 +157,18 @@ def log_block(group: Group) -> str:
 
 def log_table(group: Group) -> str:
     """Return the contenders of a log, between the best constant and the best possible logloss."""
-    falling = any("recovery" in result for case in group.cases for result in case["results"])
-    header = [*_HEADER, "recovers after"] if falling else _HEADER
+    keys = {key for case in group.cases for result in case["results"] for key in result}
+    header = [*_HEADER, *(title for key, title in _OPTIONAL.items() if key in keys)]
     rows: list[list[object]] = [_bound(group, "best constant", "constant_logloss")]
     exact = [_digits(group.fact(part, "logloss")) for part in _PARTS]
     scores = [group.fact("last_half", name) for name in ("auc", "pred_over_actual")]
     rows.append(["exact FTRL, in our runs", "", *exact, *map(_digits4, scores), ""])
-    rows += [_row(group, each) for each in group.contenders if not _repeats_the_choice(group, each)]
+    rows += [
+        _row(group, each, keys) for each in group.contenders if not _repeats_the_choice(group, each)
+    ]
     if group.fact("whole", "best_possible_logloss") is not None:
         rows.append(_bound(group, "best possible", "best_possible_logloss"))
-    width = len(header)
-    return formatted(header, [[*row, *[""] * (width - len(row))][:width] for row in rows])
+    return formatted(header, [[*row, *[""] * (len(header) - len(row))] for row in rows])
 
 
 def _repeats_the_choice(group: Group, contender: str) -> bool:
@@ -177,7 +184,7 @@ def _bound(group: Group, name: str, key: str) -> list[object]:
     return [name, "", *[_digits(group.fact(part, key)) for part in _PARTS]]
 
 
-def _row(group: Group, contender: str) -> list[object]:
+def _row(group: Group, contender: str, keys: Collection[str]) -> list[object]:
     results = group.results(contender)
     title = contender
     if contender == DEFAULTS:
@@ -189,7 +196,9 @@ def _row(group: Group, contender: str) -> list[object]:
     interval = group.above_ftrl(contender, "whole")
     shown = f"{interval[0]:+.5f} [{interval[1]:+.5f}, {interval[2]:+.5f}]" if interval else ""
     speed = f"{group.speed(contender):,.0f}"
-    return [title, speed, *loss, *map(_digits4, scores), shown, _recovered(results)]
+    optional = {"recovery": _recovered(results), "as_served": _as_served(results)}
+    more = [text for key, text in optional.items() if key in keys]
+    return [title, speed, *loss, *map(_digits4, scores), shown, *more]
 
 
 def _recovered(results: Sequence[Mapping[str, Any]]) -> str:
@@ -203,6 +212,18 @@ def _recovered(results: Sequence[Mapping[str, Any]]) -> str:
     )
     worst = max((each["worst"] for each in found), key=lambda ratio: abs(math.log(ratio)))
     return f"{after} (by true probabilities {exactly}); at worst {worst:.2f}"
+
+
+def _as_served(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the logloss of what was served, and the progressive one of the same impressions."""
+    found = [result["as_served"]["last_half"] for result in results if "as_served" in result]
+    if not found:
+        return ""
+    served, progressive = (
+        _digits(_mean(figures[name]["logloss"] for figures in found))
+        for name in (next(iter(found[0])), PROGRESSIVE)
+    )
+    return f"{served} ({progressive})"
 
 
 def _notes(group: Group) -> str:
