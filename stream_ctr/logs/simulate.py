@@ -364,7 +364,7 @@ class World:
         return ((total * total).sum(1) - squares) / 2
 
     def _calibrate(self, rate: float) -> None:
-        """Measure s_k, [5], and b on impressions over one period of z_5; `rate` is the mean of p."""
+        """Measure s_k, [5], and b, which makes `rate` the mean of p, over one period of z_5."""
         rng = _generator(self._seed, 1)
         time = START_MS + np.linspace(0, _DRIFT_PERIOD_MS, _CALIBRATION_ROWS, dtype=np.int64)
         effects = self.effects(*self.draw(rng, time), time)

@@ -4,7 +4,7 @@ Figures are means over the seeds of a log. The interval of a mean difference com
 seeds, which are independent: its half-width is the root of the sum of squares over their number.
 
 >>> mean_interval([[0.01, 0.00, 0.02], [0.03, 0.02, 0.04]])
-(0.02, 0.013, 0.027)
+(0.02, 0.012929, 0.027071)
 """
 
 from __future__ import annotations
