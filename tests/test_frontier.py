@@ -81,9 +81,11 @@ def falling(correct_after: int | None) -> tuple[Floats, npt.NDArray[np.uint8], F
     """Return logits, labels and true probabilities of 6,400 examples.
 
     The rate falls from 1/2 to 1/8 at 3,200. The predictions follow `correct_after` examples later.
+    From 3,200 on, every other block of 64 examples has no click.
     """
-    true = np.where(np.arange(6400) < 3200, 0.5, 0.125)
-    labels = np.where(np.arange(6400) < 3200, np.arange(6400) % 2, np.arange(6400) % 8 == 0)
+    i = np.arange(6400)
+    true = np.where(i < 3200, 0.5, 0.125)
+    labels = np.where(i < 3200, i % 2 == 0, (i % 4 == 0) & (i % 128 < 64))
     p = true.copy()
     p[3200 : None if correct_after is None else 3200 + correct_after] = 0.5
     return np.log(p) - np.log1p(-p), labels.astype(np.uint8), true

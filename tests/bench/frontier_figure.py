@@ -88,7 +88,7 @@ def _draw(axes: Axes, group: Group) -> None:
             axes.plot(*point, marker, color=colour, markersize=8, label=name)
     axes.set_xscale("log")
     axes.set_yscale("symlog", linthresh=_LINEAR_TO)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g}"))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:+g}" if y else "0"))
     axes.margins(x=0.1, y=0.12)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g} k"))
     axes.xaxis.set_minor_formatter(FuncFormatter(lambda x, _: ""))
