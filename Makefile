@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick coverage docs schemas transcripts faults bench systems lint fmt demo
+.PHONY: help install test quick coverage docs schemas transcripts faults bench systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -39,6 +39,9 @@ bench: ## benchmark every case next to its peers, half an hour; writes docs/perf
 
 systems: ## compare the nine systems with FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": only these)
 	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md
+
+quality: ## measure logloss against events/s beside Vowpal Wabbit and River, hours; writes docs/results.md (LOGS="criteo drift-20k": only these; ARGS=--missing: the rest; QUICK=1: minutes, writes nothing)
+	$(BIN)/python tests/bench/frontier.py $(LOGS) $(ARGS) $(if $(QUICK),--quick,--json docs/quality.json --page docs/results.md --figure docs/quality.svg)
 
 schemas: ## write docs/schemas, the JSON Schemas of pointer, manifest and report
 	$(BIN)/python docs/schemas/generate.py

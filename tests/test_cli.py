@@ -581,6 +581,20 @@ def test_simulate_writes_the_same_bytes_for_the_same_seed(log, tmp_path):
     assert (tmp_path / "again.jsonl").read_bytes() == log.read_bytes()
 
 
+def test_simulate_writes_the_drift_that_is_asked_for(tmp_path):
+    streams = {}
+    for drift in ("none", "rate"):
+        path = tmp_path / f"{drift}.jsonl"
+        succeed("simulate", "--impressions", 2000, "--drift", drift, "--out", path)
+        streams[drift] = [json.loads(line) for line in path.read_text().splitlines()]
+    plain, falling = (
+        [event["true_probability"] for event in events if event["kind"] == "impression"]
+        for events in streams.values()
+    )
+    assert falling[:1000] == plain[:1000]
+    assert sum(falling[1000:]) < sum(plain[1000:]) / 3
+
+
 @pytest.mark.slow
 def test_replay_at_a_multiple_of_real_time_takes_its_time(embedded_broker, topic, tmp_path):
     values = [

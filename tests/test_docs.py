@@ -67,6 +67,7 @@ NOT_RUN = {
     "make bench": "a benchmark of half an hour",
     "make bench CASES=gpu": "needs a GPU",
     "make systems": "a benchmark of a quarter of an hour",
+    "make quality": "a benchmark of hours",
     "pre-commit install": "changes the repository's hooks",
     "git tag v0.1.0": "changes the repository",
 }

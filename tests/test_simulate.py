@@ -15,7 +15,15 @@ import pytest
 
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.decoder import Decoder
-from stream_ctr.logs.simulate import FIELDS, IMPRESSIONS_PER_DAY, START_MS, Simulation, World
+from stream_ctr.logs.simulate import (
+    DRIFTS,
+    FIELDS,
+    IMPRESSIONS_PER_DAY,
+    START_MS,
+    Drift,
+    Simulation,
+    World,
+)
 
 N = 150_000
 HOUR_MS = 3_600_000
@@ -184,10 +192,10 @@ def test_no_lower_order_explains_the_effects_of_pairs_and_triples() -> None:
     assert sum(explained(of_triples, triple) for triple in triples) == pytest.approx(1, abs=0.05)
 
 
-def values(impressions: int, seed: int) -> list[bytes]:
+def values(impressions: int, seed: int, drift: Drift = "none") -> list[bytes]:
     return [
         value
-        for batch in Simulation(impressions, seed=seed).batches()
+        for batch in Simulation(impressions, seed=seed, drift=drift).batches()
         for value in batch.value.to_pylist()
     ]
 
@@ -230,6 +238,98 @@ def test_json_lines_hold_the_events_of_the_stream(tmp_path: Path) -> None:
     expected = values(1000, seed=9)
     assert Simulation(1000, seed=9).write_jsonl(path) == len(expected)
     assert path.read_bytes() == b"".join(value + b"\n" for value in expected)
+
+
+# -- a drift in the middle -----------------------------------------------------------------------
+
+
+@dataclass
+class Drawn:
+    """The probabilities of a simulation, and whether each impression was clicked."""
+
+    probability: npt.NDArray[np.float64]
+    clicked: npt.NDArray[np.bool_]
+
+    @property
+    def halves(self) -> tuple[slice, slice]:
+        middle = len(self.clicked) // 2
+        return slice(0, middle), slice(middle, None)
+
+
+def drawn(drift: Drift, impressions: int = 60_001) -> Drawn:
+    batches = list(Simulation(impressions, seed=2, drift=drift)._impressions())
+    probability = np.concatenate([batch["true_probability"].to_numpy() for batch in batches])
+    click_time = pa.chunked_array([batch["click_time"] for batch in batches])
+    return Drawn(probability, np.array(click_time.is_valid()))
+
+
+@pytest.fixture(scope="module")
+def undrifted() -> Drawn:
+    return drawn("none")
+
+
+def log_odds(p: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.log(p) - np.log1p(-p)
+
+
+@pytest.mark.parametrize("drift", ["weights", "rate"])
+def test_before_and_after_a_drift_clicks_happen_with_their_true_probability(
+    drift: Drift, undrifted: Drawn
+) -> None:
+    found = drawn(drift)
+    for half in found.halves:
+        p = found.probability[half]
+        clicked = found.clicked[half]
+        for rows in np.array_split(np.argsort(p), 8):
+            assert abs(sigmas(clicked[rows], p[rows])) < 4.5
+    # The clicks of the second half are not those of the law before the drift.
+    after = found.halves[1]
+    expected = undrifted.probability[after]
+    tops = np.argsort(expected)[-len(expected) // 10 :]
+    assert sigmas(found.clicked[after][tops], expected[tops]) < -10
+
+
+def test_a_drift_of_the_weights_leaves_the_rate_and_no_trace_of_the_old_weights(
+    undrifted: Drawn,
+) -> None:
+    before, after = undrifted.halves
+    found = drawn("weights").probability
+    assert np.array_equal(found[before], undrifted.probability[before])
+    shared = np.corrcoef(log_odds(found[after]), log_odds(undrifted.probability[after]))[0, 1]
+    assert abs(shared) < 0.25  # ratings, days since a visit and the hour keep their effects
+    assert found[after].mean() == pytest.approx(undrifted.probability[after].mean(), rel=0.15)
+
+
+def test_a_drift_of_the_rate_takes_it_to_a_quarter_and_leaves_the_order(undrifted: Drawn) -> None:
+    before, after = undrifted.halves
+    found = drawn("rate").probability
+    assert np.array_equal(found[before], undrifted.probability[before])
+    assert found[after].mean() / undrifted.probability[after].mean() == pytest.approx(0.25, rel=0.1)
+    shift = log_odds(undrifted.probability[after]) - log_odds(found[after])
+    rounded = 1e-6 / found[after]
+    assert np.all(np.abs(shift - np.median(shift)) < 0.01 + 2 * rounded)
+
+
+@pytest.mark.parametrize("drift", DRIFTS)
+def test_the_first_half_has_the_same_events_with_any_drift(drift: Drift) -> None:
+    half = of_kind(values(4000, 1, drift), "impression")[:2000]
+    assert half == of_kind(values(4000, 1), "impression")[:2000]
+    clicks = of_kind(values(4000, 1, drift), "click")
+    plain = of_kind(values(4000, 1), "click")
+
+    def early(clicks: list[bytes]) -> set[bytes]:
+        return {
+            value
+            for value in clicks
+            if int(json.loads(value)["impression_id"].removeprefix("sim1-")) < 2000
+        }
+
+    assert early(clicks) == early(plain)
+
+
+def test_an_unknown_drift_is_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown drift 'rates'.*rate.*; known are none"):
+        Simulation(10, drift="rates")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("impressions", "seed"), [(0, 0), (10, -1)])

@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -36,6 +36,9 @@ from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
 from stream_ctr.messages import printable
+
+if TYPE_CHECKING:
+    from stream_ctr.logs.simulate import Drift
 
 _LONGEST_MESSAGE_LINE = 4000
 
@@ -304,24 +307,33 @@ def _speed(text: str) -> float | None:
 @click.option("--impressions", type=click.IntRange(1), default=1_000_000, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
+    "--drift",
+    type=click.Choice(["none", "weights", "rate"]),
+    default="none",
+    show_default=True,
+    help="What changes in the middle of the stream: weights draws every effect on the click "
+    "probability anew, rate lets the click rate fall to a quarter.",
+)
+@click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
     help="The JSON lines file to write.",
 )
-def simulate(*, impressions: int, seed: int, out: Path) -> None:
+def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     """Write a seeded stream whose true click probabilities are known.
 
     So the best possible logloss is known too.
 
     \b
     stream-ctr simulate --impressions 200000 --seed 1 --out clicks.jsonl
+    stream-ctr simulate --impressions 200000 --drift rate --out falling.jsonl
     """
     from stream_ctr.logs.simulate import Simulation
 
     started = time.monotonic()
     try:
-        count = Simulation(impressions, seed=seed).write_jsonl(out)
+        count = Simulation(impressions, seed=seed, drift=drift).write_jsonl(out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from None
     seconds = time.monotonic() - started

@@ -47,15 +47,28 @@ Impressions arrive as a Poisson process from 2025-01-01T00:00:00Z on, at
 A click follows its impression after a log-normal delay with median 20 s; 1 % of the delays are
 longer than ten minutes.
 
-The same seed gives the same bytes (with the same version of NumPy), and a longer stream begins with
-the impressions of a shorter one.
+With a drift, the click probabilities follow another law from the middle of the stream on, that is,
+from impression number `impressions // 2` on:
+
+| drift     | second half of the stream                                                         |
+|-----------|-----------------------------------------------------------------------------------|
+| `none`    | the same law                                                                       |
+| `weights` | w_f, v_f, a_f and phi are drawn anew; s_k and b are measured anew                  |
+| `rate`    | b makes the mean of p equal to a quarter of 7 %; all else is the same              |
+
+Users, apps, values and arrivals do not change. Before the middle, impressions and clicks are those
+of the stream without a drift.
+
+The same seed gives the same bytes (with the same version of NumPy). Without a drift, a longer
+stream begins with the impressions of a shorter one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from copy import copy
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -72,10 +85,16 @@ from stream_ctr.logs.log import (
     impression_batch,
     merge_clicks,
 )
+from stream_ctr.messages import nearest
+
+Drift = Literal["none", "weights", "rate"]
+"""What changes in the middle of the stream."""
+DRIFTS: tuple[Drift, ...] = get_args(Drift)
 
 START_MS = DEFAULT_START_MS
 IMPRESSIONS_PER_DAY = 1_000_000
 CLICK_THROUGH_RATE = 0.07
+RATE_AFTER_DRIFT = CLICK_THROUGH_RATE / 4
 MEDIAN_DELAY_SECONDS = 20.0
 DELAY_SIGMA = 1.462
 """ln(600 / 20) / 2.326: 1 % of the delays are longer than ten minutes."""
@@ -151,7 +170,10 @@ Numbers = Mapping[str, npt.NDArray[np.float64]]
 class Simulation(Log):
     """A log of `impressions` impressions and their clicks.
 
-    Raises `ConfigError` when there are no impressions or the seed is negative.
+    From impression number `change` on, clicks follow the law that `drift` gives. Without a drift
+    there is no such impression.
+
+    Raises `ConfigError` when there are no impressions, the seed is negative, or the drift unknown.
 
     >>> simulation = Simulation(1000, seed=7)
     >>> batch = next(iter(simulation.batches()))
@@ -161,23 +183,37 @@ class Simulation(Log):
 
     format = "simulated"
 
-    def __init__(self, impressions: int, *, seed: int = 0) -> None:
+    def __init__(self, impressions: int, *, seed: int = 0, drift: Drift = "none") -> None:
         if impressions < 1 or seed < 0:
             raise ConfigError(
                 "a simulation needs a positive number of impressions and a seed of at least 0, "
                 f"got {impressions} and {seed}"
             )
+        if drift not in DRIFTS:
+            raise ConfigError(
+                f"unknown drift {drift!r}{nearest(drift, DRIFTS)}; known are {', '.join(DRIFTS)}"
+            )
+        drifts = "" if drift == "none" else f", drift {drift}"
         note = (
-            f"simulated: {impressions:,} impressions from seed {seed}; "
+            f"simulated: {impressions:,} impressions from seed {seed}{drifts}; "
             "the true click probability of each is known"
         )
-        super().__init__(None, FIELDS, (note,), name=f"simulation-{seed}")
+        name = f"simulation-{seed}" if drift == "none" else f"simulation-{seed}-{drift}"
+        super().__init__(None, FIELDS, (note,), name=name)
         self.impressions = impressions
         self.seed = seed
+        self.drift: Drift = drift
+        self.change = impressions if drift == "none" else impressions // 2
 
     @cached_property
     def world(self) -> World:
+        """The world up to the change."""
         return World(self.seed)
+
+    @cached_property
+    def world_after(self) -> World:
+        """The world from the change on."""
+        return self.world.drifted(self.drift)
 
     def _read(self) -> Iterator[LogBatch]:
         return merge_clicks(self._impressions())
@@ -199,7 +235,7 @@ class Simulation(Log):
         self, rng: np.random.Generator, time: npt.NDArray[np.int64], row: npt.NDArray[np.int64]
     ) -> pa.RecordBatch:
         codes, numbers = self.world.draw(rng, time)
-        probability = self.world.probability(codes, numbers, time)
+        probability = self._probability(codes, numbers, time, row)
         clicked = rng.random(len(time)) < probability
         click_time = ClickDelays(rng, MEDIAN_DELAY_SECONDS, DELAY_SIGMA).click_time(time, clicked)
         impression_id = pc.binary_join_element_wise(
@@ -207,6 +243,20 @@ class Simulation(Log):
         )
         features = _features(codes, numbers)
         return impression_batch(impression_id, time, click_time, features, probability)
+
+    def _probability(
+        self,
+        codes: Codes,
+        numbers: Numbers,
+        time: npt.NDArray[np.int64],
+        row: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.float64]:
+        """Return the click probabilities of the impressions with these numbers, [n]."""
+        before = self.world.probability(codes, numbers, time)
+        if row[-1] < self.change:
+            return before
+        after = self.world_after.probability(codes, numbers, time)
+        return np.where(row < self.change, before, after)
 
 
 class World:
@@ -225,8 +275,23 @@ class World:
         for field, owner in _OWNER.items():
             counts = np.bincount(self._value_of_owner[field], shares[owner], len(shares[field]))
             shares[field] = counts.astype(np.float64)
+        self._seed = seed
         self._shares = shares
         self._rating = _ratings(rng, len(shares["app_id"]))
+        self._draw_effects(rng)
+        self._calibrate(CLICK_THROUGH_RATE)
+
+    def drifted(self, drift: Drift) -> World:
+        """Return the world after a drift, with the same users, apps and values."""
+        after = copy(self)
+        if drift == "weights":
+            after._draw_effects(_generator(self._seed, 3))
+        after._calibrate(RATE_AFTER_DRIFT if drift == "rate" else CLICK_THROUGH_RATE)
+        return after
+
+    def _draw_effects(self, rng: np.random.Generator) -> None:
+        """Draw w_f, v_f, a_f and phi."""
+        shares = self._shares
         self._first_order = {
             field: law.first_order * rng.standard_normal(law.values)
             for field, law in _LAWS.items()
@@ -247,7 +312,6 @@ class World:
         for effects in (self._first_order, self._vectors):
             known = effects["last_category"]
             effects["last_category"] = np.concatenate([known, np.zeros_like(known[:1])])
-        self._scale, self._bias = self._calibrated(_generator(seed, 1))
 
     def draw(self, rng: np.random.Generator, time: npt.NDArray[np.int64]) -> tuple[Codes, Numbers]:
         """Return the categorical and numeric values of impressions at `time` (epoch ms, [n])."""
@@ -299,22 +363,23 @@ class World:
             squares += (vector * vector).sum(1)[codes[field]]
         return ((total * total).sum(1) - squares) / 2
 
-    def _calibrated(self, rng: np.random.Generator) -> tuple[npt.NDArray[np.float64], float]:
-        """Return s_k, [5], and b, measured on impressions over one period of the drift."""
+    def _calibrate(self, rate: float) -> None:
+        """Measure s_k, [5], and b, which makes `rate` the mean of p, over one period of z_5."""
+        rng = _generator(self._seed, 1)
         time = START_MS + np.linspace(0, _DRIFT_PERIOD_MS, _CALIBRATION_ROWS, dtype=np.int64)
         effects = self.effects(*self.draw(rng, time), time)
-        scale = _STANDARD_DEVIATIONS / effects.std(axis=0)
-        logit = effects @ scale
+        self._scale = _STANDARD_DEVIATIONS / effects.std(axis=0)
+        logit = effects @ self._scale
         low = -20.0
         high = 20.0
         bias = 0.0
         for _ in range(_BISECTIONS):
             bias = (low + high) / 2
-            if _sigmoid(logit + bias).mean() < CLICK_THROUGH_RATE:
+            if _sigmoid(logit + bias).mean() < rate:
                 low = bias
             else:
                 high = bias
-        return scale, bias
+        self._bias = bias
 
 
 def _features(codes: Codes, numbers: Numbers) -> dict[str, pa.Array]:
