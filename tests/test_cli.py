@@ -419,12 +419,10 @@ def test_score_prints_the_trainers_own_probabilities(log, trained):
     ]
     assert list(ids) == [name for part in events for name in part.impression_id.to_pylist()]
 
-    # A trainer that goes on from this snapshot predicts its next batch with the same weights,
-    # before it learns from it.
     rows, values = scorer.hasher.rows(
         {name: column.slice(0, 128) for name, column in events[0].features.items()}
     )
-    own = scorer.learner.learn(rows, np.zeros(128, np.uint8), values).double().numpy()
+    own = scorer.model.predict(rows, values)
     assert metrics.probabilities(own).tolist() == [float(p) for p in probabilities[:128]]
     as_json = [
         json.loads(line)

@@ -61,7 +61,7 @@ def test_ls_has_a_line_for_each_snapshot_the_newest_last_and_marks_the_published
     assert [line.split()[0] for line in lines] == ids(trained)
     assert [line.endswith("published") for line in lines] == [False] * (len(lines) - 1) + [True]
     report = json.loads((trained / "reports.jsonl").read_text().splitlines()[-1])
-    score = report["models"]["deepfm"]
+    score = report["models"]["blend"]
     for part in (
         f"{IMPRESSIONS:,} examples",
         report["event_time"],
@@ -82,7 +82,7 @@ def test_ls_as_json_tells_sizes_and_parents_and_takes_the_snapshots_folder_too(t
 
 def test_ls_goes_on_past_a_snapshot_that_cannot_be_read(state):
     broken = ids(state)[0]
-    (state / "snapshots" / broken / "manifest.json").write_text('{"format": 1, "files": "\x1b[2J"')
+    (state / "snapshots" / broken / "manifest.json").write_text('{"format": 2, "files": "\x1b[2J"')
     lines = succeed("snapshots", "ls", state).stdout.splitlines()
     assert len(lines) == len(ids(state))
     assert "manifest.json is damaged" in lines[0]
@@ -99,7 +99,7 @@ def test_show_has_the_manifest_without_metrics_and_every_tensor(trained):
     )
     manifest, tensors = snapshot.load(newest)
     for line in (
-        ["learner.model", "deepfm"],
+        ["beside.deepfm.model", "deepfm"],
         ["examples", str(IMPRESSIONS)],
         ["ledger.sum", str(manifest.ledger.sum)],
     ):

@@ -112,7 +112,7 @@ WRONG = {
         ),
         ("[model]\nname='deepfn'", "model.name"),
         (
-            "[model]\nbeside=['fm', 'deepfm']",
+            "[model]\nname='deepfm'\nbeside=['fm', 'deepfm']",
             "model.beside: a model is listed twice (model.name counts too): deepfm",
         ),
         ("[join]\nmax_memory='100'", "join.max_memory: a size needs a unit (KB, MB, GB, KiB"),

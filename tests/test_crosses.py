@@ -118,15 +118,15 @@ def test_a_server_scores_with_the_crosses_that_the_snapshot_names(
     )
     columns = impressions(stream)
     ids, values = built.ingest.hasher.rows(columns)
-    logits = built.state.learners["deepfm"].predict(ids, values)
-    assert scorer.learner.predict(*scorer.hasher.rows(columns)).tolist() == logits.tolist()
+    logits = built.state.learners["lr_dnn"].predict(ids, values)
+    assert scorer.model.predict(*scorer.hasher.rows(columns)).tolist() == logits.tolist()
     assert scorer.predict_columns(columns) == pytest.approx(
         1 / (1 + np.exp(-logits.astype(float))), rel=1e-12
     )
     # The model does read the crosses.
     shuffled = ids.copy()
     shuffled[:, 14:] = ids[::-1, 14:]
-    assert not np.array_equal(built.state.learners["deepfm"].predict(shuffled), logits)
+    assert not np.array_equal(built.state.learners["lr_dnn"].predict(shuffled), logits)
 
 
 def test_ids_of_the_stream_are_those_of_the_published_formula(stream: pa.LargeBinaryArray) -> None:

@@ -523,7 +523,9 @@ def test_examples_with_numbers_beyond_all_bounds_are_skipped_and_the_rest_is_lea
     assert report["examples"] == IMPRESSIONS - huge
     assert report["models"]["deepfm"]["count"] == report["examples"]
     assert counters.get("batches_skipped", 0) == 0
-    assert all(np.isfinite(array).all() for array in built.state.learners["deepfm"].weights().values())
+    assert all(
+        np.isfinite(array).all() for array in built.state.learners["deepfm"].weights().values()
+    )
     outcome(f"{huge} examples skipped and counted, all others learned; weights finite")
 
 
@@ -534,7 +536,12 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back(
     built = trainer(
         tmp_path,
         Partitions([stream]),
-        learn={"batch_size": 128, "threads": 1, "skips_before_rollback": 3},
+        learn={
+            "batch_size": 128,
+            "threads": 1,
+            "table_optimizer": "adagrad",
+            "skips_before_rollback": 3,
+        },
         **FREQUENT,
     )
     learn, calls = built.state.learners["deepfm"].learn, []
@@ -565,7 +572,14 @@ def test_batches_that_are_not_finite_are_skipped_and_then_the_model_goes_back(
 def test_a_model_that_diverges_again_and_again_stops_the_run_and_what_is_published_stays_good(
     tmp_path, stream, outcome
 ):
-    sections = {"learn": {"batch_size": 128, "threads": 1, "skips_before_rollback": 2}}
+    sections = {
+        "learn": {
+            "batch_size": 128,
+            "threads": 1,
+            "table_optimizer": "adagrad",
+            "skips_before_rollback": 2,
+        }
+    }
     built = trainer(
         tmp_path,
         Partitions([stream, stream]),
@@ -607,7 +621,7 @@ def test_a_snapshot_that_is_worse_than_the_published_one_is_kept_but_not_publish
         def poll(self, timeout_seconds: float) -> Records:
             if self._at[0] > 3000 and self.trainer and not self.done:
                 self.done = True
-                learner: Any = self.trainer.state.guard.learner
+                learner: Any = self.trainer.state.learners["deepfm"]
                 learner.table.rows[:, :4].add_(3.0)
             return super().poll(timeout_seconds)
 

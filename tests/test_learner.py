@@ -87,7 +87,7 @@ def test_weights_of_the_default_network_have_its_shapes(name: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODULES)
-@pytest.mark.parametrize("optimizer", ["adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["online", "adagrad", "adam"])
 def test_the_required_shapes_are_those_of_each_optimiser(model: str, optimizer: str) -> None:
     options = {"embedding_dim": 15, "hidden": [8], "table_bits": 4}
     weights = small_learner(model, table_optimizer=optimizer, **options).weights()

@@ -30,10 +30,33 @@ def test_a_manifest_decodes_to_the_one_that_was_encoded() -> None:
 
 def test_the_specification_of_each_model_is_found_by_its_name() -> None:
     described = manifest()
-    assert described.spec() == described.spec("deepfm") == LEARNER
-    assert described.spec("ftrl").model == "lr"
-    with pytest.raises(KeyError):
-        described.spec("fm")
+    assert described.published == "deepfm"
+    assert described.specs["deepfm"] == LEARNER
+    assert described.specs["ftrl"].model == "lr"
+    assert list(described.specs) == ["deepfm", "ftrl"]
+
+
+def test_a_blend_is_published_in_place_of_a_model() -> None:
+    mixed = document(blend=["ftrl"])
+    del mixed["learner"]
+    assert read(mixed).published == "blend"
+    assert list(read(mixed).specs) == ["ftrl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"blend": ["ftrl"]}, "either one model or a blend"),
+        ({"learner": None}, "either one model or a blend"),
+        ({"learner": None, "blend": ["fm"]}, "a blend mixes models of its run"),
+    ],
+)
+def test_a_run_publishes_a_model_of_its_own(changes: dict[str, Any], reason: str) -> None:
+    changed = document(**changes)
+    if changed["learner"] is None:
+        del changed["learner"]
+    with pytest.raises(SnapshotError, match=reason):
+        read(changed)
 
 
 @pytest.mark.parametrize("total", [0, 2**63, 2**64 - 1])
@@ -71,7 +94,9 @@ def test_every_key_is_required_and_has_one_type(path: tuple[str, ...]) -> None:
     for key in path[:-1]:
         owner = owner[key]
     value = owner.pop(path[-1])
-    with pytest.raises(SnapshotError, match=rf"is damaged: .*({path[-1]}`|do not agree|the table)"):
+    with pytest.raises(
+        SnapshotError, match=rf"is damaged: .*({path[-1]}`|do not agree|the table|either one model)"
+    ):
         read(damaged)
     for wrong in ({"x": None}, ["x"], "x", True, -1.5):
         may_be_right = value is None and isinstance(wrong, str | float)

@@ -32,7 +32,7 @@ ROWS: list[dict[str, object]] = [
 @pytest.mark.parametrize("model", [None, "deepfm", "ftrl"])
 def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: str | None) -> None:
     described, tensors = snapshot.load(served)
-    learner = make_learner(described.spec(model), device="cpu", serving=True)
+    learner = make_learner(described.specs[model or "deepfm"], device="cpu", serving=True)
     learner.load_weights(tensors["ftrl.model" if model == "ftrl" else "model"])
     hasher = Hasher(**structs.asdict(described.schema))
     columns = {
@@ -75,7 +75,7 @@ def test_an_additional_model_that_had_diverged_is_an_error(tmp_path: Path) -> No
 def test_a_damaged_or_newer_snapshot_is_not_served(served: Path) -> None:
     with pytest.raises(SnapshotError, match="its pointer says"):
         Scorer(served, manifest_sha256="0" * 64)
-    edit_manifest(served, lambda document: document.update(format=2))
+    edit_manifest(served, lambda document: document.update(format=3))
     with pytest.raises(NewerFormat):
         Scorer(served)
 

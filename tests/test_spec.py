@@ -43,7 +43,7 @@ def test_rates_of_ftrl_are_written_only_where_they_were_given() -> None:
         ("batch_size", 0),
         ("table_optimizer", "ftrl"),
         ("table_learning_rate", -0.1),
-        ("table_beta", 0.0),
+        ("table_beta", -0.1),
         ("dense_learning_rate", 0.0),
         ("precision", "fp16"),
         ("seed", -1),

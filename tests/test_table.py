@@ -18,7 +18,6 @@ def test_a_row_is_a_whole_number_of_cache_lines() -> None:
     assert row_floats(10, embeddings=2) == 32  # 20 + 1, three n
     assert row_floats(10, optimizer="adam") == 48  # three times 10 + 1
     assert row_floats(10, embeddings=2, optimizer="adam") == 64  # three times 20 + 1
-    assert row_floats(15, optimizer="sgd") == 16
 
 
 def test_a_table_starts_with_normal_embeddings_and_zeros_elsewhere() -> None:
@@ -54,7 +53,7 @@ def test_a_table_without_memory_names_the_option_to_lower(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("fields", [3, 30])
-@pytest.mark.parametrize("optimizer", ["adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["online", "adagrad", "adam"])
 def test_a_rate_of_0_is_the_optimisers_own_divided_by_the_fields_except_with_adam(
     optimizer: str, fields: int
 ) -> None:
@@ -66,13 +65,31 @@ def test_a_rate_of_0_is_the_optimisers_own_divided_by_the_fields_except_with_ada
         linear_learning_rate=0.0,
         linear_beta=1.0,
     )
-    expected = (0.001, 0.001) if optimizer == "adam" else (1.0 / fields, 2.0 / fields)
-    assert (rates.learning_rate, rates.linear_learning_rate) == expected
+    own = {"online": (1.0, 3.0), "adagrad": (1.0, 2.0), "adam": (0.001, 0.001)}[optimizer]
+    divisor = 1 if optimizer == "adam" else fields
+    assert rates.learning_rate == own[0] / divisor
+    assert rates.linear_learning_rate == own[1] / divisor
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "sgd"])
-def test_the_gradient_of_adagrad_and_sgd_is_that_of_the_summed_loss(optimizer: str) -> None:
-    rates = Rates(optimizer, 0.1, 2.0, 0.3, 4.0)
+@pytest.mark.parametrize(
+    ("optimizer", "betas"),
+    [("online", (1.0, 1.0 + 3 / 5)), ("adagrad", (3.0, 1.0)), ("adam", (1e-8, 1e-8))],
+)
+def test_a_beta_of_0_is_the_optimisers_own(optimizer: str, betas: tuple[float, float]) -> None:
+    rates = Rates.per_field(
+        optimizer,
+        fields=4,
+        columns=5,
+        learning_rate=0.0,
+        beta=0.0,
+        linear_learning_rate=0.0,
+        linear_beta=0.0,
+    )
+    assert (rates.beta, rates.linear_beta) == betas
+
+
+def test_the_gradient_of_adagrad_is_that_of_the_summed_loss() -> None:
+    rates = Rates("adagrad", 0.1, 2.0, 0.3, 4.0)
     assert [float(number) for number in rates.at_step(5, examples=96)] == pytest.approx(
         [96.0, 0.1, 2.0, 0.3, 4.0], rel=1e-6
     )

@@ -124,7 +124,7 @@ def updated(
     return Updated(before, table.rows.cpu(), expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 @pytest.mark.parametrize(("k", "embeddings"), [(4, 1), (20, 1), (5, 3)])
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)
@@ -201,7 +201,7 @@ TABLES = (
     (2, 10, "adagrad"),
     (1, 10, "adam"),
     (2, 10, "adam"),
-    (1, 512, "sgd"),
+    (1, 512, "adagrad"),
     (2, 512, "adam"),
 )
 for embeddings, k, optimizer in TABLES:

@@ -30,7 +30,7 @@ sum, and the stack reads 0 for it (Freund et al., "Using and Combining Predictor
 >>> blend = Blend(["deepfm", "ftrl"])
 >>> z = np.array([[2.0, -2.0], [0.0, 0.0]])
 >>> blend.learn(z, np.array([1, 0], np.uint8)).round(3).tolist()
-[1.329, -1.408]
+[1.119, -1.24]
 >>> {name: round(weight, 2) for name, weight in blend.report().weights.items()}
 {'deepfm': 0.37, 'ftrl': 0.26, 'stack': 0.37}
 """

@@ -34,7 +34,7 @@ from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat, decode
 from stream_ctr.snapshots.files import MANIFEST, plain_name, snapshot_name
-from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest
+from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest, RunIdentity
 
 DTYPES = frozenset(
     {
@@ -263,6 +263,21 @@ def _stored(array: Array) -> Array:
     array would come back wrong.
     """
     return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
+
+
+def published_weights(
+    manifest: RunIdentity, tensors: Mapping[str, Mapping[str, Array]]
+) -> dict[str, Array]:
+    """Return the weights of the published model; those of a blend include its members'.
+
+    `tensors` maps file stems to arrays.
+    """
+    members = {
+        f"{name}.{tensor}": array
+        for name in manifest.blend
+        for tensor, array in tensors.get(stems(name)[0], {}).items()
+    }
+    return {**tensors[stems()[0]], **members}
 
 
 def weights_sha256(tensors: Mapping[str, Array]) -> str:

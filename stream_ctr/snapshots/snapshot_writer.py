@@ -104,7 +104,10 @@ class SnapshotWriter:
         )
         omitted = {stem for name in not_finite for stem in snapshot.stems(name)}
         manifest = msgspec.structs.replace(
-            cut.manifest, weights_sha256=snapshot.weights_sha256(_published(cut))
+            cut.manifest,
+            weights_sha256=snapshot.weights_sha256(
+                snapshot.published_weights(cut.manifest, cut.tensors)
+            ),
         )
         path = snapshot.write(
             self._root,
@@ -121,16 +124,6 @@ class SnapshotWriter:
             work()
         except StreamCtrError as error:  # the next snapshot tries again
             _log.error("old snapshots are not removed: %s", error)
-
-
-def _published(cut: Cut) -> dict[str, npt.NDArray[Any]]:
-    """Return the weights of the published model: those of a blend include its members'."""
-    members = {
-        f"{name}.{tensor}": array
-        for name in cut.manifest.blend
-        for tensor, array in cut.tensors.get(snapshot.stems(name)[0], {}).items()
-    }
-    return {**cut.tensors["model"], **members}
 
 
 def _finite(tensors: Mapping[str, npt.NDArray[Any]]) -> bool:

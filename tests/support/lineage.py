@@ -53,7 +53,9 @@ class Fingerprint:
 def fingerprint(path: Path) -> Fingerprint:
     """Return the fingerprint of the snapshot in this directory."""
     manifest, tensors = snapshot.load(path)
-    assert manifest.weights_sha256 == snapshot.weights_sha256(tensors["model"])
+    assert manifest.weights_sha256 == snapshot.weights_sha256(
+        snapshot.published_weights(manifest, tensors)
+    )
     ledger = manifest.ledger
     return Fingerprint(
         examples=manifest.examples,

@@ -25,7 +25,8 @@ Sections = dict[str, Any]
 SMALL: Sections = {
     "input": {"read_ahead": 0},  # these tests steer the trainer by its polls
     "model": {"name": "deepfm", "hidden": (16, 16), "embedding_dim": 4, "table_bits": 12},
-    "learn": {"batch_size": 128, "threads": 1},
+    # Batches of one size, which these tests count.
+    "learn": {"batch_size": 128, "threads": 1, "table_optimizer": "adagrad"},
     "join": {"label_window": "60s"},
     "metrics": {"window": "60s"},
     # Its process takes a second to start; tests that need it ask for it.
