@@ -62,9 +62,10 @@ def _gather(  # type: ignore[no-untyped-def]
         inside = field < fields
         index = example * fields + field
         row = tl.load(ids + index, mask=inside, other=0).to(tl.int64)
+        # The state behind the weights is read too: whole lines take the fewest loads.
         x = tl.load(
             rows + row[:, None] * FLOATS + column,
-            mask=inside[:, None] & (column <= WIDTH),
+            mask=inside[:, None] & (column < FLOATS),
             other=0.0,
         )
         if SCALED:
@@ -78,6 +79,84 @@ def _gather(  # type: ignore[no-untyped-def]
     tl.store(
         pairs + example, 0.5 * tl.sum(tl.where(column < WIDTH, sums * sums - squares, 0.0), axis=0)
     )
+
+
+@triton.jit
+def adagrad(  # type: ignore[no-untyped-def]
+    row,
+    total,
+    chosen,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    K: tl.constexpr,
+    EMBEDDINGS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the rows that begin at the pointers `row` [n] where `chosen` [n].
+
+    `total` [n, COLUMNS] are their gradients of the summed loss, of V and, behind it, of w.
+    """
+    WIDTH: tl.constexpr = EMBEDDINGS * K
+    STATES: tl.constexpr = triton.next_power_of_2(EMBEDDINGS + 1)
+    column = tl.arange(0, COLUMNS)[None, :]
+    state = tl.arange(0, STATES)[None, :]
+    owner = column // K  # of each column the embedding, and behind them w
+    squares = tl.zeros([total.shape[0], STATES], tl.float32)
+    for e in tl.static_range(EMBEDDINGS + 1):
+        square = tl.sum(tl.where((owner == e) & (column <= WIDTH), total * total, 0.0), axis=1)
+        squares = tl.where(state == e, square[:, None] / (K if e < EMBEDDINGS else 1), squares)
+    inside = chosen[:, None] & (column <= WIDTH)
+    address = row[:, None] + column
+    n_address = row[:, None] + WIDTH + 1 + state
+    n_inside = chosen[:, None] & (state <= EMBEDDINGS)
+    weight = tl.load(address, mask=inside, other=0.0)
+    n = tl.load(n_address, mask=n_inside, other=0.0) + squares
+    rates = tl.zeros([total.shape[0], COLUMNS], tl.float32)
+    for e in tl.static_range(EMBEDDINGS + 1):
+        root = tl.sqrt(tl.sum(tl.where(state == e, n, 0.0), axis=1))
+        if e < EMBEDDINGS:
+            rates = tl.where(owner == e, (rate / (beta + root))[:, None], rates)
+        else:
+            rates = tl.where(owner == e, (linear_rate / (linear_beta + root))[:, None], rates)
+    tl.debug_barrier()  # every warp has read n before one of them writes it
+    tl.store(n_address, n, mask=n_inside)
+    tl.store(address, weight - rates * total, mask=inside)
+
+
+@triton.jit
+def _adam(  # type: ignore[no-untyped-def]
+    row,
+    mean,
+    chosen,
+    correction,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the rows that begin at the pointers `row` [n] where `chosen` [n].
+
+    `mean` [n, COLUMNS] are their gradients of the mean loss, of V and, behind it, of w.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    linear = column == WIDTH
+    inside = chosen[:, None] & (column <= WIDTH)
+    address = row[:, None] + column
+    weight = tl.load(address, mask=inside, other=0.0)
+    m = tl.load(address + WIDTH + 1, mask=inside, other=0.0)
+    v = tl.load(address + 2 * (WIDTH + 1), mask=inside, other=0.0)
+    m += (mean - m) * _DECAY1
+    v += (mean * mean - v) * _DECAY2
+    rates = tl.where(linear, linear_rate, rate) * tl.load(correction)
+    step = rates * (m / (tl.where(linear, linear_beta, beta) + tl.sqrt(v)))
+    tl.debug_barrier()
+    tl.store(address + WIDTH + 1, m, mask=inside)
+    tl.store(address + 2 * (WIDTH + 1), v, mask=inside)
+    tl.store(address, weight - step, mask=inside)
 
 
 @triton.jit
@@ -98,46 +177,34 @@ def _step(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     OPTIMIZER: tl.constexpr,
 ):
-    """Update the rows `key` [n] that are `chosen` [n].
-
-    `mean` [n, COLUMNS] are their gradients of the mean loss, of V and, behind it, of w.
-    """
-    WIDTH: tl.constexpr = EMBEDDINGS * K
-    column = tl.arange(0, COLUMNS)[None, :]
-    linear = column == WIDTH
+    """Update the rows `key` [n] that are `chosen` [n]; `mean` is that of `_adam`."""
     row = rows + key.to(tl.int64) * FLOATS
-    address = row[:, None] + column
-    inside = chosen[:, None] & (column <= WIDTH)
-    rates = tl.where(linear, linear_rate, rate)
     if OPTIMIZER == "adam":
-        m = tl.load(address + WIDTH + 1, mask=inside, other=0.0)
-        v = tl.load(address + 2 * (WIDTH + 1), mask=inside, other=0.0)
-        m += (mean - m) * _DECAY1
-        v += (mean * mean - v) * _DECAY2
-        tl.store(address + WIDTH + 1, m, mask=inside)
-        tl.store(address + 2 * (WIDTH + 1), v, mask=inside)
-        step = (
-            rates * tl.load(correction) * (m / (tl.where(linear, linear_beta, beta) + tl.sqrt(v)))
+        _adam(
+            row,
+            mean,
+            chosen,
+            correction,
+            rate,
+            beta,
+            linear_rate,
+            linear_beta,
+            WIDTH=EMBEDDINGS * K,
+            COLUMNS=COLUMNS,
         )
     else:
-        total = mean * examples.to(tl.float32)
-        if OPTIMIZER == "adagrad":
-            state = row + WIDTH + 1
-            n_w = tl.load(state + EMBEDDINGS, mask=chosen, other=0.0) + tl.sum(
-                tl.where(linear, total * total, 0.0), axis=1
-            )
-            tl.store(state + EMBEDDINGS, n_w, mask=chosen)
-            rates = tl.where(linear, (linear_rate / (linear_beta + tl.sqrt(n_w)))[:, None], 0.0)
-            for e in tl.static_range(EMBEDDINGS):
-                embedding = (column >= e * K) & (column < (e + 1) * K)
-                n_v = (
-                    tl.load(state + e, mask=chosen, other=0.0)
-                    + tl.sum(tl.where(embedding, total * total, 0.0), axis=1) / K
-                )
-                tl.store(state + e, n_v, mask=chosen)
-                rates = tl.where(embedding, (rate / (beta + tl.sqrt(n_v)))[:, None], rates)
-        step = rates * total
-    tl.store(address, tl.load(address, mask=inside, other=0.0) - step, mask=inside)
+        adagrad(
+            row,
+            mean * examples.to(tl.float32),
+            chosen,
+            rate,
+            beta,
+            linear_rate,
+            linear_beta,
+            K=K,
+            EMBEDDINGS=EMBEDDINGS,
+            COLUMNS=COLUMNS,
+        )
 
 
 @triton.jit
