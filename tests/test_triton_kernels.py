@@ -32,8 +32,8 @@ triton_kernels = pytest.importorskip(
 
 triton = pytest.importorskip("triton")
 
-KERNELS = {"_gather", "_reduce", "_join"}
-UPDATES = {"_reduce", "_join"}
+UPDATES = {"_reduce", "_join", "_step_rows"}
+KERNELS = {"_gather", "_compact", "_score", "_finite", "_write_back", *UPDATES}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = 6
 
@@ -109,8 +109,9 @@ def updated(
     update = triton_kernels.Update(table, examples=ids.shape[0], fields=ids.shape[1])
     count = torch.tensor(n, dtype=torch.int32, device=DEVICE)
     correction = torch.tensor(rates.correction(steps), device=DEVICE)
-    gradients = torch.from_numpy(ids).to(DEVICE), grad_w.to(DEVICE), grad_v.to(DEVICE)
+    gradients = grad_w.to(DEVICE), grad_v.to(DEVICE)
     for skip in skips:
+        update.sort(torch.from_numpy(ids).to(DEVICE))
         update(*gradients, count, torch.tensor(skip, device=DEVICE), correction)
     id_count = n * ids.shape[1]
     sorted_ids = SortedIds(np.empty(id_count, np.int32), np.empty(id_count, np.int32))
@@ -129,7 +130,7 @@ def updated(
     return Updated(before, table.rows.cpu(), expected)
 
 
-@pytest.mark.parametrize("optimizer", ["adagrad", "sgd", "adam"])
+@pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 @pytest.mark.parametrize(("k", "embeddings"), [(4, 1), (20, 1), (5, 3)])
 @given(data=st.data())
 @settings(max_examples=15, deadline=None)

@@ -356,14 +356,14 @@ def _join(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class RowShape:
     """The shape of a row, for the compiler."""
 
     floats: int
     columns: int  # V and w, rounded up to a power of two, as Triton's ranges must be
 
     @classmethod
-    def of_table(cls, table: Table) -> _Shape:
+    def of_table(cls, table: Table) -> RowShape:
         columns = max(triton.next_power_of_2(table.width + 1), _LEAST_PRODUCT)
         return cls(table.rows.shape[1], columns)
 
@@ -394,7 +394,7 @@ def gather(
     Writes `w` [B, F], `v` [B, F, width] and the `sums` of `v` over the fields.
     """
     examples, fields = ids.shape
-    shape = _Shape.of_table(table)
+    shape = RowShape.of_table(table)
     tile = min(triton.next_power_of_2(fields), max(_TILE // shape.columns, 1))
     _gather[(examples,)](
         table.rows,
@@ -420,29 +420,39 @@ class Update:
     def __init__(self, table: Table, *, examples: int, fields: int) -> None:
         self._table = table
         self._fields = fields
-        self._shape = _Shape.of_table(table)
-        self._chunks = -(-examples * fields // self._shape.chunk)
+        self._shape = RowShape.of_table(table)
         # The sums of rows that continue from the chunk before, and of rows that start in a chunk
         # and continue in the next.
-        self._sums = torch.zeros(2, self._chunks, self._shape.columns, device=table.rows.device)
+        device = table.rows.device
+        chunks = -(-examples * fields // self._shape.chunk)
+        self._sums = torch.zeros(2, chunks, self._shape.columns, device=device)
+        self._keys = torch.zeros(examples * fields, dtype=torch.int32, device=device)
+        self._order = torch.zeros(examples * fields, dtype=torch.int64, device=device)
+
+    def sort(self, ids: Tensor) -> None:
+        """Sort the `ids` int32 [B, F] of the next call."""
+        entries = ids.numel()
+        into = self._keys[:entries], self._order[:entries]
+        torch.sort(ids.view(-1), stable=True, out=into)
 
     def __call__(
         self,
-        ids: Tensor,
         grad_w: Tensor,
         grad_v: Tensor,
         count: Tensor,
         skip: Tensor,
         correction: Tensor,
     ) -> None:
-        """Update the rows at `ids` int32 [B, F] by the gradients of the mean loss.
+        """Update the rows at the `ids` that were sorted, by the gradients of the mean loss.
 
         `grad_w` [B, F] and `grad_v` [B, F, width] are the gradients of the outputs of `gather`.
         `count` int32, `skip` and `correction` (that of `Rates`) are single numbers on the device.
         Only the first `count` examples are learned; the ids of the others must be the table's last
         row, so that they are sorted behind. With a `skip` other than zero nothing changes.
         """
-        keys, order = torch.sort(ids.view(-1), stable=True)
+        entries = grad_w.numel()
+        keys, order = self._keys[:entries], self._order[:entries]
+        chunks = -(-entries // self._shape.chunk)
         continued, started = self._sums
         table = self._table
         shape = self._shape
@@ -465,7 +475,7 @@ class Update:
             "OPTIMIZER": rates.optimizer,
             "CHUNK": shape.chunk,
         }
-        _reduce[(self._chunks,)](
+        _reduce[(chunks,)](
             table.rows,
             keys,
             order,
@@ -477,7 +487,7 @@ class Update:
             **constants,
             num_warps=shape.warps(shape.chunk),
         )
-        _join[(self._chunks,)](
+        _join[(chunks,)](
             table.rows,
             keys,
             continued,

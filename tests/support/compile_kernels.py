@@ -20,13 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from stream_ctr.learn import triton_kernels
+from stream_ctr.learn import triton_kernels, triton_online
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.models import FieldSums
+from stream_ctr.models.terms import Terms
 
 CAPABILITIES = (80, 90)
 # Embeddings, their width, and the optimiser.
 TABLES = (
+    (1, 10, "online"),
+    (2, 10, "online"),
+    (1, 100, "online"),
+    (2, 512, "online"),
     (1, 10, "adagrad"),
     (2, 10, "adagrad"),
     (1, 10, "adam"),
@@ -34,6 +39,14 @@ TABLES = (
     (1, 100, "adagrad"),
     (1, 512, "adagrad"),
     (2, 512, "adam"),
+)
+# Those of DeepFM, FM, the network of FNN, IPNN and LR & DNN.
+TERMS = (
+    Terms(linear=True, pairs=True),
+    Terms(linear=True, pairs=True, network=False),
+    Terms(network_w=True),
+    Terms(),
+    Terms(linear=True),
 )
 _TYPES = {torch.float32: "*fp32", torch.float64: "*fp64", torch.int32: "*i32", torch.int64: "*i64"}
 _MEMORY = re.compile(r"^\s*(?:@\S+ )?(ld\.global|st\.global|bar\.sync|bar\.warp\.sync)\S*", re.M)
@@ -102,7 +115,7 @@ def launches() -> Iterator[dict[str, Any]]:
         warps = options.pop("num_warps")
         found.extend(facts(kernel, arguments, options, warps))
 
-    JITFunction.run = compiled  # type: ignore[method-assign,assignment]
+    JITFunction.run = compiled
     for embeddings, k, optimizer in TABLES:
         launch(Table(bits=4, embedding_dim=k, embeddings=embeddings, rates=Rates(optimizer)))
         yield from found
@@ -113,12 +126,28 @@ def launch(table: Table) -> None:
     """Launch the kernels of a step on a batch of 8 examples."""
     ids = torch.zeros(8, _FIELDS, dtype=torch.int32)
     w, v = torch.zeros(8, _FIELDS), torch.zeros(8, _FIELDS, table.width)
-    sums = FieldSums(torch.zeros(8, table.width), torch.zeros(8))
     values = w if table.embedding_dim == 10 else None
-    triton_kernels.gather(table, ids, values, w, v, sums)
-    update = triton_kernels.Update(table, examples=8, fields=_FIELDS)
+    triton_kernels.gather(
+        table, ids, values, w, v, FieldSums(torch.zeros(8, table.width), torch.zeros(8))
+    )
     count = torch.tensor(8, dtype=torch.int32)
-    update(ids, w, v, count, torch.tensor(0.0), torch.tensor(1.0))
+    skip = torch.tensor(0.0)
+    if table.rates.optimizer != "online":
+        update = triton_kernels.Update(table, examples=8, fields=_FIELDS)
+        update.sort(ids)
+        update(w, v, count, skip, torch.tensor(1.0))
+        return
+    zeros = torch.zeros(8)
+    batch = triton_online.OnlineBatch(
+        count, zeros, values, w, v, zeros, w, v, zeros.double(), zeros
+    )
+    for terms in TERMS:
+        rows = triton_online.OnlineRows(table, terms, examples=8, fields=_FIELDS)
+        rows.sort(ids)
+        rows.step(batch, torch.zeros(2, dtype=torch.float64))
+    rows.compact(ids.numel())
+    rows.broken(ids.numel())
+    rows.write_back(ids.numel(), skip)
 
 
 if __name__ == "__main__":
