@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick coverage docs schemas transcripts faults bench systems quality lint fmt demo
+.PHONY: help install test quick coverage docs schemas transcripts faults bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,6 +36,13 @@ faults: ## inject every fault and bad input, up to an hour; writes docs/reliabil
 bench: ## benchmark every case next to its peers, half an hour; writes docs/performance.md (CASES="train ftrl": only these)
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md
 	$(BIN)/python tests/bench/step.py --page docs/performance.md
+
+card: ## run what to measure first on a machine with a GPU; needs compute-sanitizer and nsys
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -n 0 -m "not slow" tests/test_triton_kernels.py
+	$(BIN)/python -m pytest -n 0 tests/test_triton_kernels.py tests/test_gpu_step.py
+	$(BIN)/python tests/bench/card.py repeat aligned rows copy
+	nsys profile --stats=true --cuda-graph-trace=node -o card $(BIN)/python tests/bench/card.py steps
+	$(MAKE) bench CASES=gpu
 
 systems: ## compare the nine systems with FuxiCTR and DeepCTR-Torch, a quarter of an hour; writes docs/systems.md (CASES=quality SYSTEMS="fm lr": only these)
 	$(BIN)/python tests/bench/systems.py $(CASES) $(if $(SYSTEMS),--systems $(SYSTEMS)) --json docs/systems.json --page docs/systems.md

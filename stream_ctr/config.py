@@ -49,6 +49,7 @@ from stream_ctr.events.field import (
 from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
+DEVICES = r"^(auto|cpu|cuda(:\d{1,2})?)$"
 ENVIRONMENT_OTHERS = {
     "STREAM_CTR_DATA",
     "STREAM_CTR_FAILPOINT",
@@ -416,8 +417,10 @@ class Learn(Section):
     unless this key is set to another one. On a GPU, `fp32` uses TF32: factors with 10 bits of
     mantissa, sums in fp32.
     """
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The device of the table and the dense part."""
+    device: str = key("auto", pattern=DEVICES)
+    """The device of the table and the dense part: `auto`, `cpu`, `cuda`, or `cuda:1` for the second
+    of several GPUs.
+    """
     threads: int = key(0, ge=0)
     """The number of CPU threads that learn. 0: as many as the machine has.
 

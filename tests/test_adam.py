@@ -11,6 +11,8 @@ import torch
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.models.layers import MLP, Dense
 
+WHOLE = slice(None)
+
 
 def network() -> MLP:
     torch.manual_seed(0)
@@ -107,3 +109,36 @@ def test_moments_of_another_model_are_refused() -> None:
     name = next(iter(state))
     with pytest.raises(ValueError, match="has shape"):
         adam.load_state_dict({**state, name: state[name][:-1]})
+
+
+def test_copies_whose_columns_are_filled_up_give_the_same_gradients_and_steps() -> None:
+    torch.manual_seed(0)
+    plain, wide = MLP(13, [6, 8]), MLP(13, [6, 8])
+    wide.load_state_dict(plain.state_dict())
+    adams = [
+        FlatAdam(model, learning_rate=0.1, low=True, align=align)
+        for model, align in ((plain, 1), (wide, 8))
+    ]
+    layers = [layer for layer in wide.layers if isinstance(layer, Dense)]
+    copies = [layer.low[0] for layer in layers if layer.low]
+    assert [tuple(copy.shape) for copy in copies] == [(6, 16), (8, 8)]
+    for step in range(3):
+        x = torch.randn(5, 13, requires_grad=True)
+        found = []
+        for model, adam in zip((plain, wide), adams, strict=True):
+            y = model(x)
+            grad_x, *grads = torch.autograd.grad(y.sum(), (x, *model.parameters()))
+            adam.step(torch.cat([each.flatten() for each in grads])[None], _number(step), WHOLE)
+            found.append((y.detach(), grad_x, adam.vector.clone()))
+        for first, second in zip(*found, strict=True):
+            assert torch.allclose(first, second, atol=1e-2)
+    assert not copies[0][:, 13:].any()
+    assert torch.equal(copies[0][:, :13], layers[0].weight.bfloat16())
+    with torch.no_grad():
+        adams[1].vector.fill_(0.5)
+    adams[1].refresh()
+    assert (copies[0][:, :13] == 0.5).all()
+
+
+def _number(steps: int) -> torch.Tensor:
+    return torch.tensor(float(steps))

@@ -13,7 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from bench import systems, zipf
+from bench.card import CASES, Card
 from bench.comparison import Comparison, Goal, table
 from bench.contest import Absent, Call, Contender, Program, Result, compare, ratio
 from bench.environments import NotRun, Peer
@@ -337,3 +339,12 @@ def test_systems_run_quickly_keep_their_figures_and_fill_the_page(tmp_path: Path
             else:
                 assert "--offline installs nothing" in result["not_run"]
     assert systems.block("speed", [cases["lr"], cases["fnn"]]) in page.read_text()
+
+
+def test_what_to_measure_on_a_card_runs_at_small_sizes_without_one() -> None:
+    small = Card(torch.device("cpu"), quick=True)
+    found = {name: list(case(small)) for name, case in CASES.items()}
+    assert [each["equal"] for each in found["repeat"]] == [True, True, True]
+    assert {each["inputs"] for each in found["aligned"]} == {390, 392}
+    assert [each["memory"] for each in found["copy"]] == ["pinned", "other"]
+    assert all(each["seconds"] > 0 for each in (*found["rows"], *found["steps"]))

@@ -17,6 +17,14 @@ def test_cuda_without_a_gpu_is_a_clear_error() -> None:
         choose_device("cuda")
 
 
+def test_one_of_several_gpus_can_be_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match=r"cuda:2: this machine has 2 GPU\(s\)"):
+        choose_device("cuda:2")
+
+
 @pytest.mark.parametrize("has_gpu", [True, False])
 def test_auto_is_the_gpu_where_there_is_one(has_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)

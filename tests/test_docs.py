@@ -58,14 +58,13 @@ NOT_RUN = {
     "python tests/bits.py compare before.json after.json": "needs two records",
     'python -c "from stream_ctr.paper.report import render;'
     " render('docs/paper/criteo-sample')\"": "writes into docs/paper",
-    "pytest tests/test_gpu_step.py": "make test runs it; its tests of a card need one",
     "python tests/bench/step.py": "a benchmark",
     "python tests/bench/step.py --page docs/performance-avx2.md": "a benchmark",
     "python tests/bench/speed.py train pipeline join --json docs/performance-avx2.json"
     " --page docs/performance-avx2.md": "a benchmark",
     "make install test": "runs every test, this one too",
     "make bench": "a benchmark of half an hour",
-    "make bench CASES=gpu": "needs a GPU",
+    "make card": "needs a GPU",
     "make systems": "a benchmark of a quarter of an hour",
     "make quality": "a benchmark of hours",
     "pre-commit install": "changes the repository's hooks",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,9 @@ import torch
 from support.learners import assert_equal_states, learner, small_network, state_of
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn import gpu_step
-from stream_ctr.learn.gpu_step import GpuStep
+from stream_ctr.learn import gpu_step, online_step, triton_online
+from stream_ctr.learn.gpu_online_step import GpuOnlineStep
+from stream_ctr.learn.gpu_step import GpuBatchStep, GpuStep
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.step import StepOptions
 
@@ -43,24 +45,25 @@ def with_gpu_step(model: str = "deepfm", **changes: Any) -> NetworkLearner:
     """Return a learner with the GPU's step, also where it runs on the CPU."""
     made = small(model, **changes)
     if not CUDA:
-        made._make_step = partial(GpuStep, made.model, made.table, made.adam)
+        step = GpuOnlineStep if made.online else GpuBatchStep
+        made._make_step = partial(step, made.model, made.table, made.adam, made.intercept)
         made._step = made._prepared_step()
     return made
 
 
-def batch(n: int = 8, *, seed: int = 0, values: int = 0) -> Examples:
+def batch(n: int = 8, *, seed: int = 0, values: int = 0, columns: int = 3) -> Examples:
     rng = np.random.default_rng(seed)
-    ids = rng.integers(0, 64, (n, 3)).astype(np.int32)
+    ids = rng.integers(0, 64, (n, columns)).astype(np.int32)
     ids[:, 0] %= 2
     labels = rng.integers(0, 2, n).astype(np.uint8)
     return ids, labels, rng.normal(size=(n, values)).astype(np.float32)
 
 
 def learn(made: NetworkLearner, examples: Examples, following: Examples | None = None) -> Any:
-    """Return the logits on the host, and fail where nothing was learned."""
+    """Return the logits, and fail where nothing was learned."""
     logits = made.learn(*examples, following=following)
     assert logits is not None
-    return logits.cpu()
+    return logits
 
 
 def feed_of(made: NetworkLearner) -> Any:
@@ -68,43 +71,64 @@ def feed_of(made: NetworkLearner) -> Any:
     return made._step._feed
 
 
+# The nine systems but LR, in each phase that they have, and each option of a step.
+SYSTEMS = [
+    pytest.param({}, id="deepfm"),
+    pytest.param({"model": "fm"}, id="fm"),
+    pytest.param({"model": "fnn", "pretrain_examples": 40}, id="fnn"),
+    pytest.param({"model": "ipnn"}, id="ipnn"),
+    pytest.param({"model": "opnn"}, id="opnn"),
+    pytest.param({"model": "pnn"}, id="pnn"),
+    pytest.param({"model": "lr_dnn", "crosses": 2}, id="lr_dnn"),
+    pytest.param({"model": "fm_dnn"}, id="fm_dnn"),
+    pytest.param({"value_fields": [0, 2], "dense_weight_decay": 0.1}, id="values and decay"),
+    pytest.param({"precision": "bf16"}, id="bf16"),
+    pytest.param(
+        {"dropout": 0.5},
+        id="dropout",
+        marks=pytest.mark.skipif(CUDA, reason="a GPU draws other numbers"),
+    ),
+]
+ADAM = {
+    "table_optimizer": "adam",
+    "model": "fm_dnn",
+    "table_learning_rate": 0.01,
+    "linear_learning_rate": 0.01,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", SYSTEMS)
+def test_steps_by_the_online_rule_equal_those_on_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    for module in (online_step, triton_online):
+        monkeypatch.setattr(module, "SUB_BATCH", 8)
+    compare(sizes=[16, 32, 21, 3], batch_size=32, **changes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [
-        pytest.param({}, id="adagrad"),
-        pytest.param(
-            {"table_optimizer": "sgd", "table_learning_rate": 0.1, "linear_learning_rate": 0.1},
-            id="sgd",
-        ),
-        pytest.param({"value_fields": [0, 2], "dense_weight_decay": 0.1}, id="values and decay"),
-        pytest.param({"precision": "bf16"}, id="bf16"),
-        pytest.param({"model": "fm_dnn"}, id="fm_dnn"),
-        pytest.param({"model": "fnn", "pretrain_examples": 100}, id="fnn"),
-        pytest.param({"model": "pnn", "hidden": [8]}, id="pnn"),
-        pytest.param(
-            {
-                "table_optimizer": "adam",
-                "model": "fm_dnn",
-                "table_learning_rate": 0.01,
-                "linear_learning_rate": 0.01,
-            },
-            id="fm_dnn with adam",
-        ),
-        pytest.param(
-            {"dropout": 0.5, "batch_size": 16},
-            id="dropout",
-            marks=pytest.mark.skipif(CUDA, reason="a GPU draws other numbers"),
-        ),
-    ],
+    [{}, {"model": "fnn", "pretrain_examples": 100}, {"precision": "bf16"}, ADAM],
+    ids=str,
 )
-def test_thirty_steps_equal_those_on_the_cpu(changes: dict[str, Any]) -> None:
+def test_single_steps_equal_those_on_the_cpu(changes: dict[str, Any]) -> None:
+    compare(sizes=[8 - step % 3 for step in range(10)], **{"table_optimizer": "adagrad", **changes})
+
+
+def compare(*, sizes: list[int], **changes: Any) -> None:
+    """Assert that steps on batches of these sizes are the same on both devices."""
     cpu = small(device="cpu", **changes)
     gpu = with_gpu_step(**changes)
+    values = len(changes.get("value_fields", ()))
     atol = max(ATOL, 0.02 if "precision" in changes else 0.0)
-    for step in range(30):
-        examples = batch(8 - step % 3, seed=step, values=len(changes.get("value_fields", ())))
-        assert torch.allclose(learn(cpu, examples), learn(gpu, examples), atol=atol)
+    for step, size in enumerate(sizes):
+        examples = batch(size, seed=step, values=values, columns=gpu.columns)
+        assert torch.allclose(learn(cpu, examples), learn(gpu, examples), atol=atol), step
+        assert np.allclose(
+            cpu.predict(examples[0], examples[2]), gpu.predict(examples[0], examples[2]), atol=atol
+        )
     found = state_of(gpu)
     for name, array in state_of(cpu).items():
         assert np.allclose(array, found[name], rtol=1e-3, atol=atol), name
@@ -119,8 +143,8 @@ def test_the_models_with_an_fm_use_the_sums_of_the_gather(model: str) -> None:
     before = made.predict(ids)
     gathered = step._gathered
 
-    def shifted() -> tuple[torch.Tensor, torch.Tensor]:
-        w, v = gathered()
+    def shifted(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        w, v = gathered(rows)
         step._sums.pairs.add_(2.0)
         return w, v
 
@@ -135,16 +159,24 @@ def test_learn_returns_the_prediction_from_before_the_update(dropout: float) -> 
     for step in range(3):
         examples = batch(6, seed=step)
         before = made.predict(examples[0])
-        assert np.array_equal(learn(made, examples).numpy(), before)
+        assert np.allclose(learn(made, examples).numpy(), before, atol=1e-6)
         assert not np.array_equal(made.predict(examples[0]), before)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NumPy
+@pytest.mark.parametrize("optimizer", ["online", "adagrad"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e17])  # the last explodes in the gradient alone
 def test_a_step_that_is_not_finite_or_explodes_changes_nothing_and_the_next_one_learns(
-    value: float,
+    value: float, optimizer: str
 ) -> None:
-    made, other = (with_gpu_step(value_fields=[1], precision="bf16") for _ in range(2))
+    options: dict[str, Any] = {
+        "value_fields": [1],
+        "precision": "bf16",
+        "table_optimizer": optimizer,
+    }
+    made, other = (with_gpu_step(**options) for _ in range(2))
+    for each in (made, other):
+        learn(each, batch(seed=3, values=1))
     ids, labels, values = batch(values=1)
     bad = values.copy()
     bad[3] = value
@@ -156,29 +188,88 @@ def test_a_step_that_is_not_finite_or_explodes_changes_nothing_and_the_next_one_
     assert_equal_states(state_of(made), state_of(other))
 
 
-def test_a_batch_that_was_staged_beforehand_is_the_batch_that_is_learned() -> None:
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("spoiled", ["a state", "a parameter", "the intercept"])
+def test_a_model_that_is_not_finite_is_not_made_worse(spoiled: str) -> None:
+    made = with_gpu_step()
+    ids, labels, _ = batch()
+    learn(made, (ids, labels, batch()[2]))
+    if spoiled == "a state":  # no logit reads it
+        made.table.rows[ids[3, 1], made.table.width + 1] = np.nan
+    elif spoiled == "a parameter":
+        made.adam.vector[0] = np.inf
+    else:
+        made.intercept[0] = np.nan
+    before = state_of(made)
+    assert made.learn(ids, labels) is None
+    assert_equal_states(before, state_of(made))
+
+
+def test_each_shape_of_a_batch_has_a_step_of_its_own() -> None:
+    made, other = (with_gpu_step(batch_size=40) for _ in range(2))
+    assert isinstance(made._step, GpuStep)
+    for step, size in enumerate([16, 3, 17, 40, 33, 1]):
+        learn(made, batch(size, seed=step))
+        learn(other, batch(size, seed=step), batch(40, seed=step))
+    assert sorted(made._step._recorded) == [16, 32, 40]
+    assert_equal_states(state_of(made), state_of(other))
+
+
+def test_a_batch_that_was_loaded_ahead_is_the_batch_that_is_learned() -> None:
     ahead, plain = with_gpu_step(value_fields=[2]), with_gpu_step(value_fields=[2])
     batches = [batch(8 - step % 2, seed=step, values=1) for step in range(6)]
-    staged: list[npt.NDArray[np.int32]] = []
+    copied: list[npt.NDArray[np.int32]] = []
     feed = feed_of(ahead)
-    stage = feed.stage
+    copy = feed._copy
 
-    def counted(examples: Examples) -> Any:
-        staged.append(examples[0])
-        return stage(examples)
+    def counted(examples: Examples, rows: int) -> None:
+        copied.append(examples[0])
+        copy(examples, rows)
 
-    feed.stage = counted
+    feed._copy = counted
     for step, examples in enumerate(batches):
         # From the fourth step on, the batch that is announced does not follow.
         following = batches[step + 1] if step < 3 else batch(seed=9, values=1)
         assert torch.equal(learn(ahead, examples, following), learn(plain, examples))
     assert_equal_states(state_of(ahead), state_of(plain))
-    for ids, expected in zip(staged[:4], batches, strict=False):
+    for ids, expected in zip(copied[:4], batches, strict=False):
         assert np.shares_memory(ids, expected[0])
-    assert len(staged) == 4 + 2 * 2 + 1
+    assert len(copied) == 4 + 2 * 2 + 1
 
 
-def test_a_staged_batch_that_changes_and_comes_later_is_learned_as_it_is_then() -> None:
+def test_the_host_waits_for_the_verdict_when_the_next_batch_and_the_change_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = with_gpu_step()
+    first, second = batch(seed=1), batch(seed=2)
+    learn(made, first)
+    step = made._step
+    assert isinstance(step, GpuStep)
+    told: list[str] = []
+
+    def telling(name: str) -> Any:
+        return lambda *_: told.append(name)
+
+    verdict = SimpleNamespace(record=telling("record"), synchronize=telling("wait"))
+    calls = telling("judge"), telling("change")
+    monkeypatch.setattr(step, "_recorded_step", lambda rows: calls)
+    monkeypatch.setattr(step, "_verdict_copied", verdict)
+    monkeypatch.setattr(step._feed, "load", telling("load"))
+    monkeypatch.setattr(step._feed, "load_ahead", telling("load ahead"))
+    made.learn(*first, following=second)
+    assert told == ["load", "judge", "record", "change", "load ahead", "wait"]
+
+
+def test_a_prediction_between_two_steps_does_not_take_the_place_of_the_next_batch() -> None:
+    made, other = with_gpu_step(), with_gpu_step()
+    first, second = batch(seed=1), batch(seed=2)
+    learn(made, first, second)
+    made.predict(second[0])
+    learn(other, first)
+    assert torch.equal(learn(made, second), learn(other, second))
+
+
+def test_a_batch_loaded_ahead_that_changes_and_comes_later_is_learned_as_it_is_then() -> None:
     made, other = with_gpu_step(), with_gpu_step()
     first, second = batch(seed=1), batch(seed=2)
     learn(made, first, second)
@@ -211,7 +302,9 @@ def test_without_triton_the_gpu_step_names_the_way_out(monkeypatch: pytest.Monke
     made = with_gpu_step()
     monkeypatch.setattr(gpu_step, "triton_kernels", None)
     with pytest.raises(ConfigError, match="Triton is not installed; install torch's CUDA build"):
-        GpuStep(made.model, made.table, made.adam, StepOptions(columns=3, batch_size=8))
+        GpuBatchStep(
+            made.model, made.table, made.adam, made.intercept, StepOptions(columns=3, batch_size=8)
+        )
 
 
 WITHOUT_TRITON = """
@@ -242,6 +335,7 @@ def test_a_learner_on_the_cpu_needs_no_triton() -> None:
         {"dropout": 0.5},
         {"precision": "bf16", "value_fields": [1]},
         {"table_optimizer": "adam", "model": "fm_dnn"},
+        {"table_optimizer": "adagrad"},
     ],
     ids=str,
 )
@@ -250,7 +344,7 @@ def test_a_replayed_graph_does_the_same_as_the_step(
 ) -> None:
     replayed = with_gpu_step(**changes)
     eager = with_gpu_step(**changes)
-    monkeypatch.setattr(eager._step, "_record", lambda call: call)
+    monkeypatch.setattr(eager._step._graphs, "record", lambda *calls: calls)  # type: ignore[union-attr]
     torch.set_float32_matmul_precision("high")
     try:
         for step in range(10):

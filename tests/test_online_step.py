@@ -245,6 +245,22 @@ def test_a_learner_resumes_exactly() -> None:
     assert_equal_states(state_of(straight), state_of(resumed))
 
 
+@pytest.mark.parametrize("model", MODULES)
+def test_a_prediction_between_two_batches_changes_nothing(model: str) -> None:
+    asked, other = (
+        small_network(model, pretrain_examples=100),
+        small_network(model, pretrain_examples=100),
+    )
+    for step in range(3):
+        ids, labels = random_batch(seed=step)
+        asked.predict(ids)
+        first, second = asked.learn(ids, labels), other.learn(ids, labels)
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+    assert_equal_states(state_of(asked), state_of(other))
+
+
 @given(
     n=st.integers(1, 40),
     fields=st.integers(1, 4),

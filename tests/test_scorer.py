@@ -17,6 +17,7 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.metrics import probabilities
 from stream_ctr.events.features import Hasher
 from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.scorer import Scorer
@@ -48,6 +49,22 @@ def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: st
     assert scorer.predict_columns(columns).tolist() == expected.tolist()
     assert scorer.predict([]).shape == (0,)
     assert len(set(expected.tolist())) >= 3
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_on_a_gpu_a_scorer_has_made_its_first_prediction_when_it_is_ready(
+    served: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    predicted: list[int] = []
+    predict = NetworkLearner.predict
+
+    def counted(learner: NetworkLearner, ids: Any, values: Any) -> Any:
+        predicted.append(len(ids))
+        return predict(learner, ids, values)
+
+    monkeypatch.setattr(NetworkLearner, "predict", counted)
+    Scorer(served, model="deepfm", device=device)
+    assert predicted == ([] if device == "cpu" else [1])
 
 
 def test_numbers_and_booleans_are_categories_in_the_form_of_json(served: Path) -> None:

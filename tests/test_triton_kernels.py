@@ -5,6 +5,7 @@ They run on a CUDA GPU where there is one, else on the CPU in Triton's interpret
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -29,6 +30,10 @@ triton_kernels = pytest.importorskip(
     "stream_ctr.learn.triton_kernels", reason="Triton is for Linux only", exc_type=ImportError
 )
 
+triton = pytest.importorskip("triton")
+
+UPDATES = {"_reduce", "_join", "_step_rows"}
+KERNELS = {"_gather", "_compact", "_score", "_finite", "_write_back", *UPDATES}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = 6
 
@@ -104,8 +109,9 @@ def updated(
     update = triton_kernels.Update(table, examples=ids.shape[0], fields=ids.shape[1])
     count = torch.tensor(n, dtype=torch.int32, device=DEVICE)
     correction = torch.tensor(rates.correction(steps), device=DEVICE)
-    gradients = torch.from_numpy(ids).to(DEVICE), grad_w.to(DEVICE), grad_v.to(DEVICE)
+    gradients = grad_w.to(DEVICE), grad_v.to(DEVICE)
     for skip in skips:
+        update.sort(torch.from_numpy(ids).to(DEVICE))
         update(*gradients, count, torch.tensor(skip, device=DEVICE), correction)
     id_count = n * ids.shape[1]
     sorted_ids = SortedIds(np.empty(id_count, np.int32), np.empty(id_count, np.int32))
@@ -161,77 +167,52 @@ def test_an_update_to_be_skipped_changes_nothing() -> None:
     assert not torch.equal(once.after, once.before)
 
 
-# A program that compiles each kernel as it is launched, without a GPU.
-COMPILE = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
-from stream_ctr.learn import triton_kernels
-from stream_ctr.learn.table import Rates, Table
-from stream_ctr.models import FieldSums
-
-TYPES = {torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+# -- compiled without a GPU ----------------------------------------------------------------------
 
 
-def type_of(argument):
-    if isinstance(argument, torch.Tensor):
-        return TYPES[argument.dtype]
-    return {int: "i32", float: "fp32"}[type(argument)]
-
-
-def compiled(kernel, *arguments, grid, warmup, num_warps, **constants):
-    names = [parameter.name for parameter in kernel.params if not parameter.is_constexpr]
-    types = map(type_of, arguments)
-    signature = dict(zip(names, types, strict=True)) | dict.fromkeys(constants, "constexpr")
-    wide = constants.get("K", constants.get("WIDTH")) >= 100
-    for capability in (80,) if wide else (80, 90):
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        target = GPUTarget("cuda", capability, 32)
-        built = triton.compile(source, target=target, options={"num_warps": num_warps})
-        limit = 160_000 if constants["COLUMNS"] > 1024 else 100_000
-        assert built.metadata.shared <= limit, built.metadata
-        assert "atom." not in built.asm["ptx"]
-        print(kernel.__name__, capability, len(built.asm["cubin"]) > 0)
-
-
-JITFunction.run = compiled
-TABLES = (
-    (1, 10, "adagrad"),
-    (2, 10, "adagrad"),
-    (1, 10, "adam"),
-    (2, 10, "adam"),
-    (1, 512, "adagrad"),
-    (2, 512, "adam"),
-)
-for embeddings, k, optimizer in TABLES:
-    table = Table(bits=4, embedding_dim=k, embeddings=embeddings, rates=Rates(optimizer))
-    ids = torch.zeros(8, 3, dtype=torch.int32)
-    w, v = torch.zeros(8, 3), torch.zeros(8, 3, table.width)
-    sums = FieldSums(torch.zeros(8, table.width), torch.zeros(8))
-    triton_kernels.gather(table, ids, w if k == 10 else None, w, v, sums)
-    update = triton_kernels.Update(table, examples=8, fields=3)
-    update(ids, w, v, torch.tensor(8, dtype=torch.int32), torch.tensor(0.0), torch.tensor(1.0))
-"""
-
-
-@pytest.mark.slow
-def test_every_kernel_compiles_for_an_h100_and_an_a100_as_it_is_launched(tmp_path: Path) -> None:
-    environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What is known of each kernel's code, at each shape, for A100 and H100."""
+    if triton.knobs.nvidia.ptxas is None:
+        pytest.skip("Triton has no ptxas here, so it cannot compile for a GPU")
+    cache = tmp_path_factory.mktemp("triton")
+    environment: dict[str, Any] = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE],
+        [sys.executable, str(Path(__file__).parent / "support" / "compile_kernels.py")],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = "_gather", "_reduce", "_join"
-    capabilities = ((80, 90),) * 4 + ((80,),) * 2
-    assert done.stdout.splitlines() == [
-        f"{kernel} {capability} True"
-        for pair in capabilities
-        for kernel in kernels
-        for capability in pair
-    ]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_every_kernel_compiles_for_an_h100_and_an_a100_as_it_is_launched(
+    built: list[dict[str, Any]],
+) -> None:
+    assert {(each["kernel"], each["capability"]) for each in built} == {
+        (kernel, capability) for kernel in KERNELS for capability in (80, 90)
+    }
+    for each in built:
+        wide = each["constants"].get("COLUMNS", 0) > 1024
+        assert each["compiled"], each
+        assert each["shared"] <= (160_000 if wide else 100_000), each
+        assert not each["atomic"], each
+
+
+@pytest.mark.slow
+def test_a_row_is_written_only_when_every_warp_has_read_its_state(
+    built: list[dict[str, Any]],
+) -> None:
+    updates = [each for each in built if each["kernel"] in UPDATES]
+    assert max(each["warps"] for each in updates) > 1
+    assert [each for each in updates if not each["ordered"]] == []
+
+
+@pytest.mark.slow
+def test_the_gather_reads_whole_vectors(built: list[dict[str, Any]]) -> None:
+    gathers = [each for each in built if each["kernel"] == "_gather"]
+    assert [each for each in gathers if not each["wide_loads"]] == []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -147,7 +148,8 @@ def main(verbose: int) -> None:
 )
 @click.option(
     "--device",
-    type=click.Choice(["auto", "cpu", "cuda"]),
+    metavar="[auto|cpu|cuda|cuda:N]",
+    callback=lambda context, option, name: _device(name),
     help="Where the table and the network live.  [default: auto]",
 )
 @click.option(
@@ -288,6 +290,16 @@ def replay(
     print_notes(opened.notes)
     rate = count / max(seconds, 1e-9)
     click.echo(f"{count:,} events to {topic} in {seconds:.1f} s ({rate:,.0f}/s)", err=True)
+
+
+def _device(name: str | None) -> str | None:
+    from stream_ctr.config import DEVICES
+
+    if name is not None and re.fullmatch(DEVICES, name) is None:
+        raise click.BadParameter(
+            f"{name!r} is not auto, cpu, cuda or the number of a GPU, as cuda:1"
+        )
+    return name
 
 
 def _speed(text: str) -> float | None:

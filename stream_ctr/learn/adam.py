@@ -25,14 +25,18 @@ class FlatAdam:
     """Adam over the parameters of `model`, which become views of one float32 vector [P].
 
     With `low`, `Dense` layers except output neurons get copies of their parameters in bfloat16,
-    which every step renews.
+    which every step renews. The columns of these weights are filled up with zeros to a multiple of
+    `align`: a GPU multiplies matrices faster whose rows begin at multiples of 16 bytes. Then a step
+    must be made in one piece.
 
     >>> model = nn.Linear(2, 1)
     >>> FlatAdam(model, learning_rate=0.001).vector.shape
     torch.Size([3])
     """
 
-    def __init__(self, model: nn.Module, *, learning_rate: float, low: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, low: bool = False, align: int = 1
+    ) -> None:
         self.learning_rate = learning_rate
         self.weight_decay = 0.0
         named = dict(model.named_parameters())
@@ -44,18 +48,28 @@ class FlatAdam:
             parameter.data = view
         self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
         self.low = torch.empty_like(self.vector, dtype=torch.bfloat16) if low else None
+        self._widened: list[tuple[Tensor, Tensor]] = []  # copy, original
         if self.low is not None:
-            self._attach_copies(model, self.low)
+            self._attach_copies(model, self.low, align)
 
-    def _attach_copies(self, model: nn.Module, low: Tensor) -> None:
+    def _attach_copies(self, model: nn.Module, low: Tensor, align: int) -> None:
         copies: dict[Tensor, Tensor] = dict(
             zip(model.parameters(), self.views(low).values(), strict=True)
         )
         for layer in model.modules():
             # The sum of the output neuron is the logit, which stays float32.
             if isinstance(layer, Dense) and layer.out_features > 1:
-                layer.low = copies[layer.weight], copies[layer.bias]
+                layer.low = self._copy_of(layer, copies[layer.weight], align), copies[layer.bias]
         self.refresh()
+
+    def _copy_of(self, layer: Dense, copy: Tensor, align: int) -> Tensor:
+        """Return the weight that products use: `copy`, or one whose columns are filled up."""
+        inputs = layer.in_features
+        if inputs % align == 0:
+            return copy
+        wide = copy.new_zeros(layer.out_features, -(-inputs // align) * align)
+        self._widened.append((wide[:, :inputs], layer.weight.detach()))
+        return wide
 
     def views(self, vector: Tensor) -> dict[str, Tensor]:
         """Return the parts of a vector [P] that belong to the parameters, in their shapes."""
@@ -80,7 +94,7 @@ class FlatAdam:
         steps: Tensor,
         piece: slice,
         *,
-        rate_scale: float = 1.0,
+        rate_scale: float | Tensor = 1.0,
         skip: Tensor | None = None,
     ) -> None:
         """Update a piece with the sum of `gradients` [parts, P], taken in the order of the parts.
@@ -111,6 +125,7 @@ class FlatAdam:
         )
         if self.low is not None:
             self.low[piece].copy_(self.vector[piece])
+        self._renew_widened()
 
     def reset(self) -> None:
         """Clear the moments and keep the parameters."""
@@ -121,6 +136,11 @@ class FlatAdam:
         """Renew the bfloat16 copies after the parameters were set from outside."""
         if self.low is not None:
             self.low.copy_(self.vector)
+        self._renew_widened()
+
+    def _renew_widened(self) -> None:
+        for copy, original in self._widened:
+            copy.copy_(original)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return the moments of each parameter by its name, copied to the host."""

@@ -14,17 +14,21 @@ _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # capabilities of x86 and of Ar
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device `name`; "auto" is the GPU where there is one.
+    """Return the device `name`; "auto" is the GPU where there is one, and "cuda:1" the second.
 
-    Raises `ConfigError` when `name` is "cuda" and there is no GPU.
+    Raises `ConfigError` when there is no such GPU.
 
     >>> choose_device("cpu")
     device(type='cpu')
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device cuda: no CUDA GPU is available here; use --device cpu or auto")
-    use_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name}: no CUDA GPU is available here; use --device cpu or auto")
+    if device.index is not None and device.index >= (count := torch.cuda.device_count()):
+        raise ConfigError(f"device {name}: this machine has {count} GPU(s); they count from cuda:0")
+    return device
 
 
 def choose_precision(name: str, device: torch.device) -> str:

@@ -53,7 +53,7 @@ class Learner(Protocol):
         *,
         following: Batch | None = None,
     ) -> Tensor | None:
-        """Learn n <= batch_size examples; return their logits [n] from before, on the device.
+        """Learn n <= batch_size examples; return their logits [n] from before.
 
         `ids` int32 [n, F], or [n, F + C] with the ids of cross products, `labels` uint8 [n],
         `values` float32 [n, V]. `following` are the ids, labels and values of the next call, if

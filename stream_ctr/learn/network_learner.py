@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.cpu_step import BatchStep
 from stream_ctr.learn.device import choose_device
-from stream_ctr.learn.gpu_step import GpuStep
+from stream_ctr.learn.gpu_online_step import GpuOnlineStep
+from stream_ctr.learn.gpu_step import GpuBatchStep, GpuStep
 from stream_ctr.learn.online_step import OnlineStep
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
@@ -33,6 +34,7 @@ from stream_ctr.models import MODELS
 from stream_ctr.models.layers import Dropout
 
 _DENSE = "dense."
+_ALIGNED = 8  # numbers of bfloat16 in 16 bytes
 
 
 class NetworkLearner:
@@ -84,7 +86,10 @@ class NetworkLearner:
         self.intercept = np.zeros(2)
         """The constant of the logit, w0, and its sum of squared gradients, n0."""
         self.adam = FlatAdam(
-            self.model, learning_rate=spec.dense_learning_rate, low=spec.precision == "bf16"
+            self.model,
+            learning_rate=spec.dense_learning_rate,
+            low=spec.precision == "bf16",
+            align=_ALIGNED if self.device.type == "cuda" else 1,
         )
         self._weight_decay = spec.dense_weight_decay
         self._lock = threading.Lock()  # a step has one set of buffers
@@ -117,7 +122,8 @@ class NetworkLearner:
         if self.device.type == "cpu":
             step = OnlineStep if self.online else BatchStep
             return partial(step, self.model, self.table, self.adam, self.intercept, threads=threads)
-        return partial(GpuStep, self.model, self.table, self.adam)
+        gpu_step = GpuOnlineStep if self.online else GpuBatchStep
+        return partial(gpu_step, self.model, self.table, self.adam, self.intercept)
 
     def _prepared_step(self) -> BatchStep | OnlineStep | GpuStep:
         """Return a step of the model in its present phase.
@@ -135,6 +141,8 @@ class NetworkLearner:
         self.adam.reset()
         self.intercept[1] = 0.0
         self._first_step = self.steps
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # the graphs of the old step may still run
         self._step = self._prepared_step()
 
     def learn(
@@ -187,7 +195,10 @@ class NetworkLearner:
 
     def _reused_rows(self) -> npt.NDArray[np.float32]:
         if self._host_rows is None:
-            self._host_rows = torch.empty_like(self.table.rows, device="cpu")
+            # A card copies to pinned memory several times as fast.
+            self._host_rows = torch.empty_like(
+                self.table.rows, device="cpu", pin_memory=self.device.type == "cuda"
+            )
         return self._host_rows.copy_(self.table.rows).numpy()
 
     def optimizer_state(self) -> State:

@@ -179,6 +179,7 @@ class OnlineStep(CpuStep):
         part = batch.parts[at]
         w, v = self._gathered(part)
         if not self._terms.network:
+            self._logits[part] = 0.0  # a prediction may have left others
             return
         generator = self._seeded_generator(at, steps)
         tape = batch.tapes[at]

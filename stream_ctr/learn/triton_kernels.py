@@ -62,9 +62,10 @@ def _gather(  # type: ignore[no-untyped-def]
         inside = field < fields
         index = example * fields + field
         row = tl.load(ids + index, mask=inside, other=0).to(tl.int64)
+        # The state behind the weights is read too: whole lines take the fewest loads.
         x = tl.load(
             rows + row[:, None] * FLOATS + column,
-            mask=inside[:, None] & (column <= WIDTH),
+            mask=inside[:, None] & (column < FLOATS),
             other=0.0,
         )
         if SCALED:
@@ -78,6 +79,84 @@ def _gather(  # type: ignore[no-untyped-def]
     tl.store(
         pairs + example, 0.5 * tl.sum(tl.where(column < WIDTH, sums * sums - squares, 0.0), axis=0)
     )
+
+
+@triton.jit
+def adagrad(  # type: ignore[no-untyped-def]
+    row,
+    total,
+    chosen,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    K: tl.constexpr,
+    EMBEDDINGS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the rows that begin at the pointers `row` [n] where `chosen` [n].
+
+    `total` [n, COLUMNS] are their gradients of the summed loss, of V and, behind it, of w.
+    """
+    WIDTH: tl.constexpr = EMBEDDINGS * K
+    STATES: tl.constexpr = triton.next_power_of_2(EMBEDDINGS + 1)
+    column = tl.arange(0, COLUMNS)[None, :]
+    state = tl.arange(0, STATES)[None, :]
+    owner = column // K  # of each column the embedding, and behind them w
+    squares = tl.zeros([total.shape[0], STATES], tl.float32)
+    for e in tl.static_range(EMBEDDINGS + 1):
+        square = tl.sum(tl.where((owner == e) & (column <= WIDTH), total * total, 0.0), axis=1)
+        squares = tl.where(state == e, square[:, None] / (K if e < EMBEDDINGS else 1), squares)
+    inside = chosen[:, None] & (column <= WIDTH)
+    address = row[:, None] + column
+    n_address = row[:, None] + WIDTH + 1 + state
+    n_inside = chosen[:, None] & (state <= EMBEDDINGS)
+    weight = tl.load(address, mask=inside, other=0.0)
+    n = tl.load(n_address, mask=n_inside, other=0.0) + squares
+    rates = tl.zeros([total.shape[0], COLUMNS], tl.float32)
+    for e in tl.static_range(EMBEDDINGS + 1):
+        root = tl.sqrt(tl.sum(tl.where(state == e, n, 0.0), axis=1))
+        if e < EMBEDDINGS:
+            rates = tl.where(owner == e, (rate / (beta + root))[:, None], rates)
+        else:
+            rates = tl.where(owner == e, (linear_rate / (linear_beta + root))[:, None], rates)
+    tl.debug_barrier()  # every warp has read n before one of them writes it
+    tl.store(n_address, n, mask=n_inside)
+    tl.store(address, weight - rates * total, mask=inside)
+
+
+@triton.jit
+def _adam(  # type: ignore[no-untyped-def]
+    row,
+    mean,
+    chosen,
+    correction,
+    rate,
+    beta,
+    linear_rate,
+    linear_beta,
+    WIDTH: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Update the rows that begin at the pointers `row` [n] where `chosen` [n].
+
+    `mean` [n, COLUMNS] are their gradients of the mean loss, of V and, behind it, of w.
+    """
+    column = tl.arange(0, COLUMNS)[None, :]
+    linear = column == WIDTH
+    inside = chosen[:, None] & (column <= WIDTH)
+    address = row[:, None] + column
+    weight = tl.load(address, mask=inside, other=0.0)
+    m = tl.load(address + WIDTH + 1, mask=inside, other=0.0)
+    v = tl.load(address + 2 * (WIDTH + 1), mask=inside, other=0.0)
+    m += (mean - m) * _DECAY1
+    v += (mean * mean - v) * _DECAY2
+    rates = tl.where(linear, linear_rate, rate) * tl.load(correction)
+    step = rates * (m / (tl.where(linear, linear_beta, beta) + tl.sqrt(v)))
+    tl.debug_barrier()
+    tl.store(address + WIDTH + 1, m, mask=inside)
+    tl.store(address + 2 * (WIDTH + 1), v, mask=inside)
+    tl.store(address, weight - step, mask=inside)
 
 
 @triton.jit
@@ -98,46 +177,34 @@ def _step(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     OPTIMIZER: tl.constexpr,
 ):
-    """Update the rows `key` [n] that are `chosen` [n].
-
-    `mean` [n, COLUMNS] are their gradients of the mean loss, of V and, behind it, of w.
-    """
-    WIDTH: tl.constexpr = EMBEDDINGS * K
-    column = tl.arange(0, COLUMNS)[None, :]
-    linear = column == WIDTH
+    """Update the rows `key` [n] that are `chosen` [n]; `mean` is that of `_adam`."""
     row = rows + key.to(tl.int64) * FLOATS
-    address = row[:, None] + column
-    inside = chosen[:, None] & (column <= WIDTH)
-    rates = tl.where(linear, linear_rate, rate)
     if OPTIMIZER == "adam":
-        m = tl.load(address + WIDTH + 1, mask=inside, other=0.0)
-        v = tl.load(address + 2 * (WIDTH + 1), mask=inside, other=0.0)
-        m += (mean - m) * _DECAY1
-        v += (mean * mean - v) * _DECAY2
-        tl.store(address + WIDTH + 1, m, mask=inside)
-        tl.store(address + 2 * (WIDTH + 1), v, mask=inside)
-        step = (
-            rates * tl.load(correction) * (m / (tl.where(linear, linear_beta, beta) + tl.sqrt(v)))
+        _adam(
+            row,
+            mean,
+            chosen,
+            correction,
+            rate,
+            beta,
+            linear_rate,
+            linear_beta,
+            WIDTH=EMBEDDINGS * K,
+            COLUMNS=COLUMNS,
         )
     else:
-        total = mean * examples.to(tl.float32)
-        if OPTIMIZER == "adagrad":
-            state = row + WIDTH + 1
-            n_w = tl.load(state + EMBEDDINGS, mask=chosen, other=0.0) + tl.sum(
-                tl.where(linear, total * total, 0.0), axis=1
-            )
-            tl.store(state + EMBEDDINGS, n_w, mask=chosen)
-            rates = tl.where(linear, (linear_rate / (linear_beta + tl.sqrt(n_w)))[:, None], 0.0)
-            for e in tl.static_range(EMBEDDINGS):
-                embedding = (column >= e * K) & (column < (e + 1) * K)
-                n_v = (
-                    tl.load(state + e, mask=chosen, other=0.0)
-                    + tl.sum(tl.where(embedding, total * total, 0.0), axis=1) / K
-                )
-                tl.store(state + e, n_v, mask=chosen)
-                rates = tl.where(embedding, (rate / (beta + tl.sqrt(n_v)))[:, None], rates)
-        step = rates * total
-    tl.store(address, tl.load(address, mask=inside, other=0.0) - step, mask=inside)
+        adagrad(
+            row,
+            mean * examples.to(tl.float32),
+            chosen,
+            rate,
+            beta,
+            linear_rate,
+            linear_beta,
+            K=K,
+            EMBEDDINGS=EMBEDDINGS,
+            COLUMNS=COLUMNS,
+        )
 
 
 @triton.jit
@@ -289,14 +356,14 @@ def _join(  # type: ignore[no-untyped-def]
 
 
 @dataclass(frozen=True, slots=True)
-class _Shape:
+class RowShape:
     """The shape of a row, for the compiler."""
 
     floats: int
     columns: int  # V and w, rounded up to a power of two, as Triton's ranges must be
 
     @classmethod
-    def of_table(cls, table: Table) -> _Shape:
+    def of_table(cls, table: Table) -> RowShape:
         columns = max(triton.next_power_of_2(table.width + 1), _LEAST_PRODUCT)
         return cls(table.rows.shape[1], columns)
 
@@ -327,7 +394,7 @@ def gather(
     Writes `w` [B, F], `v` [B, F, width] and the `sums` of `v` over the fields.
     """
     examples, fields = ids.shape
-    shape = _Shape.of_table(table)
+    shape = RowShape.of_table(table)
     tile = min(triton.next_power_of_2(fields), max(_TILE // shape.columns, 1))
     _gather[(examples,)](
         table.rows,
@@ -353,29 +420,39 @@ class Update:
     def __init__(self, table: Table, *, examples: int, fields: int) -> None:
         self._table = table
         self._fields = fields
-        self._shape = _Shape.of_table(table)
-        self._chunks = -(-examples * fields // self._shape.chunk)
+        self._shape = RowShape.of_table(table)
         # The sums of rows that continue from the chunk before, and of rows that start in a chunk
         # and continue in the next.
-        self._sums = torch.zeros(2, self._chunks, self._shape.columns, device=table.rows.device)
+        device = table.rows.device
+        chunks = -(-examples * fields // self._shape.chunk)
+        self._sums = torch.zeros(2, chunks, self._shape.columns, device=device)
+        self._keys = torch.zeros(examples * fields, dtype=torch.int32, device=device)
+        self._order = torch.zeros(examples * fields, dtype=torch.int64, device=device)
+
+    def sort(self, ids: Tensor) -> None:
+        """Sort the `ids` int32 [B, F] of the next call."""
+        entries = ids.numel()
+        into = self._keys[:entries], self._order[:entries]
+        torch.sort(ids.view(-1), stable=True, out=into)
 
     def __call__(
         self,
-        ids: Tensor,
         grad_w: Tensor,
         grad_v: Tensor,
         count: Tensor,
         skip: Tensor,
         correction: Tensor,
     ) -> None:
-        """Update the rows at `ids` int32 [B, F] by the gradients of the mean loss.
+        """Update the rows at the `ids` that were sorted, by the gradients of the mean loss.
 
         `grad_w` [B, F] and `grad_v` [B, F, width] are the gradients of the outputs of `gather`.
         `count` int32, `skip` and `correction` (that of `Rates`) are single numbers on the device.
         Only the first `count` examples are learned; the ids of the others must be the table's last
         row, so that they are sorted behind. With a `skip` other than zero nothing changes.
         """
-        keys, order = torch.sort(ids.view(-1), stable=True)
+        entries = grad_w.numel()
+        keys, order = self._keys[:entries], self._order[:entries]
+        chunks = -(-entries // self._shape.chunk)
         continued, started = self._sums
         table = self._table
         shape = self._shape
@@ -398,7 +475,7 @@ class Update:
             "OPTIMIZER": rates.optimizer,
             "CHUNK": shape.chunk,
         }
-        _reduce[(self._chunks,)](
+        _reduce[(chunks,)](
             table.rows,
             keys,
             order,
@@ -410,7 +487,7 @@ class Update:
             **constants,
             num_warps=shape.warps(shape.chunk),
         )
-        _join[(self._chunks,)](
+        _join[(chunks,)](
             table.rows,
             keys,
             continued,

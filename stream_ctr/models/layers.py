@@ -95,6 +95,9 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "n
     ):
         y: Tensor = _ONEDNN(x, weight, bias, activation, [], "")
         return y
+    if activation == "relu" and bias is not None:
+        fused: Tensor = torch._addmm_activation(bias, x, weight.t())  # one kernel on a GPU
+        return fused
     return _ACTIVATE[activation](F.linear(x, weight, bias))
 
 
@@ -106,9 +109,9 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self._layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+        self._layers: dict[Dense, tuple[Tensor, Tensor]] = {}
 
-    def record(self, layer: nn.Module, x: Tensor, dz: Tensor) -> None:
+    def record(self, layer: Dense, x: Tensor, dz: Tensor) -> None:
         """Keep the input `x` [B, inputs] of a layer and `dz` [B, outputs]."""
         self._layers[layer] = x, dz
 
@@ -121,14 +124,26 @@ class Tape:
         """
         for layer, (x, dz) in self._layers.items():
             scaled = dz[rows] * grad_logit.to(dz.dtype).unsqueeze(1)
-            yield layer, _weight_gradient(scaled, x[rows]), scaled.sum(0)
+            yield layer, _weight_gradient(scaled, x[rows], layer.in_features), scaled.sum(0)
 
 
-def _weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+def _weight_gradient(dz: Tensor, x: Tensor, inputs: int) -> Tensor:
     # Each of the two products is the faster one in its case.
     if _AVX512 and x.dtype == torch.float32:
         return _linear(dz.t(), x.t(), None)
-    return torch.mm(dz.t(), x)
+    return torch.mm(dz.t(), x)[:, :inputs]
+
+
+def _widened(a: Tensor, weight: Tensor) -> Tensor:
+    """Return `a` [B, inputs] in the type of `weight`, with zeros up to its number of columns."""
+    inputs = a.shape[1]
+    columns = weight.shape[1]
+    if inputs == columns:
+        return a.to(weight.dtype)
+    x = a.new_empty(len(a), columns, dtype=weight.dtype)
+    x[:, :inputs] = a
+    x[:, inputs:] = 0.0
+    return x
 
 
 class _Affine(torch.autograd.Function):
@@ -146,7 +161,7 @@ class _Affine(torch.autograd.Function):
         tape: Tape | None,
     ) -> Tensor:
         activation = layer.activation
-        x = a.to(low_weight.dtype)
+        x = _widened(a, low_weight)
         y = _linear(x, low_weight, low_bias, activation)
         ctx.save_for_backward(x, low_weight, y)
         ctx.activation = activation
@@ -159,11 +174,12 @@ class _Affine(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, y = ctx.saved_tensors
         dz = _BACK[ctx.activation](dy, y)
-        grad_input = _linear(dz, weight.t(), None).to(ctx.input_dtype)
+        inputs = ctx.layer.in_features
+        grad_input = _linear(dz, weight.t(), None)[:, :inputs].to(ctx.input_dtype)
         if ctx.tape is not None:
             ctx.tape.record(ctx.layer, x, dz)
             return grad_input, None, None, None, None, None, None
-        return grad_input, _weight_gradient(dz, x), dz.sum(0), None, None, None, None
+        return grad_input, _weight_gradient(dz, x, inputs), dz.sum(0), None, None, None, None
 
 
 class Dense(nn.Linear):
@@ -171,7 +187,8 @@ class Dense(nn.Linear):
 
     The activation "none" leaves sigma out. `low` may hold copies of weight and bias in bfloat16.
     Products then use the copies, in half the time, while the learner updates the float32 originals
-    and renews the copies. The output has the type of the weights that were multiplied.
+    and renews the copies. The copy of the weight may have further columns, of zeros. The output has
+    the type of the weights that were multiplied.
 
     >>> Dense(2, 3, "relu")(torch.zeros(5, 2)).shape
     torch.Size([5, 3])

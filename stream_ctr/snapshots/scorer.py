@@ -122,6 +122,10 @@ def _learner(
     _require_bounds(weights, spec)
     learner = make_learner(spec, device=device, serving=True)
     learner.load_weights(weights)
+    if device != "cpu":
+        # A GPU's first prediction compiles and records, and no request should wait for that.
+        values = np.zeros((1, len(spec.value_fields)), np.float32)
+        learner.predict(np.zeros((1, spec.fields + spec.crosses), np.int32), values)
     return learner
 
 
