@@ -276,6 +276,8 @@ class Trainer:
             if guard.additional is None:
                 raise
             guard.leave_out(error)
+            if self.state.blend and len(self.state.left_out) == len(self.state.learners):
+                raise DataError(f"no member of the blend is left: {error}") from None
             return
         if verdict is not None and guard.additional is None:
             self.state.scoreboard.judge.go_back(verdict)
