@@ -73,6 +73,9 @@ from stream_ctr.models.layers import Tape
 from stream_ctr.models.terms import Terms
 
 
+_ROWS_AN_OCTAVE = 8
+
+
 class OnlineStep(CpuStep):
     """Takes the steps of a batch by the online rule.
 
@@ -159,11 +162,13 @@ class OnlineStep(CpuStep):
         return self._returned_logits(n)
 
     def _parts_for(self, n: int) -> list[slice]:
-        """Return the parts of a batch of `n` examples, filled up to a power of two.
+        """Return the parts of a batch of `n` examples, filled up by an eighth at most.
 
-        Batches grow from 16 examples, which should not take the time of thousands.
+        Batches grow from 16 examples, which should not take the time of thousands. Each number of
+        rows costs time once, when its products are prepared, so there should not be hundreds.
         """
-        size = max(1 << (n - 1).bit_length(), ROW_MULTIPLE)
+        multiple = max((1 << (n - 1).bit_length()) // _ROWS_AN_OCTAVE, ROW_MULTIPLE)
+        size = -(-n // multiple) * multiple
         return self._parts if size >= self._options.batch_size else parts_of(size)
 
     def _returned_logits(self, n: int) -> Tensor:
