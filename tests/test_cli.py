@@ -380,7 +380,7 @@ def test_the_nine_systems_are_listed_with_what_the_paper_says_of_them():
     lines = succeed("models").stdout.splitlines()
     titles = ["LR", "FM", "FNN", "IPNN", "OPNN", "PNN*", "LR & DNN", "FM & DNN", "DeepFM"]
     at = lines[0].index("in the paper")
-    assert [line[at : lines[0].index("no pre-training")].strip() for line in lines[1:]] == titles
+    assert [line[at : lines[0].index("no pre-training")].strip() for line in lines[1:10]] == titles
     known = {
         told["title"]: told
         for told in map(json.loads, succeed("models", "--json").stdout.splitlines())

@@ -125,7 +125,7 @@ def main(verbose: int) -> None:
     multiple=True,
     metavar="NAME",
     help="The model to learn and publish, see `stream-ctr models`; given again, additional models "
-    "on the same examples.  [default: deepfm]",
+    "on the same examples. `blend` mixes those that follow.  [default: blend]",
 )
 @log_options
 @settings_options()
@@ -401,6 +401,9 @@ def models(*, as_json: bool) -> None:
         rows.append((name, system.title, *marks, system.says))
     for line in aligned(rows):
         click.echo(line)
+    click.echo(
+        "\nblend, the default of `run`, mixes the models of a run and logistic regressions by FTRL."
+    )
 
 
 @main.command("config")
