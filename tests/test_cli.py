@@ -397,7 +397,7 @@ def test_the_nine_systems_are_listed_with_what_the_paper_says_of_them():
         "DeepFM": (1, 1, 1, 1),
     }
     assert {title: properties[title] for title in table_1} == table_1
-    for line, (title, told) in zip(lines[1:], known.items(), strict=True):
+    for line, (title, told) in zip(lines[1:10], known.items(), strict=True):
         assert line.split()[0] == told["name"]
         assert [cell == "yes" for cell in line[at:].removeprefix(title).split()[:4]] == [
             bool(has) for has in properties[title]
