@@ -33,6 +33,8 @@ FAILPOINTS = {
     "learn.after": "the models in this process have learned a batch, the baseline may not have",
     "cut.before": "a snapshot is due, no state is copied",
     "cut.after": "the state is copied, none of it is on disk",
+    "predictions.before": "a part of the predictions is on disk under a temporary name",
+    "predictions.after": "the part is visible, its snapshot is not written",
     "snapshot.file": "one more tensor file of an unfinished snapshot is on disk",
     "snapshot.files": "all tensor files are on disk, the manifest is not",
     "snapshot.manifest": "the manifest is on disk too, the snapshot is not visible yet",

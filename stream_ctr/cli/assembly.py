@@ -36,7 +36,9 @@ from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
+from stream_ctr.train.as_served import AsServed
 from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.snapshot_cycle import SnapshotPolicy
@@ -59,8 +61,13 @@ def build_trainer(
     publisher: Publisher,
     directory: Path,
     surroundings: Surroundings | None = None,
+    in_event_time: bool = False,
+    predictions: Path | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
+
+    With `in_event_time`, which is for logs, the weights that impressions are served with are
+    published by event time. Predictions go to the directory `predictions`.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
@@ -92,9 +99,11 @@ def build_trainer(
     read_ahead = config.input.read_ahead
     joiner = _joiner(config, identity, directory)
     baseline = _baseline(identity) if config.baseline.enabled else None
+    served = _as_served(config, identity, in_event_time=in_event_time)
+    state = _state(config, identity, joiner, source, baseline, served)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest,
-        state=_state(config, identity, joiner, source, baseline),
+        state=state,
         publisher=publisher,
         identity=identity,
         snapshots=SnapshotPolicy(
@@ -104,6 +113,8 @@ def build_trainer(
             signing=signing_key(config),
         ),
         baseline=baseline,
+        served=served,
+        predictions=_predictions(predictions, directory, state, served),
         max_bad_share=config.input.max_bad_share,
         surroundings=surroundings,
     )
@@ -263,6 +274,7 @@ def _state(
     joiner: LabelJoiner,
     source: Source,
     baseline: SampledBaseline | None,
+    served: AsServed | None,
 ) -> TrainingState:
     specs = identity.specs
     blend = Blend(identity.blend) if identity.blend else None
@@ -286,6 +298,7 @@ def _state(
             ),
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
             baseline=baseline.name if baseline else None,
+            served=served.names if served else (),
         ),
         batch_size=_batch_sizes(config),
         blend=blend,
@@ -299,3 +312,37 @@ def _batch_sizes(config: Config) -> Callable[[int], int]:
     if config.learn.table_optimizer == "online":
         return partial(batch_size_after, largest=largest)
     return lambda examples: largest
+
+
+def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) -> AsServed | None:
+    """Return what scores impressions as served: the published model, and LR, which is cheap."""
+    share = config.metrics.served_share
+    if not share:
+        return None
+    specs = {identity.learner.model: identity.learner, **identity.beside}
+    every = config.schedule.snapshot_every
+    return AsServed(
+        {
+            name: spec
+            for name, spec in specs.items()
+            if name == identity.learner.model or spec.model == "lr"
+        },
+        share=share,
+        delay_ms=identity.join.label_window_ms + identity.join.allowed_lateness_ms,
+        every_ms=in_milliseconds(every) if in_event_time else 0,
+        device=config.learn.device,
+        threads=config.learn.threads,
+    )
+
+
+def _predictions(
+    directory: Path | None, state_directory: Path, state: TrainingState, served: AsServed | None
+) -> PredictionLog | None:
+    if directory is None:
+        return None
+    return PredictionLog(
+        directory,
+        state=state_directory,
+        models=state.scoreboard.models,
+        served=served.names if served else (),
+    )

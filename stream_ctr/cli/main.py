@@ -153,6 +153,11 @@ def main(verbose: int) -> None:
     help="Where the table and the network live.  [default: auto]",
 )
 @click.option(
+    "--predictions",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write the predictions of every example to Parquet files in this directory.",
+)
+@click.option(
     "--profile",
     is_flag=True,
     help="Print at the end where the time of an event went, and what bounds the run.",
@@ -170,6 +175,7 @@ def run(
     until_end: bool,
     take_over: bool,
     device: str | None,
+    predictions: Path | None,
     profile: bool,
 ) -> None:
     """Learn from impressions and clicks; report, snapshot, publish.
@@ -204,11 +210,13 @@ def run(
             log = log_format.open(source)
             notes = log.notes
             print_notes(notes)
-            report = runs.train_on_log(log, config, lease)
+            report = runs.train_on_log(log, config, lease, predictions=predictions)
             print_notes([note for note in log.notes if note not in notes])
         else:
             with connector_errors():
-                report = runs.train_on_kafka(client, config, lease, until_end=until_end)
+                report = runs.train_on_kafka(
+                    client, config, lease, until_end=until_end, predictions=predictions
+                )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))
 

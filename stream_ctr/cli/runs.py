@@ -56,7 +56,9 @@ def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[s
     return snapshot.verify(newest).config if newest else None
 
 
-def train_on_log(log: Stream, config: Config, lease: Lease) -> Report | None:
+def train_on_log(
+    log: Stream, config: Config, lease: Lease, *, predictions: Path | None = None
+) -> Report | None:
     """Learn all of a log, into the directory of the lease.
 
     Raises `DataError` if the directory was begun with another log.
@@ -65,7 +67,16 @@ def train_on_log(log: Stream, config: Config, lease: Lease) -> Report | None:
     fields = config.features.fields() or log.fields
     with connector_errors():
         publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
-        return _train(source, publisher, config, lease.directory, fields, notes=lambda: log.notes)
+        return _train(
+            source,
+            publisher,
+            config,
+            lease.directory,
+            fields,
+            notes=lambda: log.notes,
+            in_event_time=True,
+            predictions=predictions,
+        )
 
 
 def train_on_kafka(
@@ -75,6 +86,7 @@ def train_on_kafka(
     *,
     until_end: bool,
     fields: tuple[Field, ...] | None = None,
+    predictions: Path | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -107,7 +119,12 @@ def train_on_kafka(
             model_name=config.snapshots.model_name,
         )
         return _train(
-            source, publisher, config, lease.directory, config.features.fields() or fields
+            source,
+            publisher,
+            config,
+            lease.directory,
+            config.features.fields() or fields,
+            predictions=predictions,
         )
 
 
@@ -133,6 +150,8 @@ def _train(
     fields: tuple[Field, ...] | None,
     *,
     notes: Callable[[], Sequence[str]] = tuple,
+    in_event_time: bool = False,
+    predictions: Path | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     stop = StopRequest()
@@ -166,6 +185,8 @@ def _train(
                 show=lambda report: table.update(to_json_object(report)),
                 notes=notes,
             ),
+            in_event_time=in_event_time,
+            predictions=predictions,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)

@@ -28,6 +28,8 @@ from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Gate, Judge, Verdict
 
 State = dict[str, npt.NDArray[Any]]
+PROGRESSIVE = "progressive"
+"""The name of the published model's progressive predictions among those that were served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,11 @@ class MetricWindows:
 
 
 class Scoreboard:
-    """The metrics of `models`, the published one first and the `baseline`, if any, last."""
+    """The metrics of `models`, the published one first and the `baseline`, if any, last.
+
+    `served` names the models that are scored as served too, the published one first. Their metrics
+    stand beside those of the published model's progressive predictions of the same examples.
+    """
 
     def __init__(
         self,
@@ -48,11 +54,13 @@ class Scoreboard:
         windows: MetricWindows,
         gate: Gate,
         baseline: str | None = None,
+        served: Sequence[str] = (),
     ) -> None:
         self.models = tuple(models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
         self.judge = Judge(gate, models, baseline)
+        self.served = metrics.WholeRun([*served, PROGRESSIVE]) if served else None
 
     def add(self, scored: metrics.Scored) -> None:
         """Measure a batch that every model predicted before it learned it."""
@@ -60,12 +68,18 @@ class Scoreboard:
         self.judge.add(scored)
         self.windows.add(scored)
 
+    def add_served(self, scored: metrics.Scored) -> None:
+        """Measure a batch by the predictions that were served."""
+        if self.served:
+            self.served.add(scored)
+
     def state_dict(self) -> State:
         """Return all sums as arrays, for a snapshot."""
         parts = {
             "whole": self.whole.state_dict(),
             "windows": self.windows.state_dict(),
             "judge": self.judge.state_dict(),
+            **({"served": self.served.state_dict()} if self.served else {}),
         }
         return {
             f"{part}.{name}": array
@@ -78,6 +92,9 @@ class Scoreboard:
         self.whole.load_state_dict(part(state, "whole."))
         self.windows.load_state_dict(part(state, "windows."))
         self.judge.load_state_dict(part(state, "judge."), verdict)
+        # A run without it may be resumed with it.
+        if self.served and (served := part(state, "served.")):
+            self.served.load_state_dict(served)
 
 
 def part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:

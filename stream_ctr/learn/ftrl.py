@@ -134,6 +134,12 @@ class FTRL:
         self._table[state["rows"]] = state["pairs"]
         self._intercept[:] = state["intercept"]
 
+    def copy_to(self, other: FTRL, ids: Ids | None = None) -> None:
+        """Make the state of `other` equal to this one; with `ids` it differs in these rows only."""
+        rows = slice(None) if ids is None else ids
+        other._table[rows] = self._table[rows]
+        other._intercept[:] = self._intercept
+
 
 class RiverSemantics:
     """`FTRL` with the differences of River 0.26 (see `river_ftrl`), for a comparison with River.

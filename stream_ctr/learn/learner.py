@@ -16,7 +16,7 @@ False
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -89,6 +89,14 @@ class Learner(Protocol):
 
         Raises `ValueError`, with nothing loaded, unless they are the tensors of this model: names,
         shapes and types, and all values finite.
+        """
+        ...
+
+    def copy_weights_to(self, other: Any, ids: Ids | None = None) -> None:
+        """Make the weights of `other`, a learner of the same model, equal to these.
+
+        With `ids` int32 [m], which do not repeat, only these rows of the table are copied: the
+        others are equal already.
         """
         ...
 

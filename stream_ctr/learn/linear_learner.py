@@ -84,6 +84,11 @@ class LinearLearner:
         with self._lock:
             self._ftrl.load_state_dict(weights)
 
+    def copy_weights_to(self, other: LinearLearner, ids: Ids | None = None) -> None:
+        """Make the weights of `other` equal to these; see `NetworkLearner.copy_weights_to`."""
+        with self._lock, other._lock:
+            self._ftrl.copy_to(other._ftrl, ids)
+
     def load_optimizer_state(self, state: Tensors) -> None:
         self.steps = int(state["steps"][0])
 

@@ -224,6 +224,20 @@ class NetworkLearner:
             if self.pretraining != pretraining:
                 self._step = self._prepared_step()
 
+    def copy_weights_to(self, other: NetworkLearner, ids: Ids | None = None) -> None:
+        """Make the weights of `other`, a learner of the same model, equal to these.
+
+        With `ids` the rows of the table differ at most in these.
+        """
+        with self._lock, other._lock:
+            rows = slice(None) if ids is None else torch.from_numpy(ids).to(self.device)
+            other.table.rows[rows] = self.table.rows[rows]
+            pretraining = other.pretraining
+            other.model.load_state_dict(self.model.state_dict())
+            other.adam.refresh()
+            if other.pretraining != pretraining:
+                other._step = other._prepared_step()
+
     def load_optimizer_state(self, state: Tensors) -> None:
         steps, first_step = state["steps"].tolist()
         self.adam.load_state_dict(state)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.evaluate.gate import Measured, Verdict
 from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
@@ -81,6 +81,18 @@ class AdditionalGuardState(Struct, frozen=True, forbid_unknown_fields=True):
     left_out: str = ""
 
 
+class ServedCopy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Weights that were published, and that impressions without a label yet were served with.
+
+    They are those after `examples` examples, and were in force from the event time `from_ms` on.
+    Their files are named `served.<examples>.*`. `evidence` is that of their verdict.
+    """
+
+    examples: Count
+    from_ms: int
+    evidence: Measured | None = None
+
+
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
@@ -141,7 +153,8 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read.
     `metrics` are those of the whole run. `weights_sha256` is equal if every bit of the published
-    weights is. `files` is filled in when the snapshot is written.
+    weights is. `files` is filled in when the snapshot is written. `served` lists the earlier
+    weights that it holds, for the metrics of what was served.
     """
 
     format: Count = FORMAT
@@ -163,4 +176,5 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     gate: Verdict
     metrics: Summary
     weights_sha256: Sha256
+    served: tuple[ServedCopy, ...] = ()
     files: dict[str, FileEntry] = {}

@@ -48,7 +48,7 @@ class SnapshotWriter:
     """Write one snapshot at a time, in a thread.
 
     `check` is called before a snapshot becomes visible and may raise. `sign` signs the bytes of
-    the manifest.
+    the manifest. `before` is called first, and may raise `SnapshotError`.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class SnapshotWriter:
         *,
         sign: Callable[[bytes], bytes] | None = None,
         check: Callable[[], None] = lambda: None,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
+        self._before = before
         self._root = root
         self._sign = sign
         self._check = check
@@ -97,6 +99,7 @@ class SnapshotWriter:
         model = cut.tensors["model"]
         if not _finite(model):
             raise NotFinite("the model's weights are not finite; no snapshot was written")
+        self._before()
         not_finite = tuple(
             name
             for name in cut.manifest.beside

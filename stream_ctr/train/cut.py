@@ -6,16 +6,19 @@ the verdict and the baseline's state when every batch before the cut is scored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import msgspec
 
+from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate import summary
 from stream_ctr.evaluate.scoreboard import Scoreboard
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import Manifest, RunIdentity
+from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut
+from stream_ctr.train.as_served import Copy
 from stream_ctr.train.report import rfc3339
 from stream_ctr.train.resume import partition_names
 from stream_ctr.train.source import Source
@@ -32,8 +35,12 @@ def take(
     epoch: int,
     last_step: tuple[str, ...],
     segments: snapshot.Segments,
+    copies: snapshot.Tensors,
 ) -> Cut:
-    """Copy the state. `last_step` is what the published model's last step did wrong."""
+    """Copy the state. `last_step` is what the published model's last step did wrong.
+
+    `copies` are the weights that impressions without a label yet were served with.
+    """
     manifest = Manifest(
         **msgspec.structs.asdict(identity),
         **state.describe(),
@@ -49,14 +56,26 @@ def take(
         metrics=summary.EMPTY,
         weights_sha256="",
     )
-    return Cut(state.tensors(), manifest, dict(positions), segments)
+    return Cut({**state.tensors(), **copies}, manifest, dict(positions), segments)
 
 
 def complete(
-    cut: Cut, scoreboard: Scoreboard, marker: Marker | None, *, parent: str | None, now_ms: int
+    cut: Cut,
+    scoreboard: Scoreboard,
+    marker: Marker | None,
+    *,
+    copies: Sequence[Copy],
+    parent: str | None,
+    now_ms: int,
 ) -> Cut:
-    """Add what is known when every batch before the cut is scored; the verdict has been passed."""
-    tensors = {**cut.tensors, "metrics": scoreboard.state_dict()}
+    """Add what is known when every batch before the cut is scored; the verdict has been passed.
+
+    Of the `copies` that were made before the cut, those that were refused are left out.
+    """
+    published = cut.manifest.learner.model
+    refused = {stem for copy in copies if copy.refused for stem in copy.stems(published).values()}
+    tensors = {stem: named for stem, named in cut.tensors.items() if stem not in refused}
+    tensors["metrics"] = scoreboard.state_dict()
     if marker:
         tensors["baseline"] = dict(marker.state)
     manifest = msgspec.structs.replace(
@@ -65,5 +84,38 @@ def complete(
         created_ms=now_ms,
         metrics=scoreboard.whole.summary(),
         gate=scoreboard.judge.verdict(last_step=cut.manifest.gate.last_step),
+        served=tuple(copy.entry() for copy in copies if not copy.refused),
     )
     return Cut(tensors, manifest, cut.positions, cut.segments)
+
+
+def keep_copies(
+    copies: Sequence[Copy], parent: Path | None, published: str, *, of_snapshots: bool
+) -> tuple[snapshot.Tensors, snapshot.Segments]:
+    """Return the tensors of copies, or their files where the snapshot `parent` holds them.
+
+    With `of_snapshots` a copy is that of the snapshot with as many examples.
+    """
+    examples, files = _files_of(parent) if copies else (0, {})
+    tensors: snapshot.Tensors = {}
+    links: dict[str, tuple[Path, str, int]] = {}
+    for copy in copies:
+        own = of_snapshots and copy.examples == examples
+        for name, stem in copy.stems(published).items():
+            held_as = snapshot.stems(None if name == published else name)[0] if own else stem
+            entry = files.get(snapshot.file_name(held_as))
+            if entry and parent:
+                found = parent / snapshot.file_name(held_as)
+                links[snapshot.file_name(stem)] = (found, entry.sha256, entry.bytes)
+            else:
+                tensors[stem] = dict(copy.slot.learners[name].weights())
+    return tensors, links
+
+
+def _files_of(path: Path | None) -> tuple[int, Mapping[str, FileEntry]]:
+    """Return the examples and the files of a snapshot, or nothing if it cannot be read."""
+    try:
+        manifest = snapshot.read_manifest(path) if path else None
+    except SnapshotError:
+        manifest = None
+    return (manifest.examples, manifest.files) if manifest else (0, {})

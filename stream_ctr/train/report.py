@@ -121,6 +121,11 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     is expected. `pending` impressions wait for their clicks, `lag` records are unread.
     `snapshot` is the last one on disk. `stalled` names partitions whose clicks are overdue,
     `refused` says why the model is not published, `left_out` why an additional model ended.
+
+    The metrics of `models` are progressive: each example is predicted just before it is learned,
+    after its label window. Those of `as_served` are of the snapshot that was published when the
+    impression arrived, so they are what a subscriber would have seen; `progressive` among them is
+    the published model's progressive prediction of the same impressions.
     """
 
     format: Count = FORMAT
@@ -157,6 +162,8 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     last_quarter: Tail | UnsetType = UNSET
     window_curve: list[CurvePoint] | UnsetType = UNSET
     notes: list[str] | UnsetType = UNSET
+    as_served: Summary | UnsetType = UNSET
+    as_served_last_half: Summary | UnsetType = UNSET
 
 
 def build_report(
@@ -208,6 +215,11 @@ def build_report(
         fields["blend"] = state.blend.report()
     if baseline:
         fields["baseline"] = {"sample_rate": baseline.share, "note": DEVIATIONS}
+    if board.served:
+        fields["as_served"] = msgspec.to_builtins(board.served.summary())
+        if ends:
+            tail = board.served.summary(last=_TAILS["last_half"])
+            fields["as_served_last_half"] = msgspec.to_builtins(tail)
     if rolling:
         fields["rolling"] = readable_window(rolling)
     if ends:

@@ -14,10 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.evaluate import metrics
-from stream_ctr.evaluate.scoreboard import Scoreboard
+from stream_ctr.evaluate.scoreboard import PROGRESSIVE, Scoreboard
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots.snapshot_writer import Cut
 from stream_ctr.train.alarms import RunAlarms
+from stream_ctr.train.as_served import Copy
 from stream_ctr.train.report import WindowReport, window_report
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.stage_timer import StageTimer
@@ -32,21 +33,24 @@ class LearnedBatch:
     """A batch that waits to be scored.
 
     `logits` maps each model to its logits from before the update, of the examples that
-    `chosen[model]` (bool [n]) marks, or of all n.
+    `chosen[model]` (bool [n]) marks, or of all n. `served` maps each model that is scored as served to
+    logits [n], NaN where an example is not.
     """
 
+    id_hash: npt.NDArray[np.uint64]
     time: npt.NDArray[np.int64]
     label: npt.NDArray[np.uint8]
     true_probability: npt.NDArray[np.float64]
     logits: dict[str, npt.NDArray[np.floating]]
     chosen: dict[str, npt.NDArray[np.bool_]]
+    served: dict[str, npt.NDArray[np.float32]]
     ends_pretraining: bool
 
 
 class ScoringQueue:
     """Batches and cuts in the order in which they were learned and taken.
 
-    Windows that a scored batch closes go to `report`.
+    Windows that a scored batch closes go to `report`, and scored batches to `keep`.
     """
 
     def __init__(
@@ -57,13 +61,15 @@ class ScoringQueue:
         alarms: RunAlarms,
         timer: StageTimer,
         report: Callable[[WindowReport], None],
+        keep: Callable[[LearnedBatch], None] = lambda learned: None,
     ) -> None:
         self._scoreboard = scoreboard
         self._baseline = baseline
         self._alarms = alarms
         self._timer = timer
         self._report = report
-        self._waiting: deque[LearnedBatch | Cut] = deque()
+        self._keep = keep
+        self._waiting: deque[LearnedBatch | Cut | Copy] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -78,12 +84,21 @@ class ScoringQueue:
         if self._baseline:
             self._baseline.process.mark()
 
-    def score(self, *, wait: bool) -> Iterator[tuple[Cut, Marker | None]]:
+    def add_copy(self, copy: Copy) -> None:
+        """Append a candidate for publication that is in memory only."""
+        self._waiting.append(copy)
+
+    def score(self, *, wait: bool) -> Iterator[tuple[Cut | Copy, Marker | None]]:
         """Score the answered batches; yield each cut when all batches before it are scored.
 
         With `wait`, wait for every answer. A cut comes with the baseline's state, if there is one.
         """
         while self._waiting:
+            first = self._waiting[0]
+            if isinstance(first, Copy):
+                self._waiting.popleft()
+                yield first, None
+                continue
             answer = self._answer(self._baseline, wait=wait) if self._baseline else None
             if self._baseline and answer is None:
                 return
@@ -92,7 +107,7 @@ class ScoringQueue:
                 assert answer is None or isinstance(answer, Marker)
                 yield head, answer
             else:
-                assert not isinstance(answer, Marker)
+                assert not isinstance(answer, Marker) and isinstance(head, LearnedBatch)
                 with self._timer("score"):
                     self._score(head, answer)
 
@@ -122,6 +137,29 @@ class ScoringQueue:
                 learned.chosen,
             )
         )
+        self._score_served(learned)
+        self._keep(learned)
         if learned.ends_pretraining:
             self._scoreboard.judge.begin_anew(_PRETRAINING_ENDED)
         self.close_windows(int(learned.time[-1]))  # examples come in event-time order
+
+    def _score_served(self, learned: LearnedBatch) -> None:
+        """Measure the served predictions beside the progressive ones of the same examples."""
+        if not learned.served:
+            return
+        published = next(iter(learned.served))
+        rows = np.isfinite(learned.served[published])
+        if not rows.any():
+            return
+        logits = {name: column[rows] for name, column in learned.served.items()}
+        logits[PROGRESSIVE] = learned.logits[published][rows]
+        finite = {name: np.isfinite(column) for name, column in logits.items()}
+        self._scoreboard.add_served(
+            metrics.Scored(
+                learned.time[rows],
+                learned.label[rows],
+                learned.true_probability[rows],
+                {name: column[finite[name]] for name, column in logits.items()},
+                finite,
+            )
+        )

@@ -57,7 +57,8 @@ class SnapshotCycle:
     """Write, commit and publish one snapshot after another.
 
     `parent` is the name of the last snapshot on disk, `sequence` the number of the last one begun.
-    `failure` is the error of the last attempt, None if it succeeded.
+    `failure` is the error of the last attempt, None if it succeeded. `before` is called in the
+    writer's thread before each snapshot is written.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class SnapshotCycle:
         source: Source,
         publisher: Publisher,
         counters: Counter[str],
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         self.policy = policy
         self.parent: str | None = None
@@ -81,7 +83,13 @@ class SnapshotCycle:
             policy.root,
             sign=policy.signing.sign if policy.signing else None,
             check=publisher.check,
+            before=before,
         )
+
+    @property
+    def parent_path(self) -> Path | None:
+        """The last snapshot on disk. It stays until another one is."""
+        return self.policy.root / self.parent if self.parent else None
 
     def stage(self, segments: Callable[[], snapshot.Segments]) -> snapshot.Segments | None:
         """Keep the spilled segments as they are now, or return None if the disk is full."""
@@ -127,15 +135,19 @@ class SnapshotCycle:
             self.parent = written.path.name
         return written
 
-    def commit_and_publish(self, written: Written) -> None:
-        """Do what follows when a snapshot is on disk. It may be done twice."""
+    def commit_and_publish(self, written: Written) -> bool:
+        """Do what follows when a snapshot is on disk. It may be done twice.
+
+        Returns whether the snapshot is published.
+        """
         failpoint("commit.before")
         self._source.commit(written.positions)
         failpoint("commit.after")
-        self._publish(written)
+        published = self._publish(written)
         # This snapshot is kept: those after it may not verify.
         keep = {written.path.name}
         self._writer.after(lambda: self._publisher.retain(self.policy.keep, keep))
+        return published
 
     def close(self) -> None:
         """Finish what was begun."""
@@ -155,21 +167,23 @@ class SnapshotCycle:
         name = published.snapshot if published else self.parent
         return self.policy.root / name if name else None
 
-    def _publish(self, written: Written) -> None:
+    def _publish(self, written: Written) -> bool:
         name = written.path.name
         manifest = written.manifest
         if not manifest.examples:  # random weights serve nobody
-            return
+            return False
         if refused := [*manifest.gate.refused, *manifest.gate.last_step]:
             self._counters["publications_refused"] += 1
             _log.error("snapshot %s is not published: %s", name, "; ".join(refused))
-            return
+            return False
         try:
             self._publisher.publish(written.path, manifest)
         except (OSError, SnapshotError) as error:
             _log.error("snapshot %s is not published: %s", name, error)
             self._counters["publications_failed"] += 1
             self.failure = SnapshotError(f"snapshot {name} is written but not published: {error}")
+            return False
+        return True
 
     def _fail(self, error: SnapshotError) -> None:
         _log.error("%s", error)

@@ -116,6 +116,11 @@ class TrainingState:
         """The additional models that take no part any more, and why."""
         return {name: guard.left_out for name, guard in self.guards.items() if guard.left_out}
 
+    def learning(self) -> dict[str, Learner]:
+        """Return the models that still learn, by name."""
+        left_out = self.left_out
+        return {name: learner for name, learner in self.learners.items() if name not in left_out}
+
     def watermark(self, idle: npt.NDArray[np.bool_]) -> int:
         """Return the event time before which nothing more is expected.
 

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.batch import EventBatch
@@ -34,9 +37,11 @@ from stream_ctr.snapshots.snapshot_writer import Cut, Written
 from stream_ctr.train import cut
 from stream_ctr.train.alarms import MissingFields, RunAlarms, stalled_partitions
 from stream_ctr.train.alignment import Alignment
+from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll
+from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.report import Kind, Report, build_report, to_json_object
 from stream_ctr.train.resume import partition_names, require_same_run
@@ -74,7 +79,8 @@ class Trainer:
     """Learn from what `ingest` reads; write reports, snapshots and pointers through `publisher`.
 
     `identity` goes into every snapshot: a server rebuilds the models from it, and a resumed run
-    must agree with it.
+    must agree with it. `served` scores examples as they were served, and `predictions` keeps the
+    predictions of every example.
     """
 
     def __init__(
@@ -86,6 +92,8 @@ class Trainer:
         identity: RunIdentity,
         snapshots: SnapshotPolicy,
         baseline: SampledBaseline | None = None,
+        served: AsServed | None = None,
+        predictions: PredictionLog | None = None,
         max_bad_share: float = 0.5,
         surroundings: Surroundings | None = None,
     ) -> None:
@@ -95,9 +103,15 @@ class Trainer:
         self.publisher = publisher
         self.identity = identity
         self.baseline = baseline
+        self.served = served
+        self.predictions = predictions
         self.timer = StageTimer()
         self.snapshots = SnapshotCycle(
-            snapshots, source=self.source, publisher=publisher, counters=state.counters
+            snapshots,
+            source=self.source,
+            publisher=publisher,
+            counters=state.counters,
+            before=predictions.write if predictions else lambda: None,
         )
         self._around = surroundings or Surroundings()
         self._bad_records = BadRecords(
@@ -112,7 +126,9 @@ class Trainer:
             alarms=self._alarms,
             timer=self.timer,
             report=lambda window: publisher.report(to_json_object(window)),
+            keep=predictions.add if predictions else lambda learned: None,
         )
+        self._cut_copies: Sequence[Copy] = ()  # those that the snapshot in progress holds
         self._status = ingest.status()
         self._stopping = False
         self._started = self._around.clock()
@@ -144,6 +160,8 @@ class Trainer:
         self._stopping = True
 
     def _run(self) -> Report:
+        if self.predictions and self.snapshots.parent is None:
+            self.predictions.begin(0)
         self._read()
         if not self._stopping:
             self._drain()
@@ -227,8 +245,12 @@ class Trainer:
 
     def _learn_ready(self, *, partial: bool = False) -> None:
         while batch := self.state.batches.next(partial=partial):
+            before_ms = self.state.last_event_ms
             with self.timer("learn"):
                 self._learn(batch)
+            if self.served and self.served.due(before_ms, self.state.last_event_ms):
+                with self.timer("serve"):
+                    self._publish_in_memory(self.served)
             self._settle(wait=False)
             self._serve_flags()
             if self._stopping and not partial:
@@ -236,7 +258,11 @@ class Trainer:
 
     def _learn(self, batch: Examples) -> None:
         failpoint("learn.before")
+        if self.served and self.served.awaits_verdict(batch):
+            self._settle(wait=True)
         step = self.state.learn(batch, self.timer)
+        if self.served:
+            self.served.note_learned(batch.ids)
         for name, reason in step.diverged.items():
             self._restore_model(name, reason)
         if step.batch is None:
@@ -247,15 +273,58 @@ class Trainer:
                 step.chosen[self.baseline.name] = chosen
         self._unscored.add(
             LearnedBatch(
-                step.batch.time,
-                step.batch.label,
-                step.batch.true_probability,
-                step.logits,
-                step.chosen,
-                step.ends_pretraining,
+                id_hash=step.batch.id_hash,
+                time=step.batch.time,
+                label=step.batch.label,
+                true_probability=step.batch.true_probability,
+                logits=step.logits,
+                chosen=step.chosen,
+                served=self._score_as_served(step.batch),
+                ends_pretraining=step.ends_pretraining,
             )
         )
         failpoint("learn.after")
+
+    def _score_as_served(self, batch: Examples) -> dict[str, npt.NDArray[np.float32]]:
+        if not self.served:
+            return {}
+        with self.timer("serve"):
+            return self.served.score(batch, self.state.counters)
+
+    def _freeze(self) -> Copy | None:
+        """Copy the weights as they are, as a candidate for publication.
+
+        Returns None if impressions are not scored as served, or if there is no room.
+        """
+        served = self.served
+        if not served or not self.state.ledger.count:
+            return None
+        if served.full and served.undecided:
+            self._settle(wait=True)
+        copy = served.freeze(
+            self.state.learning(),
+            examples=self.state.ledger.count,
+            event_ms=self.state.last_event_ms or 0,
+        )
+        if not copy:
+            self.state.counters[PASSED_OVER] += 1
+        return copy
+
+    def _publish_in_memory(self, served: AsServed) -> None:
+        """Make a candidate of the weights as they are; it is decided when all is scored."""
+        last_step = self.state.guard.check_last_step()
+        copy = self._freeze()
+        if copy and last_step:
+            served.decide(copy, published=False, evidence=None)
+        elif copy:
+            self._unscored.add_copy(copy)
+
+    def _decide(self, copy: Copy) -> None:
+        """Pass a verdict on a candidate in memory; every batch before it is scored."""
+        assert self.served
+        judge = self.state.scoreboard.judge
+        judge.judge(self._published_evidence)
+        self.served.decide(copy, published=not judge.refused, evidence=judge.verdict().evidence)
 
     def _restore_model(self, name: str, reason: str) -> None:
         """Give a diverged model the state of an earlier snapshot.
@@ -279,6 +348,8 @@ class Trainer:
             if self.state.blend and len(self.state.left_out) == len(self.state.learners):
                 raise DataError(f"no member of the blend is left: {error}") from None
             return
+        if self.served:
+            self.served.note_replaced()
         if verdict is not None and guard.additional is None:
             self.state.scoreboard.judge.go_back(verdict)
 
@@ -287,15 +358,21 @@ class Trainer:
     def _settle(self, *, wait: bool) -> None:
         """Score the batches that every model predicted, and finish the snapshots behind them."""
         for taken, marker in self._unscored.score(wait=wait):
-            self._write(taken, marker)
+            if isinstance(taken, Copy):
+                self._decide(taken)
+            else:
+                self._write(taken, marker)
         with self.timer("snapshot"):
             finished = self.snapshots.take(wait=wait)
+            published = False
             if isinstance(finished, Diverged):
                 self._restore_model(self.state.published, finished.reason)
             elif finished:
                 for name in finished.not_finite:  # before the snapshot to go back to is removed
                     self._restore_model(name, _NOT_FINITE)
-                self.snapshots.commit_and_publish(finished)
+                published = self.snapshots.commit_and_publish(finished)
+            if self.served and not self.served.every_ms and not self.snapshots.in_progress:
+                self.served.decide_all(published=published)
 
     def _serve_flags(self) -> None:
         flags = self._around.flags
@@ -352,9 +429,17 @@ class Trainer:
         if self.state.blend:
             last_step = self.state.check_last_step()
         self._examples_at_snapshot = self.state.ledger.count
-        segments = self.snapshots.stage(self.state.joiner.segments)
+        copies = self.served.copies() if self.served else []
+        held, linked = cut.keep_copies(
+            copies,
+            self.snapshots.parent_path,
+            self.state.published,
+            of_snapshots=bool(self.served and not self.served.every_ms),
+        )
+        segments = self.snapshots.stage(lambda: {**self.state.joiner.segments(), **linked})
         if segments is None:
             return
+        self._cut_copies = copies
         self._unscored.add_cut(
             cut.take(
                 self.state,
@@ -365,20 +450,34 @@ class Trainer:
                 epoch=self.publisher.epoch,
                 last_step=last_step,
                 segments=segments,
+                copies=held,
             )
         )
+        if self.served and not self.served.every_ms:
+            self._freeze()
         failpoint("cut.after")
 
     def _write(self, taken: Cut, marker: Marker | None) -> None:
         """Judge the model, complete a cut whose batches are all scored, and begin to write it."""
+        if self.predictions:
+            self.predictions.seal(taken.manifest.sequence)
         self.state.scoreboard.judge.judge(self._published_evidence)
         now_ms = int(self._around.wall_clock() * 1000)
         parent = self.snapshots.parent
         self.snapshots.begin(
-            cut.complete(taken, self.state.scoreboard, marker, parent=parent, now_ms=now_ms)
+            cut.complete(
+                taken,
+                self.state.scoreboard,
+                marker,
+                copies=self._cut_copies,
+                parent=parent,
+                now_ms=now_ms,
+            )
         )
 
     def _published_evidence(self) -> Measured | None:
+        if self.served and self.served.every_ms:
+            return self.served.evidence
         manifest = self.publisher.published_manifest()
         return manifest.gate.evidence if manifest else None
 
@@ -392,6 +491,10 @@ class Trainer:
         missing = self.state.restore(path, manifest, tensors)
         if self.baseline:
             self.baseline.load_state_dict(tensors["baseline"])
+        if self.served:
+            self.served.load_state(manifest.served, tensors)
+        if self.predictions:
+            self.predictions.begin(manifest.examples)
         published = self.publisher.published()
         self.snapshots.sequence = manifest.sequence
         self.snapshots.parent = path.name
@@ -406,7 +509,10 @@ class Trainer:
         self._status = self.ingest.status()
         if published is None or published.epoch <= manifest.epoch:
             # Not rolled back. The run that wrote it may have died before it published it.
-            self.snapshots.commit_and_publish(Written(path, manifest, positions))
+            candidate = self._freeze() if self.served and not self.served.every_ms else None
+            done = self.snapshots.commit_and_publish(Written(path, manifest, positions))
+            if self.served and candidate:
+                self.served.decide(candidate, published=done, evidence=None)
         _log.info(
             "resumed from snapshot %s: %d examples, positions %s",
             path.name,
