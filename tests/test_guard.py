@@ -16,6 +16,7 @@ from support.manifests import manifest
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.join.examples import Examples
+from stream_ctr.learn.step import Ids
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 from stream_ctr.train.guard import Diverged, Guard, Learned, Skipped
@@ -80,6 +81,9 @@ class ScriptedLearner:
         if weights.keys() != {"weight"}:
             raise ValueError("tensor 'weight' is missing")
         self.weight = float(weights["weight"][0])
+
+    def copy_weights_to(self, other: Any, ids: Ids | None = None) -> None:
+        raise AssertionError("a guard copies no weights")
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         self.pretraining = bool(state["pretraining"][0])

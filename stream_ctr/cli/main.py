@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
+    SPAN_OPTION,
     LogFormat,
     Settings,
     aligned,
@@ -128,6 +130,7 @@ def main(verbose: int) -> None:
     "on the same examples. `blend` mixes those that follow.  [default: blend]",
 )
 @log_options
+@SPAN_OPTION
 @settings_options()
 @click.option(
     "--state",
@@ -170,6 +173,7 @@ def run(
     source: Path | None,
     models: tuple[str, ...],
     log_format: LogFormat,
+    span: timedelta,
     settings: Settings,
     state: Path,
     until_end: bool,
@@ -207,7 +211,7 @@ def run(
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
         if source:
-            log = log_format.open(source)
+            log = log_format.open(source, span=span)
             notes = log.notes
             print_notes(notes)
             report = runs.train_on_log(log, config, lease, predictions=predictions)
@@ -256,6 +260,7 @@ def run(
     help="Most events in an Arrow record.",
 )
 @log_options
+@SPAN_OPTION
 @settings_options()
 def replay(
     *,
@@ -266,6 +271,7 @@ def replay(
     wire: str,
     batch: int,
     log_format: LogFormat,
+    span: timedelta,
     settings: Settings,
 ) -> None:
     """Produce the events of LOG to a topic, in event-time order.
@@ -284,7 +290,7 @@ def replay(
     factor = _speed(speed)
     config, properties = settings.load()
     client = settings.client(config, properties)
-    opened = log_format.open(log)
+    opened = log_format.open(log, span=span)
     with connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             plural = "s" * (partitions > 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,6 +143,24 @@ class LogFormat:
         from stream_ctr.logs.open import open_log
 
         return open_log(path, format=self.name, seed=self.seed, **options)
+
+
+def _span(ctx: click.Context, option: click.Parameter, text: str) -> timedelta:
+    from stream_ctr.config import duration
+
+    try:
+        return duration(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+SPAN_OPTION = click.option(
+    "--span",
+    default="7d",
+    show_default=True,
+    callback=_span,
+    help="The event time that impressions of a log without times are spread over.",
+)
 
 
 def log_options(command: Command) -> Command:

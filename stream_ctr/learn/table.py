@@ -175,8 +175,9 @@ class Table:
         floats = row_floats(embedding_dim, embeddings=embeddings, optimizer=rates.optimizer)
         try:
             rows = _zeros(1 << bits, floats)
-            generator = torch.Generator().manual_seed(seed)
-            rows[:, : self.width].normal_(0.0, initial_scale, generator=generator)
+            if initial_scale:
+                generator = torch.Generator().manual_seed(seed)
+                rows[:, : self.width].normal_(0.0, initial_scale, generator=generator)
             self.rows = rows.to(device)
         except (OSError, RuntimeError):
             raise ConfigError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -59,13 +59,25 @@ class SyntheticTimes:
     """Parameters of the times that a log lacks.
 
     Impressions are spaced evenly at `rate` a second of event time, from `start_ms` (epoch
-    milliseconds) on. Click delays are log-normal with median `click_delay_seconds`.
+    milliseconds) on, or over all of `span` if it is given. Click delays are log-normal with median `click_delay_seconds`.
     """
 
     seed: int
     click_delay_seconds: float
     rate: float
     start_ms: int
+    span: timedelta | None = None
+
+    def spread_over(self, rows: int) -> SyntheticTimes:
+        """Return the times with the rate at which so many rows take the span, if there is one.
+
+        >>> times = SyntheticTimes(0, 30.0, rate=100.0, start_ms=0, span=timedelta(seconds=6))
+        >>> times.spread_over(3).impression_time(np.arange(3)).tolist()
+        [0, 2000, 4000]
+        """
+        if not self.span:
+            return self
+        return replace(self, rate=max(rows, 1) / self.span.total_seconds())
 
     def impression_time(self, row: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Return the epoch milliseconds of the impressions in these rows, which count from 0.
@@ -81,6 +93,11 @@ class SyntheticTimes:
 
     def impression_note(self) -> str:
         start = datetime.fromtimestamp(self.start_ms / 1000, UTC).isoformat()
+        if self.span:
+            return (
+                "no event times in this log: "
+                f"impressions spread evenly over {_in_words(self.span)} from {start} on (--span)"
+            )
         return (
             "no event times in this log: "
             f"impressions spaced evenly at {self.rate:g} a second from {start} on"
@@ -106,16 +123,23 @@ class CriteoLog(TextLog):
         super().__init__(path, fields, (times.impression_note(), times.click_note()))
         self._times = times
 
-    def _read(self) -> Iterator[LogBatch]:
-        return merge_clicks(self._impressions())
+    @property
+    def identity(self) -> str:
+        """The identity of the log, and the span that its times depend on."""
+        span = self._times.span
+        return f"{super().identity}~{_in_words(span)}" if span else super().identity
 
-    def _impressions(self) -> Iterator[pa.RecordBatch]:
-        delays = self._times.click_delays()
+    def _read(self) -> Iterator[LogBatch]:
+        times = self._times.spread_over(self.count_lines() if self._times.span else 0)
+        return merge_clicks(self._impressions(times))
+
+    def _impressions(self, times: SyntheticTimes) -> Iterator[pa.RecordBatch]:
+        delays = times.click_delays()
         for rows in self.rows(CRITEO_COLUMNS, "\t", header=None):
             rows = rows.labelled("label")
             for name in _CRITEO_INTEGERS:
                 rows = rows.parsed(name, _integers, "an integer")
-            time = self._times.impression_time(rows.line - 1)
+            time = times.impression_time(rows.line - 1)
             click_time = delays.click_time(time, rows.equal("label", "1"))
             features = rows.features((*_CRITEO_CATEGORIES, *_CRITEO_INTEGERS))
             yield impression_batch(_ids("criteo", rows.line), time, click_time, features)
@@ -277,6 +301,19 @@ class OpenBanditLog(TextLog):
             click_time = delays.click_time(time, rows.equal("click", "1"))
             features = rows.features((*self._categorical, *self._numeric))
             yield impression_batch(_ids("obd", rows.line), time, click_time, features)
+
+
+def _in_words(span: timedelta) -> str:
+    """Return a span as it is given.
+
+    >>> _in_words(timedelta(days=7)), _in_words(timedelta(hours=36)), _in_words(timedelta(seconds=5))
+    ('7d', '36h', '5s')
+    """
+    seconds = span.total_seconds()
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds % length == 0:
+            return f"{seconds / length:g}{unit}"
+    return f"{seconds:g}s"
 
 
 def _header_columns(path: Path, header: bytes, reserved: Iterable[str] = ()) -> tuple[str, ...]:

@@ -25,6 +25,7 @@ every event where it was.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 
 from stream_ctr.errors import ConfigError, DataError
@@ -62,11 +63,12 @@ def open_log(
     click_delay_seconds: float = 30.0,
     rate: float = 100.0,
     start_ms: int = DEFAULT_START_MS,
+    span: timedelta | None = None,
 ) -> Log:
     """Return the log at `path`. Without a `format`, it is detected with `sniff`.
 
     Where the log lacks times, impressions are spaced evenly at `rate` a second of event time from
-    `start_ms` (epoch milliseconds) on, and click delays are log-normal with median
+    `start_ms` (epoch milliseconds) on, or over all of `span`, and click delays are log-normal with median
     `click_delay_seconds`, drawn from `seed`.
 
     Raises `DataError` when the log cannot be read, and `ConfigError` when an argument is wrong.
@@ -79,6 +81,8 @@ def open_log(
             f"unknown log format {format!r}{nearest(format, FORMATS)}; known are {known}"
         )
     head(path)
+    if span is not None and span < timedelta(seconds=1):
+        raise ConfigError(f"a span must be at least 1s, got {span.total_seconds():g}s")
     if not (rate > 0 and click_delay_seconds > 0 and seed >= 0):
         raise ConfigError(
             "rate and click delay must be positive, a seed at least 0, "
@@ -86,7 +90,8 @@ def open_log(
         )
     if format in _EVENT_LOGS:
         return _EVENT_LOGS[format](path)
-    return _LABELLED_LOGS[format](path, SyntheticTimes(seed, click_delay_seconds, rate, start_ms))
+    times = SyntheticTimes(seed, click_delay_seconds, rate, start_ms, span)
+    return _LABELLED_LOGS[format](path, times)
 
 
 def sniff(path: Path | str) -> str:

@@ -14,7 +14,7 @@ import pyarrow.csv
 
 from stream_ctr.errors import DataError
 from stream_ctr.logs.log import Log
-from stream_ctr.logs.rows import Rows
+from stream_ctr.logs.rows import Rejected, Rows
 from stream_ctr.messages import one_line
 
 _BLOCK_BYTES = 4 << 20
@@ -69,6 +69,12 @@ class TextLog(Log):
             self.rejected.add(number, reason)
         elif rest:
             yield number, rest + b"\n"
+
+    def count_lines(self) -> int:
+        """Return the number of lines; it takes a pass over the file."""
+        count = sum(data.count(b"\n") for _, data in self.line_blocks())
+        self.rejected = Rejected()  # the next pass finds the same lines
+        return count
 
     def rows(
         self,

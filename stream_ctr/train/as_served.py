@@ -45,7 +45,7 @@ import numpy.typing as npt
 
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.features import mix64
-from stream_ctr.join.examples import Array, Examples
+from stream_ctr.join.examples import Examples
 from stream_ctr.learn.learner import Learner, make_learner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import snapshot
@@ -70,7 +70,10 @@ class _Slot:
     def __init__(self, specs: Mapping[str, LearnerSpec], *, device: str, threads: int) -> None:
         self.learners = {
             name: make_learner(
-                msgspec.structs.replace(spec, batch_size=min(_BATCH_SIZE, spec.batch_size)),
+                # Its weights are loaded: random ones would take half a second.
+                msgspec.structs.replace(
+                    spec, batch_size=min(_BATCH_SIZE, spec.batch_size), initial_scale=0.0
+                ),
                 device=device,
                 threads=threads,
             )

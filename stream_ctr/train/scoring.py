@@ -33,8 +33,8 @@ class LearnedBatch:
     """A batch that waits to be scored.
 
     `logits` maps each model to its logits from before the update, of the examples that
-    `chosen[model]` (bool [n]) marks, or of all n. `served` maps each model that is scored as served to
-    logits [n], NaN where an example is not.
+    `chosen[model]` (bool [n]) marks, or of all n. `served` maps each model that is scored as
+    served to logits [n], NaN where an example is not.
     """
 
     id_hash: npt.NDArray[np.uint64]
@@ -107,7 +107,8 @@ class ScoringQueue:
                 assert answer is None or isinstance(answer, Marker)
                 yield head, answer
             else:
-                assert not isinstance(answer, Marker) and isinstance(head, LearnedBatch)
+                assert not isinstance(answer, Marker)
+                assert isinstance(head, LearnedBatch)
                 with self._timer("score"):
                     self._score(head, answer)
 
