@@ -299,6 +299,7 @@ def _state(
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
             baseline=baseline.name if baseline else None,
             served=served.names if served else (),
+            in_memory=bool(served and served.every_ms),
         ),
         batch_size=_batch_sizes(config),
         blend=blend,

@@ -70,6 +70,12 @@ _METRICS = (
     _Metric("CTR", "ctr", "{:.4f}"),
 )
 _REFERENCES = {"constant": "constant_logloss", "best possible": "best_possible_logloss"}
+_AS_SERVED = "as served"
+_AS_SERVED_WORDS = (
+    "As served: a share of the impressions, by the snapshot that was published when each came; all "
+    "other rows: by the model as it is just before it learns the example."
+)
+_PROGRESSIVE = "progressive"
 _DASH = "–"
 _MOST_VERDICTS = 2  # as sentences; more pairs become a table
 # The columns of that table, in the order of `_METRICS`.
@@ -81,11 +87,12 @@ _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 
 
 class _Scope(NamedTuple):
-    """A part of the stream, and the metrics of the models over it."""
+    """A part of the stream, the metrics of the models over it, and those of what was served."""
 
     title: str
     style: str
     known: Report
+    served: Report
 
 
 class _View:
@@ -100,6 +107,7 @@ class _View:
             *_flow(_progress(report), width),
             Text(),
             _widest_table(report, console, options),
+            *_served_words(report),
             Text(),
         ]
         verdicts = (
@@ -148,12 +156,42 @@ def _first_that_fits(tables: Sequence[Table], console: Console, options: Console
 
 
 def _scopes(report: Report) -> list[_Scope]:
-    scopes = [_Scope("whole run", "", report)]
+    scopes = [_Scope("whole run", "", report, _served(report, "as_served"))]
     if "last_half" in report:
-        return [_Scope("last half", "cyan", _mapping(report, "last_half")), *scopes]
+        served = _served(report, "as_served_last_half")
+        return [_Scope("last half", "cyan", _mapping(report, "last_half"), served), *scopes]
     if "rolling" in report:
-        return [_Scope("rolling window", "cyan", _mapping(report, "rolling")), *scopes]
+        return [_Scope("rolling window", "cyan", _mapping(report, "rolling"), {}), *scopes]
     return scopes
+
+
+def _served(report: Report, key: str) -> Report:
+    """Return the metrics of what was served, by the name of their row."""
+    models = _mapping(_mapping(report, key), "models")
+    return {
+        f"{name} {_AS_SERVED}": _mapping(models, name)
+        for name in models
+        if name != _PROGRESSIVE and _mapping(models, name).get("count")
+    }
+
+
+def _served_words(report: Report) -> Iterator[Text]:
+    """Yield what the rows of served predictions mean, and how far they are from progressive."""
+    if not _served(report, "as_served"):
+        return
+    yield Text(_AS_SERVED_WORDS, "dim")
+    part = "last half" if _served(report, "as_served_last_half") else "whole run"
+    known = _mapping(report, "as_served_last_half" if part == "last half" else "as_served")
+    pair = _mapping(_mapping(known, "pairs"), _PROGRESSIVE)
+    difference = _number(pair.get("logloss_difference"))
+    low, high = (_number(pair.get(key)) for key in ("low", "high"))
+    if difference is not None:
+        interval = "" if low is None else f", 95 % interval {low:+.5f} to {high:+.5f}"
+        yield Text(
+            f"As served minus progressive on the same impressions: logloss {difference:+.5f} nats "
+            f"({part}{interval})",
+            "dim",
+        )
 
 
 def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
@@ -163,6 +201,7 @@ def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
             name for scope in reversed(scopes) for name in _mapping(scope.known, "models")
         )
     )
+    models += dict.fromkeys(name for scope in scopes for name in scope.served)
     references = [
         label
         for label, key in _REFERENCES.items()
@@ -189,7 +228,7 @@ def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
 def _scope_table(
     scope: _Scope, metrics: Sequence[_Metric], models: Sequence[str], references: Sequence[str]
 ) -> Table:
-    known = _mapping(scope.known, "models")
+    known = {**_mapping(scope.known, "models"), **scope.served}
     rows = [
         [_cell(metric, _mapping(known, name).get(metric.key)) for metric in metrics]
         for name in models
@@ -317,7 +356,7 @@ class _Measured(NamedTuple):
 
 def _measured(report: Report) -> _Measured:
     half = _mapping(report, "last_half")
-    scope = _Scope("last half" if half else "whole run", "", half or report)
+    scope = _Scope("last half" if half else "whole run", "", half or report, {})
     pairs, known = {}, _mapping(scope.known, "pairs")
     for name in known:
         numbers = [

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from msgspec import UnsetType
+
 from stream_ctr.evaluate.summary import Difference, Paired
 from stream_ctr.train.report import Report
 
@@ -50,7 +52,7 @@ def summary(report: Report, state: Path) -> str:
         )
     place = state / "snapshots" / str(report.snapshot)
     line = f"{report.kind}: {'; '.join(parts)}; snapshot {place}"
-    return "\n".join([line, *(_model_lines(report) if several else ())])
+    return "\n".join([line, *(_model_lines(report) if several else ()), *_served_lines(report)])
 
 
 def _model_lines(report: Report) -> Iterator[str]:
@@ -65,6 +67,19 @@ def _model_lines(report: Report) -> Iterator[str]:
         if pair and pair.low is not None:
             compared = f"; {first} - {name} {_difference(pair)}"
         yield f"  {name:<{width}}  {figures}{compared}"
+
+
+def _served_lines(report: Report) -> Iterator[str]:
+    """Yield the metrics of what was served, if anything was."""
+    if isinstance(report.as_served, UnsetType):
+        return
+    first, *others = report.as_served.models.items()
+    if not first[1].count:
+        return
+    figures = ", ".join(
+        f"{name} {score.logloss:.5f}" for name, score in (first, *others) if score.logloss
+    )
+    yield f"  as served, logloss on {first[1].count:,} impressions: {figures}"
 
 
 def _difference(pair: Paired | Difference) -> str:

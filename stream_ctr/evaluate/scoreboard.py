@@ -44,7 +44,9 @@ class Scoreboard:
     """The metrics of `models`, the published one first and the `baseline`, if any, last.
 
     `served` names the models that are scored as served too, the published one first. Their metrics
-    stand beside those of the published model's progressive predictions of the same examples.
+    stand beside those of the published model's progressive predictions of the same examples. With
+    `in_memory`, what is served is published apart from snapshots on disk, and has a judge of its
+    own: its verdicts do not depend on when snapshots were taken.
     """
 
     def __init__(
@@ -55,23 +57,39 @@ class Scoreboard:
         gate: Gate,
         baseline: str | None = None,
         served: Sequence[str] = (),
+        in_memory: bool = False,
     ) -> None:
         self.models = tuple(models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
         self.judge = Judge(gate, models, baseline)
         self.served = metrics.WholeRun([*served, PROGRESSIVE]) if served else None
+        self.served_judge = Judge(gate, models, baseline) if served and in_memory else None
 
     def add(self, scored: metrics.Scored) -> None:
         """Measure a batch that every model predicted before it learned it."""
         self.whole.add(scored)
-        self.judge.add(scored)
         self.windows.add(scored)
+        for judge in self._judges():
+            judge.add(scored)
 
     def add_served(self, scored: metrics.Scored) -> None:
         """Measure a batch by the predictions that were served."""
         if self.served:
             self.served.add(scored)
+
+    def begin_anew(self, reason: str) -> None:
+        """Forget the evidence on the published model; see `Judge.begin_anew`."""
+        for judge in self._judges():
+            judge.begin_anew(reason)
+
+    def go_back(self, verdict: Verdict) -> None:
+        """Forget the evidence on the published model; see `Judge.go_back`."""
+        for judge in self._judges():
+            judge.go_back(verdict)
+
+    def _judges(self) -> list[Judge]:
+        return [self.judge, *([self.served_judge] if self.served_judge else [])]
 
     def state_dict(self) -> State:
         """Return all sums as arrays, for a snapshot."""
@@ -80,6 +98,7 @@ class Scoreboard:
             "windows": self.windows.state_dict(),
             "judge": self.judge.state_dict(),
             **({"served": self.served.state_dict()} if self.served else {}),
+            **({"served_judge": self.served_judge.state_dict()} if self.served_judge else {}),
         }
         return {
             f"{part}.{name}": array
@@ -87,14 +106,21 @@ class Scoreboard:
             for name, array in arrays.items()
         }
 
-    def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]], verdict: Verdict) -> None:
-        """Restore what `state_dict` returned, and the last verdict."""
+    def load_state_dict(
+        self,
+        state: Mapping[str, npt.NDArray[Any]],
+        verdict: Verdict,
+        served_verdict: Verdict | None = None,
+    ) -> None:
+        """Restore what `state_dict` returned, and the last verdict of each judge."""
         self.whole.load_state_dict(part(state, "whole."))
         self.windows.load_state_dict(part(state, "windows."))
         self.judge.load_state_dict(part(state, "judge."), verdict)
         # A run without it may be resumed with it.
         if self.served and (served := part(state, "served.")):
             self.served.load_state_dict(served)
+        if self.served_judge and (evidence := part(state, "served_judge.")):
+            self.served_judge.load_state_dict(evidence, served_verdict or Verdict())
 
 
 def part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:

@@ -59,7 +59,8 @@ class SyntheticTimes:
     """Parameters of the times that a log lacks.
 
     Impressions are spaced evenly at `rate` a second of event time, from `start_ms` (epoch
-    milliseconds) on, or over all of `span` if it is given. Click delays are log-normal with median `click_delay_seconds`.
+    milliseconds) on, or over all of `span` if it is given. Click delays are log-normal with median
+    `click_delay_seconds`.
     """
 
     seed: int
@@ -306,8 +307,8 @@ class OpenBanditLog(TextLog):
 def _in_words(span: timedelta) -> str:
     """Return a span as it is given.
 
-    >>> _in_words(timedelta(days=7)), _in_words(timedelta(hours=36)), _in_words(timedelta(seconds=5))
-    ('7d', '36h', '5s')
+    >>> _in_words(timedelta(days=7)), _in_words(timedelta(hours=36))
+    ('7d', '36h')
     """
     seconds = span.total_seconds()
     for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):

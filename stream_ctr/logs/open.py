@@ -68,8 +68,8 @@ def open_log(
     """Return the log at `path`. Without a `format`, it is detected with `sniff`.
 
     Where the log lacks times, impressions are spaced evenly at `rate` a second of event time from
-    `start_ms` (epoch milliseconds) on, or over all of `span`, and click delays are log-normal with median
-    `click_delay_seconds`, drawn from `seed`.
+    `start_ms` (epoch milliseconds) on, or over all of `span`. Click delays are log-normal with
+    median `click_delay_seconds`, drawn from `seed`.
 
     Raises `DataError` when the log cannot be read, and `ConfigError` when an argument is wrong.
     """

@@ -154,7 +154,8 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read.
     `metrics` are those of the whole run. `weights_sha256` is equal if every bit of the published
     weights is. `files` is filled in when the snapshot is written. `served` lists the earlier
-    weights that it holds, for the metrics of what was served.
+    weights that it holds, for the metrics of what was served; `served_verdict` is the last verdict
+    on weights that were published in memory only.
     """
 
     format: Count = FORMAT
@@ -177,4 +178,5 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     metrics: Summary
     weights_sha256: Sha256
     served: tuple[ServedCopy, ...] = ()
+    served_verdict: Verdict | None = None
     files: dict[str, FileEntry] = {}

@@ -85,6 +85,7 @@ def complete(
         metrics=scoreboard.whole.summary(),
         gate=scoreboard.judge.verdict(last_step=cut.manifest.gate.last_step),
         served=tuple(copy.entry() for copy in copies if not copy.refused),
+        served_verdict=scoreboard.served_judge.verdict() if scoreboard.served_judge else None,
     )
     return Cut(tensors, manifest, cut.positions, cut.segments)
 

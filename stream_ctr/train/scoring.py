@@ -141,7 +141,7 @@ class ScoringQueue:
         self._score_served(learned)
         self._keep(learned)
         if learned.ends_pretraining:
-            self._scoreboard.judge.begin_anew(_PRETRAINING_ENDED)
+            self._scoreboard.begin_anew(_PRETRAINING_ENDED)
         self.close_windows(int(learned.time[-1]))  # examples come in event-time order
 
     def _score_served(self, learned: LearnedBatch) -> None:

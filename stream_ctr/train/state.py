@@ -256,7 +256,7 @@ class TrainingState:
             self.joiner.load_state_dict(tensors["joiner"], snapshot.segments(path, manifest))
         except ValueError as error:
             raise SnapshotError(f"snapshot {path.name} cannot be resumed from: {error}") from None
-        self.scoreboard.load_state_dict(tensors["metrics"], manifest.gate)
+        self.scoreboard.load_state_dict(tensors["metrics"], manifest.gate, manifest.served_verdict)
         self.batches.load_state_dict(tensors["examples"])
         self.ledger = Ledger(manifest.ledger.count, manifest.ledger.sum)
         self.counters.clear()

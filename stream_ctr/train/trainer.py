@@ -321,10 +321,12 @@ class Trainer:
 
     def _decide(self, copy: Copy) -> None:
         """Pass a verdict on a candidate in memory; every batch before it is scored."""
-        assert self.served
-        judge = self.state.scoreboard.judge
-        judge.judge(self._published_evidence)
-        self.served.decide(copy, published=not judge.refused, evidence=judge.verdict().evidence)
+        judge = self.state.scoreboard.served_judge
+        served = self.served
+        assert served
+        assert judge
+        judge.judge(lambda: served.evidence)
+        served.decide(copy, published=not judge.refused, evidence=judge.verdict().evidence)
 
     def _restore_model(self, name: str, reason: str) -> None:
         """Give a diverged model the state of an earlier snapshot.
@@ -351,7 +353,7 @@ class Trainer:
         if self.served:
             self.served.note_replaced()
         if verdict is not None and guard.additional is None:
-            self.state.scoreboard.judge.go_back(verdict)
+            self.state.scoreboard.go_back(verdict)
 
     # -- from learned batches to reports and snapshots -------------------------------------------
 
@@ -476,8 +478,6 @@ class Trainer:
         )
 
     def _published_evidence(self) -> Measured | None:
-        if self.served and self.served.every_ms:
-            return self.served.evidence
         manifest = self.publisher.published_manifest()
         return manifest.gate.evidence if manifest else None
 

@@ -131,6 +131,8 @@ def trainer(
     *,
     fields: Sequence[Field] = SIMULATED_FIELDS,
     surroundings: Surroundings | None = None,
+    in_event_time: bool = False,
+    predictions: Path | None = None,
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -143,6 +145,8 @@ def trainer(
         publisher=Publisher(directory),
         directory=directory,
         surroundings=surroundings,
+        in_event_time=in_event_time,
+        predictions=predictions,
     )
     source.trainer = built
     return built
