@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
@@ -91,12 +92,22 @@ def end(state: Path) -> Fingerprint:
 def assert_went_on_as_if_nothing_had_happened(state: Path, clean: Path) -> None:
     assert end(state) == end(clean)
     ours, theirs = last_report(state), last_report(clean)
-    for name in ("kind", "examples", "ledger", "models", "counters", "window_curve"):
+    same = ("kind", "examples", "ledger", "models", "as_served", "counters", "window_curve")
+    for name in same:
         assert ours[name] == theirs[name], name
     assert not list((state / "snapshots").glob("tmp-*"))
     pointed = published(state)
     assert pointed is not None
     assert pointed.examples == end(state).examples
+
+
+def rows_of(predictions: Path) -> pa.Table:
+    """Return all rows of a directory of predictions, whose parts follow each other."""
+    assert not list(predictions.glob("tmp-*"))
+    parts = sorted(predictions.glob("*.parquet"), key=lambda part: part.name.split("-")[1])
+    ends = [int(part.stem.split("-")[2]) for part in parts]
+    assert [int(part.name.split("-")[1]) for part in parts] == [0, *ends[:-1]]
+    return pa.concat_tables([pa.parquet.read_table(part) for part in parts]).combine_chunks()
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +120,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("clean") / "state"
-    run("--source", log, "--state", state, "--until-end", *OPTIONS)
+    predictions = ["--predictions", state.parent / "predictions"]
+    run("--source", log, "--state", state, "--until-end", *OPTIONS, *predictions)
     return state
 
 
@@ -119,13 +131,16 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(
     log, clean, tmp_path, failpoint, outcome
 ):
-    arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS]
+    state = tmp_path / "state"
+    predictions = ["--predictions", tmp_path / "predictions"]
+    arguments = ["--source", log, "--state", state, "--until-end", *OPTIONS, *predictions]
     die(failpoint, *arguments)
-    published(tmp_path)  # whoever reads the pointer now finds a snapshot that is whole, or none yet
-    left = newest(tmp_path)
+    published(state)  # whoever reads the pointer now finds a snapshot that is whole, or none yet
+    left = newest(state)
     result = run(*arguments)
     assert ("resumed from snapshot" in result.output) == (left is not None)
-    assert_went_on_as_if_nothing_had_happened(tmp_path, clean)
+    assert_went_on_as_if_nothing_had_happened(state, clean)
+    assert rows_of(tmp_path / "predictions").equals(rows_of(clean.parent / "predictions"))
     outcome("old or new, never mixed; resumed, ledger and all state equal")
 
 
@@ -150,6 +165,25 @@ def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhi
     run(*died, "-X", "learn.threads=2")
     assert_went_on_as_if_nothing_had_happened(tmp_path / "died", tmp_path / "clean")
     assert {"fnn.model", "pnn.model", "lr.model"} < end(tmp_path / "died").tensors.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "failpoint", ["learn.after:20", "predictions.after:2", "snapshot.rename:2", "snapshot.file:20"]
+)
+def test_what_was_served_is_the_same_after_a_death(log, tmp_path, failpoint):
+    # Published each 20 s of event time, so that a label window has several publications.
+    arguments = ["--source", log, "--until-end", *OPTIONS, "-X", "schedule.snapshot_every=20s"]
+    run("--state", tmp_path / "clean", *arguments, "--predictions", tmp_path / "clean-rows")
+    died = ["--state", tmp_path / "died", *arguments, "--predictions", tmp_path / "died-rows"]
+    die(failpoint, *died)
+    run(*died)
+    ours, theirs = (last_report(tmp_path / name) for name in ("died", "clean"))
+    assert ours["as_served"]["models"]["deepfm"]["count"] > 300
+    for name in ("models", "as_served", "as_served_last_half", "counters"):
+        assert ours[name] == theirs[name], name
+    rows, clean_rows = (rows_of(tmp_path / f"{name}-rows") for name in ("died", "clean"))
+    assert rows.equals(clean_rows)
 
 
 @pytest.mark.slow

@@ -75,7 +75,8 @@ class _Part:
         """Give the part its name, when all of it is on disk."""
         if self.end == self.first:
             return
-        self._flush()
+        if self._rows:
+            self._flush()
         assert self._writer
         self._writer.close()
         with self._path.open("rb") as file:
