@@ -50,6 +50,8 @@ class Run:
         self.learners = {
             name: make_learner(spec, device="cpu", threads=1) for name, spec in SPECS.items()
         }
+        for learner in self.learners.values():
+            learner.track_changes()
         self.served = AsServed(SPECS, share=share, delay_ms=DELAY, device="cpu", threads=1)
         self.counters: Counter[str] = Counter()
         self.learned = 0
@@ -57,7 +59,6 @@ class Run:
     def learn(self, batch: Examples) -> None:
         for learner in self.learners.values():
             learner.learn(batch.ids, batch.label)
-        self.served.note_learned(batch.ids)
         self.learned += len(batch)
 
     def freeze(self, event_ms: int) -> Copy | None:
@@ -149,7 +150,6 @@ def test_a_copy_of_the_rows_that_changed_equals_one_of_all_weights(
         if act == "replace":
             for name, learner in run.learners.items():
                 learner.load_weights(fresh[name])
-            run.served.note_replaced()
             continue
         run.publish(number, published=act == "publish")
         if act == "publish":
@@ -217,7 +217,7 @@ def test_each_probability_is_the_one_that_a_subscriber_would_have_given(
     for index in np.unique(number[chosen]).tolist():
         at = np.flatnonzero(chosen & (number == index))
         features = [shown[rows["id_hash"][row]]["features"] for row in at]
-        for model in ("deepfm", "ftrl"):
+        for model in ("blend", "deepfm", "ftrl", "ftrl_pairs"):
             scorer = Scorer(root / manifests[index].snapshot, model=model)
             np.testing.assert_allclose(
                 rows[f"served.{model}"][at], scorer.predict(features), rtol=1e-4
@@ -236,7 +236,7 @@ def test_polls_and_partitions_do_not_matter(
     for name, column in ours.items():
         assert np.array_equal(column, theirs[name], equal_nan=column.dtype.kind == "f"), name
     progressive = report["as_served"]["models"]["progressive"]
-    assert progressive["count"] == report["as_served"]["models"]["deepfm"]["count"] > 500
+    assert progressive["count"] == report["as_served"]["models"]["blend"]["count"] > 500
 
 
 @pytest.mark.parametrize("keep", [1, 100])

@@ -16,7 +16,6 @@ from support.manifests import manifest
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.join.examples import Examples
-from stream_ctr.learn.step import Ids
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 from stream_ctr.train.guard import Diverged, Guard, Learned, Skipped
@@ -82,7 +81,10 @@ class ScriptedLearner:
             raise ValueError("tensor 'weight' is missing")
         self.weight = float(weights["weight"][0])
 
-    def copy_weights_to(self, other: Any, ids: Ids | None = None) -> None:
+    def track_changes(self) -> None:
+        raise AssertionError("a guard copies no weights")
+
+    def copy_weights_to(self, other: Any) -> None:
         raise AssertionError("a guard copies no weights")
 
     def load_optimizer_state(self, state: Mapping[str, npt.NDArray[Any]]) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet
 import pytest
 from support.trainers import RIVER, Partitions, Sections, finish, split, trainer
 
-from stream_ctr.errors import ConfigError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots import snapshot
 from stream_ctr.train import predictions
 from stream_ctr.train.predictions import PredictionLog
@@ -71,8 +71,8 @@ def test_anybody_can_compute_the_metrics_of_the_report_again(
     served = dict(report["as_served"]["models"])
     same = served.pop("progressive")
     assert_metrics(rows, "served", served)
-    chosen = ~np.isnan(rows["served.deepfm"])
-    progressive = np.where(chosen, rows["progressive.deepfm"], np.nan)
+    chosen = ~np.isnan(rows["served.blend"])
+    progressive = np.where(chosen, rows["progressive.blend"], np.nan)
     assert same["logloss"] == pytest.approx(logloss(progressive, rows["label"]), rel=1e-9)
     best = logloss(rows["true_probability"], rows["label"])
     assert report["best_possible_logloss"] == pytest.approx(best, rel=1e-9)
@@ -109,7 +109,7 @@ def test_a_snapshot_that_cannot_be_written_loses_no_rows(
 
     def sometimes(*args: Any, **options: Any) -> Path:
         if next(failures):
-            raise snapshot.SnapshotError("no space")
+            raise SnapshotError("no space")
         return write(*args, **options)
 
     monkeypatch.setattr(snapshot, "write", sometimes)

@@ -320,14 +320,17 @@ def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) ->
     share = config.metrics.served_share
     if not share:
         return None
-    specs = {identity.learner.model: identity.learner, **identity.beside}
-    every = config.schedule.snapshot_every
-    return AsServed(
-        {
+    specs = identity.specs
+    if not identity.blend:
+        specs = {
             name: spec
             for name, spec in specs.items()
-            if name == identity.learner.model or spec.model == "lr"
-        },
+            if name == identity.published or spec.model == "lr"
+        }
+    every = config.schedule.snapshot_every
+    return AsServed(
+        specs,
+        blend=identity.blend,
         share=share,
         delay_ms=identity.join.label_window_ms + identity.join.allowed_lateness_ms,
         every_ms=in_milliseconds(every) if in_event_time else 0,

@@ -28,6 +28,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.step import Ids, Labels, Values
 from stream_ctr.learn.table_kernels import prefetch
 
@@ -134,11 +135,10 @@ class FTRL:
         self._table[state["rows"]] = state["pairs"]
         self._intercept[:] = state["intercept"]
 
-    def copy_to(self, other: FTRL, ids: Ids | None = None) -> None:
-        """Make the state of `other` equal to this one; with `ids` it differs in these rows only."""
-        rows = slice(None) if ids is None else ids
-        other._table[rows] = self._table[rows]
+    def copy_to(self, other: FTRL, changes: Changes, *, since: int) -> int:
+        """Make the state of `other` equal to this one; see `Changes.copy`."""
         other._intercept[:] = self._intercept
+        return changes.copy(self._table, other._table, since=since)
 
 
 class RiverSemantics:

@@ -92,11 +92,15 @@ class Learner(Protocol):
         """
         ...
 
-    def copy_weights_to(self, other: Any, ids: Ids | None = None) -> None:
+    def track_changes(self) -> None:
+        """Note from now on which rows of the table change; `copy_weights_to` needs it."""
+        ...
+
+    def copy_weights_to(self, other: Any) -> None:
         """Make the weights of `other`, a learner of the same model, equal to these.
 
-        With `ids` int32 [m], which do not repeat, only these rows of the table are copied: the
-        others are equal already.
+        `other` changes by this call and by `load_weights` only. Of the table only those rows are
+        copied that have changed since the last call with it.
         """
         ...
 

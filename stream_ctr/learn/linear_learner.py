@@ -19,6 +19,7 @@ import torch
 from msgspec import UNSET, structs
 from torch import Tensor
 
+from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.ftrl import FTRL
 from stream_ctr.learn.pairs import PairHasher
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
@@ -47,6 +48,8 @@ class LinearLearner:
         self._bits = spec.table_bits if spec.pairs is UNSET else spec.pairs.table_bits
         self._lock = threading.Lock()  # the rows of an example are marked while it is learned
         self._ftrl = _ftrl(spec, self._bits)
+        self._changes: Changes | None = None
+        self._equal_since = 0  # by the changes of the learner that was copied to this one
 
     def learn(
         self,
@@ -58,7 +61,10 @@ class LinearLearner:
     ) -> Tensor | None:
         """Learn the examples with a finite logit; the logit of the others is NaN."""
         with self._lock:
-            logits = self._ftrl.learn(self._coordinates(ids), labels, values)
+            coordinates = self._coordinates(ids)
+            if self._changes:
+                self._changes.mark(coordinates)
+            logits = self._ftrl.learn(coordinates, labels, values)
             self.steps += 1
         return torch.from_numpy(logits)
 
@@ -82,12 +88,20 @@ class LinearLearner:
     def load_weights(self, weights: Tensors) -> None:
         _require_linear(weights, self._bits)
         with self._lock:
+            self._equal_since = 0
+            if self._changes:
+                self._changes.mark_all()
             self._ftrl.load_state_dict(weights)
 
-    def copy_weights_to(self, other: LinearLearner, ids: Ids | None = None) -> None:
-        """Make the weights of `other` equal to these; see `NetworkLearner.copy_weights_to`."""
+    def track_changes(self) -> None:
+        self._changes = Changes(1 << self._bits)
+
+    def copy_weights_to(self, other: LinearLearner) -> None:
+        assert self._changes
         with self._lock, other._lock:
-            self._ftrl.copy_to(other._ftrl, ids)
+            other._equal_since = self._ftrl.copy_to(
+                other._ftrl, self._changes, since=other._equal_since
+            )
 
     def load_optimizer_state(self, state: Tensors) -> None:
         self.steps = int(state["steps"][0])

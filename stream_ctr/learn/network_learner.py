@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_ctr.learn.adam import FlatAdam
+from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.cpu_step import BatchStep
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.gpu_online_step import GpuOnlineStep
@@ -94,6 +95,8 @@ class NetworkLearner:
         self._weight_decay = spec.dense_weight_decay
         self._lock = threading.Lock()  # a step has one set of buffers
         self._host_rows: Tensor | None = None
+        self._changes: Changes | None = None
+        self._equal_since = 0  # by the changes of the learner that was copied to this one
         self._options = StepOptions(
             columns=self.columns,
             batch_size=spec.batch_size,
@@ -157,6 +160,8 @@ class NetworkLearner:
         if following is not None:
             following = following[0][:, : self.columns], *following[1:]
         with self._lock:
+            if self._changes:
+                self._changes.mark(ids[:, : self.columns])
             logits = self._step.learn(
                 ids[:, : self.columns], labels, values, self.steps - self._first_step, following
             )
@@ -214,6 +219,9 @@ class NetworkLearner:
             require_tensor("intercept", weights["intercept"], np.float64, self.intercept.shape)
         with self._lock:
             pretraining = self.pretraining
+            self._equal_since = 0
+            if self._changes:
+                self._changes.mark_all()
             self.table.rows.copy_(torch.from_numpy(weights["table"]))
             self.model.load_state_dict(
                 {name.removeprefix(_DENSE): torch.from_numpy(weights[name]) for name in dense}
@@ -224,17 +232,21 @@ class NetworkLearner:
             if self.pretraining != pretraining:
                 self._step = self._prepared_step()
 
-    def copy_weights_to(self, other: NetworkLearner, ids: Ids | None = None) -> None:
-        """Make the weights of `other`, a learner of the same model, equal to these.
+    def track_changes(self) -> None:
+        if self.device.type == "cpu":
+            self._changes = Changes(len(self.table.rows))
 
-        With `ids` the rows of the table differ at most in these.
-        """
+    def copy_weights_to(self, other: NetworkLearner) -> None:
         with self._lock, other._lock:
-            rows = slice(None) if ids is None else torch.from_numpy(ids).to(self.device)
-            other.table.rows[rows] = self.table.rows[rows]
+            if self._changes:
+                rows, copied = self.table.rows.numpy(), other.table.rows.numpy()
+                other._equal_since = self._changes.copy(rows, copied, since=other._equal_since)
+            else:
+                other.table.rows.copy_(self.table.rows)
             pretraining = other.pretraining
             other.model.load_state_dict(self.model.state_dict())
             other.adam.refresh()
+            other.intercept[:] = self.intercept
             if other.pretraining != pretraining:
                 other._step = other._prepared_step()
 

@@ -46,8 +46,10 @@ import numpy.typing as npt
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.features import mix64
 from stream_ctr.join.examples import Examples
+from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner, make_learner
-from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.spec import BLEND, LearnerSpec
+from stream_ctr.learn.tensors import State, Tensors
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import ServedCopy
 
@@ -65,12 +67,14 @@ Learners = Mapping[str, Learner]
 
 
 class _Slot:
-    """Learners for one copy, and the rows in which they differ from the models of the run."""
+    """Learners for one copy, and the blend of them if that is published."""
 
-    def __init__(self, specs: Mapping[str, LearnerSpec], *, device: str, threads: int) -> None:
+    def __init__(
+        self, specs: Mapping[str, LearnerSpec], blend: Sequence[str], *, device: str, threads: int
+    ) -> None:
         self.learners = {
             name: make_learner(
-                # Its weights are loaded: random ones would take half a second.
+                # Its weights are copied: random ones would take half a second.
                 msgspec.structs.replace(
                     spec, batch_size=min(_BATCH_SIZE, spec.batch_size), initial_scale=0.0
                 ),
@@ -79,40 +83,40 @@ class _Slot:
             )
             for name, spec in specs.items()
         }
-        self._few_ids = min(1 << spec.table_bits for spec in specs.values()) // 4
-        self._learned: list[Ids] = []
-        self._count = 0
-        self._differs_everywhere = True
+        self.blend = Blend(blend) if blend else None
 
-    def note_learned(self, ids: Ids) -> None:
-        """Note that rows of the models have changed."""
-        self._count += ids.size
-        if self._count > self._few_ids:
-            self.note_replaced()
-        if not self._differs_everywhere:
-            self._learned.append(ids)
-
-    def note_replaced(self) -> None:
-        """Note that any row of the models may have changed."""
-        self._differs_everywhere = True
-        self._learned = []
-
-    def copy(self, learners: Learners) -> None:
+    def copy(self, learners: Learners, blend: Blend | None) -> None:
         """Take over the weights of these models."""
-        ids = None
-        if not self._differs_everywhere:
-            ids = np.unique(np.concatenate([np.empty(0, np.int32), *map(np.ravel, self._learned)]))
         for name, learner in learners.items():
-            learner.copy_weights_to(self.learners[name], ids)
-        # The rows of a model that is left out may differ: it does not come back.
-        self._differs_everywhere = False
-        self._learned = []
-        self._count = 0
+            learner.copy_weights_to(self.learners[name])
+        if self.blend and blend:
+            self.blend.load_weights(blend.weights())
+
+    def predict(
+        self, names: Sequence[str], ids: Ids, values: npt.NDArray[np.float32]
+    ) -> dict[str, npt.NDArray[np.floating]]:
+        """Return the logits [n] of these models, and of the blend."""
+        logits = {name: self.learners[name].predict(ids, values) for name in names}
+        if self.blend:
+            missing = np.full(len(ids), np.nan)
+            members = [logits.get(name, missing) for name in self.blend.members]
+            logits[BLEND] = self.blend.predict(np.stack(members).astype(np.float64))
+        return logits
+
+    def weights(self, name: str) -> State:
+        """Return the weights of a model."""
+        if name == BLEND and self.blend:
+            return self.blend.weights()
+        return dict(self.learners[name].weights())
+
+    def load(self, name: str, weights: Tensors) -> None:
+        """Load the weights of a model. Raises `ValueError` if they do not fit."""
+        (self.blend if name == BLEND and self.blend else self.learners[name]).load_weights(weights)
 
 
 @dataclass(slots=True)
 class Copy:
-    """The weights of `names` after `examples` examples, in force from `from_ms` on."""
+    """The weights of the models `names` after `examples` examples, in force from `from_ms` on."""
 
     examples: int
     from_ms: int
@@ -126,8 +130,9 @@ class Copy:
         return ServedCopy(examples=self.examples, from_ms=self.from_ms, evidence=self.evidence)
 
     def stems(self, published: str) -> dict[str, str]:
-        """Return the stem of the file of each model."""
-        return {name: stem_of(self.examples, name, published) for name in self.names}
+        """Return the stem of the file of each model, and of the blend."""
+        names = (*self.names, *([BLEND] if self.slot.blend else []))
+        return {name: stem_of(self.examples, name, published) for name in names}
 
 
 def stem_of(examples: int, name: str, published: str) -> str:
@@ -142,15 +147,17 @@ def stem_of(examples: int, name: str, published: str) -> str:
 class AsServed:
     """Score a `share` of the examples by the copies that were in force.
 
-    `specs` are those of the models that are scored, the published one first. A snapshot is in force
-    `delay_ms` after its last example. With `every_ms` a copy is due each time so much event time
-    has passed; with 0 the copies are those of the snapshots on disk.
+    `specs` are those of the models that are scored, the published one first, or of the members of
+    the `blend`, which is published then. A snapshot is in force `delay_ms` after its last example.
+    With `every_ms` a copy is due each time so much event time has passed; with 0 the copies are
+    those of the snapshots on disk.
     """
 
     def __init__(
         self,
         specs: Mapping[str, LearnerSpec],
         *,
+        blend: Sequence[str] = (),
         share: float,
         delay_ms: int,
         every_ms: int = 0,
@@ -158,6 +165,7 @@ class AsServed:
         threads: int = 0,
     ) -> None:
         self.specs = dict(specs)
+        self.blend = tuple(blend)
         self.share = share
         self.every_ms = every_ms
         self._delay_ms = delay_ms
@@ -171,12 +179,12 @@ class AsServed:
     @property
     def names(self) -> tuple[str, ...]:
         """The models that are scored, the published one first."""
-        return tuple(self.specs)
+        return (*([BLEND] if self.blend else []), *self.specs)
 
     @property
     def published(self) -> str:
         """The name of the published model."""
-        return next(iter(self.specs))
+        return self.names[0]
 
     # -- which weights are in force --------------------------------------------------------------
 
@@ -199,16 +207,18 @@ class AsServed:
         """Whether there is a candidate."""
         return bool(self._candidates)
 
-    def freeze(self, learners: Learners, *, examples: int, event_ms: int) -> Copy | None:
+    def freeze(
+        self, learners: Learners, *, blend: Blend | None = None, examples: int, event_ms: int
+    ) -> Copy | None:
         """Copy the weights of these models after so many examples, the last one at `event_ms`.
 
-        Returns a candidate, or None if there is no room.
+        Returns a candidate, or None if there is no room. The models must track their changes.
         """
         if self.full:
             return None
         names = tuple(name for name in self.specs if name in learners)
         slot = self._free_slot()
-        slot.copy({name: learners[name] for name in names})
+        slot.copy({name: learners[name] for name in names}, blend)
         copy = Copy(examples, event_ms + self._delay_ms, names, slot)
         self._candidates.append(copy)
         return copy
@@ -243,7 +253,7 @@ class AsServed:
         used = {id(copy.slot) for copy in self.copies()}
         free = [slot for slot in self._slots if id(slot) not in used]
         if not free:
-            free = [_Slot(self.specs, device=self._device, threads=self._threads)]
+            free = [_Slot(self.specs, self.blend, device=self._device, threads=self._threads)]
             self._slots += free
         return free[0]
 
@@ -261,13 +271,13 @@ class AsServed:
         if before:
             counters[BEFORE_FIRST] += before
         chosen = self._chosen(batch.id_hash)
-        logits = {name: np.full(len(batch), np.nan, np.float32) for name in self.specs}
+        logits = {name: np.full(len(batch), np.nan, np.float32) for name in self.names}
         for number, copy in enumerate(self._in_force):
             rows = np.flatnonzero(chosen & (served_by == number))
             if len(rows):
-                ids, values = batch.ids[rows], batch.values[rows]
-                for name in copy.names:
-                    logits[name][rows] = copy.slot.learners[name].predict(ids, values)
+                found = copy.slot.predict(copy.names, batch.ids[rows], batch.values[rows])
+                for name, predicted in found.items():
+                    logits[name][rows] = predicted
         return logits
 
     def _chosen(self, id_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
@@ -279,16 +289,6 @@ class AsServed:
         """Forget the copies that serve no impression from this event time on."""
         ended = sum(later.from_ms <= event_ms for _, later in pairwise(self._in_force))
         del self._in_force[:ended]
-
-    def note_learned(self, ids: Ids) -> None:
-        """Note that the models have learned examples with these ids."""
-        for slot in self._slots:
-            slot.note_learned(ids)
-
-    def note_replaced(self) -> None:
-        """Note that a model has got other weights."""
-        for slot in self._slots:
-            slot.note_replaced()
 
     # -- state -----------------------------------------------------------------------------------
 
@@ -303,14 +303,12 @@ class AsServed:
         """
         self._in_force = []
         self._candidates = []
-        self.note_replaced()
         for entry in entries:
-            stems = {name: stem_of(entry.examples, name, self.published) for name in self.specs}
+            stems = {name: stem_of(entry.examples, name, self.published) for name in self.names}
             held = {name: stem for name, stem in stems.items() if stem in tensors}
             slot = self._free_slot()
             for name, stem in held.items():
                 with contextlib.suppress(ValueError):  # not finite: its logits are not, either
-                    slot.learners[name].load_weights(tensors[stem])
-            self._in_force.append(
-                Copy(entry.examples, entry.from_ms, tuple(held), slot, entry.evidence)
-            )
+                    slot.load(name, tensors[stem])
+            names = tuple(name for name in self.specs if name in held)
+            self._in_force.append(Copy(entry.examples, entry.from_ms, names, slot, entry.evidence))

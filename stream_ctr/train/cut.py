@@ -72,7 +72,7 @@ def complete(
 
     Of the `copies` that were made before the cut, those that were refused are left out.
     """
-    published = cut.manifest.learner.model
+    published = cut.manifest.published
     refused = {stem for copy in copies if copy.refused for stem in copy.stems(published).values()}
     tensors = {stem: named for stem, named in cut.tensors.items() if stem not in refused}
     tensors["metrics"] = scoreboard.state_dict()
@@ -109,7 +109,7 @@ def keep_copies(
                 found = parent / snapshot.file_name(held_as)
                 links[snapshot.file_name(stem)] = (found, entry.sha256, entry.bytes)
             else:
-                tensors[stem] = dict(copy.slot.learners[name].weights())
+                tensors[stem] = copy.slot.weights(name)
     return tensors, links
 
 

@@ -157,7 +157,7 @@ class Guard:
             logits = self.learner.learn(kept.ids, kept.label, kept.values)
         return Learned(_to_host(logits), finite) if logits is not None else None
 
-    def check_last_step(self) -> tuple[str, ...] | Diverged:
+    def check_last_step(self, *, most: int | None = None) -> tuple[str, ...] | Diverged:
         """Return what the last step did wrong, empty if nothing.
 
         Metrics measure a batch before its step, so they say nothing about the last one. Returns
@@ -167,12 +167,13 @@ class Guard:
             return ()
         if self._last is None:  # no step since this run resumed
             return self._resumed_last_step
-        examples, learned = self._last
+        learned = self._last[1]
+        examples = self._last[0][:most]
         after = self.learner.predict(examples.ids, examples.values).astype(np.float64)
         if not np.isfinite(after).all():
             return Diverged("after its last step it predicts values that are not finite")
         return worsened(
-            learned.logits.astype(np.float64),
+            learned.logits[:most].astype(np.float64),
             after,
             examples.label,
             ends_pretraining=learned.ends_pretraining,

@@ -175,11 +175,20 @@ class TrainingState:
             self._last = batch, blended[kept]
         return step
 
-    def check_last_step(self) -> tuple[str, ...]:
+    def check_published_step(self, *, most: int) -> tuple[str, ...] | Diverged:
+        """Return what the last step did wrong to the published model, on some of its examples.
+
+        It looks at the first `most` examples. Returns `Diverged` as `Guard.check_last_step` does.
+        """
+        if self.blend:
+            return self.check_last_step(most=most)
+        return self.guards[self.published].check_last_step(most=most)
+
+    def check_last_step(self, *, most: int | None = None) -> tuple[str, ...]:
         """Return what the last step of the blend did wrong, empty if nothing or without a blend."""
         if self._last is None or self.blend is None:
             return self._resumed_last_step
-        examples, before = self._last
+        examples, before = self._last[0][:most], self._last[1][:most]
         learners = {
             name: learner for name, learner in self.learners.items() if name not in self.left_out
         }

@@ -53,6 +53,7 @@ from stream_ctr.train.state import TrainingState
 
 _log = logging.getLogger(__name__)
 _POLL_SECONDS = 0.25
+_CHECKED_EXAMPLES = 256  # of the last step before weights are published in memory
 _NOT_FINITE = "its weights are not finite"
 
 
@@ -137,6 +138,8 @@ class Trainer:
         for learner in state.learners.values():
             # Memory for the copies in snapshots is allocated now, not while learning waits.
             learner.weights(reuse=True)
+            if served:
+                learner.track_changes()
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -261,8 +264,6 @@ class Trainer:
         if self.served and self.served.awaits_verdict(batch):
             self._settle(wait=True)
         step = self.state.learn(batch, self.timer)
-        if self.served:
-            self.served.note_learned(batch.ids)
         for name, reason in step.diverged.items():
             self._restore_model(name, reason)
         if step.batch is None:
@@ -303,6 +304,7 @@ class Trainer:
             self._settle(wait=True)
         copy = served.freeze(
             self.state.learning(),
+            blend=self.state.blend,
             examples=self.state.ledger.count,
             event_ms=self.state.last_event_ms or 0,
         )
@@ -312,7 +314,7 @@ class Trainer:
 
     def _publish_in_memory(self, served: AsServed) -> None:
         """Make a candidate of the weights as they are; it is decided when all is scored."""
-        last_step = self.state.guard.check_last_step()
+        last_step = self.state.check_published_step(most=_CHECKED_EXAMPLES)
         copy = self._freeze()
         if copy and last_step:
             served.decide(copy, published=False, evidence=None)
@@ -350,8 +352,6 @@ class Trainer:
             if self.state.blend and len(self.state.left_out) == len(self.state.learners):
                 raise DataError(f"no member of the blend is left: {error}") from None
             return
-        if self.served:
-            self.served.note_replaced()
         if verdict is not None and guard.additional is None:
             self.state.scoreboard.go_back(verdict)
 
