@@ -24,9 +24,13 @@ Rows = npt.NDArray[Any]
 class Changes:
     """When each row of a table changed last, in the count of copies that were made of it."""
 
+    FIRST = 1
+    """Since when a table has changed at all."""
+
     def __init__(self, rows: int) -> None:
         self._last = np.zeros(rows, np.int32)
-        self._now = 1
+        self._rows = np.empty(rows + 1, np.int32)  # those that are copied
+        self._now = self.FIRST
 
     def mark(self, ids: npt.NDArray[np.int32]) -> None:
         """Note that the rows `ids` [n, F] change."""
@@ -41,7 +45,11 @@ class Changes:
 
         `since` is what that copy returned, or 0 to copy all rows.
         """
-        _copy(self._last, since, source, target)
+        rows = self._rows[: _changed(self._last, since, self._rows)]
+        if 4 * len(rows) > len(source):
+            target[:] = source
+        else:
+            _copy(rows, source, target)
         self._now += 1
         return self._now
 
@@ -54,9 +62,19 @@ def _mark(last, ids, now):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _copy(last, since, source, target):  # type: ignore[no-untyped-def]
-    width = source.shape[1]
+def _changed(last, since, rows):  # type: ignore[no-untyped-def]
+    """Write the rows that changed into `rows`; return how many."""
+    count = 0
     for row in range(len(last)):
-        if last[row] >= since:
-            for column in range(width):
-                target[row, column] = source[row, column]
+        # The next row overwrites one that does not count: this avoids an unpredictable branch.
+        rows[count] = row
+        count += last[row] >= since
+    return count
+
+
+@numba.njit(cache=True, nogil=True)
+def _copy(rows, source, target):  # type: ignore[no-untyped-def]
+    for i in range(len(rows)):
+        row = rows[i]
+        for column in range(source.shape[1]):
+            target[row, column] = source[row, column]

@@ -135,9 +135,15 @@ class FTRL:
         self._table[state["rows"]] = state["pairs"]
         self._intercept[:] = state["intercept"]
 
-    def copy_to(self, other: FTRL, changes: Changes, *, since: int) -> int:
-        """Make the state of `other` equal to this one; see `Changes.copy`."""
+    def copy_to(self, other: FTRL, changes: Changes | None, *, since: int) -> int:
+        """Make the state of `other` equal to this one; see `Changes.copy`.
+
+        Without `changes`, all rows are copied.
+        """
         other._intercept[:] = self._intercept
+        if changes is None:
+            other._table[:] = self._table
+            return 0
         return changes.copy(self._table, other._table, since=since)
 
 

@@ -93,14 +93,14 @@ class Learner(Protocol):
         ...
 
     def track_changes(self) -> None:
-        """Note from now on which rows of the table change; `copy_weights_to` needs it."""
+        """Note from now on which rows of the table change, for `copy_weights_to`."""
         ...
 
     def copy_weights_to(self, other: Any) -> None:
         """Make the weights of `other`, a learner of the same model, equal to these.
 
-        `other` changes by this call and by `load_weights` only. Of the table only those rows are
-        copied that have changed since the last call with it.
+        `other` changes by this call and by `load_weights` only. After `track_changes`, only those
+        rows of the table are copied that have changed since the last call with it.
         """
         ...
 

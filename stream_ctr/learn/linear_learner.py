@@ -49,7 +49,9 @@ class LinearLearner:
         self._lock = threading.Lock()  # the rows of an example are marked while it is learned
         self._ftrl = _ftrl(spec, self._bits)
         self._changes: Changes | None = None
-        self._equal_since = 0  # by the changes of the learner that was copied to this one
+        # By the changes of the learner that is copied to this one. Both begin with a table of
+        # zeros, which takes memory only where it is written.
+        self._equal_since = Changes.FIRST
 
     def learn(
         self,
@@ -97,11 +99,9 @@ class LinearLearner:
         self._changes = Changes(1 << self._bits)
 
     def copy_weights_to(self, other: LinearLearner) -> None:
-        assert self._changes
         with self._lock, other._lock:
-            other._equal_since = self._ftrl.copy_to(
-                other._ftrl, self._changes, since=other._equal_since
-            )
+            since = other._equal_since
+            other._equal_since = self._ftrl.copy_to(other._ftrl, self._changes, since=since)
 
     def load_optimizer_state(self, state: Tensors) -> None:
         self.steps = int(state["steps"][0])

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.changes import Changes
-from stream_ctr.learn.cpu_step import BatchStep
+from stream_ctr.learn.cpu_step import BatchStep, one_torch_thread
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.gpu_online_step import GpuOnlineStep
 from stream_ctr.learn.gpu_step import GpuBatchStep, GpuStep
@@ -244,8 +244,9 @@ class NetworkLearner:
             else:
                 other.table.rows.copy_(self.table.rows)
             pretraining = other.pretraining
-            other.model.load_state_dict(self.model.state_dict())
-            other.adam.refresh()
+            with one_torch_thread():
+                other.model.load_state_dict(self.model.state_dict())
+                other.adam.refresh()
             other.intercept[:] = self.intercept
             if other.pretraining != pretraining:
                 other._step = other._prepared_step()

@@ -212,7 +212,7 @@ class AsServed:
     ) -> Copy | None:
         """Copy the weights of these models after so many examples, the last one at `event_ms`.
 
-        Returns a candidate, or None if there is no room. The models must track their changes.
+        Returns a candidate, or None if there is no room.
         """
         if self.full:
             return None

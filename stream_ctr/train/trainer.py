@@ -138,7 +138,7 @@ class Trainer:
         for learner in state.learners.values():
             # Memory for the copies in snapshots is allocated now, not while learning waits.
             learner.weights(reuse=True)
-            if served:
+            if served and served.every_ms:  # copies are frequent
                 learner.track_changes()
 
     # -- the loop --------------------------------------------------------------------------------
