@@ -417,3 +417,36 @@ def test_what_seldom_happens_is_counted_in_the_table_once_it_has_happened() -> N
     assert "spilled" not in text
     assert "12 clicks evicted" in text
     assert "0 rejected" in text
+
+
+SERVED: dict[str, Any] = {
+    "models": {
+        "deepfm": metrics(0.1155, 0.7555, 4321),
+        "ftrl": metrics(0.1255, 0.7455, 4321),
+        "progressive": metrics(0.1144, 0.7444, 4321),
+    },
+    "pairs": {"progressive": {"logloss_difference": 0.0011, "low": 0.0007, "high": 0.0015}},
+}
+
+
+def drawn(report: Mapping[str, Any], width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width)
+    console.print(final_table(report))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def test_what_was_served_stands_below_the_progressive_metrics_with_the_difference_in_words():
+    report = {**REPORT, "last_half": REPORT["rolling"], "as_served": SERVED}
+    text = drawn({**report, "as_served_last_half": SERVED})
+    row = next(line for line in text.splitlines() if line.startswith("deepfm as served"))
+    assert row.split().count("0.11550") == 2
+    assert text.index("deepfm  ") < text.index("deepfm as served") < text.index("ftrl as served")
+    assert "As served: a share of the impressions, by the snapshot that was published" in text
+    assert "As served minus progressive on the same impressions: logloss +0.00110 nats" in text
+    assert "progressive as served" not in text
+
+
+def test_before_anything_was_served_nothing_is_said_about_it():
+    empty = {"models": {"deepfm": {**metrics(0.1, 0.7, 0), "logloss": None}}}
+    assert drawn({**REPORT, "as_served": empty}) == drawn(REPORT)

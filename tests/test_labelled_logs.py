@@ -22,7 +22,7 @@ from support.sample_logs import (
     write_lines,
 )
 
-from stream_ctr.errors import DataError
+from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.events.field import Field
 from stream_ctr.logs import text_log
 from stream_ctr.logs.log import DEFAULT_START_MS
@@ -303,3 +303,35 @@ def test_another_seed_gives_other_click_times(tmp_path: Path) -> None:
         for seed in (0, 1)
     )
     assert first != second
+
+
+# -- a span of event time ------------------------------------------------------------------------
+
+
+def test_impressions_without_times_are_spread_over_the_span(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "day.tsv", *(criteo_line("0") for _ in range(4)))
+    log = open_log(path, span=timedelta(hours=1))
+    for _ in range(2):  # every pass gives the same times
+        times = [event["time"] - DEFAULT_START_MS for event in read(log)]
+        assert times == [0, 900_000, 1_800_000, 2_700_000]
+    assert "spread evenly over 1h" in log.notes[0]
+
+
+def test_bad_lines_are_counted_once_though_a_span_takes_two_passes(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "day.tsv", criteo_line("0"), "x" * (17 << 20), criteo_line("1"))
+    log = open_log(path, format="criteo", span=timedelta(days=1))
+    assert len(of_kind(read(log), "impression")) == 2
+    assert log.rejected.count == 1
+
+
+def test_the_span_is_part_of_the_identity_of_a_log(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "day.tsv", criteo_line("0"))
+    day, week = (open_log(path, span=timedelta(days=days)).identity for days in (1, 7))
+    assert day != week
+    assert open_log(OBD, span=timedelta(days=1)).identity == open_log(OBD).identity
+
+
+def test_a_span_is_at_least_a_second(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "day.tsv", criteo_line("0"))
+    with pytest.raises(ConfigError, match="at least 1s, got 0.5s"):
+        open_log(path, span=timedelta(seconds=0.5))
