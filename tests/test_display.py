@@ -429,17 +429,11 @@ SERVED: dict[str, Any] = {
 }
 
 
-def drawn(report: Mapping[str, Any], width: int = 200) -> str:
-    console = Console(file=io.StringIO(), width=width)
-    console.print(final_table(report))
-    text: str = console.file.getvalue()  # type: ignore[attr-defined]
-    return text
-
-
 def test_what_was_served_stands_below_the_progressive_metrics_with_the_difference_in_words():
     report = {**REPORT, "last_half": REPORT["rolling"], "as_served": SERVED}
-    text = drawn({**report, "as_served_last_half": SERVED})
-    row = next(line for line in text.splitlines() if line.startswith("deepfm as served"))
+    lines = drawn({**report, "as_served_last_half": SERVED}, width=200)
+    text = "\n".join(lines)
+    row = next(line for line in lines if line.startswith("deepfm as served"))
     assert row.split().count("0.11550") == 2
     assert text.index("deepfm  ") < text.index("deepfm as served") < text.index("ftrl as served")
     assert "As served: a share of the impressions, by the snapshot that was published" in text
