@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.trainers import Partitions, Sections, finish, split, trainer
+from support.trainers import SMALL, Partitions, Sections, finish, split, trainer
 
 from stream_ctr import Scorer
 from stream_ctr.events.features import hash_ids, mix64
@@ -168,6 +168,7 @@ def test_the_share_is_chosen_by_the_hash_of_the_id() -> None:
 # -- in a run ------------------------------------------------------------------------------------
 
 PUBLISHING: Sections = {
+    "model": {**SMALL["model"], "name": "blend"},
     "schedule": {"snapshot_examples": 512},
     "snapshots": {"keep": 100, "gate_clicks": 0},
     "metrics": {"window": "60s", "served_share": 0.5},

@@ -429,7 +429,7 @@ SERVED: dict[str, Any] = {
 }
 
 
-def test_what_was_served_stands_below_the_progressive_metrics_with_the_difference_in_words():
+def test_what_was_served_stands_below_the_progressive_metrics_with_the_difference() -> None:
     report = {**REPORT, "last_half": REPORT["rolling"], "as_served": SERVED}
     lines = drawn({**report, "as_served_last_half": SERVED}, width=200)
     text = "\n".join(lines)
@@ -441,6 +441,6 @@ def test_what_was_served_stands_below_the_progressive_metrics_with_the_differenc
     assert "progressive as served" not in text
 
 
-def test_before_anything_was_served_nothing_is_said_about_it():
+def test_before_anything_was_served_nothing_is_said_about_it() -> None:
     empty = {"models": {"deepfm": {**metrics(0.1, 0.7, 0), "logloss": None}}}
     assert drawn({**REPORT, "as_served": empty}) == drawn(REPORT)

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from support.trainers import RIVER, Partitions, Sections, finish, split, trainer
+from support.trainers import RIVER, SMALL, Partitions, Sections, finish, split, trainer
 
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots import snapshot
@@ -18,6 +18,7 @@ from stream_ctr.train import predictions
 from stream_ctr.train.predictions import PredictionLog
 
 SECTIONS: Sections = {
+    "model": {**SMALL["model"], "name": "blend"},
     "schedule": {"snapshot_examples": 1024},
     "metrics": {"window": "60s", "served_share": 0.5},
     "snapshots": {"keep": 1},

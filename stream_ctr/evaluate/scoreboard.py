@@ -110,7 +110,7 @@ class Scoreboard:
         self,
         state: Mapping[str, npt.NDArray[Any]],
         verdict: Verdict,
-        served_verdict: Verdict | None = None,
+        served_verdict: Verdict = Verdict(),  # noqa: B008 - frozen
     ) -> None:
         """Restore what `state_dict` returned, and the last verdict of each judge."""
         self.whole.load_state_dict(part(state, "whole."))
@@ -120,7 +120,7 @@ class Scoreboard:
         if self.served and (served := part(state, "served.")):
             self.served.load_state_dict(served)
         if self.served_judge and (evidence := part(state, "served_judge.")):
-            self.served_judge.load_state_dict(evidence, served_verdict or Verdict())
+            self.served_judge.load_state_dict(evidence, served_verdict)
 
 
 def part(state: Mapping[str, npt.NDArray[Any]], prefix: str) -> State:

@@ -178,5 +178,5 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     metrics: Summary
     weights_sha256: Sha256
     served: tuple[ServedCopy, ...] = ()
-    served_verdict: Verdict | None = None
+    served_verdict: Verdict = Verdict()
     files: dict[str, FileEntry] = {}

@@ -13,6 +13,7 @@ import msgspec
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate import summary
+from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.evaluate.scoreboard import Scoreboard
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
@@ -76,6 +77,7 @@ def complete(
     refused = {stem for copy in copies if copy.refused for stem in copy.stems(published).values()}
     tensors = {stem: named for stem, named in cut.tensors.items() if stem not in refused}
     tensors["metrics"] = scoreboard.state_dict()
+    served_judge = scoreboard.served_judge
     if marker:
         tensors["baseline"] = dict(marker.state)
     manifest = msgspec.structs.replace(
@@ -85,7 +87,7 @@ def complete(
         metrics=scoreboard.whole.summary(),
         gate=scoreboard.judge.verdict(last_step=cut.manifest.gate.last_step),
         served=tuple(copy.entry() for copy in copies if not copy.refused),
-        served_verdict=scoreboard.served_judge.verdict() if scoreboard.served_judge else None,
+        served_verdict=served_judge.verdict() if served_judge else Verdict(),
     )
     return Cut(tensors, manifest, cut.positions, cut.segments)
 
