@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -238,6 +240,24 @@ def test_polls_and_partitions_do_not_matter(
         assert np.array_equal(column, theirs[name], equal_nan=column.dtype.kind == "f"), name
     progressive = report["as_served"]["models"]["progressive"]
     assert progressive["count"] == report["as_served"]["models"]["blend"]["count"] > 500
+
+
+def test_a_batch_waits_for_the_snapshot_that_its_impressions_were_served_by(
+    tmp_path: Path, stream: pa.LargeBinaryArray, published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = snapshot.write
+
+    def slowly(*args: Any, **options: Any) -> Path:
+        time.sleep(0.1)
+        return write(*args, **options)
+
+    monkeypatch.setattr(snapshot, "write", slowly)
+    source = Partitions(split(stream, 2))
+    all_at_once: Any = SimpleNamespace(permutation=np.arange, integers=lambda *_: 10**6)
+    source._rng = all_at_once
+    report = run_to_end(tmp_path / "slow", source)
+    last = json.loads((published / "reports.jsonl").read_text().splitlines()[-1])
+    assert report["as_served"] == last["as_served"]
 
 
 @pytest.mark.parametrize("keep", [1, 100])
