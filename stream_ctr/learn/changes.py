@@ -12,11 +12,16 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from stream_ctr.learn.thread_pool import ThreadPool
 
 Rows = npt.NDArray[Any]
 
@@ -29,7 +34,7 @@ class Changes:
 
     def __init__(self, rows: int) -> None:
         self._last = np.zeros(rows, np.int32)
-        self._rows = np.empty(rows + 1, np.int32)  # those that are copied
+        self._pool = ThreadPool(os.cpu_count() or 1)
         self._now = self.FIRST
 
     def mark(self, ids: npt.NDArray[np.int32]) -> None:
@@ -45,11 +50,20 @@ class Changes:
 
         `since` is what that copy returned, or 0 to copy all rows.
         """
-        rows = self._rows[: _changed(self._last, since, self._rows)]
-        if 4 * len(rows) > len(source):
-            target[:] = source
-        else:
-            _copy(rows, source, target)
+        edges = np.linspace(0, len(source), self._pool.threads + 1).astype(int).tolist()
+        self._pool.run(
+            [
+                partial(
+                    _copy,
+                    self._last[first:end],
+                    since,
+                    np.empty(end - first + 1, np.int32),
+                    source[first:end],
+                    target[first:end],
+                )
+                for first, end in pairwise(edges)
+            ]
+        )
         self._now += 1
         return self._now
 
@@ -62,19 +76,17 @@ def _mark(last, ids, now):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, nogil=True)
-def _changed(last, since, rows):  # type: ignore[no-untyped-def]
-    """Write the rows that changed into `rows`; return how many."""
+def _copy(last, since, rows, source, target):  # type: ignore[no-untyped-def]
+    """Copy the rows that changed; `rows` is memory for one number more than there are rows."""
     count = 0
     for row in range(len(last)):
         # The next row overwrites one that does not count: this avoids an unpredictable branch.
         rows[count] = row
         count += last[row] >= since
-    return count
-
-
-@numba.njit(cache=True, nogil=True)
-def _copy(rows, source, target):  # type: ignore[no-untyped-def]
-    for i in range(len(rows)):
+    if 4 * count > len(last):
+        target[:] = source
+        return
+    for i in range(count):
         row = rows[i]
         for column in range(source.shape[1]):
             target[row, column] = source[row, column]
