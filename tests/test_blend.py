@@ -172,6 +172,9 @@ def test_it_reports_its_regret_against_the_best() -> None:
     assert report.weights["b"] > 0.9
     regret = losses(found, labels).sum() - losses(logits[1], labels).sum()
     assert report.regret_nats == pytest.approx(regret)
+    # An example that not all of them predicted does not count.
+    blend.learn(np.array([[np.nan], [-9.0]]), np.array([1], np.uint8))
+    assert blend.report().regret_nats == pytest.approx(regret)
 
 
 def test_it_resumes_exactly() -> None:

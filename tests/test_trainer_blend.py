@@ -189,3 +189,28 @@ def test_a_run_ends_when_no_member_of_its_blend_is_left(
     spoil(built, "deepfm", after=10)
     with pytest.raises(DataError, match="no member of the blend is left"):
         finish(built)
+
+
+def test_a_last_step_that_spoils_the_blend_keeps_its_snapshot_from_subscribers(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    built = trainer(tmp_path, Partitions([stream.slice(0, 900)]), **BLEND)
+    learn = built.state.learn
+
+    def spoiled(*arguments: Any) -> Any:
+        step = learn(*arguments)
+        assert built.state.blend
+        built.state.blend._u[-1] = 50.0  # the stack is sure of a click
+        built.state.blend._omega[:] = [0, 0, 0, 0, 1]
+        return step
+
+    built.state.learn = spoiled  # type: ignore[method-assign]
+    finish(built)
+    newest = snapshot.newest(tmp_path / "snapshots")
+    assert newest
+    (reason,) = snapshot.read_manifest(newest).gate.last_step
+    assert reason.startswith("its last step took the logloss of its own examples from")
+    assert not (tmp_path / "latest.json").exists()
+    resumed = trainer(tmp_path, Partitions([stream.slice(0, 900)]), **BLEND)
+    resumed.restore(newest)
+    assert resumed.state.check_last_step() == (reason,)
