@@ -518,18 +518,19 @@ class Snapshots(Section):
     gate_clicks: int = key(1000, ge=0)
     """The number of clicks since the last verdict that a new verdict needs.
 
-    A snapshot is published unless the verdict is that the model became worse. 0: every snapshot is
-    published.
+    A snapshot is published unless the verdict is that the model is worse than a constant, than
+    another model or than the published snapshot. 0: no verdicts; every snapshot is published whose
+    model saw a click.
     """
     gate_logloss: float = key(0.1, gt=0)
-    """The share by which the logloss may be above that of the baseline.
+    """The share by which the logloss may be above that of each other model.
 
     The same share applies to the comparison with the published snapshot.
     """
     gate_calibration: float = key(0.3, gt=0)
-    """The amount by which |ln(predicted / actual clicks)| may be above that of the baseline.
+    """The amount by which |ln(predicted / actual clicks)| may be above that of the other models.
 
-    Without a baseline it is compared with that of the published snapshot.
+    The best calibrated of them counts. Without any, it is that of the published snapshot.
     """
 
 

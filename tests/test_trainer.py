@@ -474,8 +474,15 @@ def test_fnn_is_not_published_after_its_pre_training_until_there_is_a_verdict(
         snapshot.read_manifest(tmp_path / "snapshots" / name)
         for name in snapshot.snapshot_ids(tmp_path / "snapshots")
     ]
-    refused = [manifest.examples for manifest in manifests if list(manifest.gate.refused)]
-    assert refused == [2048, 3072]
+    waiting = [
+        manifest.examples
+        for manifest in manifests
+        if "no verdict yet" in str(manifest.gate.refused)
+    ]
+    assert waiting == [2048, 3072]
+    # The network has learned too little to be better than a constant, and that is the verdict.
+    assert all(manifest.gate.evidence for manifest in manifests[3:])
+    assert all("running constant" in manifest.gate.refused[0] for manifest in manifests[3:])
     assert (
         "is not published: its pre-training has ended, and there is no verdict yet on the network "
         "that took over" in caplog.text
@@ -484,8 +491,7 @@ def test_fnn_is_not_published_after_its_pre_training_until_there_is_a_verdict(
         "its last step ended its pre-training, the network that took over has learned nothing "
         "yet: it took the logloss" in caplog.text
     )
-    assert report["refused"] == []
-    assert read_pointer(tmp_path / "latest.json").examples == 6000
+    assert read_pointer(tmp_path / "latest.json").examples == 1024
 
 
 @pytest.mark.slow
@@ -511,6 +517,30 @@ def test_fnn_that_diverges_as_a_network_before_it_was_published_is_an_fm_again(t
     assert refused[3072] == []  # seven more batches as the FM, of too few clicks for a verdict
     assert refused[4096] == refused[2048]
     assert manifests[2].gate.evidence == manifests[0].gate.evidence
+
+
+def test_what_an_earlier_run_published_does_not_count_as_published_by_this_one(tmp_path, stream):
+    finish(trainer(tmp_path, Partitions([stream], stop_after=3000)))
+    assert read_pointer(tmp_path / "latest.json").examples > 0
+
+    class Refuses(Partitions):
+        def poll(self, timeout_seconds: float) -> Records:
+            if self.trainer and self._at[0] > 4500:
+                self.trainer.state.scoreboard.judge.begin_anew("it is another model")
+            return super().poll(timeout_seconds)
+
+    built = trainer(tmp_path, Refuses([stream]), schedule={"snapshot_examples": 100_000})
+    built.restore(snapshot.newest(tmp_path / "snapshots"))
+    assert finish(built)["withheld"] == ["it is another model"]
+    again = tmp_path / "again"
+    built = trainer(again, Refuses([stream]), schedule={"snapshot_examples": 1000})
+    report = finish(built)
+    assert (report["refused"], report["withheld"]) == (["it is another model"], [])
+
+
+def test_a_run_without_an_example_publishes_nothing_and_says_so(tmp_path, stream):
+    report = finish(trainer(tmp_path, Partitions([stream.slice(0, 0)])))
+    assert (report["examples"], report["withheld"]) == (0, ["it has learned no example"])
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -285,7 +285,6 @@ def _state(
                 in_milliseconds(config.metrics.window), config.metrics.rolling_windows
             ),
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
-            baseline=baseline.name if baseline else None,
         ),
         batch_size=_batch_sizes(config),
         blend=blend,

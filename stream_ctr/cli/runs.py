@@ -25,7 +25,7 @@ from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import StreamCtrError
+from stream_ctr.errors import DataError, StreamCtrError
 from stream_ctr.events.field import Field
 from stream_ctr.learn.device import choose_device
 from stream_ctr.snapshots import snapshot
@@ -177,6 +177,12 @@ def _train(
         Console().print(final_table(to_json_object(report)))
     say(summary(report, state))
     return report
+
+
+def require_published(report: Report) -> None:
+    """Raise `DataError` if a run has read all of its input and published nothing."""
+    if report.kind == "final" and report.withheld:
+        raise DataError(f"nothing was published: {'; '.join(report.withheld)}")
 
 
 def _resume(trainer: Trainer, config: Config, state: Path) -> None:

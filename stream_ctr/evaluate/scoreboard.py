@@ -39,7 +39,7 @@ class MetricWindows:
 
 
 class Scoreboard:
-    """The metrics of `models`, the published one first and the `baseline`, if any, last."""
+    """The metrics of `models`, the published one first and the baseline, if any, last."""
 
     def __init__(
         self,
@@ -47,12 +47,11 @@ class Scoreboard:
         *,
         windows: MetricWindows,
         gate: Gate,
-        baseline: str | None = None,
     ) -> None:
         self.models = tuple(models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
-        self.judge = Judge(gate, models, baseline)
+        self.judge = Judge(gate, models)
 
     def add(self, scored: metrics.Scored) -> None:
         """Measure a batch that every model predicted before it learned it."""

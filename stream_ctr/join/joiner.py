@@ -300,9 +300,7 @@ class LabelJoiner:
 
         It is None before the first such click.
         """
-        counts = self.counts()
-        joined = counts["clicks_joined"] + counts["clicks_duplicate"]
-        known = joined + counts["clicks_late"] + counts["clicks_unmatched"]
+        joined, known = click_fates(self.counts())
         return joined / known if known else None
 
     def window_curve(self) -> list[dict[str, float]]:
@@ -387,6 +385,18 @@ class LabelJoiner:
         slots = np.arange(len(pending["time"]), dtype=np.int32)
         self._index.fill(pending["id_hash"], pending["time"], slots)
         self._clicks.fill(_with_prefix("clicks.", state))
+
+
+def click_fates(counts: Mapping[str, int]) -> tuple[int, int]:
+    """Return how many clicks became a label or repeated one, and how many have a known fate.
+
+    `counts` are the counters of a joiner by name.
+
+    >>> click_fates(dict.fromkeys(COUNTERS, 1))
+    (2, 4)
+    """
+    joined = counts["clicks_joined"] + counts["clicks_duplicate"]
+    return joined, joined + counts["clicks_late"] + counts["clicks_unmatched"]
 
 
 def _columns(events: Arrivals, limit: npt.NDArray[np.int64] | None, rows: slice) -> EventColumns:

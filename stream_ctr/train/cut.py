@@ -11,7 +11,10 @@ from collections.abc import Mapping
 import msgspec
 
 from stream_ctr.evaluate import summary
+from stream_ctr.evaluate.gate import Clicks
 from stream_ctr.evaluate.scoreboard import Scoreboard
+from stream_ctr.join.join_state import COUNTERS
+from stream_ctr.join.joiner import click_fates
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
@@ -67,3 +70,10 @@ def complete(
         gate=scoreboard.judge.verdict(last_step=cut.manifest.gate.last_step),
     )
     return Cut(tensors, manifest, cut.positions, cut.segments)
+
+
+def clicks(cut: Cut) -> Clicks:
+    """Return the clicks that the join had counted when the state was copied."""
+    counts = dict(zip(COUNTERS, cut.tensors["joiner"]["counters"].tolist(), strict=True))
+    joined, known = click_fates(counts)
+    return Clicks(came=counts["clicks"], known=known, joined=joined)

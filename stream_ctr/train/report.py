@@ -121,6 +121,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     is expected. `pending` impressions wait for their clicks, `lag` records are unread.
     `snapshot` is the last one on disk. `stalled` names partitions whose clicks are overdue,
     `refused` says why the model is not published, `left_out` why an additional model ended.
+    `withheld` says why no snapshot of this run is published; it is empty once one is.
+    `click_coverage` is the share of the clicks with a known fate that found their impression in
+    time. `window_curve` is the share of them that other label windows would lose.
     """
 
     format: Count = FORMAT
@@ -137,6 +140,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     stalled: list[str]
     silent_seconds: float
     refused: list[str]
+    withheld: list[str]
     left_out: dict[str, str]
     counters: dict[str, Count]
     clicks_late: Count
@@ -167,6 +171,7 @@ def build_report(
     partitions: Sequence[tuple[str, int]],
     baseline: SampledBaseline | None,
     snapshot: str | None,
+    withheld: Sequence[str],
     seconds: float,
     events_read: int,
     profile: Mapping[str, Any],
@@ -192,6 +197,7 @@ def build_report(
         "stalled": stalled_partitions(state.watermarks, partitions),
         "silent_seconds": round(status.silent_seconds, 1),
         "refused": board.judge.refused,
+        "withheld": list(withheld),
         "left_out": state.left_out,
         "counters": {
             **counts,

@@ -321,6 +321,7 @@ class Trainer:
                 partitions=self.source.partitions,
                 baseline=self.baseline,
                 snapshot=self.snapshots.parent,
+                withheld=self.snapshots.withheld,
                 seconds=max(self._around.clock() - self._started, 1e-9),
                 events_read=self._events_read,
                 profile=profile(
@@ -371,7 +372,7 @@ class Trainer:
 
     def _write(self, taken: Cut, marker: Marker | None) -> None:
         """Judge the model, complete a cut whose batches are all scored, and begin to write it."""
-        self.state.scoreboard.judge.judge(self._published_evidence)
+        self.state.scoreboard.judge.judge(self._published_evidence, cut.clicks(taken))
         now_ms = int(self._around.wall_clock() * 1000)
         parent = self.snapshots.parent
         self.snapshots.begin(
@@ -407,6 +408,7 @@ class Trainer:
         if published is None or published.epoch <= manifest.epoch:
             # Not rolled back. The run that wrote it may have died before it published it.
             self.snapshots.commit_and_publish(Written(path, manifest, positions))
+        self.snapshots.begin_run()
         _log.info(
             "resumed from snapshot %s: %d examples, positions %s",
             path.name,
