@@ -41,6 +41,7 @@ from pydantic_core import ErrorDetails
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.field import (
     Field,
+    NumericEncoding,
     cross,
     require_distinct_crosses,
     require_distinct_members,
@@ -241,11 +242,19 @@ class Features(Section):
     """The names of the categorical fields. Their values are strings, integers or booleans."""
     numeric: tuple[str, ...] = ()
     """The names of the numeric fields."""
-    numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
+    numeric_encoding: NumericEncoding = "buckets"
     """The encoding of a number x.
 
-    `buckets`: one row for each logarithmic bucket. `value`: one row for the field, multiplied by x.
-    `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
+    `buckets`: one row for each bucket, logarithmic or fitted. `value`: one row for the field,
+    multiplied by x. `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
+    """
+    fit_numbers: bool = True
+    """Fit the encoding of numbers to the first thousand records.
+
+    With `buckets`, a field whose numbers the logarithmic buckets hardly tell apart, such as numbers
+    between 0 and 1, gets buckets that hold about as many numbers each. With the other encodings,
+    multipliers are divided by the 95th percentile of their sizes and cut to [-4, 4]. The fit is
+    kept in snapshots.
     """
     buckets_per_octave: float = key(2.0, gt=0, le=64)
     """The number of buckets between 1 + |x| and twice as much."""
