@@ -306,11 +306,12 @@ class LabelJoiner:
     def window_curve(self) -> list[dict[str, float]]:
         """Return the share of the clicks that shorter or longer label windows would lose.
 
-        Only clicks whose delay was measured count. The shares are exact up to the present window;
-        beyond it only clicks whose impression was still remembered are known.
+        A click that never found its impression is lost with any window, so the shares end at the
+        share of these. They are exact up to the present window; beyond it only clicks whose
+        impression was still remembered are known. Repeated clicks do not count.
         """
         measured = self.delays.sum(axis=0)
-        total = int(measured.sum())
+        total = int(measured.sum() + self.counters[CLICKS_UNMATCHED])
         if not total:
             return []
         lost = 1.0 - np.cumsum(measured)[:-1] / total

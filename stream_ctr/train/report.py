@@ -107,7 +107,10 @@ class BaselineNote(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The share of the clicks that a label window of `window_seconds` would lose."""
+    """The share of the clicks that a label window of `window_seconds` would lose.
+
+    Clicks that never found their impression are lost with any window, and count.
+    """
 
     window_seconds: float
     lost_share: float

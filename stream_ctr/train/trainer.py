@@ -32,7 +32,7 @@ from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
 from stream_ctr.train import cut
-from stream_ctr.train.alarms import MissingFields, RunAlarms, stalled_partitions
+from stream_ctr.train.alarms import FieldWatch, RunAlarms, stalled_partitions
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.guard import Diverged
@@ -104,7 +104,10 @@ class Trainer:
             self.source.partitions, publisher, state.counters, max_bad_share=max_bad_share
         )
         self._alarms = RunAlarms(self.source.partitions, state.counters)
-        self._missing = MissingFields([field.name for field in identity.schema.fields])
+        self._fields = FieldWatch(
+            [field.name for field in identity.schema.fields],
+            value_fields=identity.schema.value_fields,
+        )
         self._alignment = Alignment(ingest)
         self._unscored = ScoringQueue(
             state.scoreboard,
@@ -149,6 +152,7 @@ class Trainer:
             self._drain()
         finished = not self._stopping
         if finished:
+            self._fields.finish()
             self._learn_ready(partial=True)
         self._settle(wait=True)
         learned = self.state.ledger.count - self._examples_at_snapshot
@@ -209,7 +213,7 @@ class Trainer:
             self.state.counters["fields_unknown"] += events.with_unknown_fields
         self._events_read += events.events
         self._bad_records.keep(events)
-        self._missing.observe(events)
+        self._fields.observe(events)
         self.state.joiner.push(events, self.state.watermarks)
 
     def _release(self, leave: Callable[[], Examples]) -> None:
