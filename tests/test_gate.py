@@ -87,6 +87,27 @@ def test_a_model_that_shares_no_example_is_no_reference() -> None:
     assert measured(tally).others.keys() == {"ftrl"}
 
 
+def test_a_model_that_predicted_other_examples_is_no_reference() -> None:
+    batch = scored(1000, share=0.5)
+    batch.bin[0, batch.bin[2] >= 0] = -1
+    tally = metrics.Tally(MODELS)
+    tally.add(batch)
+    assert measured(tally).others.keys() == {"ftrl"}
+
+
+def test_the_running_constant_of_a_verdict_is_measured_on_its_examples() -> None:
+    judge = Judge(Gate(clicks=1), MODELS)
+    constant = RunningConstant()
+    for seed, rate in enumerate((0.2, 0.02)):
+        batch = scored(5000, rate=rate, seed=seed)
+        judge.add(batch)
+        judge.judge(lambda: None, SEEN)
+        found = judge.verdict().evidence
+        assert found
+        losses = constant.losses((batch.bin[0] >= metrics.BINS).astype(np.uint8))
+        assert found.constant_logloss == pytest.approx(losses.mean())
+
+
 def test_a_model_as_good_as_before_passes_even_if_traffic_becomes_harder() -> None:
     before = evidence()
     harder = evidence(rate=0.45, seed=1)
@@ -226,6 +247,8 @@ def test_a_model_is_refused_while_no_click_finds_its_impression_any_more() -> No
     resumed.load_state_dict(judge.state_dict(), judge.verdict())
     assert resumed.refused == judge.refused
     for each in (judge, resumed):
+        each.judge(lambda: None, Clicks(3059, 3059, 2000))
+        assert list(each.refused) == ["none of the last 59 clicks found its impression"]
         each.judge(lambda: None, Clicks(3060, 3060, 2001))
         assert list(each.refused) == []
 

@@ -32,6 +32,7 @@ from stream_ctr.cli.main import main
 from stream_ctr.connectors import Records
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.events.field import Field
@@ -539,6 +540,23 @@ def test_what_an_earlier_run_published_does_not_count_as_published_by_this_one(t
     built = trainer(again, Refuses([stream]), schedule={"snapshot_examples": 1000})
     report = finish(built)
     assert (report["refused"], report["withheld"]) == (["it is another model"], [])
+
+
+def test_a_run_that_publishes_at_last_has_published(tmp_path, stream):
+    class Hesitates(Partitions):
+        def poll(self, timeout_seconds: float) -> Records:
+            if self.trainer:
+                judge = self.trainer.state.scoreboard.judge
+                if self._at[0] < 3000:
+                    judge.begin_anew("it is another model")
+                else:
+                    judge.go_back(Verdict())
+            return super().poll(timeout_seconds)
+
+    built = trainer(tmp_path, Hesitates([stream]), schedule={"snapshot_examples": 1000})
+    report = finish(built)
+    assert report["counters"]["publications_refused"] > 0
+    assert report["withheld"] == []
 
 
 def test_a_run_without_an_example_publishes_nothing_and_says_so(tmp_path, stream):
