@@ -249,7 +249,7 @@ class Features(Section):
     multiplied by x. `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
     """
     fit_numbers: bool = True
-    """Fit the encoding of numbers to the first thousand records.
+    """Fit the encoding of numbers to the first thousand impressions.
 
     With `buckets`, a field whose numbers the logarithmic buckets hardly tell apart, such as numbers
     between 0 and 1, gets buckets that hold about as many numbers each. With the other encodings,

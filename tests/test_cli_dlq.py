@@ -59,7 +59,7 @@ def made_letters(servers: str, log: Path, state: Path) -> Lettered:
     client = kafka.client_options(servers, {})
     kafka.ensure_topic(client, there.topic, partitions=2)
     sink = kafka.KafkaSink(client)
-    for number, value in enumerate([*log.read_bytes().splitlines()[:100], *MALFORMED]):
+    for number, value in enumerate([*log.read_bytes().splitlines()[:400], *MALFORMED]):
         sink.send(there.topic, value, partition=number % 2)
     sink.flush(PATIENCE_SECONDS)
     sink.close()

@@ -111,9 +111,9 @@ def test_only_what_the_encoding_needs_is_fitted() -> None:
         pa.large_binary(),
     )
     fields = [Field("app", "categorical"), Field("age", "numeric"), Field("gone", "numeric")]
-    assert fit_numbers(records, fields).bucket_edges.keys() == {"age"}
-    assert fit_numbers(records, fields, buckets_per_octave=64) == NOTHING
-    fitted = fit_numbers(records, fields, numeric_encoding="value")
+    assert fit_numbers([records], fields).bucket_edges.keys() == {"age"}
+    assert fit_numbers([records], fields, buckets_per_octave=64) == NOTHING
+    fitted = fit_numbers([records], fields, numeric_encoding="value")
     assert not fitted.bucket_edges
     assert list(fitted.value_scales) == ["age", "gone"]
     assert list(fitted.value_scales.values()) == pytest.approx([0.94, 1.0], abs=0.01)
@@ -122,3 +122,14 @@ def test_only_what_the_encoding_needs_is_fitted() -> None:
 def test_edges_survive_json() -> None:
     edges = edges_of(POOR["times"])
     assert tuple(json.loads(json.dumps(edges))) == edges
+
+
+def test_only_the_first_impressions_of_each_part_count() -> None:
+    fields = [Field("age", "numeric")]
+    parts = [
+        pa.array([features(age=(n + part) / 200) for n in range(200)], pa.large_binary())
+        for part in range(2)
+    ]
+    fitted = fit_numbers(parts, fields, most=100)
+    expected = np.concatenate([np.arange(100), np.arange(1, 101)]) / 200
+    assert fitted.bucket_edges["age"] == edges_of(expected)

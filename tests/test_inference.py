@@ -17,8 +17,10 @@ from support.trainers import Partitions
 from stream_ctr import Scorer
 from stream_ctr.cli import inference, runs
 from stream_ctr.cli.inference import FirstRecords, first_records
+from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
+from stream_ctr.events.fit import fit_numbers
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
@@ -79,6 +81,17 @@ def test_a_partition_of_clicks_does_not_keep_a_run_waiting() -> None:
     first = first_of(source)
     assert len(first.values) == 500
     assert first.read < 10_000
+
+
+def test_as_many_impressions_are_taken_whether_a_record_holds_one_or_many() -> None:
+    alone = values_of(*[features(n=n) if n % 2 else CLICK for n in range(1, 4000)])
+    packed = pack(alone, events_a_record=300)
+    parts = [first_of(Partitions([values])).parts for values in (alone, packed)]
+    assert [len(part) for (part,) in parts] == [1999, 7]
+    fitted = [
+        fit_numbers(part, [Field("n", "numeric")], numeric_encoding="value") for part in parts
+    ]
+    assert fitted[0] == fitted[1]
 
 
 def test_a_live_source_is_waited_for_until_it_has_impressions() -> None:

@@ -17,12 +17,12 @@ from stream_ctr.errors import DataError
 from stream_ctr.events.batch import RecordColumns
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
-from stream_ctr.events.infer import infer_fields
+from stream_ctr.events.infer import impression_counts, infer_fields
 from stream_ctr.messages import one_line
 from stream_ctr.train.source import Source
 
-_RECORDS = 1000
-_LEAST_RECORDS = 100  # of a partition, however many there are
+_IMPRESSIONS = 1000
+_LEAST_IMPRESSIONS = 100  # of a partition, however many there are
 _BYTES = 16 << 20
 _SECONDS = 10.0
 _MOST_RECORDS = 100_000  # without a single impression
@@ -35,18 +35,20 @@ _REMARKS = {
 class FirstRecords:
     """The first records of each partition, from its first impression with features on.
 
-    There are a thousand of them, shared by the partitions, or fewer if a partition ends before. So
-    they depend on the log alone, not on how it is polled, unless a live topic takes more than ten
-    seconds to deliver them. `read` counts all records that were polled, `head` holds some of them.
+    They hold a thousand impressions, of each partition the same number (`most`), or fewer if a
+    partition ends before. So they depend on the log alone, not on how it is polled, unless a live
+    topic takes more than ten seconds to deliver them. `read` counts all records that were polled,
+    `head` holds some of them.
     """
 
     def __init__(self, partitions: int, *, max_record_bytes: int) -> None:
         self.read = 0
         self.head: pa.LargeBinaryArray | None = None
         self._max_record_bytes = max_record_bytes
-        self._most = max(_RECORDS // partitions, _LEAST_RECORDS)
+        self.most = max(_IMPRESSIONS // partitions, _LEAST_IMPRESSIONS)
         self._most_bytes = _BYTES // partitions
         self._parts: list[list[pa.LargeBinaryArray]] = [[] for _ in range(partitions)]
+        self._impressions = np.zeros(partitions, np.int64)
         self._bytes = np.zeros(partitions, np.int64)
         self._searched = np.zeros(partitions, np.int64)  # records without an impression
 
@@ -56,53 +58,58 @@ class FirstRecords:
         return any(self._parts)
 
     @property
-    def values(self) -> pa.LargeBinaryArray:
-        """The records, in order of partition and offset."""
+    def parts(self) -> list[pa.LargeBinaryArray]:
+        """The records of each partition in order of their offsets."""
         empty = pa.array([], pa.large_binary())
-        return pa.concat_arrays([empty, *(part for parts in self._parts for part in parts)])
+        return [pa.concat_arrays([empty, *parts]) for parts in self._parts]
+
+    @property
+    def values(self) -> pa.LargeBinaryArray:
+        """The records of all partitions."""
+        return pa.concat_arrays(self.parts)
 
     def add(self, records: RecordColumns) -> None:
         """Take what belongs to the first records from a poll."""
         self.read += len(records)
         if self.head is None:
-            self.head = _copied(records.value[:_RECORDS])
+            self.head = _copied(records.value[:_IMPRESSIONS])
         for partition in np.unique(records.partition).tolist():
-            if not self._is_full(partition):
-                rows = np.flatnonzero(records.partition == partition)
-                self._add(partition, records.value.take(pa.array(rows)))
+            rows = np.flatnonzero(records.partition == partition)
+            for first in range(0, len(rows), self.most):  # counting all would take time
+                if not self._is_full(partition):
+                    part = pa.array(rows[first : first + self.most])
+                    self._add(partition, records.value.take(part))
 
     def complete(self, caught_up: npt.NDArray[np.bool_]) -> bool:
         """Return whether nothing is missing; `caught_up` [P] marks partitions without more."""
         if not self.found:
             return self.read >= _MOST_RECORDS
         return all(
-            ended or self._is_full(partition) or self._searched[partition] >= 4 * self._most
+            ended or self._is_full(partition) or self._searched[partition] >= 4 * self.most
             for partition, ended in enumerate(caught_up.tolist())
         )
 
     def _add(self, partition: int, values: pa.LargeBinaryArray) -> None:
+        counts = impression_counts(values, max_record_bytes=self._max_record_bytes)
         part = self._parts[partition]
         if not part:
-            first = self._first_impression(values)
-            self._searched[partition] += len(values) if first is None else 0
-            values = values[:0] if first is None else values[first:]
-        room = self._most - sum(map(len, part))
+            first = next((row for row, count in enumerate(counts) if count), len(counts))
+            self._searched[partition] += first
+            values, counts = values[first:], counts[first:]
+        impressions = self._impressions[partition] + np.cumsum(counts)
         sizes = self._bytes[partition] + np.cumsum(pc.fill_null(pc.binary_length(values), 0))
-        # The record that crosses the bound on bytes is the last one.
-        kept = min(room, int(np.searchsorted(sizes, self._most_bytes)) + 1, len(values))
+        # The record that reaches a bound is the last one.
+        full = (impressions >= self.most) | (sizes >= self._most_bytes)
+        kept = int(np.argmax(full)) + 1 if full.any() else len(values)
         if kept:
             part.append(_copied(values[:kept]))
+            self._impressions[partition] = impressions[kept - 1]
             self._bytes[partition] = sizes[kept - 1]
 
     def _is_full(self, partition: int) -> bool:
-        count = sum(map(len, self._parts[partition]))
-        return count >= self._most or self._bytes[partition] >= self._most_bytes
-
-    def _first_impression(self, values: pa.LargeBinaryArray) -> int | None:
-        for row in range(len(values)):
-            if infer_fields(values[row : row + 1], max_record_bytes=self._max_record_bytes):
-                return row
-        return None
+        return bool(
+            self._impressions[partition] >= self.most or self._bytes[partition] >= self._most_bytes
+        )
 
 
 def first_records(

@@ -210,8 +210,9 @@ def _encoding(
     if kept is not None:
         return fields, kept
     fitted = fit_numbers(
-        first.values,
+        first.parts,
         fields,
+        most=first.most,
         numeric_encoding=features.numeric_encoding,
         buckets_per_octave=features.buckets_per_octave,
         max_record_bytes=limit,

@@ -50,29 +50,34 @@ NOTHING = Fitted({}, {})
 
 
 def fit_numbers(
-    values: pa.LargeBinaryArray,
+    parts: Sequence[pa.LargeBinaryArray],
     fields: Sequence[Field],
     *,
+    most: int = 1000,
     numeric_encoding: NumericEncoding = "buckets",
     buckets_per_octave: float = 2.0,
     max_record_bytes: int = 1 << 20,
 ) -> Fitted:
-    """Fit the encoding of the numeric fields to these records.
+    """Fit the encoding of the numeric fields to the first impressions in parts of a log.
 
-    A field whose numbers suit the logarithmic buckets has no edges.
+    At most `most` impressions of each part count, whether a record holds one or many. A field whose
+    numbers suit the logarithmic buckets has no edges.
 
     >>> records = [
     ...     b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":'
     ...     b'{"share":%.3f,"age":%d}}' % (i / 200, i) for i in range(200)
     ... ]
     >>> fields = [Field("share", "numeric"), Field("age", "numeric")]
-    >>> fitted = fit_numbers(pa.array(records, pa.large_binary()), fields)
+    >>> fitted = fit_numbers([pa.array(records, pa.large_binary())], fields)
     >>> {name: len(edges) for name, edges in fitted.bucket_edges.items()}
     {'share': 15}
     """
-    events, _ = Decoder(fields, max_record_bytes=max_record_bytes).decode(values)
+    decoder = Decoder(fields, max_record_bytes=max_record_bytes)
+    decoded = [decoder.decode(values)[0].impressions for values in parts]
     numbers = {
-        field.name: _present(events.impressions.features[field.name])
+        field.name: np.concatenate(
+            [_present(impressions.features[field.name][:most]) for impressions in decoded]
+        )
         for field in fields
         if field.kind == "numeric"
     }

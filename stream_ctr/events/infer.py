@@ -69,6 +69,23 @@ def feature_names(
     )
 
 
+def impression_counts(values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20) -> list[int]:
+    """Return how many impressions with features each record holds.
+
+    >>> record = b'{"kind":"impression","features":{"age":31,"app":"maps"}}'
+    >>> impression_counts(pa.array([record, b"junk"], pa.large_binary()))
+    [1, 0]
+    """
+    return [
+        sum(
+            count
+            for count, features in _type_counts(values[row : row + 1], max_record_bytes)
+            if features
+        )
+        for row in range(len(values))
+    ]
+
+
 def _type_counts(values: pa.LargeBinaryArray, max_record_bytes: int) -> Iterator[_TypeCounts]:
     for value, in_columns in zip(values.to_pylist(), is_arrow(values).tolist(), strict=True):
         if in_columns:

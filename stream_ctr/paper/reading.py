@@ -180,7 +180,7 @@ def _fit(source: Source, fields: Sequence[Field], features: Features) -> dict[st
     if not features.fit_numbers:
         return {}
     fitted = fit_numbers(
-        _beginning(source),
+        [_beginning(source)],
         fields,
         numeric_encoding=features.numeric_encoding,
         buckets_per_octave=features.buckets_per_octave,
