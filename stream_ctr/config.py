@@ -41,6 +41,7 @@ from pydantic_core import ErrorDetails
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.field import (
     Field,
+    NumericEncoding,
     cross,
     require_distinct_crosses,
     require_distinct_members,
@@ -241,11 +242,19 @@ class Features(Section):
     """The names of the categorical fields. Their values are strings, integers or booleans."""
     numeric: tuple[str, ...] = ()
     """The names of the numeric fields."""
-    numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
+    numeric_encoding: NumericEncoding = "buckets"
     """The encoding of a number x.
 
-    `buckets`: one row for each logarithmic bucket. `value`: one row for the field, multiplied by x.
-    `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
+    `buckets`: one row for each bucket, logarithmic or fitted. `value`: one row for the field,
+    multiplied by x. `log_value`: one row for the field, multiplied by sign(x) log(1 + |x|).
+    """
+    fit_numbers: bool = True
+    """Fit the encoding of numbers to the first thousand impressions.
+
+    With `buckets`, a field whose numbers the logarithmic buckets hardly tell apart, such as numbers
+    between 0 and 1, gets buckets that hold about as many numbers each. With the other encodings,
+    multipliers are divided by the 95th percentile of their sizes and cut to [-4, 4]. The fit is
+    kept in snapshots.
     """
     buckets_per_octave: float = key(2.0, gt=0, le=64)
     """The number of buckets between 1 + |x| and twice as much."""
@@ -523,18 +532,19 @@ class Snapshots(Section):
     gate_clicks: int = key(1000, ge=0)
     """The number of clicks since the last verdict that a new verdict needs.
 
-    A snapshot is published unless the verdict is that the model became worse. 0: every snapshot is
-    published.
+    A snapshot is published unless the verdict is that the model is worse than a constant, than
+    another model or than the published snapshot. 0: no verdicts; every snapshot is published whose
+    model saw a click.
     """
     gate_logloss: float = key(0.1, gt=0)
-    """The share by which the logloss may be above that of the baseline.
+    """The share by which the logloss may be above that of each other model.
 
     The same share applies to the comparison with the published snapshot.
     """
     gate_calibration: float = key(0.3, gt=0)
-    """The amount by which |ln(predicted / actual clicks)| may be above that of the baseline.
+    """The amount by which |ln(predicted / actual clicks)| may be above that of the other models.
 
-    Without a baseline it is compared with that of the published snapshot.
+    The best calibrated of them counts. Without any, it is that of the published snapshot.
     """
 
 

@@ -3,7 +3,8 @@
     StreamCtrError      1
     |-- ConfigError     3   the configuration is wrong
     |-- BrokerError     4   no broker answers, or the broker refuses the client
-    |-- DataError       5   the data policy stopped the run, or a log cannot be read at all
+    |-- DataError       5   the data policy stopped the run, a log cannot be read at all, or all of
+    |                       the input was learned and nothing may be published
     `-- SnapshotError   6   a valid snapshot is needed, and there is none
 
 A command that is used wrongly exits with 2, as `click` does.
@@ -33,7 +34,7 @@ class BrokerError(StreamCtrError):
 
 
 class DataError(StreamCtrError):
-    """The data policy stopped the run, or a log cannot be read at all."""
+    """The data policy stopped the run, a log cannot be read, or nothing may be published."""
 
     exit_code = 5
 

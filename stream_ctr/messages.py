@@ -56,5 +56,14 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
     >>> nearest("x", ["learn", "join"])
     ''
     """
-    match = difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)
-    return f"; did you mean {match[0]!r}?" if match else ""
+    match = nearest_word(word, words, cutoff=cutoff)
+    return f"; did you mean {match!r}?" if match is not None else ""
+
+
+def nearest_word(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the most similar word, or None if none is similar.
+
+    >>> nearest_word("lear", ["learn", "join"])
+    'learn'
+    """
+    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)), None)

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -25,12 +26,14 @@ from support.lineage import newest as newest_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
 
 from stream_ctr import Scorer, Subscriber
+from stream_ctr.cli import runs
 from stream_ctr.cli.main import main
 from stream_ctr.cli.options import MISSPELT
 from stream_ctr.config import known_keys
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka import options as kafka_options
 from stream_ctr.connectors.kafka import timeouts
+from stream_ctr.errors import DataError
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.logs.open import open_log
@@ -39,6 +42,7 @@ from stream_ctr.messages import nearest
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.train import stage_timer
+from stream_ctr.train.report import Report
 
 IMPRESSIONS = 4000
 
@@ -58,6 +62,46 @@ def trained(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 # -- the main job --------------------------------------------------------------------------------
+
+
+def write_strangers(log: Path, path: Path) -> int:
+    """Write the events of a log with clicks of other impressions; return how many clicks."""
+    events = [json.loads(line) for line in log.read_text().splitlines()]
+    clicks = [event for event in events if event["kind"] == "click"]
+    for event in clicks:
+        event["impression_id"] += "?"
+    path.write_text("".join(json.dumps(event) + "\n" for event in events))
+    return len(clicks)
+
+
+@pytest.mark.parametrize("options", [(), ("-X", "snapshots.gate_clicks=0")])
+def test_a_run_that_published_nothing_says_why_in_its_last_line_and_its_exit_code(
+    log, tmp_path, options
+):
+    strangers = tmp_path / "strangers.jsonl"
+    clicks = write_strangers(log, strangers)
+    arguments = ["run", "--source", strangers, "--state", tmp_path / "state", *QUICK, *options]
+    last_line = (
+        f"error: nothing was published: it has seen no click: {clicks:,} clicks came, "
+        "and none found its impression"
+    )
+    for _ in range(2):  # the second run has nothing more to learn
+        result = command(*arguments)
+        assert result.exit_code == 5
+        assert result.stderr.splitlines()[-1] == last_line
+        assert not (tmp_path / "state" / "latest.json").exists()
+    final = msgspec.convert(reports(tmp_path / "state")[-1], Report)
+    assert final.click_coverage == 0
+    with pytest.raises(DataError):
+        runs.require_published(final)
+    runs.require_published(msgspec.structs.replace(final, kind="stopped"))
+
+
+def test_a_run_that_resumes_at_the_end_of_its_input_has_published(log, trained, tmp_path):
+    state = tmp_path / "state"
+    shutil.copytree(trained, state)
+    succeed("run", "--source", log, "--state", state, *QUICK)
+    assert reports(state)[-1]["withheld"] == []
 
 
 @pytest.mark.parametrize("asked", [(), ("--profile",)])
@@ -289,8 +333,8 @@ def several(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     state = tmp_path_factory.mktemp("several") / "state"
     named = ["--model", "fm", "--model", "deepfm", "--model", "lr"]
     printed = succeed("run", "--source", log, "--state", state, *named, *SMALL).stderr.splitlines()
-    assert [line.split()[0] for line in printed[-4:]] == ["fm", "deepfm", "lr", "river_ftrl"]
-    assert "; fm - lr on the same 4,000: " in printed[-2]
+    pairs = [line.split()[:4] for line in printed[-3:]]
+    assert pairs == [["fm", "-", name, "4,000"] for name in ("deepfm", "lr", "river_ftrl")]
     return state
 
 

@@ -53,13 +53,16 @@ class Lettered(NamedTuple):
         return ("--topic", self.topic, "--bootstrap-servers", self.servers)
 
 
+GOOD = 400  # records before the malformed ones, clicks among them
+
+
 def made_letters(servers: str, log: Path, state: Path) -> Lettered:
     """Make a topic with events and malformed records in two partitions, and run on it."""
     there = Lettered(servers, f"topic-{uuid.uuid4().hex[:12]}")
     client = kafka.client_options(servers, {})
     kafka.ensure_topic(client, there.topic, partitions=2)
     sink = kafka.KafkaSink(client)
-    for number, value in enumerate([*log.read_bytes().splitlines()[:100], *MALFORMED]):
+    for number, value in enumerate([*log.read_bytes().splitlines()[:GOOD], *MALFORMED]):
         sink.send(there.topic, value, partition=number % 2)
     sink.flush(PATIENCE_SECONDS)
     sink.close()
@@ -134,18 +137,19 @@ def test_replay_with_a_reason_puts_back_those_alone_and_without_any_choice_nothi
 def test_show_names_the_original_place_and_raw_has_the_exact_bytes(lettered):
     where = lettered.where
     shown = succeed("dlq", "show", *where).stdout
-    for number in range(100, 100 + len(MALFORMED)):
+    for number in range(GOOD, GOOD + len(MALFORMED)):
         assert f"{lettered.topic}  partition {number % 2}  offset {number // 2}  " in shown
-    for number in (101, 104):
+    for number in (GOOD + 1, GOOD + 4):
         raw = command(
             "dlq", "show", *where, "--raw", "--partition", number % 2, "--offset", number // 2
         )
-        assert raw.stdout_bytes == MALFORMED[number - 100]
+        assert raw.stdout_bytes == MALFORMED[number - GOOD]
     assert command("dlq", "show", *where, "--raw").exit_code == 2
     assert (
-        "choose with --partition" in command("dlq", "show", *where, "--raw", "--offset", 50).output
+        "choose with --partition"
+        in command("dlq", "show", *where, "--raw", "--offset", GOOD // 2).output
     )  # one in each partition
-    assert command("dlq", "show", *where, "--raw", "--offset", 49).exit_code == 5
+    assert command("dlq", "show", *where, "--raw", "--offset", GOOD // 2 - 1).exit_code == 5
     assert len(succeed("dlq", "show", *where, "--limit", 2).stdout.splitlines()) == 4
 
 

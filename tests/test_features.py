@@ -163,6 +163,73 @@ def test_a_dictionary_hashes_like_its_words(words: list[str], numbers: list[int]
     assert hasher.rows({"app": coded})[0].tolist() == hasher.rows({"app": plain})[0].tolist()
 
 
+EDGES = (0.1, 0.25, 0.5, 0.9)
+
+
+def fitted_bucket(x: float, octave: float = 2.0) -> int:
+    """Return the bucket of x between EDGES, by the formula that is published."""
+    width = EDGES[-1] - EDGES[0]
+    if x < EDGES[0]:
+        return -math.floor(octave * math.log2(1 + (EDGES[0] - x) / width))
+    if x >= EDGES[-1]:
+        return len(EDGES) + math.floor(octave * math.log2(1 + (x - EDGES[-1]) / width))
+    return sum(edge <= x for edge in EDGES)
+
+
+@pytest.mark.parametrize(
+    ("x", "bucket"),
+    [(0.0, 0), (0.1, 1), (0.24, 1), (0.25, 2), (0.89, 3), (0.9, 4), (1.0, 4), (2.0, 6), (-5.0, -5)],
+)
+def test_a_number_with_edges_hashes_the_text_of_its_bucket(x: float, bucket: int) -> None:
+    assert fitted_bucket(x) == bucket
+    hasher = Hasher(FIELDS[1:], table_bits=20, bucket_edges={"age": EDGES})
+    ids, _ = hasher.rows({"age": pa.array([x, None])})
+    assert ids[:, 0].tolist() == [
+        published_id("age", str(bucket).encode()),
+        published_id("age", MISSING),
+    ]
+
+
+@settings(deadline=None)
+@given(st.lists(st.one_of(st.none(), st.floats(-1e300, 1e300)), max_size=20))
+def test_a_server_in_another_language_can_reproduce_an_id_between_edges(
+    numbers: list[float | None],
+) -> None:
+    hasher = Hasher(FIELDS[1:], table_bits=20, bucket_edges={"age": EDGES})
+    ids, _ = hasher.rows({"age": pa.array(numbers, pa.float64())})
+    texts = [MISSING if x is None else str(fitted_bucket(x)).encode() for x in numbers]
+    assert ids[:, 0].tolist() == [published_id("age", text) for text in texts]
+
+
+def test_the_largest_numbers_have_a_bucket_at_the_closest_edges() -> None:
+    close = (0.0, 5e-324)
+    hasher = Hasher(FIELDS[1:], table_bits=31, bucket_edges={"age": close})
+    ids, _ = hasher.rows({"age": pa.array([-1.7e308, 1.7e308])})
+    assert ids[:, 0].tolist() == [
+        published_id("age", text, bits=31) for text in (b"-2048", b"2050")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("value", [1.0, -0.5, -4.0, 4.0, 1.0]),
+        ("log_value", [math.log(3), -math.log(2), -4.0, 4.0, 1.0]),
+    ],
+)
+def test_a_scale_divides_the_multipliers_which_are_then_cut(
+    encoding: str, expected: list[float]
+) -> None:
+    scale = {"value": 2.0, "log_value": 1.0}[encoding]
+    hasher = Hasher(
+        FIELDS[1:], table_bits=20, numeric_encoding=encoding, value_scales={"age": scale}
+    )
+    _, values = hasher.rows({"age": pa.array([2.0, -1.0, -1e9, 1.7e308, None])})
+    assert values[:, 0].tolist() == pytest.approx(expected)
+    tiny = Hasher(FIELDS[1:], table_bits=20, numeric_encoding="value", value_scales={"age": 5e-324})
+    assert tiny.rows({"age": pa.array([-1.7e308])})[1].tolist() == [[-4.0]]
+
+
 # -- cross products ------------------------------------------------------------------------------
 
 CROSSED = (*FIELDS, Field("user", "categorical"))

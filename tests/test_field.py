@@ -14,7 +14,13 @@ FIELDS = (Field("app", "categorical"), Field("age", "numeric"), Field("user", "c
 
 
 def test_a_schema_is_the_same_after_it_was_written_as_json() -> None:
-    schema = Schema(fields=FIELDS, table_bits=20, hash_seed=7, crosses=(("app", "user"),))
+    schema = Schema(
+        fields=FIELDS,
+        table_bits=20,
+        hash_seed=7,
+        crosses=(("app", "user"),),
+        bucket_edges={"age": (0.1, 1e300)},
+    )
     assert msgspec.json.decode(msgspec.json.encode(schema), type=Schema) == schema
 
 
@@ -35,6 +41,19 @@ def test_numeric_fields_have_values_unless_they_are_in_buckets(
         ({"crosses": (("app",),)}, "a cross product needs two or more fields"),
         ({"crosses": (("app", "user", "app"),)}, "has a field twice: 'app*user*app'"),
         ({"crosses": (("app", "user"), ("user", "app"))}, "is listed twice: 'user*app'"),
+        ({"bucket_edges": {"app": (1.0, 2.0)}}, "'app' has edges or a scale, and is no numeric"),
+        (
+            {"value_scales": {"agee": 1.0}, "numeric_encoding": "value"},
+            "'agee' has edges or a scale, and is no numeric field",
+        ),
+        ({"value_scales": {"age": 1.0}}, "scales for other encodings"),
+        ({"bucket_edges": {"age": (1.0,)}}, "the edges of 'age' must be two or more rising"),
+        ({"bucket_edges": {"age": (1.0, 1.0)}}, "the edges of 'age' must be two or more rising"),
+        ({"bucket_edges": {"age": (-1e308, 1e308)}}, "the edges of 'age' must be two or more"),
+        (
+            {"bucket_edges": {"age": (1.0, 2.0)}, "numeric_encoding": "value"},
+            "edges are for numbers in buckets",
+        ),
         ({"crosses": (("app", "usr"),)}, "'app*usr' has 'usr', which is not a field"),
         (
             {"crosses": (("app", "age"),), "numeric_encoding": "value"},
@@ -56,6 +75,8 @@ def test_a_schema_that_contradicts_itself_is_an_error(
         (b'{"fields":[["app","numeric"]],"table_bits":3}', ">= 4"),
         (b'{"fields":[["app","numeric"]],"table_bits":32}', "<= 31"),
         (b'{"fields":[["app","numeric"]],"table_bits":20,"hash_seed":-1}', ">= 0"),
+        (b'{"fields":[["a","numeric"]],"table_bits":20,"value_scales":{"a":0}}', "> 0"),
+        (b'{"fields":[["a","numeric"]],"table_bits":20,"bucket_edges":{"a":[1]}}', "length >= 2"),
         (b'{"fields":[],"table_bits":20,"seed":1}', "unknown field `seed`"),
     ],
 )

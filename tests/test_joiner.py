@@ -182,6 +182,20 @@ def test_the_window_curve_is_the_share_of_clicks_that_each_window_would_lose() -
     for window in (1, 2, 5, 10, 20, 30):
         assert curve[window] == pytest.approx((delays > window * 1000).mean())
     assert target.click_coverage == pytest.approx((delays <= 20_000).mean())
+    # As many clicks again find no impression, and would find none with any window.
+    target.push_clicks(Arrivals.of([1000 + n for n in ids], delays.tolist()))
+    target.drain()
+    curve = {point["window_seconds"]: point["lost_share"] for point in target.window_curve()}
+    for window in (1, 20, 30):
+        assert curve[window] == pytest.approx(0.5 + 0.5 * (delays > window * 1000).mean())
+
+
+def test_the_window_curve_is_1_when_no_click_finds_its_impression() -> None:
+    target = LabelJoiner(fields=1, label_window_ms=20_000)
+    assert target.window_curve() == []
+    target.push_clicks(Arrivals.of([5], [0]))
+    target.drain()
+    assert {point["lost_share"] for point in target.window_curve()} == {1.0}
 
 
 def test_a_pending_impression_of_39_fields_takes_about_200_bytes() -> None:

@@ -47,7 +47,13 @@ def test_ids_are_those_of_the_hasher(tmp_path: Path) -> None:
 
     data = read_dataset(simulation, tmp_path / "data")
 
-    assert np.array_equal(data.ids, Hasher(FIELDS, table_bits=12).rows(columns)[0])
+    edges = data.metadata["identity"]["hashing"]["bucket_edges"]
+    assert edges.keys() == {"rating"}
+    expected, _ = Hasher(FIELDS, table_bits=12, bucket_edges=edges).rows(columns)
+    assert np.array_equal(data.ids, expected)
+    unfitted = config.load(overrides={**SMALL, "features": {"fit_numbers": False}})
+    plain = read_dataset(simulation, tmp_path / "plain", configured=unfitted)
+    assert np.array_equal(plain.ids, Hasher(FIELDS, table_bits=12).rows(columns)[0])
 
 
 def test_a_log_without_click_times_keeps_all_labels_and_counts_bad_lines(tmp_path: Path) -> None:
@@ -100,7 +106,9 @@ def test_numbers_that_multiply_are_kept_with_the_ids(tmp_path: Path) -> None:
     events = log_events(simulation)
     shown = [event["features"] for event in events if event["kind"] == "impression"]
     data = read_dataset(simulation, tmp_path / "data", configured=configured)
-    assert data.values[:, 0].tolist() == pytest.approx([x.get("rating") or 1.0 for x in shown])
+    scale = data.metadata["identity"]["hashing"]["value_scales"]["rating"]
+    expected = [x["rating"] / scale if x.get("rating") else 1.0 for x in shown]
+    assert data.values[:, 0].tolist() == pytest.approx(expected)
 
 
 def test_the_dataset_is_reused_unless_the_log_or_the_hashing_differs(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ def scoreboard() -> Scoreboard:
         MODELS,
         windows=MetricWindows(window_ms=1000, rolling=2),
         gate=Gate(clicks=200),
-        baseline="river_ftrl",
     )
 
 

@@ -38,12 +38,13 @@ class Transcript:
         return [line for line in found if not re.match(self.left_out, line)]
 
 
+_SUMMARY_TABLES = r"  \S|\s+whole run"
 _SIMULATE = "stream-ctr simulate --impressions {} --seed 1 --out {}"
 TRANSCRIPTS = {
     "demo": Transcript(
         "README.md",
         ("stream-ctr demo",),
-        left_out="replayed |final: |reports: |snapshot: ",
+        left_out=rf"replayed |final: |reports: |snapshot: |{_SUMMARY_TABLES}",
     ),
     "several": Transcript(
         "docs/models.md",
@@ -60,7 +61,7 @@ TRANSCRIPTS = {
             "stream-ctr run --source events.jsonl --state profiled --profile"
             " --config configs/demo.toml -X baseline.sample_rate=0.0625",
         ),
-        left_out="final: ",
+        left_out=rf"final: |{_SUMMARY_TABLES}",
         varies=".* is the bound",
     ),
 }

@@ -16,6 +16,7 @@ from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
+from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
@@ -57,6 +58,7 @@ def build_trainer(
     config: Config,
     *,
     fields: Sequence[Field],
+    fitted: Fitted = NOTHING,
     source: Source,
     publisher: Publisher,
     directory: Path,
@@ -67,14 +69,15 @@ def build_trainer(
     """Build everything that `run` runs.
 
     With `in_event_time`, which is for logs, the weights that impressions are served with are
-    published by event time. Predictions go to the directory `predictions`.
+    published by event time. Predictions go to the directory `predictions`. `fitted` is what the
+    numbers of the `fields` were fitted to.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
     set_up_process()
     surroundings = surroundings or Surroundings()
     config = _with_precision(config)
-    identity = run_identity(config, fields)
+    identity = run_identity(config, fields, fitted)
     hasher = Hasher(
         identity.schema.fields,
         table_bits=identity.schema.table_bits,
@@ -82,6 +85,8 @@ def build_trainer(
         numeric_encoding=identity.schema.numeric_encoding,
         buckets_per_octave=identity.schema.buckets_per_octave,
         crosses=identity.schema.crosses,
+        bucket_edges=identity.schema.bucket_edges,
+        value_scales=identity.schema.value_scales,
     )
     decoder = Decoder(
         fields,
@@ -129,12 +134,12 @@ def signing_key(config: Config) -> SigningKey | None:
     return SigningKey(Path(path)) if path else None
 
 
-def run_identity(config: Config, fields: Sequence[Field]) -> RunIdentity:
+def run_identity(config: Config, fields: Sequence[Field], fitted: Fitted = NOTHING) -> RunIdentity:
     """Return what snapshots of this configuration say about their run.
 
     Raises `ConfigError` if a cross product has a wrong member.
     """
-    schema = _schema(config, fields)
+    schema = _schema(config, fields, fitted)
     specs = _specs(config, schema)
     blends = config.model.name == BLEND
     join = config.join
@@ -170,7 +175,7 @@ def _with_precision(config: Config) -> Config:
     return config.model_copy(update={"learn": learn})
 
 
-def _schema(config: Config, fields: Sequence[Field]) -> Schema:
+def _schema(config: Config, fields: Sequence[Field], fitted: Fitted) -> Schema:
     features = config.features
     try:
         return Schema(
@@ -180,6 +185,8 @@ def _schema(config: Config, fields: Sequence[Field]) -> Schema:
             buckets_per_octave=features.buckets_per_octave,
             hash_seed=features.hash_seed,
             crosses=features.crosses,
+            bucket_edges=fitted.bucket_edges,
+            value_scales=fitted.value_scales,
         )
     except ValueError as error:
         raise ConfigError(f"features.crosses: {error}") from None
@@ -297,7 +304,6 @@ def _state(
                 in_milliseconds(config.metrics.window), config.metrics.rolling_windows
             ),
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
-            baseline=baseline.name if baseline else None,
             served=served.names if served else (),
             in_memory=bool(served and served.every_ms),
         ),

@@ -48,6 +48,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
             report = runs.train_on_log(simulation, config, lease)
         if report is None:  # stopped before it began
             return
+        runs.require_published(report)  # else the subscriber would wait for it
         pointer = _wait_for(subscriber, str(report.snapshot))
     if not Console().is_terminal:  # on a terminal the run has shown it
         Console().print(final_table(to_json_object(report)))

@@ -93,7 +93,7 @@ def main(verbose: int) -> None:
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
 
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
-    stopped the run, 6 no valid snapshot.
+    stopped the run or nothing may be published, 6 no valid snapshot.
     """
     level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
     handler = logging.StreamHandler()
@@ -223,6 +223,8 @@ def run(
                 )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))
+    if report:
+        runs.require_published(report)
 
 
 # -- logs and streams ----------------------------------------------------------------------------

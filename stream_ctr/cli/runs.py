@@ -18,16 +18,18 @@ from rich.console import Console
 from stream_ctr.cli.assembly import build_trainer, signing_key
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
-from stream_ctr.cli.inference import inferred_fields
+from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.summary import summary
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import StreamCtrError
+from stream_ctr.errors import DataError, SnapshotError, StreamCtrError
 from stream_ctr.events.field import Field
+from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.learn.device import choose_device
+from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
@@ -164,19 +166,16 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
-        fields = fields or inferred_fields(
-            source,
-            stopped=lambda: stop.requested,
-            say=say,
-            max_record_bytes=config.input.max_record_bytes,
-        )
-        if not fields:
+        encoding = _encoding(source, config, state, fields, lambda: stop.requested)
+        if not encoding:
             say("stopped before the first impression; nothing was learned")
             return None
+        fields, fitted = encoding
         table = stack.enter_context(LiveTable(Console()))
         trainer = build_trainer(
             config,
             fields=fields,
+            fitted=fitted,
             source=source,
             publisher=publisher,
             directory=state,
@@ -198,6 +197,69 @@ def _train(
         Console().print(final_table(to_json_object(report)))
     say(summary(report, state))
     return report
+
+
+def _encoding(
+    source: Source,
+    config: Config,
+    state: Path,
+    fields: tuple[Field, ...] | None,
+    stopped: Callable[[], bool],
+) -> tuple[tuple[Field, ...], Fitted] | None:
+    """Return the fields, and what their numbers are fitted to; None if the run was stopped.
+
+    A run that resumes takes the latter from its snapshot. A new one looks at the first records.
+    """
+    features = config.features
+    limit = config.input.max_record_bytes
+    numeric = fields is None or any(field.kind == "numeric" for field in fields)
+    kept = _kept_fit(state) if features.fit_numbers and numeric else NOTHING
+    if fields and kept is not None:
+        return fields, kept
+    first = first_records(
+        source,
+        stopped=stopped,
+        say=say,
+        max_record_bytes=limit,
+        reason="to fit the buckets of their numbers (features.fit_numbers = false does not wait)"
+        if fields
+        else "to infer their fields (or name them in a --config)",
+    )
+    if first is None:
+        return None
+    fields = fields or inferred_fields(first, source, say=say, max_record_bytes=limit)
+    if kept is not None:
+        return fields, kept
+    fitted = fit_numbers(
+        first.parts,
+        fields,
+        most=first.most,
+        numeric_encoding=features.numeric_encoding,
+        buckets_per_octave=features.buckets_per_octave,
+        max_record_bytes=limit,
+    )
+    if fitted.bucket_edges:
+        names = ", ".join(one_line(name, 60) for name in fitted.bucket_edges)
+        say(f"note: buckets fitted to the numbers of {names}")
+    return fields, fitted
+
+
+def _kept_fit(state: Path) -> Fitted | None:
+    """Return what the numbers of the earlier run in this directory are fitted to, if there is one.
+
+    All snapshots of a run agree on it, so any that can be read will do.
+    """
+    for name in reversed(snapshot.snapshot_ids(state / "snapshots")):
+        with contextlib.suppress(SnapshotError):
+            schema = snapshot.read_manifest(state / "snapshots" / name).schema
+            return Fitted(schema.bucket_edges, schema.value_scales)
+    return None
+
+
+def require_published(report: Report) -> None:
+    """Raise `DataError` if a run has read all of its input and published nothing."""
+    if report.kind == "final" and report.withheld:
+        raise DataError(f"nothing was published: {'; '.join(report.withheld)}")
 
 
 def _resume(trainer: Trainer, config: Config, state: Path) -> None:

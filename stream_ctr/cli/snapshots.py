@@ -130,7 +130,7 @@ def _describe(path: Path, published: str | None) -> dict[str, Any]:
         "examples": manifest.examples,
         "event_time_range": list(manifest.event_time_range),
         "created_ms": manifest.created_ms,
-        "refused": [*manifest.gate.refused, *manifest.gate.last_step],
+        "refused": [*manifest.gate.reasons],
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "model": model,
         "logloss": score.logloss if score else None,

@@ -1,16 +1,21 @@
-"""The last words of a run: one line, or one for each model if there are more than three."""
+"""The last words of a run: a line on the run, one for each model, and one for each pair of models.
+
+Each figure stands there for the whole run and for its last half. The words are the same on a
+terminal, in a pipe and in a file.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from msgspec import UnsetType
+import msgspec
+from msgspec import Struct, UnsetType
 
-from stream_ctr.evaluate.summary import Difference, Paired
+from stream_ctr.evaluate.summary import Difference, ModelScore
 from stream_ctr.train.report import Report
 
-_MODELS_IN_A_LINE = 3
 # These are counted for each additional model as well.
 _COUNTED_BY_MODEL = ("examples_skipped", "examples_unlearned")
 # Counters of what was not learned, and of the reasons.
@@ -27,24 +32,13 @@ _NAMED_COUNTERS = (
     "examples_unlearned",
     "publications_refused",
 )
+_MISSING = "-"
+_NO_INTERVAL = "no interval"
 
 
 def summary(report: Report, state: Path) -> str:
     """Summarise the last report of a run."""
-    several = len(report.models) > _MODELS_IN_A_LINE
-    parts = [f"{report.examples:,} examples"]
-    if not several:
-        parts += [
-            f"{name}: logloss {score.logloss:.5f}, AUC {score.auc:.4f}"
-            for name, score in report.models.items()
-            if score.auc
-        ]
-    if report.best_possible_logloss:
-        parts.append(f"best possible logloss {report.best_possible_logloss:.5f}")
-    if report.paired.low is not None and not several:
-        first, second = report.paired.models
-        parts.append(f"{first} - {second} {_difference(report.paired)}")
-    parts += _named_counters(report.counters)
+    parts = [f"{report.examples:,} examples", *_named_counters(report.counters)]
     if report.stalled:
         parts.append(
             f"{report.pending:,} impressions wait for clicks that are overdue "
@@ -52,21 +46,21 @@ def summary(report: Report, state: Path) -> str:
         )
     place = state / "snapshots" / str(report.snapshot)
     line = f"{report.kind}: {'; '.join(parts)}; snapshot {place}"
-    return "\n".join([line, *(_model_lines(report) if several else ()), *_served_lines(report)])
+    scopes = _scopes(report)
+    tables = [_models(scopes)]
+    if report.pairs:
+        tables.append(_pairs(scopes))
+    rows = [f"  {row}" for table in tables for row in _aligned(table)]
+    return "\n".join([line, *rows, *_served_lines(report)])
 
 
-def _model_lines(report: Report) -> Iterator[str]:
-    first = next(iter(report.models))
-    width = max(map(len, report.models))
-    for name, score in report.models.items():
-        figures = "no AUC"
-        if score.auc:
-            figures = f"logloss {score.logloss:.5f}, AUC {score.auc:.4f}"
-        pair = report.pairs.get(name)
-        compared = ""
-        if pair and pair.low is not None:
-            compared = f"; {first} - {name} {_difference(pair)}"
-        yield f"  {name:<{width}}  {figures}{compared}"
+class _Figures(Struct):
+    """The figures of a part of a run, as a report holds them."""
+
+    models: dict[str, ModelScore]
+    pairs: dict[str, Difference]
+    constant_logloss: float | None
+    best_possible_logloss: float | None
 
 
 def _served_lines(report: Report) -> Iterator[str]:
@@ -82,9 +76,116 @@ def _served_lines(report: Report) -> Iterator[str]:
     yield f"  as served, logloss on {first[1].count:,} impressions: {figures}"
 
 
-def _difference(pair: Paired | Difference) -> str:
-    interval = f"[{pair.low:+.5f}, {pair.high:+.5f}]"
-    return f"on the same {pair.count:,}: {pair.logloss_difference:+.5f} {interval}"
+class _Scope(NamedTuple):
+    """A part of a run with its title: each takes columns of its own."""
+
+    title: str
+    figures: _Figures
+
+
+def _scopes(report: Report) -> list[_Scope]:
+    scopes = [_Scope("whole run", msgspec.convert(report, _Figures, from_attributes=True))]
+    if isinstance(report.last_half, Mapping):
+        scopes.append(_Scope("last half", msgspec.convert(report.last_half, _Figures)))
+    return scopes
+
+
+# -- the models ----------------------------------------------------------------------------------
+
+
+class _Column(NamedTuple):
+    head: str
+    form: str
+    value: Callable[[ModelScore], float | None]
+
+
+_COLUMNS = (
+    _Column("logloss", "{:.5f}", lambda score: score.logloss),
+    _Column("AUC", "{:.4f}", lambda score: score.auc),
+    _Column("pred/actual", "{:.3f}", lambda score: score.pred_over_actual),
+)
+_REFERENCES: Mapping[str, Callable[[_Figures], float | None]] = {
+    "constant": lambda figures: figures.constant_logloss,
+    "best possible": lambda figures: figures.best_possible_logloss,
+}
+
+
+class _Table(NamedTuple):
+    """Rows of a name and of the cells of each scope."""
+
+    titles: Sequence[str]
+    heads: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Sequence[str]]]]
+    name: str
+
+
+def _models(scopes: Sequence[_Scope]) -> _Table:
+    """Return the scores of all models, and below them the loglosses that put them in perspective.
+
+    These are that of the best constant and, of a simulated stream, the best possible.
+    """
+    rows: list[tuple[str, Sequence[Sequence[str]]]] = [
+        (name, [_score(scope.figures.models.get(name)) for scope in scopes])
+        for name in scopes[0].figures.models
+    ]
+    rows += [
+        (name, [[_number(_COLUMNS[0].form, logloss(scope.figures)), "", ""] for scope in scopes])
+        for name, logloss in _REFERENCES.items()
+        if logloss(scopes[0].figures) is not None
+    ]
+    titles = [scope.title for scope in scopes]
+    return _Table(titles, [column.head for column in _COLUMNS], rows, "model")
+
+
+def _score(score: ModelScore | None) -> list[str]:
+    return [
+        _MISSING if score is None else _number(column.form, column.value(score))
+        for column in _COLUMNS
+    ]
+
+
+# -- the pairs -----------------------------------------------------------------------------------
+
+
+def _pairs(scopes: Sequence[_Scope]) -> _Table:
+    """Return the difference in logloss of the first model from each other, on shared examples."""
+    first = next(iter(scopes[0].figures.models))
+    rows = [
+        (f"{first} - {name}", [_difference(scope.figures.pairs.get(name)) for scope in scopes])
+        for name in scopes[0].figures.pairs
+    ]
+    titles = [scope.title for scope in scopes]
+    return _Table(titles, ["examples", "difference", "95 % interval"], rows, "pair")
+
+
+def _difference(pair: Difference | None) -> list[str]:
+    if pair is None or pair.logloss_difference is None:
+        return ["0", _MISSING, _NO_INTERVAL]
+    interval = _NO_INTERVAL if pair.low is None else f"{pair.low:+.5f} to {pair.high:+.5f}"
+    return [f"{pair.count:,}", f"{pair.logloss_difference:+.5f}", interval]
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+def _number(form: str, number: float | None) -> str:
+    return _MISSING if number is None else form.format(number)
+
+
+def _aligned(table: _Table) -> Iterator[str]:
+    """Yield the lines of a table, with the titles of the scopes above their columns."""
+    lines = [[table.name, *(head for _ in table.titles for head in table.heads)]]
+    lines += [[name, *(cell for cells in scopes for cell in cells)] for name, scopes in table.rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    spans = [
+        sum(widths[first : first + len(table.heads)]) + 2 * (len(table.heads) - 1)
+        for first in range(1, len(widths), len(table.heads))
+    ]
+    titles = [title.rjust(span) for title, span in zip(table.titles, spans, strict=True)]
+    yield "  ".join([" " * widths[0], *titles]).rstrip()
+    for name, *cells in lines:
+        padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        yield "  ".join([name.ljust(widths[0]), *padded]).rstrip()
 
 
 def _named_counters(counters: Mapping[str, int]) -> Iterator[str]:

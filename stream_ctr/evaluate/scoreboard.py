@@ -55,16 +55,15 @@ class Scoreboard:
         *,
         windows: MetricWindows,
         gate: Gate,
-        baseline: str | None = None,
         served: Sequence[str] = (),
         in_memory: bool = False,
     ) -> None:
         self.models = tuple(models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
-        self.judge = Judge(gate, models, baseline)
+        self.judge = Judge(gate, models)
         self.served = metrics.WholeRun([*served, PROGRESSIVE]) if served else None
-        self.served_judge = Judge(gate, models, baseline) if served and in_memory else None
+        self.served_judge = Judge(gate, models) if served and in_memory else None
 
     def add(self, scored: metrics.Scored) -> None:
         """Measure a batch that every model predicted before it learned it."""

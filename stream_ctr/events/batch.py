@@ -97,7 +97,8 @@ class EventBatch:
     kinds in order of arrival, as indices into the impressions followed by the clicks.
 
     `with_fields` names the fields that at least one impression had. `with_unknown_fields` counts
-    the events with members that are not read. `bad_records` counts the rejected records without
+    the events with members that are not read; `unknown_features` names such features, at the
+    beginning of a run. `bad_records` counts the rejected records without
     tombstones; a record with some good events counts as the share of its events that are bad.
     """
 
@@ -112,6 +113,7 @@ class EventBatch:
     with_fields: frozenset[str]
     with_unknown_fields: int
     bad_records: float
+    unknown_features: frozenset[str] = frozenset()
 
     @property
     def events(self) -> int:

@@ -9,11 +9,20 @@ MurmurHash3 x64 128 is Austin Appleby's, in the public domain; `h1` is its first
 
 - A missing value hashes the single byte 0xff, which no UTF-8 text contains. So it has a row of its
   own.
-- A number hashes the decimal text of its logarithmic bucket `sign(x) * floor(r * log2(1 + |x|))`,
-  with r buckets an octave.
+- A number x hashes the decimal text of its bucket. By default it is logarithmic, with r buckets an
+  octave: `sign(x) * floor(r * log2(1 + |x|))`.
+- A field whose numbers that would not tell apart has edges e_1 < ... < e_m (see `fit`). Between
+  them the bucket of x is the number of edges that are not above x. Beyond them it is logarithmic
+  in units of w = e_m - e_1:
+
+      x < e_1          -floor(r * log2(1 + (e_1 - x) / w))
+      e_1 <= x < e_m   the number of edges <= x
+      x >= e_m         m + floor(r * log2(1 + (x - e_m) / w))
+
 - With the encodings `value` and `log_value` (the paper's alternative, "the value itself"), a
-  numeric field has one row, that of the text "value". The field's embedding is multiplied by the
-  number, clipped to the range of a float32.
+  numeric field has one row, that of the text "value". The field's embedding is multiplied by x or
+  by `sign(x) * log(1 + |x|)`, divided by the field's scale s and cut to [-4, 4]. Without a scale
+  the multiplier is only cut to the range of a float32.
 
 A cross product of two or more fields is one more column of ids, after those of the fields, with
 rows in the same table. It hashes `hashes`: the h1 of each member's value, missing values included,
@@ -44,10 +53,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.events.arrow_columns import StringBuffers, string_buffers
-from stream_ctr.events.field import Field, require_members
+from stream_ctr.events.field import Field, require_fitted, require_members
+
+LARGEST_MULTIPLIER = 4.0
+"""The largest size of a multiplier that has a scale."""
 
 _MISSING = np.array([0xFF], np.uint8)
 _ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
+_LARGEST = float(np.finfo(np.float64).max)
 _LOW_32_BITS = 0xFFFFFFFF
 _FREQUENT_BUCKETS = 64  # the hashes of buckets from -64 to 64 are kept
 _DIGIT_0 = ord("0")
@@ -70,8 +83,9 @@ class Hasher:
     """Hash feature columns to rows of the embedding table.
 
     There are F fields, C cross products (`crosses`, each the names of its fields) and V fields
-    whose embedding is multiplied by a value (`value_fields` are their indices). Raises `ValueError`
-    when a cross product has a member that cannot be crossed.
+    whose embedding is multiplied by a value (`value_fields` are their indices). `bucket_edges` and
+    `value_scales` are those of a `Schema`. Raises `ValueError` when a cross product has a member
+    that cannot be crossed, or when edges or scales do not fit the fields.
     """
 
     def __init__(
@@ -83,8 +97,17 @@ class Hasher:
         numeric_encoding: str = "buckets",
         buckets_per_octave: float = 2.0,
         crosses: Sequence[Sequence[str]] = (),
+        bucket_edges: Mapping[str, Sequence[float]] | None = None,
+        value_scales: Mapping[str, float] | None = None,
     ) -> None:
         require_members(crosses, fields, numeric_encoding)
+        self.bucket_edges = {
+            name: np.array(edges, np.float64) for name, edges in (bucket_edges or {}).items()
+        }
+        self.value_scales = dict(value_scales or {})
+        require_fitted(
+            bucket_edges or {}, self.value_scales, fields, buckets=numeric_encoding == "buckets"
+        )
         self.fields = tuple(fields)
         self.table_bits = table_bits
         self.numeric_encoding = numeric_encoding
@@ -131,7 +154,7 @@ class Hasher:
                 ids[:, index] = hashes[:, hash_column] & self._mask
             elif index in self.value_fields:
                 ids[:, index] = self._value_row(column, self._field_seeds[index])
-                values[:, self.value_fields.index(index)] = self._multipliers(column)
+                values[:, self.value_fields.index(index)] = self._multipliers(column, field.name)
             else:
                 self._hash_field(column, index, self._mask, ids, index)
         crosses = zip(self._cross_columns, self._cross_seeds, strict=True)
@@ -146,8 +169,8 @@ class Hasher:
         seed = self._field_seeds[index]
         if self.fields[index].kind == "numeric":
             x = column.to_numpy(zero_copy_only=False)  # null becomes NaN
-            bucket = np.sign(x) * np.floor(self.buckets_per_octave * np.log2(1.0 + np.abs(x)))
-            _hash_buckets(bucket, seed, mask, out, target)
+            edges = self.bucket_edges.get(self.fields[index].name)
+            _hash_buckets(_buckets(x, edges, self.buckets_per_octave), seed, mask, out, target)
         elif pa.types.is_dictionary(column.type):
             # Hash each word once. The last word is the missing one, at index -1.
             words = pa.concat_arrays([column.dictionary, pa.nulls(1, pa.string())])
@@ -162,11 +185,32 @@ class Hasher:
         present, missing = _hash_texts(texts, seed, self._mask, np.int32)
         return np.where(np.asarray(column.is_valid()), present, missing).astype(np.int32)
 
-    def _multipliers(self, column: pa.Array) -> npt.NDArray[np.float32]:
+    def _multipliers(self, column: pa.Array, name: str) -> npt.NDArray[np.float32]:
         x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
         scaled = np.sign(x) * np.log1p(np.abs(x)) if self.numeric_encoding == "log_value" else x
-        largest = np.finfo(np.float32).max
+        largest = float(np.finfo(np.float32).max)
+        if name in self.value_scales:
+            largest = LARGEST_MULTIPLIER
+            with np.errstate(over="ignore"):
+                scaled = scaled / self.value_scales[name]
         return np.where(np.isnan(x), 1.0, np.clip(scaled, -largest, largest)).astype(np.float32)
+
+
+def _buckets(
+    x: npt.NDArray[np.float64], edges: npt.NDArray[np.float64] | None, per_octave: float
+) -> npt.NDArray[np.float64]:
+    """Return the bucket of each number, NaN where it is missing [n]."""
+    if edges is None:
+        return np.sign(x) * np.floor(per_octave * np.log2(1.0 + np.abs(x)))
+    bucket = np.searchsorted(edges, x, side="right").astype(np.float64)
+    width = edges[-1] - edges[0]
+    with np.errstate(over="ignore"):
+        below = np.minimum((edges[0] - x) / width, _LARGEST)
+        above = np.minimum((x - edges[-1]) / width, _LARGEST)
+    low, high = below > 0, above >= 0
+    bucket[low] = -np.floor(per_octave * np.log2(1.0 + below[low]))
+    bucket[high] = len(edges) + np.floor(per_octave * np.log2(1.0 + above[high]))
+    return np.where(np.isnan(x), np.nan, bucket)
 
 
 def hash_ids(impression_id: pa.StringArray) -> npt.NDArray[np.uint64]:

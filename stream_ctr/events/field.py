@@ -10,7 +10,9 @@ b'[["app","categorical"],["age","numeric"]]'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
@@ -26,21 +28,30 @@ class Field(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 
 
 Cross = Annotated[tuple[str, ...], Meta(min_length=2)]
+Edges = Annotated[tuple[float, ...], Meta(min_length=2, max_length=256)]
+Scale = Annotated[float, Meta(gt=0)]
+NumericEncoding = Literal["buckets", "value", "log_value"]
 
 
 class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything that turns features into table rows. A server needs nothing else to hash them.
 
-    Raises `ValueError` when a field or a cross product is listed twice, or when a cross product
-    has a wrong member.
+    `bucket_edges` and `value_scales` are those of numeric fields, by name, whose encoding was
+    fitted to the first records (`fit`). A field without them is encoded as it is.
+
+    Raises `ValueError` when a field or a cross product is listed twice, when a cross product has a
+    wrong member, or when edges or scales are not those of a numeric field or do not fit the
+    encoding.
     """
 
     fields: tuple[Field, ...]
     table_bits: Annotated[int, Meta(ge=4, le=31)]
-    numeric_encoding: Literal["buckets", "value", "log_value"] = "buckets"
+    numeric_encoding: NumericEncoding = "buckets"
     buckets_per_octave: Annotated[float, Meta(gt=0, le=64)] = 2.0
     hash_seed: Annotated[int, Meta(ge=0, le=(1 << 32) - 1)] = 0
     crosses: Annotated[tuple[Cross, ...], Meta(max_length=256)] = ()
+    bucket_edges: dict[str, Edges] = {}
+    value_scales: dict[str, Scale] = {}
 
     def __post_init__(self) -> None:
         names = [field.name for field in self.fields]
@@ -51,11 +62,19 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
             require_distinct_members(members)
         require_distinct_crosses(self.crosses)
         require_members(self.crosses, self.fields, self.numeric_encoding)
+        require_fitted(
+            self.bucket_edges, self.value_scales, self.fields, buckets=not self.has_values
+        )
+
+    @property
+    def has_values(self) -> bool:
+        """Whether the embedding of a number is multiplied by a value."""
+        return self.numeric_encoding != "buckets"
 
     @property
     def value_fields(self) -> tuple[int, ...]:
         """The indices of the fields whose embedding is multiplied by a value."""
-        if self.numeric_encoding == "buckets":
+        if not self.has_values:
             return ()
         return tuple(index for index, field in enumerate(self.fields) if field.kind == "numeric")
 
@@ -108,6 +127,29 @@ def require_members(
                     f"{shown_cross(names)} has the number {name!r:.80}, which has one row with "
                     f"numeric_encoding = {numeric_encoding!r}; only buckets of it can be crossed"
                 )
+
+
+def require_fitted(
+    bucket_edges: Mapping[str, Sequence[float]],
+    value_scales: Mapping[str, float],
+    fields: Sequence[Field],
+    *,
+    buckets: bool,
+) -> None:
+    """Raises `ValueError` unless edges and scales are of numeric fields and of this encoding.
+
+    Edges must rise, with a distance between the first and the last that is finite.
+    """
+    numeric = {field.name for field in fields if field.kind == "numeric"}
+    for name in [*bucket_edges, *value_scales]:
+        if name not in numeric:
+            raise ValueError(f"{name!r:.80} has edges or a scale, and is no numeric field")
+    if value_scales if buckets else bucket_edges:
+        raise ValueError("edges are for numbers in buckets, and scales for other encodings")
+    for name, edges in bucket_edges.items():
+        rises = all(lower < upper for lower, upper in pairwise(edges))
+        if len(edges) < 2 or not rises or not math.isfinite(edges[-1] - edges[0]):
+            raise ValueError(f"the edges of {name!r:.80} must be two or more rising numbers")
 
 
 def shown_cross(names: Sequence[str]) -> str:

@@ -55,6 +55,37 @@ def infer_fields(
     )
 
 
+def feature_names(
+    values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20
+) -> frozenset[str]:
+    """Return the names of all features of the impressions in these records.
+
+    >>> record = b'{"kind":"impression","features":{"age":31,"app":"maps"}}'
+    >>> sorted(feature_names(pa.array([record, b"junk"], pa.large_binary())))
+    ['age', 'app']
+    """
+    return frozenset(
+        name for _, features in _type_counts(values, max_record_bytes) for name in features
+    )
+
+
+def impression_counts(values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20) -> list[int]:
+    """Return how many impressions with features each record holds.
+
+    >>> record = b'{"kind":"impression","features":{"age":31,"app":"maps"}}'
+    >>> impression_counts(pa.array([record, b"junk"], pa.large_binary()))
+    [1, 0]
+    """
+    return [
+        sum(
+            count
+            for count, features in _type_counts(values[row : row + 1], max_record_bytes)
+            if features
+        )
+        for row in range(len(values))
+    ]
+
+
 def _type_counts(values: pa.LargeBinaryArray, max_record_bytes: int) -> Iterator[_TypeCounts]:
     for value, in_columns in zip(values.to_pylist(), is_arrow(values).tolist(), strict=True):
         if in_columns:

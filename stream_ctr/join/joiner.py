@@ -300,19 +300,18 @@ class LabelJoiner:
 
         It is None before the first such click.
         """
-        counts = self.counts()
-        joined = counts["clicks_joined"] + counts["clicks_duplicate"]
-        known = joined + counts["clicks_late"] + counts["clicks_unmatched"]
+        joined, known = click_fates(self.counts())
         return joined / known if known else None
 
     def window_curve(self) -> list[dict[str, float]]:
         """Return the share of the clicks that shorter or longer label windows would lose.
 
-        Only clicks whose delay was measured count. The shares are exact up to the present window;
-        beyond it only clicks whose impression was still remembered are known.
+        A click that never found its impression is lost with any window, so the shares end at the
+        share of these. They are exact up to the present window; beyond it only clicks whose
+        impression was still remembered are known. Repeated clicks do not count.
         """
         measured = self.delays.sum(axis=0)
-        total = int(measured.sum())
+        total = int(measured.sum() + self.counters[CLICKS_UNMATCHED])
         if not total:
             return []
         lost = 1.0 - np.cumsum(measured)[:-1] / total
@@ -387,6 +386,18 @@ class LabelJoiner:
         slots = np.arange(len(pending["time"]), dtype=np.int32)
         self._index.fill(pending["id_hash"], pending["time"], slots)
         self._clicks.fill(_with_prefix("clicks.", state))
+
+
+def click_fates(counts: Mapping[str, int]) -> tuple[int, int]:
+    """Return how many clicks became a label or repeated one, and how many have a known fate.
+
+    `counts` are the counters of a joiner by name.
+
+    >>> click_fates(dict.fromkeys(COUNTERS, 1))
+    (2, 4)
+    """
+    joined = counts["clicks_joined"] + counts["clicks_duplicate"]
+    return joined, joined + counts["clicks_late"] + counts["clicks_unmatched"]
 
 
 def _columns(events: Arrivals, limit: npt.NDArray[np.int64] | None, rows: slice) -> EventColumns:

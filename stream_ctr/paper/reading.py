@@ -15,14 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 from rich.progress import Progress
 
-from stream_ctr.config import Config, in_milliseconds, size
+from stream_ctr.config import Config, Features, in_milliseconds, size
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
+from stream_ctr.events.fit import fit_numbers
 from stream_ctr.events.infer import infer_fields
 from stream_ctr.join.examples import Examples
 from stream_ctr.join.joiner import LabelJoiner
@@ -42,6 +44,7 @@ _LABELLED = (CriteoLog.format, AvazuLog.format, OpenBanditLog.format)
 _LABELLED_WINDOW_MS = 60_000
 _SIMULATED_WINDOW_MS = 6 * 3_600_000  # ten of ten million clicks come later
 _INFER_RECORDS = 4000
+_NO_HASHING = {"categorical", "numeric", "fit_numbers"}  # keys of the features
 _POLL_SECONDS = 0.25
 _PREFIX_BYTES = 1 << 20
 _SNIFFED_BYTES = 64
@@ -76,7 +79,8 @@ def read(
     fields = config.features.fields() or log.fields or _inferred_fields(source)
     hashing = {
         "table_bits": config.model.table_bits,
-        **config.features.model_dump(mode="json", exclude={"categorical", "numeric"}),
+        **config.features.model_dump(mode="json", exclude=_NO_HASHING),
+        **_fit(source, fields, config.features),
     }
     hasher = _make_hasher(fields, hashing)
     join_options = _join_options(log, config)
@@ -163,12 +167,33 @@ def _require_room(wanted: int, directory: Path) -> None:
 # -- fields, hashing and join --------------------------------------------------------------------
 
 
-def _inferred_fields(source: Source) -> tuple[Field, ...]:
-    """Return the fields of the first impressions, and rewind the source."""
+def _beginning(source: Source) -> pa.LargeBinaryArray:
+    """Return the first records, and rewind the source."""
     start = source.positions()
     records = source.poll(_POLL_SECONDS)
     source.seek(start)
-    beginning = records.value[:_INFER_RECORDS]
+    return records.value[:_INFER_RECORDS]
+
+
+def _fit(source: Source, fields: Sequence[Field], features: Features) -> dict[str, Any]:
+    """Return what the numbers are fitted to, as arguments of a `Hasher`."""
+    if not features.fit_numbers:
+        return {}
+    fitted = fit_numbers(
+        [_beginning(source)],
+        fields,
+        numeric_encoding=features.numeric_encoding,
+        buckets_per_octave=features.buckets_per_octave,
+    )
+    return {
+        "bucket_edges": {name: list(edges) for name, edges in fitted.bucket_edges.items()},
+        "value_scales": fitted.value_scales,
+    }
+
+
+def _inferred_fields(source: Source) -> tuple[Field, ...]:
+    """Return the fields of the first impressions, and rewind the source."""
+    beginning = _beginning(source)
     fields = infer_fields(beginning)
     if fields:
         return fields

@@ -7,17 +7,20 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
-from stream_ctr.messages import one_line
+from stream_ctr.messages import nearest_word, one_line
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.sampled_baseline import SampledBaseline
 
 _log = logging.getLogger("stream_ctr.train")
 _SILENT_SECONDS = 5.0  # without an answer from any broker
 _FIELDS_EXPECTED_WITHIN = 1000  # impressions
+_LONG_MS = 8 * 86_400_000
+_FEWEST_IMPRESSIONS = 100  # that tell something about a field at the end of the input
 
 
 class Alarms:
@@ -99,26 +102,93 @@ class RunAlarms:
         )
 
 
-class MissingFields:
-    """Warn about fields that the first impressions never had: a misspelt field teaches nothing."""
+class FieldWatch:
+    """Warn about fields that teach nothing: the first impressions never had them, or had one value.
 
-    def __init__(self, fields: Sequence[str]) -> None:
-        self._unseen = set(fields)
+    The warning names the most similar feature that is no field, because the field may be misspelt.
+    An hour or a weekday has one value for a while. So a field is said to have one value at the end
+    of the input, or after more than a week of event time. A number has one value when all of its
+    values are in one bucket. `value_fields` are the indices of the fields with a column of values.
+    """
+
+    def __init__(self, fields: Sequence[str], *, value_fields: Sequence[int] = ()) -> None:
+        self._fields = fields
+        self._seen: set[str] = set()
+        self._unknown: set[str] = set()
         self._impressions = 0
+        self._first_ms: int | None = None
+        self._watches_missing = True
+        # The fields that had one value so far, and this value: an id, and a number if it has one.
+        self._constant = np.arange(len(fields))
+        self._value_column = np.full(len(fields), -1)
+        self._value_column[list(value_fields)] = np.arange(len(value_fields))
+        self._value: npt.NDArray[np.float64] | None = None
 
     def observe(self, events: EventBatch) -> None:
         """Look at the fields of a poll's impressions."""
-        if not self._unseen or self._impressions >= _FIELDS_EXPECTED_WITHIN:
+        n = len(events.impressions)
+        if not n or not (self._watches_missing or len(self._constant)):
             return
-        self._unseen -= events.with_fields
-        self._impressions += len(events.impressions)
-        if self._impressions >= _FIELDS_EXPECTED_WITHIN and self._unseen:
+        self._impressions += n
+        self._seen |= events.with_fields
+        self._unknown |= events.unknown_features
+        self._drop_varying(events)
+        if self._watches_missing and self._impressions >= _FIELDS_EXPECTED_WITHIN:
+            self._warn_of_missing()
+        if self._first_ms is None:
+            self._first_ms = int(events.impressions.time[0])
+        if int(events.impressions.time[-1]) - self._first_ms > _LONG_MS:
+            self._warn_of_constant()
+
+    def finish(self) -> None:
+        """Warn at the end of the input, if it had enough impressions to tell."""
+        if self._impressions >= _FEWEST_IMPRESSIONS:
+            if self._watches_missing:
+                self._warn_of_missing()
+            self._warn_of_constant()
+
+    def _drop_varying(self, events: EventBatch) -> None:
+        """Keep the fields whose value is that of all impressions before."""
+        columns = np.zeros((len(events.ids), 2, len(self._constant)))
+        columns[:, 0] = events.ids[:, self._constant]
+        has_values = self._value_column[self._constant] >= 0
+        numbers = self._value_column[self._constant[has_values]]
+        columns[:, 1, has_values] = events.values[:, numbers]
+        if self._value is None:
+            self._value = columns[0]
+        same = (columns == self._value).all(axis=(0, 1))
+        self._constant = self._constant[same]
+        self._value = self._value[:, same]
+
+    def _warn_of_missing(self) -> None:
+        self._watches_missing = False
+        if missing := [name for name in self._fields if name not in self._seen]:
             _log.warning(
                 "in the first %d impressions these fields were always missing: %s; "
                 "are they spelled as in the events?",
                 self._impressions,
-                ", ".join(one_line(name, 60) for name in sorted(self._unseen)),
+                self._named(missing),
             )
+
+    def _warn_of_constant(self) -> None:
+        names = [self._fields[index] for index in self._constant.tolist()]
+        self._constant = self._constant[:0]
+        if constant := [name for name in names if name in self._seen]:
+            _log.warning(
+                "in the first %d impressions these fields had one value each, which teaches "
+                "nothing: %s",
+                self._impressions,
+                self._named(constant),
+            )
+
+    def _named(self, fields: Sequence[str]) -> str:
+        return ", ".join(one_line(name, 60) + self._hint(name) for name in fields)
+
+    def _hint(self, field: str) -> str:
+        similar = nearest_word(field, sorted(self._unknown))
+        if similar is None:
+            return ""
+        return f" (the events have {one_line(similar, 60)!r}, which is no field)"
 
 
 def stalled_partitions(watermarks: Watermarks, partitions: Sequence[tuple[str, int]]) -> list[str]:

@@ -13,8 +13,10 @@ import msgspec
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate import summary
-from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.evaluate.gate import Clicks, Verdict
 from stream_ctr.evaluate.scoreboard import Scoreboard
+from stream_ctr.join.join_state import COUNTERS
+from stream_ctr.join.joiner import click_fates
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
@@ -122,3 +124,10 @@ def _files_of(path: Path | None) -> tuple[int, Mapping[str, FileEntry]]:
     except SnapshotError:
         manifest = None
     return (manifest.examples, manifest.files) if manifest else (0, {})
+
+
+def clicks(cut: Cut) -> Clicks:
+    """Return the clicks that the join had counted when the state was copied."""
+    counts = dict(zip(COUNTERS, cut.tensors["joiner"]["counters"].tolist(), strict=True))
+    joined, known = click_fates(counts)
+    return Clicks(came=counts["clicks"], known=known, joined=joined)

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from stream_ctr.events.batch import Arrivals, EventBatch, RecordColumns, Rejected
 from stream_ctr.events.decoder import Decoder, Events, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
+from stream_ctr.events.infer import feature_names
 from stream_ctr.train.source import Source
 from stream_ctr.train.stage_timer import StageTimer
 
@@ -29,6 +30,9 @@ _LISTENING_SECONDS = 1.0
 # The bits of an event's place that hold its index in the record: 2 ** 20 events a record,
 # 2 ** 43 records a partition.
 _INDEX_BITS = 20
+# The features that are no fields are named in so many records of a run, and so many of a poll.
+_NAMED_RECORDS = 1000
+_NAMED_RECORDS_OF_A_POLL = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Ingest:
         self._clock = clock
         self._wall_clock = wall_clock
         self._silence = Silence(len(source.partitions), now=clock())
+        self._records_to_name = _NAMED_RECORDS
 
     def take(self, timeout_seconds: float) -> Poll:
         """Return the next poll. Raises whatever the source raises."""
@@ -191,7 +196,18 @@ class Ingest:
             ),
             with_unknown_fields=events.with_unknown_fields,
             bad_records=_bad_records(events, rejects, len(records)),
+            unknown_features=self._unknown_features(records, events),
         )
+
+    def _unknown_features(self, records: RecordColumns, events: Events) -> frozenset[str]:
+        """Return the names of features that are no fields, from the first records of a run."""
+        n = min(self._records_to_name, _NAMED_RECORDS_OF_A_POLL, len(records))
+        if not events.with_unknown_fields or not n:
+            return frozenset()
+        self._records_to_name -= n
+        limit = self.decoder.max_record_bytes
+        names = feature_names(records.value[:n], max_record_bytes=limit)
+        return names - {field.name for field in self.decoder.fields}
 
     def pause(self, partitions: frozenset[int]) -> None:
         """Return no events of exactly these partitions from the next poll on."""

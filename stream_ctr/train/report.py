@@ -107,7 +107,10 @@ class BaselineNote(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 
 class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The share of the clicks that a label window of `window_seconds` would lose."""
+    """The share of the clicks that a label window of `window_seconds` would lose.
+
+    Clicks that never found their impression are lost with any window, and count.
+    """
 
     window_seconds: float
     lost_share: float
@@ -121,6 +124,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     is expected. `pending` impressions wait for their clicks, `lag` records are unread.
     `snapshot` is the last one on disk. `stalled` names partitions whose clicks are overdue,
     `refused` says why the model is not published, `left_out` why an additional model ended.
+    `withheld` says why no snapshot of this run is published; it is empty once one is.
+    `click_coverage` is the share of the clicks with a known fate that found their impression in
+    time. `window_curve` is the share of them that other label windows would lose.
 
     The metrics of `models` are progressive: each example is predicted just before it is learned,
     after its label window. Those of `as_served` are of the snapshot that was published when the
@@ -142,6 +148,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     stalled: list[str]
     silent_seconds: float
     refused: list[str]
+    withheld: list[str]
     left_out: dict[str, str]
     counters: dict[str, Count]
     clicks_late: Count
@@ -174,6 +181,7 @@ def build_report(
     partitions: Sequence[tuple[str, int]],
     baseline: SampledBaseline | None,
     snapshot: str | None,
+    withheld: Sequence[str],
     seconds: float,
     events_read: int,
     profile: Mapping[str, Any],
@@ -199,6 +207,7 @@ def build_report(
         "stalled": stalled_partitions(state.watermarks, partitions),
         "silent_seconds": round(status.silent_seconds, 1),
         "refused": board.judge.refused,
+        "withheld": list(withheld),
         "left_out": state.left_out,
         "counters": {
             **counts,

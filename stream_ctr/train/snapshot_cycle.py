@@ -26,6 +26,7 @@ from stream_ctr.train.guard import Diverged
 from stream_ctr.train.source import Source
 
 _log = logging.getLogger("stream_ctr.train")
+NO_EXAMPLE = "it has learned no example"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +58,9 @@ class SnapshotCycle:
     """Write, commit and publish one snapshot after another.
 
     `parent` is the name of the last snapshot on disk, `sequence` the number of the last one begun.
-    `failure` is the error of the last attempt, None if it succeeded. `before` is called in the
-    writer's thread before each snapshot is written.
+    `failure` is the error of the last attempt, None if it succeeded. `withheld` says why the last
+    snapshot is not published, and is empty once a snapshot of this run is. `before` is called in
+    the writer's thread before each snapshot is written.
     """
 
     def __init__(
@@ -74,8 +76,10 @@ class SnapshotCycle:
         self.parent: str | None = None
         self.sequence = 0
         self.failure: SnapshotError | None = None
+        self.withheld: tuple[str, ...] = ()
         self.in_progress = False
         """Whether a snapshot is between its copy and the disk."""
+        self._has_published = False
         self._source = source
         self._publisher = publisher
         self._counters = counters
@@ -149,6 +153,10 @@ class SnapshotCycle:
         self._writer.after(lambda: self._publisher.retain(self.policy.keep, keep))
         return published
 
+    def begin_run(self) -> None:
+        """Forget that the snapshot from which a run resumes was published: it is not this run's."""
+        self._has_published = False
+
     def close(self) -> None:
         """Finish what was begun."""
         self._writer.close()
@@ -171,10 +179,12 @@ class SnapshotCycle:
         name = written.path.name
         manifest = written.manifest
         if not manifest.examples:  # random weights serve nobody
+            self._withhold((NO_EXAMPLE,))
             return False
-        if refused := [*manifest.gate.refused, *manifest.gate.last_step]:
+        if refused := manifest.gate.reasons:
             self._counters["publications_refused"] += 1
             _log.error("snapshot %s is not published: %s", name, "; ".join(refused))
+            self._withhold(refused)
             return False
         try:
             self._publisher.publish(written.path, manifest)
@@ -183,7 +193,13 @@ class SnapshotCycle:
             self._counters["publications_failed"] += 1
             self.failure = SnapshotError(f"snapshot {name} is written but not published: {error}")
             return False
+        self._has_published = True
+        self.withheld = ()
         return True
+
+    def _withhold(self, reasons: tuple[str, ...]) -> None:
+        if not self._has_published:
+            self.withheld = reasons
 
     def _fail(self, error: SnapshotError) -> None:
         _log.error("%s", error)

@@ -35,7 +35,7 @@ from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
 from stream_ctr.train import cut
-from stream_ctr.train.alarms import MissingFields, RunAlarms, stalled_partitions
+from stream_ctr.train.alarms import FieldWatch, RunAlarms, stalled_partitions
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
@@ -119,7 +119,10 @@ class Trainer:
             self.source.partitions, publisher, state.counters, max_bad_share=max_bad_share
         )
         self._alarms = RunAlarms(self.source.partitions, state.counters)
-        self._missing = MissingFields([field.name for field in identity.schema.fields])
+        self._fields = FieldWatch(
+            [field.name for field in identity.schema.fields],
+            value_fields=identity.schema.value_fields,
+        )
         self._alignment = Alignment(ingest)
         self._unscored = ScoringQueue(
             state.scoreboard,
@@ -170,6 +173,7 @@ class Trainer:
             self._drain()
         finished = not self._stopping
         if finished:
+            self._fields.finish()
             self._learn_ready(partial=True)
         self._settle(wait=True)
         learned = self.state.ledger.count - self._examples_at_snapshot
@@ -230,7 +234,7 @@ class Trainer:
             self.state.counters["fields_unknown"] += events.with_unknown_fields
         self._events_read += events.events
         self._bad_records.keep(events)
-        self._missing.observe(events)
+        self._fields.observe(events)
         self.state.joiner.push(events, self.state.watermarks)
 
     def _release(self, leave: Callable[[], Examples]) -> None:
@@ -400,6 +404,7 @@ class Trainer:
                 partitions=self.source.partitions,
                 baseline=self.baseline,
                 snapshot=self.snapshots.parent,
+                withheld=self.snapshots.withheld,
                 seconds=max(self._around.clock() - self._started, 1e-9),
                 events_read=self._events_read,
                 profile=profile(
@@ -463,7 +468,7 @@ class Trainer:
         """Judge the model, complete a cut whose batches are all scored, and begin to write it."""
         if self.predictions:
             self.predictions.seal(taken.manifest.sequence)
-        self.state.scoreboard.judge.judge(self._published_evidence)
+        self.state.scoreboard.judge.judge(self._published_evidence, cut.clicks(taken))
         now_ms = int(self._around.wall_clock() * 1000)
         parent = self.snapshots.parent
         self.snapshots.begin(
@@ -513,6 +518,7 @@ class Trainer:
             done = self.snapshots.commit_and_publish(Written(path, manifest, positions))
             if self.served and candidate:
                 self.served.decide(candidate, published=done, evidence=None)
+        self.snapshots.begin_run()
         _log.info(
             "resumed from snapshot %s: %d examples, positions %s",
             path.name,

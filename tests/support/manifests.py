@@ -10,7 +10,7 @@ from typing import Any
 
 from msgspec import structs
 
-from stream_ctr.evaluate.gate import Measured, Verdict
+from stream_ctr.evaluate.gate import Measured, Other, Verdict
 from stream_ctr.evaluate.summary import EMPTY
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
@@ -88,9 +88,9 @@ MANIFEST = Manifest(
             count=5000,
             ne=0.9,
             logloss=0.4,
-            baseline_logloss=0.41,
+            constant_logloss=0.45,
             calibration=1.01,
-            baseline_calibration=1.0,
+            others={"ftrl": Other(logloss=0.41, difference=-0.01, calibration=1.0)},
         ),
     ),
     metrics=structs.replace(EMPTY, constant_logloss=0.5),
