@@ -20,10 +20,14 @@ from support.reliability import Outcome
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError
 from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import manifest as manifests
+from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver, epochs
 from stream_ctr.snapshots.pointer import pointer_for, write_pointer
+
+FORMATS = {"manifest.json": manifests.FORMAT, "latest.json": pointers.FORMAT}
 
 
 def test_a_second_lease_is_refused_and_names_the_holder(tmp_path: Path) -> None:
@@ -69,7 +73,7 @@ def test_a_directory_of_a_newer_version_is_not_taken_and_not_locked(
     write_pointer(tmp_path / "latest.json", pointer_for(path, manifest()))
     newer = path / document if document == "manifest.json" else tmp_path / document
     make_newer(newer)
-    with pytest.raises(NewerFormat, match=f"{newer} has format 2"):
+    with pytest.raises(NewerFormat, match=f"{newer} has format {FORMATS[document] + 1}"):
         Lease(tmp_path)
     newer.write_text("{}")
     Lease(tmp_path).close()
@@ -104,7 +108,8 @@ def test_a_run_on_a_directory_of_a_newer_version_exits_6_and_changes_nothing(
     result = run()
     assert result.exit_code == 6, result.output
     assert (
-        f"{changed} has format 2, and this version of stream-ctr reads formats up to 1: "
+        f"{changed} has format {FORMATS[document] + 1}, and this version of stream-ctr reads "
+        f"formats up to {FORMATS[document]}: "
         "install the version that wrote it" in " ".join(result.output.split())
     )
     assert contents() == before

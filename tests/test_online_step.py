@@ -28,8 +28,8 @@ class Plain:
     """The rule as docs/learning.md states it: an example at a time, in float64, with autograd."""
 
     def __init__(self, learner: NetworkLearner, model: str) -> None:
-        self.module: Any = MODELS[model].module
-        self.module = self.module(
+        make: Any = MODELS[model].module
+        self.module: Any = make(
             fields=learner.fields,
             embedding_dim=learner.table.embedding_dim,
             hidden=[8, 8],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from support.learners import learner, logloss
 
@@ -46,7 +48,7 @@ def test_lr_over_pairs_learns_an_interaction_that_lr_over_fields_cannot() -> Non
     values = rng.integers(0, 2, (4000, 2))
     labels = (values[:, 0] ^ values[:, 1]).astype(np.uint8)
     ids = (values + 2 * np.arange(2)).astype(np.int32)
-    options = {"fields": 2, "table_bits": 4, "batch_size": 4000}
+    options: dict[str, Any] = {"fields": 2, "table_bits": 4, "batch_size": 4000}
     alone = learner("lr", **options).learn(ids, labels)
     pairs = {"columns": choose_columns(2), "table_bits": 10}
     paired = learner("lr", pairs=pairs, **options).learn(ids, labels)

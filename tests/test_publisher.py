@@ -300,7 +300,7 @@ def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
     (path / "manifest.json").write_text("{}")
     assert publisher.published_manifest() is None
     assert "the published snapshot cannot be read" in caplog.text
-    (path / "manifest.json").write_text('{"format": 2}')
+    (path / "manifest.json").write_text('{"format": 9}')
     with pytest.raises(NewerFormat):
         publisher.published_manifest()
 

@@ -31,6 +31,7 @@ from support.snapshots import TENSORS, crash_at_each_step, equal_tensors, flip_b
 from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots import files, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.manifest import FORMAT
 
 
 def write(root: Path, sequence: int = 1, tensors: Any = TENSORS, **changes: Any) -> Path:
@@ -122,7 +123,7 @@ def test_only_the_named_files_are_read(tmp_path: Path) -> None:
     )  # the size is the same: only reading its bytes shows it
     assert set(snapshot.load(path, stems=["model"])[1]) == {"model"}
     chosen = snapshot.load(
-        path, stems=lambda manifest: [manifest.learner.model.replace("deepfm", "model")]
+        path, stems=lambda manifest: [manifest.published.replace("deepfm", "model")]
     )
     assert set(chosen[1]) == {"model"}
     assert snapshot.read_manifest(path) == chosen[0]
@@ -210,8 +211,9 @@ def add_entry(name: str) -> Callable[[Path], None]:
             r"manifest\.json is damaged: Expected `object`, got `array`",
         ),
         (
-            lambda path: edit_manifest(path, lambda m: m.update(format=2)),
-            r"manifest\.json has format 2, and this version of stream-ctr reads formats up to 1",
+            lambda path: edit_manifest(path, lambda m: m.update(format=FORMAT + 1)),
+            rf"manifest\.json has format {FORMAT + 1}, and this version of stream-ctr reads formats "
+            rf"up to {FORMAT}",
         ),
         (
             lambda path: edit_manifest(path, lambda m: m.pop("format")),
@@ -506,7 +508,7 @@ def test_a_snapshot_of_a_newer_version_is_never_passed_over(tmp_path: Path) -> N
     write(tmp_path, 1)
     make_newer(write(tmp_path, 2) / "manifest.json")
     flip_bit(write(tmp_path, 3) / "model.safetensors", -1)
-    with pytest.raises(NewerFormat, match=r"00000002-.* has format 2.* install the version"):
+    with pytest.raises(NewerFormat, match=r"00000002-.* has format 3.* install the version"):
         snapshot.newest(tmp_path)
 
 

@@ -21,6 +21,7 @@ from support.snapshots import flip_bit
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.snapshots.subscriber import Subscriber
 
@@ -167,19 +168,25 @@ def make_pointer_newer(path: Path) -> None:
 
 
 def make_manifest_newer(path: Path) -> None:
-    edit_manifest(path, lambda manifest: manifest.update(format=2, new=1))
+    edit_manifest(path, lambda manifest: manifest.update(format=FORMAT + 1, new=1))
     digest = sha256((path / "manifest.json").read_bytes()).hexdigest()
     latest = path.parent.parent / "latest.json"
     edit_json(latest, lambda pointer: pointer.update(manifest_sha256=digest))
 
 
-NEWER = "has format 2, and this version of stream-ctr reads formats up to 1: install the version"
+NEWER = "has format {}, and this version of stream-ctr reads formats up to {}: install the version"
+NEWER_POINTER = NEWER.format(2, 1)
+NEWER_MANIFEST = NEWER.format(FORMAT + 1, FORMAT)
 HARM = [
     pytest.param(damage_tensors, logging.WARNING, "model.safetensors has SHA-256", id="tensors"),
     pytest.param(replace_manifest, logging.WARNING, "its pointer says", id="another manifest"),
     pytest.param(damage_pointer, logging.WARNING, "latest.json is damaged", id="pointer"),
-    pytest.param(make_pointer_newer, logging.ERROR, f"latest.json {NEWER}", id="newer pointer"),
-    pytest.param(make_manifest_newer, logging.ERROR, f"manifest.json {NEWER}", id="newer manifest"),
+    pytest.param(
+        make_pointer_newer, logging.ERROR, f"latest.json {NEWER_POINTER}", id="newer pointer"
+    ),
+    pytest.param(
+        make_manifest_newer, logging.ERROR, f"manifest.json {NEWER_MANIFEST}", id="newer manifest"
+    ),
 ]
 
 

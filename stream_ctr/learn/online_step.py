@@ -72,7 +72,6 @@ from stream_ctr.learn.thread_pool import Task
 from stream_ctr.models.layers import Tape
 from stream_ctr.models.terms import Terms
 
-
 _ROWS_AN_OCTAVE = 8
 
 
