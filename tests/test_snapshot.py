@@ -212,8 +212,8 @@ def add_entry(name: str) -> Callable[[Path], None]:
         ),
         (
             lambda path: edit_manifest(path, lambda m: m.update(format=FORMAT + 1)),
-            rf"manifest\.json has format {FORMAT + 1}, and this version of stream-ctr reads formats "
-            rf"up to {FORMAT}",
+            rf"manifest\.json has format {FORMAT + 1}, and this version of stream-ctr reads "
+            rf"formats up to {FORMAT}",
         ),
         (
             lambda path: edit_manifest(path, lambda m: m.pop("format")),

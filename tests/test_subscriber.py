@@ -174,19 +174,17 @@ def make_manifest_newer(path: Path) -> None:
     edit_json(latest, lambda pointer: pointer.update(manifest_sha256=digest))
 
 
-NEWER = "has format {}, and this version of stream-ctr reads formats up to {}: install the version"
-NEWER_POINTER = NEWER.format(2, 1)
-NEWER_MANIFEST = NEWER.format(FORMAT + 1, FORMAT)
+NEWER = (
+    "{} has format {}, and this version of stream-ctr reads formats up to {}: install the version"
+)
+NEWER_POINTER = NEWER.format("latest.json", 2, 1)
+NEWER_MANIFEST = NEWER.format("manifest.json", FORMAT + 1, FORMAT)
 HARM = [
     pytest.param(damage_tensors, logging.WARNING, "model.safetensors has SHA-256", id="tensors"),
     pytest.param(replace_manifest, logging.WARNING, "its pointer says", id="another manifest"),
     pytest.param(damage_pointer, logging.WARNING, "latest.json is damaged", id="pointer"),
-    pytest.param(
-        make_pointer_newer, logging.ERROR, f"latest.json {NEWER_POINTER}", id="newer pointer"
-    ),
-    pytest.param(
-        make_manifest_newer, logging.ERROR, f"manifest.json {NEWER_MANIFEST}", id="newer manifest"
-    ),
+    pytest.param(make_pointer_newer, logging.ERROR, NEWER_POINTER, id="newer pointer"),
+    pytest.param(make_manifest_newer, logging.ERROR, NEWER_MANIFEST, id="newer manifest"),
 ]
 
 

@@ -198,17 +198,16 @@ def test_a_last_step_that_spoils_the_blend_keeps_its_snapshot_from_subscribers(
     tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:
     built = trainer(tmp_path, Partitions([stream.slice(0, 900)]), **BLEND)
-    learn = built.state.learn
-
-    def spoiled(*arguments: Any) -> Any:
-        step = learn(*arguments)
-        assert built.state.blend
-        built.state.blend._u[-1] = 50.0  # the stack is sure of a click
-        built.state.blend._omega[:] = [0, 0, 0, 0, 1]
-        return step
-
-    built.state.learn = spoiled  # type: ignore[method-assign]
-    finish(built)
+    built._read()
+    built._drain()
+    assert built.state.check_last_step() == ()
+    assert built.state.blend
+    built.state.blend._u[-1] = 50.0  # the stack is sure of a click
+    built.state.blend._omega[:] = [0, 0, 0, 0, 1]
+    built._settle(wait=True)
+    built.cut()
+    built._settle(wait=True)
+    built.snapshots.close()
     newest = snapshot.newest(tmp_path / "snapshots")
     assert newest
     (reason,) = snapshot.read_manifest(newest).gate.last_step
