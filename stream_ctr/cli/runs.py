@@ -213,7 +213,7 @@ def _encoding(
     features = config.features
     limit = config.input.max_record_bytes
     numeric = fields is None or any(field.kind == "numeric" for field in fields)
-    kept = _kept_fit(state) if features.fit_numbers and numeric else NOTHING
+    kept = kept_fit(state) if features.fit_numbers and numeric else NOTHING
     if fields and kept is not None:
         return fields, kept
     first = first_records(
@@ -244,7 +244,7 @@ def _encoding(
     return fields, fitted
 
 
-def _kept_fit(state: Path) -> Fitted | None:
+def kept_fit(state: Path) -> Fitted | None:
     """Return what the numbers of the earlier run in this directory are fitted to, if there is one.
 
     All snapshots of a run agree on it, so any that can be read will do.

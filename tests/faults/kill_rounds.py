@@ -50,6 +50,7 @@ from stream_ctr.cli.assembly import build_trainer  # noqa: E402
 from stream_ctr.config import load  # noqa: E402
 from stream_ctr.connectors import kafka  # noqa: E402
 from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version  # noqa: E402
+from stream_ctr.events.fit import NOTHING, Fitted  # noqa: E402
 from stream_ctr.logs.simulate import Simulation  # noqa: E402
 from stream_ctr.snapshots.manifest import Manifest  # noqa: E402
 from stream_ctr.snapshots.publisher import Publisher  # noqa: E402
@@ -142,7 +143,11 @@ def kill_rounds(
     last = newest(state)
     assert last
     clean, clean_report = undisturbed(
-        client, topic, directory / "clean", kept=runs.kept_config(state)
+        client,
+        topic,
+        directory / "clean",
+        kept=runs.kept_config(state),
+        fitted=runs.kept_fit(state) or NOTHING,
     )
     return Lineage(partitions, done, last, last_report(state), clean, clean_report)
 
@@ -245,9 +250,17 @@ class Recorder(Publisher):
 
 
 def undisturbed(
-    client: Mapping[str, object], topic: str, directory: Path, *, kept: Mapping[str, Any] | None
+    client: Mapping[str, object],
+    topic: str,
+    directory: Path,
+    *,
+    kept: Mapping[str, Any] | None,
+    fitted: Fitted,
 ) -> tuple[dict[int, Fingerprint], dict[str, Any]]:
-    """Run to the end of the topic and return (fingerprint of each snapshot, last report)."""
+    """Run to the end of the topic and return (fingerprint of each snapshot, last report).
+
+    Numbers are `fitted` as in the other runs, whose first records depend on the producer's pace.
+    """
     config = load(
         environ={},
         base=kept,
@@ -260,6 +273,7 @@ def undisturbed(
         trainer = build_trainer(
             config,
             fields=config.features.fields() or (),
+            fitted=fitted,
             source=source,
             publisher=recorder,
             directory=directory,
