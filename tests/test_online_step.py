@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.step import SUB_BATCH, batch_size_after
 from stream_ctr.learn.table_kernels import SortedIds, sort_ids
 from stream_ctr.models import MODELS
+from stream_ctr.models.layers import Tape
 
 Array = npt.NDArray[Any]
 MODULES = [name for name, system in MODELS.items() if system.module]
@@ -299,3 +301,14 @@ def test_batches_grow_with_the_examples_seen() -> None:
     assert sizes == sorted(sizes)
     assert all(size % 16 == 0 for size in sizes)
     assert sum(size < 4096 for size in sizes) < 500
+
+
+def test_a_step_leaves_its_activations_to_no_collector() -> None:
+    made = small_network(batch_size=64)
+    gc.collect()
+    gc.disable()
+    try:
+        made.learn(*random_batch(64))
+        assert not [found for found in gc.get_objects() if isinstance(found, Tape)]
+    finally:
+        gc.enable()

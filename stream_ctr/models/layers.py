@@ -113,7 +113,9 @@ class Tape:
 
     def record(self, layer: Dense, x: Tensor, dz: Tensor) -> None:
         """Keep the input `x` [B, inputs] of a layer and `dz` [B, outputs]."""
-        self._layers[layer] = x, dz
+        # With its history, x would refer back to this tape, and the activations of many batches
+        # would wait for the collector of such circles.
+        self._layers[layer] = x.detach(), dz.detach()
 
     def gradients(
         self, rows: slice, grad_logit: Tensor

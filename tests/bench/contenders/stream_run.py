@@ -98,7 +98,9 @@ def main() -> None:
 
         runs.build_trainer = build_watched  # type: ignore[attr-defined]
         with tempfile.TemporaryDirectory() as state:
-            if status := stream_ctr([*command, "--state", state], standalone_mode=False):
+            status = stream_ctr([*command, "--state", state], standalone_mode=False)
+            # A run that learns nothing publishes nothing, which its status says.
+            if status and not arguments.join_only:
                 sys.exit(status)  # the command has printed the reason
         if arguments.save:
             save(watch.kept, arguments.save)
