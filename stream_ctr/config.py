@@ -384,7 +384,7 @@ class Learn(Section):
     batch_size: int = key(4096, ge=1)
     """The largest number of examples in a batch.
 
-    With the table optimizer `online`, batches start with 16 examples and grow by 16 with each 1,024
+    With the table optimizer `online`, batches start with 16 examples and grow by 16 with each 512
     that were learned. With the others, each batch has this number.
     """
     table_optimizer: Literal["online", "adagrad", "adam"] = "online"

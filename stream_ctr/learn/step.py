@@ -22,18 +22,18 @@ LARGEST_GRADIENT = 1e15
 # batches grow by that number.
 SUB_BATCH = 256
 SMALLEST_BATCH = 16
-_EXAMPLES_A_STEP_UP = 1024
+_EXAMPLES_A_STEP_UP = 512
 _USUAL_BATCH = 512
 
 
 def batch_size_after(examples: int, largest: int) -> int:
     """Return the size of the batch that follows `examples` examples, under the online rule.
 
-    A model that has seen little learns more from many small steps. It has seen 64 batches of any
+    A model that has seen little learns more from many small steps. It has seen 32 batches of any
     size before that size, so what the small ones cost does not grow with the stream.
 
     >>> [batch_size_after(examples, 4096) for examples in (0, 3000, 100_000, 1_000_000)]
-    [16, 32, 1552, 4096]
+    [16, 80, 3120, 4096]
     """
     grown = SMALLEST_BATCH * (examples // _EXAMPLES_A_STEP_UP)
     return min(max(grown, SMALLEST_BATCH), largest)

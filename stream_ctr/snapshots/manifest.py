@@ -155,7 +155,8 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     `metrics` are those of the whole run. `weights_sha256` is equal if every bit of the published
     weights is. `files` is filled in when the snapshot is written. `served` lists the earlier
     weights that it holds, for the metrics of what was served; `served_verdict` is the last verdict
-    on weights that were published in memory only.
+    on weights that were published in memory only, and `served_at` the number of examples when that
+    was last done.
     """
 
     format: Count = FORMAT
@@ -178,5 +179,6 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     metrics: Summary
     weights_sha256: Sha256
     served: tuple[ServedCopy, ...] = ()
+    served_at: Count = 0
     served_verdict: Verdict = Verdict()
     files: dict[str, FileEntry] = {}

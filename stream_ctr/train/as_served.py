@@ -144,6 +144,9 @@ def stem_of(examples: int, name: str, published: str) -> str:
     return f"{_FILE_PREFIX}{examples}.{snapshot.stems(None if name == published else name)[0]}"
 
 
+_EXAMPLES_BETWEEN_COPIES = 16_384
+
+
 class AsServed:
     """Score a `share` of the examples by the copies that were in force.
 
@@ -188,14 +191,17 @@ class AsServed:
 
     # -- which weights are in force --------------------------------------------------------------
 
-    def due(self, before_ms: int | None, now_ms: int | None) -> bool:
+    def due(self, before_ms: int | None, now_ms: int | None, *, last: int, examples: int) -> bool:
         """Return whether a copy is due after a batch.
 
         The event time of the last example was `before_ms` before the batch, and is `now_ms` now.
+        A replay passes days in minutes, so a copy also needs a quarter more `examples` than the
+        `last` one had, or 16,384 more.
         """
         if not self.every_ms or before_ms is None or now_ms is None:
             return False
-        return now_ms // self.every_ms > before_ms // self.every_ms
+        enough = examples - last >= min(last // 4, _EXAMPLES_BETWEEN_COPIES)
+        return enough and now_ms // self.every_ms > before_ms // self.every_ms
 
     @property
     def full(self) -> bool:

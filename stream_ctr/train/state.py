@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.blend import Blend, BlendPredictor
 from stream_ctr.learn.learner import Learner
+from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.spec import BLEND
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import GuardState, LedgerEntry, Manifest
@@ -104,8 +106,11 @@ class TrainingState:
         # The last batch of a blend and its logits, by which a snapshot shows that it did no harm.
         self._last: tuple[Examples, npt.NDArray[np.float64]] | None = None
         self._resumed_last_step: tuple[str, ...] = ()
+        self._linear = ThreadPoolExecutor(1, thread_name_prefix="linear")
         self.batches = BatchCutter(batch_size)
         self.ledger = Ledger()
+        self.served_at = 0
+        """The number of examples when weights were last published in memory."""
         self.first_event_ms: int | None = None
         self.last_event_ms: int | None = None
 
@@ -156,9 +161,22 @@ class TrainingState:
     ) -> Step:
         n = len(batch)
         step = Step(batch, {BLEND: np.empty(0)}, {}, False, {})
+        # Logistic regressions learn in one thread, and meanwhile the networks in theirs.
+        waiting = {
+            name: self._linear.submit(self.guards[name].learn, batch)
+            for name, learner in self.learners.items()
+            if isinstance(learner, LinearLearner)
+        }
+        outcomes: dict[str, Outcome] = {}
         for name, guard in self.guards.items():
+            if name not in waiting:
+                with timer(f"learn.{name}"):
+                    outcomes[name] = guard.learn(batch, following)
+        for name, learning in waiting.items():
             with timer(f"learn.{name}"):
-                _enter(step, name, guard.learn(batch, following), n)
+                outcomes[name] = learning.result()
+        for name in self.guards:
+            _enter(step, name, outcomes[name], n)
         logits = np.full((len(blend.members), n), np.nan)
         for row, name in enumerate(blend.members):
             logits[row, step.chosen.get(name, slice(None))] = step.logits[name]
@@ -234,6 +252,7 @@ class TrainingState:
             "ledger": LedgerEntry(self.ledger.count, self.ledger.sum),
             "event_time_ms": self.last_event_ms or 0,
             "first_event_ms": self.first_event_ms,
+            "served_at": self.served_at,
             "counters": dict(self.counters),
             "guard": guard.state() if (guard := self.guards.get(self.published)) else GuardState(),
             "guards_beside": {
@@ -271,6 +290,7 @@ class TrainingState:
         self.counters.clear()
         self.counters.update(manifest.counters)
         self.first_event_ms = manifest.first_event_ms
+        self.served_at = manifest.served_at
         self.last_event_ms = manifest.event_time_ms or None
         missing = []
         for name, guard in self.guards.items():

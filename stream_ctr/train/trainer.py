@@ -255,7 +255,13 @@ class Trainer:
             before_ms = self.state.last_event_ms
             with self.timer("learn"):
                 self._learn(batch)
-            if self.served and self.served.due(before_ms, self.state.last_event_ms):
+            if self.served and self.served.due(
+                before_ms,
+                self.state.last_event_ms,
+                last=self.state.served_at,
+                examples=self.state.ledger.count,
+            ):
+                self.state.served_at = self.state.ledger.count
                 with self.timer("serve"):
                     self._publish_in_memory(self.served)
             self._settle(wait=False)
