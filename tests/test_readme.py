@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -44,10 +45,17 @@ def test_every_command_stands_on_a_page() -> None:
         assert re.search(rf"stream-ctr {name}\b", text), name
 
 
-def test_the_throughput_is_that_of_the_performance_page() -> None:
-    measured = (ROOT / "docs" / "performance.md").read_text()
-    rows = re.findall(r"\| ([\d,]+) (?:examples|events) \| (\w{7}) \|", README)
-    assert len(rows) >= 4
-    for figure, commit in rows:
-        assert f"| {figure} |" in measured
-        assert f"commit {commit}" in measured
+def test_speed_and_quality_are_those_of_the_measured_run() -> None:
+    cases = json.loads((ROOT / "docs" / "quality.json").read_text())["cases"]
+    (case,) = (found for found in cases if found["name"] == "simulated-1m, seed 0")
+    for result in case["results"]:
+        if result["contender"].startswith("defaults"):
+            figures = f"{result['events_per_second']:,.0f} | {result['last_half']['logloss']:.5f} |"
+            assert f"| {result['contender']} | {figures}" in README
+    last_half = case["last_half"]
+    assert f"| exact FTRL, in the same run | | {last_half['logloss']:.5f} |" in README
+    bounds = (last_half["constant_logloss"], last_half["best_possible_logloss"])
+    assert f"| {bounds[0]:.5f}, {bounds[1]:.5f} |" in README
+    joined = re.search(r"joined examples takes ([\d,]+) events/s", README)
+    assert joined
+    assert f"| {joined[1]} |" in (ROOT / "docs" / "performance.md").read_text()
