@@ -655,11 +655,11 @@ def fill(path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 32 MiB."""
+    """A file system of 96 MiB."""
     place = tmp_path / "disk"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(place)],
+        ["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", str(place)],
         capture_output=True,
         text=True,
         check=False,
