@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy.typing as npt
 
 from stream_ctr.evaluate.summary import Summary
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
+
+Array = npt.NDArray[Any]
 
 # Options of a small model, which starts, learns and is written quickly. With one thread, sums are
 # always added in the same order.
@@ -61,10 +66,22 @@ def fingerprint(path: Path) -> Fingerprint:
         examples=manifest.examples,
         ledger=(ledger.count, ledger.sum),
         weights_sha256=manifest.weights_sha256,
-        tensors={stem: snapshot.weights_sha256(arrays) for stem, arrays in tensors.items()},
+        tensors={
+            stem: snapshot.weights_sha256(_learned(arrays))
+            for stem, arrays in tensors.items()
+            if not stem.startswith("served.")
+        },
         metrics=manifest.metrics,
         positions=manifest.positions,
     )
+
+
+def _learned(arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the arrays without the metrics of what was served.
+
+    These depend on when snapshots were published, which a log and a topic decide differently.
+    """
+    return {name: array for name, array in arrays.items() if not name.startswith("served")}
 
 
 def newest(state: Path) -> Fingerprint | None:
