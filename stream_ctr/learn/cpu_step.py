@@ -130,6 +130,11 @@ class CpuStep:
             scale[:n, self._value_fields] = values
             scale[n:, self._value_fields] = 1.0
 
+    @cached_property
+    def _gradients(self) -> Tensor:
+        """Gradients of the parameters [parts, P]; a learner that only predicts never needs them."""
+        return torch.zeros(len(self._parts), len(self._adam.vector))
+
     # -- tasks ------------------------------------------------------------------------------------
 
     def _gathered(self, part: slice) -> tuple[Tensor, Tensor]:
@@ -221,11 +226,6 @@ class BatchStep(CpuStep):
             dense = self._dense_updates(gradients[: len(parts)], steps)
             self._pool.run([*dense, *self._table_updates(n, steps)])
         return self._logits[:n].clone()
-
-    @cached_property
-    def _gradients(self) -> Tensor:
-        """Gradients of the parameters [parts, P]; a learner that only predicts never needs them."""
-        return torch.zeros(len(self._parts), len(self._adam.vector))
 
     def _learn_part(
         self,

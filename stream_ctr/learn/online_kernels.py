@@ -268,8 +268,8 @@ def finite(rows, count):  # type: ignore[no-untyped-def]
     # that the loop uses vector instructions.
     flat = rows[:count].reshape(-1)
     zero = np.float32(0.0)
-    lanes = np.zeros(LINE, np.float32)
+    sums = np.zeros(LINE, np.float32)
     for i in range(0, len(flat), LINE):
         for j in range(LINE):
-            lanes[j] += flat[i + j] * zero
-    return lanes.sum() == zero
+            sums[j] += flat[i + j] * zero
+    return sums.sum() == zero

@@ -119,11 +119,6 @@ class OnlineStep(CpuStep):
             len(self._logits), self._options.columns, table.rows.shape[1], table.embedding_dim
         )
 
-    @cached_property
-    def _gradients(self) -> Tensor:
-        """Gradients of the parameters [parts, P]."""
-        return torch.zeros(len(self._parts), len(self._adam.vector))
-
     def learn(
         self,
         ids: Ids,
@@ -267,29 +262,37 @@ class OnlineStep(CpuStep):
 
     def _layer_gradients(self, batch: _OnlineBatch, at: int) -> None:
         """Compute the gradients of the layers on part `at`, once its examples have theirs."""
-        gradients = self._gradients[at]
-        gradients.zero_()
         if not self._terms.network:
             return
+        gradients = self._gradients[at]
         part = batch.parts[at]
         batch.known[at].wait()
         rows = slice(0, min(part.stop, batch.n) - part.start)
         grad_logit = torch.from_numpy(self._memory.gradient[part.start :][rows]) / batch.n
+        views = self._layer_views[at]
         with torch.no_grad():
-            views = self._layer_views(gradients)
             for layer, weight, bias in batch.tapes[at].gradients(rows, grad_logit):
                 views[layer][0].copy_(weight)
                 views[layer][1].copy_(bias)
         norm = float(torch.linalg.vector_norm(gradients)) * batch.n
         batch.finite[at] = batch.finite[at] and norm <= LARGEST_GRADIENT
 
-    def _layer_views(self, gradients: Tensor) -> dict[nn.Module, tuple[Tensor, Tensor]]:
-        views = self._adam.views(gradients)
-        return {
-            module: (views[f"{name}.weight"], views[f"{name}.bias"])
-            for name, module in self._model.named_modules()
-            if f"{name}.weight" in views
-        }
+    @cached_property
+    def _layer_views(self) -> list[dict[nn.Module, tuple[Tensor, Tensor]]]:
+        """The views of each part's gradients, by layer: of its weight and of its bias.
+
+        Gradients of parameters that no layer on a tape has stay 0.
+        """
+        modules = dict(self._model.named_modules())
+        parts = (self._adam.views(gradients) for gradients in self._gradients)
+        return [
+            {
+                module: (views[f"{name}.weight"], views[f"{name}.bias"])
+                for name, module in modules.items()
+                if f"{name}.weight" in views
+            }
+            for views in parts
+        ]
 
     def _dense_updates(self, batch: _OnlineBatch, steps: int) -> Sequence[Task]:
         if not self._terms.network:
