@@ -44,7 +44,7 @@ from msgspec import Struct
 
 from stream_ctr.evaluate import metrics
 
-# So many clicks that found no impression, and not one that did, are no chance.
+# This many clicks without an impression, and none with one, are not chance.
 _CLICKS_IN_VAIN = 50
 
 
@@ -131,7 +131,7 @@ class Gate:
         return [reason for reason in reasons if reason]
 
     def _worse_than_a_constant(self, now: Measured) -> str | None:
-        """A model that knows less than one number is of no use, so this bound has no tolerance."""
+        """Compare with one number. A model that does worse is of no use, by however little."""
         reasons = []
         if now.logloss is not None and now.constant_logloss:
             above = now.logloss / now.constant_logloss - 1

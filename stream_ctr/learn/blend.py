@@ -98,6 +98,17 @@ class Blend:
         # The losses of the members, of the stack and of the blend, where all members predicted.
         self._losses = np.zeros(count + 2)
 
+    def stack(self, logits: Mapping[str, npt.NDArray[np.floating]], n: int) -> Floats:
+        """Return the logits [M, n] of the members in their order, NaN for one that is absent.
+
+        `logits` maps members to their logits [n].
+        """
+        stacked = np.full((len(self.members), n), np.nan)
+        for row, name in enumerate(self.members):
+            if name in logits:
+                stacked[row] = logits[name]
+        return stacked
+
     def learn(self, logits: Floats, labels: npt.NDArray[np.uint8]) -> Floats:
         """Predict each example, then learn it; return the logits [n] from before.
 
@@ -175,11 +186,8 @@ class BlendPredictor:
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        logits = np.full((len(self._blend.members), len(ids)), np.nan)
-        for row, name in enumerate(self._blend.members):
-            if name in self._learners:
-                logits[row] = self._learners[name].predict(ids, values)
-        return self._blend.predict(logits)
+        logits = {name: made.predict(ids, values) for name, made in self._learners.items()}
+        return self._blend.predict(self._blend.stack(logits, len(ids)))
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -24,7 +24,8 @@ the joiner. A copy stays until every impression that it serves is learned.
     refused      by the gate, or it could not be written; never in force
 
 With snapshots on disk the copy is that of each snapshot. A log is replayed far faster than it
-happened, so under `--source` a copy is frozen each `every_ms` of event time, in memory only.
+happened, so under `--source` a copy is frozen each `every_ms` of event time, in memory only, and
+not before the examples grew by a quarter or by 16,384 since the last one.
 
 At most `MOST_COPIES` copies are kept. While all are needed, which is so when a label window is
 longer than several intervals, a new one is passed over and counted, and the one before stays in
@@ -98,9 +99,7 @@ class _Slot:
         """Return the logits [n] of these models, and of the blend."""
         logits = {name: self.learners[name].predict(ids, values) for name in names}
         if self.blend:
-            missing = np.full(len(ids), np.nan)
-            members = [logits.get(name, missing) for name in self.blend.members]
-            logits[BLEND] = self.blend.predict(np.stack(members).astype(np.float64))
+            logits[BLEND] = self.blend.predict(self.blend.stack(logits, len(ids)))
         return logits
 
     def weights(self, name: str) -> State:
@@ -178,6 +177,11 @@ class AsServed:
         self._slots: list[_Slot] = []
         self._in_force: list[Copy] = []  # the newest last
         self._candidates: list[Copy] = []
+
+    @property
+    def of_snapshots(self) -> bool:
+        """Whether the copies are those of the snapshots on disk."""
+        return not self.every_ms
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -50,10 +50,9 @@ class Step:
     ends_pretraining: bool
     diverged: dict[str, str]
 
-    def without(self, rejected: npt.NDArray[np.bool_]) -> Step:
-        """Return the step on the examples that are not `rejected` (bool [n])."""
+    def on(self, kept: npt.NDArray[np.bool_]) -> Step:
+        """Return the step on the examples that are `kept` (bool [n])."""
         assert self.batch is not None
-        kept = ~rejected
         logits = {}
         chosen = {}
         for name, found in self.logits.items():
@@ -185,7 +184,7 @@ class TrainingState:
         kept = np.isfinite(blended)
         if not kept.all():
             self.counters["examples_skipped"] += n - int(kept.sum())
-            step = step.without(~kept)
+            step = step.on(kept)
             batch = batch[kept]
         step.logits[BLEND] = blended[kept]
         if len(batch):
@@ -207,10 +206,8 @@ class TrainingState:
         if self._last is None or self.blend is None:
             return self._resumed_last_step
         examples, before = self._last[0][:most], self._last[1][:most]
-        learners = {
-            name: learner for name, learner in self.learners.items() if name not in self.left_out
-        }
-        after = BlendPredictor(self.blend, learners).predict(examples.ids, examples.values)
+        predictor = BlendPredictor(self.blend, self.learning())
+        after = predictor.predict(examples.ids, examples.values)
         return worsened(before, after, examples.label)
 
     def _count(self, batch: Examples) -> None:
@@ -237,9 +234,7 @@ class TrainingState:
             model, optimizer = snapshot.stems()
             tensors[model] = self.blend.weights()
             tensors[optimizer] = self.blend.optimizer_state()
-        for name, learner in self.learners.items():
-            if name in self.left_out:
-                continue
+        for name, learner in self.learning().items():
             model, optimizer = snapshot.stems(self.guards[name].additional)
             tensors[model] = dict(learner.weights(reuse=True))
             tensors[optimizer] = dict(learner.optimizer_state())

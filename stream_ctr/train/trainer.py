@@ -141,7 +141,7 @@ class Trainer:
         for learner in state.learners.values():
             # Memory for the copies in snapshots is allocated now, not while learning waits.
             learner.weights(reuse=True)
-            if served and served.every_ms:  # copies are frequent
+            if served and not served.of_snapshots:  # copies are frequent
                 learner.track_changes()
 
     # -- the loop --------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ class Trainer:
                 for name in finished.not_finite:  # before the snapshot to go back to is removed
                     self._restore_model(name, _NOT_FINITE)
                 published = self.snapshots.commit_and_publish(finished)
-            if self.served and not self.served.every_ms and not self.snapshots.in_progress:
+            if self.served and self.served.of_snapshots and not self.snapshots.in_progress:
                 self.served.decide_all(published=published)
 
     def _serve_flags(self) -> None:
@@ -447,7 +447,7 @@ class Trainer:
             copies,
             self.snapshots.parent_path,
             self.state.published,
-            of_snapshots=bool(self.served and not self.served.every_ms),
+            of_snapshots=bool(self.served and self.served.of_snapshots),
         )
         segments = self.snapshots.stage(lambda: {**self.state.joiner.segments(), **linked})
         if segments is None:
@@ -466,7 +466,7 @@ class Trainer:
                 copies=held,
             )
         )
-        if self.served and not self.served.every_ms:
+        if self.served and self.served.of_snapshots:
             self._freeze()
         failpoint("cut.after")
 
@@ -520,7 +520,7 @@ class Trainer:
         self._status = self.ingest.status()
         if published is None or published.epoch <= manifest.epoch:
             # Not rolled back. The run that wrote it may have died before it published it.
-            candidate = self._freeze() if self.served and not self.served.every_ms else None
+            candidate = self._freeze() if self.served and self.served.of_snapshots else None
             done = self.snapshots.commit_and_publish(Written(path, manifest, positions))
             if self.served and candidate:
                 self.served.decide(candidate, published=done, evidence=None)
