@@ -305,7 +305,7 @@ def _state(
             ),
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
             served=served.names if served else (),
-            in_memory=bool(served and served.every_ms),
+            in_memory=bool(served and not served.of_snapshots),
         ),
         batch_size=_batch_sizes(config),
         blend=blend,
