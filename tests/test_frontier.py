@@ -154,7 +154,9 @@ def reference(labels: npt.NDArray[np.uint8], logits: Floats) -> Reference:
 
 def bench(directory: Path, **options: Any) -> Bench:
     peer = Peer("vowpal", ("a-package==1.0",), directory / "cache", offline=True)
-    return replace(Bench(directory, peer, quick=False, only="", reports=None), **options)
+    return replace(
+        Bench(directory, peer, quick=False, busy=False, only="", reports=None), **options
+    )
 
 
 def test_the_rate_is_chosen_on_the_first_fifth_and_the_best_one_in_hindsight_is_another(
@@ -254,6 +256,16 @@ def test_a_table_has_means_over_the_seeds_and_between_which_bounds_they_lie() ->
     assert "| River FTRL | not run |  |  |  |  |  |  |  |" in lines
     assert lines[-1].startswith("| best possible |  | 0.20000 |")
     assert not any("in hindsight" in line for line in lines)  # it is the rate that was chosen
+
+
+def test_a_busy_machine_measures_quality_and_no_speed() -> None:
+    quiet, busy = example_case(0), {**example_case(1, half=0.31), "busy": True}
+    (group,) = groups([quiet, busy])
+    assert group.speed("defaults") == groups([quiet])[0].speed("defaults")
+    assert group.mean("defaults", "last_half", "logloss") == pytest.approx(0.3)
+    (group,) = groups([busy])
+    assert group.speed("defaults") is None
+    assert "| **defaults** (batch 4,096) |  | " in frontier_page.log_table(group)
 
 
 def test_the_rate_that_is_best_in_hindsight_has_a_row_if_it_is_another() -> None:

@@ -36,8 +36,9 @@ Figures
   of some ten thousand impressions is mostly the time to write snapshots.
 
 Each log and seed is a case of the JSON file. Cases that are not measured stay in it. With --missing
-only those are measured that it lacks, so that an interrupted run can continue. --reports keeps the
-final report of each run.
+only those are measured that it lacks, so that an interrupted run can continue. --busy is for a
+machine with other work: the figures of quality do not depend on it, and the page leaves out
+events/s. --reports keeps the final report of each run.
 """
 
 from __future__ import annotations
@@ -453,6 +454,7 @@ class Bench:
     directory: Path
     vowpal: Peer
     quick: bool
+    busy: bool
     only: str
     reports: Path | None
 
@@ -497,6 +499,7 @@ def case(stream: Stream, seed: int, bench: Bench) -> dict[str, Any]:
             "log": stream.name,
             "seed": seed,
             "quick": bench.quick,
+            "busy": bench.busy,
             "default_batch": configuration.load(environ={}).learn.batch_size,
             **_facts(reference.learned),
             "results": results,
@@ -567,6 +570,7 @@ def measure(
                 directory=Path(directory),
                 vowpal=Peer("vowpal", REQUIREMENTS["vowpal"], arguments.cache, arguments.offline),
                 quick=arguments.quick,
+                busy=arguments.busy,
                 only=arguments.only,
                 reports=arguments.reports,
             )
@@ -586,6 +590,7 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, nargs="+", help="default: 0 1 2; quick: 0")
     parser.add_argument("--quick", action="store_true", help="small streams, one seed, few rates")
     parser.add_argument("--missing", action="store_true", help="only what the JSON file lacks")
+    parser.add_argument("--busy", action="store_true", help="measure no events/s")
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="contenders with this in the name"
     )

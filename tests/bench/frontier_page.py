@@ -78,8 +78,12 @@ class Group:
         return _mean(result[part][score] for result in self.results(contender))
 
     def speed(self, contender: str) -> float | None:
-        """Return the median of the events/s over the seeds, or None."""
-        values = [result["events_per_second"] for result in self.results(contender)]
+        """Return the median of the events/s over the seeds, or None.
+
+        Cases that were measured on a busy machine do not count.
+        """
+        quiet = Group(self.log, [case for case in self.cases if not case.get("busy")])
+        values = [result["events_per_second"] for result in quiet.results(contender)]
         return statistics.median(values) if values else None
 
     def fact(self, part: str, score: str) -> float | None:
@@ -195,7 +199,8 @@ def _row(group: Group, contender: str, keys: Collection[str]) -> list[object]:
     scores = [group.mean(contender, "last_half", name) for name in ("auc", "pred_over_actual")]
     interval = group.above_ftrl(contender, "whole")
     shown = f"{interval[0]:+.5f} [{interval[1]:+.5f}, {interval[2]:+.5f}]" if interval else ""
-    speed = f"{group.speed(contender):,.0f}"
+    measured = group.speed(contender)
+    speed = "" if measured is None else f"{measured:,.0f}"
     optional = {"recovery": _recovered(results), "as_served": _as_served(results)}
     more = [text for key, text in optional.items() if key in keys]
     return [title, speed, *loss, *map(_digits4, scores), shown, *more]
