@@ -77,11 +77,16 @@ def fingerprint(path: Path) -> Fingerprint:
 
 
 def _learned(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Return the arrays without the metrics of what was served.
+    """Return the arrays without those that depend on how far the input was read ahead.
 
-    These depend on when snapshots were published, which a log and a topic decide differently.
+    The metrics of what was served depend on when snapshots were published, which a log and a topic
+    decide differently. `judge.clicks` counts the clicks that had come at the last verdict.
     """
-    return {name: array for name, array in arrays.items() if not name.startswith("served")}
+    return {
+        name: array
+        for name, array in arrays.items()
+        if not name.startswith("served") and name != "judge.clicks"
+    }
 
 
 def newest(state: Path) -> Fingerprint | None:
