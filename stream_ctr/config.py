@@ -491,7 +491,7 @@ class Metrics(Section):
     """The length of a window, in event time."""
     rolling_windows: int = key(6, ge=1, le=1000)
     """The number of newest windows that the rolling metrics cover."""
-    served_share: float = key(0.25, ge=0, le=1)
+    served_share: float = key(0.125, ge=0, le=1)
     """The share of impressions, chosen by a hash of their id, that is also scored as served.
 
     These are scored by the snapshot that was published when they arrived. 0: none.

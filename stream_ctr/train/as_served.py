@@ -25,7 +25,7 @@ the joiner. A copy stays until every impression that it serves is learned.
 
 With snapshots on disk the copy is that of each snapshot. A log is replayed far faster than it
 happened, so under `--source` a copy is frozen each `every_ms` of event time, in memory only, and
-not before the examples grew by a quarter or by 16,384 since the last one.
+not before the examples grew by a quarter or by 65,536 since the last one.
 
 At most `MOST_COPIES` copies are kept. While all are needed, which is so when a label window is
 longer than several intervals, a new one is passed over and counted, and the one before stays in
@@ -143,7 +143,7 @@ def stem_of(examples: int, name: str, published: str) -> str:
     return f"{_FILE_PREFIX}{examples}.{snapshot.stems(None if name == published else name)[0]}"
 
 
-_EXAMPLES_BETWEEN_COPIES = 16_384
+_EXAMPLES_BETWEEN_COPIES = 65_536
 
 
 class AsServed:
@@ -200,7 +200,7 @@ class AsServed:
 
         The event time of the last example was `before_ms` before the batch, and is `now_ms` now.
         A replay passes days in minutes, so a copy also needs a quarter more `examples` than the
-        `last` one had, or 16,384 more.
+        `last` one had, or 65,536 more.
         """
         if not self.every_ms or before_ms is None or now_ms is None:
             return False
