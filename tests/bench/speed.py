@@ -16,6 +16,8 @@ Cases
   pipeline   Kafka -> learned and measured, FTRL on all examples, River on 1/16: ours, json.loads +
              dict + River, and the parts of ours alone: training on the same examples, everything
              up to the join, River on its share
+  served     Kafka -> learned and measured, a snapshot every five seconds, with and without
+             scoring a share of the impressions as they were served
   ftrl       exact FTRL-Proximal, ids in memory, one core: ours, Vowpal Wabbit, River
   join       watermarks, lateness and the join alone, a million impressions pending, one core
   memory     resident memory with a million impressions pending, compared with none
@@ -278,6 +280,25 @@ def pipeline(bench: Bench) -> Iterator[Comparison]:
         yield replace(compared, results=[*compared.results, combined])
 
 
+def served(bench: Bench) -> Iterator[Comparison]:
+    batch = bench.size(4096, 256)
+    learning = ["-X", f"learn.batch_size={batch}", "-X", "baseline.sample_rate=0.0625", *JOIN]
+    learning += ["-X", "schedule.snapshot_every=5s"]
+    if bench.quick:
+        learning += ["-X", "model.hidden=16"]
+    for stream, topic, _ in each_topic(bench, simulated=bench.size(1_200_000, 20_000)):
+        arguments = [*topic.options, "--", *learning, *topic.run_options]
+        without = Program(
+            "ours, not scored as served",
+            "stream_run",
+            [*arguments, "-X", "metrics.served_share=0"],
+        )
+        title = f"Kafka -> learned and measured, a snapshot in 5 s: {described(topic, stream)}"
+        goal = Goal("ours", least=0.85, times=without.name)
+        contenders = [Program("ours", "stream_run", arguments), without]
+        yield bench.compare("served", title, "events/s", contenders, goal, peer=without.name)
+
+
 def ftrl(bench: Bench) -> Iterator[Comparison]:
     bits = bench.size(20, 14)
     count = bench.size(1 << 19, 1 << 13)
@@ -377,6 +398,7 @@ CASES: dict[str, Case] = {
     "train-10m": train_10m,
     "ingest": ingest,
     "pipeline": pipeline,
+    "served": served,
     "ftrl": ftrl,
     "join": join,
     "memory": memory,
