@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner
-from support.lineage import QUICK
 
 from stream_ctr import failpoint
 from stream_ctr.cli.main import main
 from stream_ctr.logs.simulate import Simulation
+from support.lineage import QUICK
 
 MAX_REQUEST = 1 << 20
 
