@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
+from support import forks
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS
 from support.record import formatted
@@ -71,15 +72,8 @@ def run(*arguments: object) -> Result:
 
 def die(failpoint: str, *arguments: object) -> None:
     """`stream-ctr run` in a process of its own that ends at the failpoint."""
-    command = [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, VARIABLE: failpoint},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    environment = {**os.environ, VARIABLE: failpoint}
+    done = forks.run("run", *arguments, env=environment, timeout=PATIENCE_SECONDS)
     assert done.returncode == EXIT_CODE, done.stderr
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from support import forks
 from support.lineage import QUICK, SMALL, newest, published
 from support.manifests import make_newer, manifest, write_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
@@ -175,8 +176,7 @@ def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(
 
 def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
     arguments = ["run", "--source", str(log), "--state", str(state), *SMALL, *options]
-    command = [sys.executable, "-m", "stream_ctr", *arguments]
-    return started(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    return started(forks.start(*arguments, stderr=subprocess.PIPE, text=True))
 
 
 def errors_of(process: subprocess.Popen[str]) -> str:

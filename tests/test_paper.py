@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from support import forks
 from support.paper_data import write_criteo_log
 from support.patience import PATIENCE_SECONDS, started
 from support.sample_logs import shared_data
@@ -202,17 +202,9 @@ def test_a_damaged_outcome_is_named_and_repeated_once_deleted(kind: str, tmp_pat
 
 def begin(out: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
-    options = ("--device", "cpu", *SMALL_OPTIONS, "--out", str(out), *map(str, arguments))
-    # A process that a shell starts in the background ignores Ctrl-C, and so do its children.
-    restore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stream_ctr", "paper", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=restore_ctrl_c,
-    )
-    return started(process)
+    options = ("--device", "cpu", *SMALL_OPTIONS, "--out", out, *arguments)
+    pipe = subprocess.PIPE
+    return started(forks.start("paper", *options, stderr=pipe, stdout=pipe, text=True))
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
