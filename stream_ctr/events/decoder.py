@@ -7,8 +7,10 @@ poll may hold both kinds of records. The rules for an event are the same in both
 - `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
 - A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
   value that is null or absent is missing.
+- `label`, on events of kind `example`, is 0 or 1.
 - `true_probability`, on impressions of simulated streams, is the probability from which the label
   was drawn.
+- `impression_id` is a string or an integer; the integer 7 is the same id as the string "7".
 - Other members are accepted and counted. The last of several members of one name counts.
 - The key of a record decides its partition only; the id comes from the value.
 
@@ -38,6 +40,7 @@ from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
 from stream_ctr.events.parsed_events import (
     CLICK,
+    EXAMPLE,
     IMPRESSION,
     UNKNOWN_KIND,
     InvalidRecord,
@@ -78,7 +81,7 @@ class Clicks:
 
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """n impressions. `row` is the index of each one's record, `within` its index in the record.
+    """n impressions or examples. `row` is the index of each one's record, `within` its index in the record.
 
     Features are columns by field name, null where missing. Numeric ones are float64; categorical
     ones are strings, or a dictionary of strings with int32 indices when all came in that form.
@@ -97,15 +100,22 @@ class Impressions:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Decoded impressions and clicks.
+    """Decoded impressions, clicks and examples.
 
-    `with_unknown_fields` is the number of events with a member that the decoder does not read: a
+    `examples` are impressions that came with their label; `label` [k] is 0 or 1. `with_unknown_fields` is the number of events with a member that the decoder does not read: a
     member of an unknown name, or one that a later member of the same name replaces.
     """
 
     impressions: Impressions
     clicks: Clicks
+    examples: Impressions
+    label: npt.NDArray[np.uint8]
     with_unknown_fields: int = 0
+
+    @property
+    def kinds(self) -> tuple[Impressions, Clicks, Impressions]:
+        """The impressions, the clicks and the examples."""
+        return self.impressions, self.clicks, self.examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +237,7 @@ def _lacks_id(events: ParsedEvents, latest: npt.NDArray[np.int64]) -> Mask:
 _RULES = (
     _Rule(
         "unknown_kind",
-        "kind must be impression or click, got {kind}",
+        "kind must be impression, click or example, got {kind}",
         lambda events, latest: events.kind == UNKNOWN_KIND,
     ),
     _Rule("missing_id", "impression_id is missing or empty", _lacks_id),
@@ -244,8 +254,22 @@ _RULES = (
     ),
     _Rule(
         "missing_features",
-        "an impression needs features",
-        lambda events, latest: (events.kind == IMPRESSION) & ~events.has_features,
+        "an impression or example needs features",
+        lambda events, latest: (
+            np.isin(events.kind, (IMPRESSION, EXAMPLE)) & ~events.has_features
+        ),
+    ),
+    _Rule(
+        "missing_label",
+        "an example needs a label, 0 or 1",
+        lambda events, latest: (events.kind == EXAMPLE) & np.isnan(events.label),
+    ),
+    _Rule(
+        "wrong_label",
+        "the label of an example must be 0 or 1, got {label}",
+        lambda events, latest: (
+            (events.kind == EXAMPLE) & (events.label != 0) & (events.label != 1)
+        ),
     ),
     _Rule(
         "wrong_probability",
@@ -297,7 +321,9 @@ def _reject_events(
         rule = _RULES[broken[index]]
         within = int(events.within[index])
         kind = repr(events.kind_text[index].as_py())[:80]
-        message = rule.message.format(kind=kind, time=int(events.time[index]))
+        message = rule.message.format(
+            kind=kind, time=int(events.time[index]), label=f"{events.label[index]:g}"
+        )
         value = None if stream is None else one_event(stream, within)
         remaining_bytes -= len(value or b"")
         if remaining_bytes < 0:
@@ -310,24 +336,30 @@ def _reject_events(
 
 
 def _valid_events(events: ParsedEvents, is_good: Mask) -> Events:
-    impressions = _select(events, is_good & (events.kind == IMPRESSION))
     clicks = _select(events, is_good & (events.kind == CLICK))
+    examples = _select(events, is_good & (events.kind == EXAMPLE))
     return Events(
-        Impressions(
-            row=impressions.row,
-            within=impressions.within,
-            impression_id=impressions.impression_id,
-            time=impressions.time,
-            features=impressions.features,
-            true_probability=impressions.true_probability,
-        ),
+        _impressions(_select(events, is_good & (events.kind == IMPRESSION))),
         Clicks(
             row=clicks.row,
             within=clicks.within,
             impression_id=clicks.impression_id,
             time=clicks.time,
         ),
+        _impressions(examples),
+        examples.label.astype(np.uint8),
         with_unknown_fields=int(np.count_nonzero(events.has_unknown_fields & is_good)),
+    )
+
+
+def _impressions(events: ParsedEvents) -> Impressions:
+    return Impressions(
+        row=events.row,
+        within=events.within,
+        impression_id=events.impression_id,
+        time=events.time,
+        features=events.features,
+        true_probability=events.true_probability,
     )
 
 

@@ -3,6 +3,8 @@
     {"kind": "impression", "impression_id": "a1", "time": 1735689600000,
      "features": {"app": "maps", "age": 31}}
     {"kind": "click", "impression_id": "a1", "time": "2025-01-01T00:00:04.200Z"}
+    {"kind": "example", "impression_id": 17, "time": 1735689605000, "label": 1,
+     "features": {"app": "maps", "age": 28}}
 
 The compiled scanner (`json_scan`) reads the usual records in blocks. Every record that it does not
 pass goes to the strict parser (`json_strict`) alone, so that a bad record delays no other. Both
@@ -40,7 +42,13 @@ from stream_ctr.events.json_scan import (
     MemberSpans,
 )
 from stream_ctr.events.json_strict import StrictEvent, parse_event
-from stream_ctr.events.parsed_events import InvalidRecord, ParsedEvents, Rejection, kind_codes
+from stream_ctr.events.parsed_events import (
+    EXAMPLE,
+    InvalidRecord,
+    ParsedEvents,
+    Rejection,
+    kind_codes,
+)
 
 _BLOCK_ROWS = 2048
 _BLOCK_BYTES = 64 << 20
@@ -49,8 +57,9 @@ _NUMBER_TYPES = INTEGER | NUMBER | NULL
 _CATEGORY_TYPES = STRING | INTEGER | BOOLEAN | NULL
 _TOP_TYPES = {
     "kind": _TEXT_TYPES,
-    "impression_id": _TEXT_TYPES,
+    "impression_id": STRING | INTEGER | NULL,
     "time": STRING | INTEGER | NULL,
+    "label": _NUMBER_TYPES,
     "features": OBJECT | NULL,
     "true_probability": _NUMBER_TYPES,
 }
@@ -106,23 +115,27 @@ class JsonReader:
             rows = rows[kept]
             time = time[kept]
             records = records.take(kept)
-        kind = records.texts(json_scan.KIND)
+        kind_text = records.texts(json_scan.KIND)
+        kind = kind_codes(kind_text)
+        label = records.numbers(json_scan.LABEL).to_numpy(zero_copy_only=False)
         probability = records.numbers(json_scan.PROBABILITY)
         return ParsedEvents(
             row=rows,
             within=np.zeros_like(rows),
-            kind=kind_codes(kind),
-            kind_text=kind,
+            kind=kind,
+            kind_text=kind_text,
             impression_id=records.texts(json_scan.ID),
             time=time,
             has_time=records.found.length[:, json_scan.TIME] >= 0,
             has_features=records.found.length[:, json_scan.FEATURES] >= 0,
+            label=np.where(kind == EXAMPLE, label, np.nan),
             true_probability=probability.to_numpy(zero_copy_only=False),
             features={
                 field.name: records.feature(field, member)
                 for member, field in enumerate(self.fields, FIRST_FEATURE)
             },
-            has_unknown_fields=records.found.has_unknown,
+            # Only examples have a label; the one of another event is not read.
+            has_unknown_fields=records.found.has_unknown | (kind != EXAMPLE) & ~np.isnan(label),
         )
 
     def _read_strictly(
@@ -148,6 +161,7 @@ class JsonReader:
     ) -> ParsedEvents:
         kind = pa.array([event.kind for event in events], pa.string())
         time = pa.array([event.time for event in events], pa.int64())
+        label = pa.array([event.label for event in events], pa.float64())
         probability = pa.array([event.true_probability for event in events], pa.float64())
         return ParsedEvents(
             row=rows,
@@ -158,6 +172,7 @@ class JsonReader:
             time=pc.fill_null(time, 0).to_numpy(),
             has_time=np.asarray(time.is_valid()),
             has_features=np.array([event.has_features for event in events], np.bool_),
+            label=label.to_numpy(zero_copy_only=False).astype(np.float64),
             true_probability=probability.to_numpy(zero_copy_only=False).astype(np.float64),
             features={
                 field.name: pa.array(
@@ -293,6 +308,38 @@ def encode_impressions(
     >>> print(encode_impressions(pa.array(["a"]), time, features)[0].as_py().decode())
     {"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}
     """
+    return _encode("impression", impression_id, time, [], features, true_probability)
+
+
+def encode_examples(
+    impression_id: pa.Array,
+    time: npt.NDArray[np.int64],
+    label: pa.Array,
+    features: Mapping[str, pa.Array],
+    true_probability: npt.NDArray[np.float64] | None = None,
+) -> pa.LargeBinaryArray:
+    """Return the JSON bytes of n examples, which come with their label [n].
+
+    The other columns are those of `encode_impressions`. A label that is null makes a null record.
+
+    >>> features = {"app": pa.array(["maps"])}
+    >>> time = np.array([1735689600000])
+    >>> records = encode_examples(pa.array([7]), time, pa.array([1]), features)
+    >>> print(records[0].as_py().decode())
+    {"kind":"example","impression_id":7,"time":1735689600000,"label":1,"features":{"app":"maps"}}
+    """
+    members = [_member(',"label":', label)]
+    return _encode("example", impression_id, time, members, features, true_probability)
+
+
+def _encode(
+    kind: str,
+    impression_id: pa.Array,
+    time: npt.NDArray[np.int64],
+    more: Sequence[pa.LargeBinaryArray],
+    features: Mapping[str, pa.Array],
+    true_probability: npt.NDArray[np.float64] | None,
+) -> pa.LargeBinaryArray:
     # A member begins with a comma, and is empty when its value is missing. null_handling="skip"
     # would do, but with it Arrow 26 drops rows in which nothing is left to join.
     members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()]
@@ -305,8 +352,9 @@ def encode_impressions(
     # The opening replaces the first comma, if there is one.
     opened = pc.binary_replace_slice(joined, 0, 1, b',"features":{')
     parts = [
-        _member('{"kind":"impression","impression_id":', impression_id),
+        _member(f'{{"kind":"{kind}","impression_id":', impression_id),
         _member(',"time":', pa.array(time)),
+        *more,
         opened,
         _CLOSING_BRACE,
     ]
