@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.joins import (
     WINDOW,
-    Event,
     Log,
     Poll,
     bounded,
@@ -124,16 +123,21 @@ def test_no_click_finds_an_example_and_no_impression_is_its_duplicate() -> None:
 
 
 def test_an_id_is_new_again_beyond_the_duplicate_horizon() -> None:
-    target = LabelJoiner(
-        fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
-    )
+    def short_memory() -> LabelJoiner:
+        return LabelJoiner(
+            fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
+        )
+
+    target = short_memory()
     target.push_labelled(labelled([7], [1000], [0]))
     target.advance(1100)
     for time, duplicates in ((1500, 1), (1501, 1)):
         # The index has moved the entry of the example through a snapshot, too.
         target = restarted(
             target,
-            LabelJoiner(fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500),
+            LabelJoiner(
+                fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
+            ),
         )
         target.push_labelled(labelled([7], [time], [0]))
         assert target.counts()["labelled_duplicate"] == duplicates

@@ -138,9 +138,9 @@ class EventBatch:
     where it is unknown) belong to the impressions. `arrival` [n + m + k] lists the events of all
     kinds in order of arrival, as indices into the impressions, the clicks and the examples.
 
-    `with_fields` names the fields that at least one impression or example had. `with_unknown_fields` counts
-    the events with members that are not read; `unknown_features` names such features, at the
-    beginning of a run. `bad_records` counts the rejected records without
+    `with_fields` names the fields that at least one impression or example had.
+    `with_unknown_fields` counts the events with members that are not read; `unknown_features` names
+    such features, at the beginning of a run. `bad_records` counts the rejected records without
     tombstones; a record with some good events counts as the share of its events that are bad.
     """
 

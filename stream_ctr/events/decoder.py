@@ -81,9 +81,9 @@ class Clicks:
 
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """n impressions or examples. `row` is the index of each one's record, `within` its index in the record.
+    """n impressions or examples.
 
-    Features are columns by field name, null where missing. Numeric ones are float64; categorical
+    `row` is the index of each one's record, `within` its index in the record. Features are columns by field name, null where missing. Numeric ones are float64; categorical
     ones are strings, or a dictionary of strings with int32 indices when all came in that form.
     """
 
@@ -102,7 +102,8 @@ class Impressions:
 class Events:
     """Decoded impressions, clicks and examples.
 
-    `examples` are impressions that came with their label; `label` [k] is 0 or 1. `with_unknown_fields` is the number of events with a member that the decoder does not read: a
+    `examples` are impressions that came with their label; `label` [k] is 0 or 1.
+    `with_unknown_fields` is the number of events with a member that the decoder does not read: a
     member of an unknown name, or one that a later member of the same name replaces.
     """
 
@@ -255,9 +256,7 @@ _RULES = (
     _Rule(
         "missing_features",
         "an impression or example needs features",
-        lambda events, latest: (
-            np.isin(events.kind, (IMPRESSION, EXAMPLE)) & ~events.has_features
-        ),
+        lambda events, latest: np.isin(events.kind, (IMPRESSION, EXAMPLE)) & ~events.has_features,
     ),
     _Rule(
         "missing_label",
@@ -267,9 +266,7 @@ _RULES = (
     _Rule(
         "wrong_label",
         "the label of an example must be 0 or 1, got {label}",
-        lambda events, latest: (
-            (events.kind == EXAMPLE) & (events.label != 0) & (events.label != 1)
-        ),
+        lambda events, latest: (events.kind == EXAMPLE) & (events.label != 0) & (events.label != 1),
     ),
     _Rule(
         "wrong_probability",

@@ -56,9 +56,10 @@ class ParsedEvents:
 
     `kind` is `IMPRESSION`, `CLICK`, `EXAMPLE` or `UNKNOWN_KIND`; for the latter, `kind_text` holds
     what the record said. `label` is that of examples, and NaN for all other kinds. Missing values
-    are null in `impression_id` and `features`, NaN in `label` and `true_probability`, and False in `has_time` and `has_features`. Numeric features are float64.
-    Categorical features are strings, or a dictionary of strings with int32 indices.
-    `has_unknown_fields` marks events with a member that the decoder does not read.
+    are null in `impression_id` and `features`, NaN in `label` and `true_probability`, and False in
+    `has_time` and `has_features`. Numeric features are float64. Categorical features are strings,
+    or a dictionary of strings with int32 indices. `has_unknown_fields` marks events with a member
+    that the decoder does not read.
     """
 
     row: npt.NDArray[np.int64]
