@@ -1,8 +1,9 @@
 """Decode records into events in columns, and reject what is not an event.
 
-A record holds one event as JSON (`json_events`), or many events in columns: a record that begins
-with the bytes ff ff ff ff, with which no JSON begins, is an Arrow IPC stream (`arrow_events`). One
-poll may hold both kinds of records. The rules for an event are the same in both:
+A record holds one event as JSON (`json_events`), which may be wrapped as a CloudEvent
+(`cloud_events`), one event as Avro (`avro_events`), or many events in columns, as an Arrow IPC
+stream (`arrow_events`). The first bytes of a record tell which: no JSON begins with those of the
+others. One poll may hold records of every kind. The rules for an event are the same in all:
 
 - `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
 - A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
@@ -28,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
+from stream_ctr.events.avro_events import AvroReader, Schemas, is_framed
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
 from stream_ctr.events.parsed_events import (
@@ -64,6 +66,12 @@ _GOOD = -1
 _RECORD_REJECTED = -2
 
 Mask = npt.NDArray[np.bool_]
+Format = Literal["auto", "json", "arrow", "avro"]
+_FORMAT_NAMES: Mapping[Format, str] = {
+    "json": "JSON or text",
+    "arrow": "an Arrow stream",
+    "avro": "Avro, or JSON with a schema id",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +91,9 @@ class Clicks:
 class Impressions:
     """n impressions or examples.
 
-    `row` is the index of each one's record, `within` its index in the record. Features are columns by field name, null where missing. Numeric ones are float64; categorical
-    ones are strings, or a dictionary of strings with int32 indices when all came in that form.
+    `row` is the index of each one's record, `within` its index in the record. Features are columns
+    by field name, null where missing. Numeric ones are float64; categorical ones are strings, or a
+    dictionary of strings with int32 indices when all came in that form.
     """
 
     row: npt.NDArray[np.int64]
@@ -153,6 +162,9 @@ class Decoder:
 
     `max_ahead_ms` bounds how far an event may be ahead of the broker's time of its record. Without
     a bound, one producer's wrong clock would close the label windows of all others.
+
+    `schemas` has those of Avro records. With a `format` other than "auto", records in any other
+    format are rejected.
     """
 
     def __init__(
@@ -161,12 +173,16 @@ class Decoder:
         *,
         max_record_bytes: int = 1 << 20,
         max_ahead_ms: int = 300_000,
+        schemas: Schemas | None = None,
+        format: Format = "auto",
     ) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         self.max_ahead_ms = max_ahead_ms
         self._json = JsonReader(fields, max_record_bytes=max_record_bytes)
         self._arrow = ArrowReader(fields)
+        self._avro = AvroReader(fields, schemas, max_record_bytes=max_record_bytes)
+        self._format = format
 
     def decode(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None
@@ -176,12 +192,17 @@ class Decoder:
         A null value is rejected with the reason `tombstone`. `received` [n] holds the broker's time
         of each record in epoch milliseconds, -1 where it is unknown.
         """
-        in_columns = is_arrow(values)
-        streams, rejected_streams = self._open_streams(values, np.flatnonzero(in_columns))
-        json_parts, rejected_json = self._json.read(values, np.flatnonzero(~in_columns))
+        rows, rejections = self._rows_by_format(values)
+        streams, rejected_streams = self._open_streams(values, rows["arrow"])
+        avro_parts, rejected_avro, framed_json = self._avro.read(values, rows["avro"])
+        json_parts, rejected_json = self._json.read(values, rows["json"])
         arrow_parts, rejected_arrow = self._arrow.read(streams)
-        parts = [*json_parts, *arrow_parts]
-        rejections = [*rejected_json, *rejected_streams, *rejected_arrow]
+        parts = [*json_parts, *avro_parts, *arrow_parts]
+        rejections += [*rejected_json, *rejected_avro, *rejected_streams, *rejected_arrow]
+        if framed_json:
+            framed_parts, rejected_framed = self._json.read_apart(framed_json)
+            parts += framed_parts
+            rejections += rejected_framed
         parsed = ParsedEvents.concatenate([part for part in parts if len(part)] or parts[:1])
         broken = _first_broken_rules(parsed, self._latest(parsed, received))
         for row, indices in _bad_events_by_record(parsed, broken):
@@ -193,6 +214,28 @@ class Decoder:
                 rejections.append(Rejection(row, error.reason, error.message))
                 broken[parsed.row == row] = _RECORD_REJECTED
         return _valid_events(parsed, broken == _GOOD), Rejections.of(rejections)
+
+    def _rows_by_format(
+        self, values: pa.LargeBinaryArray
+    ) -> tuple[dict[Format, npt.NDArray[np.int64]], list[Rejection]]:
+        """Return the rows of each format, and the rejections of those in another than the set one.
+
+        Nulls and empty records count as JSON.
+        """
+        masks: dict[Format, Mask] = {"arrow": is_arrow(values), "avro": is_framed(values)}
+        masks["json"] = ~(masks["arrow"] | masks["avro"])
+        has_bytes = np.asarray(pc.fill_null(pc.binary_length(values), 0)) > 0
+        rejections = []
+        for found, mask in masks.items():
+            if self._format in ("auto", found):
+                continue
+            other = mask & has_bytes
+            message = f"begins as {_FORMAT_NAMES[found]}, but input.format is {self._format}"
+            rejections += [
+                Rejection(row, "other_format", message) for row in np.flatnonzero(other).tolist()
+            ]
+            masks[found] = mask & ~has_bytes
+        return {found: np.flatnonzero(mask) for found, mask in masks.items()}, rejections
 
     def _open_streams(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]

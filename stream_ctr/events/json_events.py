@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_ctr.events import json_scan
+from stream_ctr.events import cloud_events, json_scan
 from stream_ctr.events.arrow_columns import ByteSpans, byte_spans, epoch_ms
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import (
@@ -87,9 +87,64 @@ class JsonReader:
     ) -> tuple[list[ParsedEvents], list[Rejection]]:
         """Read the records at `rows`.
 
-        The parts are in order of `rows`, except that the last one holds the events that the strict
-        parser read.
+        The parts are in no certain order: those that the strict parser read, and the events of
+        CloudEvents, are the last ones.
         """
+        parts, left = self._scan(values, rows)
+        left, wrapped, rejections = self._unwrap(values, left)
+        events, rejected = self._read_strictly(values, left)
+        parts.append(events)
+        if wrapped:
+            inner, rejected_inner = self.read_apart(wrapped, within=cloud_events.PREFIX)
+            parts += inner
+            rejections += rejected_inner
+        return parts, [*rejections, *rejected]
+
+    def read_apart(
+        self, records: Mapping[int, bytes], *, within: str = ""
+    ) -> tuple[list[ParsedEvents], list[Rejection]]:
+        """Read records by their rows, whose bytes are a part of those of the records at `rows`.
+
+        A message begins with what they are `within`.
+        """
+        rows = np.array(list(records), np.int64)
+        values = pa.array(records.values(), pa.large_binary())
+        parts, left = self._scan(values, np.arange(len(rows)))
+        events, rejected = self._read_strictly(values, left)
+        parts = [replace(part, row=rows[part.row]) for part in (*parts, events)]
+        return parts, [
+            rejection._replace(row=int(rows[rejection.row]), message=within + rejection.message)
+            for rejection in rejected
+        ]
+
+    def _unwrap(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], dict[int, bytes], list[Rejection]]:
+        """Return the rows that are no CloudEvents, the events of the others, and rejections."""
+        candidates = cloud_events.may_be_envelopes(values.take(pa.array(rows)))
+        is_left = np.ones(len(rows), np.bool_)
+        wrapped: dict[int, bytes] = {}
+        rejections: list[Rejection] = []
+        for index in np.flatnonzero(np.asarray(pc.fill_null(candidates, False))).tolist():
+            row = int(rows[index])
+            value = values[row].as_py()
+            if len(value) > self.max_record_bytes:
+                continue
+            try:
+                event = cloud_events.unwrap(value)
+            except InvalidRecord as error:
+                rejections.append(Rejection(row, error.reason, error.message))
+                is_left[index] = False
+                continue
+            if event is not None:
+                wrapped[row] = event
+                is_left[index] = False
+        return rows[is_left], wrapped, rejections
+
+    def _scan(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
+    ) -> tuple[list[ParsedEvents], npt.NDArray[np.int64]]:
+        """Return the events of the records at `rows` that pass, and the rows of the others."""
         spans = byte_spans(values)
         size = spans.size[rows]
         can_scan = (size > 0) & (size <= self.max_record_bytes)
@@ -99,11 +154,12 @@ class JsonReader:
             records = ByteSpans(spans.data, spans.start[block], spans.size[block])
             found = MemberSpans.empty(len(block), len(self._members.accepted_types))
             json_scan.scan(records, self._members, found)
+            # What has no kind is no event; it may be wrapped.
+            found.passed[(found.length[:, json_scan.KIND] < 0) & found.has_unknown] = False
             scanned = _ScannedRecords(spans.data, found)
             parts.append(self._scanned_events(block, scanned))
             left.append(block[~found.passed])
-        events, rejections = self._read_strictly(values, np.sort(np.concatenate(left)))
-        return [*parts, events], rejections
+        return parts, np.sort(np.concatenate(left))
 
     def _scanned_events(
         self, rows: npt.NDArray[np.int64], records: _ScannedRecords
@@ -308,7 +364,15 @@ def encode_impressions(
     >>> print(encode_impressions(pa.array(["a"]), time, features)[0].as_py().decode())
     {"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}
     """
-    return _encode("impression", impression_id, time, [], features, true_probability)
+    parts = [
+        _member('{"kind":"impression","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _encoded_features(features, len(time)),
+    ]
+    if true_probability is not None:
+        probability = _member(',"true_probability":', pa.array(true_probability))
+        parts.append(pc.fill_null(probability, _NO_BYTES))
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
 
 
 def encode_examples(
@@ -316,52 +380,36 @@ def encode_examples(
     time: npt.NDArray[np.int64],
     label: pa.Array,
     features: Mapping[str, pa.Array],
-    true_probability: npt.NDArray[np.float64] | None = None,
 ) -> pa.LargeBinaryArray:
-    """Return the JSON bytes of n examples, which come with their label [n].
+    """Return the JSON bytes of n labelled rows [n]. A label is 0 or 1; see `encode_impressions`.
 
-    The other columns are those of `encode_impressions`. A label that is null makes a null record.
-
-    >>> features = {"app": pa.array(["maps"])}
     >>> time = np.array([1735689600000])
-    >>> records = encode_examples(pa.array([7]), time, pa.array([1]), features)
-    >>> print(records[0].as_py().decode())
-    {"kind":"example","impression_id":7,"time":1735689600000,"label":1,"features":{"app":"maps"}}
+    >>> encode_examples(pa.array(["a"]), time, pa.array([1]), {"age": pa.array([31])})[0].as_py()
+    b'{"kind":"example","impression_id":"a","time":1735689600000,"label":1,"features":{"age":31}}'
     """
-    members = [_member(',"label":', label)]
-    return _encode("example", impression_id, time, members, features, true_probability)
+    parts = [
+        _member('{"kind":"example","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _member(',"label":', label),
+        _encoded_features(features, len(time)),
+    ]
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
 
 
-def _encode(
-    kind: str,
-    impression_id: pa.Array,
-    time: npt.NDArray[np.int64],
-    more: Sequence[pa.LargeBinaryArray],
-    features: Mapping[str, pa.Array],
-    true_probability: npt.NDArray[np.float64] | None,
-) -> pa.LargeBinaryArray:
+def _encoded_features(features: Mapping[str, pa.Array], n: int) -> pa.LargeBinaryArray:
+    """Return the member `features` of each event, with its closing brace [n]."""
     # A member begins with a comma, and is empty when its value is missing. null_handling="skip"
     # would do, but with it Arrow 26 drops rows in which nothing is left to join.
     members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()]
     joined = pc.binary_join_element_wise(
-        *(members or [pa.repeat(_NO_BYTES, len(time))]),
+        *(members or [pa.repeat(_NO_BYTES, n)]),
         _NO_BYTES,
         null_handling="replace",
         null_replacement=b"",
     )
     # The opening replaces the first comma, if there is one.
     opened = pc.binary_replace_slice(joined, 0, 1, b',"features":{')
-    parts = [
-        _member(f'{{"kind":"{kind}","impression_id":', impression_id),
-        _member(',"time":', pa.array(time)),
-        *more,
-        opened,
-        _CLOSING_BRACE,
-    ]
-    if true_probability is not None:
-        probability = _member(',"true_probability":', pa.array(true_probability))
-        parts.append(pc.fill_null(probability, _NO_BYTES))
-    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+    return pc.binary_replace_slice(opened, _END, _END, b"}")
 
 
 def encode_clicks(impression_id: pa.Array, time: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:
