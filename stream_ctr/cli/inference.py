@@ -183,7 +183,7 @@ def describe_records(values: pa.LargeBinaryArray | None) -> str:
     """Return what records without any features are instead.
 
     >>> describe_records(pa.array([b'{"type":"impression"}'], pa.large_binary()))
-    '. The first malformed record: kind must be impression or click, got None'
+    '. The first malformed record: kind must be impression, click or example, got None'
     """
     if values is None:
         return ""

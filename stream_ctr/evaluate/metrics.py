@@ -191,7 +191,7 @@ class Scored:
     def __len__(self) -> int:
         return len(self.time)
 
-    def __getitem__(self, rows: slice) -> Scored:
+    def __getitem__(self, rows: slice | npt.NDArray[np.intp]) -> Scored:
         part = copy(self)
         part.time = self.time[rows]
         part.loss = self.loss[:, rows]
@@ -367,8 +367,8 @@ class WholeRun:
 class Windows:
     """Metrics in tumbling windows of event time. The last `rolling` windows are the rolling window.
 
-    A twentieth of a window is a pane; panes are the blocks of the bootstrap. Examples come in
-    event-time order, so a window is final once all label windows that began in it are closed and
+    A twentieth of a window is a pane; panes are the blocks of the bootstrap. Joined examples come
+    in event-time order, so a window is final once all label windows that began in it are closed and
     learned (`close`). Until then it is provisional.
     """
 
@@ -393,11 +393,13 @@ class Windows:
 
     def _by_pane(self, batch: Scored) -> Iterator[tuple[int, Scored]]:
         """Yield the parts of a batch by pane number."""
-        first, last = (int(batch.time[i]) * self._PANES // self.window_ms for i in (0, -1))
-        if first == last:
-            yield first, batch
-            return
         panes = batch.time * self._PANES // self.window_ms
+        if (panes == panes[0]).all():
+            yield int(panes[0]), batch
+            return
+        if (np.diff(panes) < 0).any():  # examples that came with their label are among them
+            in_order = np.argsort(panes, kind="stable")
+            batch, panes = batch[in_order], panes[in_order]
         edges = (np.flatnonzero(np.diff(panes)) + 1).tolist()
         for start, stop in zip([0, *edges], [*edges, len(batch)], strict=True):
             yield int(panes[start]), batch[start:stop]

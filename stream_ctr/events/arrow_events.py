@@ -2,10 +2,11 @@
 
 The stream has these columns:
 
-    kind              string                       impression or click
-    impression_id     string
+    kind              string                       impression, click or example
+    impression_id     string, or any integer
     time              int64 epoch milliseconds, or a timestamp of any unit, rounded down to
                       milliseconds (UTC unless it names a zone)
+    label             boolean, or any number       0 or 1 for examples; not read for other kinds
     features          struct, a member a field     null for clicks; a categorical field is text,
                                                    integer or boolean, a numeric field is a number
     true_probability  any number                   optional
@@ -37,6 +38,7 @@ from stream_ctr.events.arrow_columns import byte_spans, epoch_ms, one_array
 from stream_ctr.events.field import Field
 from stream_ctr.events.ipc_frames import MARKER
 from stream_ctr.events.parsed_events import (
+    EXAMPLE,
     IMPRESSION,
     UNKNOWN_KIND,
     InvalidRecord,
@@ -57,7 +59,7 @@ _DECOMPRESSED_TO_SIZE = 64
 _LEAST_ROOM_BYTES = 1 << 17  # any record may take this much
 _EVENT_BYTES = 100  # of a parsed event, even one whose columns take next to no space
 _BLOCK_BYTES = 64 << 20
-_SHOWN_CHARACTERS = 100  # of a kind that is neither impression nor click
+_SHOWN_CHARACTERS = 100  # of an unknown kind
 _LARGEST_PACKED_BYTES = 900_000  # by default, brokers and clients accept a megabyte
 _INT64_MAX = np.iinfo(np.int64).max
 _MS_PER_SECOND = 1000
@@ -224,6 +226,7 @@ class ArrowReader:
         kind, kind_text = columns.kind()
         impression_id = columns.impression_id()
         time, has_time = columns.time()
+        label, has_unread_label = columns.label(kind == EXAMPLE)
         has_features, members = columns.features()
         features = {
             field.name: _feature(field, members.pop(field.name, None), n) for field in self.fields
@@ -241,9 +244,12 @@ class ArrowReader:
             time=time,
             has_time=has_time,
             has_features=has_features,
+            label=label,
             true_probability=true_probability,
             features=features,
-            has_unknown_fields=columns.any_unread() | (has_unknown_members & has_features),
+            has_unknown_fields=(
+                columns.any_unread() | has_unread_label | (has_unknown_members & has_features)
+            ),
         )
 
 
@@ -295,7 +301,7 @@ class _Columns:
         return codes, pc.utf8_slice_codeunits(words, 0, _SHOWN_CHARACTERS).take(unknown)
 
     def impression_id(self) -> pa.StringArray:
-        column = self._required("impression_id", _is_text, "a string")
+        column = self._required("impression_id", _is_id, "a string or an integer")
         if not pa.types.is_dictionary(column.type):
             return column.cast(pa.string())
         return column.dictionary.cast(pa.string()).take(column.indices)
@@ -312,6 +318,19 @@ class _Columns:
         elif pa.types.is_timestamp(time.type):
             ticks = ticks // _TICKS_PER_MS[time.type.unit]
         return ticks, np.asarray(time.is_valid())
+
+    def label(self, is_example: Mask) -> tuple[npt.NDArray[np.float64], Mask]:
+        """Return the labels of examples, NaN where missing, and which other events have one."""
+        column = self._unread.pop("label", None)
+        if column is None:
+            return np.full(self._n, np.nan), np.zeros(self._n, bool)
+        has_unread = np.asarray(column.is_valid()) & ~is_example
+        if not is_example.any():
+            return np.full(self._n, np.nan), has_unread
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.int8())
+        label = _numbers("label", column, self._n).to_numpy(zero_copy_only=False)
+        return np.where(is_example, label, np.nan), has_unread
 
     def features(self) -> tuple[Mask, dict[str, pa.Array]]:
         """Return which events have features, and the features by name."""
@@ -360,6 +379,8 @@ def _any_present(columns: Sequence[pa.Array], n: int) -> Mask:
 def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
     """Return the number of impressions in a batch, and of their features by name and Python type.
 
+    Examples are impressions, too.
+
     Raises `InvalidRecord` when the batch does not hold events.
 
     >>> columns = {"kind": ["impression"], "features": [{"app": "maps", "age": 31}]}
@@ -367,7 +388,7 @@ def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]
     (1, {'app': {<class 'str'>: 1}, 'age': {<class 'float'>: 1}})
     """
     columns = _Columns(pa.Table.from_batches([batch]))
-    impressions = columns.kind()[0] == IMPRESSION
+    impressions = np.isin(columns.kind()[0], (IMPRESSION, EXAMPLE))
     _, members = columns.features()
     found: dict[str, dict[type, int]] = {}
     for name, member in members.items():
@@ -399,6 +420,11 @@ def _is_plain_text(type: pa.DataType) -> bool:
 
 def _is_text(type: pa.DataType) -> bool:
     return _is_plain_text(type.value_type if pa.types.is_dictionary(type) else type)
+
+
+def _is_id(type: pa.DataType) -> bool:
+    type = type.value_type if pa.types.is_dictionary(type) else type
+    return bool(_is_plain_text(type) or pa.types.is_integer(type))
 
 
 def _is_category(type: pa.DataType) -> bool:
@@ -524,8 +550,9 @@ def _pack_together(lines: Sequence[bytes]) -> bytes:
         raise ValueError("a line holds several events")
     columns = {
         "kind": pa.array([event.kind for event in events]),
-        "impression_id": pa.array([event.impression_id for event in events]),
+        "impression_id": pa.array([str(event.impression_id) for event in events]),
         "time": epoch_ms(pa.array([event.time for event in events])),
+        "label": pa.array([event.label for event in events]),
         "features": pa.array([event.features for event in events]),
         "true_probability": pa.array([event.true_probability for event in events], pa.float64()),
     }
@@ -538,9 +565,10 @@ def _pack_together(lines: Sequence[bytes]) -> bytes:
 class _Event(msgspec.Struct):
     """The members that fit into columns. All others are left out."""
 
-    kind: Literal["impression", "click"]
-    impression_id: str
+    kind: Literal["impression", "click", "example"]
+    impression_id: str | int
     time: int | str
+    label: int | bool | None = None
     features: dict[str, str | int | float | bool | None] | None = None
     true_probability: float | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,6 +69,48 @@ class Arrivals:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelledArrivals:
+    """k events of kind `example`, in order of arrival: examples that came with their label.
+
+    `label` [k] is 0 or 1. `ids` [k, F + C], `values` [k, V] and `true_probability` [k] are those
+    of `EventBatch`.
+    """
+
+    arrivals: Arrivals
+    label: npt.NDArray[np.uint8]
+    ids: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+    true_probability: npt.NDArray[np.float64]
+
+    @classmethod
+    def none(cls) -> LabelledArrivals:
+        """Return no examples.
+
+        >>> len(LabelledArrivals.none())
+        0
+        """
+        return cls(
+            Arrivals.of([], []),
+            np.empty(0, np.uint8),
+            np.empty((0, 0), np.int32),
+            np.empty((0, 0), np.float32),
+            np.empty(0),
+        )
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def arrays(self) -> list[Array]:
+        return [
+            *self.arrivals.arrays(),
+            self.label,
+            self.ids,
+            self.values,
+            self.true_probability,
+        ]
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """Columns of n rejects: where each came from, its bytes, and the reason.
 
@@ -90,15 +132,15 @@ class Rejected:
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """The contents of the records of one poll: n impressions, m clicks, and rejects.
+    """The contents of the records of one poll: n impressions, m clicks, k examples, and rejects.
 
     `records` counts the records. `ids` [n, F + C], `values` [n, V] and `true_probability` [n] (NaN
-    where it is unknown) belong to the impressions. `arrival` [n + m] lists the events of both
-    kinds in order of arrival, as indices into the impressions followed by the clicks.
+    where it is unknown) belong to the impressions. `arrival` [n + m + k] lists the events of all
+    kinds in order of arrival, as indices into the impressions, the clicks and the examples.
 
-    `with_fields` names the fields that at least one impression had. `with_unknown_fields` counts
-    the events with members that are not read; `unknown_features` names such features, at the
-    beginning of a run. `bad_records` counts the rejected records without
+    `with_fields` names the fields that at least one impression or example had.
+    `with_unknown_fields` counts the events with members that are not read; `unknown_features` names
+    such features, at the beginning of a run. `bad_records` counts the rejected records without
     tombstones; a record with some good events counts as the share of its events that are bad.
     """
 
@@ -114,17 +156,19 @@ class EventBatch:
     with_unknown_fields: int
     bad_records: float
     unknown_features: frozenset[str] = frozenset()
+    examples: LabelledArrivals = field(default_factory=LabelledArrivals.none)
 
     @property
     def events(self) -> int:
         """The number of events, rejects included."""
-        return len(self.impressions) + len(self.clicks) + len(self.rejected)
+        return len(self.impressions) + len(self.clicks) + len(self.examples) + len(self.rejected)
 
     @property
     def nbytes(self) -> int:
         arrays = [
             *self.impressions.arrays(),
             *self.clicks.arrays(),
+            *self.examples.arrays(),
             self.ids,
             self.values,
             self.true_probability,

@@ -1,14 +1,17 @@
 """Decode records into events in columns, and reject what is not an event.
 
-A record holds one event as JSON (`json_events`), or many events in columns: a record that begins
-with the bytes ff ff ff ff, with which no JSON begins, is an Arrow IPC stream (`arrow_events`). One
-poll may hold both kinds of records. The rules for an event are the same in both:
+A record holds one event as JSON (`json_events`), which may be wrapped as a CloudEvent
+(`cloud_events`), one event as Avro (`avro_events`), or many events in columns, as an Arrow IPC
+stream (`arrow_events`). The first bytes of a record tell which: no JSON begins with those of the
+others. One poll may hold records of every kind. The rules for an event are the same in all:
 
 - `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
 - A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
   value that is null or absent is missing.
+- `label`, on events of kind `example`, is 0 or 1.
 - `true_probability`, on impressions of simulated streams, is the probability from which the label
   was drawn.
+- `impression_id` is a string or an integer; the integer 7 is the same id as the string "7".
 - Other members are accepted and counted. The last of several members of one name counts.
 - The key of a record decides its partition only; the id comes from the value.
 
@@ -26,7 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,10 +37,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
+from stream_ctr.events.avro_events import AvroReader, Schemas, is_framed
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
 from stream_ctr.events.parsed_events import (
     CLICK,
+    EXAMPLE,
     IMPRESSION,
     UNKNOWN_KIND,
     InvalidRecord,
@@ -61,6 +66,12 @@ _GOOD = -1
 _RECORD_REJECTED = -2
 
 Mask = npt.NDArray[np.bool_]
+Format = Literal["auto", "json", "arrow", "avro"]
+_FORMAT_NAMES: Mapping[Format, str] = {
+    "json": "JSON or text",
+    "arrow": "an Arrow stream",
+    "avro": "Avro, or JSON with a schema id",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +89,11 @@ class Clicks:
 
 @dataclass(frozen=True, slots=True)
 class Impressions:
-    """n impressions. `row` is the index of each one's record, `within` its index in the record.
+    """n impressions or examples.
 
-    Features are columns by field name, null where missing. Numeric ones are float64; categorical
-    ones are strings, or a dictionary of strings with int32 indices when all came in that form.
+    `row` is the index of each one's record, `within` its index in the record. Features are columns
+    by field name, null where missing. Numeric ones are float64; categorical ones are strings, or a
+    dictionary of strings with int32 indices when all came in that form.
     """
 
     row: npt.NDArray[np.int64]
@@ -97,15 +109,23 @@ class Impressions:
 
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Decoded impressions and clicks.
+    """Decoded impressions, clicks and examples.
 
+    `examples` are impressions that came with their label; `label` [k] is 0 or 1.
     `with_unknown_fields` is the number of events with a member that the decoder does not read: a
     member of an unknown name, or one that a later member of the same name replaces.
     """
 
     impressions: Impressions
     clicks: Clicks
+    examples: Impressions
+    label: npt.NDArray[np.uint8]
     with_unknown_fields: int = 0
+
+    @property
+    def kinds(self) -> tuple[Impressions, Clicks, Impressions]:
+        """The impressions, the clicks and the examples."""
+        return self.impressions, self.clicks, self.examples
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +162,9 @@ class Decoder:
 
     `max_ahead_ms` bounds how far an event may be ahead of the broker's time of its record. Without
     a bound, one producer's wrong clock would close the label windows of all others.
+
+    `schemas` has those of Avro records. With a `format` other than "auto", records in any other
+    format are rejected.
     """
 
     def __init__(
@@ -150,12 +173,16 @@ class Decoder:
         *,
         max_record_bytes: int = 1 << 20,
         max_ahead_ms: int = 300_000,
+        schemas: Schemas | None = None,
+        format: Format = "auto",
     ) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         self.max_ahead_ms = max_ahead_ms
         self._json = JsonReader(fields, max_record_bytes=max_record_bytes)
         self._arrow = ArrowReader(fields)
+        self._avro = AvroReader(fields, schemas, max_record_bytes=max_record_bytes)
+        self._format = format
 
     def decode(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None
@@ -165,12 +192,17 @@ class Decoder:
         A null value is rejected with the reason `tombstone`. `received` [n] holds the broker's time
         of each record in epoch milliseconds, -1 where it is unknown.
         """
-        in_columns = is_arrow(values)
-        streams, rejected_streams = self._open_streams(values, np.flatnonzero(in_columns))
-        json_parts, rejected_json = self._json.read(values, np.flatnonzero(~in_columns))
+        rows, rejections = self._rows_by_format(values)
+        streams, rejected_streams = self._open_streams(values, rows["arrow"])
+        avro_parts, rejected_avro, framed_json = self._avro.read(values, rows["avro"])
+        json_parts, rejected_json = self._json.read(values, rows["json"])
         arrow_parts, rejected_arrow = self._arrow.read(streams)
-        parts = [*json_parts, *arrow_parts]
-        rejections = [*rejected_json, *rejected_streams, *rejected_arrow]
+        parts = [*json_parts, *avro_parts, *arrow_parts]
+        rejections += [*rejected_json, *rejected_avro, *rejected_streams, *rejected_arrow]
+        if framed_json:
+            framed_parts, rejected_framed = self._json.read_apart(framed_json)
+            parts += framed_parts
+            rejections += rejected_framed
         parsed = ParsedEvents.concatenate([part for part in parts if len(part)] or parts[:1])
         broken = _first_broken_rules(parsed, self._latest(parsed, received))
         for row, indices in _bad_events_by_record(parsed, broken):
@@ -182,6 +214,28 @@ class Decoder:
                 rejections.append(Rejection(row, error.reason, error.message))
                 broken[parsed.row == row] = _RECORD_REJECTED
         return _valid_events(parsed, broken == _GOOD), Rejections.of(rejections)
+
+    def _rows_by_format(
+        self, values: pa.LargeBinaryArray
+    ) -> tuple[dict[Format, npt.NDArray[np.int64]], list[Rejection]]:
+        """Return the rows of each format, and the rejections of those in another than the set one.
+
+        Nulls and empty records count as JSON.
+        """
+        masks: dict[Format, Mask] = {"arrow": is_arrow(values), "avro": is_framed(values)}
+        masks["json"] = ~(masks["arrow"] | masks["avro"])
+        has_bytes = np.asarray(pc.fill_null(pc.binary_length(values), 0)) > 0
+        rejections = []
+        for found, mask in masks.items():
+            if self._format in ("auto", found):
+                continue
+            other = mask & has_bytes
+            message = f"begins as {_FORMAT_NAMES[found]}, but input.format is {self._format}"
+            rejections += [
+                Rejection(row, "other_format", message) for row in np.flatnonzero(other).tolist()
+            ]
+            masks[found] = mask & ~has_bytes
+        return {found: np.flatnonzero(mask) for found, mask in masks.items()}, rejections
 
     def _open_streams(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
@@ -227,7 +281,7 @@ def _lacks_id(events: ParsedEvents, latest: npt.NDArray[np.int64]) -> Mask:
 _RULES = (
     _Rule(
         "unknown_kind",
-        "kind must be impression or click, got {kind}",
+        "kind must be impression, click or example, got {kind}",
         lambda events, latest: events.kind == UNKNOWN_KIND,
     ),
     _Rule("missing_id", "impression_id is missing or empty", _lacks_id),
@@ -244,8 +298,18 @@ _RULES = (
     ),
     _Rule(
         "missing_features",
-        "an impression needs features",
-        lambda events, latest: (events.kind == IMPRESSION) & ~events.has_features,
+        "an impression or example needs features",
+        lambda events, latest: np.isin(events.kind, (IMPRESSION, EXAMPLE)) & ~events.has_features,
+    ),
+    _Rule(
+        "missing_label",
+        "an example needs a label, 0 or 1",
+        lambda events, latest: (events.kind == EXAMPLE) & np.isnan(events.label),
+    ),
+    _Rule(
+        "wrong_label",
+        "the label of an example must be 0 or 1, got {label}",
+        lambda events, latest: (events.kind == EXAMPLE) & (events.label != 0) & (events.label != 1),
     ),
     _Rule(
         "wrong_probability",
@@ -297,7 +361,9 @@ def _reject_events(
         rule = _RULES[broken[index]]
         within = int(events.within[index])
         kind = repr(events.kind_text[index].as_py())[:80]
-        message = rule.message.format(kind=kind, time=int(events.time[index]))
+        message = rule.message.format(
+            kind=kind, time=int(events.time[index]), label=f"{events.label[index]:g}"
+        )
         value = None if stream is None else one_event(stream, within)
         remaining_bytes -= len(value or b"")
         if remaining_bytes < 0:
@@ -310,24 +376,30 @@ def _reject_events(
 
 
 def _valid_events(events: ParsedEvents, is_good: Mask) -> Events:
-    impressions = _select(events, is_good & (events.kind == IMPRESSION))
     clicks = _select(events, is_good & (events.kind == CLICK))
+    examples = _select(events, is_good & (events.kind == EXAMPLE))
     return Events(
-        Impressions(
-            row=impressions.row,
-            within=impressions.within,
-            impression_id=impressions.impression_id,
-            time=impressions.time,
-            features=impressions.features,
-            true_probability=impressions.true_probability,
-        ),
+        _impressions(_select(events, is_good & (events.kind == IMPRESSION))),
         Clicks(
             row=clicks.row,
             within=clicks.within,
             impression_id=clicks.impression_id,
             time=clicks.time,
         ),
+        _impressions(examples),
+        examples.label.astype(np.uint8),
         with_unknown_fields=int(np.count_nonzero(events.has_unknown_fields & is_good)),
+    )
+
+
+def _impressions(events: ParsedEvents) -> Impressions:
+    return Impressions(
+        row=events.row,
+        within=events.within,
+        impression_id=events.impression_id,
+        time=events.time,
+        features=events.features,
+        true_probability=events.true_probability,
     )
 
 

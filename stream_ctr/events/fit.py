@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.decoder import Decoder, Events
 from stream_ctr.events.field import Field, NumericEncoding
 
 Floats = npt.NDArray[np.float64]
@@ -73,10 +73,10 @@ def fit_numbers(
     {'share': 15}
     """
     decoder = Decoder(fields, max_record_bytes=max_record_bytes)
-    decoded = [decoder.decode(values)[0].impressions for values in parts]
+    decoded = [decoder.decode(values)[0] for values in parts]
     numbers = {
         field.name: np.concatenate(
-            [_present(impressions.features[field.name][:most]) for impressions in decoded]
+            [_present(_first(events, field.name, most)) for events in decoded]
         )
         for field in fields
         if field.kind == "numeric"
@@ -133,6 +133,19 @@ def scale_of(x: Floats, numeric_encoding: NumericEncoding) -> float:
     multipliers = np.log1p(sizes) if numeric_encoding == "log_value" else sizes
     scale = float(np.quantile(multipliers, _SCALE_QUANTILE))
     return scale if np.isfinite(scale) and scale > 0 else 1.0
+
+
+def _first(events: Events, name: str, most: int) -> pa.DoubleArray:
+    """Return the field of the first impressions and examples, in the order of the records."""
+    impressions, examples = events.impressions, events.examples
+    columns = [part.features[name] for part in (impressions, examples) if len(part)]
+    if len(columns) < 2:
+        return (columns or [impressions.features[name]])[0][:most]
+    keys = [
+        np.concatenate([getattr(part, column) for part in (impressions, examples)])
+        for column in ("within", "row")
+    ]
+    return pa.concat_arrays(columns).take(pa.array(np.lexsort(keys)[:most]))
 
 
 def _present(column: pa.DoubleArray) -> Floats:

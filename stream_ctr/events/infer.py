@@ -18,6 +18,8 @@ from stream_ctr.events.parsed_events import InvalidRecord
 _LEAST_SHARE_OF_IMPRESSIONS = 0.01
 _MOST_FIELDS = 1000
 
+_SHOWN_KINDS = ("impression", "example")
+
 # A number of impressions, and of each of their features the number of values by Python type.
 _TypeCounts = tuple[int, Mapping[str, Mapping[type, int]]]
 
@@ -25,7 +27,7 @@ _TypeCounts = tuple[int, Mapping[str, Mapping[type, int]]]
 def infer_fields(
     values: pa.LargeBinaryArray, *, max_record_bytes: int = 1 << 20
 ) -> tuple[Field, ...]:
-    """Return the fields of these impressions, sorted by kind and name.
+    """Return the fields of these impressions and examples, sorted by kind and name.
 
     A field is numeric when all its values are numbers, and categorical otherwise. A feature that
     fewer than one impression in a hundred has does not become a field. Arrow records that the
@@ -100,7 +102,7 @@ def _json_type_counts(value: bytes | None) -> Iterator[_TypeCounts]:
         document = msgspec.json.decode(value or b"")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return
-    if not isinstance(document, dict) or document.get("kind") != "impression":
+    if not isinstance(document, dict) or document.get("kind") not in _SHOWN_KINDS:
         return
     features = document.get("features")
     if isinstance(features, dict) and len(features) <= _MOST_FIELDS:

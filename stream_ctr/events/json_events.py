@@ -3,6 +3,8 @@
     {"kind": "impression", "impression_id": "a1", "time": 1735689600000,
      "features": {"app": "maps", "age": 31}}
     {"kind": "click", "impression_id": "a1", "time": "2025-01-01T00:00:04.200Z"}
+    {"kind": "example", "impression_id": 17, "time": 1735689605000, "label": 1,
+     "features": {"app": "maps", "age": 28}}
 
 The compiled scanner (`json_scan`) reads the usual records in blocks. Every record that it does not
 pass goes to the strict parser (`json_strict`) alone, so that a bad record delays no other. Both
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -21,7 +23,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_ctr.events import json_scan
+from stream_ctr.events import cloud_events, json_scan
 from stream_ctr.events.arrow_columns import ByteSpans, byte_spans, epoch_ms
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import (
@@ -40,7 +42,13 @@ from stream_ctr.events.json_scan import (
     MemberSpans,
 )
 from stream_ctr.events.json_strict import StrictEvent, parse_event
-from stream_ctr.events.parsed_events import InvalidRecord, ParsedEvents, Rejection, kind_codes
+from stream_ctr.events.parsed_events import (
+    EXAMPLE,
+    InvalidRecord,
+    ParsedEvents,
+    Rejection,
+    kind_codes,
+)
 
 _BLOCK_ROWS = 2048
 _BLOCK_BYTES = 64 << 20
@@ -49,8 +57,9 @@ _NUMBER_TYPES = INTEGER | NUMBER | NULL
 _CATEGORY_TYPES = STRING | INTEGER | BOOLEAN | NULL
 _TOP_TYPES = {
     "kind": _TEXT_TYPES,
-    "impression_id": _TEXT_TYPES,
+    "impression_id": STRING | INTEGER | NULL,
     "time": STRING | INTEGER | NULL,
+    "label": _NUMBER_TYPES,
     "features": OBJECT | NULL,
     "true_probability": _NUMBER_TYPES,
 }
@@ -78,9 +87,64 @@ class JsonReader:
     ) -> tuple[list[ParsedEvents], list[Rejection]]:
         """Read the records at `rows`.
 
-        The parts are in order of `rows`, except that the last one holds the events that the strict
-        parser read.
+        The parts are in no certain order: those that the strict parser read, and the events of
+        CloudEvents, are the last ones.
         """
+        parts, left = self._scan(values, rows)
+        left, wrapped, rejections = self._unwrap(values, left)
+        events, rejected = self._read_strictly(values, left)
+        parts.append(events)
+        if wrapped:
+            inner, rejected_inner = self.read_apart(wrapped, within=cloud_events.PREFIX)
+            parts += inner
+            rejections += rejected_inner
+        return parts, [*rejections, *rejected]
+
+    def read_apart(
+        self, records: Mapping[int, bytes], *, within: str = ""
+    ) -> tuple[list[ParsedEvents], list[Rejection]]:
+        """Read records by their rows, whose bytes are a part of those of the records at `rows`.
+
+        A message begins with what they are `within`.
+        """
+        rows = np.array(list(records), np.int64)
+        values = pa.array(records.values(), pa.large_binary())
+        parts, left = self._scan(values, np.arange(len(rows)))
+        events, rejected = self._read_strictly(values, left)
+        parts = [replace(part, row=rows[part.row]) for part in (*parts, events)]
+        return parts, [
+            rejection._replace(row=int(rows[rejection.row]), message=within + rejection.message)
+            for rejection in rejected
+        ]
+
+    def _unwrap(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], dict[int, bytes], list[Rejection]]:
+        """Return the rows that are no CloudEvents, the events of the others, and rejections."""
+        candidates = cloud_events.may_be_envelopes(values.take(pa.array(rows)))
+        is_left = np.ones(len(rows), np.bool_)
+        wrapped: dict[int, bytes] = {}
+        rejections: list[Rejection] = []
+        for index in np.flatnonzero(np.asarray(pc.fill_null(candidates, False))).tolist():
+            row = int(rows[index])
+            value = values[row].as_py()
+            if len(value) > self.max_record_bytes:
+                continue
+            try:
+                event = cloud_events.unwrap(value)
+            except InvalidRecord as error:
+                rejections.append(Rejection(row, error.reason, error.message))
+                is_left[index] = False
+                continue
+            if event is not None:
+                wrapped[row] = event
+                is_left[index] = False
+        return rows[is_left], wrapped, rejections
+
+    def _scan(
+        self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
+    ) -> tuple[list[ParsedEvents], npt.NDArray[np.int64]]:
+        """Return the events of the records at `rows` that pass, and the rows of the others."""
         spans = byte_spans(values)
         size = spans.size[rows]
         can_scan = (size > 0) & (size <= self.max_record_bytes)
@@ -90,11 +154,12 @@ class JsonReader:
             records = ByteSpans(spans.data, spans.start[block], spans.size[block])
             found = MemberSpans.empty(len(block), len(self._members.accepted_types))
             json_scan.scan(records, self._members, found)
+            # What has no kind is no event; it may be wrapped.
+            found.passed[(found.length[:, json_scan.KIND] < 0) & found.has_unknown] = False
             scanned = _ScannedRecords(spans.data, found)
             parts.append(self._scanned_events(block, scanned))
             left.append(block[~found.passed])
-        events, rejections = self._read_strictly(values, np.sort(np.concatenate(left)))
-        return [*parts, events], rejections
+        return parts, np.sort(np.concatenate(left))
 
     def _scanned_events(
         self, rows: npt.NDArray[np.int64], records: _ScannedRecords
@@ -106,23 +171,27 @@ class JsonReader:
             rows = rows[kept]
             time = time[kept]
             records = records.take(kept)
-        kind = records.texts(json_scan.KIND)
+        kind_text = records.texts(json_scan.KIND)
+        kind = kind_codes(kind_text)
+        label = records.numbers(json_scan.LABEL).to_numpy(zero_copy_only=False)
         probability = records.numbers(json_scan.PROBABILITY)
         return ParsedEvents(
             row=rows,
             within=np.zeros_like(rows),
-            kind=kind_codes(kind),
-            kind_text=kind,
+            kind=kind,
+            kind_text=kind_text,
             impression_id=records.texts(json_scan.ID),
             time=time,
             has_time=records.found.length[:, json_scan.TIME] >= 0,
             has_features=records.found.length[:, json_scan.FEATURES] >= 0,
+            label=np.where(kind == EXAMPLE, label, np.nan),
             true_probability=probability.to_numpy(zero_copy_only=False),
             features={
                 field.name: records.feature(field, member)
                 for member, field in enumerate(self.fields, FIRST_FEATURE)
             },
-            has_unknown_fields=records.found.has_unknown,
+            # Only examples have a label; the one of another event is not read.
+            has_unknown_fields=records.found.has_unknown | (kind != EXAMPLE) & ~np.isnan(label),
         )
 
     def _read_strictly(
@@ -148,6 +217,7 @@ class JsonReader:
     ) -> ParsedEvents:
         kind = pa.array([event.kind for event in events], pa.string())
         time = pa.array([event.time for event in events], pa.int64())
+        label = pa.array([event.label for event in events], pa.float64())
         probability = pa.array([event.true_probability for event in events], pa.float64())
         return ParsedEvents(
             row=rows,
@@ -158,6 +228,7 @@ class JsonReader:
             time=pc.fill_null(time, 0).to_numpy(),
             has_time=np.asarray(time.is_valid()),
             has_features=np.array([event.has_features for event in events], np.bool_),
+            label=label.to_numpy(zero_copy_only=False).astype(np.float64),
             true_probability=probability.to_numpy(zero_copy_only=False).astype(np.float64),
             features={
                 field.name: pa.array(
@@ -293,27 +364,52 @@ def encode_impressions(
     >>> print(encode_impressions(pa.array(["a"]), time, features)[0].as_py().decode())
     {"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}
     """
+    parts = [
+        _member('{"kind":"impression","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _encoded_features(features, len(time)),
+    ]
+    if true_probability is not None:
+        probability = _member(',"true_probability":', pa.array(true_probability))
+        parts.append(pc.fill_null(probability, _NO_BYTES))
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+
+
+def encode_examples(
+    impression_id: pa.Array,
+    time: npt.NDArray[np.int64],
+    label: pa.Array,
+    features: Mapping[str, pa.Array],
+) -> pa.LargeBinaryArray:
+    """Return the JSON bytes of n labelled rows [n]. A label is 0 or 1; see `encode_impressions`.
+
+    >>> time = np.array([1735689600000])
+    >>> encode_examples(pa.array(["a"]), time, pa.array([1]), {"age": pa.array([31])})[0].as_py()
+    b'{"kind":"example","impression_id":"a","time":1735689600000,"label":1,"features":{"age":31}}'
+    """
+    parts = [
+        _member('{"kind":"example","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _member(',"label":', label),
+        _encoded_features(features, len(time)),
+    ]
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+
+
+def _encoded_features(features: Mapping[str, pa.Array], n: int) -> pa.LargeBinaryArray:
+    """Return the member `features` of each event, with its closing brace [n]."""
     # A member begins with a comma, and is empty when its value is missing. null_handling="skip"
     # would do, but with it Arrow 26 drops rows in which nothing is left to join.
     members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()]
     joined = pc.binary_join_element_wise(
-        *(members or [pa.repeat(_NO_BYTES, len(time))]),
+        *(members or [pa.repeat(_NO_BYTES, n)]),
         _NO_BYTES,
         null_handling="replace",
         null_replacement=b"",
     )
     # The opening replaces the first comma, if there is one.
     opened = pc.binary_replace_slice(joined, 0, 1, b',"features":{')
-    parts = [
-        _member('{"kind":"impression","impression_id":', impression_id),
-        _member(',"time":', pa.array(time)),
-        opened,
-        _CLOSING_BRACE,
-    ]
-    if true_probability is not None:
-        probability = _member(',"true_probability":', pa.array(true_probability))
-        parts.append(pc.fill_null(probability, _NO_BYTES))
-    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+    return pc.binary_replace_slice(opened, _END, _END, b"}")
 
 
 def encode_clicks(impression_id: pa.Array, time: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:

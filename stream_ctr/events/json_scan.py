@@ -46,8 +46,8 @@ from stream_ctr.events.arrow_columns import ByteSpans
 DEEPEST_NESTING = 256
 """Deeper than any event. The strict parser stops at about 1000, depending on its stack."""
 
-TOP_MEMBERS = ("kind", "impression_id", "time", "features", "true_probability")
-KIND, ID, TIME, FEATURES, PROBABILITY = range(5)
+TOP_MEMBERS = ("kind", "impression_id", "time", "label", "features", "true_probability")
+KIND, ID, TIME, LABEL, FEATURES, PROBABILITY = range(6)
 FIRST_FEATURE = len(TOP_MEMBERS)
 
 # The types of values, as bits. An INTEGER fits in 64 bits, and has the same text when it is written

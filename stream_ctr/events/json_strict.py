@@ -32,6 +32,7 @@ class StrictEvent(NamedTuple):
     impression_id: str | None
     time: int | None  # epoch milliseconds
     has_features: bool
+    label: float | None
     features: Mapping[str, str | float | None]
     true_probability: float | None
     has_unknown_fields: bool
@@ -52,7 +53,8 @@ def parse_event(
     """
     document, non_null_members = _parse_document(value, max_record_bytes)
     kind = _parse_text(document, "kind")
-    impression_id = _parse_text(document, "impression_id")
+    impression_id = _parse_id(document.get("impression_id"))
+    label = _parse_label(document.get("label")) if kind == "example" else None
     members = document.get("features")
     if members is not None and not isinstance(members, dict):
         raise InvalidRecord("wrong_type", f"features must be an object, got {members!r:.80}")
@@ -60,13 +62,14 @@ def parse_event(
     true_probability = _parse_number("true_probability", document.get("true_probability"))
     # A good event has kind, id and time. Any other member that is not null and was not read is
     # unknown, and so are all but the last of several members of one name.
-    read = 3 + (members is not None) + (true_probability is not None)
+    read = 3 + (members is not None) + (label is not None) + (true_probability is not None)
     read += sum(feature is not None for feature in features.values())
     return StrictEvent(
         kind=kind,
         impression_id=impression_id,
         time=_parse_time(document.get("time")),
         has_features=members is not None,
+        label=label,
         features=features,
         true_probability=true_probability,
         has_unknown_fields=non_null_members > read,
@@ -111,6 +114,21 @@ def _parse_text(document: Mapping[str, Any], name: str) -> str | None:
     if text is None or isinstance(text, str):
         return text
     raise InvalidRecord("wrong_type", f"{name} must be a string, got {text!r:.80}")
+
+
+def _parse_id(value: object) -> str | None:
+    """Return an id as text; an integer has the text of its digits."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    raise InvalidRecord(
+        "wrong_type", f"impression_id must be a string or an integer, got {value!r:.80}"
+    )
+
+
+def _parse_label(value: object) -> float | None:
+    return float(value) if isinstance(value, bool) else _parse_number("label", value)
 
 
 def _parse_feature(field: Field, features: Mapping[str, Any] | None) -> str | float | None:

@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 
 IMPRESSION = 0
 CLICK = 1
+EXAMPLE = 2
 UNKNOWN_KIND = -1
-_KINDS = pa.array(["impression", "click"])
+KINDS = ("impression", "click", "example")
+_KINDS = pa.array(KINDS)
 
 
 class InvalidRecord(Exception):
@@ -52,11 +54,12 @@ class Rejection(NamedTuple):
 class ParsedEvents:
     """n parsed events. `row` is the index of each one's record, `within` its index in the record.
 
-    `kind` is `IMPRESSION`, `CLICK` or `UNKNOWN_KIND`; for the latter, `kind_text` holds what the
-    record said. Missing values are null in `impression_id` and `features`, NaN in
-    `true_probability`, and False in `has_time` and `has_features`. Numeric features are float64.
-    Categorical features are strings, or a dictionary of strings with int32 indices.
-    `has_unknown_fields` marks events with a member that the decoder does not read.
+    `kind` is `IMPRESSION`, `CLICK`, `EXAMPLE` or `UNKNOWN_KIND`; for the latter, `kind_text` holds
+    what the record said. `label` is that of examples, and NaN for all other kinds. Missing values
+    are null in `impression_id` and `features`, NaN in `label` and `true_probability`, and False in
+    `has_time` and `has_features`. Numeric features are float64. Categorical features are strings,
+    or a dictionary of strings with int32 indices. `has_unknown_fields` marks events with a member
+    that the decoder does not read.
     """
 
     row: npt.NDArray[np.int64]
@@ -67,6 +70,7 @@ class ParsedEvents:
     time: npt.NDArray[np.int64]
     has_time: npt.NDArray[np.bool_]
     has_features: npt.NDArray[np.bool_]
+    label: npt.NDArray[np.float64]
     true_probability: npt.NDArray[np.float64]
     features: Mapping[str, pa.Array]
     has_unknown_fields: npt.NDArray[np.bool_]
@@ -109,10 +113,10 @@ _COLUMNS = [field.name for field in fields(ParsedEvents) if field.name != "featu
 
 
 def kind_codes(kind: pa.StringArray) -> npt.NDArray[np.int8]:
-    """Return `IMPRESSION`, `CLICK` or, for anything else, `UNKNOWN_KIND` [n].
+    """Return `IMPRESSION`, `CLICK`, `EXAMPLE` or, for anything else, `UNKNOWN_KIND` [n].
 
-    >>> kind_codes(pa.array(["click", "view", None, "impression"])).tolist()
-    [1, -1, -1, 0]
+    >>> kind_codes(pa.array(["click", "view", None, "impression", "example"])).tolist()
+    [1, -1, -1, 0, 2]
     """
     codes = pc.fill_null(pc.index_in(kind, value_set=_KINDS), UNKNOWN_KIND)
     return np.asarray(codes).astype(np.int8)

@@ -16,11 +16,13 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class Examples:
-    """Columns of n impressions with their final labels, in event-time order.
+    """Columns of n impressions with their final labels, in the order in which they are learned.
 
-    `time` [n] is the event time in epoch milliseconds. `ids` is [n, F + C] and `values` [n, V].
-    `label` [n] is 1 for a clicked impression, else 0. `true_probability` [n] is NaN where it is
-    unknown. Indexing with a slice or a mask selects examples.
+    That is event-time order, save for examples that came with their label: they do not wait for a
+    click, so they are ahead of the impressions beside them. `time` [n] is the event time in epoch
+    milliseconds. `ids` is [n, F + C] and `values` [n, V]. `label` [n] is 1 for a clicked
+    impression, else 0. `true_probability` [n] is NaN where it is unknown. Indexing with a slice or
+    a mask selects examples.
     """
 
     id_hash: npt.NDArray[np.uint64]

@@ -48,6 +48,20 @@ These rules make the examples a function of the log, however polls interleave th
    An impression beyond the horizon of a pending one of its id is new: both become examples.
 5. Examples are released in the order (event time, partition, place).
 
+An event of kind `example` came with its label and awaits no click. It is released once the
+watermark has passed its event time. One that arrives behind the watermark `limit` of its own
+partition is late: it is released as if its time were `limit`, which is as soon as the watermark
+moves on. So a labelled example at t is released when the watermark passes max(t, limit), and an
+impression at t when it passes t + label. Both kinds leave in one order: (time of release,
+partition, place). As no event is released before the watermark that its own partition had when it
+arrived, and the overall watermark is at most that, nothing that arrives later can precede what was
+released: this order, too, is a function of the log.
+
+A labelled example is a pending row with a time of max(t, limit) - label, so one order serves both
+kinds. Its label and lateness stand in place of `click_end` (see `given`). Its id is another than
+that of an impression with the same text (see `given_key`): no click finds it. Rule 2 holds with
+the time of release in place of the event time, and so does the horizon.
+
 Eviction depends on the polls as well, and so does a partition that was excused as idle and comes
 back behind the overall watermark.
 """
@@ -78,6 +92,10 @@ COUNTERS = (
     "impressions_evicted",  # a uniform share of the pending, whatever their label
     "clicks_evicted",  # of an evicted impression, or dropped while waiting
     "ids_forgotten_early",  # before the duplicate horizon, to keep within the memory bound
+    "labelled",  # examples that came with their label: all that arrived
+    "labelled_late",  # arrived behind the watermark; released as soon as it moves on
+    "labelled_duplicate",
+    "labelled_evicted",
 )
 IMPRESSIONS = COUNTERS.index("impressions")
 IMPRESSIONS_LATE = COUNTERS.index("impressions_late")
@@ -92,6 +110,10 @@ IMPRESSIONS_SPILLED = COUNTERS.index("impressions_spilled")
 IMPRESSIONS_EVICTED = COUNTERS.index("impressions_evicted")
 CLICKS_EVICTED = COUNTERS.index("clicks_evicted")
 IDS_FORGOTTEN_EARLY = COUNTERS.index("ids_forgotten_early")
+LABELLED = COUNTERS.index("labelled")
+LABELLED_LATE = COUNTERS.index("labelled_late")
+LABELLED_DUPLICATE = COUNTERS.index("labelled_duplicate")
+LABELLED_EVICTED = COUNTERS.index("labelled_evicted")
 
 # Delays of clicks are counted between these bounds, for the curve of lost clicks by label window.
 CURVE_SECONDS = (
@@ -111,6 +133,12 @@ EVICTED = np.int32(-3)
 USED = 0  # rows from the start of the arrays that are or were in use; entries of the index
 FREED = 1  # rows on the stack `free`
 ALIVE = 1  # waiting clicks
+
+# In place of `click_end`, a labelled example has GIVEN + 2 * lateness + label. No event time and no
+# watermark is that far in the past.
+GIVEN = -(1 << 62)
+_GIVEN_END = -(1 << 61)
+_GIVEN_KEY = np.uint64(0x6A09E667F3BCC909)
 
 PACKED_BYTES = 3
 PACKED_BITS = 8 * PACKED_BYTES
@@ -155,7 +183,8 @@ class PendingArrays(NamedTuple):
 
     `time` is NEVER in a free slot. `click_end` is the least end that the window may have for one
     of the clicks to count: the later of the click's time and its `limit`, the least of all clicks;
-    NEVER without a click. `feature_row` is the row of the features in `FeatureArrays`, or negative
+    NEVER without a click. For a labelled example both have another meaning (see above).
+    `feature_row` is the row of the features in `FeatureArrays`, or negative
     for a place on disk (see `spill`). `free` is a stack of free slots.
     """
 
@@ -227,6 +256,29 @@ def pack(ids: npt.NDArray[np.int32], id_bytes: int) -> npt.NDArray[np.uint8]:
 def unpack(packed: npt.NDArray[np.uint8], id_bytes: int) -> npt.NDArray[np.int32]:
     """Return the ids [n, F] of packed ones [n, F * id_bytes]."""
     return _unpack(packed) if id_bytes == PACKED_BYTES else packed.view(np.int32)
+
+
+def is_given(click_end: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Return which pending rows are labelled examples [n]."""
+    return click_end < _GIVEN_END
+
+
+def given(
+    click_end: npt.NDArray[np.int64],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """Return the lateness in milliseconds [n] and the label [n] of labelled examples.
+
+    >>> lateness, label = given(np.array([GIVEN, GIVEN + 1, GIVEN + 2 * 500 + 1]))
+    >>> lateness.tolist(), label.tolist()
+    ([0, 0, 500], [0, 1, 1])
+    """
+    code = click_end - GIVEN
+    return code >> 1, (code & 1).astype(np.uint8)
+
+
+def given_key(id_hash: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return the keys of labelled examples in the index [n]; applied twice, it changes nothing."""
+    return id_hash ^ _GIVEN_KEY
 
 
 @numba.njit(cache=True, nogil=True)
@@ -507,6 +559,62 @@ def push_impressions(  # type: ignore[no-untyped-def]
         stored_values[row] = values[i]
         if waiting.sizes[ALIVE] > 0:
             _join_waiting(key, slot, time, windows, pending, waiting, counts)
+
+
+@numba.njit(cache=True, nogil=True)
+def push_labelled(  # type: ignore[no-untyped-def]
+    events,
+    label,
+    features,
+    windows,
+    pending,
+    stored,
+    index,
+    counts,
+):
+    """Add n labelled examples, for each of which all arrays must have room.
+
+    `events.id_hash` holds their keys.
+    """
+    counters = counts.counters
+    keys, times, slots = index.key, index.time, index.slot
+    for i in range(len(events.time)):
+        key = events.id_hash[i]
+        released = max(events.time[i], events.limit[i])
+        lateness = released - events.time[i]
+        time = released - windows.label_ms
+        counters[LABELLED] += 1
+        counters[LABELLED_LATE] += lateness > 0
+        position = _find(key, keys, slots)
+        known = slots[position] != EMPTY
+        if known and released - times[position] <= windows.horizon_ms:
+            counters[LABELLED_DUPLICATE] += 1
+            slot = slots[position]
+            if slot < 0 or (time, events.partition[i], events.place[i]) >= (
+                pending.time[slot],
+                pending.partition[slot],
+                pending.place[slot],
+            ):
+                continue
+        else:
+            slot = _take(pending.free, pending.sizes)
+            pending.feature_row[slot] = -1
+            if not known:
+                index.sizes[USED] += 1
+        keys[position] = key
+        times[position] = released
+        slots[position] = slot
+        pending.id_hash[slot] = key ^ _GIVEN_KEY
+        pending.time[slot] = time
+        pending.partition[slot] = events.partition[i]
+        pending.place[slot] = events.place[i]
+        pending.click_end[slot] = GIVEN + 2 * lateness + label[i]
+        if pending.feature_row[slot] < 0:
+            pending.feature_row[slot] = _take(stored.free, stored.sizes)
+        row = pending.feature_row[slot]
+        stored.true_probability[row] = features.true_probability[i]
+        stored.ids[row] = features.ids[i]
+        stored.values[row] = features.values[i]
 
 
 @numba.njit(cache=True, nogil=True)

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events.batch import Arrivals, EventBatch
+from stream_ctr.events.batch import Arrivals, EventBatch, LabelledArrivals
 from stream_ctr.join import join_state
 from stream_ctr.join.capacity import Capacity, OverBound
 from stream_ctr.join.examples import Examples
@@ -51,6 +51,7 @@ from stream_ctr.join.join_state import (
     IDS_FORGOTTEN_EARLY,
     IMPRESSIONS_EVICTED,
     IMPRESSIONS_SPILLED,
+    LABELLED_EVICTED,
     LEFT,
     NEVER,
     PACKED_BITS,
@@ -112,7 +113,12 @@ class LabelJoiner:
             feature_bytes=features.row_bytes,
             over_bound=over_bound,
         )
-        self._pending = PendingImpressions(features, Spill(spill_directory), id_bytes=id_bytes)
+        self._pending = PendingImpressions(
+            features,
+            Spill(spill_directory),
+            id_bytes=id_bytes,
+            label_window_ms=label_window_ms,
+        )
         self._index = IdIndex(self._capacity.index)
         self._clicks = WaitingClicks(self._capacity.clicks)
         self._windows = Windows(label_window_ms, early_click_wait_ms, self.duplicate_horizon_ms)
@@ -121,12 +127,12 @@ class LabelJoiner:
     # -- in ---------------------------------------------------------------------------------------
 
     def push(self, events: EventBatch, watermarks: Watermarks) -> None:
-        """Add the impressions and clicks of one poll.
+        """Add the impressions, clicks and labelled examples of one poll.
 
         `watermarks` observes them in order of arrival. The watermark of an event's own partition
         at that moment decides whether the event is late.
         """
-        impression_limit, click_limit = watermarks.observe_batch(events)
+        impression_limit, click_limit, example_limit = watermarks.observe_batch(events)
         # A partition that was excused as idle may come back behind the windows closed meanwhile.
         self.push_impressions(
             events.impressions,
@@ -136,6 +142,7 @@ class LabelJoiner:
             limit=np.maximum(impression_limit, self.watermark),
         )
         self.push_clicks(events.clicks, limit=np.maximum(click_limit, self.watermark))
+        self.push_labelled(events.examples, limit=np.maximum(example_limit, self.watermark))
 
     def push_impressions(
         self,
@@ -181,6 +188,30 @@ class LabelJoiner:
                 self._counts,
             )
 
+    def push_labelled(
+        self, examples: LabelledArrivals, *, limit: npt.NDArray[np.int64] | None = None
+    ) -> None:
+        """Add k examples that came with their label. `limit` [k] is as in `push_impressions`.
+
+        They are released when the watermark has passed their time. A late one is released as soon
+        as the watermark has passed its `limit`.
+        """
+        for rows in self._parts(len(examples)):
+            self._make_room(rows.stop - rows.start)
+            columns = _columns(examples.arrivals, limit, rows)
+            join_state.push_labelled(
+                columns._replace(id_hash=join_state.given_key(columns.id_hash)),
+                examples.label[rows],
+                self._pending.columns(
+                    examples.ids[rows], examples.values[rows], examples.true_probability[rows]
+                ),
+                self._windows,
+                self._pending.rows.arrays,
+                self._pending.features.arrays,
+                self._index.arrays,
+                self._counts,
+            )
+
     def _parts(self, n: int) -> Iterator[slice]:
         at_once = self._capacity.at_once
         return (slice(start, min(start + at_once, n)) for start in range(0, n, at_once))
@@ -190,8 +221,9 @@ class LabelJoiner:
     def advance(self, watermark: int, at_most: int = AT_MOST) -> Examples:
         """Close every window that ends before `watermark`, and return the first examples.
 
-        At most `at_most` examples are returned, in event-time order and after all earlier ones.
-        Call again until there are none. The watermark of the joiner never goes back.
+        Labelled examples are returned, too, when their time is before `watermark`. At most
+        `at_most` are returned, in the order of the watermarks that release them and after all
+        earlier ones. Call again until there are none. The watermark of the joiner never goes back.
         """
         self.watermark = max(self.watermark, watermark)
         examples = self._release(self.watermark - self.label_window_ms, at_most)
@@ -211,15 +243,15 @@ class LabelJoiner:
         """Return the first impressions with a time before `before` as examples."""
         slots = self._pending.oldest(before, at_most)
         examples = self._pending.examples(slots)
-        self._remove(slots, LEFT)
         # All impressions that are still pending are at least as new as the last example.
-        self._pending.drop_segments(int(examples.time[-1]) if len(slots) else before)
+        last = int(self._pending.rows.arrays.time[slots[-1]]) if len(slots) else before
+        self._remove(slots, LEFT)
+        self._pending.drop_segments(last)
         return examples
 
     def _remove(self, slots: npt.NDArray[np.int64], state: np.int32) -> None:
         """Take impressions out of the pending; `state` is LEFT or EVICTED."""
-        id_hash = self._pending.rows.arrays.id_hash[slots]
-        join_state.mark_all(id_hash, slots, state, self._index.arrays)
+        join_state.mark_all(self._pending.keys(slots), slots, state, self._index.arrays)
         self._pending.remove(slots)
 
     def _forget(self) -> None:
@@ -257,9 +289,11 @@ class LabelJoiner:
         """
         slots = self._pending.uniform_share(n, in_memory=in_memory)
         clicked = int(self._pending.clicked(slots).sum())
+        given = int(self._pending.given(slots).sum())
         self.counters[CLICKS_JOINED] -= clicked
         self.counters[CLICKS_EVICTED] += clicked
-        self.counters[IMPRESSIONS_EVICTED] += len(slots)
+        self.counters[IMPRESSIONS_EVICTED] += len(slots) - given
+        self.counters[LABELLED_EVICTED] += given
         self._remove(slots, EVICTED)
         self._pending.compact_segments()
 
@@ -383,8 +417,10 @@ class LabelJoiner:
         self._index = IdIndex(self._capacity.index)
         evicted = known.get("evicted", np.zeros(len(known["key"]), np.bool_))
         self._index.fill(known["key"], known["time"], np.where(evicted, EVICTED, LEFT))
-        slots = np.arange(len(pending["time"]), dtype=np.int32)
-        self._index.fill(pending["id_hash"], pending["time"], slots)
+        slots = np.arange(len(pending["time"]))
+        given = self._pending.given(slots)
+        time = pending["time"] + np.where(given, self.label_window_ms, 0)
+        self._index.fill(self._pending.keys(slots), time, slots.astype(np.int32))
         self._clicks.fill(_with_prefix("clicks.", state))
 
 

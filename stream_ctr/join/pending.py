@@ -35,14 +35,24 @@ class PendingImpressions:
     """The impressions whose label window is open. A slot names one of them.
 
     `features` is the pool of the features in memory, whose ids are packed into `id_bytes` bytes;
-    `spill` holds the others.
+    `spill` holds the others. Examples that came with their label are pending, too, until the
+    watermark has passed their time; `time` is `label_window_ms` earlier for them, so that all leave
+    in the order of `time` (see `join_state`).
     """
 
-    def __init__(self, features: RowPool[FeatureArrays], spill: Spill, *, id_bytes: int) -> None:
+    def __init__(
+        self,
+        features: RowPool[FeatureArrays],
+        spill: Spill,
+        *,
+        id_bytes: int,
+        label_window_ms: int,
+    ) -> None:
         self.rows = pending_pool()
         self.features = features
         self.spill = spill
         self._id_bytes = id_bytes
+        self._label_window_ms = label_window_ms
         self._disk_failed = False
 
     @property
@@ -81,9 +91,18 @@ class PendingImpressions:
         packed = join_state.pack(ids, self._id_bytes)
         return join_state.FeatureColumns(true_probability, packed, values)
 
+    def given(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """Return True for the examples that came with their label."""
+        return join_state.is_given(self.rows.arrays.click_end[slots])
+
     def clicked(self, slots: Slots) -> npt.NDArray[np.bool_]:
         """Return True for the impressions that were clicked in their window."""
-        return self.rows.arrays.click_end[slots] != NEVER
+        return (self.rows.arrays.click_end[slots] != NEVER) & ~self.given(slots)
+
+    def keys(self, slots: Slots) -> npt.NDArray[np.uint64]:
+        """Return the keys in the index."""
+        id_hash = self.rows.arrays.id_hash[slots]
+        return np.where(self.given(slots), join_state.given_key(id_hash), id_hash)
 
     # -- choosing ---------------------------------------------------------------------------------
 
@@ -101,7 +120,7 @@ class PendingImpressions:
         return join_state.least_lots(id_hash, time, self._used_feature_row, n, in_memory)
 
     def _in_order(self, slots: Slots) -> Slots:
-        """Sort slots by (event time, partition, place)."""
+        """Sort slots by (time, partition, place)."""
         arrays = self.rows.arrays
         keys = (arrays.place[slots], arrays.partition[slots], arrays.time[slots])
         return slots[np.lexsort(keys)]
@@ -117,12 +136,18 @@ class PendingImpressions:
         """Return the impressions as examples, with the labels that they have now."""
         arrays = self.rows.arrays
         features = self._features_of(slots)
+        time = arrays.time[slots]
+        label = self.clicked(slots).astype(np.uint8)
+        if (is_given := self.given(slots)).any():
+            lateness, given = join_state.given(arrays.click_end[slots][is_given])
+            time[is_given] += self._label_window_ms - lateness
+            label[is_given] = given
         return Examples(
             id_hash=arrays.id_hash[slots],
-            time=arrays.time[slots],
+            time=time,
             ids=join_state.unpack(features["ids"], self._id_bytes),
             values=features["values"],
-            label=self.clicked(slots).astype(np.uint8),
+            label=label,
             true_probability=features["truth"],
         )
 

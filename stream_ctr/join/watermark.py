@@ -91,44 +91,50 @@ class Watermarks:
         partition: npt.NDArray[np.integer],
         time: npt.NDArray[np.int64],
         click: npt.NDArray[np.bool_] | None = None,
+        labelled: npt.NDArray[np.bool_] | None = None,
     ) -> npt.NDArray[np.int64]:
         """Advance over n events in order of arrival.
 
         Return, for each event, the watermark of its own partition after the event. `click` [n] is
-        True for clicks; without it all events are impressions.
+        True for clicks, `labelled` [n] for examples that came with their label and await no click;
+        all other events are impressions.
         """
         click = np.zeros(len(time), np.bool_) if click is None else click
+        labelled = np.zeros(len(time), np.bool_) if labelled is None else labelled
         limit = np.empty(len(time), np.int64)
         state = _Partitions(*(getattr(self, name) for name in _Partitions._fields))
         self.stalls += _observe(
             partition.astype(np.int32),
             time,
             click,
+            labelled,
             limit,
             self.lateness_ms,
             self.stall_clicks,
             state,
         )
-        self.all_since_click += (time[~click] > self.latest_click[:, None]).sum(axis=1)
+        impression = ~(click | labelled)
+        self.all_since_click += (time[impression] > self.latest_click[:, None]).sum(axis=1)
         self.all_since_click[np.unique(partition[click])] = 0
         return limit
 
     def observe_batch(
         self, events: EventBatch
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Advance over the events of one poll, both kinds in order of arrival.
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Advance over the events of one poll, all kinds in order of arrival.
 
-        Return what `observe` returns, for the impressions [n] and for the clicks [m].
+        Return what `observe` returns, for the impressions [n], the clicks [m] and the examples [k].
         """
-        impressions = events.impressions
-        clicks = events.clicks
+        parts = (events.impressions, events.clicks, events.examples.arrivals)
         arrival = events.arrival
-        n = len(impressions)
-        partition = np.concatenate([impressions.partition, clicks.partition])[arrival]
-        time = np.concatenate([impressions.time, clicks.time])[arrival]
+        n = len(events.impressions)
+        m = n + len(events.clicks)
+        partition = np.concatenate([part.partition for part in parts])[arrival]
+        time = np.concatenate([part.time for part in parts])[arrival]
+        labelled = arrival >= m
         limit = np.empty(len(arrival), np.int64)
-        limit[arrival] = self.observe(partition, time, arrival >= n)
-        return limit[:n], limit[n:]
+        limit[arrival] = self.observe(partition, time, (arrival >= n) & ~labelled, labelled)
+        return limit[:n], limit[n:m], limit[m:]
 
     def overall(self, *, excused: npt.NDArray[np.bool_]) -> int:
         """Return the least watermark of the partitions that are not excused.
@@ -176,6 +182,7 @@ def _observe(  # type: ignore[no-untyped-def]
     partition,
     time,
     click,
+    labelled,
     limit,
     lateness,
     stall_clicks,
@@ -193,7 +200,7 @@ def _observe(  # type: ignore[no-untyped-def]
             latest_click[p] = max(latest_click[p], time[i])
             if stalled[p] and latest_click[p] >= latest[p] - lateness:
                 stalled[p] = False
-        else:
+        elif not labelled[i]:
             impressions[p] += 1
             since_click[p] += 1
             if stall_clicks > 0 and not stalled[p] and clicks[p] >= _MIN_CLICKS:

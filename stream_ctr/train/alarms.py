@@ -125,8 +125,8 @@ class FieldWatch:
         self._value: npt.NDArray[np.float64] | None = None
 
     def observe(self, events: EventBatch) -> None:
-        """Look at the fields of a poll's impressions."""
-        n = len(events.impressions)
+        """Look at the fields of a poll's impressions and examples."""
+        n = len(events.impressions) + len(events.examples)
         if not n or not (self._watches_missing or len(self._constant)):
             return
         self._impressions += n
@@ -135,9 +135,10 @@ class FieldWatch:
         self._drop_varying(events)
         if self._watches_missing and self._impressions >= _FIELDS_EXPECTED_WITHIN:
             self._warn_of_missing()
+        times = np.concatenate([events.impressions.time, events.examples.arrivals.time])
         if self._first_ms is None:
-            self._first_ms = int(events.impressions.time[0])
-        if int(events.impressions.time[-1]) - self._first_ms > _LONG_MS:
+            self._first_ms = int(times[0])
+        if int(times[-1]) - self._first_ms > _LONG_MS:
             self._warn_of_constant()
 
     def finish(self) -> None:
@@ -148,12 +149,22 @@ class FieldWatch:
             self._warn_of_constant()
 
     def _drop_varying(self, events: EventBatch) -> None:
-        """Keep the fields whose value is that of all impressions before."""
-        columns = np.zeros((len(events.ids), 2, len(self._constant)))
-        columns[:, 0] = events.ids[:, self._constant]
+        """Keep the fields whose value is that of all impressions and examples before."""
+        for ids, values in (
+            (events.ids, events.values),
+            (events.examples.ids, events.examples.values),
+        ):
+            if len(ids):
+                self._drop_varying_columns(ids, values)
+
+    def _drop_varying_columns(
+        self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]
+    ) -> None:
+        columns = np.zeros((len(ids), 2, len(self._constant)))
+        columns[:, 0] = ids[:, self._constant]
         has_values = self._value_column[self._constant] >= 0
         numbers = self._value_column[self._constant[has_values]]
-        columns[:, 1, has_values] = events.values[:, numbers]
+        columns[:, 1, has_values] = values[:, numbers]
         if self._value is None:
             self._value = columns[0]
         same = (columns == self._value).all(axis=(0, 1))

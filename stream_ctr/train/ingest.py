@@ -18,7 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.events.batch import Arrivals, EventBatch, RecordColumns, Rejected
+from stream_ctr.events.batch import (
+    Arrivals,
+    EventBatch,
+    LabelledArrivals,
+    RecordColumns,
+    Rejected,
+)
 from stream_ctr.events.decoder import Decoder, Events, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.infer import feature_names
@@ -163,18 +169,18 @@ class Ingest:
         with self.timer("decode"):
             events, rejects = self.decoder.decode(records.value, received)
         impressions = events.impressions
-        clicks = events.clicks
         with self.timer("hash"):
             ids, values = self.hasher.rows(impressions.features)
-            impression_columns, click_columns = (
+            impression_columns, click_columns, example_columns = (
                 Arrivals(
                     hash_ids(part.impression_id),
                     part.time,
                     records.partition[part.row],
                     _places(records, part.row, part.within),
                 )
-                for part in (impressions, clicks)
+                for part in events.kinds
             )
+            examples = self._examples(events, example_columns)
         return EventBatch(
             records=len(records),
             impressions=impression_columns,
@@ -184,19 +190,29 @@ class Ingest:
             clicks=click_columns,
             arrival=np.lexsort(
                 (
-                    np.concatenate([impressions.within, clicks.within]),
-                    np.concatenate([impressions.row, clicks.row]),
+                    np.concatenate([part.within for part in events.kinds]),
+                    np.concatenate([part.row for part in events.kinds]),
                 ),
             ),
             rejected=_rejected(records, rejects),
             with_fields=frozenset(
                 name
-                for name, column in impressions.features.items()
+                for part in (impressions, events.examples)
+                for name, column in part.features.items()
                 if column.null_count < len(column)
             ),
             with_unknown_fields=events.with_unknown_fields,
             bad_records=_bad_records(events, rejects, len(records)),
             unknown_features=self._unknown_features(records, events),
+            examples=examples,
+        )
+
+    def _examples(self, events: Events, arrivals: Arrivals) -> LabelledArrivals:
+        if not len(arrivals):
+            return LabelledArrivals.none()
+        ids, values = self.hasher.rows(events.examples.features)
+        return LabelledArrivals(
+            arrivals, events.label, ids, values, events.examples.true_probability
         )
 
     def _unknown_features(self, records: RecordColumns, events: Events) -> frozenset[str]:
@@ -248,6 +264,5 @@ def _bad_records(events: Events, rejects: Rejections, n: int) -> float:
     if not len(rows):
         return 0.0
     bad = np.bincount(rows, minlength=n)
-    good = np.bincount(events.impressions.row, minlength=n)
-    good = good + np.bincount(events.clicks.row, minlength=n)
+    good = np.bincount(np.concatenate([part.row for part in events.kinds]), minlength=n)
     return float((bad / np.maximum(bad + good, 1)).sum())

@@ -142,7 +142,10 @@ class ScoringQueue:
         self._keep(learned)
         if learned.ends_pretraining:
             self._scoreboard.begin_anew(_PRETRAINING_ENDED)
-        self.close_windows(int(learned.time[-1]))  # examples come in event-time order
+        # Joined examples come in event-time order. Beside them, those that came with their label
+        # are ahead: then the windows of the earliest stay open.
+        in_order = (np.diff(learned.time) >= 0).all()
+        self.close_windows(int(learned.time[-1] if in_order else learned.time.min()))
 
     def _score_served(self, learned: LearnedBatch) -> None:
         """Measure the served predictions beside the progressive ones of the same examples."""

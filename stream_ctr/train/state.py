@@ -215,7 +215,8 @@ class TrainingState:
         self.ledger = self.ledger.add(batch.id_hash, batch.label)
         if self.first_event_ms is None:
             self.first_event_ms = int(batch.time[0])
-        self.last_event_ms = int(batch.time[-1])
+        # Examples that came with their label are later than the impressions beside them.
+        self.last_event_ms = max(int(batch.time.max()), self.last_event_ms or self.first_event_ms)
 
     # -- to a snapshot ---------------------------------------------------------------------------
 

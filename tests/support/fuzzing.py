@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
-from stream_ctr.events.parsed_events import ParsedEvents, Rejection
+from stream_ctr.events.parsed_events import ParsedEvents
 
 Step = tuple[str, float, float, bytes]
 """A mutation: its kind, and as fractions of the data where it begins and how long it is; bytes."""
@@ -87,11 +87,10 @@ def mutated(*seeds: bytes) -> st.SearchStrategy[bytes]:
 
 
 class StrictReader(JsonReader):
-    def read(
+    def _scan(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
-    ) -> tuple[list[ParsedEvents], list[Rejection]]:
-        events, rejections = self._read_strictly(values, rows)
-        return [events], rejections
+    ) -> tuple[list[ParsedEvents], npt.NDArray[np.int64]]:
+        return [], rows
 
 
 class StrictDecoder(Decoder):

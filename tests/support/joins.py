@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import strategies as st
 
-from stream_ctr.events.batch import Arrivals
+from stream_ctr.events.batch import Arrivals, LabelledArrivals
 from stream_ctr.events.features import mix64
 from stream_ctr.join import spill
 from stream_ctr.join.capacity import Capacity
@@ -35,6 +35,7 @@ class Event:
     id: int
     time: int
     partition: int = 0
+    label: int = 0  # of an example
 
 
 # The events of each partition, in offset order.
@@ -49,7 +50,11 @@ def limits(partition: Sequence[Event]) -> list[int]:
 
 
 def expected(log: Log) -> list[tuple[int, int, int, int, int]]:
-    """Return (time, partition, offset, id, label) of each example, by the definition alone."""
+    """Return (time, partition, offset, id, label) of each example, by the definition alone.
+
+    They are in the order of release: an impression leaves when its window closes, an example that
+    came with its label at its own time, or at the watermark that it was behind.
+    """
     rows = [
         (event, partition, offset, limit)
         for partition, events in enumerate(log)
@@ -60,7 +65,15 @@ def expected(log: Log) -> list[tuple[int, int, int, int, int]]:
         if event.kind == "impression" and limit <= event.time + WINDOW:
             earliest = impressions.get(event.id, (1 << 60, 0, 0))
             impressions[event.id] = min(earliest, (event.time, partition, offset))
+    given: dict[int, tuple[int, int, int]] = {}
+    for event, partition, offset, limit in rows:
+        if event.kind == "example":
+            earliest = given.get(event.id, (1 << 60, 0, 0))
+            given[event.id] = min(earliest, (max(event.time, limit), partition, offset))
     examples = []
+    for place in given.values():
+        event = log[place[1]][place[2]]
+        examples.append((place, (event.time, *place[1:], event.id, event.label)))
     for id_, (time, partition, offset) in impressions.items():
         label = any(
             click.kind == "click"
@@ -69,8 +82,9 @@ def expected(log: Log) -> list[tuple[int, int, int, int, int]]:
             and limit <= time + WINDOW
             for click, _, _, limit in rows
         )
-        examples.append((time, partition, offset, id_, int(label)))
-    return sorted(examples)
+        released = (time + WINDOW, partition, offset)
+        examples.append((released, (time, partition, offset, id_, int(label))))
+    return [example for _, example in sorted(examples)]
 
 
 def joiner(directory: Path | None = None) -> LabelJoiner:
@@ -118,12 +132,18 @@ def push(target: LabelJoiner, marks: Watermarks, poll: Poll) -> None:
     offset = np.array([o for _, o, _ in poll], np.int64)
     time = np.array([e.time for _, _, e in poll], np.int64)
     id_hash = np.array([e.id for _, _, e in poll], np.uint64)
-    shown = np.array([e.kind == "impression" for _, _, e in poll])
-    limit = marks.observe(partition, time)
+    shown, click, given = (
+        np.array([e.kind == kind for _, _, e in poll])
+        for kind in ("impression", "click", "example")
+    )
+    limit = marks.observe(partition, time, click, given)
     arrivals = Arrivals(id_hash, time, partition, offset)
-    record = (partition * 1000 + offset)[shown]
-    target.push_impressions(arrivals[shown], *features(record), limit=limit[shown])
-    target.push_clicks(arrivals[~shown], limit=limit[~shown])
+    record = partition * 1000 + offset
+    target.push_impressions(arrivals[shown], *features(record[shown]), limit=limit[shown])
+    target.push_clicks(arrivals[click], limit=limit[click])
+    label = np.array([e.label for _, _, e in poll], np.uint8)
+    labelled = LabelledArrivals(arrivals[given], label[given], *features(record[given]))
+    target.push_labelled(labelled, limit=limit[given])
 
 
 def push_impressions(target: LabelJoiner, ids: Array, time: Array | int) -> None:
@@ -221,9 +241,13 @@ def settled(target: LabelJoiner, parts: Sequence[Examples]) -> dict[str, int]:
 
 
 @st.composite
-def logs(draw: st.DrawFn) -> Log:
+def logs(draw: st.DrawFn, kinds: Sequence[str] = ("impression", "click")) -> Log:
     event = st.builds(
-        Event, st.sampled_from(["impression", "click"]), st.integers(1, 12), st.integers(0, 600)
+        Event,
+        st.sampled_from(kinds),
+        st.integers(1, 12),
+        st.integers(0, 600),
+        label=st.integers(0, 1) if "example" in kinds else st.just(0),
     )
     partitions = draw(st.lists(st.lists(event, max_size=25), min_size=1, max_size=3))
     if not draw(st.booleans()):
@@ -232,9 +256,11 @@ def logs(draw: st.DrawFn) -> Log:
 
 
 @st.composite
-def logs_with_polls(draw: st.DrawFn) -> tuple[Log, list[Poll]]:
+def logs_with_polls(
+    draw: st.DrawFn, kinds: Sequence[str] = ("impression", "click")
+) -> tuple[Log, list[Poll]]:
     """Draw a log, and one way to poll it: partitions interleaved, in polls of random sizes."""
-    log = draw(logs())
+    log = draw(logs(kinds))
     turns = draw(st.permutations([p for p, events in enumerate(log) for _ in events]))
     next_offset = [0] * len(log)
     arrivals = []

@@ -1,0 +1,232 @@
+"""Events of kind `example`, which come with their label, from the joiner to the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.joins import (
+    WINDOW,
+    Log,
+    Poll,
+    bounded,
+    capacity,
+    expected,
+    features,
+    joiner,
+    logs_with_polls,
+    release,
+    restarted,
+    rows_of,
+    run,
+)
+from support.trainers import Partitions, assert_equal_states, final_state, finish, trainer
+
+from stream_ctr.events.batch import Arrivals, LabelledArrivals
+from stream_ctr.events.field import Field
+from stream_ctr.events.json_events import encode_clicks, encode_examples, encode_impressions
+from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.snapshots import snapshot
+
+MIXED = ("impression", "click", "example", "example")
+T = 1_735_689_600_000
+FIELDS = [Field("app", "categorical"), Field("age", "numeric")]
+
+
+def labelled(ids: Sequence[int], time: Sequence[int], label: Sequence[int]) -> LabelledArrivals:
+    n = len(ids)
+    return LabelledArrivals(
+        Arrivals.of(ids, time), np.array(label, np.uint8), *features(np.arange(n))
+    )
+
+
+# -- the joiner ----------------------------------------------------------------------------------
+
+
+@settings(max_examples=300, deadline=None)
+@given(logs_with_polls(MIXED), st.sampled_from([3, 1 << 16]))
+def test_examples_leave_in_one_order_with_the_joined_ones_however_polls_interleave(
+    case: tuple[Log, list[Poll]], at_most: int
+) -> None:
+    log, polls = case
+    parts, target, _ = run(log, polls, at_most=at_most)
+    rows = rows_of(parts)
+    assert rows == [(t, p * 1000 + o, id_, label) for t, p, o, id_, label in expected(log)]
+    counts = target.counts()
+    given_ids = [e.id for events in log for e in events if e.kind == "example"]
+    assert counts["labelled"] == len(given_ids)
+    assert counts["labelled_duplicate"] == len(given_ids) - len(set(given_ids))
+    shown = len(rows) - len(set(given_ids))
+    assert counts["impressions"] == shown + sum(
+        counts[f"impressions_{fate}"] for fate in ("late", "duplicate")
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(logs_with_polls(MIXED))
+def test_a_restart_from_the_state_after_any_poll_changes_nothing(
+    case: tuple[Log, list[Poll]],
+) -> None:
+    log, polls = case
+    straight, straight_joiner, _ = run(log, polls)
+    resumed, resumed_joiner, _ = run(log, polls, restart=True)
+    assert rows_of(straight) == rows_of(resumed)
+    assert straight_joiner.counts() == resumed_joiner.counts()
+
+
+@settings(max_examples=100, deadline=None)
+@given(logs_with_polls(MIXED), st.booleans())
+def test_spilling_changes_neither_examples_nor_order(
+    case: tuple[Log, list[Poll]], restart: bool
+) -> None:
+    log, polls = case
+    with capacity(segment_rows=4, features=8):
+        parts, _, _ = run(log, polls, restart=restart)
+    assert rows_of(parts) == [
+        (t, p * 1000 + o, id_, label) for t, p, o, id_, label in expected(log)
+    ]
+
+
+def test_an_example_leaves_when_the_watermark_has_passed_its_time() -> None:
+    target = joiner()
+    target.push_labelled(labelled([7], [1000], [1]))
+    assert len(target.advance(1000)) == 0
+    examples = target.advance(1001)
+    assert (examples.time.tolist(), examples.label.tolist()) == ([1000], [1])
+    assert target.pending == 0
+
+
+def test_an_example_behind_the_watermark_leaves_as_soon_as_it_moves_on_and_is_counted() -> None:
+    target = joiner()
+    target.advance(2000)
+    late = labelled([7, 8], [1000, 2500], [1, 0])
+    target.push_labelled(late, limit=np.array([2000, 2000]))
+    assert target.advance(2001).time.tolist() == [1000]
+    assert target.counts()["labelled_late"] == 1
+
+
+def test_no_click_finds_an_example_and_no_impression_is_its_duplicate() -> None:
+    target = LabelJoiner(fields=39, value_fields=1, label_window_ms=WINDOW)
+    target.push_clicks(Arrivals.of([7], [1000]))
+    target.push_labelled(labelled([7], [1000], [0]))
+    target.push_clicks(Arrivals.of([7], [1010]))
+    target.push_impressions(Arrivals.of([7], [1005]), *features(np.arange(1)))
+    examples = target.drain()
+    assert examples.time.tolist() == [1000, 1005]
+    assert examples.label.tolist() == [0, 1]
+    assert target.counts()["impressions_duplicate"] == 0
+
+
+def test_an_id_is_new_again_beyond_the_duplicate_horizon() -> None:
+    def short_memory() -> LabelJoiner:
+        return LabelJoiner(
+            fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
+        )
+
+    target = short_memory()
+    target.push_labelled(labelled([7], [1000], [0]))
+    target.advance(1100)
+    for time, duplicates in ((1500, 1), (1501, 1)):
+        # The index has moved the entry of the example through a snapshot, too.
+        target = restarted(
+            target,
+            LabelJoiner(
+                fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
+            ),
+        )
+        target.push_labelled(labelled([7], [time], [0]))
+        assert target.counts()["labelled_duplicate"] == duplicates
+
+
+def test_a_full_joiner_evicts_examples_and_counts_them_apart() -> None:
+    target = bounded(1 << 20, over_bound="evict")
+    n = 4000
+    for first in range(0, n, 500):
+        ids = list(range(first, first + 500))
+        target.push_labelled(labelled(ids, ids, [1] * 500))
+    evicted = target.counts()["labelled_evicted"]
+    assert evicted > 0
+    assert target.counts()["impressions_evicted"] == 0
+    assert target.counts()["clicks_joined"] == 0
+    assert sum(map(len, release(target.drain))) == n - evicted
+
+
+# -- the model -----------------------------------------------------------------------------------
+
+
+def example_stream(n: int, *, first: int = 0) -> pa.LargeBinaryArray:
+    rng = np.random.default_rng(first)
+    time = T + np.arange(first, first + n) * 100
+    columns = {
+        "app": pa.array([f"a{k}" for k in rng.integers(0, 20, n)]),
+        "age": pa.array(rng.random(n) * 50),
+    }
+    label = pa.array(rng.integers(0, 2, n))
+    return encode_examples(pa.array(np.arange(first, first + n)), time, label, columns)
+
+
+def mixed_stream(n: int) -> pa.LargeBinaryArray:
+    """Return n events in order of time: impressions, their clicks, and examples."""
+    rng = np.random.default_rng(5)
+    time = T + np.arange(n) * 300
+    columns = {"app": pa.array([f"a{k}" for k in rng.integers(0, 20, n)])}
+    ids = pa.array(np.arange(n))
+    shown = encode_impressions(ids, time, columns)
+    clicked = np.flatnonzero(rng.random(n) < 0.3)
+    clicks = encode_clicks(ids.take(pa.array(clicked)), time[clicked] + 2000)
+    given_examples = encode_examples(ids, time, pa.array(rng.integers(0, 2, n)), columns)
+    order = np.argsort(np.concatenate([time, time[clicked] + 2000, time]), kind="stable")
+    return pa.concat_arrays([shown, clicks, given_examples]).take(pa.array(order))
+
+
+def test_examples_alone_are_learned_in_the_order_of_the_log(tmp_path: Path) -> None:
+    values = example_stream(1000)
+    source = Partitions([values])
+    built = trainer(tmp_path, source, fields=FIELDS)
+    learned: list[int] = []
+    learn = built.state.learn
+
+    def record(batch, timer):  # type: ignore[no-untyped-def]
+        learned.extend(batch.time.tolist())
+        return learn(batch, timer)
+
+    built.state.learn = record  # type: ignore[method-assign]
+    report = finish(built)
+    assert learned == (T + np.arange(1000) * 100).tolist()
+    assert report["examples"] == 1000
+    assert report["counters"]["labelled"] == 1000
+
+
+@pytest.mark.parametrize("stop_after", [1, 400, 999])
+@pytest.mark.parametrize("make", [example_stream, mixed_stream])
+def test_a_run_that_stops_anywhere_goes_on_to_the_same_model(
+    make, stop_after: int, tmp_path: Path
+) -> None:
+    values = make(1000)
+    straight = tmp_path / "straight"
+    finish(trainer(straight, Partitions([values]), fields=FIELDS))
+    stopped = tmp_path / "stopped"
+    finish(trainer(stopped, Partitions([values], seed=1, stop_after=stop_after), fields=FIELDS))
+    again = trainer(stopped, Partitions([values], seed=2), fields=FIELDS)
+    newest = snapshot.newest(stopped / "snapshots")
+    assert newest
+    again.restore(newest)
+    finish(again)
+    assert_equal_states(straight, stopped)
+
+
+def test_partitions_polled_in_any_order_give_the_same_model(tmp_path: Path) -> None:
+    values = mixed_stream(1500)
+    parts = [values.take(pa.array(np.arange(len(values))[p::3])) for p in range(3)]
+    states = []
+    for seed in (1, 2):
+        directory = tmp_path / str(seed)
+        finish(trainer(directory, Partitions(parts, seed=seed), fields=FIELDS))
+        states.append(final_state(directory)["model"])
+    for name, tensor in states[0].items():
+        assert np.array_equal(tensor, states[1][name]), name
