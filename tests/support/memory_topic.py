@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from stream_ctr.snapshots.pointer import Pointer, encode_pointer
+from stream_ctr.snapshots.pointer import Pointer, decode_pointer, encode_pointer
 from stream_ctr.snapshots.snapshot_topic import Record
 
 
@@ -31,9 +31,6 @@ class MemoryTopic:
 
     def reader(self) -> MemoryReader:
         return MemoryReader(self)
-
-    def values(self, key: str = "default") -> list[bytes | None]:
-        return [value for _, (found, value) in self.records if found == key]
 
     # -- as a sink, whatever the topic's name is ---------------------------------------------------
 
@@ -81,3 +78,9 @@ def topic_of(*pointers: Pointer | bytes | None, name: str = "default") -> Memory
     for value in pointers:
         topic.append(name, encode_pointer(value) if isinstance(value, Pointer) else value)
     return topic
+
+
+def pointers_on(topic: MemoryTopic, name: str = "default") -> list[Pointer | None]:
+    """Return the pointers under a name, in their order; None stands for a withdrawal."""
+    values = [value for _, (key, value) in topic.records if key == name]
+    return [decode_pointer(value) if value is not None else None for value in values]
