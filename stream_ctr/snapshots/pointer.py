@@ -27,12 +27,12 @@ FORMAT = 2
 class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The published snapshot of a run. Times are epoch milliseconds.
 
-    `model` is the name under which the run publishes. `replaces` lists the runs that held the name
-    before and were replaced, the last one last; they may not publish under it any more. `path` is
-    absolute and ends in the snapshot's name. `manifest_sha256` is the digest of the bytes of its
-    manifest. `epoch` grows with every run that holds the state directory and with every rollback;
-    `sequence` grows with every snapshot of a state directory. Both order the pointers of one run,
-    and say nothing about those of two.
+    `model` is the name under which the run publishes. `replaces` lists the runs that may not
+    publish under the name any more: those that held it before and were replaced, and those that
+    came in between. `path` is absolute and ends in the snapshot's name. `manifest_sha256` is the
+    digest of the bytes of its manifest. `epoch` grows with every run that holds the state directory
+    and with every rollback; `sequence` grows with every snapshot of a state directory. Both order
+    the pointers of one run, and say nothing about those of two.
 
     Raises `ValueError` if `path` does not lead to a directory named `snapshot`.
     """

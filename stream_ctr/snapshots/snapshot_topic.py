@@ -9,7 +9,7 @@ before it sends a pointer, and again after it. `Holder` is what the records say:
     free             a pointer of any run                         its run holds the name
     held by A        a pointer of A                               A goes on holding it
     held by A        of B, which lists A in `replaces`            B holds it, and A never again
-    held by A        of B, any other                              readers pass over it
+    held by A        of B, any other                              passed over, and B never holds it
     held by A        a null (withdrawn)                           the name is free
     any              one that cannot be decoded                   it is passed over
 
@@ -26,7 +26,9 @@ A run on the topic acts on it:
     of a newer version                   `NewerFormat`
 
 A run that finds out after it has sent a pointer sends the holder's again before it ends: when the
-topic is compacted it keeps the last record of a name, which must be the holder's.
+topic is compacted it keeps the last record of a name, which must be the holder's. If it is killed
+in between, the holder's next pointer makes it good, because `replaces` also lists runs that were
+passed over.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ class Holder:
     def __init__(self) -> None:
         self.pointer: Pointer | None = None
         """The newest pointer of the run that holds the name, or None if the name is free."""
+        self._passed_over: dict[str, None] = {}
 
     @property
     def run(self) -> str | None:
@@ -101,6 +104,7 @@ class Holder:
                 self.pointer = pointer
             return True
         if held and (held.run not in pointer.replaces or pointer.run in held.replaces):
+            self._passed_over[pointer.run] = None
             return False
         self.pointer = pointer
         return True
@@ -108,6 +112,12 @@ class Holder:
     def withdraw(self) -> None:
         """Take the null value, which frees the name."""
         self.pointer = None
+        self._passed_over.clear()
+
+    def never_again(self) -> tuple[str, ...]:
+        """Return the runs that may not hold the name any more: replaced, or passed over."""
+        replaced = self.pointer.replaces if self.pointer else ()
+        return tuple(dict.fromkeys([*replaced, *self._passed_over]))
 
 
 class SnapshotTopic:
@@ -153,9 +163,9 @@ class SnapshotTopic:
         if held.run == self._run:
             if held.rank > rank:
                 raise self._copy_ahead(held)
-            self.replaces = held.replaces
-        elif held.run == self._replace_run and self._run not in held.replaces:
-            self.replaces = (*held.replaces, held.run)
+            self.replaces = self.holder.never_again()
+        elif held.run == self._replace_run and self._run not in self.holder.never_again():
+            self.replaces = (*self.holder.never_again(), held.run)
         else:
             raise self._name_held(held)
 
@@ -201,11 +211,11 @@ class SnapshotTopic:
     def _name_held(self, held: Pointer) -> NameHeld:
         other = f"run {held.run}, whose newest snapshot is {_described(held)}"
         another_name = "publish under another name with -X snapshots.model_name=NAME"
-        if self._run in held.replaces:
+        if self._run in self.holder.never_again():
             return NameHeld(
-                f"this run, {self._run}, was replaced as {self._where} by {other}. Its snapshots "
-                f"stay where they are. To go on, {another_name}, or begin a new state directory "
-                f"whose run replaces that one: --replace-run {held.run}"
+                f"this run, {self._run}, is not {self._where} any more: that is {other}. Its "
+                f"snapshots stay where they are. To go on, {another_name}, or begin a new state "
+                f"directory whose run replaces that one: --replace-run {held.run}"
             )
         return NameHeld(
             f"{self._where} is {other}; this is run {self._run}. Either {another_name}, or "

@@ -131,12 +131,17 @@ class Subscriber:
     def _refuse_run(self, pointer: Pointer, run: str | None) -> None:
         """Count a pointer of another run, and say once what to do."""
         self.refused[pointer.run] += 1
-        replaces = run in pointer.replaces
+        how = f"start a subscriber with --run {pointer.run}"
+        if run is None:
+            relation = "holds the name no more, because it was withdrawn"
+        elif run in pointer.replaces:
+            relation = f"replaces run {run}, the one that is followed"
+            how += " or with --follow replace"
+        else:
+            relation = f"is not run {run}, the one that is followed"
         error = SnapshotError(
-            f"snapshot {pointer.snapshot} is of run {pointer.run}, which "
-            f"{'replaces' if replaces else 'is not'} run {run}, the one that is followed. To serve "
-            f"it, start a subscriber with --run {pointer.run}"
-            f"{' or with --follow replace' if replaces else ''}"
+            f"snapshot {pointer.snapshot} is of run {pointer.run}, which {relation}. "
+            f"To serve it, {how}"
         )
         if self.pointer is None:
             self.refusal = error
