@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick coverage docs schemas transcripts faults bench card systems quality lint fmt demo
+.PHONY: help install test quick coverage docs schemas lineage transcripts faults bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -52,6 +52,9 @@ quality: ## measure logloss against events/s beside Vowpal Wabbit and River, hou
 
 schemas: ## write docs/schemas, the JSON Schemas of pointer, manifest and report
 	$(BIN)/python docs/schemas/generate.py
+
+lineage: ## run every order in which two runs may start, and write what subscribers serve into docs/serving.md
+	$(BIN)/python tests/test_two_runs.py
 
 lint: ## check style, format and types
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from stream_ctr.snapshots import publisher, snapshot
 from stream_ctr.snapshots.pointer import read_pointer
 from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
 
 @pytest.fixture(scope="module")
@@ -269,10 +271,11 @@ def test_a_rollback_refuses_a_snapshot_that_does_not_verify_and_one_that_is_not_
 def test_a_rollback_with_a_topic_reaches_its_subscribers(embedded_broker, topic, state):
     client = kafka.client_options(embedded_broker, {})
     kafka.ensure_topic(client, topic, compacted=True)
-    sink = kafka.KafkaSink(client)
     newest = state / "snapshots" / ids(state)[-1]
-    Publisher(state, sink=sink, snapshot_topic=topic).publish(newest, snapshot.verify(newest))
-    sink.close()
+    manifest = snapshot.verify(newest)
+    with closing(kafka.KafkaSink(client)) as sink, closing(kafka.PointerReader(client, topic)) as r:
+        on_topic = SnapshotTopic(topic, sink=sink, reader=r, name="default", run=manifest.run)
+        Publisher(state, snapshot_topic=on_topic).publish(newest, manifest)
     reader = kafka.PointerReader(client, topic)
     subscriber = Subscriber(TopicPointers(reader))
     assert subscriber.next(PATIENCE_SECONDS).snapshot == newest.name

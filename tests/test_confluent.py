@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from support.commands import own_topics
 from support.lineage import SMALL, newest
 from support.patience import PATIENCE_SECONDS
 from support.sources import all_rows, numbered, offsets, poll_forever, rows, values, write
@@ -216,6 +217,7 @@ def test_a_run_may_change_its_client_and_ends_alike(
     def run(state: str, client: str) -> None:
         command = ["run", "--topic", topic, "--bootstrap-servers", kafka_broker, "--until-end"]
         command += ["--client", client, "--state", str(tmp_path / state), *SMALL]
+        command += own_topics(f"{topic}.{state}")
         done = CliRunner().invoke(main, command)
         assert done.exit_code == 0, done.output
 

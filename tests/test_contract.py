@@ -9,7 +9,7 @@ import pytest
 from msgspec import UNSET, Struct, UnsetType
 
 from stream_ctr.errors import SnapshotError
-from stream_ctr.snapshots.contract import NewerFormat, decode
+from stream_ctr.snapshots.contract import NewerFormat, OlderFormat, decode
 
 
 class Inner(Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,7 +53,7 @@ def test_a_complete_document_is_decoded() -> None:
         ({"inner": None}, r"Expected `object`, got `null` - at `\$.inner`"),
         ({"format": "3"}, r"Expected `int`, got `str` - at `\$.format`"),
         ({"format": 3.5}, r"Expected `int`, got `float` - at `\$.format`"),
-        ({"format": 2}, "there is no format 2"),
+        ({"format": 0}, "there is no format 0"),
         ({"format": -1}, "there is no format -1"),
     ],
 )
@@ -95,6 +95,16 @@ def test_bytes_that_are_not_the_document_are_damage(data: bytes) -> None:
     assert not isinstance(caught.value, NewerFormat)
     assert len(str(caught.value)) < 500
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("rest", ["", ', "inner": 7', ', "wonder": {"x": []}'])
+def test_an_older_format_is_reported_whatever_else_the_document_holds(rest: str) -> None:
+    with pytest.raises(
+        OlderFormat,
+        match=r"^document\.json has format 2, which an earlier version of stream-ctr wrote, and "
+        r"this version reads format 3: go on with that version, or begin anew with another state",
+    ):
+        read(f'{{"format": 2{rest}}}'.encode())
 
 
 @pytest.mark.parametrize("newer", [4, 2**63, 10**400])

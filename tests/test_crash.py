@@ -425,7 +425,7 @@ def test_a_snapshot_is_not_past_a_bad_record_before_the_broker_has_its_dead_lett
             "baseline": {"enabled": False},
         },
     )
-    publisher = Publisher(tmp_path, sink=sink, snapshot_topic="snapshots")
+    publisher = Publisher(tmp_path, sink=sink)
     finish(
         build_trainer(
             config,

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support import forks
 from support.lineage import QUICK, SMALL, newest, published
-from support.manifests import make_newer, manifest, write_snapshot
+from support.manifests import RUN, make_newer, manifest, write_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.reliability import Outcome
 
@@ -77,6 +77,7 @@ def test_a_directory_of_a_newer_version_is_not_taken_and_not_locked(
     with pytest.raises(NewerFormat, match=f"{newer} has format {FORMATS[document] + 1}"):
         Lease(tmp_path)
     newer.write_text("{}")
+    (tmp_path / "run.json").write_text(f'{{"format": 1, "run": "{RUN}"}}')
     Lease(tmp_path).close()
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 from support.manifests import make_newer, manifest, write_snapshot
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors
@@ -24,10 +23,12 @@ from stream_ctr.snapshots.pointer import (
 )
 
 GOOD: dict[str, Any] = {
-    "format": 1,
+    "format": 2,
     "snapshot": "1",
     "path": "/snapshots/1",
     "manifest_sha256": "0" * 64,
+    "run": "0" * 31 + "1",
+    "replaces": ["0" * 31 + "a"],
     "model": "default",
     "epoch": 3,
     "sequence": 7,
@@ -49,7 +50,7 @@ def test_a_pointer_leads_to_its_snapshot(tmp_path: Path, monkeypatch: pytest.Mon
     write_pointer(tmp_path / "latest.json", written)
     found = read_pointer(tmp_path / "latest.json")
     assert found == written
-    for name in ("model", "epoch", "sequence", "examples", "event_time_ms", "created_ms"):
+    for name in ("run", "model", "epoch", "sequence", "examples", "event_time_ms", "created_ms"):
         assert getattr(found, name) == getattr(described, name)
     monkeypatch.chdir("/")
     loaded = snapshot.load(Path(written.path), manifest_sha256=written.manifest_sha256)
@@ -90,12 +91,17 @@ def test_a_pointer_survives_its_encoding_as_one_line() -> None:
         ({"snapshot": "tmp-1", "path": "/snapshots/tmp-1"}, "marks unfinished ones"),
         ({"manifest_sha256": "f00"}, r"matching regex .*\$.manifest_sha256"),
         ({"manifest_sha256": "0" * 64 + "\n"}, r"length <= 64 - at `\$.manifest_sha256`"),
+        ({"run": "0" * 31}, r"matching regex .*\$.run"),
+        ({"run": "0" * 32 + "\n"}, r"length <= 32 - at `\$.run`"),
+        ({"run": "A" * 32}, r"matching regex .*\$.run"),
+        ({"replaces": ["x"]}, r"matching regex .*\$.replaces"),
+        ({"format": 1}, "has format 1, which an earlier version of stream-ctr wrote"),
         ({"new": 1}, "unknown field `new`"),
         ({"model": None}, r"Expected `str`, got `null` - at `\$.model`"),
     ],
 )
 def test_a_pointer_with_a_wrong_field_is_refused(change: dict[str, Any], reason: str) -> None:
-    assert msgspec.to_builtins(pointer()) == GOOD
+    assert json.loads(encode_pointer(pointer())) == GOOD
     with pytest.raises(SnapshotError, match=reason):
         pointer(**change)
 
@@ -133,7 +139,7 @@ def test_a_pointer_file_of_a_newer_version_is_an_error_of_its_own(tmp_path: Path
     latest = tmp_path / "latest.json"
     write_pointer(latest, pointer_for(path, manifest()))
     make_newer(latest)
-    with pytest.raises(NewerFormat, match=r"latest\.json has format 2.*install the version that"):
+    with pytest.raises(NewerFormat, match=r"latest\.json has format 3.*install the version that"):
         read_pointer(latest)
 
 

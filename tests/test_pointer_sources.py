@@ -6,11 +6,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from support.manifests import make_newer, manifest, write_snapshot
+from support.memory_topic import topic_of
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots.contract import NewerFormat
@@ -75,20 +75,8 @@ def test_a_file_that_cannot_be_read_is_an_error_and_is_not_read_again(tmp_path: 
 # -- a topic -------------------------------------------------------------------------------------
 
 
-class Reader:
-    """A reader of a compacted topic that returns these records once."""
-
-    def __init__(self, records: Sequence[tuple[str, bytes | None]]) -> None:
-        self.records = list(records)
-
-    def poll(self, timeout_seconds: float) -> list[tuple[str, bytes | None]]:
-        records = self.records
-        self.records = []
-        return records
-
-
-def topic(*values: bytes | None) -> TopicPointers:
-    return TopicPointers(Reader([("default", value) for value in values]))
+def topic(*values: Pointer | bytes | None) -> TopicPointers:
+    return TopicPointers(topic_of(*values).reader())
 
 
 @pytest.fixture
@@ -99,28 +87,29 @@ def pointers(tmp_path: Path) -> list[Pointer]:
 
 def test_the_pointer_of_the_highest_rank_comes_first(pointers: list[Pointer]) -> None:
     first, second, third = pointers
-    source = topic(*map(encode_pointer, (second, third, first)))
+    source = topic(second, third, first)
     assert source.poll(0.0) == [third, second, first]
     assert source.poll(0.0) == []
 
 
 def test_the_pointers_of_other_models_are_left_alone(pointers: list[Pointer]) -> None:
     first, second, _ = pointers
-    records = [("other", encode_pointer(second)), ("default", encode_pointer(first))]
-    assert TopicPointers(Reader(records)).poll(0.0) == [first]
-    assert TopicPointers(Reader(records), model_name="other").poll(0.0) == [second]
+    both = topic_of(second, name="other")
+    both.append("default", encode_pointer(first))
+    assert TopicPointers(both.reader()).poll(0.0) == [first]
+    assert TopicPointers(both.reader(), model_name="other").poll(0.0) == [second]
 
 
 def test_a_withdrawn_pointer_is_a_warning(
     pointers: list[Pointer], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert topic(encode_pointer(pointers[0]), None).poll(0.0) == pointers[:1]
+        assert topic(pointers[0], None).poll(0.0) == pointers[:1]
     assert "the pointer of model 'default' was withdrawn; the loaded one stays" in caplog.text
 
 
 def test_a_damaged_pointer_is_an_error_and_hides_no_other(pointers: list[Pointer]) -> None:
-    error, first = topic(encode_pointer(pointers[0]), b"{}").poll(0.0)
+    error, first = topic(pointers[0], b"{}").poll(0.0)
     assert isinstance(error, SnapshotError)
     assert str(error).startswith("pointer of model 'default' is damaged: ")
     assert first == pointers[0]
@@ -128,11 +117,11 @@ def test_a_damaged_pointer_is_an_error_and_hides_no_other(pointers: list[Pointer
 
 def test_a_pointer_of_a_newer_version_supersedes_those_before_it(pointers: list[Pointer]) -> None:
     first, second, third = map(encode_pointer, pointers)
-    newer = second.replace(b'"format":1', b'"format":2')
+    newer = second.replace(b'"format":2', b'"format":3')
     assert newer != second
     [error] = topic(first, third, newer).poll(0.0)
     assert isinstance(error, NewerFormat)
-    assert "pointer of model 'default' has format 2" in str(error)
+    assert "pointer of model 'default' has format 3" in str(error)
 
     [error, following] = topic(third, newer, first).poll(0.0)
     assert isinstance(error, NewerFormat)

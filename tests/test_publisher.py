@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.manifests import make_newer, write_snapshot
+from support.manifests import RUN, make_newer, write_snapshot
+from support.memory_topic import Away, MemoryTopic, pointers_on
 from support.processes import in_child
 
 from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
@@ -21,12 +22,9 @@ from stream_ctr.snapshots import publisher as publishing
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver
-from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer
+from stream_ctr.snapshots.pointer import Pointer, read_pointer
 from stream_ctr.snapshots.publisher import LineFile, Publisher
-
-
-class Away(Exception):
-    """The broker does not answer."""
+from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
 
 class Broker:
@@ -196,6 +194,12 @@ def test_a_line_begins_after_the_half_line_before_it(
     assert (tmp_path / "lines").read_text() == after
 
 
+def topic_for(topic: MemoryTopic, **options: Any) -> SnapshotTopic:
+    """Return a topic as a run sees it that publishes as `default`."""
+    options = {"name": "default", "run": RUN, **options}
+    return SnapshotTopic("s", sink=topic, reader=topic.reader(), **options)
+
+
 # -- the pointer ---------------------------------------------------------------------------------
 
 
@@ -203,8 +207,8 @@ def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_or_is_an_error_at
     tmp_path: Path,
 ) -> None:
     path = write(tmp_path, 1)
-    broker = Broker()
-    publisher = Publisher(tmp_path, sink=broker, unavailable=(Away,), snapshot_topic="s")
+    broker = MemoryTopic()
+    publisher = Publisher(tmp_path, unavailable=(Away,), snapshot_topic=topic_for(broker))
     broker.away = True
     publisher.publish(path, snapshot.verify(path))
     with pytest.raises(
@@ -213,9 +217,7 @@ def test_a_pointer_that_does_not_reach_its_topic_is_sent_again_or_is_an_error_at
         publisher.flush()
     broker.away = False
     publisher.flush()
-    [(topic, value)] = broker.sent
-    assert topic == "s"
-    assert decode_pointer(value) == published(tmp_path)
+    assert pointers_on(broker) == [published(tmp_path)]
 
 
 def test_a_rollback_takes_an_epoch_above_all_others_and_the_next_snapshot_takes_it_too(
@@ -300,7 +302,7 @@ def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
     (path / "manifest.json").write_text("{}")
     assert publisher.published_manifest() is None
     assert "the published snapshot cannot be read" in caplog.text
-    (path / "manifest.json").write_text('{"format": 9}')
+    (path / "manifest.json").write_text('{"format": 99}')
     with pytest.raises(NewerFormat):
         publisher.published_manifest()
 
@@ -319,7 +321,7 @@ def test_a_pointer_of_a_newer_version_is_never_replaced(tmp_path: Path) -> None:
         publisher.published_manifest,
     ]
     for attempt in attempts:
-        with pytest.raises(NewerFormat, match=r"latest\.json has format 2"):
+        with pytest.raises(NewerFormat, match=r"latest\.json has format 3"):
             attempt()
     assert (tmp_path / "latest.json").read_bytes() == before
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 2

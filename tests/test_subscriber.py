@@ -13,13 +13,14 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from support.keys import write_keys
-from support.manifests import edit_json, edit_manifest, make_newer
+from support.manifests import RUN, edit_json, edit_manifest, make_newer
 from support.patience import PATIENCE_SECONDS, wait_until
 from support.served import publish, write_served
 from support.snapshots import flip_bit
 
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.pointer import Pointer
@@ -29,7 +30,9 @@ ROWS: list[dict[str, object]] = [{"app": "maps", "age": 31}, {}]
 
 
 class Queue:
-    """A source of pointers that returns one batch a poll."""
+    """A source of pointers of the run `RUN` that returns one batch a poll."""
+
+    holder = RUN
 
     def __init__(self, *batches: Sequence[Pointer | SnapshotError]) -> None:
         self.batches = list(batches)
@@ -177,7 +180,7 @@ def make_manifest_newer(path: Path) -> None:
 NEWER = (
     "{} has format {}, and this version of stream-ctr reads formats up to {}: install the version"
 )
-NEWER_POINTER = NEWER.format("latest.json", 2, 1)
+NEWER_POINTER = NEWER.format("latest.json", pointers.FORMAT + 1, pointers.FORMAT)
 NEWER_MANIFEST = NEWER.format("manifest.json", FORMAT + 1, FORMAT)
 HARM = [
     pytest.param(damage_tensors, logging.WARNING, "model.safetensors has SHA-256", id="tensors"),

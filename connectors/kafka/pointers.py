@@ -31,6 +31,7 @@ class PointerReader:
 
     def __init__(self, client: Mapping[str, object], topic: str) -> None:
         check_codecs()
+        self._client = client
         self._topic = topic
         self._consumer = open_consumer(client, auto_offset_reset="earliest")
         try:
@@ -41,6 +42,7 @@ class PointerReader:
             self._consumer.close()
             raise
         self._caught_up = False
+        self._unreturned: list[tuple[str, bytes | None]] = []
 
     def poll(self, timeout_seconds: float) -> list[tuple[str, bytes | None]]:
         """Return the next (key, value) pairs, in order within each partition.
@@ -54,6 +56,30 @@ class PointerReader:
             for record in itertools.chain.from_iterable(polled.values())
             if record.key is not None
         ]
+
+    def read_to_end(self) -> list[tuple[str, bytes | None]]:
+        """Return the pairs that follow, as `poll` does, up to the end that the topic has now.
+
+        What others were told is written is among them. Raises `KafkaUnreachable` if the end is not
+        reached in `ANSWER_SECONDS`; the pairs up to there are then returned by the next call.
+        """
+        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
+        answer_ms = timeouts.milliseconds(timeouts.ANSWER_SECONDS)
+        try:
+            ends = self._consumer.end_offsets(self._assigned, timeout_ms=answer_ms)
+        except KafkaError as error:
+            raise leaders_silent(self._consumer, self._client, error) from error
+        while any(self._position(partition) < end for partition, end in ends.items()):
+            if time.monotonic() > deadline:
+                raise leaders_silent(self._consumer, self._client, "no answer to fetching")
+            self._unreturned += self.poll(_POLL_MS / 1000)
+        found = self._unreturned
+        self._unreturned = []
+        return found
+
+    def _position(self, partition: Any) -> int:
+        position: int | None = self._consumer.position(partition, timeout_ms=0)
+        return position or 0
 
     @property
     def caught_up(self) -> bool:

@@ -27,6 +27,7 @@ from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
+    REPLACE_RUN_OPTION,
     SPAN_OPTION,
     LogFormat,
     Settings,
@@ -152,8 +153,10 @@ def main(verbose: int) -> None:
 @click.option(
     "--take-over",
     is_flag=True,
-    help="Take the directory from another run that is frozen, or whose host is gone.",
+    help="Take the directory from another run that is frozen, or whose host is gone; with a copy "
+    "of a directory, leave behind what the other copy published.",
 )
+@REPLACE_RUN_OPTION
 @click.option(
     "--device",
     metavar="[auto|cpu|cuda|cuda:N]",
@@ -183,6 +186,7 @@ def run(
     state: Path,
     until_end: bool,
     take_over: bool,
+    replace_run: str | None,
     device: str | None,
     predictions: Path | None,
     profile: bool,
@@ -204,6 +208,8 @@ def run(
         extra += [f"model.name={models[0]}", f"model.beside={','.join(models[1:])}"]
     if device:
         extra.append(f"learn.device={device}")
+    if replace_run and source:
+        raise click.UsageError("--replace-run is for the snapshot topic, and a --source has none")
     with runs.state_directory(state, take_over=take_over) as lease:
         key = assembly.signing_key(settings.load(extra=extra)[0])
         config, properties = settings.load(
@@ -224,7 +230,13 @@ def run(
         else:
             with connector_errors():
                 report = runs.train_on_kafka(
-                    client, config, lease, until_end=until_end, predictions=predictions
+                    client,
+                    config,
+                    lease,
+                    until_end=until_end,
+                    predictions=predictions,
+                    replace_run=replace_run,
+                    take_over=take_over,
                 )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))

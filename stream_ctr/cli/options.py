@@ -38,6 +38,21 @@ PUBLIC_KEY_OPTION = click.option(
     type=click.Path(path_type=Path),
     help="A PEM file; snapshots without a signature by its private key are refused.",
 )
+REPLACE_RUN_OPTION = click.option(
+    "--replace-run",
+    metavar="ID",
+    callback=lambda context, option, text: _run_id(text),
+    help="Replace this run on the snapshot topic, if it holds snapshots.model_name there.",
+)
+
+
+def _run_id(text: str | None) -> str | None:
+    from stream_ctr.snapshots.lineage import require_run_id
+
+    try:
+        return require_run_id(text) if text is not None else None
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def extra_option(kinds: str) -> Callable[[Command], Command]:

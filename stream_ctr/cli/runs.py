@@ -33,6 +33,7 @@ from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 from stream_ctr.train.report import Report, to_json_object
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
@@ -89,9 +90,13 @@ def train_on_kafka(
     until_end: bool,
     fields: tuple[Field, ...] | None = None,
     predictions: Path | None = None,
+    replace_run: str | None = None,
+    take_over: bool = False,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
+    The run may replace the run `replace_run` on the snapshot topic, and with `take_over` it leaves
+    a newer copy of its directory behind. Raises `NameHeld` if another run holds the name there.
     `fields` is used if the configuration names none; without either they are inferred.
     """
     topics = [config.input.topic]
@@ -111,15 +116,28 @@ def train_on_kafka(
         sink = kafka.KafkaSink(client)
         stack.callback(_close, sink)
         _ensure_topics(client, config, topics)
+        snapshot_topic = None
+        if config.snapshots.topic:
+            reader = kafka.PointerReader(client, config.snapshots.topic)
+            stack.callback(reader.close)
+            snapshot_topic = SnapshotTopic(
+                config.snapshots.topic,
+                sink=sink,
+                reader=reader,
+                name=config.snapshots.model_name,
+                run=lease.run,
+                replace_run=replace_run,
+            )
         publisher = Publisher(
             lease.directory,
             lease=lease,
             sink=sink,
             unavailable=(kafka.KafkaFailure,),
             metrics_topic=config.metrics.topic,
-            snapshot_topic=config.snapshots.topic,
+            snapshot_topic=snapshot_topic,
             model_name=config.snapshots.model_name,
         )
+        publisher.require_name(take_over=take_over)
         return _train(
             source,
             publisher,

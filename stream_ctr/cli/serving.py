@@ -30,8 +30,9 @@ from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
     from stream_ctr.snapshots.pointer import Pointer
+    from stream_ctr.snapshots.pointer_sources import PointerSource
     from stream_ctr.snapshots.scorer import Scorer
-    from stream_ctr.snapshots.subscriber import Subscriber
+    from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _MODEL_OPTION = click.option(
     "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
@@ -52,6 +53,19 @@ _MODEL_OPTION = click.option(
     help="The run's snapshots.model_name, the key of its pointers on the topic.",
 )
 @_MODEL_OPTION
+@click.option("--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]")
+@click.option(
+    "--run-file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Keep the id of the followed run in this file, so that a restart stays on it.",
+)
+@click.option(
+    "--follow",
+    type=click.Choice(["never", "replace"]),
+    default="never",
+    show_default=True,
+    help="Whether to change to a run that was told to replace the followed one.",
+)
 @click.option(
     "--once",
     is_flag=True,
@@ -79,6 +93,9 @@ def subscribe(
     topic: str | None,
     model_name: str,
     model: str | None,
+    run: str | None,
+    run_file: Path | None,
+    follow: Follow,
     once: bool,
     timeout: float,
     as_json: bool,
@@ -91,6 +108,7 @@ def subscribe(
     \b
     stream-ctr subscribe --state state
     stream-ctr subscribe --bootstrap-servers localhost:9092 --json --exec 'reload-model {path}'
+    stream-ctr subscribe --bootstrap-servers localhost:9092 --run-file served.run
     """
     from stream_ctr.cli import runs
     from stream_ctr.cli.client import connector_errors
@@ -101,8 +119,9 @@ def subscribe(
     if state and topic:
         raise click.UsageError("--state and --topic are two ways to follow; give one")
     with contextlib.ExitStack() as stack:
+        source: Path | PointerSource
         if state:
-            subscriber = Subscriber(state, model=model, public_key=public_key)
+            source = state
         else:
             from stream_ctr.connectors import kafka
 
@@ -111,8 +130,15 @@ def subscribe(
             stack.enter_context(connector_errors())
             reader = kafka.PointerReader(client, topic or config.snapshots.topic)
             stack.callback(reader.close)
-            pointers = TopicPointers(reader, model_name=model_name)
-            subscriber = Subscriber(pointers, model=model, public_key=public_key)
+            source = TopicPointers(reader, model_name=model_name)
+        subscriber = Subscriber(
+            source,
+            model=model,
+            run=run,
+            run_file=run_file,
+            follow=follow,
+            public_key=public_key,
+        )
         stack.enter_context(runs.signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 

@@ -15,6 +15,7 @@ import msgspec
 from stream_ctr.cli.options import (
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
+    REPLACE_RUN_OPTION,
     Settings,
     aligned,
     settings_options,
@@ -124,6 +125,7 @@ def _describe(path: Path, published: str | None) -> dict[str, Any]:
     score = manifest.metrics.models.get(model)
     return {
         **place,
+        "run": manifest.run,
         "parent": manifest.parent,
         "epoch": manifest.epoch,
         "sequence": manifest.sequence,
@@ -292,14 +294,22 @@ def _damage(path: Path, manifest_sha256: str | None, signature: Verify | None) -
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.argument("snapshot_id", metavar="ID")
 @click.option("--topic", help="Send the pointer to this snapshot topic too.")
+@REPLACE_RUN_OPTION
 @settings_options("A Kafka client property.")
-def roll_back(*, directory: Path, snapshot_id: str, topic: str | None, settings: Settings) -> None:
+def roll_back(
+    *,
+    directory: Path,
+    snapshot_id: str,
+    topic: str | None,
+    replace_run: str | None,
+    settings: Settings,
+) -> None:
     """Verify snapshot ID of the state directory DIR and publish it again, in place of a newer one.
 
     A rollback changes what is served, not what is learned: `run` goes on from its newest snapshot,
     and the next that it publishes is served again. So stop a run that learns what it should not.
     An active run does no harm: the pointer is replaced in one step. Subscribers of a topic are
-    reached with --topic only.
+    reached with --topic only, and only if no other run holds the model's name there.
 
     \b
     stream-ctr snapshots rollback state 00000003-20250101T101500Z
@@ -307,12 +317,13 @@ def roll_back(*, directory: Path, snapshot_id: str, topic: str | None, settings:
     """
     from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.publisher import Publisher
+    from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
     path = _find(directory, snapshot_id)
     manifest = snapshot.verify(path)
     state = path.parent.parent
     with contextlib.ExitStack() as stack:
-        sink = None
+        snapshot_topic = None
         if topic:
             from stream_ctr.cli.client import connector_errors
             from stream_ctr.connectors import kafka
@@ -321,9 +332,17 @@ def roll_back(*, directory: Path, snapshot_id: str, topic: str | None, settings:
             stack.enter_context(connector_errors())
             sink = kafka.KafkaSink(client)
             stack.callback(sink.close)
-        publisher = Publisher(
-            state, sink=sink, snapshot_topic=topic or "", model_name=manifest.model
-        )
+            reader = kafka.PointerReader(client, topic)
+            stack.callback(reader.close)
+            snapshot_topic = SnapshotTopic(
+                topic,
+                sink=sink,
+                reader=reader,
+                name=manifest.model,
+                run=manifest.run,
+                replace_run=replace_run,
+            )
+        publisher = Publisher(state, snapshot_topic=snapshot_topic, model_name=manifest.model)
         before = _published(path.parent)
         pointer = publisher.roll_back(path, manifest)
     places = f"{state / 'latest.json'}{f' and topic {topic}' if topic else ''}"

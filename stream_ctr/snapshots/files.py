@@ -91,6 +91,18 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def replace_durably(path: Path, data: bytes) -> None:
+    """Replace a file in one step: after a crash it has the old bytes or the new ones.
+
+    Raises `SnapshotError` that names the file.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{path.name}")
+    with naming(path, "cannot write"):
+        write_durably(temporary, data)
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+
+
 def sync_directory(path: Path) -> None:
     """Wait until the names in a directory are on disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)

@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Self
 
 from stream_ctr.errors import ConfigError, SnapshotError
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.pointer import read_pointer
 
@@ -39,8 +39,10 @@ class TakenOver(ConfigError):
 class Lease:
     """Hold `directory`, which is created if it is missing, until `close`.
 
-    Raises `ConfigError` if another process holds it and `take_over` is false, or if it cannot be
-    written, and `NewerFormat` if a newer version wrote into it.
+    `run` is the id of the run whose directory it is, which is begun if nothing is there (see
+    `lineage`). Raises `ConfigError` if another process holds it and `take_over` is false, or if it
+    cannot be written, `NewerFormat` if a newer version wrote into it, and `SnapshotError` if the
+    run's id is lost.
     """
 
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
@@ -51,6 +53,7 @@ class Lease:
             self._fd = self._acquire(take_over)
             try:
                 self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
+                self.run = lineage.run_of(directory)
                 self._write_holder(self._fd)
             except BaseException:
                 self.close()
@@ -74,6 +77,11 @@ class Lease:
             raise TakenOver(
                 f"{self._path.parent} was taken over by {holder}: nothing more is written there"
             )
+
+    def raise_epoch(self, above: int) -> None:
+        """Make the epoch greater than `above`."""
+        self.epoch = max(self.epoch, above + 1)
+        self._write_holder(self._fd)
 
     def close(self) -> None:
         """Release the directory."""

@@ -14,9 +14,9 @@ from stream_ctr.evaluate.gate import Measured, Verdict
 from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
-from stream_ctr.snapshots.contract import Sha256
+from stream_ctr.snapshots.contract import RunId, Sha256
 
-FORMAT = 2
+FORMAT = 3
 _LARGEST_SUM = (1 << 64) - 1
 
 
@@ -151,15 +151,16 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The description of a snapshot: all of its state but the arrays.
 
-    Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read.
-    `metrics` are those of the whole run. `weights_sha256` is equal if every bit of the published
-    weights is. `files` is filled in when the snapshot is written. `served` lists the earlier
-    weights that it holds, for the metrics of what was served; `served_verdict` is the last verdict
-    on weights that were published in memory only, and `served_at` the number of examples when that
-    was last done.
+    Times are epoch milliseconds. `run` is the id of the run that wrote it. `positions` maps
+    "topic:partition" to the next offset to read. `metrics` are those of the whole run.
+    `weights_sha256` is equal if every bit of the published weights is. `files` is filled in when
+    the snapshot is written. `served` lists the earlier weights that it holds, for the metrics of
+    what was served; `served_verdict` is the last verdict on weights that were published in memory
+    only, and `served_at` the number of examples when that was last done.
     """
 
     format: Count = FORMAT
+    run: RunId
     snapshot: str
     sequence: Count
     epoch: Count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,18 +18,21 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.summary import Count
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import files
-from stream_ctr.snapshots.contract import Sha256, decode
+from stream_ctr.snapshots.contract import RunId, Sha256, decode
 from stream_ctr.snapshots.manifest import Manifest
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """The published snapshot of a model. Times are epoch milliseconds.
+    """The published snapshot of a run. Times are epoch milliseconds.
 
-    `path` is absolute and ends in the snapshot's name. `manifest_sha256` is the digest of the
-    bytes of its manifest. `epoch` grows with every run that holds the state directory and with
-    every rollback; `sequence` grows with every snapshot of a state directory.
+    `model` is the name under which the run publishes. `replaces` lists the runs that may not
+    publish under the name any more: those that held it before and were replaced, and those that
+    came in between. `path` is absolute and ends in the snapshot's name. `manifest_sha256` is the
+    digest of the bytes of its manifest. `epoch` grows with every run that holds the state directory
+    and with every rollback; `sequence` grows with every snapshot of a state directory. Both order
+    the pointers of one run, and say nothing about those of two.
 
     Raises `ValueError` if `path` does not lead to a directory named `snapshot`.
     """
@@ -37,6 +41,8 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     snapshot: str
     path: str
     manifest_sha256: Sha256
+    run: RunId
+    replaces: tuple[RunId, ...] = ()
     model: str
     epoch: Count
     sequence: Count
@@ -58,12 +64,14 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     @property
     def rank(self) -> tuple[int, int]:
-        """The order of publication: by epoch, then by sequence."""
+        """The order of publication within a run: by epoch, then by sequence."""
         return self.epoch, self.sequence
 
 
-def pointer_for(path: Path, manifest: Manifest, *, epoch: int | None = None) -> Pointer:
-    """Return the pointer to the snapshot at `path`.
+def pointer_for(
+    path: Path, manifest: Manifest, *, epoch: int | None = None, replaces: Sequence[str] = ()
+) -> Pointer:
+    """Return the pointer to the snapshot at `path`, whose run replaces the runs `replaces`.
 
     `epoch` replaces that of the manifest when a snapshot is published after one of a later epoch.
     Raises `SnapshotError` if the manifest cannot be read or its numbers do not fit a pointer.
@@ -75,6 +83,8 @@ def pointer_for(path: Path, manifest: Manifest, *, epoch: int | None = None) -> 
         "snapshot": files.snapshot_name(path.name),
         "path": str(path.absolute()),
         "manifest_sha256": digest,
+        "run": manifest.run,
+        "replaces": replaces,
         "model": manifest.model,
         "epoch": manifest.epoch if epoch is None else epoch,
         "sequence": manifest.sequence,
@@ -93,8 +103,8 @@ def encode_pointer(pointer: Pointer) -> bytes:
 def decode_pointer(data: bytes, name: str = "pointer") -> Pointer:
     """Decode a pointer. It says nothing about the snapshot, which `snapshot.load` verifies.
 
-    Raises `NewerFormat` for a pointer of a newer version and `SnapshotError` for any other that
-    is not a pointer.
+    Raises `NewerFormat` or `OlderFormat` for a pointer of another version, and `SnapshotError` for
+    any other that is not a pointer.
     """
     return decode(data, Pointer, newest=FORMAT, name=name)
 

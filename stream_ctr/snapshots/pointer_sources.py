@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer
+from stream_ctr.snapshots.snapshot_topic import Holder
 
 _log = logging.getLogger(__name__)
 _FILE_POLL_SECONDS = 0.1
@@ -18,6 +19,11 @@ _FILE_POLL_SECONDS = 0.1
 
 class PointerSource(Protocol):
     """A source of pointers."""
+
+    @property
+    def holder(self) -> str | None:
+        """The run that is published there, as far as was polled: the one to begin with."""
+        ...
 
     def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
         """Return the pointers that arrived, after at most `timeout_seconds`.
@@ -33,6 +39,8 @@ class FilePointers:
     def __init__(self, directory: Path) -> None:
         self._path = directory / "latest.json"
         self._seen: tuple[int, int] | None = None
+        self.holder: str | None = None
+        """The run of the pointer that was read last."""
 
     def poll(self, timeout_seconds: float) -> list[Pointer | SnapshotError]:
         """Return the pointer if the file changed, after at most `timeout_seconds`."""
@@ -54,40 +62,69 @@ class FilePointers:
             pointer = read_pointer(self._path)
         except SnapshotError as error:
             return [error]
+        self.holder = pointer.run if pointer else None
         return [pointer] if pointer else []
 
 
 class TopicPointers:
-    """The pointers of one model on the snapshot topic.
+    """The pointers of one name on the snapshot topic.
 
-    `reader.poll(seconds)` returns (key, value) pairs of a compacted topic. The value None withdraws
-    a pointer.
+    `reader.poll(seconds)` returns (key, value) pairs of a compacted topic, and the value None
+    withdraws a pointer. `reader.caught_up` is true once everything has been polled that was in the
+    topic at the start.
     """
 
     def __init__(self, reader: Any, *, model_name: str = "default") -> None:
         self._reader = reader
         self._model_name = model_name
+        self._holder = Holder()
+        self._pointers: list[Pointer] = []
+        self._errors: list[SnapshotError] = []
+
+    @property
+    def holder(self) -> str | None:
+        """The run that holds the name."""
+        return self._holder.run
 
     def poll(self, timeout_seconds: float) -> list[Pointer | SnapshotError]:
-        """Return the errors of those that cannot be read, then the pointers, the newest first.
+        """Return the errors of those that cannot be read, then the pointers.
 
-        The newest is the one of the highest rank: a trainer that was taken over may have written a
-        pointer after it. A pointer of a newer version, whose rank cannot be read, supersedes all
-        that came before it.
+        Those of the run that holds the name come first, and among them those of the highest rank: a
+        trainer that was taken over may have written a pointer after it. A pointer of a newer
+        version, whose run and rank cannot be read, supersedes all that came before it. Nothing is
+        returned before the reader has caught up: which run holds the name is not known until then.
         """
-        pointers: list[Pointer] = []
-        errors: list[SnapshotError] = []
-        for key, value in self._reader.poll(timeout_seconds):
-            if key != self._model_name:
-                continue
-            if value is None:
-                _log.warning("the pointer of model %r was withdrawn; the loaded one stays", key)
-                continue
-            try:
-                pointers.append(decode_pointer(value, f"pointer of model {key!r:.80}"))
-            except SnapshotError as error:
-                errors.append(error)
-                if isinstance(error, NewerFormat):
-                    pointers.clear()
-        pointers.sort(key=lambda pointer: pointer.rank, reverse=True)
+        deadline = time.monotonic() + timeout_seconds
+        while True:
+            remaining_seconds = max(0.0, deadline - time.monotonic())
+            for key, value in self._reader.poll(remaining_seconds):
+                if key == self._model_name:
+                    self._take(key, value)
+            if self._reader.caught_up or time.monotonic() >= deadline:
+                break
+        return self._ordered() if self._reader.caught_up else []
+
+    def _take(self, key: str, value: bytes | None) -> None:
+        if value is None:
+            _log.warning("the pointer of model %r was withdrawn; the loaded one stays", key)
+            self._holder.withdraw()
+            return
+        try:
+            pointer = decode_pointer(value, f"pointer of model {key!r:.80}")
+        except SnapshotError as error:
+            self._errors.append(error)
+            if isinstance(error, NewerFormat):
+                self._pointers.clear()
+        else:
+            self._holder.take(pointer)
+            self._pointers.append(pointer)
+
+    def _ordered(self) -> list[Pointer | SnapshotError]:
+        holder = self._holder.run
+        pointers = sorted(
+            self._pointers, key=lambda pointer: (pointer.run == holder, pointer.rank), reverse=True
+        )
+        errors = self._errors
+        self._pointers = []
+        self._errors = []
         return [*errors, *pointers]

@@ -8,6 +8,8 @@ that does not answer does not stop the run:
     a report              it is in `reports.jsonl` anyway
     a dead letter         it goes to `dead_letters.jsonl`, with all whose delivery is unknown
     a pointer             `flush` sends it again, and raises if that fails too
+
+A pointer goes to the topic only while this run holds the name there (see `snapshot_topic`).
 """
 
 from __future__ import annotations
@@ -20,23 +22,22 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Protocol
 
 from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, epochs
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import (
     Pointer,
-    encode_pointer,
     pointer_for,
     read_pointer,
     write_pointer,
 )
+from stream_ctr.snapshots.snapshot_topic import CopyAhead, Sink, SnapshotTopic
 
 _log = logging.getLogger(__name__)
 # How long to wait for another process that is publishing. Threads of this one take turns.
@@ -46,22 +47,6 @@ _FLUSH_SECONDS = 10.0
 _LARGEST_LETTER_BYTES = 900_000
 _LETTER_OVERHEAD_BYTES = 500
 _IN_FLIGHT_LETTER_BYTES = 16 << 20
-
-
-class Sink(Protocol):
-    """A Kafka producer."""
-
-    def send(
-        self,
-        topic: str,
-        value: bytes,
-        *,
-        key: bytes | None = None,
-        headers: Sequence[tuple[str, bytes]] = (),
-        time: int | None = None,
-    ) -> None: ...
-
-    def flush(self, timeout_seconds: float) -> None: ...
 
 
 class LineFile:
@@ -90,10 +75,11 @@ class Publisher:
     """Write reports, dead letters and the pointer into a state directory, and send them to topics.
 
     The files are `reports.jsonl`, `dead_letters.jsonl` and `latest.json`. With a `sink`, reports go
-    to `metrics_topic` too, the pointer goes to `snapshot_topic`, and dead letters go to
-    `<topic>.dlq`, or to the file if the broker does not take them. The sink raises the errors
-    `unavailable` if it cannot reach the broker. A line that a full disk does not take is an error
-    at the end (`flush`). With a `lease`, every method raises `TakenOver` once the lease is lost.
+    to `metrics_topic` too, with `model_name` as their key, and dead letters go to `<topic>.dlq`, or
+    to the file if the broker does not take them. With a `snapshot_topic` the pointer goes there
+    too. The sink raises the errors `unavailable` if it cannot reach the broker. A line that a full
+    disk does not take is an error at the end (`flush`). With a `lease`, every method raises
+    `TakenOver` once the lease is lost.
     """
 
     def __init__(
@@ -104,7 +90,7 @@ class Publisher:
         sink: Sink | None = None,
         unavailable: tuple[type[Exception], ...] = (),
         metrics_topic: str = "",
-        snapshot_topic: str = "",
+        snapshot_topic: SnapshotTopic | None = None,
         model_name: str = "default",
     ) -> None:
         self._directory = directory
@@ -127,6 +113,11 @@ class Publisher:
     def epoch(self) -> int:
         """The epoch of this run, above those of all earlier runs in the directory."""
         return self._lease.epoch if self._lease else 1 + max(epochs(self._directory), default=0)
+
+    @property
+    def run(self) -> str:
+        """The id of this run, see `lineage`."""
+        return self._lease.run if self._lease else lineage.run_of(self._directory)
 
     def check(self) -> None:
         """Raise `TakenOver` if another process has the state directory now."""
@@ -209,27 +200,54 @@ class Publisher:
 
     # -- the pointer -----------------------------------------------------------------------------
 
+    def require_name(self, *, take_over: bool = False) -> None:
+        """Raise `NameHeld` unless this run may publish on the snapshot topic. A start asks first.
+
+        With `take_over`, a copy of the state directory that is ahead is left behind: from here on
+        the epochs are above its own.
+        """
+        if not self._snapshot_topic:
+            return
+        try:
+            self._snapshot_topic.check(self._published_rank())
+        except CopyAhead:
+            ahead = self._snapshot_topic.holder.pointer
+            if not (take_over and self._lease and ahead):
+                raise
+            self._lease.raise_epoch(ahead.epoch)
+
     def publish(self, path: Path, manifest: Manifest) -> None:
         """Make the snapshot at `path` the one that subscribers load.
 
         After a rollback the pointer takes the rollback's epoch; with its own it would rank below.
+        Raises `NameHeld`, with `latest.json` as it was, if another run holds the name.
         """
+        self.check()
+        reachable = self._check_name()
         with self._exclusive():
             self.check()
             epoch = manifest.epoch
             published = self.published()
             if published and published.sequence < manifest.sequence:
                 epoch = max(epoch, published.epoch)
-            pointer = pointer_for(path, manifest, epoch=epoch)
-            write_pointer(self._directory / "latest.json", pointer)
-        self._announce(pointer)
+            pointer = self._write_pointer(path, manifest, epoch)
+        self._announce(pointer, reachable=reachable)
 
     def roll_back(self, path: Path, manifest: Manifest) -> Pointer:
-        """Publish the older snapshot at `path` again, with an epoch above all others."""
+        """Publish the older snapshot at `path` again, with an epoch above all others.
+
+        Raises `NameHeld` as `publish` does.
+        """
+        self.require_name()
         with self._exclusive():
-            pointer = pointer_for(path, manifest, epoch=1 + max(epochs(self._directory)))
-            write_pointer(self._directory / "latest.json", pointer)
+            pointer = self._write_pointer(path, manifest, 1 + max(epochs(self._directory)))
         self._announce(pointer)
+        return pointer
+
+    def _write_pointer(self, path: Path, manifest: Manifest, epoch: int) -> Pointer:
+        replaces = self._snapshot_topic.replaces if self._snapshot_topic else ()
+        pointer = pointer_for(path, manifest, epoch=epoch, replaces=replaces)
+        write_pointer(self._directory / "latest.json", pointer)
         return pointer
 
     def retain(self, keep: int, protect: Collection[str]) -> None:
@@ -292,15 +310,32 @@ class Publisher:
                     time.sleep(0.02)
             yield
 
-    def _announce(self, pointer: Pointer) -> None:
-        if self._sink and self._snapshot_topic:
+    def _check_name(self) -> bool:
+        """Return whether the broker answers. Raises `NameHeld` if another run holds the name."""
+        if self._snapshot_topic:
+            try:
+                self._snapshot_topic.check(self._own_rank())
+            except self._unavailable as error:
+                _log.error("could not read the snapshot topic: %s", error)
+                return False
+        return True
+
+    def _published_rank(self) -> tuple[int, int]:
+        published = self.published()
+        return published.rank if published else (0, 0)
+
+    def _own_rank(self) -> tuple[int, int]:
+        """Return a rank that no pointer to the topic exceeds unless another copy has sent it."""
+        return max(self._published_rank(), (self.epoch, 0))
+
+    def _announce(self, pointer: Pointer, *, reachable: bool = True) -> None:
+        if not self._snapshot_topic:
+            return
+        self._unannounced = pointer
+        if reachable:
             failpoint("announce.before")
-            self._unannounced = pointer
             with self._sending(f"the pointer to snapshot {pointer.snapshot}"):
-                self._sink.send(
-                    self._snapshot_topic, encode_pointer(pointer), key=self._model_name.encode()
-                )
-                self._sink.flush(_FLUSH_SECONDS)
+                self._snapshot_topic.send(pointer, self._own_rank())
                 self._unannounced = None
             failpoint("announce.after")
 
@@ -309,25 +344,25 @@ class Publisher:
     def flush(self) -> None:
         """Deliver everything, and report what could not be delivered.
 
-        Raises `BrokerError` if the pointer did not reach its topic, and `ConfigError` if a line
-        did not reach its file.
+        Raises `BrokerError` if the pointer did not reach its topic, `NameHeld` if another run holds
+        the name there, and `ConfigError` if a line did not reach its file.
         """
         if self._sink:
             self.deliver_dead_letters()
             with self._sending("the last reports"):
                 self._sink.flush(_FLUSH_SECONDS)
         if self._unannounced:
-            self._announce(self._unannounced)
+            self._announce(self._unannounced, reachable=self._check_name())
         if self._letters_kept:
             _log.warning(
                 "%d dead letters that no broker took are in %s",
                 self._letters_kept,
                 self._dead_letters.path,
             )
-        if self._unannounced:
+        if self._unannounced and self._snapshot_topic:
             raise BrokerError(
                 f"the pointer to snapshot {self._unannounced.snapshot} did not reach topic "
-                f"{self._snapshot_topic!r}; the next run on {self._directory} sends it again"
+                f"{self._snapshot_topic.topic!r}; the next run on {self._directory} sends it again"
             )
         if self._unwritten:
             raise ConfigError(

@@ -34,6 +34,7 @@ def take(
     source: Source,
     positions: Mapping[int, int],
     *,
+    run: str,
     sequence: int,
     epoch: int,
     last_step: tuple[str, ...],
@@ -47,6 +48,7 @@ def take(
     manifest = Manifest(
         **msgspec.structs.asdict(identity),
         **state.describe(),
+        run=run,
         snapshot=snapshot.new_id(sequence, state.last_event_ms or 0),
         sequence=sequence,
         epoch=epoch,

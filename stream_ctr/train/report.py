@@ -24,6 +24,7 @@ from stream_ctr.evaluate.summary import (
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.learn.blend import BlendReport
+from stream_ctr.snapshots.contract import RunId
 from stream_ctr.snapshots.manifest import LedgerEntry
 from stream_ctr.train.alarms import stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
@@ -31,7 +32,7 @@ from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.state import TrainingState
 
-FORMAT = 1
+FORMAT = 2
 Kind = Literal["report", "final", "stopped"]
 Moment = Annotated[str, Meta(description="RFC 3339 in UTC, with milliseconds")]
 Tail = Annotated[
@@ -79,9 +80,10 @@ class Window(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class WindowReport(
     Window, frozen=True, forbid_unknown_fields=True, kw_only=True, tag_field="kind", tag="window"
 ):
-    """The report of one window that is final."""
+    """The report of one window that is final. `run` is the id of the run."""
 
     format: Count = FORMAT
+    run: RunId
 
 
 class StageTime(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -119,14 +121,15 @@ class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The state of a run. `final` and `stopped` reports end a run and hold more.
 
-    `seconds` is the age of the run, `events_per_second` counts the events that it read.
-    `event_time` is that of the last example, `watermark` the event time before which nothing more
-    is expected. `pending` impressions wait for their clicks, `lag` records are unread.
-    `snapshot` is the last one on disk. `stalled` names partitions whose clicks are overdue,
-    `refused` says why the model is not published, `left_out` why an additional model ended.
-    `withheld` says why no snapshot of this run is published; it is empty once one is.
-    `click_coverage` is the share of the clicks with a known fate that found their impression in
-    time. `window_curve` is the share of them that other label windows would lose.
+    `run` is the id of the run, which is in its snapshots and pointers too. `seconds` is the age of
+    the run, `events_per_second` counts the events that it read. `event_time` is that of the last
+    example, `watermark` the event time before which nothing more is expected. `pending` impressions
+    wait for their clicks, `lag` records are unread. `snapshot` is the last one on disk. `stalled`
+    names partitions whose clicks are overdue, `refused` says why the model is not published,
+    `left_out` why an additional model ended. `withheld` says why no snapshot of this run is
+    published; it is empty once one is. `click_coverage` is the share of the clicks with a known
+    fate that found their impression in time. `window_curve` is the share of them that other label
+    windows would lose.
 
     The metrics of `models` are progressive: each example is predicted just before it is learned,
     after its label window. Those of `as_served` are of the snapshot that was published when the
@@ -135,6 +138,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """
 
     format: Count = FORMAT
+    run: RunId
     kind: Kind
     examples: Count
     events: Count
@@ -176,6 +180,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 def build_report(
     kind: Kind,
     *,
+    run: str,
     state: TrainingState,
     status: SourceStatus,
     partitions: Sequence[tuple[str, int]],
@@ -194,6 +199,7 @@ def build_report(
     ends = kind != "report"
     rolling = board.windows.rolling_summary()
     fields = {
+        "run": run,
         "kind": kind,
         "examples": state.ledger.count,
         "events": counts["impressions"] + counts["clicks"],
@@ -239,9 +245,10 @@ def build_report(
     return msgspec.convert(fields, Report)
 
 
-def window_report(summary: WindowSummary) -> WindowReport:
-    """Build the report of a window that is final."""
-    return msgspec.convert({"kind": "window", **readable_window(summary)}, WindowReport)
+def window_report(summary: WindowSummary, run: str) -> WindowReport:
+    """Build the report of a window of a run that is final."""
+    fields = {"kind": "window", "run": run, **readable_window(summary)}
+    return msgspec.convert(fields, WindowReport)
 
 
 def to_json_object(report: Report | WindowReport) -> dict[str, Any]:

@@ -20,6 +20,15 @@ from stream_ctr.train.source import Source
 _log = logging.getLogger("stream_ctr.train")
 
 
+def require_run(manifest: Manifest, run: str, path: Path) -> None:
+    """Raise `ConfigError` unless the snapshot at `path` is of the run of the state directory."""
+    if manifest.run != run:
+        raise ConfigError(
+            f"snapshot {path.name} is of run {manifest.run}, and the state directory is that of "
+            f"run {run}: the snapshots of two runs were mixed. Move those of the other run away"
+        )
+
+
 def require_same_run(manifest: Manifest, identity: RunIdentity, source: Source, path: Path) -> None:
     """Raise `ConfigError` or `DataError` unless a run with this identity may resume from `path`."""
     _require_same_models(manifest, identity, path)

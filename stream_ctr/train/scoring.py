@@ -15,11 +15,11 @@ import numpy.typing as npt
 
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.scoreboard import PROGRESSIVE, Scoreboard
+from stream_ctr.evaluate.summary import WindowSummary
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots.snapshot_writer import Cut
 from stream_ctr.train.alarms import RunAlarms
 from stream_ctr.train.as_served import Copy
-from stream_ctr.train.report import WindowReport, window_report
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.stage_timer import StageTimer
 
@@ -60,7 +60,7 @@ class ScoringQueue:
         *,
         alarms: RunAlarms,
         timer: StageTimer,
-        report: Callable[[WindowReport], None],
+        report: Callable[[WindowSummary], None],
         keep: Callable[[LearnedBatch], None] = lambda learned: None,
     ) -> None:
         self._scoreboard = scoreboard
@@ -116,7 +116,7 @@ class ScoringQueue:
         """Report the windows that end at or before this event time, once each."""
         with self._timer("report"):
             for window in self._scoreboard.windows.close(before_ms):
-                self._report(window_report(window))
+                self._report(window)
 
     def _answer(
         self, baseline: SampledBaseline, *, wait: bool

@@ -43,8 +43,8 @@ from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
-from stream_ctr.train.report import Kind, Report, build_report, to_json_object
-from stream_ctr.train.resume import partition_names, require_same_run
+from stream_ctr.train.report import Kind, Report, build_report, to_json_object, window_report
+from stream_ctr.train.resume import partition_names, require_run, require_same_run
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
 from stream_ctr.train.snapshot_cycle import SnapshotCycle, SnapshotPolicy
@@ -129,7 +129,9 @@ class Trainer:
             baseline,
             alarms=self._alarms,
             timer=self.timer,
-            report=lambda window: publisher.report(to_json_object(window)),
+            report=lambda window: publisher.report(
+                to_json_object(window_report(window, publisher.run))
+            ),
             keep=predictions.add if predictions else lambda learned: None,
         )
         self._cut_copies: Sequence[Copy] = ()  # those that the snapshot in progress holds
@@ -405,6 +407,7 @@ class Trainer:
                 self._unscored.close_windows(joiner.watermark - joiner.label_window_ms)
             report = build_report(
                 kind,
+                run=self.publisher.run,
                 state=self.state,
                 status=self._status,
                 partitions=self.source.partitions,
@@ -459,6 +462,7 @@ class Trainer:
                 self.identity,
                 self.source,
                 self._status.positions,
+                run=self.publisher.run,
                 sequence=self.snapshots.next_sequence(),
                 epoch=self.publisher.epoch,
                 last_step=last_step,
@@ -498,6 +502,7 @@ class Trainer:
         Raises `ConfigError` if it was made with another configuration.
         """
         manifest, tensors = snapshot.load(path, signature=self.snapshots.policy.signature)
+        require_run(manifest, self.publisher.run, path)
         require_same_run(manifest, self.identity, self.source, path)
         missing = self.state.restore(path, manifest, tensors)
         if self.baseline:

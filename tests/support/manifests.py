@@ -24,6 +24,7 @@ from stream_ctr.snapshots.manifest import (
     Manifest,
 )
 
+RUN = "0123456789abcdef0123456789abcdef"
 TIME_MS = 1_735_726_500_000
 SCHEMA = Schema(
     fields=(
@@ -67,6 +68,7 @@ MANIFEST = Manifest(
         value_fields=(1,),
     ),
     config={"features": {"categorical": ["app", "os"], "numeric": ["age"]}},
+    run=RUN,
     snapshot="00000001-20250101T101500Z",
     sequence=1,
     epoch=3,
