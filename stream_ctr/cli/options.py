@@ -202,14 +202,14 @@ def load_config(
     from stream_ctr import config
 
     given = {name: value for name, value in (inputs or {}).items() if value is not None}
-    overrides: dict[str, dict[str, Any]] = {"input": given}
+    overrides: dict[str, Any] = {"input": given}
     properties: dict[str, str] = {}
     known = set(config.known_keys())
     for name, value in key_values(extra):
-        section, _, option = name.partition(".")
         if name in known:
-            overrides.setdefault(section, {})[option] = config.parse_text(section, option, value)
-        elif section in config.Config.model_fields:
+            layer = config.nested(name, config.parse_text(name, value))
+            overrides = config.merged(overrides, layer)
+        elif name.partition(".")[0] in config.Config.model_fields:
             raise ConfigError(f"unknown key {name!r}{nearest(name, known)}")
         elif hint := nearest(name, known, cutoff=MISSPELT):
             raise ConfigError(f"unknown key {name!r}{hint}")

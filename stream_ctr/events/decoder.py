@@ -4,7 +4,8 @@ A record holds one event as JSON (`json_events`), or many events in columns: a r
 with the bytes ff ff ff ff, with which no JSON begins, is an Arrow IPC stream (`arrow_events`). One
 poll may hold both kinds of records. The rules for an event are the same in both:
 
-- `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
+- `time` is a number of s, ms, us or ns since 1970, or a timestamp; JSON writes it as a number or
+  as RFC 3339. `times` has the rule.
 - A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
   value that is null or absent is missing.
 - `true_probability`, on impressions of simulated streams, is the probability from which the label
@@ -44,11 +45,7 @@ from stream_ctr.events.parsed_events import (
     ParsedEvents,
     Rejection,
 )
-
-# 1973-03-03 and 2100-01-01 in epoch milliseconds. A time outside of them is in seconds, zero, or
-# from a broken clock.
-EARLIEST_MS = 100_000_000_000
-LATEST_MS = 4_102_444_800_000
+from stream_ctr.events.times import DETECTED, EARLIEST_MS, LATEST_MS, TimeFormat
 
 # Every bad event of an Arrow record becomes a dead letter of its own. A record with more of them,
 # or whose dead letters would take more than 16 times its bytes (64 KiB at least), is rejected.
@@ -150,12 +147,13 @@ class Decoder:
         *,
         max_record_bytes: int = 1 << 20,
         max_ahead_ms: int = 300_000,
+        time_format: TimeFormat = DETECTED,
     ) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         self.max_ahead_ms = max_ahead_ms
-        self._json = JsonReader(fields, max_record_bytes=max_record_bytes)
-        self._arrow = ArrowReader(fields)
+        self._json = JsonReader(fields, max_record_bytes=max_record_bytes, time_format=time_format)
+        self._arrow = ArrowReader(fields, time_format=time_format)
 
     def decode(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None = None
@@ -234,7 +232,7 @@ _RULES = (
     _Rule("missing_time", "time is missing", lambda events, latest: ~events.has_time),
     _Rule(
         "time_out_of_range",
-        "time {time} ms is not between 1973 and 2100 (seconds?)",
+        "time {time} is not between 1973 and 2100",
         lambda events, latest: (events.time < EARLIEST_MS) | (events.time >= LATEST_MS),
     ),
     _Rule(

@@ -13,10 +13,11 @@ import pyarrow.ipc
 import pyarrow.parquet
 
 from stream_ctr.errors import DataError
-from stream_ctr.events.arrow_columns import epoch_ms, mask, one_array
-from stream_ctr.events.decoder import EARLIEST_MS, LATEST_MS, Decoder
+from stream_ctr.events.arrow_columns import mask, one_array
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import encode_clicks, encode_impressions
+from stream_ctr.events.times import EARLIEST_MS, LATEST_MS, TimeFormat
 from stream_ctr.logs.log import BATCH_ROWS, Log, LogBatch, in_time_order
 from stream_ctr.logs.rows import Rows
 from stream_ctr.logs.text_log import TextLog
@@ -181,7 +182,7 @@ class ColumnLog(Log):
 
 def _event_rows(rows: Rows) -> Rows:
     """Return the rows that hold an event; reject the others."""
-    rows = rows.parsed("time", epoch_ms, "epoch milliseconds, a timestamp or RFC 3339")
+    rows = rows.parsed("time", TimeFormat().epoch_ms, "epoch milliseconds, a timestamp or RFC 3339")
     rows = rows.identified("impression_id")
     time = rows.columns["time"]
     in_range = pc.and_(pc.greater_equal(time, EARLIEST_MS), pc.less(time, LATEST_MS))

@@ -24,12 +24,13 @@ every event where it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.logs.event_logs import MAGIC, ArrowLog, EventLog, ParquetLog
+from stream_ctr.logs.files import find_files
 from stream_ctr.logs.labelled_logs import (
     AVAZU_COLUMNS,
     CRITEO_COLUMNS,
@@ -38,11 +39,12 @@ from stream_ctr.logs.labelled_logs import (
     OpenBanditLog,
     SyntheticTimes,
 )
+from stream_ctr.logs.layout import PLAIN, Layout
 from stream_ctr.logs.log import DEFAULT_START_MS, Log
 from stream_ctr.logs.text_log import head
 from stream_ctr.messages import nearest
 
-__all__ = ["FORMATS", "open_log", "sniff"]
+__all__ = ["FORMATS", "open_log", "open_logs", "sniff"]
 
 _EVENT_LOGS: Mapping[str, type[EventLog | ParquetLog | ArrowLog]] = {
     log.format: log for log in (EventLog, ParquetLog, ArrowLog)
@@ -55,10 +57,50 @@ _LABELS = (b"0", b"1")
 _HOUR_CHARACTERS = len("YYMMDDHH")
 
 
+def open_logs(
+    sources: Sequence[Path | str],
+    *,
+    clicks: Sequence[Path | str] = (),
+    format: str | None = None,
+    layout: Layout = PLAIN,
+    seed: int = 0,
+    click_delay_seconds: float = 30.0,
+    rate: float = 100.0,
+    start_ms: int = DEFAULT_START_MS,
+    span: timedelta | None = None,
+) -> list[Log]:
+    """Return the logs that `sources` name, one for each file, in order.
+
+    `files.find_files` says what a source is. With `clicks`, the files of `sources` hold
+    impressions, and those of `clicks` their clicks, as many files of each. See `open_log` for the
+    other arguments. In logs without times, the times of each begin where those of the one before
+    it end.
+
+    Raises `DataError` when a source names no file or a log cannot be read, and `ConfigError` when
+    an argument is wrong.
+    """
+    if clicks:
+        raise ConfigError("--clicks is not there yet")
+    return [
+        open_log(
+            file.path,
+            format=format,
+            layout=layout,
+            seed=seed,
+            click_delay_seconds=click_delay_seconds,
+            rate=rate,
+            start_ms=start_ms,
+            span=span,
+        )
+        for file in find_files(sources)
+    ]
+
+
 def open_log(
     path: Path | str,
     *,
     format: str | None = None,
+    layout: Layout = PLAIN,
     seed: int = 0,
     click_delay_seconds: float = 30.0,
     rate: float = 100.0,
