@@ -211,7 +211,7 @@ def run(
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
         if source:
-            log = log_format.open(source, span=span)
+            log = log_format.open(source, span=span, layout=assembly.log_layout(config))
             notes = log.notes
             print_notes(notes)
             report = runs.train_on_log(log, config, lease, predictions=predictions)
@@ -285,6 +285,7 @@ def replay(
     stream-ctr replay events.jsonl --speed 60
     stream-ctr replay events.parquet --wire arrow
     """
+    from stream_ctr.cli.assembly import log_layout
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.cli.replay import produce
     from stream_ctr.connectors import kafka
@@ -292,7 +293,7 @@ def replay(
     factor = _speed(speed)
     config, properties = settings.load()
     client = settings.client(config, properties)
-    opened = log_format.open(log, span=span)
+    opened = log_format.open(log, span=span, layout=log_layout(config))
     with connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             plural = "s" * (partitions > 1)

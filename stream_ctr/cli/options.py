@@ -133,16 +133,24 @@ def settings_options(kinds: str = EVERY_KEY) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True, slots=True)
 class LogFormat:
-    """The format of a log, None to detect it, and the seed of what the log lacks."""
+    """The format of logs, None to detect it, the seed of what they lack, and files of clicks."""
 
     name: str | None = None
     seed: int = 0
+    clicks: tuple[str, ...] = ()
 
     def open(self, path: Path, **options: Any) -> Log:
-        """Open the log at `path`."""
-        from stream_ctr.logs.open import open_log
+        """Open the log that `path` names. Raises a usage error when it names several files."""
+        found = self.open_all([path], **options)
+        if len(found) > 1:
+            raise click.UsageError(f"{path} names {len(found)} files, and this command reads one")
+        return found[0]
 
-        return open_log(path, format=self.name, seed=self.seed, **options)
+    def open_all(self, sources: Sequence[Path | str], **options: Any) -> list[Log]:
+        """Open the logs that `sources` name, in order; see `open_logs`."""
+        from stream_ctr.logs.open import open_logs
+
+        return open_logs(sources, clicks=self.clicks, format=self.name, seed=self.seed, **options)
 
 
 def _span(ctx: click.Context, option: click.Parameter, text: str) -> timedelta:
@@ -170,7 +178,14 @@ def log_options(command: Command) -> Command:
             "--format",
             "format_name",
             metavar="NAME",
-            help="events, parquet, arrow, criteo, avazu or obd.  [default: sniffed]",
+            help="events, csv, tsv, json, parquet, arrow, criteo, avazu or obd.  [default: "
+            "sniffed]",
+        ),
+        click.option(
+            "--clicks",
+            multiple=True,
+            metavar="FILE",
+            help="The clicks on the impressions of the log, in a file of their own.",
         ),
         click.option(
             "--log-seed",
@@ -182,8 +197,10 @@ def log_options(command: Command) -> Command:
     )
 
     @wraps(command)
-    def called(*args: Any, format_name: str | None, log_seed: int, **given: Any) -> Any:
-        return command(*args, log_format=LogFormat(format_name, log_seed), **given)
+    def called(
+        *args: Any, format_name: str | None, log_seed: int, clicks: tuple[str, ...], **given: Any
+    ) -> Any:
+        return command(*args, log_format=LogFormat(format_name, log_seed, clicks), **given)
 
     return options(called)
 

@@ -286,27 +286,52 @@ def encode_impressions(
     >>> print(encode_impressions(pa.array(["a"]), time, features)[0].as_py().decode())
     {"kind":"impression","impression_id":"a","time":1735689600000,"features":{"app":"maps"}}
     """
+    parts = [
+        _member('{"kind":"impression","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _encoded_features(features, len(time)),
+    ]
+    if true_probability is not None:
+        probability = _member(',"true_probability":', pa.array(true_probability))
+        parts.append(pc.fill_null(probability, _NO_BYTES))
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+
+
+def encode_examples(
+    impression_id: pa.Array,
+    time: npt.NDArray[np.int64],
+    label: pa.Array,
+    features: Mapping[str, pa.Array],
+) -> pa.LargeBinaryArray:
+    """Return the JSON bytes of n labelled rows [n]. A label is 0 or 1; see `encode_impressions`.
+
+    >>> time = np.array([1735689600000])
+    >>> encode_examples(pa.array(["a"]), time, pa.array([1]), {"age": pa.array([31])})[0].as_py()
+    b'{"kind":"example","impression_id":"a","time":1735689600000,"label":1,"features":{"age":31}}'
+    """
+    parts = [
+        _member('{"kind":"example","impression_id":', impression_id),
+        _member(',"time":', pa.array(time)),
+        _member(',"label":', label),
+        _encoded_features(features, len(time)),
+    ]
+    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+
+
+def _encoded_features(features: Mapping[str, pa.Array], n: int) -> pa.LargeBinaryArray:
+    """Return the member `features` of each event, with its closing brace [n]."""
     # A member begins with a comma, and is empty when its value is missing. null_handling="skip"
     # would do, but with it Arrow 26 drops rows in which nothing is left to join.
     members = [_member(f",{json.dumps(name)}:", column) for name, column in features.items()]
     joined = pc.binary_join_element_wise(
-        *(members or [pa.repeat(_NO_BYTES, len(time))]),
+        *(members or [pa.repeat(_NO_BYTES, n)]),
         _NO_BYTES,
         null_handling="replace",
         null_replacement=b"",
     )
     # The opening replaces the first comma, if there is one.
     opened = pc.binary_replace_slice(joined, 0, 1, b',"features":{')
-    parts = [
-        _member('{"kind":"impression","impression_id":', impression_id),
-        _member(',"time":', pa.array(time)),
-        opened,
-        _CLOSING_BRACE,
-    ]
-    if true_probability is not None:
-        probability = _member(',"true_probability":', pa.array(true_probability))
-        parts.append(pc.fill_null(probability, _NO_BYTES))
-    return pc.binary_join_element_wise(*parts, _CLOSING_BRACE, _NO_BYTES)
+    return pc.binary_replace_slice(opened, _END, _END, b"}")
 
 
 def encode_clicks(impression_id: pa.Array, time: npt.NDArray[np.int64]) -> pa.LargeBinaryArray:

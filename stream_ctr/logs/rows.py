@@ -77,6 +77,18 @@ class Rows:
             self.rejected.add(int(self.line[index]), reason)
         return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
 
+    def with_column(self, name: str, column: pa.Array) -> Rows:
+        """Return the rows with a column more."""
+        return Rows(self.line, self.columns.append_column(name, column), self.rejected)
+
+    def parsed_into(
+        self, target: str, name: str, parse: Callable[[pa.Array], pa.Array], expected: str
+    ) -> Rows:
+        """Return the rows with a new column `target` of `parse(column)`; see `parsed`."""
+        column = self.columns[name]
+        copied = Rows(self.line, self.columns.append_column(target, column), self.rejected)
+        return copied.parsed(target, parse, expected, shown=name)
+
     def labelled(self, name: str) -> Rows:
         """Return the rows whose column `name` is the text 0 or 1."""
         return self.keep(mask(pc.is_in(self.columns[name], pa.array(["0", "1"]))), name, "0 or 1")
@@ -85,11 +97,18 @@ class Rows:
         """Return the rows that have an id in column `name`."""
         return self.keep(mask(pc.is_valid(self.columns[name])), name, "present")
 
-    def parsed(self, name: str, parse: Callable[[pa.Array], pa.Array], expected: str) -> Rows:
+    def parsed(
+        self,
+        name: str,
+        parse: Callable[[pa.Array], pa.Array],
+        expected: str,
+        *,
+        shown: str = "",
+    ) -> Rows:
         """Return the rows with column `name` replaced by `parse(column)`.
 
         `parse` raises `pa.ArrowInvalid` for a column with a value it cannot convert. The rows of
-        such values are rejected.
+        such values are rejected; the reason names the column `shown`, or else `name`.
         """
         rows = self
         column = one_array(self.columns[name])
@@ -98,7 +117,7 @@ class Rows:
         except pa.ArrowInvalid:
             good = np.ones(len(column), bool)
             good[_refused(column, parse)] = False
-            rows = self.keep(good, name, expected)
+            rows = self.keep(good, shown or name, expected)
             values = parse(one_array(rows.columns[name]))
         index = rows.columns.schema.get_field_index(name)
         return Rows(rows.line, rows.columns.set_column(index, name, values), rows.rejected)

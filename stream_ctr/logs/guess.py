@@ -1,0 +1,245 @@
+"""Guess what the columns of a file mean, from a sample of its rows.
+
+A guess goes by the values first and by the name second, and gives its reason. The rules:
+
+- *Time*: all values are times, or numbers that are times between 2000 and 2040 in one unit. Numbers
+  need a name that says time, because an id may look like one.
+- *Kind*: all values are `impression`, `click` or `example`.
+- *Click time*: a second time that is missing in some rows, or whose name says click.
+- *Label*: the values are 0 and 1, or false and true; of several such columns, the one whose name
+  says so.
+- *Id*: the name says id of an impression, an event or a row, and no two rows share a value.
+- *Fields*: every other column that has more than one value. Text, booleans, ids, codes, whole
+  numbers of 9 digits or more and whole numbers with few values are categorical; other numbers are
+  numeric. A categorical column whose values all differ is left out, because nothing can be learned
+  from a value that is seen once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from stream_ctr.errors import DataError
+from stream_ctr.events.arrow_columns import one_array
+from stream_ctr.events.field import Field
+from stream_ctr.logs.columns import (
+    Columns,
+    as_text,
+    feature_types,
+    is_moment,
+    is_number,
+    numbers,
+    typed_fields,
+)
+from stream_ctr.logs.rows import Rejected
+from stream_ctr.logs.tables import Table
+from stream_ctr.messages import one_line
+
+_SAMPLE_ROWS = 20_000
+_FEW_VALUES = 20
+_ROWS_A_VALUE = 10  # that a value of a few has at least, on average
+_LONG_INTEGER = 10**8
+_LEAST_UNIQUE_ROWS = 100
+_CODE_WORDS = frozenset(
+    ("id", "ids", "code", "key", "hash", "zip", "zipcode", "postcode", "type", "category", "class")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The first rows of a table, with all columns that can be read, as text or as they are."""
+
+    table: Table
+    columns: Mapping[str, pa.Array]
+    rows: int
+    rejected: Rejected
+
+
+def read_sample(table: Table, names: Sequence[str] | None = None) -> Sample:
+    """Return a sample of the columns `names`, or of all.
+
+    Raises `DataError` when the table has no row that can be read.
+    """
+    names = list(table.types) if names is None else list(names)
+    rejected = Rejected()
+    tables: list[pa.Table] = []
+    count = 0
+    for rows in table.batches(names, rejected):
+        tables.append(rows.columns)
+        count += len(rows.line)
+        if count >= _SAMPLE_ROWS:
+            break
+    if not count:
+        line, reason = min(rejected.first, default=(1, "there are no rows"))
+        raise DataError(f"nothing in {table.name} can be read; {table.name}:{line}: {reason}")
+    columns = {
+        name: _together([one_array(part[name]) for part in tables])[:_SAMPLE_ROWS] for name in names
+    }
+    return Sample(table, columns, min(count, _SAMPLE_ROWS), rejected)
+
+
+def _together(parts: Sequence[pa.Array]) -> pa.Array:
+    """Return the parts as one array; as text, if blocks of the file have different types."""
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.type for part in parts}) > 1 or pa.types.is_dictionary(parts[0].type):
+        parts = [as_text(part) for part in parts]
+    return pa.concat_arrays(parts)
+
+
+class Facts:
+    """What the sample of a column shows."""
+
+    def __init__(self, name: str, column: pa.Array) -> None:
+        self.name = name
+        self.type = column.type
+        self.column = column
+        self.rows = len(column)
+
+    @cached_property
+    def usable(self) -> bool:
+        """Whether the type can be that of a feature."""
+        kind = self.type
+        return is_number(kind) or is_moment(kind) or self.is_boolean or self.text is not None
+
+    @cached_property
+    def is_boolean(self) -> bool:
+        return bool(pa.types.is_boolean(self.type))
+
+    @cached_property
+    def text(self) -> pa.StringArray | None:
+        """The values as text without the missing ones, or None if they cannot be text."""
+        try:
+            return as_text(self.column).drop_null()
+        except (pa.ArrowException, UnicodeDecodeError):
+            return None
+
+    @cached_property
+    def present(self) -> int:
+        return len(self.text) if self.text is not None else 0
+
+    @cached_property
+    def distinct(self) -> int:
+        return int(pc.count_distinct(self.text).as_py()) if self.present else 0
+
+    @cached_property
+    def numbers(self) -> npt.NDArray[np.float64] | None:
+        """The numbers, or None if a value is none."""
+        if self.is_boolean or is_moment(self.type) or not self.present:
+            return None
+        try:
+            found = numbers(self.column if is_number(self.type) else self.text).cast(pa.float64())
+        except pa.ArrowException:
+            return None
+        values = found.drop_null().to_numpy()
+        return values if len(values) else None
+
+    @cached_property
+    def is_whole(self) -> bool:
+        return self.numbers is not None and bool((self.numbers == np.floor(self.numbers)).all())
+
+    @cached_property
+    def has_leading_zeros(self) -> bool:
+        found = pc.match_substring_regex(self.text, r"^0\d")
+        return bool(self.present and pc.any(found).as_py())
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The words of the name, in lower case.
+
+        >>> Facts("userId_v2", pa.array([1])).words
+        ('user', 'id', 'v2')
+        """
+        return words(self.name)
+
+    @cached_property
+    def shown(self) -> str:
+        """The name for a message."""
+        return one_line(self.name, 60)
+
+
+def words(name: str) -> tuple[str, ...]:
+    """Return the words of a name in lower case.
+
+    >>> words("userId_v2"), words("Zeit Stempel")
+    (('user', 'id', 'v2'), ('zeit', 'stempel'))
+    """
+    parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
+    return tuple(re.findall(r"[^\W_]+", parted.lower()))
+
+
+@dataclass(frozen=True, slots=True)
+class FieldGuess:
+    """A column as a field, or None if it is left out, and the reason."""
+
+    name: str
+    field: Field | None
+    reason: str
+
+
+def guess_field(facts: Facts) -> FieldGuess:
+    """Return the kind of field that a column is."""
+    kind, reason = _guess_kind(facts)
+    field = Field(facts.name, "numeric" if kind == "numeric" else "categorical") if kind else None
+    return FieldGuess(facts.name, field, reason)
+
+
+def _guess_kind(facts: Facts) -> tuple[str, str]:
+    if not facts.usable:
+        return "", f"{facts.type} cannot be a feature"
+    if not facts.present:
+        return "", "no values"
+    if facts.distinct == 1:
+        return "", f"always {one_line(facts.text[0].as_py(), 40)!r}"
+    kind, reason = _kind_of_values(facts)
+    all_differ = facts.distinct == facts.present >= _LEAST_UNIQUE_ROWS
+    if kind == "categorical" and all_differ:
+        return "", f"{reason}, and all values differ"
+    return kind, reason
+
+
+def _kind_of_values(facts: Facts) -> tuple[str, str]:
+    if facts.is_boolean:
+        return "categorical", "booleans"
+    if facts.numbers is None:
+        return "categorical", "dates" if is_moment(facts.type) else "text"
+    if not facts.is_whole:
+        return "numeric", "numbers with fractions"
+    if facts.words and facts.words[-1] in _CODE_WORDS:
+        return "categorical", f"the name says {facts.words[-1]}"
+    if facts.has_leading_zeros:
+        return "categorical", "codes with leading zeros"
+    if np.abs(facts.numbers).max() >= _LONG_INTEGER:
+        return "categorical", "whole numbers of 9 digits or more"
+    if facts.distinct <= min(_FEW_VALUES, facts.present / _ROWS_A_VALUE):
+        return "categorical", f"{facts.distinct} different whole numbers"
+    return "numeric", "whole numbers"
+
+
+def guess_fields(table: Table, columns: Columns) -> tuple[tuple[Field, ...], tuple[str, ...]]:
+    """Return the fields of a table whose layout names none, and a sentence about each guess."""
+    if not table.untyped:
+        return typed_fields(table, columns), ()
+    sample = read_sample(table, list(feature_types(table, columns)))
+    guesses = [guess_field(Facts(name, column)) for name, column in sample.columns.items()]
+    fields = tuple(guess.field for guess in guesses if guess.field)
+    return fields, tuple(_field_notes(guesses))
+
+
+def _field_notes(guesses: Sequence[FieldGuess]) -> Iterator[str]:
+    groups: dict[str, list[str]] = {"categorical": [], "numeric": [], "": []}
+    for guess in guesses:
+        groups[guess.field.kind if guess.field else ""].append(one_line(guess.name, 60))
+    for kind in ("categorical", "numeric"):
+        if groups[kind]:
+            yield f"no fields configured; guessed as {kind}: {', '.join(groups[kind])}"
+    if groups[""]:
+        yield f"no fields configured; left out: {', '.join(groups[''])}"
