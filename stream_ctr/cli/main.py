@@ -22,6 +22,7 @@ import msgspec
 
 from stream_ctr import __version__
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
@@ -88,6 +89,7 @@ def main(verbose: int) -> None:
 
     \b
     stream-ctr demo                                   everything on this machine, in about a minute
+    stream-ctr init log.csv > my.toml                 a configuration for a log of your own
     stream-ctr run --topic clicks                     learn from Kafka
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
@@ -517,5 +519,5 @@ def demo(
     run_demo(config, impressions=impressions, seed=seed, state=state)
 
 
-for _command in (subscribe, score, paper, snapshots, dlq):
+for _command in (init, subscribe, score, paper, snapshots, dlq):
     main.add_command(_command)

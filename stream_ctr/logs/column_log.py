@@ -147,8 +147,9 @@ class ColumnLog(Log):
         columns = self.columns
         if columns.shape == "events":
             rows = rows.parsed_into(_KIND, columns.kind, _as_text, "text")
-            known = pc.is_in(rows.columns[_KIND], pa.array(_KINDS))
-            rows = rows.keep(mask(known), columns.kind, "impression, click or example")
+            kinds = _KINDS if columns.label else _KINDS[:2]
+            known = pc.is_in(rows.columns[_KIND], pa.array(kinds))
+            rows = rows.keep(mask(known), columns.kind, " or ".join(kinds))
         if columns.shape == "examples":
             rows = self._labelled(rows)
         return rows
@@ -216,12 +217,10 @@ class ColumnLog(Log):
                 continue
             kind = rows.columns[_KIND]
             parts = [(each, mask(pc.equal(kind, each))) for each in _KINDS]
-            batches = [
-                self._encoded(_filtered(rows, chosen), each)
-                for each, chosen in parts
-                if chosen.any()
-            ]
-            yield _in_line_order(batches)
+            parts = [part for part in parts if part[1].any()] or parts[:1]
+            yield _in_line_order(
+                [self._encoded(_filtered(rows, rows_of), each) for each, rows_of in parts]
+            )
 
     def _encoded(self, rows: Rows, kind: str) -> pa.RecordBatch:
         """Return events of one kind as columns time, key, value, line."""
@@ -260,9 +259,9 @@ class ColumnLog(Log):
     def _unit_notes(self, name: str) -> Iterator[str]:
         """Yield the unit or the zone that the first times are read in."""
         kind = self.table.types[name]
-        if kind is not None and is_moment(kind) and not self._formats.zone:
-            if getattr(kind, "tz", None) is None:
-                yield f"{one_line(name)} names no time zone and is read as UTC (input.time_zone)"
+        in_zone = kind is None or not is_moment(kind) or getattr(kind, "tz", None)
+        if not (in_zone or self._formats.zone):
+            yield f"{one_line(name)} names no time zone and is read as UTC (input.time_zone)"
         if kind is None or not is_number(kind) or self._formats.unit:
             return
         for rows in self.table.batches([name], Rejected()):
@@ -302,21 +301,9 @@ def _in_line_order(batches: Sequence[pa.RecordBatch]) -> pa.RecordBatch:
     """Return the rows of the batches as one, in the order of their lines."""
     if len(batches) == 1:
         return batches[0]
-    if not batches:
-        return pa.RecordBatch.from_pylist([], _EVENT_SCHEMA)
     table = pa.Table.from_batches(batches).combine_chunks()
     order = np.argsort(table["line"].to_numpy(), kind="stable")
     return table.take(pa.array(order)).combine_chunks().to_batches()[0]
-
-
-_EVENT_SCHEMA = pa.schema(
-    [
-        ("time", pa.int64()),
-        ("key", pa.large_binary()),
-        ("value", pa.large_binary()),
-        ("line", pa.int64()),
-    ]
-)
 
 
 def _log_batch(batch: pa.RecordBatch) -> LogBatch:

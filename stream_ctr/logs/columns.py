@@ -315,7 +315,7 @@ def ids(column: pa.Array) -> pa.StringArray:
 
 
 def categories(column: pa.Array) -> pa.Array:
-    """Return the values of a categorical field: text, integers or booleans, or a dictionary of text.
+    """Return the values of a categorical field: text, integers, booleans, or a dictionary of text.
 
     Numbers with a fraction, dates and timestamps become text.
 

@@ -57,7 +57,7 @@ class _XzStream(io.RawIOBase):
     """The decompressed bytes of an xz file. `OSError` is its only error."""
 
     def __init__(self, file: pa.OSFile) -> None:
-        self._file = lzma.LZMAFile(file)
+        self._file = lzma.LZMAFile(file)  # noqa: SIM115
 
     def readable(self) -> bool:
         return True

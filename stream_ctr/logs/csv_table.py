@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from stream_ctr.errors import DataError
+from stream_ctr.events.times import DETECTED
 from stream_ctr.logs.compression import decompressed
 from stream_ctr.logs.rows import Rejected, Rows
 from stream_ctr.logs.tables import Table
@@ -137,6 +138,31 @@ def guess_delimiter(first: bytes) -> str:
     return best[2]
 
 
+def has_header(table: CsvTable) -> bool:
+    """Return whether the first row of a table that was opened with it as a header is one.
+
+    The names of a header are all there, all different, and neither numbers nor times.
+    """
+    names = next(sample_rows(text_head(table.path), table.delimiter, 1))
+    if table.repeated or sum(not name.strip() for name in names) > 1:
+        return False
+    return not any(_is_value(name.strip()) for name in names)
+
+
+def _is_value(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return DETECTED.parse(cell) is not None or DETECTED.lacks_zone(cell)
+    return True
+
+
+def made_names(table: CsvTable) -> tuple[str, ...]:
+    """Return names for the columns of a file without a header: c1, c2, and so on."""
+    width = len(next(sample_rows(text_head(table.path), table.delimiter, 1)))
+    return tuple(f"c{index}" for index in range(1, width + 1))
+
+
 # -- blocks --------------------------------------------------------------------------------------
 
 
@@ -226,7 +252,7 @@ def _scan(
     for i in range(len(data)):
         c = data[i]
         if c == _QUOTE:
-            if state == _CELL_BEGINS or state == _AFTER_QUOTE:
+            if state in (_CELL_BEGINS, _AFTER_QUOTE):
                 state = _IN_QUOTES
             elif state == _IN_QUOTES:
                 state = _AFTER_QUOTE

@@ -17,10 +17,9 @@ A guess goes by the values first and by the name second, and gives its reason. T
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
@@ -28,152 +27,46 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.errors import DataError
-from stream_ctr.events.arrow_columns import one_array
 from stream_ctr.events.field import Field
+from stream_ctr.events.times import DETECTED, TimeFormat, infer_unit, unit_words
 from stream_ctr.logs.columns import (
     Columns,
     as_text,
     feature_types,
     is_moment,
-    is_number,
-    numbers,
+    labels,
+    shown_columns,
     typed_fields,
 )
-from stream_ctr.logs.rows import Rejected
+from stream_ctr.logs.facts import Facts, Sample, read_sample
+from stream_ctr.logs.layout import ColumnNames
 from stream_ctr.logs.tables import Table
-from stream_ctr.messages import one_line
+from stream_ctr.messages import nearest, one_line
 
-_SAMPLE_ROWS = 20_000
 _FEW_VALUES = 20
 _ROWS_A_VALUE = 10  # that a value of a few has at least, on average
 _LONG_INTEGER = 10**8
 _LEAST_UNIQUE_ROWS = 100
+_ODD_SHARE = 0.01  # of values that may be no times
+_YEAR_2000_MS = 946_684_800_000
+_YEAR_2040_MS = 2_208_988_800_000
+_TIME_WORDS = frozenset(("ts", "time", "date", "datetime", "dt", "when", "at", "hour", "day"))
+_LABEL_WORDS: Mapping[str, int] = {
+    word: rank
+    for rank, word in enumerate(
+        ("label", "clicked", "click", "clk", "clicks", "target", "y", "response", "outcome")
+        + ("converted", "conversion", "purchased", "purchase", "bought", "action", "engaged")
+    )
+}
+_OUTCOME_WORDS = frozenset(
+    ("click", "clicks", "clicked", "conversion", "conversions", "converted", "purchased")
+    + ("attributed", "revenue", "payout", "dwell")
+)
+_ID_WORDS = frozenset(("id", "uuid", "guid", "key"))
+_EVENT_WORDS = frozenset(("impression", "imp", "event", "request", "row", "view", "show", "ad"))
 _CODE_WORDS = frozenset(
     ("id", "ids", "code", "key", "hash", "zip", "zipcode", "postcode", "type", "category", "class")
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """The first rows of a table, with all columns that can be read, as text or as they are."""
-
-    table: Table
-    columns: Mapping[str, pa.Array]
-    rows: int
-    rejected: Rejected
-
-
-def read_sample(table: Table, names: Sequence[str] | None = None) -> Sample:
-    """Return a sample of the columns `names`, or of all.
-
-    Raises `DataError` when the table has no row that can be read.
-    """
-    names = list(table.types) if names is None else list(names)
-    rejected = Rejected()
-    tables: list[pa.Table] = []
-    count = 0
-    for rows in table.batches(names, rejected):
-        tables.append(rows.columns)
-        count += len(rows.line)
-        if count >= _SAMPLE_ROWS:
-            break
-    if not count:
-        line, reason = min(rejected.first, default=(1, "there are no rows"))
-        raise DataError(f"nothing in {table.name} can be read; {table.name}:{line}: {reason}")
-    columns = {
-        name: _together([one_array(part[name]) for part in tables])[:_SAMPLE_ROWS] for name in names
-    }
-    return Sample(table, columns, min(count, _SAMPLE_ROWS), rejected)
-
-
-def _together(parts: Sequence[pa.Array]) -> pa.Array:
-    """Return the parts as one array; as text, if blocks of the file have different types."""
-    if len(parts) == 1:
-        return parts[0]
-    if len({part.type for part in parts}) > 1 or pa.types.is_dictionary(parts[0].type):
-        parts = [as_text(part) for part in parts]
-    return pa.concat_arrays(parts)
-
-
-class Facts:
-    """What the sample of a column shows."""
-
-    def __init__(self, name: str, column: pa.Array) -> None:
-        self.name = name
-        self.type = column.type
-        self.column = column
-        self.rows = len(column)
-
-    @cached_property
-    def usable(self) -> bool:
-        """Whether the type can be that of a feature."""
-        kind = self.type
-        return is_number(kind) or is_moment(kind) or self.is_boolean or self.text is not None
-
-    @cached_property
-    def is_boolean(self) -> bool:
-        return bool(pa.types.is_boolean(self.type))
-
-    @cached_property
-    def text(self) -> pa.StringArray | None:
-        """The values as text without the missing ones, or None if they cannot be text."""
-        try:
-            return as_text(self.column).drop_null()
-        except (pa.ArrowException, UnicodeDecodeError):
-            return None
-
-    @cached_property
-    def present(self) -> int:
-        return len(self.text) if self.text is not None else 0
-
-    @cached_property
-    def distinct(self) -> int:
-        return int(pc.count_distinct(self.text).as_py()) if self.present else 0
-
-    @cached_property
-    def numbers(self) -> npt.NDArray[np.float64] | None:
-        """The numbers, or None if a value is none."""
-        if self.is_boolean or is_moment(self.type) or not self.present:
-            return None
-        try:
-            found = numbers(self.column if is_number(self.type) else self.text).cast(pa.float64())
-        except pa.ArrowException:
-            return None
-        values = found.drop_null().to_numpy()
-        return values if len(values) else None
-
-    @cached_property
-    def is_whole(self) -> bool:
-        return self.numbers is not None and bool((self.numbers == np.floor(self.numbers)).all())
-
-    @cached_property
-    def has_leading_zeros(self) -> bool:
-        found = pc.match_substring_regex(self.text, r"^0\d")
-        return bool(self.present and pc.any(found).as_py())
-
-    @cached_property
-    def words(self) -> tuple[str, ...]:
-        """The words of the name, in lower case.
-
-        >>> Facts("userId_v2", pa.array([1])).words
-        ('user', 'id', 'v2')
-        """
-        return words(self.name)
-
-    @cached_property
-    def shown(self) -> str:
-        """The name for a message."""
-        return one_line(self.name, 60)
-
-
-def words(name: str) -> tuple[str, ...]:
-    """Return the words of a name in lower case.
-
-    >>> words("userId_v2"), words("Zeit Stempel")
-    (('user', 'id', 'v2'), ('zeit', 'stempel'))
-    """
-    parted = re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name)
-    return tuple(re.findall(r"[^\W_]+", parted.lower()))
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,3 +136,331 @@ def _field_notes(guesses: Sequence[FieldGuess]) -> Iterator[str]:
             yield f"no fields configured; guessed as {kind}: {', '.join(groups[kind])}"
     if groups[""]:
         yield f"no fields configured; left out: {', '.join(groups[''])}"
+
+
+# -- what the columns mean -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutGuess:
+    """The layout of a file, and the reason for each column and field by its name.
+
+    `reasons` is by the key of `ColumnNames`. `label_mean` is the share of labels that are 1.
+    """
+
+    columns: ColumnNames
+    needs_zone: bool
+    reasons: Mapping[str, str]
+    fields: tuple[FieldGuess, ...]
+
+
+def guess_layout(sample: Sample, named: ColumnNames) -> LayoutGuess:
+    """Return the layout that a sample suggests; `named` columns are what they are named.
+
+    Raises `DataError` when the sample has neither labels, kinds nor click times, when the labels
+    are not 0 and 1 or all the same, and when no column is left as a field.
+    """
+    facts = {name: Facts(name, column) for name, column in sample.columns.items()}
+    roles = _Roles(sample, facts, named)
+    roles.find()
+    fields = tuple(_guess_layout_fields(roles))
+    if not any(guess.field for guess in fields):
+        left_out = "; ".join(f"{one_line(guess.name, 40)}: {guess.reason}" for guess in fields)
+        raise DataError(
+            f"no column of {sample.table.name} can be a feature"
+            + (f" ({left_out:.400})" if left_out else "")
+        )
+    return LayoutGuess(
+        columns=ColumnNames(**roles.found),
+        needs_zone=roles.needs_zone,
+        reasons=roles.reasons,
+        fields=fields,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Moments:
+    """A column as times: epoch ms of those that are present, and how they are written."""
+
+    ms: npt.NDArray[np.int64]
+    form: str
+    lacks_zone: bool
+    is_sorted: bool
+
+
+class _Roles:
+    """The columns of a sample by their meaning, found one after another.
+
+    `found` maps keys of `ColumnNames` to columns; `reasons` says why.
+    """
+
+    def __init__(self, sample: Sample, facts: Mapping[str, Facts], named: ColumnNames) -> None:
+        self.sample = sample
+        self.facts = facts
+        given = {role: getattr(named, role) for role in named.__slots__}
+        self.found = {role: name for role, name in given.items() if name}
+        self.reasons = dict.fromkeys(self.found, "named")
+        self.needs_zone = False
+        for role, name in self.found.items():
+            if name not in facts:
+                raise DataError(
+                    f"input.columns.{role} names {one_line(name)!r}, which is no column of "
+                    f"{sample.table.name}{nearest(name, facts)}; {shown_columns(sample.table)}"
+                )
+        self._moments = {name: found for name in facts if (found := _moments(facts[name]))}
+
+    def find(self) -> None:
+        self._find_features()
+        self._find_kind()
+        self._find_times()
+        if "kind" not in self.found and "click_time" not in self.found:
+            self._find_label()
+        self._find_id()
+
+    @property
+    def shape(self) -> str:
+        return next(role for role in ("kind", "click_time", "label") if role in self.found)
+
+    def free(self) -> Iterator[Facts]:
+        """Yield the columns that have no meaning yet."""
+        used = set(self.found.values())
+        return (facts for name, facts in self.facts.items() if name not in used)
+
+    def _take(self, role: str, facts: Facts, reason: str) -> None:
+        self.found[role] = facts.name
+        self.reasons[role] = reason
+
+    def _find_features(self) -> None:
+        column = self.facts.get("features")
+        if "features" not in self.found and column and pa.types.is_struct(column.type):
+            self._take("features", column, "a struct")
+
+    def _find_kind(self) -> None:
+        if {"kind", "label", "click_time"} & self.found.keys():
+            return
+        for facts in self.free():
+            kinds = set(pc.unique(facts.text).to_pylist()) if facts.distinct <= 3 else set()
+            if kinds and kinds <= {"impression", "click", "example"}:
+                self._take("kind", facts, f"the values are {' and '.join(sorted(kinds))}")
+                return
+
+    def _find_times(self) -> None:
+        """Find the column of times, and that of click times."""
+        candidates = [self.facts[name] for name in self._moments]
+        candidates = [facts for facts in candidates if facts.name not in self.found.values()]
+        clicks = [
+            facts
+            for facts in candidates
+            if "click" in facts.name.lower() and facts.present < facts.rows
+        ]
+        if not {"kind", "label", "click_time"} & self.found.keys() and clicks:
+            share = 1 - clicks[0].present / clicks[0].rows
+            self._take("click_time", clicks[0], f"times, missing in {share:.1%} of the rows")
+        if "time" not in self.found:
+            shown = [
+                facts for facts in candidates if facts not in clicks and facts.present == facts.rows
+            ]
+            if shown:
+                best = max(shown, key=lambda facts: (_says_time(facts), facts.distinct))
+                self._take("time", best, self._moments[best.name].form)
+        for role in ("time", "click_time"):
+            moments = self._moments.get(self.found.get(role, ""))
+            if moments:
+                self.needs_zone |= moments.lacks_zone
+                self.reasons[role] += f", {_range(moments.ms)}"
+
+    def _find_label(self) -> None:
+        name = self.found.get("label")
+        facts = self.facts[name] if name else self._guessed_label()
+        self._take("label", facts, self._label_reason(facts))
+
+    def _guessed_label(self) -> Facts:
+        named = [facts for facts in self.free() if _says_label(facts)]
+        binary = [facts for facts in self.free() if _binary(facts) is not None]
+        best = [facts for facts in named if facts in binary]
+        if best:
+            return min(best, key=lambda facts: _label_rank(facts))
+        if named:
+            return min(named, key=lambda facts: _label_rank(facts))  # its values are refused below
+        varied = [facts for facts in binary if facts.distinct == 2]
+        if len(varied) == 1:
+            return varied[0]
+        choices = ", ".join(facts.shown for facts in varied[:5])
+        which = f"one of {choices} may be it" if varied else "no column holds 0 and 1"
+        raise DataError(
+            f"{self.sample.table.name} has no column that says who clicked: {which}; name it with "
+            "-X input.columns.label=NAME (0 or 1), click_time=NAME or kind=NAME; "
+            f"{shown_columns(self.sample.table)}"
+        )
+
+    def _label_reason(self, facts: Facts) -> str:
+        """Return what the labels are. Raises `DataError` if they are not 0 and 1, or all one."""
+        ones = _binary(facts)
+        name = self.sample.table.name
+        if ones is None:
+            values = pc.value_counts(facts.text).to_pylist() if facts.present else []
+            shown = ", ".join(repr(each["values"])[:40] for each in values[:4])
+            missing = "" if facts.present == facts.rows else "; some are missing"
+            raise DataError(
+                f"{name}: column {facts.shown} cannot be the label: labels are 0 and 1, and it has "
+                f"{shown}{', ...' if len(values) > 4 else ''}{missing}"
+            )
+        mean = float(ones.mean())
+        if mean in (0.0, 1.0):
+            raise DataError(
+                f"{name}: column {facts.shown} is {int(mean)} in all of the first {len(ones):,} "
+                "rows: a model learns from rows of both labels"
+            )
+        return f"0 and 1; {mean:.2%} of the first {len(ones):,} rows are 1"
+
+    def _find_id(self) -> None:
+        if "id" in self.found:
+            return
+        ranked = [(rank, facts) for facts in self.free() if (rank := _id_rank(facts)) is not None]
+        if self.shape == "kind":
+            ranked = [(rank, facts) for rank, facts in ranked if self._repeats_by_kind(facts)]
+        else:
+            ranked = [(rank, facts) for rank, facts in ranked if facts.distinct == facts.rows]
+        if ranked:
+            _, best = min(ranked, key=lambda pair: pair[0])
+            self._take("id", best, "no two rows share a value" if self.shape != "kind" else "an id")
+        elif self.shape == "kind":
+            raise DataError(
+                f"{self.sample.table.name} has events and no column of ids by which clicks find "
+                "their impressions; name it with -X input.columns.id=NAME; "
+                f"{shown_columns(self.sample.table)}"
+            )
+
+    def _repeats_by_kind(self, facts: Facts) -> bool:
+        """Return whether the values are ids of impressions, which differ between impressions."""
+        kind = self.facts[self.found["kind"]].column
+        shown = facts.column.filter(pc.equal(as_text(kind), "impression"))
+        ids = Facts(facts.name, shown)
+        return ids.distinct == len(shown)
+
+
+def _moments(facts: Facts) -> _Moments | None:
+    """Return a column as times, or None if its values or its name speak against it."""
+    if facts.distinct < 2 or facts.is_boolean:
+        return None
+    lacks_zone = False
+    if is_moment(facts.type):
+        form = str(facts.type)
+        ms = DETECTED.epoch_ms(facts.column.drop_null())
+        lacks_zone = getattr(facts.type, "tz", None) is None
+    elif facts.numbers is not None:
+        unit = infer_unit(facts.numbers)
+        if unit is None or facts.has_leading_zeros:
+            return None
+        form = f"epoch {unit_words(unit)}"
+        ms = pa.array(TimeFormat(unit).from_numbers(facts.numbers))
+    else:
+        form = "RFC 3339"
+        ms = DETECTED.from_text(facts.text)
+        if ms.null_count > _ODD_SHARE * len(ms):
+            form, lacks_zone = "times without a zone", True
+            ms = TimeFormat(zone="UTC").from_text(facts.text)
+    return _plausible(facts, ms, form, lacks_zone)
+
+
+def _plausible(facts: Facts, column: pa.Int64Array, form: str, lacks_zone: bool) -> _Moments | None:
+    ms = column.drop_null().to_numpy()
+    within = (ms >= _YEAR_2000_MS) & (ms < _YEAR_2040_MS)
+    if np.count_nonzero(within) < (1 - _ODD_SHARE) * facts.present:
+        return None
+    ms = ms[within]
+    is_sorted = bool((np.diff(ms) >= 0).all())
+    if facts.numbers is not None and not (_says_time(facts) or is_sorted):
+        return None
+    return _Moments(ms, form, lacks_zone, is_sorted)
+
+
+def _range(ms: npt.NDArray[np.int64]) -> str:
+    ends = (datetime.fromtimestamp(int(each) / 1000, UTC) for each in (ms.min(), ms.max()))
+    return " to ".join(f"{end:%Y-%m-%d %H:%M:%S}" for end in ends)
+
+
+def _says_time(facts: Facts) -> bool:
+    return any(word in _TIME_WORDS or word.endswith(("time", "stamp")) for word in facts.words)
+
+
+def _says_label(facts: Facts) -> bool:
+    return bool(_LABEL_WORDS.keys() & set(facts.words)) and not _says_time(facts)
+
+
+def _label_rank(facts: Facts) -> int:
+    return min(_LABEL_WORDS[word] for word in facts.words if word in _LABEL_WORDS)
+
+
+def _binary(facts: Facts) -> npt.NDArray[np.int8] | None:
+    """Return the values as 0 and 1, or None if they are something else or missing."""
+    if facts.text is None or not facts.present or facts.present < facts.rows:
+        return None
+    try:
+        return np.asarray(labels(facts.column if facts.is_boolean else facts.text).to_numpy())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _id_rank(facts: Facts) -> int | None:
+    """Return how little the name says that it is the id of an impression; None: not at all."""
+    if facts.present < facts.rows or facts.text is None or is_moment(facts.type):
+        return None
+    if facts.numbers is not None and not facts.is_whole:
+        return None
+    said = set(facts.words)
+    joined = "".join(facts.words)
+    if joined in ("impressionid", "impid"):
+        return 0
+    if not (said & _ID_WORDS or joined.endswith("id")):
+        return None
+    return 1 if said & _EVENT_WORDS else 2 if len(facts.words) == 1 else 3
+
+
+def _guess_layout_fields(roles: _Roles) -> Iterator[FieldGuess]:
+    label = _outcome(roles)
+    for facts in _feature_facts(roles):
+        guess = guess_field(facts)
+        if guess.field and not facts.name.strip():
+            guess = FieldGuess(facts.name, None, "it has no name")
+        elif guess.field and _counts_rows(facts):
+            guess = FieldGuess(facts.name, None, "it counts the rows")
+        elif guess.field and _OUTCOME_WORDS & set(facts.words):
+            guess = FieldGuess(facts.name, None, "its name says what happened after the impression")
+        elif guess.field and label is not None and _tells(facts, label):
+            guess = FieldGuess(facts.name, None, "it tells the label exactly")
+        yield guess
+
+
+def _feature_facts(roles: _Roles) -> Iterator[Facts]:
+    if "features" not in roles.found:
+        yield from roles.free()
+        return
+    struct = roles.facts[roles.found["features"]].column.drop_null()
+    for index, member in enumerate(struct.type):
+        yield Facts(member.name, pc.struct_field(struct, [index]))
+
+
+def _outcome(roles: _Roles) -> npt.NDArray[np.int8] | None:
+    """Return the labels of the rows, where each row has one."""
+    if roles.shape == "label":
+        return _binary(roles.facts[roles.found["label"]])
+    if roles.shape == "click_time":
+        column = roles.facts[roles.found["click_time"]].column
+        return np.asarray(column.is_valid()).astype(np.int8)
+    return None
+
+
+def _tells(facts: Facts, label: npt.NDArray[np.int8]) -> bool:
+    """Return whether each of a few values, missing among them, comes with one label only."""
+    if facts.distinct > _FEW_VALUES or facts.rows != len(label) or len(label) < _LEAST_UNIQUE_ROWS:
+        return False
+    codes = as_text(facts.column).dictionary_encode(null_encoding="encode").indices.to_numpy()
+    count = np.bincount(codes)
+    ones = np.bincount(codes, weights=label)
+    return bool(((ones == 0) | (ones == count)).all())
+
+
+def _counts_rows(facts: Facts) -> bool:
+    found = facts.numbers
+    return found is not None and len(found) > 2 and bool((np.diff(found) == 1).all())

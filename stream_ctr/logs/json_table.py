@@ -224,13 +224,13 @@ def _divide(data: npt.NDArray[np.uint8], depth: int, within: int) -> tuple[int, 
         elif c == _COMMA:
             if depth == 1:
                 data[i] = _NEWLINE
-        elif c == _NEWLINE or c == _CARRIAGE_RETURN:
+        elif c in (_NEWLINE, _CARRIAGE_RETURN):
             data[i] = _SPACE
-        elif c == _OPEN_ARRAY or c == _OPEN_OBJECT:
+        elif c in (_OPEN_ARRAY, _OPEN_OBJECT):
             if depth == 0:
                 data[i] = _SPACE
             depth += 1
-        elif c == _CLOSE_ARRAY or c == _CLOSE_OBJECT:
+        elif c in (_CLOSE_ARRAY, _CLOSE_OBJECT):
             depth -= 1
             if depth == 0:
                 data[i] = _SPACE
