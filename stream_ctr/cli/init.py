@@ -13,8 +13,9 @@ from stream_ctr.cli.options import extra_option, load_config
 from stream_ctr.messages import one_line
 
 if TYPE_CHECKING:
+    from stream_ctr.logs.facts import Sample
     from stream_ctr.logs.files import LogFile
-    from stream_ctr.logs.guess import LayoutGuess, Sample
+    from stream_ctr.logs.guess import LayoutGuess
     from stream_ctr.logs.layout import Layout
     from stream_ctr.logs.tables import Table
 
@@ -47,8 +48,9 @@ def init(*, file: str, format_name: str | None, extra: tuple[str, ...]) -> None:
     stream-ctr init 'logs/*.parquet' -X input.columns.label=bought > my.toml
     """
     from stream_ctr.cli.assembly import log_layout
+    from stream_ctr.logs.facts import read_sample
     from stream_ctr.logs.files import find_files
-    from stream_ctr.logs.guess import guess_layout, read_sample
+    from stream_ctr.logs.guess import guess_layout
 
     config, properties = load_config(None, extra)
     if properties:
@@ -113,7 +115,7 @@ def _account(table: Table, sample: Sample, layout: Layout, guess: LayoutGuess) -
     if not guess.columns.id:
         yield "  id           none: ids are made from the file and the number of the row"
     if guess.needs_zone and layout.times.zone == "UTC":
-        yield "  time_zone    UTC: the times name none; set input.time_zone to another if it is wrong"
+        yield "  time_zone    UTC: the times name none; set input.time_zone if it is another"
     for found in guess.fields:
         kind = found.field.kind if found.field else "left out"
         yield f"  {kind:<12} {one_line(found.name, 60)}: {found.reason}"

@@ -217,7 +217,7 @@ DETECTED = TimeFormat()
 """The format of an input that says nothing about its times."""
 
 
-def infer_unit(ticks: npt.NDArray[np.int64]) -> TimeUnit | None:
+def infer_unit(ticks: npt.NDArray[np.int64 | np.float64]) -> TimeUnit | None:
     """Return the unit in which most of these numbers are between 1973 and 2100, if there is one.
 
     >>> infer_unit(np.array([1735689600, 1735689601])), infer_unit(np.array([3, 4]))

@@ -70,7 +70,7 @@ class ColumnLog(Log):
         self.columns = find_columns(table, layout, shape)
         self._formats = layout.times
         self._times = times
-        notes = []
+        notes: list[str] = []
         fields = () if shape == "clicked" else layout.fields
         if not fields and shape != "clicked":
             fields, note = guess_fields(table, self.columns)

@@ -21,7 +21,7 @@ import pyarrow.csv
 from stream_ctr.errors import DataError
 from stream_ctr.events.times import DETECTED
 from stream_ctr.logs.compression import decompressed
-from stream_ctr.logs.rows import Rejected, Rows
+from stream_ctr.logs.rows import Rejected, Rows, runs_of
 from stream_ctr.logs.tables import Table
 from stream_ctr.logs.text_log import BYTE_ORDER_MARK, head, read_chunk, require_utf8
 from stream_ctr.messages import one_line
@@ -176,20 +176,17 @@ class _Block:
         self.ends = ends
         self.number = number
 
-    @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        return np.concatenate([[0], self.ends[:-1]])
-
     def row(self, index: int) -> bytes:
-        return self.data[self.starts[index] : self.ends[index]]
+        return self.data[self.ends[index - 1] if index else 0 : self.ends[index]]
 
     def without(self, indices: npt.NDArray[np.int64]) -> _Block:
         """Return the block without these rows."""
         kept = np.ones(len(self.ends), bool)
         kept[indices] = False
-        sizes = np.diff(self.ends, prepend=0)[kept]
-        data = b"".join(self.row(index) for index in np.flatnonzero(kept).tolist())
-        return _Block(data, np.cumsum(sizes), self.number[kept])
+        bounds = np.append(0, self.ends)
+        runs = (self.data[bounds[start] : bounds[start + n]] for start, n in runs_of(kept))
+        sizes = np.diff(bounds)[kept]
+        return _Block(b"".join(runs), np.cumsum(sizes), self.number[kept])
 
 
 def _row_blocks(

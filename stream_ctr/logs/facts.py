@@ -99,6 +99,11 @@ class Facts:
     def distinct(self) -> int:
         return int(pc.count_distinct(self.text).as_py()) if self.present else 0
 
+    @property
+    def first(self) -> str:
+        """The first value for a message."""
+        return repr(one_line(self.text[0].as_py(), 40)) if self.text else "missing"
+
     @cached_property
     def numbers(self) -> npt.NDArray[np.float64] | None:
         """The numbers, or None if a value is none."""

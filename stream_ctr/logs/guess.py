@@ -91,7 +91,7 @@ def _guess_kind(facts: Facts) -> tuple[str, str]:
     if not facts.present:
         return "", "no values"
     if facts.distinct == 1:
-        return "", f"always {one_line(facts.text[0].as_py(), 40)!r}"
+        return "", f"always {facts.first}"
     kind, reason = _kind_of_values(facts)
     all_differ = facts.distinct == facts.present >= _LEAST_UNIQUE_ROWS
     if kind == "categorical" and all_differ:
@@ -185,7 +185,6 @@ class _Moments:
     ms: npt.NDArray[np.int64]
     form: str
     lacks_zone: bool
-    is_sorted: bool
 
 
 class _Roles:
@@ -372,7 +371,7 @@ def _plausible(facts: Facts, column: pa.Int64Array, form: str, lacks_zone: bool)
     is_sorted = bool((np.diff(ms) >= 0).all())
     if facts.numbers is not None and not (_says_time(facts) or is_sorted):
         return None
-    return _Moments(ms, form, lacks_zone, is_sorted)
+    return _Moments(ms, form, lacks_zone)
 
 
 def _range(ms: npt.NDArray[np.int64]) -> str:

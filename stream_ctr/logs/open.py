@@ -157,11 +157,11 @@ def _open_pairs(
         )
     logs: list[Log] = []
     for shown, clicked in zip(files, click_files, strict=True):
-        tables = [
+        first, second = (
             _table(file, _known_format(file.path, format, layout, tables_only=True), layout)
             for file in (shown, clicked)
-        ]
-        logs.append(PairLog(*tables, layout, times))
+        )
+        logs.append(PairLog(first, second, layout, times))
     return logs
 
 

@@ -62,20 +62,19 @@ def merged(
 
     At equal times, rows of the first stream come first.
     """
-    waiting: list[pa.RecordBatch | None] = [next(first, None), next(second, None)]
-    while None not in waiting:
-        until = min(batch["time"][-1].as_py() for batch in waiting if batch is not None)
+    left, right = next(first, None), next(second, None)
+    while left is not None and right is not None:
+        until = min(left["time"][-1].as_py(), right["time"][-1].as_py())
         due = []
-        for index, stream in enumerate((first, second)):
-            batch = waiting[index]
-            count = int(np.searchsorted(batch["time"].to_numpy(), until, side="right"))
-            due.append(batch.slice(0, count))
-            rest = batch.slice(count)
-            waiting[index] = rest if len(rest) else next(stream, None)
-        table = pa.Table.from_batches(due).combine_chunks()
-        order = np.argsort(table["time"].to_numpy(), kind="stable")
+        for batch in (left, right):
+            count = int(np.searchsorted(np.asarray(batch["time"]), until, side="right"))
+            due += [batch.slice(0, count), batch.slice(count)]
+        left = due[1] if len(due[1]) else next(first, None)
+        right = due[3] if len(due[3]) else next(second, None)
+        table = pa.Table.from_batches([due[0], due[2]]).combine_chunks()
+        order = np.argsort(np.asarray(table["time"]), kind="stable")
         yield from table.take(pa.array(order)).combine_chunks().to_batches()
-    for index, stream in enumerate((first, second)):
-        if waiting[index] is not None:
-            yield waiting[index]
+    for batch, stream in ((left, first), (right, second)):
+        if batch is not None:
+            yield batch
             yield from stream

@@ -60,7 +60,7 @@ class Rows:
                 int(self.line[index]), "the row is damaged, or has text that is not UTF-8"
             )
         # Slices copy no data, so that damaged offsets are never followed. A filter would copy.
-        parts = [self.columns.slice(start, length) for start, length in _runs(good)]
+        parts = [self.columns.slice(start, length) for start, length in runs_of(good)]
         columns = pa.concat_tables(parts or [self.columns.slice(0, 0)])
         return Rows(self.line[good], columns, self.rejected)
 
@@ -135,10 +135,10 @@ def _validate(table: pa.Table) -> None:
     table.validate(full=True)
 
 
-def _runs(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def runs_of(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return (start, length) of each run of True.
 
-    >>> _runs(np.array([True, True, False, True]))
+    >>> runs_of(np.array([True, True, False, True]))
     [(0, 2), (3, 1)]
     """
     edges = np.flatnonzero(np.diff(good, prepend=False, append=False))
