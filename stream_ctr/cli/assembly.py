@@ -17,6 +17,7 @@ from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.events.fit import NOTHING, Fitted
+from stream_ctr.events.times import TimeFormat
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
@@ -34,6 +35,7 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
+from stream_ctr.logs.layout import ColumnNames, Layout
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
@@ -92,6 +94,7 @@ def build_trainer(
         fields,
         max_record_bytes=config.input.max_record_bytes,
         max_ahead_ms=in_milliseconds(config.input.max_ahead),
+        time_format=TimeFormat(config.input.time_unit, config.input.time_zone),
     )
     ingest = Ingest(
         source,
@@ -122,6 +125,18 @@ def build_trainer(
         predictions=_predictions(predictions, directory, state, served),
         max_bad_share=config.input.max_bad_share,
         surroundings=surroundings,
+    )
+
+
+def log_layout(config: Config) -> Layout:
+    """Return what the configuration says about the columns and times of logs."""
+    inputs = config.input
+    return Layout(
+        columns=ColumnNames(**inputs.columns.model_dump()),
+        fields=config.features.fields(),
+        times=TimeFormat(inputs.time_unit, inputs.time_zone),
+        delimiter=inputs.delimiter,
+        column_names=inputs.column_names,
     )
 
 

@@ -24,6 +24,7 @@ import msgspec
 
 from stream_ctr import __version__
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
@@ -91,6 +92,7 @@ def main(verbose: int) -> None:
 
     \b
     stream-ctr demo                                   everything on this machine, in about a minute
+    stream-ctr init log.csv > my.toml                 a configuration for a log of your own
     stream-ctr run --topic clicks                     learn from Kafka
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
@@ -222,7 +224,7 @@ def run(
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
         if source:
-            log = log_format.open(source, span=span)
+            log = log_format.open(source, span=span, layout=assembly.log_layout(config))
             notes = log.notes
             print_notes(notes)
             report = runs.train_on_log(log, config, lease, predictions=predictions)
@@ -302,6 +304,7 @@ def replay(
     stream-ctr replay events.jsonl --speed 60
     stream-ctr replay events.parquet --wire arrow
     """
+    from stream_ctr.cli.assembly import log_layout
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.cli.replay import produce
     from stream_ctr.connectors import kafka
@@ -309,7 +312,7 @@ def replay(
     factor = _speed(speed)
     config, properties = settings.load()
     client = settings.client(config, properties)
-    opened = log_format.open(log, span=span)
+    opened = log_format.open(log, span=span, layout=log_layout(config))
     with connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             plural = "s" * (partitions > 1)
@@ -533,5 +536,5 @@ def demo(
     run_demo(config, impressions=impressions, seed=seed, state=state)
 
 
-for _command in (subscribe, score, paper, snapshots, dlq):
+for _command in (init, subscribe, score, paper, snapshots, dlq):
     main.add_command(_command)

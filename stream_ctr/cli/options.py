@@ -148,16 +148,24 @@ def settings_options(kinds: str = EVERY_KEY) -> Callable[[Command], Command]:
 
 @dataclass(frozen=True, slots=True)
 class LogFormat:
-    """The format of a log, None to detect it, and the seed of what the log lacks."""
+    """The format of logs, None to detect it, the seed of what they lack, and files of clicks."""
 
     name: str | None = None
     seed: int = 0
+    clicks: tuple[str, ...] = ()
 
     def open(self, path: Path, **options: Any) -> Log:
-        """Open the log at `path`."""
-        from stream_ctr.logs.open import open_log
+        """Open the log that `path` names. Raises a usage error when it names several files."""
+        found = self.open_all([path], **options)
+        if len(found) > 1:
+            raise click.UsageError(f"{path} names {len(found)} files, and this command reads one")
+        return found[0]
 
-        return open_log(path, format=self.name, seed=self.seed, **options)
+    def open_all(self, sources: Sequence[Path | str], **options: Any) -> list[Log]:
+        """Open the logs that `sources` name, in order; see `open_logs`."""
+        from stream_ctr.logs.open import open_logs
+
+        return open_logs(sources, clicks=self.clicks, format=self.name, seed=self.seed, **options)
 
 
 def _span(ctx: click.Context, option: click.Parameter, text: str) -> timedelta:
@@ -185,7 +193,14 @@ def log_options(command: Command) -> Command:
             "--format",
             "format_name",
             metavar="NAME",
-            help="events, parquet, arrow, criteo, avazu or obd.  [default: sniffed]",
+            help="events, csv, tsv, json, parquet, arrow, criteo, avazu or obd.  [default: "
+            "sniffed]",
+        ),
+        click.option(
+            "--clicks",
+            multiple=True,
+            metavar="FILE",
+            help="The clicks on the impressions of the log, in a file of their own.",
         ),
         click.option(
             "--log-seed",
@@ -197,8 +212,10 @@ def log_options(command: Command) -> Command:
     )
 
     @wraps(command)
-    def called(*args: Any, format_name: str | None, log_seed: int, **given: Any) -> Any:
-        return command(*args, log_format=LogFormat(format_name, log_seed), **given)
+    def called(
+        *args: Any, format_name: str | None, log_seed: int, clicks: tuple[str, ...], **given: Any
+    ) -> Any:
+        return command(*args, log_format=LogFormat(format_name, log_seed, clicks), **given)
 
     return options(called)
 
@@ -217,14 +234,14 @@ def load_config(
     from stream_ctr import config
 
     given = {name: value for name, value in (inputs or {}).items() if value is not None}
-    overrides: dict[str, dict[str, Any]] = {"input": given}
+    overrides: dict[str, Any] = {"input": given}
     properties: dict[str, str] = {}
     known = set(config.known_keys())
     for name, value in key_values(extra):
-        section, _, option = name.partition(".")
         if name in known:
-            overrides.setdefault(section, {})[option] = config.parse_text(section, option, value)
-        elif section in config.Config.model_fields:
+            layer = config.nested(name, config.parse_text(name, value))
+            overrides = config.merged(overrides, layer)
+        elif name.partition(".")[0] in config.Config.model_fields:
             raise ConfigError(f"unknown key {name!r}{nearest(name, known)}")
         elif hint := nearest(name, known, cutoff=MISSPELT):
             raise ConfigError(f"unknown key {name!r}{hint}")

@@ -66,23 +66,6 @@ def string_buffers(column: pa.StringArray) -> StringBuffers:
     return StringBuffers(np.frombuffer(data or b"", np.uint8), ends, valid)
 
 
-def epoch_ms(column: pa.Array) -> pa.Array:
-    """Return times as whole epoch milliseconds, rounded down.
-
-    Integers are taken as they are, timestamps as UTC unless they name a zone, and text is read as
-    RFC 3339. Raises an `ArrowException` when a text is not a time.
-
-    >>> epoch_ms(pa.array(["2025-01-01T01:00:00.0019+01:00"])).to_pylist()
-    [1735689600001]
-    """
-    if pa.types.is_integer(column.type):
-        return column.cast(pa.int64())
-    if not pa.types.is_timestamp(column.type):
-        column = column.cast(pa.string()).cast(pa.timestamp("ns", "UTC"))
-    whole = pc.floor_temporal(column, unit="millisecond")
-    return whole.cast(pa.timestamp("ms", column.type.tz)).cast(pa.int64())
-
-
 def mask(column: pa.ChunkedArray) -> npt.NDArray[np.bool_]:
     """Return booleans as a NumPy array, with False for null.
 

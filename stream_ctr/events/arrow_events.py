@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from stream_ctr.events import ipc_frames
-from stream_ctr.events.arrow_columns import byte_spans, epoch_ms, one_array
+from stream_ctr.events.arrow_columns import byte_spans, one_array
 from stream_ctr.events.field import Field
 from stream_ctr.events.ipc_frames import MARKER
 from stream_ctr.events.parsed_events import (
@@ -46,6 +46,7 @@ from stream_ctr.events.parsed_events import (
     Rejection,
     kind_codes,
 )
+from stream_ctr.events.times import DETECTED, TimeFormat
 from stream_ctr.messages import one_line
 
 MOST_EVENTS = 1 << 20
@@ -61,9 +62,6 @@ _EVENT_BYTES = 100  # of a parsed event, even one whose columns take next to no 
 _BLOCK_BYTES = 64 << 20
 _SHOWN_CHARACTERS = 100  # of an unknown kind
 _LARGEST_PACKED_BYTES = 900_000  # by default, brokers and clients accept a megabyte
-_INT64_MAX = np.iinfo(np.int64).max
-_MS_PER_SECOND = 1000
-_TICKS_PER_MS = {"ms": 1, "us": 1_000, "ns": 1_000_000}
 _VIEW_WORDS = 4  # a view of a string is four int32; the first is the length of the string
 _READ_OPTIONS = pa.ipc.IpcReadOptions(
     use_threads=False, ensure_alignment=pa.ipc.Alignment.DataTypeSpecific
@@ -179,8 +177,9 @@ def _text_bytes(texts: pa.Array) -> npt.NDArray[np.int64]:
 class ArrowReader:
     """Read Arrow records into `ParsedEvents` with the given fields."""
 
-    def __init__(self, fields: Sequence[Field]) -> None:
+    def __init__(self, fields: Sequence[Field], *, time_format: TimeFormat = DETECTED) -> None:
         self.fields = tuple(fields)
+        self.time_format = time_format
 
     def read(
         self, streams: Mapping[int, Sequence[pa.RecordBatch]]
@@ -225,7 +224,7 @@ class ArrowReader:
         n = sum(sizes)
         kind, kind_text = columns.kind()
         impression_id = columns.impression_id()
-        time, has_time = columns.time()
+        time, has_time = columns.time(self.time_format)
         label, has_unread_label = columns.label(kind == EXAMPLE)
         has_features, members = columns.features()
         features = {
@@ -306,18 +305,13 @@ class _Columns:
             return column.cast(pa.string())
         return column.dictionary.cast(pa.string()).take(column.indices)
 
-    def time(self) -> tuple[npt.NDArray[np.int64], Mask]:
+    def time(self, time_format: TimeFormat) -> tuple[npt.NDArray[np.int64], Mask]:
         """Return epoch milliseconds, and which events have a time."""
-        time = self._required("time", _is_time, "int64 milliseconds or a timestamp")
+        time = self._required("time", _is_time, "int64 or a timestamp")
         if pa.types.is_null(time.type):
             return np.zeros(len(time), np.int64), np.zeros(len(time), bool)
-        ticks = pc.fill_null(time.cast(pa.int64()), 0).to_numpy()
-        if pa.types.is_timestamp(time.type) and time.type.unit == "s":
-            most = _INT64_MAX // _MS_PER_SECOND
-            ticks = np.clip(ticks, -most, most) * _MS_PER_SECOND
-        elif pa.types.is_timestamp(time.type):
-            ticks = ticks // _TICKS_PER_MS[time.type.unit]
-        return ticks, np.asarray(time.is_valid())
+        ms = pc.fill_null(time_format.epoch_ms(time), 0)
+        return ms.to_numpy(zero_copy_only=False), np.asarray(time.is_valid())
 
     def label(self, is_example: Mask) -> tuple[npt.NDArray[np.float64], Mask]:
         """Return the labels of examples, NaN where missing, and which other events have one."""
@@ -551,7 +545,7 @@ def _pack_together(lines: Sequence[bytes]) -> bytes:
     columns = {
         "kind": pa.array([event.kind for event in events]),
         "impression_id": pa.array([str(event.impression_id) for event in events]),
-        "time": epoch_ms(pa.array([event.time for event in events])),
+        "time": DETECTED.epoch_ms(pa.array([event.time for event in events])),
         "label": pa.array([event.label for event in events]),
         "features": pa.array([event.features for event in events]),
         "true_probability": pa.array([event.true_probability for event in events], pa.float64()),

@@ -37,13 +37,12 @@ from stream_ctr.events.avro_scan import (
 )
 from stream_ctr.events.avro_schema import Program, UnusableSchema, compile_schema
 from stream_ctr.events.field import Field
-from stream_ctr.events.json_events import _parse_moments
 from stream_ctr.events.json_scan import FIRST_FEATURE
 from stream_ctr.events.parsed_events import EXAMPLE, ParsedEvents, Rejection, kind_codes
+from stream_ctr.events.times import DETECTED, TimeFormat
 from stream_ctr.messages import one_line
 
 _BLOCK_ROWS = 2048
-_TICKS_PER_MS = {"ms": 1, "us": 1_000, "ns": 1_000_000}
 _TAG_NAMES = {
     IS_BOOLEAN: "a boolean",
     IS_INTEGER: "an integer",
@@ -139,9 +138,15 @@ class AvroReader:
     """
 
     def __init__(
-        self, fields: Sequence[Field], schemas: Schemas | None, *, max_record_bytes: int
+        self,
+        fields: Sequence[Field],
+        schemas: Schemas | None,
+        *,
+        max_record_bytes: int,
+        time_format: TimeFormat = DETECTED,
     ) -> None:
         self.fields = tuple(fields)
+        self.time_format = time_format
         self.schemas = schemas
         self.max_record_bytes = max_record_bytes
         names = [field.name.encode() for field in self.fields]
@@ -268,7 +273,7 @@ class AvroReader:
         )
         values = Values.empty(len(rows), FIRST_FEATURE + len(self.fields))
         avro_scan.scan(records, program.code, program.jumps, self._names, self._name_ends, values)
-        columns = _Columns(spans.data, values, program)
+        columns = _Columns(spans.data, values, program, self.time_format)
         events = columns.events(rows, self.fields)
         reasons = [
             *(
@@ -294,14 +299,24 @@ class _Columns:
     data: npt.NDArray[np.uint8]
     values: Values
     program: Program
+    time_format: TimeFormat
     wrong: list[tuple[int, str, str]]
 
-    def __init__(self, data: npt.NDArray[np.uint8], values: Values, program: Program) -> None:
+    def __init__(
+        self,
+        data: npt.NDArray[np.uint8],
+        values: Values,
+        program: Program,
+        time_format: TimeFormat,
+    ) -> None:
         self.data = data
         # Nothing of a damaged record is read.
         values.tag[values.damage != GOOD] = ABSENT
         self.values = values
         self.program = program
+        self.time_format = time_format
+        if program.time_unit != "ms":  # the schema says which
+            self.time_format = TimeFormat(program.time_unit, time_format.zone)
         self.wrong = []
 
     def events(self, rows: npt.NDArray[np.int64], fields: Sequence[Field]) -> ParsedEvents:
@@ -390,18 +405,17 @@ class _Columns:
         slot = json_scan.TIME
         tag = self.values.tag[:, slot]
         is_wrong = (tag & ~np.uint8(IS_INTEGER | IS_TEXT)) != 0
-        self._reject("time", slot, is_wrong, "an integer or a text in RFC 3339")
+        self._reject("time", slot, is_wrong, "an integer or a text")
         integer = self.values.integer[:, slot]
-        time = np.where(tag == IS_INTEGER, integer // _TICKS_PER_MS[self.program.time_unit], 0)
+        time = self.time_format.from_integers(np.where(tag == IS_INTEGER, integer, 0))
         is_text = tag == IS_TEXT
         if is_text.any():
             length = self.values.length[is_text, slot]
-            moments = _parse_moments(
-                _copy_texts(self.data, np.ascontiguousarray(integer[is_text]), length)
-            )
+            texts = _copy_texts(self.data, np.ascontiguousarray(integer[is_text]), length)
+            moments = self.time_format.from_text(texts)
             time[is_text] = pc.fill_null(moments, 0).to_numpy()
             for index in np.flatnonzero(is_text)[~np.asarray(moments.is_valid())].tolist():
-                message = "time is neither an integer nor RFC 3339"
+                message = f"time must be {self.time_format.expected}"
                 self.wrong.append((index, "wrong_time", message))
         return time, tag != ABSENT
 

@@ -5,7 +5,8 @@ A record holds one event as JSON (`json_events`), which may be wrapped as a Clou
 stream (`arrow_events`). The first bytes of a record tell which: no JSON begins with those of the
 others. One poll may hold records of every kind. The rules for an event are the same in all:
 
-- `time` is in epoch milliseconds; JSON may also write it as RFC 3339.
+- `time` is a number of s, ms, us or ns since 1970, or a timestamp; JSON writes it as a number or
+  as RFC 3339. `times` has the rule.
 - A categorical value is a string, an integer or a boolean. A numeric value is a finite number. A
   value that is null or absent is missing.
 - `label`, on events of kind `example`, is 0 or 1.
@@ -49,11 +50,7 @@ from stream_ctr.events.parsed_events import (
     ParsedEvents,
     Rejection,
 )
-
-# 1973-03-03 and 2100-01-01 in epoch milliseconds. A time outside of them is in seconds, zero, or
-# from a broken clock.
-EARLIEST_MS = 100_000_000_000
-LATEST_MS = 4_102_444_800_000
+from stream_ctr.events.times import DETECTED, EARLIEST_MS, LATEST_MS, TimeFormat
 
 # Every bad event of an Arrow record becomes a dead letter of its own. A record with more of them,
 # or whose dead letters would take more than 16 times its bytes (64 KiB at least), is rejected.
@@ -173,15 +170,18 @@ class Decoder:
         *,
         max_record_bytes: int = 1 << 20,
         max_ahead_ms: int = 300_000,
+        time_format: TimeFormat = DETECTED,
         schemas: Schemas | None = None,
         format: Format = "auto",
     ) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
         self.max_ahead_ms = max_ahead_ms
-        self._json = JsonReader(fields, max_record_bytes=max_record_bytes)
-        self._arrow = ArrowReader(fields)
-        self._avro = AvroReader(fields, schemas, max_record_bytes=max_record_bytes)
+        self._json = JsonReader(fields, max_record_bytes=max_record_bytes, time_format=time_format)
+        self._arrow = ArrowReader(fields, time_format=time_format)
+        self._avro = AvroReader(
+            fields, schemas, max_record_bytes=max_record_bytes, time_format=time_format
+        )
         self._format = format
 
     def decode(
@@ -288,7 +288,7 @@ _RULES = (
     _Rule("missing_time", "time is missing", lambda events, latest: ~events.has_time),
     _Rule(
         "time_out_of_range",
-        "time {time} ms is not between 1973 and 2100 (seconds?)",
+        "time {time} is not between 1973 and 2100",
         lambda events, latest: (events.time < EARLIEST_MS) | (events.time >= LATEST_MS),
     ),
     _Rule(

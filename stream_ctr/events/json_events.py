@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.events import cloud_events, json_scan
-from stream_ctr.events.arrow_columns import ByteSpans, byte_spans, epoch_ms
+from stream_ctr.events.arrow_columns import ByteSpans, byte_spans
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import (
     BACKSLASH,
@@ -49,6 +49,7 @@ from stream_ctr.events.parsed_events import (
     Rejection,
     kind_codes,
 )
+from stream_ctr.events.times import DETECTED, TimeFormat
 
 _BLOCK_ROWS = 2048
 _BLOCK_BYTES = 64 << 20
@@ -64,11 +65,6 @@ _TOP_TYPES = {
     "true_probability": _NUMBER_TYPES,
 }
 _FIELD_TYPES = {"categorical": _CATEGORY_TYPES, "numeric": _NUMBER_TYPES}
-_CLOCK = r"([01]\d|2[0-3]):[0-5]\d"
-_RFC_3339 = (
-    r"^(19[7-9]\d|20\d\d)-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])"
-    rf"[T ]{_CLOCK}:[0-5]\d(\.\d{{1,9}})?(Z|[+-]{_CLOCK})$"
-)
 _NO_BYTES = pa.scalar(b"", pa.large_binary())
 _CLOSING_BRACE = pa.scalar(b"}", pa.large_binary())
 _END = np.iinfo(np.int64).max
@@ -77,9 +73,16 @@ _END = np.iinfo(np.int64).max
 class JsonReader:
     """Read JSON records into `ParsedEvents` with the given fields."""
 
-    def __init__(self, fields: Sequence[Field], *, max_record_bytes: int) -> None:
+    def __init__(
+        self,
+        fields: Sequence[Field],
+        *,
+        max_record_bytes: int,
+        time_format: TimeFormat = DETECTED,
+    ) -> None:
         self.fields = tuple(fields)
         self.max_record_bytes = max_record_bytes
+        self.time_format = time_format
         self._members = _members(self.fields)
 
     def read(
@@ -165,7 +168,7 @@ class JsonReader:
         self, rows: npt.NDArray[np.int64], records: _ScannedRecords
     ) -> ParsedEvents:
         """Return the events of the records that passed."""
-        time = records.times()  # an impossible time revokes `passed`
+        time = records.times(self.time_format)  # an impossible time revokes `passed`
         kept = np.flatnonzero(records.found.passed)
         if len(kept) < len(rows):
             rows = rows[kept]
@@ -204,7 +207,12 @@ class JsonReader:
         for row in rows.tolist():
             value = values[row].as_py()
             try:
-                event = parse_event(value, self.fields, max_record_bytes=self.max_record_bytes)
+                event = parse_event(
+                    value,
+                    self.fields,
+                    max_record_bytes=self.max_record_bytes,
+                    time_format=self.time_format,
+                )
             except InvalidRecord as error:
                 rejections.append(Rejection(row, error.reason, error.message))
             else:
@@ -279,7 +287,7 @@ class _ScannedRecords:
         )
         return _ScannedRecords(self.data, found)
 
-    def times(self) -> npt.NDArray[np.int64]:
+    def times(self, time_format: TimeFormat) -> npt.NDArray[np.int64]:
         """Return epoch milliseconds [n]. Clears `passed` where a time is text but not a time."""
         start = self.found.start[:, json_scan.TIME]
         length = self.found.length[:, json_scan.TIME]
@@ -287,8 +295,9 @@ class _ScannedRecords:
         is_text = np.zeros(len(start), np.bool_)
         is_text[present] = self.data[start[present] - 1] == QUOTE
         time = json_scan.parse_integers(self.data, start, np.where(present & ~is_text, length, -1))
+        time = time_format.from_integers(time)
         if is_text.any():
-            moments = _parse_moments(self._copy_texts(start[is_text], length[is_text]))
+            moments = time_format.from_text(self._copy_texts(start[is_text], length[is_text]))
             time[is_text] = pc.fill_null(moments, 0).to_numpy()
             self.found.passed[is_text] = np.asarray(moments.is_valid())
         return time
@@ -326,22 +335,6 @@ class _ScannedRecords:
         bits = None if valid.all() else pa.py_buffer(np.packbits(valid, bitorder="little"))
         buffers = (pa.py_buffer(offsets), pa.py_buffer(text), bits)
         return pa.StringArray.from_buffers(len(start), *buffers)
-
-
-def _parse_moments(text: pa.StringArray) -> pa.Int64Array:
-    """Return epoch milliseconds, rounded down, or null where a text is not RFC 3339."""
-    return _cast_moments(pc.if_else(pc.match_substring_regex(text, _RFC_3339), text, None))
-
-
-def _cast_moments(text: pa.StringArray) -> pa.Int64Array:
-    try:
-        return epoch_ms(text)
-    except pa.ArrowInvalid:
-        # A 30th of February, say. Arrow does not tell which text failed, so halve to find it.
-        half = len(text) // 2
-        if not half:
-            return pa.nulls(1, pa.int64())
-        return pa.concat_arrays([_cast_moments(text[:half]), _cast_moments(text[half:])])
 
 
 # -- columns to JSON -----------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import msgspec
@@ -19,9 +18,9 @@ import numpy.typing as npt
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import COLON, DEEPEST_NESTING, LETTER_N, LOWER_CASE, SPACE
 from stream_ctr.events.parsed_events import InvalidRecord
+from stream_ctr.events.times import DETECTED, TimeFormat
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _INT64 = range(-(1 << 63), 1 << 63)
 
 
@@ -39,7 +38,11 @@ class StrictEvent(NamedTuple):
 
 
 def parse_event(
-    value: bytes | None, fields: Sequence[Field], *, max_record_bytes: int
+    value: bytes | None,
+    fields: Sequence[Field],
+    *,
+    max_record_bytes: int,
+    time_format: TimeFormat = DETECTED,
 ) -> StrictEvent:
     """Parse the value of a record.
 
@@ -67,7 +70,7 @@ def parse_event(
     return StrictEvent(
         kind=kind,
         impression_id=impression_id,
-        time=_parse_time(document.get("time")),
+        time=_parse_time(document.get("time"), time_format),
         has_features=members is not None,
         label=label,
         features=features,
@@ -159,20 +162,15 @@ def _parse_number(name: str, value: object) -> float | None:
     raise InvalidRecord("wrong_type", f"{name!r:.80} must be a number, got {value!r:.80}")
 
 
-def _parse_time(value: object) -> int | None:
+def _parse_time(value: object, time_format: TimeFormat) -> int | None:
     """Return epoch milliseconds, rounded down."""
     if value is None:
         return None
-    if isinstance(value, int) and not isinstance(value, bool) and value in _INT64:
-        return value
-    try:
-        moment = datetime.fromisoformat(value) if isinstance(value, str) else None
-    except ValueError:
-        moment = None
-    if moment is None:
+    time = time_format.parse(value)
+    if time is None and time_format.lacks_zone(value):
         raise InvalidRecord(
-            "wrong_time", f"time is neither epoch milliseconds nor RFC 3339: {value!r:.80}"
+            "wrong_time", f"time has no zone offset, and input.time_zone names none: {value!r:.80}"
         )
-    if moment.tzinfo is None:
-        raise InvalidRecord("wrong_time", f"time has no zone offset: {value!r:.80}")
-    return (moment - _EPOCH) // timedelta(milliseconds=1)
+    if time is None:
+        raise InvalidRecord("wrong_time", f"time must be {time_format.expected}, got {value!r:.80}")
+    return time

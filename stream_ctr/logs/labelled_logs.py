@@ -19,8 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from stream_ctr.errors import DataError
-from stream_ctr.events.arrow_columns import epoch_ms, mask, one_array
+from stream_ctr.events.arrow_columns import mask, one_array
 from stream_ctr.events.field import Field
+from stream_ctr.events.times import TimeFormat
 from stream_ctr.logs.log import (
     ClickDelays,
     LogBatch,
@@ -294,7 +295,7 @@ class OpenBanditLog(TextLog):
         delays = self._times.click_delays()
         for rows in self.rows(self._columns, ",", header=self._header):
             rows = rows.labelled("click")
-            rows = rows.parsed("timestamp", epoch_ms, "a time with its zone offset")
+            rows = rows.parsed("timestamp", TimeFormat().epoch_ms, "a time with its zone offset")
             rows = rows.keep(mask(pc.is_valid(rows.columns["timestamp"])), "timestamp", "a time")
             for name in self._numeric:
                 rows = rows.parsed(name, _finite, "a finite number")

@@ -60,7 +60,7 @@ class Rows:
                 int(self.line[index]), "the row is damaged, or has text that is not UTF-8"
             )
         # Slices copy no data, so that damaged offsets are never followed. A filter would copy.
-        parts = [self.columns.slice(start, length) for start, length in _runs(good)]
+        parts = [self.columns.slice(start, length) for start, length in runs_of(good)]
         columns = pa.concat_tables(parts or [self.columns.slice(0, 0)])
         return Rows(self.line[good], columns, self.rejected)
 
@@ -77,6 +77,18 @@ class Rows:
             self.rejected.add(int(self.line[index]), reason)
         return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
 
+    def with_column(self, name: str, column: pa.Array) -> Rows:
+        """Return the rows with a column more."""
+        return Rows(self.line, self.columns.append_column(name, column), self.rejected)
+
+    def parsed_into(
+        self, target: str, name: str, parse: Callable[[pa.Array], pa.Array], expected: str
+    ) -> Rows:
+        """Return the rows with a new column `target` of `parse(column)`; see `parsed`."""
+        column = self.columns[name]
+        copied = Rows(self.line, self.columns.append_column(target, column), self.rejected)
+        return copied.parsed(target, parse, expected, shown=name)
+
     def labelled(self, name: str) -> Rows:
         """Return the rows whose column `name` is the text 0 or 1."""
         return self.keep(mask(pc.is_in(self.columns[name], pa.array(["0", "1"]))), name, "0 or 1")
@@ -85,11 +97,18 @@ class Rows:
         """Return the rows that have an id in column `name`."""
         return self.keep(mask(pc.is_valid(self.columns[name])), name, "present")
 
-    def parsed(self, name: str, parse: Callable[[pa.Array], pa.Array], expected: str) -> Rows:
+    def parsed(
+        self,
+        name: str,
+        parse: Callable[[pa.Array], pa.Array],
+        expected: str,
+        *,
+        shown: str = "",
+    ) -> Rows:
         """Return the rows with column `name` replaced by `parse(column)`.
 
         `parse` raises `pa.ArrowInvalid` for a column with a value it cannot convert. The rows of
-        such values are rejected.
+        such values are rejected; the reason names the column `shown`, or else `name`.
         """
         rows = self
         column = one_array(self.columns[name])
@@ -98,7 +117,7 @@ class Rows:
         except pa.ArrowInvalid:
             good = np.ones(len(column), bool)
             good[_refused(column, parse)] = False
-            rows = self.keep(good, name, expected)
+            rows = self.keep(good, shown or name, expected)
             values = parse(one_array(rows.columns[name]))
         index = rows.columns.schema.get_field_index(name)
         return Rows(rows.line, rows.columns.set_column(index, name, values), rows.rejected)
@@ -116,10 +135,10 @@ def _validate(table: pa.Table) -> None:
     table.validate(full=True)
 
 
-def _runs(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
+def runs_of(good: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:
     """Return (start, length) of each run of True.
 
-    >>> _runs(np.array([True, True, False, True]))
+    >>> runs_of(np.array([True, True, False, True]))
     [(0, 2), (3, 1)]
     """
     edges = np.flatnonzero(np.diff(good, prepend=False, append=False))

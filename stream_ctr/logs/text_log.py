@@ -1,4 +1,4 @@
-"""Text logs, plain or compressed with gzip or Zstandard, read in bounded memory.
+"""Text logs, plain or compressed, read in bounded memory.
 
 `TextLog` reads a file as blocks of whole lines, or as rows of delimited cells.
 """
@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from stream_ctr.errors import DataError
+from stream_ctr.logs.compression import decompressed
 from stream_ctr.logs.log import Log
 from stream_ctr.logs.rows import Rejected, Rows
 from stream_ctr.messages import one_line
@@ -22,9 +23,7 @@ _PIECE_BYTES = 1 << 12
 _LONGEST_LINE_BYTES = 16 << 20
 _HEAD_BYTES = 1 << 16
 _NEWLINE = ord("\n")
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_GZIP_MAGIC = b"\x1f\x8b"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class TextLog(Log):
@@ -43,13 +42,14 @@ class TextLog(Log):
         rest = b""
         skipping = False  # inside a line that is too long
         damage: OSError | None = None
-        with pa.OSFile(str(self.path)) as file, _decompressed(file, self.path) as text:
+        with pa.OSFile(str(self.path)) as file, decompressed(file, self.path) as text:
             while damage is None:
-                chunk, damage = _read_chunk(text, _BLOCK_BYTES)
+                chunk, damage = read_chunk(text, _BLOCK_BYTES)
                 if not chunk:
                     break
                 if number == 1:
-                    chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
+                    chunk = chunk.removeprefix(BYTE_ORDER_MARK)
+                chunk = self.as_lines(chunk)
                 self.progress = min(1.0, file.tell() / size)
                 if skipping:
                     _, newline, chunk = chunk.partition(b"\n")
@@ -69,6 +69,10 @@ class TextLog(Log):
             self.rejected.add(number, reason)
         elif rest:
             yield number, rest + b"\n"
+
+    def as_lines(self, chunk: bytes) -> bytes:
+        """Return the next decompressed bytes of the file as lines."""
+        return chunk
 
     def count_lines(self) -> int:
         """Return the number of lines; it takes a pass over the file."""
@@ -136,7 +140,7 @@ def _read_csv(
     """
     if b"\r" in data:  # Arrow would read a lone carriage return as the end of a line
         raise pa.ArrowInvalid("carriage return")
-    _require_utf8(data)
+    require_utf8(data)
     wrong: list[tuple[int, str]] = []
 
     def note_wrong(row: pa.csv.InvalidRow) -> str:
@@ -165,7 +169,7 @@ def _read_csv(
     return table, wrong
 
 
-def _require_utf8(data: bytes) -> None:
+def require_utf8(data: bytes) -> None:
     """Raise `pa.ArrowInvalid` when `data` is not UTF-8.
 
     Arrow's CSV reader checks this too, but it prints warnings about rows of the wrong length.
@@ -177,7 +181,7 @@ def _require_utf8(data: bytes) -> None:
     text.cast(pa.large_string())
 
 
-def _read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
+def read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
     """Return up to `most` bytes, and the error when the file is damaged.
 
     The bytes are read in small pieces, so that those before the damage are not lost with it.
@@ -193,20 +197,6 @@ def _read_chunk(text: pa.NativeFile, most: int) -> tuple[bytes, OSError | None]:
     return b"".join(pieces), None
 
 
-def _decompressed(file: pa.OSFile, path: Path) -> pa.NativeFile:
-    codec = _codec(_first_bytes(path, len(_ZSTD_MAGIC)))
-    return pa.CompressedInputStream(file, codec) if codec else file
-
-
-def _codec(first: bytes) -> str | None:
-    """Return the name of the codec of a file that begins with these four bytes."""
-    if first.startswith(_GZIP_MAGIC):
-        return "gzip"
-    if first == _ZSTD_MAGIC:
-        return "zstd"
-    return None
-
-
 def head(path: Path) -> bytes:
     """Return the first bytes of the file at `path`, decompressed, without a byte order mark.
 
@@ -214,13 +204,13 @@ def head(path: Path) -> bytes:
     """
     try:
         _require_file(path)
-        with pa.OSFile(str(path)) as file, _decompressed(file, path) as text:
-            first, damage = _read_chunk(text, _HEAD_BYTES)
+        with pa.OSFile(str(path)) as file, decompressed(file, path) as text:
+            first, damage = read_chunk(text, _HEAD_BYTES)
         if damage and not first:
             raise damage
     except OSError as error:
         raise DataError(f"cannot read {path}: {one_line(error)}") from None
-    first = first.removeprefix(_BYTE_ORDER_MARK)
+    first = first.removeprefix(BYTE_ORDER_MARK)
     if not first.strip():
         raise DataError(f"{path} is empty")
     return first
@@ -232,8 +222,3 @@ def _require_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path} is a directory, not a log")
     raise DataError(f"{path} {'is not a regular file' if path.exists() else 'does not exist'}")
-
-
-def _first_bytes(path: Path, count: int) -> bytes:
-    with path.open("rb") as file:
-        return file.read(count)
