@@ -49,7 +49,7 @@ def summary(report: Report, state: Path, *, kept_open: bool = False) -> str:
         )
     elif kept_open and report.kind == "final":
         parts.append(f"{report.pending:,} impressions wait for the input that follows")
-        if report.withheld and not report.refused:
+        if not report.examples:
             parts.append("nothing is published yet")
     place = state / "snapshots" / str(report.snapshot)
     line = f"{report.kind}: {'; '.join(parts)}; snapshot {place}"

@@ -31,14 +31,15 @@ class Cut(BatchSource):
     def __init__(
         self, name: str, values: pa.LargeBinaryArray, *, seed: int = 0, dies_at: int | None = None
     ) -> None:
-        self._dies_at = dies_at
+        self.dies_at = dies_at
+        self.length = len(values)
 
         def batches() -> Iterator[pa.LargeBinaryArray]:
             rng = np.random.default_rng(seed)
             at = 0
             while at < len(values):
-                if self._dies_at is not None and at >= self._dies_at:
-                    self._dies_at = None
+                if self.dies_at is not None and at >= self.dies_at:
+                    self.dies_at = None
                     raise Died
                 chunk = values[at : at + int(rng.integers(1, 400))]
                 yield chunk
