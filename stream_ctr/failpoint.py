@@ -29,6 +29,8 @@ EXIT_CODE = 137  # what a shell reports for a process that SIGKILL ended
 FAILPOINTS = {
     "poll.after": "records are read, none of them is joined",
     "join.after": "records are joined, none of their examples is learned",
+    "seam.before": "an input has ended, the first records of the next one are read, none is joined",
+    "seam.after": "the examples of the input that has ended are learned, the next one begins",
     "learn.before": "a batch is cut, no model has seen it",
     "learn.after": "the models in this process have learned a batch, the baseline may not have",
     "cut.before": "a snapshot is due, no state is copied",

@@ -46,7 +46,7 @@ MORE = [
     *(
         name if name in ONCE else f"{name}:2"
         for name in FAILPOINTS
-        if not name.startswith("announce.")
+        if not name.startswith(("announce.", "seam."))  # see test_history for the seam
     ),
     *(
         "learn.after:32",

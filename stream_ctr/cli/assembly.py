@@ -66,13 +66,14 @@ def build_trainer(
     directory: Path,
     surroundings: Surroundings | None = None,
     in_event_time: bool = False,
+    keep_open: bool = False,
     predictions: Path | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
 
     With `in_event_time`, which is for logs, the weights that impressions are served with are
-    published by event time. Predictions go to the directory `predictions`. `fitted` is what the
-    numbers of the `fields` were fitted to.
+    published by event time. With `keep_open`, the end of the source closes nothing. Predictions go
+    to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
@@ -124,6 +125,7 @@ def build_trainer(
         served=served,
         predictions=_predictions(predictions, directory, state, served),
         max_bad_share=config.input.max_bad_share,
+        keep_open=keep_open,
         surroundings=surroundings,
     )
 

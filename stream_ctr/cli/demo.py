@@ -45,7 +45,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
                 report = _through_kafka(broker.bootstrap_servers, simulation, config, lease)
         except EmbeddedUnavailable as error:
             runs.say(f"note: {error}; reading the same stream without a broker")
-            report = runs.train_on_log(simulation, config, lease)
+            report = runs.train_on_logs([simulation], config, lease)
         if report is None:  # stopped before it began
             return
         runs.require_published(report)  # else the subscriber would wait for it

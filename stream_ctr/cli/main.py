@@ -13,8 +13,10 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,7 +130,19 @@ def main(verbose: int) -> None:
     help="The library that reads from Kafka; confluent is librdkafka "
     "(pip install 'stream-ctr[confluent]').  [default: kafka-python]",
 )
-@click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of a topic.")
+@click.option(
+    "--source",
+    "sources",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Read logs instead of a topic: a file, a directory, a quoted pattern, or - for standard input; "
+    "given again, other logs after them.",
+)
+@click.option(
+    "--keep-open",
+    is_flag=True,
+    help="At the end of the input, keep label windows open for the log or topic that follows.",
+)
 @click.option(
     "--model",
     "models",
@@ -180,7 +194,8 @@ def run(
     topic: str | None,
     click_topic: str | None,
     reader: str | None,
-    source: Path | None,
+    sources: tuple[Path, ...],
+    keep_open: bool,
     models: tuple[str, ...],
     log_format: LogFormat,
     span: timedelta,
@@ -199,18 +214,21 @@ def run(
     stream-ctr run --topic clicks --state state
     stream-ctr run --topic impressions --click-topic clicks --config my.toml
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
+    stream-ctr run --source mon.jsonl --source tue.jsonl --keep-open --state state
     stream-ctr run --topic clicks --model deepfm --model fm --model lr
     """
     from stream_ctr.cli import assembly, runs
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.train import stage_timer
 
+    if sources and (topic or click_topic):
+        raise _logs_and_topic(sources, topic, click_topic, state)
     extra = []
     if models:
         extra += [f"model.name={models[0]}", f"model.beside={','.join(models[1:])}"]
     if device:
         extra.append(f"learn.device={device}")
-    if replace_run and source:
+    if replace_run and sources:
         raise click.UsageError("--replace-run is for the snapshot topic, and a --source has none")
     with runs.state_directory(state, take_over=take_over) as lease:
         key = assembly.signing_key(settings.load(extra=extra)[0])
@@ -223,12 +241,14 @@ def run(
         )
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
-        if source:
-            log = log_format.open(source, span=span, layout=assembly.log_layout(config))
-            notes = log.notes
+        if sources:
+            logs = log_format.open_all(sources, span=span, layout=assembly.log_layout(config))
+            notes = [note for log in logs for note in log.notes]
             print_notes(notes)
-            report = runs.train_on_log(log, config, lease, predictions=predictions)
-            print_notes([note for note in log.notes if note not in notes])
+            report = runs.train_on_logs(
+                logs, config, lease, keep_open=keep_open, predictions=predictions
+            )
+            print_notes([note for log in logs for note in log.notes if note not in notes])
         else:
             with connector_errors():
                 report = runs.train_on_kafka(
@@ -236,6 +256,7 @@ def run(
                     config,
                     lease,
                     until_end=until_end,
+                    keep_open=keep_open,
                     predictions=predictions,
                     replace_run=replace_run,
                     take_over=take_over,
@@ -243,7 +264,23 @@ def run(
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))
     if report:
-        runs.require_published(report)
+        runs.require_published(report, kept_open=keep_open)
+
+
+def _logs_and_topic(
+    sources: Sequence[Path], topic: str | None, click_topic: str | None, state: Path
+) -> click.UsageError:
+    """Return the error that names the two commands for logs and then a topic."""
+    logs = " ".join(f"--source {shlex.quote(str(source))}" for source in sources)
+    topics = f"--topic {shlex.quote(topic or 'clicks')}"
+    if click_topic:
+        topics += f" --click-topic {shlex.quote(click_topic)}"
+    directory = f"--state {shlex.quote(str(state))}"
+    return click.UsageError(
+        "a run reads logs or topics. To learn from logs first and then from topics, give two "
+        f"commands:\n  stream-ctr run {logs} --keep-open {directory}\n"
+        f"  stream-ctr run {topics} {directory}"
+    )
 
 
 # -- logs and streams ----------------------------------------------------------------------------

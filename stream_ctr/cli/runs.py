@@ -34,7 +34,9 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
+from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import Report, to_json_object
+from stream_ctr.train.resume import continued, what_follows
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
 from stream_ctr.train.trainer import Surroundings, Trainer
@@ -59,27 +61,36 @@ def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[s
     return snapshot.verify(newest).config if newest else None
 
 
-def train_on_log(
-    log: Stream, config: Config, lease: Lease, *, predictions: Path | None = None
+def train_on_logs(
+    logs: Sequence[Stream],
+    config: Config,
+    lease: Lease,
+    *,
+    keep_open: bool = False,
+    predictions: Path | None = None,
 ) -> Report | None:
-    """Learn all of a log, into the directory of the lease.
+    """Learn all of these logs, one after another, into the directory of the lease.
 
-    Raises `DataError` if the directory was begun with another log.
+    With `keep_open`, label windows that are open at the end of the last log stay open for the input
+    that follows. Raises `ConfigError` if the logs cannot follow what the directory was begun with.
     """
-    source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
-    fields = config.features.fields() or log.fields
     with connector_errors():
         publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
         return _train(
-            source,
+            [_log_source(log) for log in logs],
             publisher,
             config,
             lease.directory,
-            fields,
-            notes=lambda: log.notes,
+            config.features.fields() or logs[0].fields,
+            notes=lambda: [note for log in logs for note in log.notes],
             in_event_time=True,
+            keep_open=keep_open,
             predictions=predictions,
         )
+
+
+def _log_source(log: Stream) -> BatchSource:
+    return BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
 
 
 def train_on_kafka(
@@ -88,6 +99,7 @@ def train_on_kafka(
     lease: Lease,
     *,
     until_end: bool,
+    keep_open: bool = False,
     fields: tuple[Field, ...] | None = None,
     predictions: Path | None = None,
     replace_run: str | None = None,
@@ -139,11 +151,12 @@ def train_on_kafka(
         )
         publisher.require_name(take_over=take_over)
         return _train(
-            source,
+            [source],
             publisher,
             config,
             lease.directory,
             config.features.fields() or fields,
+            keep_open=keep_open,
             predictions=predictions,
         )
 
@@ -163,7 +176,7 @@ def _close(sink: kafka.KafkaSink) -> None:
 
 
 def _train(
-    source: Source,
+    sources: Sequence[Source],
     publisher: Publisher,
     config: Config,
     state: Path,
@@ -171,6 +184,7 @@ def _train(
     *,
     notes: Callable[[], Sequence[str]] = tuple,
     in_event_time: bool = False,
+    keep_open: bool = False,
     predictions: Path | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
@@ -184,7 +198,9 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
-        encoding = _encoding(source, config, state, fields, lambda: stop.requested)
+        newest, inputs = _inputs(sources, config, state)
+        # The first input alone decides, whatever else the command names.
+        encoding = _encoding(inputs.sources[0], config, state, fields, lambda: stop.requested)
         if not encoding:
             say("stopped before the first impression; nothing was learned")
             return None
@@ -194,7 +210,7 @@ def _train(
             config,
             fields=fields,
             fitted=fitted,
-            source=source,
+            source=inputs,
             publisher=publisher,
             directory=state,
             surroundings=Surroundings(
@@ -203,18 +219,28 @@ def _train(
                 notes=notes,
             ),
             in_event_time=in_event_time,
+            keep_open=keep_open,
             predictions=predictions,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
-        _resume(trainer, config, state)
+        if newest:
+            _resume(trainer, newest, config)
         stop.then(trainer.stop)
         stack.enter_context(schedule)
         report = trainer.run()
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
-    say(summary(report, state))
+    say(summary(report, state, kept_open=keep_open))
     return report
+
+
+def _inputs(sources: Sequence[Source], config: Config, state: Path) -> tuple[Path | None, Inputs]:
+    """Return the newest snapshot in the state directory, and the sources as what follows it."""
+    key = signing_key(config)
+    newest = snapshot.newest(state / "snapshots", signature=key.verify if key else None)
+    manifest = snapshot.read_manifest(newest) if newest else None
+    return newest, continued(sources, manifest, newest)
 
 
 def _encoding(
@@ -274,26 +300,30 @@ def kept_fit(state: Path) -> Fitted | None:
     return None
 
 
-def require_published(report: Report) -> None:
-    """Raise `DataError` if a run has read all of its input and published nothing."""
+def require_published(report: Report, *, kept_open: bool = False) -> None:
+    """Raise `DataError` if a run has read all of its input and published nothing.
+
+    A run whose windows are `kept_open` may have learned nothing yet.
+    """
+    if kept_open and not report.examples:
+        return
     if report.kind == "final" and report.withheld:
         raise DataError(f"nothing was published: {'; '.join(report.withheld)}")
 
 
-def _resume(trainer: Trainer, config: Config, state: Path) -> None:
-    """Restore the newest snapshot in the state directory, if there is one."""
-    key = signing_key(config)
-    newest = snapshot.newest(state / "snapshots", signature=key.verify if key else None)
-    if newest is None:
-        return
-    if not key and (newest / "manifest.sig").exists():
+def _resume(trainer: Trainer, newest: Path, config: Config) -> None:
+    """Restore a snapshot, and say with what the run goes on."""
+    if not signing_key(config) and (newest / "manifest.sig").exists():
         say(
             f"warning: snapshot {newest.name} is signed, those of this run will not be: "
             "no snapshots.signing_key is given"
         )
+    follows = what_follows(trainer.source)
     trainer.restore(newest)
     examples = trainer.state.ledger.count
     say(f"resumed from snapshot {newest.name} ({examples:,} examples)")
+    if follows:
+        say(follows)
 
 
 class StopRequest:

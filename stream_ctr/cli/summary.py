@@ -36,14 +36,21 @@ _MISSING = "-"
 _NO_INTERVAL = "no interval"
 
 
-def summary(report: Report, state: Path) -> str:
-    """Summarise the last report of a run."""
+def summary(report: Report, state: Path, *, kept_open: bool = False) -> str:
+    """Summarise the last report of a run.
+
+    What is `kept_open` at the end of its input waits for the input that follows.
+    """
     parts = [f"{report.examples:,} examples", *_named_counters(report.counters)]
     if report.stalled:
         parts.append(
             f"{report.pending:,} impressions wait for clicks that are overdue "
             "(join.stall_clicks = 0 does not wait)"
         )
+    elif kept_open and report.kind == "final":
+        parts.append(f"{report.pending:,} impressions wait for the input that follows")
+        if not report.examples:
+            parts.append("nothing is published yet")
     place = state / "snapshots" / str(report.snapshot)
     line = f"{report.kind}: {'; '.join(parts)}; snapshot {place}"
     scopes = _scopes(report)

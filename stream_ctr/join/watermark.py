@@ -17,6 +17,10 @@ e^-stall_clicks. Clicks have caught up when their greatest event time is within 
 lateness of the partition's greatest event time. Both rules depend on the partition's own log
 alone.
 
+Inputs are read one after another, each with partitions of its own (`begin`). A log, which is one
+partition, is followed by one partition as if both were one. Before several partitions, the log
+stays as it is: if its clicks are overdue, it waits for those of the input that follows.
+
 >>> marks = Watermarks(partitions=2, lateness_ms=100)
 >>> marks.observe(np.array([0, 0, 1, 0]), np.array([1000, 900, 5000, 1500]))
 array([ 900,  900, 4900, 1400])
@@ -69,11 +73,13 @@ class Watermarks:
 
     `latest` [P] is the greatest event time and `mark` [P] the watermark of each partition.
     `stall_clicks` is the number of overdue clicks at which a partition stalls; with 0 none does.
+    `present` are the partitions of the input that is read now.
     """
 
     def __init__(self, *, partitions: int, lateness_ms: int, stall_clicks: float = 0.0) -> None:
         self.lateness_ms = lateness_ms
         self.stall_clicks = stall_clicks
+        self.present = range(partitions)
         self.latest = np.full(partitions, NOT_YET, np.int64)
         self.mark = np.full(partitions, NOT_YET, np.int64)
         self.latest_click = np.full(partitions, NOT_YET, np.int64)
@@ -85,6 +91,27 @@ class Watermarks:
         self.all_since_click = np.zeros(partitions, np.int64)
         self.stalled = np.zeros(partitions, np.bool_)
         self.stalls = 0
+
+    def begin(self, present: range) -> None:
+        """Begin to read the partitions `present`; those before them have ended.
+
+        >>> marks = Watermarks(partitions=2, lateness_ms=100)
+        >>> marks.begin(range(1))
+        >>> marks.observe(np.array([0]), np.array([1000]))
+        array([900])
+        >>> marks.begin(range(1, 2))
+        >>> marks.observe(np.array([1]), np.array([500]))
+        array([900])
+        """
+        before = self.present
+        self.present = present
+        # They have counted impressions of the inputs before them.
+        self.all_since_click[present.start : present.stop] = 0
+        if len(before) == len(present) == 1 and before.stop == present.start:
+            for name in _STATE:
+                array = getattr(self, name)
+                array[present.start] = array[before.start]
+            self.stalled[before.start] = False
 
     def observe(
         self,
@@ -113,10 +140,25 @@ class Watermarks:
             self.stall_clicks,
             state,
         )
-        impression = ~(click | labelled)
-        self.all_since_click += (time[impression] > self.latest_click[:, None]).sum(axis=1)
+        present = slice(self.present.start, self.present.stop)
+        since = time[~(click | labelled)] > self.latest_click[present, None]
+        self.all_since_click[present] += since.sum(axis=1)
         self.all_since_click[np.unique(partition[click])] = 0
+        self._follow(time[click])
         return limit
+
+    def _follow(self, time: npt.NDArray[np.int64]) -> None:
+        """Let ended partitions whose clicks are overdue follow the clicks at these times."""
+        ended = np.flatnonzero(self.stalled[: self.present.start])
+        if not len(ended) or not len(time):
+            return
+        latest = self.latest[ended]
+        clicks = np.maximum(self.latest_click[ended], time.max())
+        stalled = clicks < latest - self.lateness_ms
+        reached = np.where(stalled, clicks, latest) - self.lateness_ms
+        self.latest_click[ended] = clicks
+        self.stalled[ended] = stalled
+        self.mark[ended] = np.maximum(self.mark[ended], reached)
 
     def observe_batch(
         self, events: EventBatch
@@ -162,19 +204,27 @@ class Watermarks:
         if not self.stall_clicks:
             return np.zeros(len(self.clicks), np.bool_)
         clicks_only = (self.impressions == 0) & (self.clicks >= _MIN_CLICKS)
-        expected = self.all_since_click * self.clicks / max(1, int(self.impressions.sum()))
+        clicks_only[: self.present.start] = False
+        impressions = int(self.impressions[self.present.start : self.present.stop].sum())
+        expected = self.all_since_click * self.clicks / max(1, impressions)
         return clicks_only & (expected > self.stall_clicks)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
-        state = {name: getattr(self, name).copy() for name in _STATE}
+        """Return the state of the partitions up to the present ones; no other has any."""
+        state = {name: getattr(self, name)[: self.present.stop].copy() for name in _STATE}
         # In a partition with impressions this count is not used, and it depends on the polls.
-        state["all_since_click"][self.impressions > 0] = 0
-        return state | {"stalls": np.array([self.stalls])}
+        state["all_since_click"][state["impressions"] > 0] = 0
+        first = np.array([self.present.start])
+        return state | {"stalls": np.array([self.stalls]), "first": first}
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Restore what `state_dict` returned; further partitions are as they were made."""
+        stop = len(state["mark"])
         for name in _STATE:
-            getattr(self, name)[:] = state[name]
+            getattr(self, name)[:stop] = state[name]
         self.stalls = int(state["stalls"][0])
+        first = state.get("first")  # a state of one input may lack it
+        self.present = range(int(first[0]) if first is not None else 0, stop)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,7 +6,7 @@ JSON Schema.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
@@ -93,6 +93,18 @@ class ServedCopy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     evidence: Measured | None = None
 
 
+class Input(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An input of a run: a log, or the topics that are read together, with their partitions.
+
+    `partitions` are named as positions are. `ended` is true for a log that was read to its end, so
+    that another input may follow it.
+    """
+
+    kind: Literal["log", "topics"]
+    partitions: tuple[str, ...]
+    ended: bool = False
+
+
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
@@ -151,12 +163,21 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The description of a snapshot: all of its state but the arrays.
 
+<<<<<<< HEAD
     Times are epoch milliseconds. `run` is the id of the run that wrote it. `positions` maps
     "topic:partition" to the next offset to read. `metrics` are those of the whole run.
     `weights_sha256` is equal if every bit of the published weights is. `files` is filled in when
     the snapshot is written. `served` lists the earlier weights that it holds, for the metrics of
     what was served; `served_verdict` is the last verdict on weights that were published in memory
     only, and `served_at` the number of examples when that was last done.
+=======
+    Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read, of
+    each of the `inputs` that the run has read so far, in their order. `metrics` are those of the
+    whole run. `weights_sha256` is equal if every bit of the published weights is. `files` is filled
+    in when the snapshot is written. `served` lists the earlier weights that it holds, for the
+    metrics of what was served; `served_verdict` is the last verdict on weights that were published
+    in memory only, and `served_at` the number of examples when that was last done.
+>>>>>>> history
     """
 
     format: Count = FORMAT
@@ -169,6 +190,7 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     examples: Count
     ledger: LedgerEntry
     positions: dict[str, Count]
+    inputs: tuple[Input, ...] = ()
     topic_ids: dict[str, str | None]
     event_time_ms: int
     event_time_range: tuple[str | None, str | None]

@@ -25,12 +25,13 @@ class Alignment:
 
     def update(self, joiner: LabelJoiner, watermarks: Watermarks, status: SourceStatus) -> None:
         """Pause exactly the partitions that are too far ahead now."""
-        source = self._ingest.source
         ahead: frozenset[int] = frozenset()
         if joiner.filled >= _PAUSE_WHEN_FILLED:
             ahead = watermarks.ahead(joiner.watermark, joiner.label_window_ms)
-        behind = [index for index in range(len(source.partitions)) if index not in ahead]
-        if source.until_end and status.caught_up[behind].all():
+        behind = [index for index in status.present if index not in ahead]
+        if self._ingest.source.until_end:
+            behind = [index for index in behind if not status.caught_up[index]]
+        if not behind:
             ahead = frozenset()  # the partitions that they wait for have ended
         if ahead != self._paused:
             self._ingest.pause(ahead)

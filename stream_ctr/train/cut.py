@@ -22,17 +22,17 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut
 from stream_ctr.train.as_served import Copy
+from stream_ctr.train.ingest import SourceStatus
+from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import rfc3339
-from stream_ctr.train.resume import partition_names
-from stream_ctr.train.source import Source
 from stream_ctr.train.state import TrainingState
 
 
 def take(
     state: TrainingState,
     identity: RunIdentity,
-    source: Source,
-    positions: Mapping[int, int],
+    source: Inputs,
+    status: SourceStatus,
     *,
     run: str,
     sequence: int,
@@ -41,9 +41,10 @@ def take(
     segments: snapshot.Segments,
     copies: snapshot.Tensors,
 ) -> Cut:
-    """Copy the state. `last_step` is what the published model's last step did wrong.
+    """Copy the state. `status` is that of the source after everything that was learned.
 
-    `copies` are the weights that impressions without a label yet were served with.
+    `last_step` is what the published model's last step did wrong. `copies` are the weights that
+    impressions without a label yet were served with.
     """
     manifest = Manifest(
         **msgspec.structs.asdict(identity),
@@ -54,14 +55,15 @@ def take(
         epoch=epoch,
         parent=None,
         created_ms=0,
-        positions={name: positions[at] for at, name in enumerate(partition_names(source))},
+        positions={source.names[index]: at for index, at in status.positions.items()},
+        inputs=status.inputs,
         topic_ids=source.topic_ids(),
         event_time_range=(rfc3339(state.first_event_ms), rfc3339(state.last_event_ms)),
         gate=state.scoreboard.judge.verdict(last_step=last_step),
         metrics=summary.EMPTY,
         weights_sha256="",
     )
-    return Cut({**state.tensors(), **copies}, manifest, dict(positions), segments)
+    return Cut({**state.tensors(), **copies}, manifest, dict(status.positions), segments)
 
 
 def complete(

@@ -28,6 +28,8 @@ from stream_ctr.events.batch import (
 from stream_ctr.events.decoder import Decoder, Events, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.infer import feature_names
+from stream_ctr.snapshots.manifest import Input
+from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.source import Source
 from stream_ctr.train.stage_timer import StageTimer
 
@@ -45,11 +47,14 @@ _NAMED_RECORDS_OF_A_POLL = 100
 class SourceStatus:
     """The status of a source right after a poll.
 
-    `positions` maps each partition to the next offset to read. `idle` [P] is true where nothing is
-    to be expected now: the partition was read to its end and, if the log goes on, has been silent
-    for long. `lag` and `lost` count records of all partitions.
+    `inputs` are those that have begun, the last of which has the partitions `present`. `positions`
+    maps each partition of theirs to the next offset to read. `idle` [P] is true where nothing is to
+    be expected now: the partition is not one of `present`, or was read to its end and, if the log
+    goes on, has been silent for long. `lag` and `lost` count records of all partitions.
     """
 
+    inputs: tuple[Input, ...]
+    present: range
     positions: dict[int, int]
     caught_up: npt.NDArray[np.bool_]
     idle: npt.NDArray[np.bool_]
@@ -119,7 +124,7 @@ class Ingest:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.source = source
+        self.source = Inputs.of(source)
         self.decoder = decoder
         self.hasher = hasher
         self.timer = StageTimer()
@@ -151,10 +156,15 @@ class Ingest:
             heard, now=self._clock(), brokers_silent=silent_seconds > 0
         )
         idle = caught_up if source.until_end else caught_up & (silence >= self._idle_seconds)
+        present = source.present
+        others = np.ones(len(idle), np.bool_)
+        others[present.start : present.stop] = False
         return SourceStatus(
+            inputs=source.begun,
+            present=present,
             positions=source.positions(),
             caught_up=caught_up,
-            idle=idle,
+            idle=idle | others,
             finished=source.finished,
             lag=source.lag(),
             lost=sum(source.lost().values()),

@@ -31,7 +31,7 @@ from stream_ctr.failpoint import failpoint
 from stream_ctr.join.examples import Examples
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import RunIdentity
+from stream_ctr.snapshots.manifest import Input, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
 from stream_ctr.train import cut
@@ -40,11 +40,16 @@ from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.guard import Diverged
-from stream_ctr.train.ingest import Ingest, Poll
+from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
+<<<<<<< HEAD
 from stream_ctr.train.report import Kind, Report, build_report, to_json_object, window_report
 from stream_ctr.train.resume import partition_names, require_run, require_same_run
+=======
+from stream_ctr.train.report import Kind, Report, build_report, to_json_object
+from stream_ctr.train.resume import require_same_run
+>>>>>>> history
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
 from stream_ctr.train.snapshot_cycle import SnapshotCycle, SnapshotPolicy
@@ -81,7 +86,8 @@ class Trainer:
 
     `identity` goes into every snapshot: a server rebuilds the models from it, and a resumed run
     must agree with it. `served` scores examples as they were served, and `predictions` keeps the
-    predictions of every example.
+    predictions of every example. With `keep_open`, label windows that are open at the end of the
+    source stay open, and a batch that is not full waits, for the run that goes on.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class Trainer:
         served: AsServed | None = None,
         predictions: PredictionLog | None = None,
         max_bad_share: float = 0.5,
+        keep_open: bool = False,
         surroundings: Surroundings | None = None,
     ) -> None:
         self.ingest = ingest
@@ -114,6 +121,7 @@ class Trainer:
             counters=state.counters,
             before=predictions.write if predictions else lambda: None,
         )
+        self._keep_open = keep_open
         self._around = surroundings or Surroundings()
         self._bad_records = BadRecords(
             self.source.partitions, publisher, state.counters, max_bad_share=max_bad_share
@@ -140,6 +148,8 @@ class Trainer:
         self._started = self._around.clock()
         self._events_read = 0
         self._examples_at_snapshot = 0
+        self._inputs_at_snapshot: tuple[Input, ...] = ()
+        state.watermarks.begin(self._status.present)
         for learner in state.learners.values():
             # Memory for the copies in snapshots is allocated now, not while learning waits.
             learner.weights(reuse=True)
@@ -152,7 +162,7 @@ class Trainer:
         """Learn until the source ends or `stop` is called; return the last report.
 
         When a source ends, the label windows that are still open are closed with the clicks that
-        came.
+        came, unless the run keeps them open.
         """
         try:
             with self.timer(ELSE):
@@ -172,14 +182,15 @@ class Trainer:
             self.predictions.begin(0)
         self._read()
         if not self._stopping:
+            self._reach_end()
+        if not self._stopping and not self._keep_open:
             self._drain()
         finished = not self._stopping
         if finished:
             self._fields.finish()
-            self._learn_ready(partial=True)
+            self._learn_ready(partial=not self._keep_open)
         self._settle(wait=True)
-        learned = self.state.ledger.count - self._examples_at_snapshot
-        if self._events_read or learned or self.snapshots.parent is None:
+        if self._has_changed():
             self.cut()
             self._settle(wait=True)
         report = self._report("final" if finished else "stopped")
@@ -199,7 +210,17 @@ class Trainer:
         finally:
             self.ingest.close()
 
+    def _has_changed(self) -> bool:
+        """Return whether there is anything to write a last snapshot for."""
+        learned = self.state.ledger.count - self._examples_at_snapshot
+        went_on = self._status.inputs != self._inputs_at_snapshot  # an input may have ended
+        return bool(self._events_read or learned or went_on or self.snapshots.parent is None)
+
     def _handle(self, poll: Poll) -> None:
+        if poll.status.present != self.state.watermarks.present:
+            self._begin_next(poll.status)
+            if self._stopping:
+                return
         self._status = poll.status
         if poll.events:
             failpoint("poll.after")
@@ -216,15 +237,31 @@ class Trainer:
         self._settle(wait=False)
         self._serve_flags()
 
+    def _begin_next(self, status: SourceStatus) -> None:
+        """Go on with the next input, whose first poll has this status."""
+        failpoint("seam.before")
+        self._reach_end()
+        if self._stopping:  # the poll is read again
+            return
+        self.state.watermarks.begin(status.present)
+        _log.info("goes on with %s", ", ".join(status.inputs[-1].partitions))
+        failpoint("seam.after")
+
+    def _reach_end(self) -> None:
+        """Learn what the end of the present input brings to a close.
+
+        A run that stopped at the end, or resumed there, has not polled since: this brings its
+        watermark to where a run that read on has it.
+        """
+        everything = np.ones(len(self.source.partitions), np.bool_)
+        watermark = self.state.watermark(everything)
+        self._release(lambda: self.state.joiner.advance(watermark))
+
     def _drain(self) -> None:
         """Close the windows that are open at the end of the source.
 
         If clicks are overdue, their impressions are left to the run that reads on.
         """
-        # A run that resumed at the very end has not polled: bring its watermark to where a run
-        # that read up to here has it.
-        watermark = self.state.watermark(self._status.idle)
-        self._release(lambda: self.state.joiner.advance(watermark))
         if not stalled_partitions(self.state.watermarks, self.source.partitions):
             self._release(self.state.joiner.drain)
 
@@ -445,6 +482,7 @@ class Trainer:
         if self.state.blend:
             last_step = self.state.check_last_step()
         self._examples_at_snapshot = self.state.ledger.count
+        self._inputs_at_snapshot = self._status.inputs
         copies = self.served.copies() if self.served else []
         held, linked = cut.keep_copies(
             copies,
@@ -461,8 +499,12 @@ class Trainer:
                 self.state,
                 self.identity,
                 self.source,
+<<<<<<< HEAD
                 self._status.positions,
                 run=self.publisher.run,
+=======
+                self._status,
+>>>>>>> history
                 sequence=self.snapshots.next_sequence(),
                 epoch=self.publisher.epoch,
                 last_step=last_step,
@@ -517,9 +559,11 @@ class Trainer:
         for name in missing:
             self._restore_model(name, _NOT_FINITE)
         self._examples_at_snapshot = self.state.ledger.count
+        self._inputs_at_snapshot = manifest.inputs
         positions = {
             index: manifest.positions[name]
-            for index, name in enumerate(partition_names(self.source))
+            for index, name in enumerate(self.source.names)
+            if name in manifest.positions
         }
         self.source.seek(positions)
         self._status = self.ingest.status()

@@ -132,6 +132,7 @@ def trainer(
     fields: Sequence[Field] = SIMULATED_FIELDS,
     surroundings: Surroundings | None = None,
     in_event_time: bool = False,
+    keep_open: bool = False,
     predictions: Path | None = None,
     **sections: Any,
 ) -> Trainer:
@@ -146,6 +147,7 @@ def trainer(
         directory=directory,
         surroundings=surroundings,
         in_event_time=in_event_time,
+        keep_open=keep_open,
         predictions=predictions,
     )
     source.trainer = built

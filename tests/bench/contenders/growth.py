@@ -112,7 +112,7 @@ def _write_digits(
 
 
 class Endless:
-    """A stream for `runs.train_on_log` that records processor time before each copy.
+    """A stream for `runs.train_on_logs` that records processor time before each copy.
 
     The time that it takes to make the copies is left out.
     """
@@ -173,7 +173,7 @@ def main() -> None:
         stream = Endless(arguments.impressions)
         began = time.perf_counter()
         with tempfile.TemporaryDirectory() as name, Lease(Path(name)) as lease:
-            report = runs.train_on_log(stream, config, lease)
+            report = runs.train_on_logs([stream], config, lease)
         seconds = time.perf_counter() - began
         assert report
         costs = by_block(stream.marks, arguments.block)
