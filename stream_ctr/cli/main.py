@@ -140,6 +140,14 @@ def main(verbose: int) -> None:
     help="Directory for everything that the run writes; an existing one is resumed.",
 )
 @click.option(
+    "--from",
+    "begin_from",
+    type=click.Path(path_type=Path),
+    metavar="SNAPSHOT",
+    help="Begin a new state with the weights of a snapshot, or of the newest one in another state "
+    "directory; the options may change its configuration.",
+)
+@click.option(
     "--until-end",
     is_flag=True,
     help="Stop at the end that the topic has now. (A --source always ends.)",
@@ -176,6 +184,7 @@ def run(
     span: timedelta,
     settings: Settings,
     state: Path,
+    begin_from: Path | None,
     until_end: bool,
     take_over: bool,
     device: str | None,
@@ -189,8 +198,9 @@ def run(
     stream-ctr run --topic impressions --click-topic clicks --config my.toml
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
     stream-ctr run --topic clicks --model deepfm --model fm --model lr
+    stream-ctr run --topic clicks --from state --state larger -X model.table_bits=22
     """
-    from stream_ctr.cli import assembly, runs
+    from stream_ctr.cli import assembly, beginning, runs
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.train import stage_timer
 
@@ -199,10 +209,14 @@ def run(
         extra += [f"model.name={models[0]}", f"model.beside={','.join(models[1:])}"]
     if device:
         extra.append(f"learn.device={device}")
+    begin = None
+    if begin_from:
+        key = assembly.signing_key(settings.load(extra=extra)[0])
+        begin = beginning.find_beginning(begin_from, state, key.verify if key else None)
     with runs.state_directory(state, take_over=take_over) as lease:
         key = assembly.signing_key(settings.load(extra=extra)[0])
         config, properties = settings.load(
-            base=runs.kept_config(state, key.verify if key else None),
+            base=begin.config if begin else runs.kept_config(state, key.verify if key else None),
             extra=extra,
             topic=topic,
             click_topic=click_topic,
@@ -214,12 +228,17 @@ def run(
             log = log_format.open(source, span=span)
             notes = log.notes
             print_notes(notes)
-            report = runs.train_on_log(log, config, lease, predictions=predictions)
+            report = runs.train_on_log(log, config, lease, beginning=begin, predictions=predictions)
             print_notes([note for note in log.notes if note not in notes])
         else:
             with connector_errors():
                 report = runs.train_on_kafka(
-                    client, config, lease, until_end=until_end, predictions=predictions
+                    client,
+                    config,
+                    lease,
+                    until_end=until_end,
+                    beginning=begin,
+                    predictions=predictions,
                 )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))

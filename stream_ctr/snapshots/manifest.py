@@ -93,13 +93,25 @@ class ServedCopy(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     evidence: Measured | None = None
 
 
+class Origin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The snapshot of another run that the weights of a run began with.
+
+    `directory_sha256` is the digest of the absolute path of the folder that held it.
+    """
+
+    snapshot: str
+    manifest_sha256: Sha256
+    directory_sha256: Sha256
+    examples: Count
+
+
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
     `model` is the name under which snapshots are published. The published model is the one that
     `learner` specifies, or the mixture of the additional models that `blend` names. `beside`
     specifies the additional models. `config` holds the sections of the configuration that a state
-    directory keeps.
+    directory keeps. `origin` is present if the run began with the weights of another one.
 
     Raises `ValueError` if a model does not fit the schema, and unless one model is published.
     """
@@ -112,6 +124,7 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     join: JoinSpec
     baseline: BaselineSpec
     config: dict[str, dict[str, Any]]
+    origin: Origin | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if bool(self.blend) == isinstance(self.learner, LearnerSpec):

@@ -34,7 +34,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
-from stream_ctr.train import cut
+from stream_ctr.train import begin, cut
 from stream_ctr.train.alarms import FieldWatch, RunAlarms, stalled_partitions
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
@@ -491,6 +491,16 @@ class Trainer:
     def _published_evidence(self) -> Measured | None:
         manifest = self.publisher.published_manifest()
         return manifest.gate.evidence if manifest else None
+
+    def begin_from(self, path: Path) -> list[str]:
+        """Begin with the weights of the snapshot at `path`; return what was carried over.
+
+        Raises `ConfigError` if nothing carries over.
+        """
+        manifest, tensors = snapshot.load(
+            path, stems=begin.stems, signature=self.snapshots.policy.signature
+        )
+        return begin.begin_from(manifest, tensors, self.identity, self.state, self.baseline)
 
     def restore(self, path: Path) -> None:
         """Resume from the snapshot at `path`.
