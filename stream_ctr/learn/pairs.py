@@ -65,8 +65,8 @@ def columns_after(
     """Return the columns of the fields `now`, of which those that `stay` were among those `before`.
 
     Fields that stay keep their numbers, and pairs of them stay, in the order that their numbers
-    have in the salt. Other pairs are added as in `choose_columns`. Fields in `without` are in no
-    pair. If all fields stay, the result is equal to `earlier`.
+    have in the salt. Others are added up to 190, those of new fields first. Fields in `without`
+    are in no pair. If all fields stay, the result is equal to `earlier`.
 
     >>> earlier = Pairs(columns=tuple(choose_columns(3)))
     >>> after = columns_after(earlier, ["a", "b", "c"], ["c", "d", "a"], stay=["a", "c"])
@@ -86,9 +86,12 @@ def columns_after(
     ]
     crossed = [field for field in range(len(now)) if field not in without]
     taken = {frozenset(pair) for pair in kept}
-    new = [(i, j) for i in crossed for j in crossed if i < j and frozenset((i, j)) not in taken]
-    columns = [(field, field) for field in range(len(now))] + kept
-    columns += _some(new, max(MOST_PAIRS - len(kept), 0))
+    others = [(i, j) for i in crossed for j in crossed if i < j and frozenset((i, j)) not in taken]
+    new = [pair for pair in others if any(now[field] not in known for field in pair)]
+    others = [pair for pair in others if pair not in new]
+    added = _some(new, max(MOST_PAIRS - len(kept), 0))
+    added += _some(others, max(MOST_PAIRS - len(kept) - len(added), 0))
+    columns = [(field, field) for field in range(len(now))] + kept + added
     return Pairs(
         columns=tuple(columns),
         table_bits=earlier.table_bits,

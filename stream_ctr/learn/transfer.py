@@ -492,7 +492,7 @@ def _carry_intercept(
             weights[bias] = np.zeros_like(weights[bias])
     elif was_online:
         bias = _fm_bias(weights) if not _network_speaks(weights) else _output_bias(weights)
-        weights[bias] = (weights[bias] + old.weights["intercept"][0]).astype(np.float32)
+        weights[bias] = np.asarray(weights[bias] + old.weights["intercept"][0], np.float32)
 
 
 def _fm_bias(weights: Tensors) -> str:
@@ -541,9 +541,7 @@ def _carry_linear(old: ModelState, fresh: ModelState, changes: FieldChanges) -> 
         rows, pairs = _carry_sparse(rows, pairs, *bits, changes.rows, said)
     else:
         had, has = _columns(old, old.spec.pairs), _columns(fresh, fresh.spec.pairs)
-        said.append(
-            f"{len(had & has):,} of {len(has):,} fields and pairs carry over; the others are new"
-        )
+        said.append(f"{len(had & has):,} of {len(has):,} fields and pairs carry over")
     before, now = (spec.ftrl or FtrlRates() for spec in (old.spec, fresh.spec))
     if before != now:
         said.append(f"its rates are others ({_rates_said(before, now)}); its weights are the same")
@@ -722,11 +720,9 @@ def carry_blend(old: BlendState | None, fresh: BlendState, known: Mapping[str, s
     optimizer = {**fresh.optimizer, "h": h, "examples": old.optimizer["examples"]}
     said = [f"the weights of {_names(stays)} and of the stack carry over"]
     if new := [name for name in fresh.members if name not in known]:
-        said.append(f"{_names(new)} begin with the weight 0")
+        said.append(f"new, with the weight 0: {_names(new)}")
     if len(gone):
-        said.append(
-            f"without {_names(old.members[at] for at in gone)}: the others share the weight"
-        )
+        said.append(f"gone, the others share its weight: {_names(old.members[at] for at in gone)}")
     return Carried({"omega": omega, "u": u}, optimizer, True, said)
 
 
