@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
@@ -24,7 +24,7 @@ from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
 from stream_ctr.learn.learner import make_learner
-from stream_ctr.learn.pairs import choose_columns
+from stream_ctr.learn.pairs import choose_columns, columns_after
 from stream_ctr.learn.spec import (
     BLEND,
     EXPERTS,
@@ -35,8 +35,9 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
+from stream_ctr.learn.transfer import compare_fields
 from stream_ctr.logs.layout import ColumnNames, Layout
-from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
+from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.train.as_served import AsServed
@@ -61,6 +62,8 @@ def build_trainer(
     *,
     fields: Sequence[Field],
     fitted: Fitted = NOTHING,
+    earlier: RunIdentity | None = None,
+    origin: Origin | UnsetType = UNSET,
     source: Source,
     publisher: Publisher,
     directory: Path,
@@ -73,14 +76,16 @@ def build_trainer(
 
     With `in_event_time`, which is for logs, the weights that impressions are served with are
     published by event time. With `keep_open`, the end of the source closes nothing. Predictions go
-    to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to.
+    to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
+    `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
+    weights it began with.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
     set_up_process()
     surroundings = surroundings or Surroundings()
     config = _with_precision(config)
-    identity = run_identity(config, fields, fitted)
+    identity = run_identity(config, fields, fitted, earlier=earlier, origin=origin)
     hasher = Hasher(
         identity.schema.fields,
         table_bits=identity.schema.table_bits,
@@ -151,13 +156,22 @@ def signing_key(config: Config) -> SigningKey | None:
     return SigningKey(Path(path)) if path else None
 
 
-def run_identity(config: Config, fields: Sequence[Field], fitted: Fitted = NOTHING) -> RunIdentity:
+def run_identity(
+    config: Config,
+    fields: Sequence[Field],
+    fitted: Fitted = NOTHING,
+    *,
+    earlier: RunIdentity | None = None,
+    origin: Origin | UnsetType = UNSET,
+) -> RunIdentity:
     """Return what snapshots of this configuration say about their run.
+
+    Pairs of fields keep the rows that they have in the run that is `earlier`.
 
     Raises `ConfigError` if a cross product has a wrong member.
     """
     schema = _schema(config, fields, fitted)
-    specs = _specs(config, schema)
+    specs = _specs(config, schema, earlier)
     blends = config.model.name == BLEND
     join = config.join
     rates = config.baseline.model_dump(exclude={"enabled", "sample_rate"})
@@ -180,6 +194,7 @@ def run_identity(config: Config, fields: Sequence[Field], fitted: Fitted = NOTHI
             **rates,
         ),
         config=_kept_config(config, fields),
+        origin=origin,
     )
 
 
@@ -218,7 +233,7 @@ def _kept_config(config: Config, fields: Sequence[Field]) -> dict[str, dict[str,
     return {**kept, "features": {**kept["features"], **named}}
 
 
-def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
+def _specs(config: Config, schema: Schema, earlier: RunIdentity | None) -> dict[str, LearnerSpec]:
     """Return the specification of each model that learns, a published one first."""
     common = LearnerSpec(
         fields=len(schema.fields),
@@ -236,10 +251,37 @@ def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
     }
     if config.ftrl.enabled and "lr" not in models:
         specs[FTRL] = replace(common, model="lr", ftrl=rates)
-    return {**specs, **_experts(common, specs)} if blends else specs
+    if not blends:
+        return specs
+    return {**specs, **_experts(common, specs, _pairs(common, schema, earlier))}
 
 
-def _experts(common: LearnerSpec, specs: Mapping[str, LearnerSpec]) -> dict[str, LearnerSpec]:
+def _pairs(common: LearnerSpec, schema: Schema, earlier: RunIdentity | None) -> Pairs:
+    """Return the pairs of fields: those of the `earlier` run where these fields were in it."""
+    # Pairs have more values than fields.
+    bits = min(common.table_bits + 2, LARGEST_PAIR_BITS)
+    spec = earlier.beside.get(FTRL_PAIRS) if earlier else None
+    if (
+        earlier is None
+        or spec is None
+        or spec.pairs is UNSET
+        or (earlier.schema.table_bits, earlier.schema.hash_seed)
+        != (schema.table_bits, schema.hash_seed)
+    ):
+        columns = choose_columns(common.fields, common.value_fields)
+        return Pairs(columns=tuple(columns), table_bits=bits)
+    return columns_after(
+        spec.pairs,
+        [field.name for field in earlier.schema.fields],
+        [field.name for field in schema.fields],
+        stay=compare_fields(earlier.schema, schema).stay,
+        without=common.value_fields,
+    )
+
+
+def _experts(
+    common: LearnerSpec, specs: Mapping[str, LearnerSpec], pairs: Pairs
+) -> dict[str, LearnerSpec]:
     """Return the logistic regressions that a blend has beside `specs`.
 
     Their rate is the one at which all columns together move a logit three units at most. One whose
@@ -247,16 +289,9 @@ def _experts(common: LearnerSpec, specs: Mapping[str, LearnerSpec]) -> dict[str,
     """
     scaled = replace(common, model="lr", ftrl=FtrlRates(alpha=SCALED_ALPHA / common.fields))
     experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
-    columns = choose_columns(common.fields, common.value_fields)
-    # Pairs have more values than fields.
-    pair_bits = min(common.table_bits + 2, LARGEST_PAIR_BITS)
-    if len(columns) > common.fields:
-        experts[FTRL_PAIRS] = replace(
-            common,
-            model="lr",
-            ftrl=FtrlRates(alpha=SCALED_ALPHA / len(columns)),
-            pairs=Pairs(columns=tuple(columns), table_bits=pair_bits),
-        )
+    if len(pairs.columns) > common.fields:
+        rates = FtrlRates(alpha=SCALED_ALPHA / len(pairs.columns))
+        experts[FTRL_PAIRS] = replace(common, model="lr", ftrl=rates, pairs=pairs)
     return experts
 
 

@@ -162,6 +162,14 @@ def main(verbose: int) -> None:
     help="Directory for everything that the run writes; an existing one is resumed.",
 )
 @click.option(
+    "--from",
+    "begin_from",
+    type=click.Path(path_type=Path),
+    metavar="SNAPSHOT",
+    help="Begin a new state with the weights of a snapshot, or of the newest one in another state "
+    "directory; the options may change its configuration.",
+)
+@click.option(
     "--until-end",
     is_flag=True,
     help="Stop at the end that the topic has now. (A --source always ends.)",
@@ -201,6 +209,7 @@ def run(
     span: timedelta,
     settings: Settings,
     state: Path,
+    begin_from: Path | None,
     until_end: bool,
     take_over: bool,
     replace_run: str | None,
@@ -216,8 +225,9 @@ def run(
     stream-ctr run --source day_0.tsv --format criteo --config configs/criteo.toml
     stream-ctr run --source mon.jsonl --source tue.jsonl --keep-open --state state
     stream-ctr run --topic clicks --model deepfm --model fm --model lr
+    stream-ctr run --topic clicks --from state --state larger -X model.table_bits=22
     """
-    from stream_ctr.cli import assembly, runs
+    from stream_ctr.cli import assembly, beginning, runs
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.train import stage_timer
 
@@ -230,10 +240,14 @@ def run(
         extra.append(f"learn.device={device}")
     if replace_run and sources:
         raise click.UsageError("--replace-run is for the snapshot topic, and a --source has none")
+    begin = None
+    if begin_from:
+        key = assembly.signing_key(settings.load(extra=extra)[0])
+        begin = beginning.find_beginning(begin_from, state, key.verify if key else None)
     with runs.state_directory(state, take_over=take_over) as lease:
         key = assembly.signing_key(settings.load(extra=extra)[0])
         config, properties = settings.load(
-            base=runs.kept_config(state, key.verify if key else None),
+            base=begin.config if begin else runs.kept_config(state, key.verify if key else None),
             extra=extra,
             topic=topic,
             click_topic=click_topic,
@@ -246,7 +260,12 @@ def run(
             notes = [note for log in logs for note in log.notes]
             print_notes(notes)
             report = runs.train_on_logs(
-                logs, config, lease, keep_open=keep_open, predictions=predictions
+                logs,
+                config,
+                lease,
+                keep_open=keep_open,
+                beginning=begin,
+                predictions=predictions,
             )
             print_notes([note for log in logs for note in log.notes if note not in notes])
         else:
@@ -257,6 +276,7 @@ def run(
                     lease,
                     until_end=until_end,
                     keep_open=keep_open,
+                    beginning=begin,
                     predictions=predictions,
                     replace_run=replace_run,
                     take_over=take_over,

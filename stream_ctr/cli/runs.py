@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import UNSET
 from rich.console import Console
 
 from stream_ctr.cli.assembly import build_trainer, signing_key
+from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
@@ -25,7 +27,7 @@ from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import DataError, SnapshotError, StreamCtrError
+from stream_ctr.errors import DataError, StreamCtrError
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.learn.device import choose_device
@@ -67,12 +69,15 @@ def train_on_logs(
     lease: Lease,
     *,
     keep_open: bool = False,
+    beginning: Beginning | None = None,
     predictions: Path | None = None,
 ) -> Report | None:
     """Learn all of these logs, one after another, into the directory of the lease.
 
     With `keep_open`, label windows that are open at the end of the last log stay open for the input
-    that follows. Raises `ConfigError` if the logs cannot follow what the directory was begun with.
+    that follows. A new state begins with the weights of the `beginning`.
+
+    Raises `ConfigError` if the logs cannot follow what the directory was begun with.
     """
     with connector_errors():
         publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
@@ -85,6 +90,7 @@ def train_on_logs(
             notes=lambda: [note for log in logs for note in log.notes],
             in_event_time=True,
             keep_open=keep_open,
+            beginning=beginning,
             predictions=predictions,
         )
 
@@ -101,15 +107,18 @@ def train_on_kafka(
     until_end: bool,
     keep_open: bool = False,
     fields: tuple[Field, ...] | None = None,
+    beginning: Beginning | None = None,
     predictions: Path | None = None,
     replace_run: str | None = None,
     take_over: bool = False,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
-    The run may replace the run `replace_run` on the snapshot topic, and with `take_over` it leaves
-    a newer copy of its directory behind. Raises `NameHeld` if another run holds the name there.
-    `fields` is used if the configuration names none; without either they are inferred.
+    `fields` is used if the configuration names none; without either they are inferred. A new state
+    begins with the weights of the `beginning`. The run may replace the run `replace_run` on the
+    snapshot topic, and with `take_over` it leaves a newer copy of its directory behind.
+
+    Raises `NameHeld` if another run holds the name there.
     """
     topics = [config.input.topic]
     if config.input.click_topic:
@@ -157,6 +166,7 @@ def train_on_kafka(
             lease.directory,
             config.features.fields() or fields,
             keep_open=keep_open,
+            beginning=beginning,
             predictions=predictions,
         )
 
@@ -185,6 +195,7 @@ def _train(
     notes: Callable[[], Sequence[str]] = tuple,
     in_event_time: bool = False,
     keep_open: bool = False,
+    beginning: Beginning | None = None,
     predictions: Path | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
@@ -200,16 +211,20 @@ def _train(
         stack.enter_context(_out_of_memory(state))
         newest, inputs = _inputs(sources, config, state)
         # The first input alone decides, whatever else the command names.
-        encoding = _encoding(inputs.sources[0], config, state, fields, lambda: stop.requested)
+        first = inputs.sources[0]
+        encoding = _encoding(first, config, state, beginning, fields, lambda: stop.requested)
         if not encoding:
             say("stopped before the first impression; nothing was learned")
             return None
         fields, fitted = encoding
+        kept = kept_manifest(state)
         table = stack.enter_context(LiveTable(Console()))
         trainer = build_trainer(
             config,
             fields=fields,
             fitted=fitted,
+            earlier=beginning.manifest if beginning else kept,
+            origin=beginning.origin if beginning else kept.origin if kept else UNSET,
             source=inputs,
             publisher=publisher,
             directory=state,
@@ -224,7 +239,9 @@ def _train(
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
-        if newest:
+        if beginning:
+            _begin(trainer, beginning)
+        elif newest:
             _resume(trainer, newest, config)
         stop.then(trainer.stop)
         stack.enter_context(schedule)
@@ -247,17 +264,21 @@ def _encoding(
     source: Source,
     config: Config,
     state: Path,
+    beginning: Beginning | None,
     fields: tuple[Field, ...] | None,
     stopped: Callable[[], bool],
 ) -> tuple[tuple[Field, ...], Fitted] | None:
     """Return the fields, and what their numbers are fitted to; None if the run was stopped.
 
-    A run that resumes takes the latter from its snapshot. A new one looks at the first records.
+    A run that resumes takes the latter from its snapshot. A new one takes it from its `beginning`,
+    and looks at the first records for fields that have none there.
     """
     features = config.features
     limit = config.input.max_record_bytes
     numeric = fields is None or any(field.kind == "numeric" for field in fields)
     kept = kept_fit(state) if features.fit_numbers and numeric else NOTHING
+    if kept is None and fields and beginning and beginning.knows(fields, config):
+        kept = beginning.fit(fields, config)
     if fields and kept is not None:
         return fields, kept
     first = first_records(
@@ -282,22 +303,19 @@ def _encoding(
         buckets_per_octave=features.buckets_per_octave,
         max_record_bytes=limit,
     )
-    if fitted.bucket_edges:
-        names = ", ".join(one_line(name, 60) for name in fitted.bucket_edges)
+    if beginning:
+        fitted = beginning.fit(fields, config, others=fitted)
+    new = set(fitted.bucket_edges) - (beginning.numbers(config) if beginning else set())
+    if new:
+        names = ", ".join(one_line(name, 60) for name in fitted.bucket_edges if name in new)
         say(f"note: buckets fitted to the numbers of {names}")
     return fields, fitted
 
 
 def kept_fit(state: Path) -> Fitted | None:
-    """Return what the numbers of the earlier run in this directory are fitted to, if there is one.
-
-    All snapshots of a run agree on it, so any that can be read will do.
-    """
-    for name in reversed(snapshot.snapshot_ids(state / "snapshots")):
-        with contextlib.suppress(SnapshotError):
-            schema = snapshot.read_manifest(state / "snapshots" / name).schema
-            return Fitted(schema.bucket_edges, schema.value_scales)
-    return None
+    """Return what the numbers of the earlier run in this directory are fitted to, or None."""
+    kept = kept_manifest(state)
+    return Fitted(kept.schema.bucket_edges, kept.schema.value_scales) if kept else None
 
 
 def require_published(report: Report, *, kept_open: bool = False) -> None:
@@ -309,6 +327,12 @@ def require_published(report: Report, *, kept_open: bool = False) -> None:
         return
     if report.kind == "final" and report.withheld:
         raise DataError(f"nothing was published: {'; '.join(report.withheld)}")
+
+
+def _begin(trainer: Trainer, beginning: Beginning) -> None:
+    """Begin with the weights of another run, and say what was carried over."""
+    for sentence in trainer.begin_from(beginning.path):
+        say(f"from {beginning.path.name}: {sentence}")
 
 
 def _resume(trainer: Trainer, newest: Path, config: Config) -> None:

@@ -71,7 +71,7 @@ class BlendReport(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 
     `weights` maps each member, and the stack, to its present weight. `best` is the one with the
     least loss so far, on the examples that all of them predicted, and `regret_nats` is the loss of
-    the blend minus that one's, in total. Both are None before the first example.
+    the blend minus that one's, in total. Both are None before the first of these examples.
     """
 
     weights: dict[str, float]
@@ -137,7 +137,7 @@ class Blend:
         """Return the weights and the regret."""
         names = (*self.members, STACK)
         losses = self._losses[:-1]
-        best = int(np.argmin(losses)) if self._examples[0] else None
+        best = int(np.argmin(losses)) if losses.any() else None
         return BlendReport(
             weights=dict(zip(names, self._omega.tolist(), strict=True)),
             best=names[best] if best is not None else None,

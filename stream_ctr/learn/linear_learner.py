@@ -43,7 +43,11 @@ class LinearLearner:
         self._pairs = (
             None
             if spec.pairs is UNSET
-            else PairHasher(spec.pairs.columns, table_bits=spec.pairs.table_bits)
+            else PairHasher(
+                spec.pairs.columns,
+                table_bits=spec.pairs.table_bits,
+                numbers=spec.pairs.numbers or None,
+            )
         )
         self._bits = spec.table_bits if spec.pairs is UNSET else spec.pairs.table_bits
         self._lock = threading.Lock()  # the rows of an example are marked while it is learned

@@ -10,6 +10,10 @@ rows a and b of its fields:
 
 fmix64 is the finaliser of MurmurHash3 (`events.features.mix64`). A field alone is the pair (i, i).
 
+A run that began with the weights of another one may have other fields at these places. Then i and j
+in the salt are the numbers of the fields (`Pairs.numbers`), which stay with a field, so its pairs
+keep their rows.
+
 >>> columns = choose_columns(fields=3)
 >>> columns
 [(0, 0), (1, 1), (2, 2), (0, 1), (0, 2), (1, 2)]
@@ -19,11 +23,15 @@ fmix64 is the finaliser of MurmurHash3 (`events.features.mix64`). A field alone 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 
 import numba
 import numpy as np
 import numpy.typing as npt
+from msgspec import UNSET
+
+from stream_ctr.learn.spec import Pairs
 
 MOST_PAIRS = 190
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -43,20 +51,80 @@ def choose_columns(fields: int, without: Collection[int] = ()) -> list[tuple[int
     """
     crossed = [field for field in range(fields) if field not in without]
     pairs = [(i, j) for i in crossed for j in crossed if i < j]
-    if len(pairs) > MOST_PAIRS:
-        chosen = np.random.default_rng(0).choice(len(pairs), MOST_PAIRS, replace=False)
-        pairs = [pairs[index] for index in sorted(chosen.tolist())]
-    return [(field, field) for field in range(fields)] + pairs
+    return [(field, field) for field in range(fields)] + _some(pairs, MOST_PAIRS)
+
+
+def columns_after(
+    earlier: Pairs,
+    before: Sequence[str],
+    now: Sequence[str],
+    *,
+    stay: Collection[str],
+    without: Collection[int] = (),
+) -> Pairs:
+    """Return the columns of the fields `now`, of which those that `stay` were among those `before`.
+
+    Fields that stay keep their numbers, and pairs of them stay, in the order that their numbers
+    have in the salt. Others are added up to 190, those of new fields first. Fields in `without`
+    are in no pair. If all fields stay, the result is equal to `earlier`.
+
+    >>> earlier = Pairs(columns=tuple(choose_columns(3)))
+    >>> after = columns_after(earlier, ["a", "b", "c"], ["c", "d", "a"], stay=["a", "c"])
+    >>> after.columns, after.numbers
+    (((0, 0), (1, 1), (2, 2), (2, 0), (0, 1), (1, 2)), (2, 3, 0))
+    """
+    numbers_before = range(len(before)) if earlier.numbers is UNSET else earlier.numbers
+    known = {name: n for name, n in zip(before, numbers_before, strict=True) if name in stay}
+    free = itertools.count(max(numbers_before) + 1)
+    numbers = tuple(known[name] if name in known else next(free) for name in now)
+    place = {name: index for index, name in enumerate(now)}
+    named = [(before[i], before[j]) for i, j in earlier.columns if i != j]
+    kept = [
+        (place[first], place[second])
+        for first, second in named
+        if {first, second} <= known.keys() and not {place[first], place[second]} & {*without}
+    ]
+    crossed = [field for field in range(len(now)) if field not in without]
+    taken = {frozenset(pair) for pair in kept}
+    others = [(i, j) for i in crossed for j in crossed if i < j and frozenset((i, j)) not in taken]
+    new = [pair for pair in others if any(now[field] not in known for field in pair)]
+    others = [pair for pair in others if pair not in new]
+    added = _some(new, max(MOST_PAIRS - len(kept), 0))
+    added += _some(others, max(MOST_PAIRS - len(kept) - len(added), 0))
+    columns = [(field, field) for field in range(len(now))] + kept + added
+    return Pairs(
+        columns=tuple(columns),
+        table_bits=earlier.table_bits,
+        numbers=UNSET if numbers == tuple(range(len(now))) else numbers,
+    )
+
+
+def _some(pairs: list[tuple[int, int]], most: int) -> list[tuple[int, int]]:
+    """Return the pairs, or a fixed random choice of `most` of them, in their order."""
+    if len(pairs) <= most:
+        return pairs
+    chosen = np.random.default_rng(0).choice(len(pairs), most, replace=False)
+    return [pairs[index] for index in sorted(chosen.tolist())]
 
 
 class PairHasher:
-    """Hash the rows of fields to the rows of `columns`, in a table of 2 ** `table_bits` rows."""
+    """Hash the rows of fields to the rows of `columns`, in a table of 2 ** `table_bits` rows.
 
-    def __init__(self, columns: Sequence[tuple[int, int]], *, table_bits: int) -> None:
+    `numbers` are those of the fields in the salts, their indices by default.
+    """
+
+    def __init__(
+        self,
+        columns: Sequence[tuple[int, int]],
+        *,
+        table_bits: int,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         self._first, self._second = (
             np.array(each, np.int64) for each in zip(*columns, strict=True)
         )
-        salts = [((i << 16 | j) * _GOLDEN) & _ALL_BITS for i, j in columns]
+        numbered = [(numbers[i], numbers[j]) for i, j in columns] if numbers else columns
+        salts = [((i << 16 | j) * _GOLDEN) & _ALL_BITS for i, j in numbered]
         self._salts = np.array(salts, np.uint64)
         self._mask = np.uint64((1 << table_bits) - 1)
 

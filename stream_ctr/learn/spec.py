@@ -42,8 +42,10 @@ LARGEST_PAIR_BITS = 24
 class Pairs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The columns of LR over fields and pairs of fields, in a table of 2 ** `table_bits` rows.
 
-    A column (i, i) is field i itself, a column (i, j) the pair of fields i < j (see
-    `learn.pairs`).
+    A column (i, i) is field i itself, a column (i, j) the pair of the fields i and j (see
+    `learn.pairs`). `numbers` has the number of each field in the salts of columns. It is absent if
+    these are 0, 1, 2 and so on. A run that began with the weights of another one keeps the numbers
+    that fields had there.
     """
 
     columns: Annotated[
@@ -51,6 +53,7 @@ class Pairs(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
         Meta(min_length=1, max_length=65536),
     ]
     table_bits: Annotated[int, Meta(ge=4, le=LARGEST_PAIR_BITS)] = 22
+    numbers: tuple[Annotated[int, Meta(ge=0, le=65535)], ...] | UnsetType = UNSET
 
 
 class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -61,6 +64,8 @@ class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     2 ** table_bits rows. A learning rate or a beta of 0 is the optimiser's own (see
     `table.Rates.per_field`).
     `ftrl` is present for `lr` only, `pairs` for an `lr` that reads pairs of fields too.
+
+    Raises `ValueError` if the pairs are not of these fields.
     """
 
     model: ModelName = "deepfm"
@@ -90,3 +95,12 @@ class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
     ftrl: FtrlRates | UnsetType = UNSET
     pairs: Pairs | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        if self.pairs is UNSET:
+            return
+        if max(max(column) for column in self.pairs.columns) >= self.fields:
+            raise ValueError(f"a column of pairs is beyond the {self.fields} fields")
+        numbers = self.pairs.numbers
+        if numbers is not UNSET and not len(numbers) == len(set(numbers)) == self.fields:
+            raise ValueError(f"pairs need {self.fields} distinct numbers of fields")

@@ -105,13 +105,25 @@ class Input(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ended: bool = False
 
 
+class Origin(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The snapshot of another run that the weights of a run began with.
+
+    `directory_sha256` is the digest of the absolute path of the folder that held it.
+    """
+
+    snapshot: str
+    manifest_sha256: Sha256
+    directory_sha256: Sha256
+    examples: Count
+
+
 class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The part of a manifest that rebuilds the models, and with which a resumed run must agree.
 
     `model` is the name under which snapshots are published. The published model is the one that
     `learner` specifies, or the mixture of the additional models that `blend` names. `beside`
     specifies the additional models. `config` holds the sections of the configuration that a state
-    directory keeps.
+    directory keeps. `origin` is present if the run began with the weights of another one.
 
     Raises `ValueError` if a model does not fit the schema, and unless one model is published.
     """
@@ -124,6 +136,7 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     join: JoinSpec
     baseline: BaselineSpec
     config: dict[str, dict[str, Any]]
+    origin: Origin | UnsetType = UNSET
 
     def __post_init__(self) -> None:
         if bool(self.blend) == isinstance(self.learner, LearnerSpec):
@@ -163,21 +176,13 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
 class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The description of a snapshot: all of its state but the arrays.
 
-<<<<<<< HEAD
     Times are epoch milliseconds. `run` is the id of the run that wrote it. `positions` maps
-    "topic:partition" to the next offset to read. `metrics` are those of the whole run.
-    `weights_sha256` is equal if every bit of the published weights is. `files` is filled in when
-    the snapshot is written. `served` lists the earlier weights that it holds, for the metrics of
-    what was served; `served_verdict` is the last verdict on weights that were published in memory
-    only, and `served_at` the number of examples when that was last done.
-=======
-    Times are epoch milliseconds. `positions` maps "topic:partition" to the next offset to read, of
-    each of the `inputs` that the run has read so far, in their order. `metrics` are those of the
-    whole run. `weights_sha256` is equal if every bit of the published weights is. `files` is filled
-    in when the snapshot is written. `served` lists the earlier weights that it holds, for the
-    metrics of what was served; `served_verdict` is the last verdict on weights that were published
-    in memory only, and `served_at` the number of examples when that was last done.
->>>>>>> history
+    "topic:partition" to the next offset to read, of each of the `inputs` that the run has read so
+    far, in their order. `metrics` are those of the whole run. `weights_sha256` is equal if every
+    bit of the published weights is. `files` is filled in when the snapshot is written. `served`
+    lists the earlier weights that it holds, for the metrics of what was served; `served_verdict` is
+    the last verdict on weights that were published in memory only, and `served_at` the number of
+    examples when that was last done.
     """
 
     format: Count = FORMAT

@@ -30,7 +30,6 @@ from stream_ctr.train.source import Source
 _log = logging.getLogger("stream_ctr.train")
 
 
-<<<<<<< HEAD
 def require_run(manifest: Manifest, run: str, path: Path) -> None:
     """Raise `ConfigError` unless the snapshot at `path` is of the run of the state directory."""
     if manifest.run != run:
@@ -40,15 +39,11 @@ def require_run(manifest: Manifest, run: str, path: Path) -> None:
         )
 
 
-def require_same_run(manifest: Manifest, identity: RunIdentity, source: Source, path: Path) -> None:
-    """Raise `ConfigError` or `DataError` unless a run with this identity may resume from `path`."""
-=======
 def require_same_run(manifest: Manifest, identity: RunIdentity, source: Inputs, path: Path) -> None:
     """Raise `ConfigError` or `DataError` unless a run with this identity may resume from `path`.
 
     `source` has the inputs of the snapshot, as `continued` puts them there.
     """
->>>>>>> history
     _require_same_models(manifest, identity, path)
     for section in ("schema", "join", "baseline"):
         _require_same(getattr(manifest, section), getattr(identity, section), path)

@@ -34,7 +34,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Input, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
-from stream_ctr.train import cut
+from stream_ctr.train import begin, cut
 from stream_ctr.train.alarms import FieldWatch, RunAlarms, stalled_partitions
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
@@ -43,13 +43,8 @@ from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
-<<<<<<< HEAD
 from stream_ctr.train.report import Kind, Report, build_report, to_json_object, window_report
-from stream_ctr.train.resume import partition_names, require_run, require_same_run
-=======
-from stream_ctr.train.report import Kind, Report, build_report, to_json_object
-from stream_ctr.train.resume import require_same_run
->>>>>>> history
+from stream_ctr.train.resume import require_run, require_same_run
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
 from stream_ctr.train.snapshot_cycle import SnapshotCycle, SnapshotPolicy
@@ -499,12 +494,8 @@ class Trainer:
                 self.state,
                 self.identity,
                 self.source,
-<<<<<<< HEAD
-                self._status.positions,
-                run=self.publisher.run,
-=======
                 self._status,
->>>>>>> history
+                run=self.publisher.run,
                 sequence=self.snapshots.next_sequence(),
                 epoch=self.publisher.epoch,
                 last_step=last_step,
@@ -537,6 +528,16 @@ class Trainer:
     def _published_evidence(self) -> Measured | None:
         manifest = self.publisher.published_manifest()
         return manifest.gate.evidence if manifest else None
+
+    def begin_from(self, path: Path) -> list[str]:
+        """Begin with the weights of the snapshot at `path`; return what was carried over.
+
+        Raises `ConfigError` if nothing carries over.
+        """
+        manifest, tensors = snapshot.load(
+            path, stems=begin.stems, signature=self.snapshots.policy.signature
+        )
+        return begin.begin_from(manifest, tensors, self.identity, self.state, self.baseline)
 
     def restore(self, path: Path) -> None:
         """Resume from the snapshot at `path`.
