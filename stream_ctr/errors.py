@@ -43,14 +43,19 @@ class DataError(StreamCtrError):
 class InvalidFeatures(DataError, ValueError):
     """Features to score are not what the model learned from.
 
-    `reason` is a code from a small fixed set (see `events.feature_rows`), `row` the index of the
-    row and `field` the name of the field; None where there is no single one.
+    `reason` is a code from a small fixed set (see `events.feature_rows`), `problem` says what is
+    wrong. `row` is the index of the row and `field` the name of the field, None where there is no
+    single one.
+
+    >>> str(InvalidFeatures("there is no field 'ap'", reason="unknown_field", row=3))
+    "row 3: there is no field 'ap'"
     """
 
     def __init__(
-        self, message: str, *, reason: str, row: int | None = None, field: str | None = None
+        self, problem: str, *, reason: str, row: int | None = None, field: str | None = None
     ) -> None:
-        super().__init__(message)
+        super().__init__(problem if row is None else f"row {row}: {problem}")
+        self.problem = problem
         self.reason = reason
         self.row = row
         self.field = field

@@ -31,9 +31,11 @@ from stream_ctr.learn.spec import (
     FtrlRates,
     LearnerSpec,
     Pairs,
+    TableOptimizer,
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
+from stream_ctr.models.registered import follows_online_rule
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
@@ -214,12 +216,23 @@ def _specs(config: Config, schema: Schema) -> dict[str, LearnerSpec]:
     blends = config.model.name == BLEND
     models = config.model.mixed if blends else (config.model.name, *config.model.beside)
     specs: dict[str, LearnerSpec] = {
-        model: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
+        model: replace(
+            common,
+            model=model,
+            ftrl=rates if model == "lr" else UNSET,
+            table_optimizer=_optimizer(config, model),
+        )
         for model in models
     }
     if config.ftrl.enabled and "lr" not in models:
         specs[FTRL] = replace(common, model="lr", ftrl=rates)
     return {**specs, **_experts(common, specs)} if blends else specs
+
+
+def _optimizer(config: Config, model: str) -> TableOptimizer:
+    """Return the optimizer of the model's table: the online rule is for models that declare it."""
+    chosen = config.learn.table_optimizer
+    return "adagrad" if chosen == "online" and not follows_online_rule(model) else chosen
 
 
 def _experts(common: LearnerSpec, specs: Mapping[str, LearnerSpec]) -> dict[str, LearnerSpec]:

@@ -36,6 +36,7 @@ are app, age
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections import Counter
@@ -56,10 +57,12 @@ from stream_ctr.messages import nearest, one_line
 OnInvalid = Literal["error", "score"]
 
 _BLOCK_ROWS = 1 << 16
-_EVENT_MEMBERS = ("features", "kind")
+_WRAPPERS = frozenset({"features", "kind"})
+_WRAPPED = "a whole event; only the object under its 'features' is scored"
 _SHOWN_FIELDS = 20
 _TEXT = frozenset({str, type(None)})
 _FLOAT = frozenset({float, type(None)})
+_NUMBER = _FLOAT | {int}
 
 
 class ArrowStream(Protocol):
@@ -94,7 +97,7 @@ class FeatureRows:
         self.invalid: Counter[str] = Counter() if invalid is None else invalid
         self._raises = on_invalid == "error"
         self._kinds = {field.name: field.kind for field in self.fields}
-        self._wrappers = frozenset(_EVENT_MEMBERS) - self._kinds.keys()
+        self._wrappers = _WRAPPERS - self._kinds.keys()
         self._lock = threading.Lock()
 
     def columns(
@@ -127,27 +130,26 @@ class FeatureRows:
         types = set(map(type, values))
         if field.kind == "categorical":
             if types <= _TEXT:
-                try:
+                with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
                     return pa.array(values, pa.string())
-                except UnicodeEncodeError:  # a lone surrogate
-                    pass
             return pa.array(self._parsed(field, values), pa.string())
-        if not (types <= _FLOAT and all(map(math.isfinite, filter(None, values)))):
+        if types <= _NUMBER:
+            with contextlib.suppress(OverflowError):  # an integer beyond the range of a double
+                values = [None if value is None else float(value) for value in values]
+                types = _FLOAT
+        if types != _FLOAT or not all(map(math.isfinite, filter(None, values))):
             values = self._parsed(field, values)
         return pa.array(values, pa.float64())
 
     def _parsed(self, field: Field, values: list[Any]) -> list[Any]:
         parsed = []
-        for index, value in enumerate(values):
+        for row, value in enumerate(values):
             try:
                 parsed.append(_parse(field, value))
             except InvalidRecord as error:
-                shown = one_line(error.message, 300)
-                self._reject(
-                    "wrong_type", f"row {index}: {shown} ({type(value).__name__})", row=index,
-                    field=field.name,
-                )  # fmt: skip
                 parsed.append(None)
+                problem = f"{one_line(error.message, 300)} ({type(value).__name__})"
+                self._reject("wrong_type", problem, row=row, field=field.name)
         return parsed
 
     def _reject_names(self, names: set[Any], rows: Sequence[Mapping[str, object]]) -> None:
@@ -155,10 +157,10 @@ class FeatureRows:
         for index, row in enumerate(rows):
             unknown = [name for name in row if name in names]
             if self._wrappers.intersection(unknown):
-                self._reject_wrapped(f"row {index} is", index)
+                self._reject("wrapped_event", _WRAPPED, row=index)
                 continue
             for name in unknown:
-                self._reject_name(name, index)
+                self._reject("unknown_field", self._no_field(name), row=index, field=str(name))
 
     # -- tables ----------------------------------------------------------------------------------
 
@@ -185,10 +187,10 @@ class FeatureRows:
             assert column is not None
             present = np.flatnonzero(np.asarray(column.is_valid()))
             if len(present):
+                problem = one_line(error.message, 300)
                 row = first + int(present[0])
-                message = f"row {row}: {one_line(error.message, 300)}"
                 count = len(present)
-                self._reject("wrong_type", message, row=row, field=field.name, count=count)
+                self._reject("wrong_type", problem, row=row, field=field.name, count=count)
             return pa.nulls(n, pa.string() if field.kind == "categorical" else pa.float64())
 
     def _of_pandas(self, frame: Any) -> Iterator[dict[str, pa.Array]]:
@@ -210,13 +212,13 @@ class FeatureRows:
             yield self._with_values(columns, first)
 
     def _require_names(self, names: Sequence[Any], rows: int) -> None:
-        """Reject the columns that are not fields."""
+        """Reject the columns of a table that are not fields."""
         unknown = [name for name in names if name not in self._kinds]
         if self._wrappers.intersection(unknown):
-            self._reject_wrapped("the table has", None, count=rows)
+            self._reject("wrapped_event", f"the table is {_WRAPPED}", count=rows)
             return
         for name in unknown:
-            self._reject_name(name, None, count=rows)
+            self._reject("unknown_field", self._no_field(name), field=str(name), count=rows)
 
     # -- rules of both ---------------------------------------------------------------------------
 
@@ -225,40 +227,29 @@ class FeatureRows:
         if all(column.null_count for column in columns.values()):
             present = np.logical_or.reduce([column.is_valid() for column in columns.values()])
             for row in np.flatnonzero(~present).tolist():
-                message = f"row {first + row} has none of the fields {self._shown_fields()}"
-                self._reject("no_field", message, row=first + row)
+                problem = f"a value of at least one field is needed: {self._shown_fields()}"
+                self._reject("no_field", problem, row=first + row)
         return columns
-
-    def _reject_name(self, name: object, row: int | None, count: int = 1) -> None:
-        where = "the table" if row is None else f"row {row}"
-        hint = nearest(str(name), self._kinds)
-        end = hint if hint else "."
-        message = (
-            f"{where}: there is no field {one_line(repr(name), 80)}{end} "
-            f"The fields are {self._shown_fields()}"
-        )
-        self._reject("unknown_field", message, row=row, field=str(name), count=count)
-
-    def _reject_wrapped(self, subject: str, row: int | None, count: int = 1) -> None:
-        message = (
-            f"{subject} a whole event, with {' or '.join(map(repr, _EVENT_MEMBERS))}; "
-            "only the object under its 'features' is scored"
-        )
-        self._reject("wrapped_event", message, row=row, count=count)
 
     def _reject(
         self,
         reason: str,
-        message: str,
+        problem: str,
         *,
-        row: int | None,
+        row: int | None = None,
         field: str | None = None,
         count: int = 1,
     ) -> None:
         if self._raises:
-            raise InvalidFeatures(message, reason=reason, row=row, field=field)
+            raise InvalidFeatures(problem, reason=reason, row=row, field=field)
         with self._lock:
             self.invalid[reason] += count
+
+    def _no_field(self, name: object) -> str:
+        return (
+            f"there is no field {one_line(repr(name), 80)}"
+            f"{nearest(str(name), self._kinds) or '.'} The fields are {self._shown_fields()}"
+        )
 
     def _shown_fields(self) -> str:
         names = [one_line(name, 60) for name in self._kinds]
@@ -310,9 +301,8 @@ def _as_mappings(rows: Any) -> Sequence[Mapping[str, object]]:
 
 
 def _refuse_rows(given: object, row: int | None) -> NoReturn:
-    where = "" if row is None else f"row {row}: "
     raise InvalidFeatures(
-        f"{where}features are a dictionary by field name, a sequence of those, or a table; "
+        "features are a dictionary by field name, a sequence of those, or a table; "
         f"got {one_line(repr(given), 80)} ({type(given).__name__})",
         reason="wrong_type",
         row=row,

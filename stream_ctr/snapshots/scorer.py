@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_ctr.errors import SnapshotError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.feature_rows import FeatureRows, OnInvalid, Table
 from stream_ctr.events.features import Hasher
@@ -59,6 +59,10 @@ class Scorer:
         try:
             self.hasher = Hasher(**msgspec.structs.asdict(self.manifest.schema))
             self.model = build_predictor(self.manifest, tensors, model, device=device)
+        except ConfigError as error:  # a model of another package
+            raise SnapshotError(
+                f"snapshot {path} cannot be served: {one_line(error, 500)}"
+            ) from None
         except (TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(
                 f"snapshot {path} does not describe a model that this version can build: "

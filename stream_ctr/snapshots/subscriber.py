@@ -22,6 +22,7 @@ from typing import Self, overload
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr import extensions
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.events.feature_rows import OnInvalid, Table
 from stream_ctr.learn.spec import BLEND, EXPERTS
@@ -58,8 +59,9 @@ class Subscriber:
         on_snapshot: Callable[[Pointer], None] | None = None,
         on_invalid: OnInvalid = "error",
     ) -> None:
-        if model is not None and model not in _NAMES:
-            raise ConfigError(f"there is no model {model!r:.80}{nearest(model, _NAMES)}")
+        known = (*_NAMES, *extensions.names())
+        if model is not None and model not in known and not extensions.is_import_path(model):
+            raise ConfigError(f"there is no model {model!r:.80}{nearest(model, known)}")
         self._signature = verifier(public_key)
         self._pointers: PointerSource = (
             FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
