@@ -17,6 +17,7 @@ from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.events.fit import NOTHING, Fitted
+from stream_ctr.extensions import is_import_path
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
@@ -35,7 +36,7 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
-from stream_ctr.models.registered import follows_online_rule
+from stream_ctr.models.registered import follows_online_rule, register_model
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
@@ -134,6 +135,16 @@ def signing_key(config: Config) -> SigningKey | None:
     """
     path = config.snapshots.signing_key
     return SigningKey(Path(path)) if path else None
+
+
+def register_named_models(config: Config) -> None:
+    """Import and register the models that this configuration names by an import path.
+
+    The configuration must be one that a person gave, not one that was read from a snapshot.
+    """
+    for name in (config.model.name, *config.model.beside):
+        if is_import_path(name):
+            register_model(name)
 
 
 def run_identity(config: Config, fields: Sequence[Field], fitted: Fitted = NOTHING) -> RunIdentity:

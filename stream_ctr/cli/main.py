@@ -23,6 +23,7 @@ import msgspec
 from stream_ctr import __version__
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.options import (
+    ALLOW_MODEL_OPTION,
     CONFIG_OPTION,
     JSON_OPTION,
     SPAN_OPTION,
@@ -126,8 +127,9 @@ def main(verbose: int) -> None:
     "models",
     multiple=True,
     metavar="NAME",
-    help="The model to learn and publish, see `stream-ctr models`; given again, additional models "
-    "on the same examples. `blend` mixes those that follow.  [default: blend]",
+    help="The model to learn and publish, see `stream-ctr models`, or package.module:Class; given "
+    "again, additional models on the same examples. `blend` mixes those that follow.  "
+    "[default: blend]",
 )
 @log_options
 @SPAN_OPTION
@@ -200,7 +202,10 @@ def run(
     if device:
         extra.append(f"learn.device={device}")
     with runs.state_directory(state, take_over=take_over) as lease:
-        key = assembly.signing_key(settings.load(extra=extra)[0])
+        own = settings.load(extra=extra)[0]
+        # Before the configuration that the state directory keeps, whose names import nothing.
+        assembly.register_named_models(own)
+        key = assembly.signing_key(own)
         config, properties = settings.load(
             base=runs.kept_config(state, key.verify if key else None),
             extra=extra,
@@ -374,17 +379,30 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
 
 
 @main.command()
+@ALLOW_MODEL_OPTION
 @JSON_OPTION
 def models(*, as_json: bool) -> None:
     """List the paper's nine systems: the name for `run --model`, and the paper's Table 1.
 
+    Models that installed packages offer, and those of --allow-model, follow.
+
     \b
     stream-ctr models
+    stream-ctr models --allow-model acme.nets:XDeepFM
     """
+    from stream_ctr import extensions
+    from stream_ctr.errors import ConfigError
     from stream_ctr.models import MODELS
+    from stream_ctr.models.registered import system as find
 
+    systems = dict(MODELS)
+    for name in extensions.names():
+        try:
+            systems[name] = find(name)
+        except ConfigError as error:
+            click.echo(f"warning: {error}", err=True)
     if as_json:
-        for name, system in MODELS.items():
+        for name, system in systems.items():
             described = {
                 "name": name,
                 "title": system.title,
@@ -406,7 +424,7 @@ def models(*, as_json: bool) -> None:
         "",
     )
     rows: list[tuple[str, ...]] = [heads]
-    for name, system in MODELS.items():
+    for name, system in systems.items():
         properties = (
             not system.pretraining,
             system.high_order,

@@ -18,6 +18,7 @@ import click
 import msgspec
 
 from stream_ctr.cli.options import (
+    ALLOW_MODEL_OPTION,
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
     LogFormat,
@@ -52,6 +53,7 @@ _MODEL_OPTION = click.option(
     help="The run's snapshots.model_name, the key of its pointers on the topic.",
 )
 @_MODEL_OPTION
+@ALLOW_MODEL_OPTION
 @click.option(
     "--once",
     is_flag=True,
@@ -186,6 +188,7 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
     help="A snapshot directory, or a state directory for its newest.",
 )
 @_MODEL_OPTION
+@ALLOW_MODEL_OPTION
 @PUBLIC_KEY_OPTION
 @click.option(
     "--on-invalid",
