@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from stream_ctr.cli import runs
 from stream_ctr.cli.assembly import register_named_models, signing_key
@@ -33,12 +33,16 @@ Settings: TypeAlias = Config | Mapping[str, Mapping[str, Any]] | str | Path | No
 """A configuration, sections of one, or the path of a TOML file."""
 
 
+def _ignore(report: Report) -> None:
+    pass
+
+
 def run(
     config: Settings = None,
     *,
     source: Source | Stream | str | Path | None = None,
     state: str | Path = "state",
-    on_report: Callable[[Report], object] = lambda report: None,
+    on_report: Callable[[Report], None] = _ignore,
     sink: Sink | None = None,
     stop: StopRequest | None = None,
     until_end: bool = False,
@@ -79,7 +83,7 @@ def run(
                     predictions=written,
                     caller=caller,
                 )
-        elif hasattr(source, "poll"):
+        elif not isinstance(source, str | Path) and _is_source(source):
             report = runs.train_on_source(
                 source, settings, lease, predictions=written, caller=caller
             )
@@ -89,6 +93,10 @@ def run(
     if report:
         runs.require_published(report)
     return report
+
+
+def _is_source(source: Source | Stream) -> TypeGuard[Source]:
+    return hasattr(source, "poll")
 
 
 def _configured(config: Settings, state: Path) -> Config:

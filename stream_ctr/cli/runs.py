@@ -351,7 +351,7 @@ class Caller:
     A `sink` gets what a run on Kafka sends to topics: reports, pointers and dead letters.
     """
 
-    on_report: Callable[[Report], object]
+    on_report: Callable[[Report], None]
     stop: StopRequest
     sink: Sink | None = None
 

@@ -125,25 +125,25 @@ class FeatureRows:
         }
         return self._with_values(columns, first=0)
 
-    def _column(self, field: Field, values: list[Any]) -> pa.Array:
+    def _column(self, field: Field, values: list[Any], first: int = 0) -> pa.Array:
         """Return the column of a field. Values of the expected types need no look at each."""
         types = set(map(type, values))
         if field.kind == "categorical":
             if types <= _TEXT:
                 with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
                     return pa.array(values, pa.string())
-            return pa.array(self._parsed(field, values), pa.string())
+            return pa.array(self._parsed(field, values, first), pa.string())
         if types <= _NUMBER:
             with contextlib.suppress(OverflowError):  # an integer beyond the range of a double
                 values = [None if value is None else float(value) for value in values]
-                types = _FLOAT
-        if types != _FLOAT or not all(map(math.isfinite, filter(None, values))):
-            values = self._parsed(field, values)
+                types -= {int}
+        if not types <= _FLOAT or not all(map(math.isfinite, filter(None, values))):
+            values = self._parsed(field, values, first)
         return pa.array(values, pa.float64())
 
-    def _parsed(self, field: Field, values: list[Any]) -> list[Any]:
+    def _parsed(self, field: Field, values: list[Any], first: int) -> list[Any]:
         parsed = []
-        for row, value in enumerate(values):
+        for row, value in enumerate(values, first):
             try:
                 parsed.append(_parse(field, value))
             except InvalidRecord as error:
@@ -201,12 +201,15 @@ class FeatureRows:
             block = frame.iloc[first : first + _BLOCK_ROWS]
             columns = {}
             for field in self.fields:
-                series = block.iloc[:, indices[field.name]] if field.name in indices else None
+                if field.name not in indices:
+                    columns[field.name] = feature_column(field, None, len(block))
+                    continue
+                series = block.iloc[:, indices[field.name]]
                 try:
-                    column = None if series is None else _pandas_array(series)
+                    column = _pandas_array(series)
                 except (pa.ArrowInvalid, pa.ArrowTypeError):
                     values = series.astype(object).where(series.notna(), None).tolist()
-                    columns[field.name] = self._column(field, values)
+                    columns[field.name] = self._column(field, values, first)
                 else:
                     columns[field.name] = self._arrow_column(field, column, len(block), first)
             yield self._with_values(columns, first)
@@ -297,7 +300,7 @@ def _as_mappings(rows: Any) -> Sequence[Mapping[str, object]]:
         for index, row in enumerate(rows):
             if not isinstance(row, Mapping):
                 _refuse_rows(row, index)
-    return rows  # type: ignore[no-any-return]
+    return rows
 
 
 def _refuse_rows(given: object, row: int | None) -> NoReturn:

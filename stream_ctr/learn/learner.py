@@ -142,13 +142,13 @@ def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
     Traceback (most recent call last):
     ValueError: tensor 'table' has shape (16, 16), expected (256, 16)
     """
-    found = system(spec.model)
-    if found.module is None:
+    described = system(spec.model)
+    if described.module is None:
         return  # when served, LR takes the memory of its weights
     with torch.device("meta"):
         dense = module_of(spec).state_dict()
     floats = row_floats(
-        spec.embedding_dim, embeddings=found.embeddings, optimizer=spec.table_optimizer
+        spec.embedding_dim, embeddings=described.embeddings, optimizer=spec.table_optimizer
     )
     expected = {
         "table": (1 << spec.table_bits, floats),

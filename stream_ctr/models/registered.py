@@ -132,13 +132,23 @@ def _described(name: str, model: type[nn.Module]) -> System:
 
 
 def _adapted(model: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass that leaves out the keywords that the model does not take."""
+    """Return a subclass that leaves out the keywords that the model does not take.
+
+    What its constructor raises becomes a `ConfigError`.
+    """
     options = _accepted(_parameters(model.__init__), _OPTIONS)
     keywords = _accepted(_parameters(model.forward), _FORWARD)
 
     class Adapted(model):  # type: ignore[valid-type, misc]
         def __init__(self, **given: object) -> None:
-            super().__init__(**_only(given, options))
+            try:
+                super().__init__(**_only(given, options))
+            except Exception as error:  # whatever the code of the model does
+                raise ConfigError(
+                    f"model {model.__name__}: its constructor fails with the keywords "
+                    f"{', '.join(sorted(options)) or 'none'}: "
+                    f"{type(error).__name__}: {one_line(error)}"
+                ) from error
 
         def forward(self, w: Tensor, v: Tensor, **given: object) -> Any:
             return super().forward(w, v, **_only(given, keywords))
@@ -150,7 +160,7 @@ def _adapted(model: type[nn.Module]) -> type[nn.Module]:
 
 def _parameters(method: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a method without `self`; none for what has no signature."""
-    if method is None or method is object.__init__:
+    if method is None or method is nn.Module.__init__:
         return {}
     parameters = dict(inspect.signature(method).parameters)
     parameters.pop("self", None)
