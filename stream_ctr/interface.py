@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 from stream_ctr.cli import runs
 from stream_ctr.cli.assembly import register_named_models, signing_key
@@ -83,20 +83,15 @@ def run(
                     predictions=written,
                     caller=caller,
                 )
-        elif not isinstance(source, str | Path) and _is_source(source):
-            report = runs.train_on_source(
-                source, settings, lease, predictions=written, caller=caller
-            )
         else:
-            log = open_log(Path(source)) if isinstance(source, str | Path) else source
-            report = runs.train_on_log(log, settings, lease, predictions=written, caller=caller)
+            if isinstance(source, str | Path):
+                source = open_log(Path(source))
+            # A log is read in event time, from its beginning; a source is polled.
+            learn = runs.train_on_source if hasattr(source, "poll") else runs.train_on_log
+            report = learn(source, settings, lease, predictions=written, caller=caller)
     if report:
         runs.require_published(report)
     return report
-
-
-def _is_source(source: Source | Stream) -> TypeGuard[Source]:
-    return hasattr(source, "poll")
 
 
 def _configured(config: Settings, state: Path) -> Config:

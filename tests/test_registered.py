@@ -196,6 +196,7 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_run_learns_models_by_import_path_and_goes_on_when_they_are_named_again(
     log: Path, tmp_path: Path
 ) -> None:

@@ -137,7 +137,7 @@ def test_fields_with_values_are_blended_too(tmp_path: Path, stream: pa.LargeBina
     assert report["models"]["blend"]["count"] == IMPRESSIONS
     newest = snapshot.newest(tmp_path / "snapshots")
     assert newest
-    assert np.isfinite(Scorer(newest).predict([{"rating": 3.5}, {}])).all()
+    assert np.isfinite(Scorer(newest).predict([{"rating": 3.5}, {"os": "o1"}])).all()
 
 
 def spoil(built: Trainer, *names: str, after: int) -> None:

@@ -98,7 +98,8 @@ class Scores:
         if not self.scored and not self.skipped:
             yield "there is no impression to score"
         if self.scored and self.skipped:
-            yield f"{self.skipped} records are malformed and were not scored ({self._first_reason})"
+            was = "was" if self.skipped == 1 else "were"
+            yield f"{self._malformed()} {was} not scored ({self._first_reason})"
         if invalid := self.scorer.invalid:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(invalid.items()))
             yield f"scored as missing: {counts}"
@@ -107,11 +108,13 @@ class Scores:
         """Raise `DataError` if there were records and no impression could be scored for itself."""
         if not self.scored and self.skipped:
             raise DataError(
-                f"no impression was scored: {self.skipped:,} records are malformed, "
-                f"the first is {self._first_reason}"
+                f"no impression was scored: {self._malformed()}, the first: {self._first_reason}"
             )
         if self.scored and self.scorer.invalid["no_field"] == self.scored:
             raise DataError("no impression has any of the fields that this snapshot was trained on")
+
+    def _malformed(self) -> str:
+        return f"{self.skipped:,} malformed record{'s' * (self.skipped != 1)}"
 
 
 def _all_are_usual(events: Events, rejected: Rejections) -> bool:

@@ -92,6 +92,7 @@ class Random(Gated):
 class Normed(Gated):
     def __init__(self, *, fields: int, embedding_dim: int) -> None:
         super().__init__(fields=fields, embedding_dim=embedding_dim)
+        self.seen: Tensor
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, w: Tensor, v: Tensor) -> Tensor:
