@@ -2,7 +2,8 @@
 
     run             learn from a log, a source or Kafka, as `stream-ctr run` does
     config          load a configuration, print an example
-    open_log, Simulation, BatchSource       sources of records
+    open_log, Simulation                    logs
+    Source, BatchSource, Records            sources of one's own
     Subscriber, Scorer                      follow published snapshots, and predict
     reports         the reports of a run as an Arrow table
     register_model  make a model of one's own known to this process
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from stream_ctr import config
     from stream_ctr.cli.runs import StopRequest
     from stream_ctr.connectors.memory import BatchSource
+    from stream_ctr.connectors.records import Records
     from stream_ctr.interface import run
     from stream_ctr.logs.open import open_log
     from stream_ctr.logs.simulate import Simulation
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BatchSource",
+    "Records",
     "Report",
     "Scorer",
     "Simulation",
@@ -50,6 +53,7 @@ __all__ = [
 
 _HOME = {
     "BatchSource": "connectors.memory",
+    "Records": "connectors.records",
     "Report": "train.report",
     "Scorer": "snapshots.scorer",
     "Simulation": "logs.simulate",

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from stream_ctr.cli import runs
 from stream_ctr.cli.assembly import register_named_models, signing_key
@@ -86,9 +86,14 @@ def run(
         else:
             if isinstance(source, str | Path):
                 source = open_log(Path(source))
-            # A log is read in event time, from its beginning; a source is polled.
-            learn = runs.train_on_source if hasattr(source, "poll") else runs.train_on_log
-            report = learn(source, settings, lease, predictions=written, caller=caller)
+            if hasattr(source, "poll"):
+                report = runs.train_on_source(
+                    cast(Source, source), settings, lease, predictions=written, caller=caller
+                )
+            else:
+                report = runs.train_on_log(
+                    cast(Stream, source), settings, lease, predictions=written, caller=caller
+                )
     if report:
         runs.require_published(report)
     return report

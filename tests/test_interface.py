@@ -100,7 +100,8 @@ def test_a_directory_is_resumed_with_the_configuration_that_it_keeps(tmp_path: P
 @pytest.mark.slow
 def test_a_source_of_ones_own_is_read_like_any_other(tmp_path: Path, stream: Any) -> None:
     parts = split(stream, 2)
-    last = run(SECTIONS, source=Partitions(parts, seed=1), state=tmp_path / "own")
+    source: Any = Partitions(parts, seed=1)
+    last = run(SECTIONS, source=source, state=tmp_path / "own")
     assert last
     assert last.examples == 6000
     assert snapshot.verify(newest(tmp_path / "own")).positions == {
@@ -138,7 +139,7 @@ def test_a_run_in_a_thread_ends_with_a_snapshot_when_it_is_stopped(
     found: list[Report | None] = []
 
     def learn() -> None:
-        source = Endless(split(stream, 1))
+        source: Any = Endless(split(stream, 1))
         # Called in the thread that learns, at the first report.
         found.append(
             run(sections, source=source, state=tmp_path, stop=stop, on_report=lambda report: stop())

@@ -30,7 +30,7 @@ BLEND: Sections = {
     "learn": {"batch_size": 512, "threads": 2},
 }
 MEMBERS = ["deepfm", "ftrl", "ftrl_scaled", "ftrl_pairs"]
-ROWS: list[dict[str, object]] = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}, {}]
+ROWS: list[dict[str, object]] = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}, {"os": "o1"}]
 
 
 @pytest.fixture(scope="module")
