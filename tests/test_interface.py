@@ -93,7 +93,7 @@ def test_a_directory_is_resumed_with_the_configuration_that_it_keeps(tmp_path: P
     last = run(source=log, state=tmp_path)
     assert last
     assert last.examples == 1000
-    with pytest.raises(DataError, match="embedding_dim"):
+    with pytest.raises(ConfigError, match="was made with embedding_dim = 4, not 8"):
         run({"model": {"embedding_dim": 8}}, source=log, state=tmp_path)
 
 

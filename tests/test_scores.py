@@ -67,7 +67,7 @@ def test_an_invalid_impression_ends_the_command_or_is_scored_as_missing(
     refused = score(served, events)
     assert refused.exit_code == 5
     last = refused.stderr.splitlines()[-1]
-    assert last.startswith("error: record 3, impression 'i4': ")
+    assert last.startswith("error: impression 'i4': ")
     assert problem in last
     assert last.endswith("(--on-invalid score scores it as missing)")
 
@@ -76,7 +76,7 @@ def test_an_invalid_impression_ends_the_command_or_is_scored_as_missing(
     assert list(printed(scored)) == ["i1", "i4", "i2"]
     assert printed(scored)["i1"] == Scorer(served).predict(GOOD[0]["features"])
     assert count in scored.stderr.splitlines()[-1]
-    assert "1 malformed record was not scored (record 2: " in scored.stderr
+    assert "1 malformed record was not scored: JSON is malformed" in scored.stderr
 
 
 def test_other_members_and_missing_values_are_no_reason_to_stop(served: Path) -> None:
@@ -92,7 +92,7 @@ def test_other_members_and_missing_values_are_no_reason_to_stop(served: Path) ->
     [
         (
             ["oops", "{}"],
-            "no impression was scored: 2 malformed records, the first: record 1: JSON",
+            "no impression was scored: 2 malformed records, the first: JSON is malformed",
         ),
         ([{**GOOD[0], "time": "soon"}], "no impression was scored: 1 malformed record"),
     ],

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from stream_ctr.errors import DataError, InvalidFeatures
 from stream_ctr.events.decoder import Decoder, Events, Rejections
-from stream_ctr.messages import one_line
+from stream_ctr.messages import one_line, printable
 from stream_ctr.snapshots.scorer import Scorer
 
 
@@ -33,14 +33,13 @@ class Scores:
         self.scorer = scorer
         self.scored = 0
         self.skipped = 0
-        self._records = 0
         self._first_reason = ""
         self._decoder = Decoder(scorer.fields)
 
     def of_records(self, values: pa.LargeBinaryArray) -> tuple[list[str], list[float]]:
         """Return the ids and the click probabilities of the impressions in these records.
 
-        Raises `DataError` that names the record, when the scorer does not accept its features.
+        Raises `DataError` that names the impression, when the scorer does not accept its features.
         """
         events, rejected = self._decoder.decode(values)
         if _all_are_usual(events, rejected):
@@ -50,12 +49,11 @@ class Scores:
         else:
             ids, probabilities, skipped = self._check(values, events, rejected)
         if skipped and not self.skipped:
-            at = skipped[0]
-            number = self._records + int(rejected.row[at]) + 1
-            self._first_reason = f"record {number}: {one_line(rejected.message[at], 300)}"
+            record = values[int(rejected.row[skipped[0]])].as_py() or b""
+            reason = one_line(rejected.message[skipped[0]], 300)
+            self._first_reason = f"{reason}: {printable(record, 80)}"
         self.skipped += len(skipped)
         self.scored += len(ids)
-        self._records += len(values)
         return ids, probabilities.tolist()
 
     def _check(
@@ -87,8 +85,7 @@ class Scores:
         except InvalidFeatures as error:
             one = impressions[error.row or 0]
             raise DataError(
-                f"record {self._records + one.row + 1}, impression "
-                f"{one_line(repr(one.impression_id), 80)}: {error.problem} "
+                f"impression {one_line(repr(one.impression_id), 80)}: {error.problem} "
                 "(--on-invalid score scores it as missing)"
             ) from None
         return [one.impression_id for one in impressions], probabilities, skipped
@@ -99,7 +96,7 @@ class Scores:
             yield "there is no impression to score"
         if self.scored and self.skipped:
             was = "was" if self.skipped == 1 else "were"
-            yield f"{self._malformed()} {was} not scored ({self._first_reason})"
+            yield f"{self._malformed()} {was} not scored: {self._first_reason}"
         if invalid := self.scorer.invalid:
             counts = ", ".join(f"{reason} {count:,}" for reason, count in sorted(invalid.items()))
             yield f"scored as missing: {counts}"
