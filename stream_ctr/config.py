@@ -38,6 +38,7 @@ from pydantic import (
 from pydantic import Field as key
 from pydantic_core import ErrorDetails
 
+from stream_ctr import extensions
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.field import (
     Field,
@@ -48,6 +49,7 @@ from stream_ctr.events.field import (
     require_members,
 )
 from stream_ctr.events.times import require_zone
+from stream_ctr.learn.spec import BLEND, SYSTEMS
 from stream_ctr.messages import nearest
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
@@ -376,7 +378,17 @@ class Join(Section):
     """
 
 
-ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
+def _model(name: str) -> str:
+    if name in SYSTEMS or extensions.is_import_path(name):
+        return name
+    known = (*SYSTEMS, BLEND, *extensions.names())
+    if name not in known:
+        raise ValueError(f"there is no model {name!r:.80}{nearest(name, known)}")
+    return name
+
+
+ModelName = Annotated[str, AfterValidator(_model)]
+"""The name of one of the nine systems, of the blend, of a registered model, or an import path."""
 
 
 class Model(Section):
@@ -385,8 +397,12 @@ class Model(Section):
     The defaults are those of the DeepFM paper, without dropout because a stream is seen once.
     """
 
-    name: Literal[ModelName, "blend"] = "blend"
-    """The published model. `blend` is the mixture of the models of the run and of FTRL experts."""
+    name: ModelName = BLEND
+    """The published model: a name that `stream-ctr models` lists, or the import path
+    `package.module:Class` of a model of one's own.
+
+    `blend` is the mixture of the models of the run and of FTRL experts.
+    """
     beside: tuple[ModelName, ...] = ()
     """Additional models that learn the same examples, each with a table of its own.
 
@@ -410,6 +426,8 @@ class Model(Section):
     @field_validator("beside")
     @classmethod
     def _distinct_models(cls, beside: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if BLEND in beside:
+            raise ValueError("the blend is published or not at all; it is no additional model")
         names = [info.data.get("name"), *beside]
         if repeated := sorted({name for name in beside if names.count(name) > 1}):
             raise ValueError(
@@ -612,20 +630,21 @@ def load(
     path: Path | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the configuration.
 
     `overrides` take precedence over `environ`, over the TOML file at `path`, over `base`, over the
-    defaults. `overrides` and `base` are dictionaries of sections.
+    defaults. `overrides` and `base` are dictionaries of sections. Without `environ`, the
+    environment of the process is read.
 
     Raises `ConfigError` with each wrong key, its value and the nearest known key.
     """
     layers = [
         base or {},
         _read_toml(path) if path else {},
-        _from_environment(environ),
+        _from_environment(os.environ if environ is None else environ),
         overrides or {},
     ]
     values: dict[str, Any] = {}

@@ -111,7 +111,13 @@ WRONG = {
             "features.crosses: 'a*x' has the number 'x', which has one row with "
             "numeric_encoding = 'value'; only buckets of it",
         ),
-        ("[model]\nname='deepfn'", "model.name"),
+        (
+            "[model]\nname='deepfn'",
+            "model.name: there is no model 'deepfn'; did you mean 'deepfm'?",
+        ),
+        ("[model]\nbeside=['fn']", "model.beside.0: there is no model 'fn'; did you mean 'fnn'?"),
+        ("[model]\nname='fm'\nbeside=['blend']", "model.beside: the blend is published or not"),
+        ("[model]\nname='nets:'", "model.name: there is no model 'nets:'"),
         (
             "[model]\nname='deepfm'\nbeside=['fm', 'deepfm']",
             "model.beside: a model is listed twice (model.name counts too): deepfm",

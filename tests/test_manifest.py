@@ -120,7 +120,7 @@ def test_every_key_is_required_and_has_one_type(path: tuple[str, ...]) -> None:
         ({"learner": {"value_fields": [0]}}, "the fields of deepfm and of the schema do not agree"),
         ({"learner": {"crosses": 0}}, "the cross products of deepfm and of the schema do not"),
         ({"learner": {"table_bits": 7}}, r"the table of deepfm has 2\^7 rows, .* reach 2\^6"),
-        ({"learner": {"model": "deepfn"}}, "Invalid enum value 'deepfn'"),
+        ({"learner": {"model": "deep fn"}}, "Expected `str` matching regex"),
         ({"learner": {"hidden": [0]}}, r"Expected `int` >= 1 - at `\$.learner.hidden\[0\]`"),
         ({"learner": {"dropout": 1.0}}, r"Expected `float` < 1.0"),
         ({"schema": {"fields": [["app", "categorical"]] * 3}}, "a field is listed twice: app"),

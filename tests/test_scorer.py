@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from safetensors.numpy import load, save
 from support.manifests import LEARNER, MANIFEST, edit_manifest, manifest, replace_file
 from support.served import write_served
 
-from stream_ctr.errors import SnapshotError
+from stream_ctr.errors import InvalidFeatures, SnapshotError
 from stream_ctr.evaluate.metrics import probabilities
 from stream_ctr.events.features import Hasher
 from stream_ctr.learn.learner import make_learner
@@ -25,8 +26,8 @@ from stream_ctr.snapshots.scorer import Scorer
 ROWS: list[dict[str, object]] = [
     {"app": "maps", "age": 31, "os": "a"},
     {"app": "mail"},
-    {"app": None, "age": 1.5, "unknown": 1},
-    {},
+    {"app": None, "age": 1.5},
+    {"os": "b"},
 ]
 
 
@@ -39,7 +40,7 @@ def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: st
     columns = {
         "app": pa.array(["maps", "mail", None, None]),
         "age": pa.array([31.0, None, 1.5, None]),
-        "os": pa.array(["a", None, None, None], pa.string()),
+        "os": pa.array(["a", None, None, "b"]),
     }
     expected = probabilities(learner.predict(*hasher.rows(columns)).astype(np.float64))
     scorer = Scorer(served, model=model)
@@ -48,6 +49,8 @@ def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: st
     assert scorer.predict(ROWS).tolist() == expected.tolist()
     assert scorer.predict_columns(columns).tolist() == expected.tolist()
     assert scorer.predict([]).shape == (0,)
+    assert scorer.predict(ROWS[0]) == expected[0]
+    assert scorer.predict(pa.Table.from_pylist(ROWS)).tolist() == expected.tolist()
     assert len(set(expected.tolist())) >= 3
 
 
@@ -65,6 +68,19 @@ def test_on_a_gpu_a_scorer_has_made_its_first_prediction_when_it_is_ready(
     monkeypatch.setattr(NetworkLearner, "predict", counted)
     Scorer(served, model="deepfm", device=device)
     assert predicted == ([] if device == "cpu" else [1])
+
+
+def test_features_that_the_model_does_not_know_are_an_error_or_are_counted(served: Path) -> None:
+    given: list[dict[str, object]] = [{"app": "maps", "ap": 1}, {"app": "maps", "age": "31"}]
+    scorer = Scorer(served)
+    for row in given:
+        with pytest.raises(InvalidFeatures, match="'ap'; did you mean 'app'|'age' must be a num"):
+            scorer.predict(row)
+    counted: Counter[str] = Counter()
+    lenient = Scorer(served, on_invalid="score", invalid=counted)
+    assert lenient.predict(given).tolist() == [scorer.predict({"app": "maps"})] * 2
+    assert lenient.invalid is counted
+    assert counted == {"unknown_field": 1, "wrong_type": 1}
 
 
 def test_numbers_and_booleans_are_categories_in_the_form_of_json(served: Path) -> None:

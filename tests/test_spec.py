@@ -28,7 +28,7 @@ def test_rates_of_ftrl_are_written_only_where_they_were_given() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("model", "gbdt"),
+        ("model", "../gbdt"),
         ("activation", "gelu"),
         ("dropout", -0.1),
         ("dropout", 1.0),

@@ -19,14 +19,14 @@ from support.served import publish, write_served
 from support.snapshots import flip_bit
 
 from stream_ctr.cli.main import main
-from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.errors import ConfigError, InvalidFeatures, SnapshotError
 from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.snapshots.subscriber import Subscriber
 
-ROWS: list[dict[str, object]] = [{"app": "maps", "age": 31}, {}]
+ROWS: list[dict[str, object]] = [{"app": "maps", "age": 31}, {"os": "a"}]
 
 
 class Queue:
@@ -93,6 +93,19 @@ def test_an_additional_model_can_be_served(tmp_path: Path) -> None:
     assert additional.predict(ROWS).tolist() != published.predict(ROWS).tolist()
     with pytest.raises(ConfigError, match="there is no model 'deepfn'; did you mean 'deepfm'"):
         Subscriber(tmp_path, model="deepfn")
+
+
+def test_what_was_scored_as_missing_is_counted_over_all_snapshots(tmp_path: Path) -> None:
+    strict = Subscriber(tmp_path)
+    lenient = Subscriber(tmp_path, on_invalid="score")
+    for sequence in (1, 2):
+        publish(write(tmp_path, sequence))
+        assert lenient.next(PATIENCE_SECONDS)
+        assert 0 < lenient.predict({"app": "maps", "ap": 1}) < 1
+    assert lenient.invalid == {"unknown_field": 2}
+    assert strict.next(PATIENCE_SECONDS)
+    with pytest.raises(InvalidFeatures, match="there is no field 'ap'"):
+        strict.predict({"app": "maps", "ap": 1})
 
 
 # -- ranks ---------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ BLEND: Sections = {
     "learn": {"batch_size": 512, "threads": 2},
 }
 MEMBERS = ["deepfm", "ftrl", "ftrl_scaled", "ftrl_pairs"]
-ROWS: list[dict[str, object]] = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}, {}]
+ROWS: list[dict[str, object]] = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}, {"os": "o1"}]
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_fields_with_values_are_blended_too(tmp_path: Path, stream: pa.LargeBina
     assert report["models"]["blend"]["count"] == IMPRESSIONS
     newest = snapshot.newest(tmp_path / "snapshots")
     assert newest
-    assert np.isfinite(Scorer(newest).predict([{"rating": 3.5}, {}])).all()
+    assert np.isfinite(Scorer(newest).predict([{"rating": 3.5}, {"os": "o1"}])).all()
 
 
 def spoil(built: Trainer, *names: str, after: int) -> None:

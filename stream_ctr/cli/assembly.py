@@ -18,6 +18,7 @@ from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.events.times import TimeFormat
+from stream_ctr.extensions import is_import_path
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
@@ -32,11 +33,13 @@ from stream_ctr.learn.spec import (
     FtrlRates,
     LearnerSpec,
     Pairs,
+    TableOptimizer,
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.learn.transfer import compare_fields
 from stream_ctr.logs.layout import ColumnNames, Layout
+from stream_ctr.models.registered import follows_online_rule, register_model
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
@@ -156,6 +159,16 @@ def signing_key(config: Config) -> SigningKey | None:
     return SigningKey(Path(path)) if path else None
 
 
+def register_named_models(config: Config) -> None:
+    """Import and register the models that this configuration names by an import path.
+
+    The configuration must be one that a person gave, not one that was read from a snapshot.
+    """
+    for name in (config.model.name, *config.model.beside):
+        if is_import_path(name):
+            register_model(name)
+
+
 def run_identity(
     config: Config,
     fields: Sequence[Field],
@@ -246,7 +259,12 @@ def _specs(config: Config, schema: Schema, earlier: RunIdentity | None) -> dict[
     blends = config.model.name == BLEND
     models = config.model.mixed if blends else (config.model.name, *config.model.beside)
     specs: dict[str, LearnerSpec] = {
-        model: replace(common, model=model, ftrl=rates if model == "lr" else UNSET)
+        model: replace(
+            common,
+            model=model,
+            ftrl=rates if model == "lr" else UNSET,
+            table_optimizer=_optimizer(config, model),
+        )
         for model in models
     }
     if config.ftrl.enabled and "lr" not in models:
@@ -254,6 +272,12 @@ def _specs(config: Config, schema: Schema, earlier: RunIdentity | None) -> dict[
     if not blends:
         return specs
     return {**specs, **_experts(common, specs, _pairs(common, schema, earlier))}
+
+
+def _optimizer(config: Config, model: str) -> TableOptimizer:
+    """Return the optimizer of the model's table: the online rule is for models that declare it."""
+    chosen = config.learn.table_optimizer
+    return "adagrad" if chosen == "online" and not follows_online_rule(model) else chosen
 
 
 def _pairs(common: LearnerSpec, schema: Schema, earlier: RunIdentity | None) -> Pairs:

@@ -28,6 +28,7 @@ from stream_ctr import __version__
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
+    ALLOW_MODEL_OPTION,
     CONFIG_OPTION,
     JSON_OPTION,
     REPLACE_RUN_OPTION,
@@ -135,8 +136,8 @@ def main(verbose: int) -> None:
     "sources",
     multiple=True,
     type=click.Path(path_type=Path),
-    help="Read logs instead of a topic: a file, a directory, a quoted pattern, or - for standard input; "
-    "given again, other logs after them.",
+    help="Read logs instead of a topic: a file, a directory, a quoted pattern, or - for standard "
+    "input; given again, other logs after them.",
 )
 @click.option(
     "--keep-open",
@@ -148,8 +149,9 @@ def main(verbose: int) -> None:
     "models",
     multiple=True,
     metavar="NAME",
-    help="The model to learn and publish, see `stream-ctr models`; given again, additional models "
-    "on the same examples. `blend` mixes those that follow.  [default: blend]",
+    help="The model to learn and publish, see `stream-ctr models`, or package.module:Class; given "
+    "again, additional models on the same examples. `blend` mixes those that follow.  "
+    "[default: blend]",
 )
 @log_options
 @SPAN_OPTION
@@ -245,7 +247,10 @@ def run(
         key = assembly.signing_key(settings.load(extra=extra)[0])
         begin = beginning.find_beginning(begin_from, state, key.verify if key else None)
     with runs.state_directory(state, take_over=take_over) as lease:
-        key = assembly.signing_key(settings.load(extra=extra)[0])
+        own = settings.load(extra=extra)[0]
+        # Before the configuration that the state directory keeps, whose names import nothing.
+        assembly.register_named_models(own)
+        key = assembly.signing_key(own)
         config, properties = settings.load(
             base=begin.config if begin else runs.kept_config(state, key.verify if key else None),
             extra=extra,
@@ -451,17 +456,30 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
 
 
 @main.command()
+@ALLOW_MODEL_OPTION
 @JSON_OPTION
 def models(*, as_json: bool) -> None:
     """List the paper's nine systems: the name for `run --model`, and the paper's Table 1.
 
+    Models that installed packages offer, and those of --allow-model, follow.
+
     \b
     stream-ctr models
+    stream-ctr models --allow-model acme.nets:XDeepFM
     """
+    from stream_ctr import extensions
+    from stream_ctr.errors import ConfigError
     from stream_ctr.models import MODELS
+    from stream_ctr.models.registered import system as find
 
+    systems = dict(MODELS)
+    for name in extensions.names():
+        try:
+            systems[name] = find(name)
+        except ConfigError as error:
+            click.echo(f"warning: {error}", err=True)
     if as_json:
-        for name, system in MODELS.items():
+        for name, system in systems.items():
             described = {
                 "name": name,
                 "title": system.title,
@@ -483,7 +501,7 @@ def models(*, as_json: bool) -> None:
         "",
     )
     rows: list[tuple[str, ...]] = [heads]
-    for name, system in MODELS.items():
+    for name, system in systems.items():
         properties = (
             not system.pretraining,
             system.high_order,

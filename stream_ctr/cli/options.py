@@ -55,6 +55,24 @@ def _run_id(text: str | None) -> str | None:
         raise click.BadParameter(str(error)) from None
 
 
+def _register(context: click.Context, option: click.Parameter, paths: tuple[str, ...]) -> None:
+    if paths:
+        from stream_ctr.models.registered import register_model
+
+        for path in paths:
+            register_model(path)
+
+
+ALLOW_MODEL_OPTION = click.option(
+    "--allow-model",
+    multiple=True,
+    metavar="PACKAGE.MODULE:CLASS",
+    expose_value=False,
+    callback=_register,
+    help="Import this class, and serve snapshots of it. A name in a snapshot is never imported.",
+)
+
+
 def extra_option(kinds: str) -> Callable[[Command], Command]:
     """Return the option -X for these `kinds` of keys."""
     return click.option("-X", "extra", multiple=True, metavar="KEY=VALUE", help=kinds)

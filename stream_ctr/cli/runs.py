@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
-from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.publisher import Publisher, Sink
 from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import Report, to_json_object
@@ -71,6 +73,7 @@ def train_on_logs(
     keep_open: bool = False,
     beginning: Beginning | None = None,
     predictions: Path | None = None,
+    caller: Caller | None = None,
 ) -> Report | None:
     """Learn all of these logs, one after another, into the directory of the lease.
 
@@ -80,10 +83,9 @@ def train_on_logs(
     Raises `ConfigError` if the logs cannot follow what the directory was begun with.
     """
     with connector_errors():
-        publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
         return _train(
             [_log_source(log) for log in logs],
-            publisher,
+            _publisher(config, lease, caller),
             config,
             lease.directory,
             config.features.fields() or logs[0].fields,
@@ -92,11 +94,46 @@ def train_on_logs(
             keep_open=keep_open,
             beginning=beginning,
             predictions=predictions,
+            caller=caller,
         )
 
 
 def _log_source(log: Stream) -> BatchSource:
     return BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
+
+
+def train_on_source(
+    source: Source,
+    config: Config,
+    lease: Lease,
+    *,
+    predictions: Path | None = None,
+    caller: Caller | None = None,
+) -> Report | None:
+    """Learn from a source of one's own, into the directory of the lease."""
+    with connector_errors():
+        return _train(
+            [source],
+            _publisher(config, lease, caller),
+            config,
+            lease.directory,
+            config.features.fields() or None,
+            predictions=predictions,
+            caller=caller,
+        )
+
+
+def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher:
+    """Return a publisher into the directory of the lease, and into the caller's sink."""
+    return Publisher(
+        lease.directory,
+        lease=lease,
+        sink=caller.sink if caller else None,
+        unavailable=(OSError,),
+        metrics_topic=config.metrics.topic,
+        snapshot_topic=config.snapshots.topic,
+        model_name=config.snapshots.model_name,
+    )
 
 
 def train_on_kafka(
@@ -111,6 +148,7 @@ def train_on_kafka(
     predictions: Path | None = None,
     replace_run: str | None = None,
     take_over: bool = False,
+    caller: Caller | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -168,6 +206,7 @@ def train_on_kafka(
             keep_open=keep_open,
             beginning=beginning,
             predictions=predictions,
+            caller=caller,
         )
 
 
@@ -197,9 +236,10 @@ def _train(
     keep_open: bool = False,
     beginning: Beginning | None = None,
     predictions: Path | None = None,
+    caller: Caller | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
-    stop = StopRequest()
+    stop = caller.stop if caller else StopRequest()
     schedule = Schedule(
         {
             "report": config.schedule.report_every.total_seconds(),
@@ -230,7 +270,9 @@ def _train(
             directory=state,
             surroundings=Surroundings(
                 flags=schedule,
-                show=lambda report: table.update(to_json_object(report)),
+                show=caller.on_report
+                if caller
+                else lambda report: table.update(to_json_object(report)),
                 notes=notes,
             ),
             in_event_time=in_event_time,
@@ -246,6 +288,8 @@ def _train(
         stop.then(trainer.stop)
         stack.enter_context(schedule)
         report = trainer.run()
+    if caller:
+        return report
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
     say(summary(report, state, kept_open=keep_open))
@@ -368,9 +412,27 @@ class StopRequest:
             stop()
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The program that a run is part of: it gets the reports, instead of the terminal.
+
+    A `sink` gets what a run on Kafka sends to topics: reports, pointers and dead letters.
+    """
+
+    on_report: Callable[[Report], None]
+    stop: StopRequest
+    sink: Sink | None = None
+
+
 @contextlib.contextmanager
 def signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Make SIGTERM and Ctrl-C call `stop`; a second one ends the process at once."""
+    """Make SIGTERM and Ctrl-C call `stop`; a second one ends the process at once.
+
+    Only the main thread can do this. In another one, signals stay as they are.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(number: int, _: object) -> None:
         for each in before:

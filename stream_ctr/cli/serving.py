@@ -12,12 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from stream_ctr.cli.options import (
+    ALLOW_MODEL_OPTION,
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
     LogFormat,
@@ -29,9 +30,9 @@ from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
+    from stream_ctr.events.feature_rows import OnInvalid
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
-    from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _MODEL_OPTION = click.option(
@@ -53,6 +54,7 @@ _MODEL_OPTION = click.option(
     help="The run's snapshots.model_name, the key of its pointers on the topic.",
 )
 @_MODEL_OPTION
+@ALLOW_MODEL_OPTION
 @click.option("--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]")
 @click.option(
     "--run-file",
@@ -212,7 +214,16 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
     help="A snapshot directory, or a state directory for its newest.",
 )
 @_MODEL_OPTION
+@ALLOW_MODEL_OPTION
 @PUBLIC_KEY_OPTION
+@click.option(
+    "--on-invalid",
+    type=click.Choice(["error", "score"]),
+    default="error",
+    show_default=True,
+    help="Stop at features that the model does not know or training rejects, or score them as "
+    "missing and count them.",
+)
 @JSON_OPTION
 @log_options
 def score(
@@ -221,15 +232,19 @@ def score(
     path: Path,
     model: str | None,
     public_key: Path | None,
+    on_invalid: OnInvalid,
     as_json: bool,
     log_format: LogFormat,
 ) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
+    Records that are not events are skipped with a warning. If none can be scored, the exit code
+    is 5.
+
     \b
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
     """
-    from stream_ctr.events.decoder import Decoder
+    from stream_ctr.cli.scores import Scores
     from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.signing import verifier
@@ -243,45 +258,20 @@ def score(
                 "and no run has left one in it"
             )
         path = newest
-    scorer = Scorer(path, model=model, signature=signature)
-    decoder = Decoder(scorer.fields)
-    counts = _Counts()
+    scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
+    scores = Scores(scorer)
     for batch in log_format.open(log).batches():
-        events, rejects = decoder.decode(batch.value)
-        counts.rejected += len(rejects)
-        if lines := list(_scores(scorer, events.impressions, counts, as_json=as_json)):
-            click.echo("\n".join(lines))
-    for warning in counts.warnings():
+        ids, probabilities = scores.of_records(batch.value)
+        if ids:
+            click.echo("\n".join(_score_lines(ids, probabilities, as_json=as_json)))
+    for warning in scores.warnings():
         click.echo(f"warning: {warning}", err=True)
+    scores.require_any()
 
 
-class _Counts:
-    """Impressions scored, those without any known field, and rejected records."""
-
-    def __init__(self) -> None:
-        self.scored = 0
-        self.unknown = 0
-        self.rejected = 0
-
-    def warnings(self) -> Iterator[str]:
-        if not self.scored:
-            yield "there is no impression to score"
-        elif self.unknown == self.scored:
-            yield "no impression has any of the fields that this snapshot was trained on"
-        if self.rejected:
-            yield f"{self.rejected} records are malformed and were not scored"
-
-
-def _scores(scorer: Scorer, impressions: Any, counts: _Counts, *, as_json: bool) -> Iterator[str]:
-    """Yield a line for each impression of a batch."""
-    ids = impressions.impression_id.to_pylist()
-    if not ids:
-        return
-    columns = impressions.features.values()
-    counts.scored += len(ids)
-    if all(column.null_count == len(column) for column in columns):
-        counts.unknown += len(ids)
-    probabilities = scorer.predict_columns(impressions.features).tolist()
+def _score_lines(
+    ids: Sequence[str], probabilities: Sequence[float], *, as_json: bool
+) -> Iterator[str]:
     for impression_id, probability in zip(ids, probabilities, strict=True):
         if as_json:
             yield json.dumps({"impression_id": impression_id, "probability": probability})

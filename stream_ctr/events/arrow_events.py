@@ -228,7 +228,8 @@ class ArrowReader:
         label, has_unread_label = columns.label(kind == EXAMPLE)
         has_features, members = columns.features()
         features = {
-            field.name: _feature(field, members.pop(field.name, None), n) for field in self.fields
+            field.name: feature_column(field, members.pop(field.name, None), n)
+            for field in self.fields
         }
         true_probability = columns.true_probability().to_numpy(zero_copy_only=False)
         has_unknown_members = _any_present([*members.values(), *columns.replaced_members], n)
@@ -436,7 +437,14 @@ def _is_number(type: pa.DataType) -> bool:
     )
 
 
-def _feature(field: Field, column: pa.Array | None, n: int) -> pa.Array:
+def feature_column(field: Field, column: pa.Array | None, n: int) -> pa.Array:
+    """Return a column of features as text or float64 [n]; None is missing everywhere.
+
+    Raises `InvalidRecord` when the field does not take the column's type.
+
+    >>> feature_column(Field("age", "numeric"), pa.array([1, None]), 2).to_pylist()
+    [1.0, None]
+    """
     if field.kind == "numeric":
         return _numbers(field.name, column, n)
     return _categories(field.name, column, n)

@@ -61,7 +61,8 @@ def parse_event(
     members = document.get("features")
     if members is not None and not isinstance(members, dict):
         raise InvalidRecord("wrong_type", f"features must be an object, got {members!r:.80}")
-    features = {field.name: _parse_feature(field, members) for field in fields}
+    given = members or {}
+    features = {field.name: parse_feature(field, given.get(field.name)) for field in fields}
     true_probability = _parse_number("true_probability", document.get("true_probability"))
     # A good event has kind, id and time. Any other member that is not null and was not read is
     # unknown, and so are all but the last of several members of one name.
@@ -134,8 +135,14 @@ def _parse_label(value: object) -> float | None:
     return float(value) if isinstance(value, bool) else _parse_number("label", value)
 
 
-def _parse_feature(field: Field, features: Mapping[str, Any] | None) -> str | float | None:
-    value = (features or {}).get(field.name)
+def parse_feature(field: Field, value: object) -> str | float | None:
+    """Return a value of a field as text or a number; None is missing.
+
+    Raises `InvalidRecord` when the value is of a type that the field does not take.
+
+    >>> parse_feature(Field("app", "categorical"), 7), parse_feature(Field("age", "numeric"), 7)
+    ('7', 7.0)
+    """
     if field.kind == "numeric":
         return _parse_number(field.name, value)
     if value is None or isinstance(value, str):

@@ -30,7 +30,7 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.table import row_floats
 from stream_ctr.learn.tensors import State, Tensors
-from stream_ctr.models import MODELS
+from stream_ctr.models.registered import system
 
 
 class Learner(Protocol):
@@ -126,7 +126,7 @@ def make_learner(
     >>> learner.predict(np.array([[1, 2]], np.int32)).tolist()
     [0.0]
     """
-    if MODELS[spec.model].module is None:
+    if system(spec.model).module is None:
         compact = serving and spec.pairs is UNSET  # a table of pairs is never large
         return (ServedLinear if compact else LinearLearner)(spec)
     return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
@@ -142,13 +142,13 @@ def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
     Traceback (most recent call last):
     ValueError: tensor 'table' has shape (16, 16), expected (256, 16)
     """
-    system = MODELS[spec.model]
-    if system.module is None:
+    described = system(spec.model)
+    if described.module is None:
         return  # when served, LR takes the memory of its weights
     with torch.device("meta"):
         dense = module_of(spec).state_dict()
     floats = row_floats(
-        spec.embedding_dim, embeddings=system.embeddings, optimizer=spec.table_optimizer
+        spec.embedding_dim, embeddings=described.embeddings, optimizer=spec.table_optimizer
     )
     expected = {
         "table": (1 << spec.table_bits, floats),

@@ -30,7 +30,7 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
-from stream_ctr.models import MODELS
+from stream_ctr.models import MODELS, registered
 from stream_ctr.models.layers import Dropout
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class NetworkLearner:
         threads: int = 0,
         progressive: bool = True,
     ) -> None:
-        system = MODELS[spec.model]
+        system = registered.system(spec.model)
         self.device = choose_device(device)
         self.columns = spec.fields + (spec.crosses if system.crosses else 0)
         self.fields = spec.fields
@@ -83,7 +83,16 @@ class NetworkLearner:
         self._pretrain_steps = -(-spec.pretrain_examples // spec.batch_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
-            self.model = module_of(spec).to(self.device)
+            module = module_of(spec)
+            if spec.model not in MODELS:
+                registered.check(
+                    spec.model,
+                    module,
+                    columns=self.columns,
+                    embedding_dim=spec.embedding_dim,
+                    embeddings=system.embeddings,
+                )
+            self.model = module.to(self.device)
         self.table = _table_of(spec, self.columns, self.device)
         self.online = spec.table_optimizer == "online"
         self.intercept = np.zeros(2)
@@ -266,7 +275,7 @@ class NetworkLearner:
 
 def module_of(spec: LearnerSpec) -> nn.Module:
     """Return a new module of the model that `spec` names, which must not be "lr"."""
-    system = MODELS[spec.model]
+    system = registered.system(spec.model)
     assert system.module is not None
     return system.module(
         fields=spec.fields,
@@ -290,7 +299,7 @@ def _table_of(spec: LearnerSpec, columns: int, device: torch.device) -> Table:
     return Table(
         bits=spec.table_bits,
         embedding_dim=spec.embedding_dim,
-        embeddings=MODELS[spec.model].embeddings,
+        embeddings=registered.system(spec.model).embeddings,
         rates=rates,
         initial_scale=spec.initial_scale,
         seed=spec.seed,

@@ -15,7 +15,19 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-ModelName = Literal["lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm"]
+from stream_ctr.extensions import LONGEST_NAME, NAME
+
+SYSTEMS = ("lr", "fm", "fnn", "ipnn", "opnn", "pnn", "lr_dnn", "fm_dnn", "deepfm")
+"""The names of the paper's nine systems."""
+
+ModelName = Annotated[
+    str,
+    Meta(
+        pattern=NAME,
+        max_length=LONGEST_NAME,
+        description="One of the nine systems, or a model that was registered under this name",
+    ),
+]
 
 BLEND = "blend"
 """The name of the mixture of the models of a run."""
@@ -23,6 +35,7 @@ BLEND = "blend"
 EXPERTS = ("ftrl", "ftrl_scaled", "ftrl_pairs")
 """The names of the logistic regressions that learn beside other models."""
 
+TableOptimizer = Literal["online", "adagrad", "adam"]
 NotNegative = Annotated[float, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 
@@ -84,7 +97,7 @@ class LearnerSpec(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     initial_scale: NotNegative = 0.01
     pretrain_examples: Annotated[int, Meta(ge=0)] = 0
     batch_size: Annotated[int, Meta(ge=1)] = 4096
-    table_optimizer: Literal["online", "adagrad", "adam"] = "online"
+    table_optimizer: TableOptimizer = "online"
     table_learning_rate: NotNegative = 0.0
     table_beta: NotNegative = 0.0
     linear_learning_rate: NotNegative = 0.0

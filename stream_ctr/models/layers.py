@@ -111,6 +111,11 @@ class Tape:
     def __init__(self) -> None:
         self._layers: dict[Dense, tuple[Tensor, Tensor]] = {}
 
+    @property
+    def layers(self) -> tuple[Dense, ...]:
+        """The layers that were recorded."""
+        return tuple(self._layers)
+
     def record(self, layer: Dense, x: Tensor, dz: Tensor) -> None:
         """Keep the input `x` [B, inputs] of a layer and `dz` [B, outputs]."""
         # With its history, x would refer back to this tape, and the activations of many batches

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, overload
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_ctr.errors import SnapshotError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.evaluate import metrics
+from stream_ctr.events.feature_rows import FeatureRows, OnInvalid, Table
 from stream_ctr.events.features import Hasher
 from stream_ctr.learn.blend import Blend, BlendPredictor
 from stream_ctr.learn.learner import Learner, make_learner, require_shapes
@@ -27,6 +29,10 @@ _LARGEST_BATCH = 1 << 20
 class Scorer:
     """The model of one snapshot, ready to predict: the published one, or the additional `model`.
 
+    With `on_invalid="error"`, features that are not what the model learned from raise
+    `InvalidFeatures`. With "score" they count as missing, and `invalid` counts them by reason (see
+    `events.feature_rows`); a Counter that is given here is used for that.
+
     Raises `SnapshotError` if the snapshot does not verify, or if its tensors do not fit its
     manifest.
     """
@@ -39,6 +45,8 @@ class Scorer:
         manifest_sha256: str | None = None,
         signature: snapshot.Verify | None = None,
         device: str = "cpu",
+        on_invalid: OnInvalid = "error",
+        invalid: Counter[str] | None = None,
     ) -> None:
         self.manifest, tensors = snapshot.load(
             path,
@@ -47,27 +55,44 @@ class Scorer:
             signature=signature,
         )
         self.fields = self.manifest.schema.fields
+        self._rows = FeatureRows(self.fields, on_invalid=on_invalid, invalid=invalid)
         try:
             self.hasher = Hasher(**msgspec.structs.asdict(self.manifest.schema))
             self.model = build_predictor(self.manifest, tensors, model, device=device)
+        except ConfigError as error:  # a model of another package
+            raise SnapshotError(
+                f"snapshot {path} cannot be served: {one_line(error, 500)}"
+            ) from None
         except (TypeError, ValueError, RuntimeError, MemoryError) as error:
             raise SnapshotError(
                 f"snapshot {path} does not describe a model that this version can build: "
                 f"{one_line(error, 500)}"
             ) from None
 
-    def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
-        """Return the click probabilities [n] of n impressions.
+    @property
+    def invalid(self) -> Counter[str]:
+        """The number of invalid values, names and rows that were scored as missing, by reason."""
+        return self._rows.invalid
 
-        Each impression maps field names to values. An absent value or None is missing.
+    @overload
+    def predict(self, rows: Mapping[str, object]) -> float: ...
+    @overload
+    def predict(self, rows: Sequence[Mapping[str, object]] | Table) -> npt.NDArray[np.float64]: ...
+    def predict(
+        self, rows: Mapping[str, object] | Sequence[Mapping[str, object]] | Table
+    ) -> float | npt.NDArray[np.float64]:
+        """Return the click probabilities [n] of n impressions, or that of one.
+
+        An impression maps field names to values; an absent value or None is missing. `rows` is one
+        such dictionary, whose probability is a float, a sequence of them, or a table with a column
+        for each field: pandas, polars, Arrow, or anything else that exports an Arrow stream.
+
+        Raises `InvalidFeatures`, unless `on_invalid` is "score".
         """
-        columns = {
-            field.name: pa.array([_text(row.get(field.name)) for row in rows], pa.string())
-            if field.kind == "categorical"
-            else pa.array([row.get(field.name) for row in rows], pa.float64())
-            for field in self.fields
-        }
-        return self.predict_columns(columns)
+        blocks = [self.predict_columns(columns) for columns in self._rows.columns(rows)]
+        if isinstance(rows, Mapping):
+            return float(blocks[0][0])
+        return np.concatenate(blocks) if blocks else np.empty(0)
 
     def predict_columns(self, features: Mapping[str, pa.Array]) -> npt.NDArray[np.float64]:
         """Return the click probabilities [n] of impressions that are given as columns.
@@ -160,9 +185,3 @@ def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], spec: Learne
         require_shapes(weights, spec)
     except KeyError as missing:
         raise ValueError(f"tensor {missing} is missing") from None
-
-
-def _text(value: object) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    return str(value).lower() if isinstance(value, bool) else str(value)

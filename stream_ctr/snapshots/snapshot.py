@@ -78,10 +78,10 @@ def new_id(sequence: int, event_time_ms: int) -> str:
 def stems(additional: str | None = None) -> tuple[str, str]:
     """Return the file stems of the published model and of its optimiser, or of an additional one.
 
-    >>> stems(), stems("fm")
-    (('model', 'optimizer'), ('fm.model', 'fm.optimizer'))
+    >>> stems(), stems("fm"), stems("acme.nets:Wide")[0]
+    (('model', 'optimizer'), ('fm.model', 'fm.optimizer'), 'acme.nets-Wide.model')
     """
-    prefix = f"{additional}." if additional else ""
+    prefix = f"{additional.replace(':', '-')}." if additional else ""
     return f"{prefix}model", f"{prefix}optimizer"
 
 

@@ -27,12 +27,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Literal, Self, get_args, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr import extensions
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.events.feature_rows import OnInvalid, Table
 from stream_ctr.learn.spec import BLEND, EXPERTS
 from stream_ctr.messages import nearest
 from stream_ctr.models import MODELS
@@ -59,7 +61,8 @@ class Subscriber:
     replace the followed one is followed from then on; by default its pointers are refused. With
     `model`, an additional model serves instead of the published one, and snapshots without it are
     ignored with a warning. With `public_key`, a PEM file, snapshots without a signature by its
-    private key are ignored. `predict` raises `SnapshotError` before the first snapshot.
+    private key are ignored. `on_invalid` is that of `Scorer`. `predict` raises `SnapshotError`
+    before the first snapshot.
 
     Raises `ConfigError` for a `model` that no run can have, for a `run` or `run_file` that names no
     run, and if the file cannot be read.
@@ -76,9 +79,11 @@ class Subscriber:
         device: str = "cpu",
         public_key: str | Path | None = None,
         on_snapshot: Callable[[Pointer], None] | None = None,
+        on_invalid: OnInvalid = "error",
     ) -> None:
-        if model is not None and model not in _NAMES:
-            raise ConfigError(f"there is no model {model!r:.80}{nearest(model, _NAMES)}")
+        known = (*_NAMES, *extensions.names())
+        if model is not None and model not in known and not extensions.is_import_path(model):
+            raise ConfigError(f"there is no model {model!r:.80}{nearest(model, known)}")
         if follow not in _FOLLOWS:
             raise ConfigError(f"follow is one of {', '.join(_FOLLOWS)}, got {follow!r:.80}")
         self._run_file = Path(run_file) if run_file is not None else None
@@ -94,6 +99,9 @@ class Subscriber:
         self._model = model
         self._device = device
         self._on_snapshot = on_snapshot
+        self._on_invalid: OnInvalid = on_invalid
+        self.invalid: Counter[str] = Counter()
+        """What was scored as missing since the start, by reason; see `Scorer.invalid`."""
         self.pointer: Pointer | None = None
         """The pointer to the loaded snapshot."""
         self.refusal: SnapshotError | None = None
@@ -164,6 +172,8 @@ class Subscriber:
                 manifest_sha256=pointer.manifest_sha256,
                 signature=self._signature,
                 device=self._device,
+                on_invalid=self._on_invalid,
+                invalid=self.invalid,
             )
             if scorer.manifest.run != pointer.run:
                 raise SnapshotError(
@@ -200,8 +210,14 @@ class Subscriber:
             raise SnapshotError("no snapshot was published yet; wait(seconds) waits for the first")
         return self._scorer
 
-    def predict(self, rows: Sequence[Mapping[str, object]]) -> npt.NDArray[np.float64]:
-        """Return click probabilities; see `Scorer.predict`."""
+    @overload
+    def predict(self, rows: Mapping[str, object]) -> float: ...
+    @overload
+    def predict(self, rows: Sequence[Mapping[str, object]] | Table) -> npt.NDArray[np.float64]: ...
+    def predict(
+        self, rows: Mapping[str, object] | Sequence[Mapping[str, object]] | Table
+    ) -> float | npt.NDArray[np.float64]:
+        """Return click probabilities [n], or one for one dictionary; see `Scorer.predict`."""
         return self.scorer.predict(rows)
 
     @property

@@ -14,6 +14,9 @@ from stream_ctr.events.batch import RecordColumns
 class Source(Protocol):
     """The records of P partitions, from given positions on.
 
+    A class of one's own may inherit from it: what a log in one place has no use for (`lag`, `lost`,
+    `silent_seconds`, `topic_ids`, `commit`) then has an answer.
+
     One thread at a time calls the methods. While it polls, another may read what never changes
     (`partitions`, `until_end`, `topic_ids`) and call `commit`.
     """
@@ -50,8 +53,8 @@ class Source(Protocol):
         ...
 
     def lag(self) -> int:
-        """Return how many offsets of all partitions are not read yet."""
-        ...
+        """Return how many offsets of all partitions are not read yet, 0 if that is unknown."""
+        return 0
 
     def caught_up(self) -> npt.NDArray[np.bool_]:
         """Return a mask [P] of the partitions that were read to their end."""
@@ -59,16 +62,15 @@ class Source(Protocol):
 
     def silent_seconds(self) -> float:
         """Return for how long no broker has answered; 0 while they do."""
-        ...
+        return 0.0
 
     def lost(self) -> dict[int, int]:
         """Return how many offsets of each partition were skipped because they are gone."""
-        ...
+        return {}
 
     def topic_ids(self) -> dict[str, str | None]:
         """Return the id of each topic, None where brokers give none."""
-        ...
+        return {}
 
     def commit(self, positions: Mapping[int, int]) -> None:
         """Commit offsets for tools that show lag. Nothing reads them back."""
-        ...

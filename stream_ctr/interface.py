@@ -1,0 +1,115 @@
+"""Runs from Python: what `stream-ctr run` does, as part of another program.
+
+    from stream_ctr import Subscriber, reports, run
+
+    run({"features": {"categorical": ["app"]}}, source="clicks.jsonl", state="state")
+    print(reports("state").to_pandas())
+    model = Subscriber("state")
+    model.next(timeout_seconds=10)
+    print(model.predict({"app": "maps"}))
+
+Without a `source`, the run reads the topics of the configuration from Kafka.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias, cast
+
+from stream_ctr.cli import runs
+from stream_ctr.cli.assembly import register_named_models, signing_key
+from stream_ctr.cli.client import client_options, connector_errors
+from stream_ctr.cli.replay import Stream
+from stream_ctr.cli.runs import Caller, StopRequest
+from stream_ctr.config import Config, load
+from stream_ctr.errors import ConfigError
+from stream_ctr.logs.open import open_log
+from stream_ctr.snapshots.publisher import Sink
+from stream_ctr.train.report import Report
+from stream_ctr.train.source import Source
+
+Settings: TypeAlias = Config | Mapping[str, Mapping[str, Any]] | str | Path | None
+"""A configuration, sections of one, or the path of a TOML file."""
+
+
+def _ignore(report: Report) -> None:
+    pass
+
+
+def run(
+    config: Settings = None,
+    *,
+    source: Source | Stream | str | Path | None = None,
+    state: str | Path = "state",
+    on_report: Callable[[Report], None] = _ignore,
+    sink: Sink | None = None,
+    stop: StopRequest | None = None,
+    until_end: bool = False,
+    take_over: bool = False,
+    predictions: str | Path | None = None,
+    kafka: Mapping[str, str] | None = None,
+) -> Report | None:
+    """Learn from a log, a source or Kafka topics, and return the last report.
+
+    `source` is the path of a log, a log that `open_log` or `Simulation` returns, or any `Source`;
+    without one the topics of the configuration are read, with the Kafka client properties `kafka`,
+    and `until_end` stops at the end that they have now. Everything that the run writes goes to the
+    directory `state`, and an existing one is resumed. Sections of a configuration lie over the
+    configuration that such a directory keeps, as flags do; a `Config` is used as it is.
+
+    `on_report` is called with each report, the last one included. Calling `stop`, from any thread,
+    ends the run with a snapshot. A `sink` gets reports, pointers and dead letters; with Kafka they
+    go to topics instead. `predictions` is a directory for the predictions of every example.
+
+    Returns None if the run was stopped before its first impression. Raises `StreamCtrError`:
+    `ConfigError` for a wrong configuration, `DataError` if nothing could be learned or published,
+    `BrokerError` if no broker answers.
+    """
+    if sink is not None and source is None:
+        raise ConfigError("a sink is for a source of one's own or a log; Kafka's topics are sinks")
+    caller = Caller(on_report, stop or StopRequest(), sink)
+    written = Path(predictions) if predictions is not None else None
+    with runs.state_directory(Path(state), take_over=take_over) as lease:
+        settings = _configured(config, Path(state))
+        if source is None:
+            client = client_options(settings.input.bootstrap_servers, None, kafka or {})
+            with connector_errors():
+                report = runs.train_on_kafka(
+                    client,
+                    settings,
+                    lease,
+                    until_end=until_end,
+                    predictions=written,
+                    caller=caller,
+                )
+        else:
+            if isinstance(source, str | Path):
+                source = open_log(Path(source))
+            if hasattr(source, "poll"):
+                report = runs.train_on_source(
+                    cast(Source, source), settings, lease, predictions=written, caller=caller
+                )
+            else:
+                report = runs.train_on_log(
+                    cast(Stream, source), settings, lease, predictions=written, caller=caller
+                )
+    if report:
+        runs.require_published(report)
+    return report
+
+
+def _configured(config: Settings, state: Path) -> Config:
+    """Return the configuration of a run, above what its state directory keeps."""
+    if isinstance(config, Config):
+        register_named_models(config)
+        return config
+    path = Path(config) if isinstance(config, str | Path) else None
+    overrides = None if isinstance(config, str | Path) else config
+    own = load(path, overrides=overrides)
+    # Before the configuration that the state directory keeps, whose names import nothing.
+    register_named_models(own)
+    key = signing_key(own)
+    return load(
+        path, overrides=overrides, base=runs.kept_config(state, key.verify if key else None)
+    )
