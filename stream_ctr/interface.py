@@ -13,18 +13,18 @@ Without a `source`, the run reads the topics of the configuration from Kafka.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from stream_ctr.cli import runs
-from stream_ctr.cli.assembly import register_named_models, signing_key
+from stream_ctr.cli.assembly import log_layout, register_named_models, signing_key
 from stream_ctr.cli.client import client_options, connector_errors
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.runs import Caller, StopRequest
 from stream_ctr.config import Config, load
 from stream_ctr.errors import ConfigError
-from stream_ctr.logs.open import open_log
+from stream_ctr.logs.open import open_logs
 from stream_ctr.snapshots.publisher import Sink
 from stream_ctr.train.report import Report
 from stream_ctr.train.source import Source
@@ -40,21 +40,24 @@ def _ignore(report: Report) -> None:
 def run(
     config: Settings = None,
     *,
-    source: Source | Stream | str | Path | None = None,
+    source: Source | Stream | str | Path | Sequence[str | Path] | None = None,
     state: str | Path = "state",
     on_report: Callable[[Report], None] = _ignore,
     sink: Sink | None = None,
     stop: StopRequest | None = None,
     until_end: bool = False,
+    keep_open: bool = False,
     take_over: bool = False,
     predictions: str | Path | None = None,
     kafka: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn from a log, a source or Kafka topics, and return the last report.
 
-    `source` is the path of a log, a log that `open_log` or `Simulation` returns, or any `Source`;
-    without one the topics of the configuration are read, with the Kafka client properties `kafka`,
-    and `until_end` stops at the end that they have now. Everything that the run writes goes to the
+    `source` is the path of a log, of a directory of logs, or several of these, which are read one
+    after another; a log that `open_log` or `Simulation` returns; or any `Source`. Without one the
+    topics of the configuration are read, with the Kafka client properties `kafka`, and `until_end`
+    stops at the end that they have now. With `keep_open`, label windows that are open at the end
+    stay open for the input that follows. Everything that the run writes goes to the
     directory `state`, and an existing one is resumed. Sections of a configuration lie over the
     configuration that such a directory keeps, as flags do; a `Config` is used as it is.
 
@@ -80,23 +83,34 @@ def run(
                     settings,
                     lease,
                     until_end=until_end,
+                    keep_open=keep_open,
                     predictions=written,
                     caller=caller,
                 )
+        elif hasattr(source, "poll"):
+            report = runs.train_on_source(
+                cast(Source, source), settings, lease, predictions=written, caller=caller
+            )
         else:
-            if isinstance(source, str | Path):
-                source = open_log(Path(source))
-            if hasattr(source, "poll"):
-                report = runs.train_on_source(
-                    cast(Source, source), settings, lease, predictions=written, caller=caller
-                )
-            else:
-                report = runs.train_on_log(
-                    cast(Stream, source), settings, lease, predictions=written, caller=caller
-                )
+            report = runs.train_on_logs(
+                _logs(source, settings),
+                settings,
+                lease,
+                keep_open=keep_open,
+                predictions=written,
+                caller=caller,
+            )
     if report:
-        runs.require_published(report)
+        runs.require_published(report, kept_open=keep_open)
     return report
+
+
+def _logs(source: Any, config: Config) -> Sequence[Stream]:
+    if isinstance(source, str | Path):
+        source = [source]
+    if not isinstance(source, Sequence):
+        return [cast(Stream, source)]
+    return open_logs(source, layout=log_layout(config))
 
 
 def _configured(config: Settings, state: Path) -> Config:
