@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import JSON_OPTION, Command, Settings, settings_options, stacked
 from stream_ctr.cli.snapshots import echo
 from stream_ctr.errors import ConfigError, DataError
@@ -153,7 +154,7 @@ def _decimal(value: object) -> int | None:
 
 
 def _note(text: str) -> None:
-    click.echo(f"note: {text}", err=True)
+    voice.say(f"note: {text}")
 
 
 # -- ls ------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ Only what `--help` needs is imported at the top; a command imports what it runs.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ import click
 import msgspec
 
 from stream_ctr import __version__
+from stream_ctr.cli import voice
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.options import (
     CONFIG_OPTION,
@@ -38,25 +38,9 @@ from stream_ctr.cli.paper import paper
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
-from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
     from stream_ctr.logs.simulate import Drift
-
-_LONGEST_MESSAGE_LINE = 4000
-
-
-def _safe_lines(text: object) -> str:
-    """Return the lines of a message, which may quote input, so that none steers a terminal."""
-    return "\n".join(printable(line, _LONGEST_MESSAGE_LINE) for line in str(text).split("\n"))
-
-
-class _SafeFormatter(logging.Formatter):
-    """Write each log message on one line, whatever input it quotes."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message, _LONGEST_MESSAGE_LINE)
-        return super().formatMessage(record)
 
 
 class _Group(click.Group):
@@ -66,7 +50,12 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except StreamCtrError as error:
-            click.echo(f"error: {_safe_lines(error)}", err=True)
+            voice.say_error(str(error))
+            ctx.exit(error.exit_code)
+        except click.ClickException as error:
+            if not voice.speaks_json():
+                raise
+            voice.say_error(error.format_message())
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -81,9 +70,17 @@ class _Group(click.Group):
     "-v",
     "--verbose",
     count=True,
-    help="Write more to standard error: -v progress, -vv everything.",
+    help="Write more to standard error: -v progress, -vv everything, that of libraries too.",
 )
-def main(verbose: int) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What standard error gets: lines of text, or one JSON object a line.",
+)
+@click.pass_context
+def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     """Learn to predict clicks while they happen.
 
     \b
@@ -95,16 +92,7 @@ def main(verbose: int) -> None:
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
     stopped the run or nothing may be published, 6 no valid snapshot.
     """
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler()
-    if not verbose:
-        # Both clients report each lost connection at ERROR and go on. An error that ends a command
-        # is reported by the command.
-        handler.addFilter(lambda record: not record.name.startswith("kafka"))
-    # At DEBUG numba prints the bytecode of every function that it compiles.
-    logging.getLogger("numba").setLevel(logging.INFO)
-    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    ctx.with_resource(voice.speaking(log_format, verbose=verbose))
 
 
 # -- run -----------------------------------------------------------------------------------------
@@ -296,7 +284,7 @@ def replay(
     with connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             plural = "s" * (partitions > 1)
-            click.echo(f"created topic {topic} with {partitions} partition{plural}", err=True)
+            voice.say(f"created topic {topic} with {partitions} partition{plural}")
         sink = kafka.KafkaSink(client)
         try:
             events_a_record = batch if wire == "arrow" else None
@@ -305,7 +293,7 @@ def replay(
             sink.close()
     print_notes(opened.notes)
     rate = count / max(seconds, 1e-9)
-    click.echo(f"{count:,} events to {topic} in {seconds:.1f} s ({rate:,.0f}/s)", err=True)
+    voice.say(f"{count:,} events to {topic} in {seconds:.1f} s ({rate:,.0f}/s)")
 
 
 def _device(name: str | None) -> str | None:
@@ -365,9 +353,7 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from None
     seconds = time.monotonic() - started
-    click.echo(
-        f"{count:,} events ({impressions:,} impressions) to {out} in {seconds:.1f} s", err=True
-    )
+    voice.say(f"{count:,} events ({impressions:,} impressions) to {out} in {seconds:.1f} s")
 
 
 # -- models, configuration, broker, demo ---------------------------------------------------------
@@ -465,9 +451,8 @@ def broker(*, port: int) -> None:
 
     try:
         with EmbeddedBroker(port=port or None) as embedded:
-            click.echo(
-                f"listening on {embedded.bootstrap_servers}; its records are gone when it stops",
-                err=True,
+            voice.say(
+                f"listening on {embedded.bootstrap_servers}; its records are gone when it stops"
             )
             stop = runs.StopRequest()
             with runs.signals(stop):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stream_ctr.cli import voice
 from stream_ctr.errors import ConfigError
 from stream_ctr.messages import nearest
 
@@ -232,7 +233,7 @@ def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
 def print_notes(notes: Sequence[str]) -> None:
     """Write notes to standard error."""
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        voice.say(f"note: {note}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import LogFormat, load_config, log_options, print_notes
 from stream_ctr.errors import DataError
 
@@ -196,14 +197,14 @@ def _repeat(log: Log, config: Config, options: Options, out: Path, *, restart: b
         limit = plan.QUICK_IMPRESSIONS if options.quick else None
         rows = reading.expected_rows(log, limit)
         size = reading.expected_bytes(log, config, rows)
-        click.echo(work.requirements(config, options, rows, size), err=True)
+        voice.say(work.requirements(config, options, rows, size))
         source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
         data = reading.read(log, source, config, out / "data", limit=limit, console=console)
         print_notes(data.metadata["notes"])
         made = plan.make_plan(data, config, options)
         planned.append(made)
         for line in work.estimate(made, out):
-            click.echo(line, err=True)
+            voice.say(line)
         try:
             work.run(made, out, console=console)
         finally:  # what is done is reported if the command is interrupted too
@@ -219,7 +220,7 @@ def _interruptible(out: Path, planned: Sequence[Plan]) -> Iterator[None]:
         kept = "nothing was done yet"
         if planned:
             kept = f"what is done is kept in {out}, and the same command goes on from there"
-        click.echo(f"\nstopped; {kept}", err=True)
+        voice.say(f"\nstopped; {kept}")
         raise SystemExit(130) from None
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}") from None

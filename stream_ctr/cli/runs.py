@@ -20,7 +20,9 @@ from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.replay import Stream
+from stream_ctr.cli.report_line import ReportLines, figures
 from stream_ctr.cli.summary import summary
+from stream_ctr.cli.voice import announcing_compilation, say, say_report, speaks_json
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
@@ -37,11 +39,6 @@ from stream_ctr.train.report import Report, to_json_object
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
 from stream_ctr.train.trainer import Surroundings, Trainer
-
-
-def say(text: str) -> None:
-    """Write a line to standard error; standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -166,12 +163,13 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
+        stack.enter_context(announcing_compilation())
         encoding = _encoding(source, config, state, fields, lambda: stop.requested)
         if not encoding:
             say("stopped before the first impression; nothing was learned")
             return None
         fields, fitted = encoding
-        table = stack.enter_context(LiveTable(Console()))
+        show = stack.enter_context(_shown())
         trainer = build_trainer(
             config,
             fields=fields,
@@ -181,7 +179,7 @@ def _train(
             directory=state,
             surroundings=Surroundings(
                 flags=schedule,
-                show=lambda report: table.update(to_json_object(report)),
+                show=show,
                 notes=notes,
             ),
             in_event_time=in_event_time,
@@ -195,8 +193,23 @@ def _train(
         report = trainer.run()
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
-    say(summary(report, state))
+    say_report(summary(report, state), figures(report))
     return report
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Report], None]]:
+    """Show each report: as a table on a terminal, and as a line where standard error is none."""
+    console = Console()
+    lines = ReportLines(say_report)
+    with LiveTable(console) as table:
+
+        def show(report: Report) -> None:
+            table.update(to_json_object(report))
+            if speaks_json() or not (console.is_terminal and sys.stderr.isatty()):
+                lines.update(report)
+
+        yield show
 
 
 def _encoding(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
@@ -170,9 +171,8 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
     except OSError as error:
         raise ConfigError(f"cannot run {arguments[0]!r} of --exec: {error.strerror}") from None
     if done.returncode:
-        click.echo(
-            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}",
-            err=True,
+        voice.say(
+            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}"
         )
 
 
@@ -226,7 +226,7 @@ def score(
         if lines := list(_scores(scorer, events.impressions, counts, as_json=as_json)):
             click.echo("\n".join(lines))
     for warning in counts.warnings():
-        click.echo(f"warning: {warning}", err=True)
+        voice.say(f"warning: {warning}")
 
 
 class _Counts:

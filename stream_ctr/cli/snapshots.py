@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
@@ -103,7 +104,7 @@ def _published(folder: Path) -> str | None:
     try:
         pointer = read_pointer(folder.parent / "latest.json")
     except SnapshotError as error:
-        click.echo(f"note: the published snapshot is unknown: {error}", err=True)
+        voice.say(f"note: the published snapshot is unknown: {error}")
         return None
     return pointer.snapshot if pointer else None
 

@@ -419,6 +419,7 @@ class Trainer:
                     events=self._events_read,
                 ),
                 notes=self._around.notes(),
+                now_ms=int(self._around.wall_clock() * 1000),
             )
             self.publisher.report(to_json_object(report))
             self._around.show(report)
