@@ -501,6 +501,12 @@ class Metrics(Section):
 
     The state directory has all reports in any case.
     """
+    report_file_size: Size = "64MiB"
+    """The size at which `reports.jsonl` of the state directory gets a number and another begins."""
+    report_file_age: Period = timedelta(days=30)
+    """The age at which the same happens."""
+    report_files: int = key(10, ge=1)
+    """The number of such files to keep. Older ones are removed."""
 
 
 class Schedule(Section):

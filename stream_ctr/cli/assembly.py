@@ -36,6 +36,7 @@ from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.report_log import Rotation
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.train.as_served import AsServed
 from stream_ctr.train.ingest import Ingest
@@ -132,6 +133,16 @@ def signing_key(config: Config) -> SigningKey | None:
     """
     path = config.snapshots.signing_key
     return SigningKey(Path(path)) if path else None
+
+
+def rotation(config: Config) -> Rotation:
+    """Return when another file of reports begins."""
+    metrics = config.metrics
+    return Rotation(
+        max_bytes=size(metrics.report_file_size),
+        max_seconds=metrics.report_file_age.total_seconds(),
+        keep=metrics.report_files,
+    )
 
 
 def run_identity(config: Config, fields: Sequence[Field], fitted: Fitted = NOTHING) -> RunIdentity:

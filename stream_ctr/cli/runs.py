@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from stream_ctr.cli.assembly import build_trainer, signing_key
+from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
@@ -65,7 +65,12 @@ def train_on_log(
     source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
     fields = config.features.fields() or log.fields
     with connector_errors():
-        publisher = Publisher(lease.directory, lease=lease, model_name=config.snapshots.model_name)
+        publisher = Publisher(
+            lease.directory,
+            lease=lease,
+            model_name=config.snapshots.model_name,
+            rotation=rotation(config),
+        )
         return _train(
             source,
             publisher,
@@ -116,6 +121,7 @@ def train_on_kafka(
             metrics_topic=config.metrics.topic,
             snapshot_topic=config.snapshots.topic,
             model_name=config.snapshots.model_name,
+            rotation=rotation(config),
         )
         return _train(
             source,

@@ -271,9 +271,7 @@ def _waiting(
     oldest_ms = joiner.oldest_pending_ms
     without_event = (state.watermarks.mark == NOT_YET) & ~status.idle
     return Waiting(
-        until=rfc3339(
-            None if first_ms is None else first_ms + joiner.label_window_ms + lateness_ms
-        ),
+        until=rfc3339(None if oldest_ms is None else oldest_ms + closes_ms),
         reached=rfc3339(joiner.watermark + lateness_ms if joiner.watermark > NOT_YET else None),
         held_by=partition_words(np.flatnonzero(without_event).tolist(), partitions),
         ready=len(state.batches),

@@ -465,6 +465,7 @@ class Trainer:
                 last_step=last_step,
                 segments=segments,
                 copies=held,
+                now_ms=int(self._around.wall_clock() * 1000),
             )
         )
         if self.served and self.served.of_snapshots:
