@@ -19,7 +19,7 @@ import importlib.resources
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -47,7 +47,7 @@ from stream_ctr.events.field import (
     require_distinct_members,
     require_members,
 )
-from stream_ctr.messages import nearest
+from stream_ctr.messages import nearest, nearest_word
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
 DEVICES = r"^(auto|cpu|cuda(:\d{1,2})?)$"
@@ -66,6 +66,19 @@ _LONGEST_SECONDS = 36500 * 86400.0
 _UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LARGEST_BYTES = 2**60
 _NOT_SHOWN = "the value is not shown"
+# Messages of pydantic that name types of Python, or its own.
+_REASONS = {
+    "tuple_type": "must be a list",
+    "string_type": "must be a text in quotes",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+}
 
 
 def duration(text: object) -> timedelta:
@@ -224,10 +237,15 @@ class Input(Section):
     @field_validator("bootstrap_servers")
     @classmethod
     def _no_login(cls, servers: str) -> str:
-        if "@" in servers or "//" in servers:
+        if "@" in servers:
             raise ValueError(
                 "must be host:port,...; put a login into the Kafka options "
                 f"sasl.username and sasl.password ({_NOT_SHOWN})"
+            )
+        if "//" in servers:
+            raise ValueError(
+                "must be host:port,... without a scheme such as http://: brokers speak Kafka's "
+                "own protocol, often at port 9092"
             )
         return servers
 
@@ -670,10 +688,19 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHERS:
             continue
         if name not in names:
-            raise ConfigError(f"unknown environment variable {name!r}{nearest(name, names)}")
+            raise ConfigError(f"unknown environment variable {name!r}{_near_variable(name, names)}")
         section, option = names[name].split(".")
         layer.setdefault(section, {})[option] = parse_text(section, option, value)
     return layer
+
+
+def _near_variable(name: str, names: Iterable[str]) -> str:
+    """Return a suggestion of the most similar variable, compared without the prefix of all."""
+    keys = [known.removeprefix(ENVIRONMENT_PREFIX) for known in names]
+    near = nearest_word(name.removeprefix(ENVIRONMENT_PREFIX), keys)
+    if near is None:
+        return f": {ENVIRONMENT_PREFIX}SECTION__KEY sets section.key, see `stream-ctr config`"
+    return f"; did you mean {ENVIRONMENT_PREFIX + near!r}?"
 
 
 def parse_text(section: str, option: str, value: str) -> object:
@@ -694,7 +721,9 @@ def _explain(problem: ErrorDetails) -> str:
     location = [str(part) for part in problem["loc"]]
     if problem["type"] == "extra_forbidden":
         return _unknown_key(location)
-    reason = problem["msg"].removeprefix("Value error, ")
+    reason = _REASONS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "model_type":
+        reason = f"must be a table of keys, [{location[0]}]"
     value = f"{problem['input']!r:.200}"
     shown = "" if value in reason or _NOT_SHOWN in reason else f", got {value}"
     return f"{'.'.join(location)}: {reason}{shown}"

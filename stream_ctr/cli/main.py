@@ -26,6 +26,7 @@ from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
     SPAN_OPTION,
+    GivenPath,
     LogFormat,
     Settings,
     aligned,
@@ -108,7 +109,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     help="The library that reads from Kafka; confluent is librdkafka "
     "(pip install 'stream-ctr[confluent]').  [default: kafka-python]",
 )
-@click.option("--source", type=click.Path(path_type=Path), help="Read this log instead of a topic.")
+@click.option("--source", type=GivenPath(), help="Read this log instead of a topic.")
 @click.option(
     "--model",
     "models",
@@ -122,7 +123,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
 @settings_options()
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     default=Path("state"),
     show_default=True,
     help="Directory for everything that the run writes; an existing one is resumed.",
@@ -145,7 +146,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
 )
 @click.option(
     "--predictions",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     help="Write the predictions of every example to Parquet files in this directory.",
 )
 @click.option(
@@ -219,7 +220,7 @@ def run(
 
 
 @main.command()
-@click.argument("log", type=click.Path(path_type=Path))
+@click.argument("log", type=GivenPath())
 @click.option("--topic", default="clicks", show_default=True)
 @click.option(
     "--partitions",
@@ -332,9 +333,9 @@ def _speed(text: str) -> float | None:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     required=True,
-    help="The JSON lines file to write.",
+    help="The JSON lines file to write; - writes to standard output.",
 )
 def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     """Write a seeded stream whose true click probabilities are known.
@@ -344,12 +345,20 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     \b
     stream-ctr simulate --impressions 200000 --seed 1 --out clicks.jsonl
     stream-ctr simulate --impressions 200000 --drift rate --out falling.jsonl
+    stream-ctr simulate --impressions 200000 --out - | gzip > clicks.jsonl.gz
     """
     from stream_ctr.logs.simulate import Simulation
 
     started = time.monotonic()
     try:
-        count = Simulation(impressions, seed=seed, drift=drift).write_jsonl(out)
+        simulation = Simulation(impressions, seed=seed, drift=drift)
+        if str(out) == "-":
+            count = simulation.write_lines(sys.stdout.buffer.write)
+            sys.stdout.buffer.flush()
+        else:
+            count = simulation.write_jsonl(out)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from None
     seconds = time.monotonic() - started
@@ -469,8 +478,8 @@ def broker(*, port: int) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where to keep it.  [default: a temporary directory]",
+    type=GivenPath(file_okay=False),
+    help="Where to keep it.  [default: a temporary directory, which is removed at the end]",
 )
 @extra_option("Any key of the configuration such as learn.batch_size.")
 @CONFIG_OPTION
@@ -497,8 +506,11 @@ def demo(
         raise click.UsageError(
             f"the demo brings its own broker and has no use for {', '.join(properties)}"
         )
-    state = state or Path(tempfile.mkdtemp(prefix="stream-ctr-demo-"))
-    run_demo(config, impressions=impressions, seed=seed, state=state)
+    if state:
+        run_demo(config, impressions=impressions, seed=seed, state=state)
+        return
+    with tempfile.TemporaryDirectory(prefix="stream-ctr-demo-") as temporary:
+        run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
 for _command in (subscribe, score, paper, snapshots, dlq):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stream_ctr.cli import voice
-from stream_ctr.cli.options import LogFormat, load_config, log_options, print_notes
+from stream_ctr.cli.options import GivenPath, LogFormat, load_config, log_options, print_notes
 from stream_ctr.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--data", "log_path", type=click.Path(path_type=Path), help="A log of impressions and clicks."
-)
+@click.option("--data", "log_path", type=GivenPath(), help="A log of impressions and clicks.")
 @click.option(
     "--simulate",
     "simulated",
@@ -35,7 +33,7 @@ if TYPE_CHECKING:
 @log_options
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     required=True,
     help="Directory for the report and everything that is kept.",
 )
@@ -101,7 +99,7 @@ if TYPE_CHECKING:
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="A TOML file; keys that it does not set are the paper's.",
 )
 @click.option(

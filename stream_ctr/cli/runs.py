@@ -23,7 +23,7 @@ from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.report_line import ReportLines, figures
 from stream_ctr.cli.summary import summary
 from stream_ctr.cli.voice import announcing_compilation, say, say_report, speaks_json
-from stream_ctr.config import Config
+from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
@@ -43,10 +43,17 @@ from stream_ctr.train.trainer import Surroundings, Trainer
 
 @contextlib.contextmanager
 def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
-    """Hold the state directory, and remove what a crash left unfinished in it."""
+    """Hold the state directory, and remove what a crash left unfinished in it.
+
+    An error before anything is written leaves no directory behind.
+    """
     with Lease(state, take_over=take_over) as lease:
-        snapshot.clean(state / "snapshots")
-        yield lease
+        try:
+            snapshot.clean(state / "snapshots")
+            yield lease
+        except BaseException:
+            lease.abandon()
+            raise
 
 
 def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
@@ -172,7 +179,7 @@ def _train(
         stack.enter_context(announcing_compilation())
         encoding = _encoding(source, config, state, fields, lambda: stop.requested)
         if not encoding:
-            say("stopped before the first impression; nothing was learned")
+            say("stopped before the first impressions were there; nothing was learned")
             return None
         fields, fitted = encoding
         show = stack.enter_context(_shown())
@@ -243,6 +250,8 @@ def _encoding(
         reason="to fit the buckets of their numbers (features.fit_numbers = false does not wait)"
         if fields
         else "to infer their fields (or name them in a --config)",
+        label_window_ms=in_milliseconds(config.join.label_window),
+        idle_seconds=config.join.idle_timeout.total_seconds(),
     )
     if first is None:
         return None

@@ -21,6 +21,7 @@ from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
+    GivenPath,
     LogFormat,
     Settings,
     log_options,
@@ -42,7 +43,7 @@ _MODEL_OPTION = click.option(
 @click.command()
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     help="Follow the state directory of a run.",
 )
 @click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
@@ -177,11 +178,11 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
 
 
 @click.command()
-@click.argument("log", metavar="EVENTS", type=click.Path(path_type=Path))
+@click.argument("log", metavar="EVENTS", type=GivenPath())
 @click.option(
     "--snapshot",
     "path",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )

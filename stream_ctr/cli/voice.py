@@ -159,7 +159,7 @@ def announcing_compilation(
     """
     from numba.core import event
 
-    class Listener(event.Listener):
+    class Listener(event.Listener):  # type: ignore[misc]
         """Counts what is compiled and is not in the cache."""
 
         def __init__(self) -> None:

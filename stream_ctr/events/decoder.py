@@ -45,10 +45,15 @@ from stream_ctr.events.parsed_events import (
     Rejection,
 )
 
-# 1973-03-03 and 2100-01-01 in epoch milliseconds. A time outside of them is in seconds, zero, or
-# from a broken clock.
+# 1973-03-03 and 2100-01-01 in epoch milliseconds. A time outside of them is in another unit, zero,
+# or from a broken clock.
 EARLIEST_MS = 100_000_000_000
 LATEST_MS = 4_102_444_800_000
+_OTHER_UNITS: Mapping[str, Callable[[int], int]] = {
+    "seconds": lambda time: time * 1000,
+    "microseconds": lambda time: time // 1000,
+    "nanoseconds": lambda time: time // 1_000_000,
+}
 
 # Every bad event of an Arrow record becomes a dead letter of its own. A record with more of them,
 # or whose dead letters would take more than 16 times its bytes (64 KiB at least), is rejected.
@@ -234,7 +239,7 @@ _RULES = (
     _Rule("missing_time", "time is missing", lambda events, latest: ~events.has_time),
     _Rule(
         "time_out_of_range",
-        "time {time} ms is not between 1973 and 2100 (seconds?)",
+        "time {time} ms is not between 1973 and 2100{unit}",
         lambda events, latest: (events.time < EARLIEST_MS) | (events.time >= LATEST_MS),
     ),
     _Rule(
@@ -297,7 +302,8 @@ def _reject_events(
         rule = _RULES[broken[index]]
         within = int(events.within[index])
         kind = repr(events.kind_text[index].as_py())[:80]
-        message = rule.message.format(kind=kind, time=int(events.time[index]))
+        time = int(events.time[index])
+        message = rule.message.format(kind=kind, time=time, unit=_unit_hint(time))
         value = None if stream is None else one_event(stream, within)
         remaining_bytes -= len(value or b"")
         if remaining_bytes < 0:
@@ -307,6 +313,18 @@ def _reject_events(
             )
         rejections.append(Rejection(int(events.row[index]), rule.reason, message, within, value))
     return rejections
+
+
+def _unit_hint(time: int) -> str:
+    """Return the unit that a time which is not in milliseconds seems to have, for a message.
+
+    >>> _unit_hint(1_735_689_600), _unit_hint(1_735_689_600_000_000), _unit_hint(0)
+    (': is it in seconds?', ': is it in microseconds?', '')
+    """
+    for unit, in_milliseconds in _OTHER_UNITS.items():
+        if EARLIEST_MS <= in_milliseconds(time) < LATEST_MS:
+            return f": is it in {unit}?"
+    return ""
 
 
 def _valid_events(events: ParsedEvents, is_good: Mask) -> Events:
