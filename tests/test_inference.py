@@ -192,13 +192,18 @@ LATE_IMPRESSION = [click_at(0), click_at(61), *FULL]
 MANY_CLICKS = [click_at(0)] * 1333 + FULL  # of four partitions, 1000 records are searched
 
 
-@settings(max_examples=60)
-@given(data=st.data())
-def test_the_first_records_of_a_live_topic_are_a_function_of_its_log(data: st.DataObject) -> None:
-    values = [values_of(*log) for log in (FULL, SLOW, CLICKS_FIRST, LATE_IMPRESSION)]
-    values[3] = data.draw(st.sampled_from([values[3], values_of(*MANY_CLICKS)]))
-    sizes = iter(lambda: data.draw(st.integers(0, 150)), None)
-    gaps = iter(lambda: data.draw(st.sampled_from([0.0, 0.3, 25.0, 400.0])), None)
+@settings(max_examples=40)
+@given(seed=st.integers(0, 1 << 32), largest=st.integers(1, 400), many=st.booleans())
+def test_the_first_records_of_a_live_topic_are_a_function_of_its_log(
+    seed: int, largest: int, many: bool
+) -> None:
+    values = [
+        values_of(*log)
+        for log in (FULL, SLOW, CLICKS_FIRST, MANY_CLICKS if many else LATE_IMPRESSION)
+    ]
+    rng = np.random.default_rng(seed)
+    sizes = iter(lambda: int(rng.integers(0, largest + 1)), None)
+    gaps = iter(lambda: float(rng.choice([0.0, 0.3, 25.0, 400.0])), None)
     parts = first_of_topic(values, sizes=sizes, gaps=gaps)
     assert parts == [FULL[:250], SLOW[:61], CLICKS_FIRST[300:361], []]
 
