@@ -66,10 +66,11 @@ _LONGEST_SECONDS = 36500 * 86400.0
 _UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LARGEST_BYTES = 2**60
 _NOT_SHOWN = "the value is not shown"
-# Messages of pydantic that name types of Python, or its own.
+# What pydantic says with the names of types of Python, or longer.
 _REASONS = {
     "tuple_type": "must be a list",
     "string_type": "must be a text in quotes",
+    "string_pattern_mismatch": "does not have the form {pattern}",
     "bool_type": "must be true or false",
     "bool_parsing": "must be true or false",
     "int_type": "must be a whole number",
@@ -78,6 +79,11 @@ _REASONS = {
     "float_type": "must be a number",
     "float_parsing": "must be a number",
     "finite_number": "must be a finite number",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_long": "must have at most {max_length} entries",
 }
 
 
@@ -245,7 +251,7 @@ class Input(Section):
         if "//" in servers:
             raise ValueError(
                 "must be host:port,... without a scheme such as http://: brokers speak Kafka's "
-                "own protocol, often at port 9092"
+                f"own protocol, often at port 9092 ({_NOT_SHOWN})"
             )
         return servers
 
@@ -601,14 +607,14 @@ def load(
 
     Raises `ConfigError` with each wrong key, its value and the nearest known key.
     """
-    layers = [
-        base or {},
-        _read_toml(path) if path else {},
-        _from_environment(environ),
-        overrides or {},
-    ]
+    layers = {
+        "in the state directory": base or {},
+        f"in {path}": _read_toml(path) if path else {},
+        "in the environment": _from_environment(environ),
+        "": overrides or {},
+    }
     merged: dict[str, Any] = {}
-    for layer in layers:
+    for layer in layers.values():
         for section, values in layer.items():
             lower = merged.get(section, {})
             if isinstance(lower, Mapping):  # else the wrong value stays, and the error names it
@@ -616,7 +622,9 @@ def load(
     try:
         return Config(**merged)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+        raise ConfigError(
+            "; ".join(_explain(problem, layers) for problem in error.errors())
+        ) from None
 
 
 def examples() -> tuple[str, ...]:
@@ -716,17 +724,41 @@ def parse_text(section: str, option: str, value: str) -> object:
     return value
 
 
-def _explain(problem: ErrorDetails) -> str:
-    """Return the message for one error of a configuration."""
+def _explain(problem: ErrorDetails, layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the message for one error of a configuration that these layers add up to."""
     location = [str(part) for part in problem["loc"]]
+    place = _place(location, layers)
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(location)
-    reason = _REASONS.get(problem["type"]) or problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "model_type":
-        reason = f"must be a table of keys, [{location[0]}]"
+        return f"{_unknown_key(location)}{place}"
+    reason = _reason(problem)
     value = f"{problem['input']!r:.200}"
-    shown = "" if value in reason or _NOT_SHOWN in reason else f", got {value}"
-    return f"{'.'.join(location)}: {reason}{shown}"
+    shown = "" if "got " in reason or _NOT_SHOWN in reason else f", got {value}"
+    return f"{'.'.join(location)}: {reason}{shown}{place}"
+
+
+def _reason(problem: ErrorDetails) -> str:
+    """Return what is wrong in the words of a configuration, not of Python."""
+    facts = problem.get("ctx", {})
+    if problem["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", str(facts["expected"]))
+        hint = nearest(str(problem["input"]), known)
+        return f"must be one of {', '.join(known)}, got {problem['input']!r:.200}{hint}"
+    if problem["type"] == "model_type":
+        return f"must be a table of keys, [{problem['loc'][0]}]"
+    if form := _REASONS.get(problem["type"]):
+        return form.format(**facts)
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def _place(location: Sequence[str], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return where the value at a location was given, if not in a flag."""
+    section, *option = location
+    for words, layer in reversed(list(layers.items())):
+        values = layer.get(section)
+        within = values if isinstance(values, Mapping) else {}
+        if option[0] in within if option else section in layer:
+            return f" ({words})" if words else ""
+    return ""
 
 
 def _unknown_key(location: Sequence[str]) -> str:

@@ -192,8 +192,8 @@ LATE_IMPRESSION = [click_at(0), click_at(61), *FULL]
 MANY_CLICKS = [click_at(0)] * 1333 + FULL  # of four partitions, 1000 records are searched
 
 
-@settings(max_examples=40)
-@given(seed=st.integers(0, 1 << 32), largest=st.integers(1, 400), many=st.booleans())
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1 << 32), largest=st.integers(40, 400), many=st.booleans())
 def test_the_first_records_of_a_live_topic_are_a_function_of_its_log(
     seed: int, largest: int, many: bool
 ) -> None:
@@ -228,7 +228,7 @@ def test_a_partition_without_a_record_is_passed_over_after_ten_seconds() -> None
 
 def test_a_run_waits_for_as_long_as_no_partition_has_its_part() -> None:
     said: list[str] = []
-    topic = Topic(
+    topic: Any = Topic(
         [values_of(*SLOW[:40]), values_of()],
         sizes=itertools.repeat(1000),
         gaps=itertools.repeat(1.0),

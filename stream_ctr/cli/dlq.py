@@ -268,8 +268,7 @@ def _require_reason(reason: str | None, seen: Counter[str]) -> None:
     if reason is not None and seen and reason not in seen:
         known = ", ".join(f"{printable(name)} ({count:,})" for name, count in seen.most_common())
         raise click.UsageError(
-            f"no dead letter has the reason {reason!r}{nearest(reason, seen)}; the reasons are "
-            f"{known}"
+            f"no dead letter has the reason {reason!r}, they have {known}{nearest(reason, seen)}"
         )
 
 

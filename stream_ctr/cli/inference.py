@@ -394,6 +394,6 @@ def describe_records(values: pa.LargeBinaryArray | None) -> str:
     if len(rejects):
         return f". The first malformed record: {one_line(rejects.message[0])}"
     return (
-        f". Of the first {len(values):,} {len(events.impressions):,} are impressions without "
-        f"features, {len(events.clicks):,} are clicks"
+        f". Of the first {len(values):,} records {len(events.impressions):,} are impressions "
+        f"without features, {len(events.clicks):,} are clicks"
     )

@@ -39,6 +39,7 @@ from stream_ctr.cli.paper import paper
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
+from stream_ctr.messages import nearest
 
 if TYPE_CHECKING:
     from stream_ctr.logs.simulate import Drift
@@ -46,6 +47,15 @@ if TYPE_CHECKING:
 
 class _Group(click.Group):
     """Turn the errors of stream_ctr into a message and an exit code."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            hint = nearest(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message.rstrip('.')}{hint}", error.ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -360,7 +370,8 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"cannot write {out}: {reason}") from None
     seconds = time.monotonic() - started
     voice.say(f"{count:,} events ({impressions:,} impressions) to {out} in {seconds:.1f} s")
 

@@ -64,11 +64,11 @@ class BadRecords:
             if reason not in self._named:
                 self._named.add(reason)
                 _log.warning(
-                    "%s:%d holds a malformed record at offset %d, the first with the reason %s: "
-                    "%s. Such records are dead letters (stream-ctr dlq), and are counted",
+                    "malformed, the first of its kind, at offset %d of %s:%d: %s: %s "
+                    "(counted and kept as a dead letter, see stream-ctr dlq)",
+                    offset,
                     topic,
                     number,
-                    offset,
                     reason,
                     message,
                 )
@@ -81,8 +81,8 @@ class BadRecords:
         if self._records >= _ENOUGH_RECORDS and self._bad > most:
             raise DataError(
                 f"{self._bad:.0f} of {self._records} records read are bad, more than "
-                f"input.max_bad_share = {self._max_bad_share}; the last: {self._last}. "
-                "Is this the right topic, and are these its fields?"
+                f"input.max_bad_share = {self._max_bad_share}; the last: {self._last} - "
+                "Is this the right input, and are these its fields?"
             )
 
 

@@ -376,7 +376,7 @@ MISTAKES = (
     Mistake(
         "The state of another log",
         "stream-ctr run --source other.jsonl --state state",
-        5,
+        3,
         _state_and_other_log,
     ),
     Mistake(
@@ -387,7 +387,7 @@ MISTAKES = (
     ),
     Mistake(
         "A state directory that cannot be written",
-        "stream-ctr run --source events.jsonl --state /proc/state",
+        "stream-ctr run --source events.jsonl --state events.jsonl/state",
         3,
         _log(),
     ),
@@ -464,9 +464,16 @@ def run(mistake: Mistake, folder: Path, brokers: Brokers) -> tuple[int, str]:
 
 def _without_accidents(text: str) -> str:
     text = text.replace(f"process {os.getpid()} on {socket.gethostname()}", "process 4242 on host")
+    text = re.sub(r"^note: (compiling|\d+ loops compiled).*\n", "", text, flags=re.MULTILINE)
+    text = re.sub(r"^final: .*\n(  .*\n)*", "", text, flags=re.MULTILINE)  # figures of the machine
     text = re.sub(r"^\d{4}-\d\d-\d\d [\d:,]+ ", "", text, flags=re.MULTILINE)
     within = f"within {timeouts.BOOTSTRAP_SECONDS:g} s"
     return text.replace(within, "within 5 s")
+
+
+def first_words(text: str) -> str:
+    """Return an error up to what a client says of it, which depends on what it heard in time."""
+    return text.partition(" (")[0].partition("the login")[0]
 
 
 def section(mistake: Mistake, text: str) -> str:
