@@ -19,7 +19,7 @@ import importlib.resources
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -50,7 +50,7 @@ from stream_ctr.events.field import (
 )
 from stream_ctr.events.times import require_zone
 from stream_ctr.learn.spec import BLEND, SYSTEMS
-from stream_ctr.messages import nearest
+from stream_ctr.messages import nearest, nearest_word
 
 ENVIRONMENT_PREFIX = "STREAM_CTR_"
 DEVICES = r"^(auto|cpu|cuda(:\d{1,2})?)$"
@@ -69,6 +69,25 @@ _LONGEST_SECONDS = 36500 * 86400.0
 _UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _LARGEST_BYTES = 2**60
 _NOT_SHOWN = "the value is not shown"
+# What pydantic says with the names of types of Python, or longer.
+_REASONS = {
+    "tuple_type": "must be a list",
+    "string_type": "must be a text in quotes",
+    "string_pattern_mismatch": "does not have the form {pattern}",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be greater than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_long": "must have at most {max_length} entries",
+}
 
 
 def duration(text: object) -> timedelta:
@@ -271,10 +290,15 @@ class Input(Section):
     @field_validator("bootstrap_servers")
     @classmethod
     def _no_login(cls, servers: str) -> str:
-        if "@" in servers or "//" in servers:
+        if "@" in servers:
             raise ValueError(
                 "must be host:port,...; put a login into the Kafka options "
                 f"sasl.username and sasl.password ({_NOT_SHOWN})"
+            )
+        if "//" in servers:
+            raise ValueError(
+                "must be host:port,... without a scheme such as http://: brokers speak Kafka's "
+                f"own protocol, often at port 9092 ({_NOT_SHOWN})"
             )
         return servers
 
@@ -564,6 +588,12 @@ class Metrics(Section):
 
     The state directory has all reports in any case.
     """
+    report_file_size: Size = "64MiB"
+    """The size at which `reports.jsonl` of the state directory gets a number and another begins."""
+    report_file_age: Period = timedelta(days=30)
+    """The age at which the same happens."""
+    report_files: int = key(10, ge=1)
+    """The number of such files to keep. Older ones are removed."""
 
 
 class Schedule(Section):
@@ -641,19 +671,21 @@ def load(
 
     Raises `ConfigError` with each wrong key, its value and the nearest known key.
     """
-    layers = [
-        base or {},
-        _read_toml(path) if path else {},
-        _from_environment(os.environ if environ is None else environ),
-        overrides or {},
-    ]
+    layers = {
+        "in the state directory": base or {},
+        f"in {path}": _read_toml(path) if path else {},
+        "in the environment": _from_environment(os.environ if environ is None else environ),
+        "": overrides or {},
+    }
     values: dict[str, Any] = {}
-    for layer in layers:
+    for layer in layers.values():
         values = merged(values, layer)
     try:
         return Config(**values)
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_explain, error.errors()))) from None
+        raise ConfigError(
+            "; ".join(_explain(problem, layers) for problem in error.errors())
+        ) from None
 
 
 def merged(lower: Mapping[str, Any], upper: Mapping[str, Any]) -> dict[str, Any]:
@@ -747,10 +779,19 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if not name.startswith(ENVIRONMENT_PREFIX) or name in ENVIRONMENT_OTHERS:
             continue
         if name not in names:
-            raise ConfigError(f"unknown environment variable {name!r}{nearest(name, names)}")
+            raise ConfigError(f"unknown environment variable {name!r}{_near_variable(name, names)}")
         key = names[name]
         layer = merged(layer, nested(key, parse_text(key, value)))
     return layer
+
+
+def _near_variable(name: str, names: Iterable[str]) -> str:
+    """Return a suggestion of the most similar variable, compared without the prefix of all."""
+    keys = [known.removeprefix(ENVIRONMENT_PREFIX) for known in names]
+    near = nearest_word(name.removeprefix(ENVIRONMENT_PREFIX), keys)
+    if near is None:
+        return f": {ENVIRONMENT_PREFIX}SECTION__KEY sets section.key, see `stream-ctr config`"
+    return f"; did you mean {ENVIRONMENT_PREFIX + near!r}?"
 
 
 def parse_text(name: str, value: str) -> object:
@@ -774,15 +815,41 @@ def _default(name: str) -> object:
     return found
 
 
-def _explain(problem: ErrorDetails) -> str:
-    """Return the message for one error of a configuration."""
+def _explain(problem: ErrorDetails, layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return the message for one error of a configuration that these layers add up to."""
     location = [str(part) for part in problem["loc"]]
+    place = _place(location, layers)
     if problem["type"] == "extra_forbidden":
-        return _unknown_key(location)
-    reason = problem["msg"].removeprefix("Value error, ")
+        return f"{_unknown_key(location)}{place}"
+    reason = _reason(problem)
     value = f"{problem['input']!r:.200}"
-    shown = "" if value in reason or _NOT_SHOWN in reason else f", got {value}"
-    return f"{'.'.join(location)}: {reason}{shown}"
+    shown = "" if "got " in reason or _NOT_SHOWN in reason else f", got {value}"
+    return f"{'.'.join(location)}: {reason}{shown}{place}"
+
+
+def _reason(problem: ErrorDetails) -> str:
+    """Return what is wrong in the words of a configuration, not of Python."""
+    facts = problem.get("ctx", {})
+    if problem["type"] == "literal_error":
+        known = re.findall(r"'([^']*)'", str(facts["expected"]))
+        hint = nearest(str(problem["input"]), known)
+        return f"must be one of {', '.join(known)}, got {problem['input']!r:.200}{hint}"
+    if problem["type"] == "model_type":
+        return f"must be a table of keys, [{problem['loc'][0]}]"
+    if form := _REASONS.get(problem["type"]):
+        return form.format(**facts)
+    return problem["msg"].removeprefix("Value error, ")
+
+
+def _place(location: Sequence[str], layers: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return where the value at a location was given, if not in a flag."""
+    section, *option = location
+    for words, layer in reversed(list(layers.items())):
+        values = layer.get(section)
+        within = values if isinstance(values, Mapping) else {}
+        if option[0] in within if option else section in layer:
+            return f" ({words})" if words else ""
+    return ""
 
 
 def _unknown_key(location: Sequence[str]) -> str:

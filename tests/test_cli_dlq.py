@@ -119,10 +119,11 @@ def test_replay_with_a_reason_puts_back_those_alone_and_without_any_choice_nothi
         result = command("dlq", "replay", *where, *refused)
         assert result.exit_code == 2
         assert "--reason" in result.output
-    assert (
-        "the letters have other reasons: "
-        in succeed("dlq", "replay", *where, "--reason", "none_such").output
-    )
+    for verb in ("replay", "show"):
+        refused = command("dlq", verb, *where, "--reason", "not_jsn")
+        assert refused.exit_code == 2
+        assert "no dead letter has the reason 'not_jsn', they have " in refused.stderr
+        assert "did you mean 'not_json'?" in refused.stderr
     assert len(values_of(lettered.servers, lettered.topic)) == before
     counts = {one["reason"]: one["letters"] for one in json_lines("dlq", "ls", *where)}
     reason = min(counts)

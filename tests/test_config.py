@@ -82,7 +82,7 @@ WRONG = {
         ("[join]\nlabel_window='99999999999999d'", "a duration is at most 100 years"),
     ],
     "configuration: other values": [
-        ("join = 5", "join: Input should be a valid dictionary"),
+        ("join = 5", "join: must be a table of keys, [join], got 5"),
         ("[features]\ncategorical=['a','b']\nnumeric=['b']", "a field is listed twice: b"),
         (
             "[features]\ncrosses=['age']",
@@ -100,7 +100,7 @@ WRONG = {
             "[features]\ncrosses=['a*b', 'b*c', ['b', 'a']]",
             "features.crosses: a cross product is listed twice: 'b*a'",
         ),
-        ("[features]\ncrosses=[3]", "features.crosses.0: Input should be a valid tuple, got 3"),
+        ("[features]\ncrosses=[3]", "features.crosses.0: must be a list, got 3"),
         (
             "[features]\ncategorical=['age', 'category']\ncrosses=['age*categry']",
             "not a field; did you mean 'category'?",
@@ -124,8 +124,8 @@ WRONG = {
         ),
         ("[join]\nmax_memory='100'", "join.max_memory: a size needs a unit (KB, MB, GB, KiB"),
         ("[join]\nmax_memory='0GB'", "a size must be at least one byte, got '0GB'"),
-        ("[model]\ntable_bits=40", "model.table_bits"),
-        ("[baseline]\nsample_rate=0", "baseline.sample_rate"),
+        ("[model]\ntable_bits=40", "model.table_bits: must be at most 31, got 40"),
+        ("[baseline]\nsample_rate=0", "baseline.sample_rate: must be greater than 0, got 0"),
         ("[baseline]\nalpha=nan", "baseline.alpha"),
         ("not toml", "is not TOML"),
     ],
@@ -182,8 +182,37 @@ def test_a_section_that_is_no_table_is_an_error_under_and_over_another_layer(
 ) -> None:
     path = toml(tmp_path, "join = 5\n")
     other: dict[str, Any] = {layer: {"join": {"label_window": "90s"}}}
-    with pytest.raises(ConfigError, match="join: Input should be a valid dictionary.*got 5"):
+    with pytest.raises(ConfigError, match=r"join: must be a table of keys, \[join\], got 5"):
         load(path, environ={}, **other)
+
+
+def test_an_error_says_where_the_wrong_value_was_given(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[learn]\nbatch_size = 0\n[join]\nlabel_windw = '5m'\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path, environ={"STREAM_CTR_LEARN__SEED": "x"}, overrides={"model": {"hidden": "y"}})
+    assert str(caught.value).split("; ") == [
+        "unknown key 'join.label_windw'",
+        f"did you mean 'join.label_window'? (in {path})",
+        "model.hidden: must be a list, got 'y'",
+        f"learn.batch_size: must be at least 1, got 0 (in {path})",
+        "learn.seed: must be a whole number, got 'x' (in the environment)",
+    ]
+    kept = {"learn": {"batch_size": -1}}
+    with pytest.raises(ConfigError, match=r"got -1 \(in the state directory\)"):
+        load(environ={}, base=kept)
+
+
+def test_a_variable_is_compared_without_the_prefix_that_all_share() -> None:
+    with pytest.raises(ConfigError, match=r"'STREAM_CTR_FOO': STREAM_CTR_SECTION__KEY sets"):
+        load(environ={"STREAM_CTR_FOO": "1"})
+    with pytest.raises(ConfigError, match=r"did you mean 'STREAM_CTR_LEARN__SEED'"):
+        load(environ={"STREAM_CTR_LEARN_SEED": "1"})
+
+
+def test_a_scheme_is_refused_without_a_word_of_a_login() -> None:
+    with pytest.raises(ConfigError, match="without a scheme such as http://") as caught:
+        load(environ={}, overrides={"input": {"bootstrap_servers": "http://b:9092"}})
+    assert "login" not in str(caught.value)
 
 
 def test_an_unknown_environment_variable_is_an_error_with_the_nearest_name() -> None:

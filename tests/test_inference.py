@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.commands import command, succeed
 from support.event_records import features, record
 from support.lineage import QUICK, reports
@@ -17,6 +20,7 @@ from support.trainers import Partitions
 from stream_ctr import Scorer
 from stream_ctr.cli import inference, runs
 from stream_ctr.cli.inference import FirstRecords, first_records
+from stream_ctr.connectors.records import Records
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
@@ -125,6 +129,132 @@ def test_a_live_source_is_waited_for_until_it_has_impressions() -> None:
         )
         is None
     )
+
+
+class Topic(Partitions):
+    """A live topic that holds all of its records, polled at any times in any sizes."""
+
+    until_end = False
+    finished = False
+
+    def __init__(self, values: Any, *, sizes: Any, gaps: Any) -> None:
+        super().__init__(values)
+        self._sizes = sizes
+        self._gaps = gaps
+        self.now = 0.0
+
+    def silent_seconds(self) -> float:
+        return 0.0
+
+    def poll(self, timeout_seconds: float) -> Any:
+        self.now += next(self._gaps)
+        rows = []
+        for p, values in enumerate(self._values):
+            if p not in self._paused:
+                n = min(next(self._sizes), len(values) - self._at[p])
+                rows += [(p, self._at[p] + row, values[self._at[p] + row]) for row in range(n)]
+                self._at[p] += n
+        return Records(
+            np.array([p for p, _, _ in rows], np.int32),
+            np.array([offset for _, offset, _ in rows], np.int64),
+            np.full(len(rows), -1),
+            pa.array([value for _, _, value in rows], pa.large_binary()),
+        )
+
+
+def impression_at(seconds: float, **fields: Any) -> bytes:
+    return record(time=1_735_689_600_000 + int(seconds * 1000), features=fields)
+
+
+def click_at(seconds: float) -> bytes:
+    return record(kind="click", time=1_735_689_600_000 + int(seconds * 1000), features=...)
+
+
+def first_of_topic(
+    values: Any, *, sizes: Any, gaps: Any, said: list[str] | None = None
+) -> list[list[bytes]]:
+    topic = Topic(values, sizes=sizes, gaps=gaps)
+    first = first_of(
+        topic,
+        label_window_ms=60_000,
+        clock=lambda: topic.now,
+        say=(said if said is not None else []).append,
+    )
+    assert not topic._paused
+    assert set(topic.positions().values()) == {0}
+    return [part.to_pylist() for part in first.parts]
+
+
+FULL = [impression_at(0, n=n) for n in range(600)]
+SLOW = [impression_at(n, n=n) for n in range(90)]  # a label window after 60 of them
+CLICKS_FIRST = [click_at(n / 100) for n in range(300)] + [impression_at(n) for n in range(90)]
+LATE_IMPRESSION = [click_at(0), click_at(61), *FULL]
+MANY_CLICKS = [click_at(0)] * 1333 + FULL  # of four partitions, 1000 records are searched
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1 << 32), largest=st.integers(40, 400), many=st.booleans())
+def test_the_first_records_of_a_live_topic_are_a_function_of_its_log(
+    seed: int, largest: int, many: bool
+) -> None:
+    values = [
+        values_of(*log)
+        for log in (FULL, SLOW, CLICKS_FIRST, MANY_CLICKS if many else LATE_IMPRESSION)
+    ]
+    rng = np.random.default_rng(seed)
+    sizes = iter(lambda: int(rng.integers(0, largest + 1)), None)
+    gaps = iter(lambda: float(rng.choice([0.0, 0.3, 25.0, 400.0])), None)
+    parts = first_of_topic(values, sizes=sizes, gaps=gaps)
+    assert parts == [FULL[:250], SLOW[:61], CLICKS_FIRST[300:361], []]
+
+
+def test_a_partition_without_a_record_is_passed_over_after_ten_seconds() -> None:
+    said: list[str] = []
+    values = [values_of(*FULL), values_of(), values_of(*SLOW[:40])]
+    parts = first_of_topic(
+        values, sizes=itertools.repeat(1000), gaps=itertools.repeat(1.0), said=said
+    )
+    assert parts == [FULL[:333], [], SLOW[:40]]
+    assert said[-2:] == [
+        "note: clicks:1 brought no record within 10 s and is passed over",
+        "note: clicks:2 brought fewer impressions and has been idle for 30 s (join.idle_timeout)",
+    ]
+    assert [line.rpartition("; ")[2] for line in said[:-2]] == [
+        "not yet complete: clicks:2",
+        "not yet complete: clicks:2",
+        "not yet complete: clicks:2",
+    ]
+
+
+def test_a_run_waits_for_as_long_as_no_partition_has_its_part() -> None:
+    said: list[str] = []
+    topic: Any = Topic(
+        [values_of(*SLOW[:40]), values_of()],
+        sizes=itertools.repeat(1000),
+        gaps=itertools.repeat(1.0),
+    )
+    stopped = first_records(
+        topic,
+        stopped=lambda: topic.now > 500,
+        say=said.append,
+        max_record_bytes=1 << 20,
+        reason="for a test",
+        label_window_ms=60_000,
+        clock=lambda: topic.now,
+    )
+    assert stopped is None
+    assert said[0] == (
+        "waiting for 500 impressions of each partition, or for a label window of event time, "
+        "for a test: 40 so far; not yet complete: clicks:0, clicks:1"
+    )
+
+
+def test_the_search_for_an_impression_goes_on_where_the_first_records_have_none() -> None:
+    clicks = [click_at(n) for n in range(9000)]
+    values = [values_of(*clicks, *FULL), values_of(*clicks)]
+    for polled in (7, 1000):
+        parts = first_of_topic(values, sizes=itertools.repeat(polled), gaps=itertools.repeat(0.1))
+        assert parts == [FULL[:500], []]
 
 
 # -- runs ----------------------------------------------------------------------------------------

@@ -22,8 +22,9 @@ from stream_ctr.snapshots import publisher as publishing
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver
+from stream_ctr.snapshots.line_file import LineFile
 from stream_ctr.snapshots.pointer import Pointer, read_pointer
-from stream_ctr.snapshots.publisher import LineFile, Publisher
+from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
 

@@ -127,7 +127,8 @@ _LOGIN_HINT = (
     "and security.protocol for this listener"
 )
 _HINT_BY_PROTOCOL = {
-    "PLAINTEXT": "is it a Kafka broker, and does it want TLS or a login (security.protocol)?",
+    "PLAINTEXT": "is it a Kafka broker, and does it want TLS or a login "
+    "(security.protocol=SSL, SASL_SSL or SASL_PLAINTEXT)?",
     "SSL": "is it a Kafka broker, and is this the TLS port without a login (security.protocol)?",
     "SASL_PLAINTEXT": _LOGIN_HINT,
     "SASL_SSL": _LOGIN_HINT,

@@ -379,10 +379,12 @@ def _server_list(servers: str) -> list[str]:
     listed = [server.strip() for server in servers.split(",") if server.strip()]
     for server in listed:
         if not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[^\s:/@\[\]]+):\d{1,5}", server):
-            may_hold_password = "@" in server or "//" in server
-            shown = (
-                "a URL (not shown: it may hold a password)" if may_hold_password else repr(server)
-            )
+            if "//" in server and "@" not in server:
+                raise KafkaOptionError(
+                    "a bootstrap server must be host:port, such as localhost:9092, without a "
+                    "scheme such as http://: brokers speak Kafka's own protocol"
+                )
+            shown = "a login (not shown: it may hold a password)" if "@" in server else repr(server)
             raise KafkaOptionError(
                 f"a bootstrap server must be host:port, such as localhost:9092, got {shown}"
             )

@@ -206,7 +206,8 @@ class KafkaSink:
         existing = partition_counts(self._client)
         if topic not in existing:
             raise topic_missing(topic, existing, self._client)
-        self._partitions[topic] = existing[topic]
+        # Of all topics: another one then needs no other connection.
+        self._partitions = {**existing, **self._partitions}
 
     def _raise_failures(self) -> None:
         if not self._failures:

@@ -42,6 +42,7 @@ from stream_ctr.logs.layout import ColumnNames, Layout
 from stream_ctr.models.registered import follows_online_rule, register_model
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.report_log import Rotation
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.train.as_served import AsServed
 from stream_ctr.train.ingest import Ingest
@@ -167,6 +168,16 @@ def register_named_models(config: Config) -> None:
     for name in (config.model.name, *config.model.beside):
         if is_import_path(name):
             register_model(name)
+
+
+def rotation(config: Config) -> Rotation:
+    """Return when another file of reports begins."""
+    metrics = config.metrics
+    return Rotation(
+        max_bytes=size(metrics.report_file_size),
+        max_seconds=metrics.report_file_age.total_seconds(),
+        keep=metrics.report_files,
+    )
 
 
 def run_identity(

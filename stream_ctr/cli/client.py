@@ -53,7 +53,9 @@ def connector_errors() -> Iterator[None]:
         ) from None
     except (kafka.KafkaOptionError, kafka.KafkaCodecMissing) as error:
         raise ConfigError(str(error)) from None
+    except kafka.KafkaRefused as error:
+        raise BrokerError(str(error)) from None
     except kafka.KafkaUnreachable as error:
         raise BrokerError(f"{error}\n\n{_THREE_WAYS}") from None
-    except kafka.KafkaFailure as error:  # KafkaRefused among them
+    except kafka.KafkaFailure as error:
         raise BrokerError(str(error)) from None

@@ -11,6 +11,7 @@ from stream_ctr.cli import runs
 from stream_ctr.cli.client import client_options, connector_errors
 from stream_ctr.cli.display import final_table
 from stream_ctr.cli.replay import produce
+from stream_ctr.cli.voice import say
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.embedded import EmbeddedBroker
@@ -24,11 +25,13 @@ from stream_ctr.train.report import Report, to_json_object
 _LOAD_SECONDS = 60.0
 
 
-def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> None:
+def run_demo(
+    config: Config, *, impressions: int, seed: int, state: Path, keep: bool = True
+) -> None:
     """Replay a simulated stream into an embedded broker, learn from it, and follow the snapshots.
 
     The result goes to standard output. Without the embedded broker the stream is read directly, and
-    the output says so.
+    the output says so. Without `keep` the caller removes `state`, and the output says that.
     """
     simulation = Simulation(impressions, seed=seed)
     delays: list[float] = []
@@ -44,7 +47,7 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
             with EmbeddedBroker() as broker:
                 report = _through_kafka(broker.bootstrap_servers, simulation, config, lease)
         except EmbeddedUnavailable as error:
-            runs.say(f"note: {error}; reading the same stream without a broker")
+            say(f"note: {error}; reading the same stream without a broker")
             report = runs.train_on_logs([simulation], config, lease)
         if report is None:  # stopped before it began
             return
@@ -56,6 +59,9 @@ def run_demo(config: Config, *, impressions: int, seed: int, state: Path) -> Non
         print(
             f"subscriber: loaded {pointer.snapshot} {delays[-1]:.2f} s after it was taken, verified"
         )
+    if not keep:
+        print("state:      removed; --state DIR keeps its reports and snapshots")
+        return
     print(f"reports:    {state / 'reports.jsonl'}")
     print(f"snapshot:   {state / 'snapshots' / str(report.snapshot)}")
 
@@ -82,7 +88,7 @@ def _through_kafka(
             count, seconds = produce(simulation, sink, topic, None)
         finally:
             sink.close()
-        runs.say(
+        say(
             f"replayed {count:,} simulated events into topic {topic!r} on {servers} "
             f"in {seconds:.1f} s; learning"
         )

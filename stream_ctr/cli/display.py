@@ -7,17 +7,22 @@ draws reports of other versions too: a missing figure is a dash, or is left out.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+import msgspec
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.padding import Padding
 from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
+
+from stream_ctr.cli.report_line import waiting_words
+from stream_ctr.train.report import Waiting
 
 Report = Mapping[str, Any]
 
@@ -321,6 +326,10 @@ def _models(scope: _Scope) -> list[str]:
 
 def _alarms(report: Report) -> Iterator[Text]:
     """Yield what keeps the run from learning or from publishing."""
+    if waiting := _mapping(report, "waiting"):
+        with contextlib.suppress(msgspec.ValidationError):  # of another version
+            known = msgspec.convert(waiting, Waiting)
+            yield Text(waiting_words(known, int(_number(report.get("pending")) or 0)), "yellow")
     if (silent := _number(report.get("silent_seconds"))) is not None and silent >= _SILENT_SECONDS:
         yield Text(f"no broker has answered for {silent:.0f} s", "red")
     if stalled := report.get("stalled"):

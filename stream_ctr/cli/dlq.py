@@ -14,10 +14,18 @@ from typing import Any
 
 import click
 
-from stream_ctr.cli.options import JSON_OPTION, Command, Settings, settings_options, stacked
+from stream_ctr.cli import voice
+from stream_ctr.cli.options import (
+    JSON_OPTION,
+    Command,
+    GivenPath,
+    Settings,
+    settings_options,
+    stacked,
+)
 from stream_ctr.cli.snapshots import echo
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.messages import printable
+from stream_ctr.messages import nearest, printable
 
 _HEADER = "__stream_ctr.errors."
 _FLUSH_SECONDS = 30.0
@@ -64,7 +72,7 @@ def _place_options(command: Command) -> Command:
     options = stacked(
         click.option(
             "--state",
-            type=click.Path(path_type=Path, file_okay=False),
+            type=GivenPath(file_okay=False),
             help="The dead letters in this state directory.",
         ),
         click.option(
@@ -153,7 +161,7 @@ def _decimal(value: object) -> int | None:
 
 
 def _note(text: str) -> None:
-    click.echo(f"note: {text}", err=True)
+    voice.say(f"note: {text}")
 
 
 # -- ls ------------------------------------------------------------------------------------------
@@ -231,9 +239,10 @@ def show_letters(
     """
     if raw and offset is None:
         raise click.UsageError("--raw writes one letter; name it with --offset")
+    seen: Counter[str] = Counter()
     wanted = (
         letter
-        for letter in place.letters()
+        for letter in _counted(place.letters(), seen)
         if reason in (None, letter.reason)
         and partition in (None, letter.partition)
         and offset in (None, letter.offset)
@@ -242,11 +251,25 @@ def show_letters(
     if raw:
         click.echo(_only_value(wanted, f"offset {offset}"), nl=False)
         return
-    for number, letter in enumerate(wanted):
-        if number == limit:
+    shown = 0
+    for letter in wanted:
+        if shown == limit:
             _note(f"there are more than {limit}; --limit shows more, --reason chooses")
             return
         _print_letter(letter)
+        shown += 1
+    if not shown:
+        _require_reason(reason, seen)
+        _note("there is no such dead letter" if seen else "there are no dead letters")
+
+
+def _require_reason(reason: str | None, seen: Counter[str]) -> None:
+    """Raise a usage error if no letter has the reason, although there are letters."""
+    if reason is not None and seen and reason not in seen:
+        known = ", ".join(f"{printable(name)} ({count:,})" for name, count in seen.most_common())
+        raise click.UsageError(
+            f"no dead letter has the reason {reason!r}, they have {known}{nearest(reason, seen)}"
+        )
 
 
 def _print_letter(letter: Letter) -> None:
@@ -279,7 +302,7 @@ def _only_value(letters: Iterator[Letter], name: str) -> bytes:
 @click.option("--all", "every", is_flag=True, help="All letters.")
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     help="Write the values to this file, a line each, not to a topic.",
 )
 def replay_letters(*, place: Place, reason: str | None, every: bool, out: Path | None) -> None:
@@ -313,8 +336,8 @@ def replay_letters(*, place: Place, reason: str | None, every: bool, out: Path |
     else:
         topic = place.topic if place.state else None
         _send_back(chosen, topic, place.settings, done.update)
-    if not done and seen:
-        _note(f"the letters have other reasons: {', '.join(map(printable, seen))}")
+    if not done:
+        _require_reason(reason, seen)
     _print_counts(done)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import atexit
 import gc
 import json
-import logging
 import os
 import re
 import shlex
@@ -25,6 +24,7 @@ import click
 import msgspec
 
 from stream_ctr import __version__
+from stream_ctr.cli import voice
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
@@ -33,6 +33,7 @@ from stream_ctr.cli.options import (
     JSON_OPTION,
     REPLACE_RUN_OPTION,
     SPAN_OPTION,
+    GivenPath,
     LogFormat,
     Settings,
     aligned,
@@ -45,35 +46,34 @@ from stream_ctr.cli.paper import paper
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
-from stream_ctr.messages import printable
+from stream_ctr.messages import nearest
 
 if TYPE_CHECKING:
     from stream_ctr.logs.simulate import Drift
-
-_LONGEST_MESSAGE_LINE = 4000
-
-
-def _safe_lines(text: object) -> str:
-    """Return the lines of a message, which may quote input, so that none steers a terminal."""
-    return "\n".join(printable(line, _LONGEST_MESSAGE_LINE) for line in str(text).split("\n"))
-
-
-class _SafeFormatter(logging.Formatter):
-    """Write each log message on one line, whatever input it quotes."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = printable(record.message, _LONGEST_MESSAGE_LINE)
-        return super().formatMessage(record)
 
 
 class _Group(click.Group):
     """Turn the errors of stream_ctr into a message and an exit code."""
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            hint = nearest(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message.rstrip('.')}{hint}", error.ctx) from None
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except StreamCtrError as error:
-            click.echo(f"error: {_safe_lines(error)}", err=True)
+            voice.say_error(str(error))
+            ctx.exit(error.exit_code)
+        except click.ClickException as error:
+            if not voice.speaks_json():
+                raise
+            voice.say_error(error.format_message())
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -88,9 +88,17 @@ class _Group(click.Group):
     "-v",
     "--verbose",
     count=True,
-    help="Write more to standard error: -v progress, -vv everything.",
+    help="Write more to standard error: -v progress, -vv everything, that of libraries too.",
 )
-def main(verbose: int) -> None:
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="What standard error gets: lines of text, or one JSON object a line.",
+)
+@click.pass_context
+def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     """Learn to predict clicks while they happen.
 
     \b
@@ -103,16 +111,7 @@ def main(verbose: int) -> None:
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
     stopped the run or nothing may be published, 6 no valid snapshot.
     """
-    level = (logging.WARNING, logging.INFO, logging.DEBUG)[min(verbose, 2)]
-    handler = logging.StreamHandler()
-    if not verbose:
-        # Both clients report each lost connection at ERROR and go on. An error that ends a command
-        # is reported by the command.
-        handler.addFilter(lambda record: not record.name.startswith("kafka"))
-    # At DEBUG numba prints the bytecode of every function that it compiles.
-    logging.getLogger("numba").setLevel(logging.INFO)
-    handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
+    ctx.with_resource(voice.speaking(log_format, verbose=verbose))
     # At exit the interpreter looks for cycles among all objects, which takes half a second after
     # the imports of a run.
     atexit.register(gc.freeze)
@@ -135,7 +134,7 @@ def main(verbose: int) -> None:
     "--source",
     "sources",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="Read logs instead of a topic: a file, a directory, a quoted pattern, or - for standard "
     "input; given again, other logs after them.",
 )
@@ -158,7 +157,7 @@ def main(verbose: int) -> None:
 @settings_options()
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     default=Path("state"),
     show_default=True,
     help="Directory for everything that the run writes; an existing one is resumed.",
@@ -191,7 +190,7 @@ def main(verbose: int) -> None:
 )
 @click.option(
     "--predictions",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     help="Write the predictions of every example to Parquet files in this directory.",
 )
 @click.option(
@@ -312,7 +311,7 @@ def _logs_and_topic(
 
 
 @main.command()
-@click.argument("log", type=click.Path(path_type=Path))
+@click.argument("log", type=GivenPath())
 @click.option("--topic", default="clicks", show_default=True)
 @click.option(
     "--partitions",
@@ -378,7 +377,7 @@ def replay(
     with connector_errors():
         if kafka.ensure_topic(client, topic, partitions=partitions):
             plural = "s" * (partitions > 1)
-            click.echo(f"created topic {topic} with {partitions} partition{plural}", err=True)
+            voice.say(f"created topic {topic} with {partitions} partition{plural}")
         sink = kafka.KafkaSink(client)
         try:
             events_a_record = batch if wire == "arrow" else None
@@ -387,7 +386,7 @@ def replay(
             sink.close()
     print_notes(opened.notes)
     rate = count / max(seconds, 1e-9)
-    click.echo(f"{count:,} events to {topic} in {seconds:.1f} s ({rate:,.0f}/s)", err=True)
+    voice.say(f"{count:,} events to {topic} in {seconds:.1f} s ({rate:,.0f}/s)")
 
 
 def _device(name: str | None) -> str | None:
@@ -426,9 +425,9 @@ def _speed(text: str) -> float | None:
 )
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=GivenPath(dir_okay=False),
     required=True,
-    help="The JSON lines file to write.",
+    help="The JSON lines file to write; - writes to standard output.",
 )
 def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     """Write a seeded stream whose true click probabilities are known.
@@ -438,18 +437,25 @@ def simulate(*, impressions: int, seed: int, drift: Drift, out: Path) -> None:
     \b
     stream-ctr simulate --impressions 200000 --seed 1 --out clicks.jsonl
     stream-ctr simulate --impressions 200000 --drift rate --out falling.jsonl
+    stream-ctr simulate --impressions 200000 --out - | gzip > clicks.jsonl.gz
     """
     from stream_ctr.logs.simulate import Simulation
 
     started = time.monotonic()
     try:
-        count = Simulation(impressions, seed=seed, drift=drift).write_jsonl(out)
+        simulation = Simulation(impressions, seed=seed, drift=drift)
+        if str(out) == "-":
+            count = simulation.write_lines(sys.stdout.buffer.write)
+            sys.stdout.buffer.flush()
+        else:
+            count = simulation.write_jsonl(out)
+    except BrokenPipeError:
+        raise
     except OSError as error:
-        raise DataError(f"cannot write {out}: {error.strerror}") from None
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise DataError(f"cannot write {out}: {reason}") from None
     seconds = time.monotonic() - started
-    click.echo(
-        f"{count:,} events ({impressions:,} impressions) to {out} in {seconds:.1f} s", err=True
-    )
+    voice.say(f"{count:,} events ({impressions:,} impressions) to {out} in {seconds:.1f} s")
 
 
 # -- models, configuration, broker, demo ---------------------------------------------------------
@@ -560,9 +566,8 @@ def broker(*, port: int) -> None:
 
     try:
         with EmbeddedBroker(port=port or None) as embedded:
-            click.echo(
-                f"listening on {embedded.bootstrap_servers}; its records are gone when it stops",
-                err=True,
+            voice.say(
+                f"listening on {embedded.bootstrap_servers}; its records are gone when it stops"
             )
             stop = runs.StopRequest()
             with runs.signals(stop):
@@ -579,8 +584,8 @@ def broker(*, port: int) -> None:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
-    help="Where to keep it.  [default: a temporary directory]",
+    type=GivenPath(file_okay=False),
+    help="Where to keep it.  [default: a temporary directory, which is removed at the end]",
 )
 @extra_option("Any key of the configuration such as learn.batch_size.")
 @CONFIG_OPTION
@@ -607,8 +612,11 @@ def demo(
         raise click.UsageError(
             f"the demo brings its own broker and has no use for {', '.join(properties)}"
         )
-    state = state or Path(tempfile.mkdtemp(prefix="stream-ctr-demo-"))
-    run_demo(config, impressions=impressions, seed=seed, state=state)
+    if state:
+        run_demo(config, impressions=impressions, seed=seed, state=state)
+        return
+    with tempfile.TemporaryDirectory(prefix="stream-ctr-demo-") as temporary:
+        run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
 for _command in (init, subscribe, score, paper, snapshots, dlq):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stream_ctr.cli import voice
 from stream_ctr.errors import ConfigError
 from stream_ctr.messages import nearest
 
@@ -22,6 +23,20 @@ if TYPE_CHECKING:
     from stream_ctr.logs.log import Log
 
 Command = Callable[..., Any]
+
+
+class GivenPath(click.Path):
+    """A path; the empty text is none, although Python takes it for the working directory."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(path_type=Path, **options)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("the path is empty; the working directory is '.'", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 # A name that resembles a key of the configuration this much is a misspelt key. No Kafka client
 # property does.
 MISSPELT = 0.75
@@ -29,13 +44,13 @@ MISSPELT = 0.75
 CONFIG_OPTION = click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="A TOML file; `stream-ctr config --example events` prints one with every key.",
 )
 JSON_OPTION = click.option("--json", "as_json", is_flag=True, help="Print a JSON object a line.")
 PUBLIC_KEY_OPTION = click.option(
     "--public-key",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="A PEM file; snapshots without a signature by its private key are refused.",
 )
 REPLACE_RUN_OPTION = click.option(
@@ -140,7 +155,7 @@ def settings_options(kinds: str = EVERY_KEY) -> Callable[[Command], Command]:
         CONFIG_OPTION,
         click.option(
             "--kafka-config",
-            type=click.Path(path_type=Path),
+            type=GivenPath(),
             help="A Java client.properties file.",
         ),
         extra_option(kinds),
@@ -282,7 +297,7 @@ def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
 def print_notes(notes: Sequence[str]) -> None:
     """Write notes to standard error."""
     for note in notes:
-        click.echo(f"note: {note}", err=True)
+        voice.say(f"note: {note}")
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stream_ctr.cli.options import LogFormat, load_config, log_options, print_notes
+from stream_ctr.cli import voice
+from stream_ctr.cli.options import GivenPath, LogFormat, load_config, log_options, print_notes
 from stream_ctr.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,9 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "--data", "log_path", type=click.Path(path_type=Path), help="A log of impressions and clicks."
-)
+@click.option("--data", "log_path", type=GivenPath(), help="A log of impressions and clicks.")
 @click.option(
     "--simulate",
     "simulated",
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 @log_options
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     required=True,
     help="Directory for the report and everything that is kept.",
 )
@@ -100,7 +99,7 @@ if TYPE_CHECKING:
 @click.option(
     "--config",
     "config_path",
-    type=click.Path(path_type=Path),
+    type=GivenPath(),
     help="A TOML file; keys that it does not set are the paper's.",
 )
 @click.option(
@@ -196,14 +195,14 @@ def _repeat(log: Log, config: Config, options: Options, out: Path, *, restart: b
         limit = plan.QUICK_IMPRESSIONS if options.quick else None
         rows = reading.expected_rows(log, limit)
         size = reading.expected_bytes(log, config, rows)
-        click.echo(work.requirements(config, options, rows, size), err=True)
+        voice.say(work.requirements(config, options, rows, size))
         source = BatchSource(lambda: (batch.value for batch in log.batches()), name=log.identity)
         data = reading.read(log, source, config, out / "data", limit=limit, console=console)
         print_notes(data.metadata["notes"])
         made = plan.make_plan(data, config, options)
         planned.append(made)
         for line in work.estimate(made, out):
-            click.echo(line, err=True)
+            voice.say(line)
         try:
             work.run(made, out, console=console)
         finally:  # what is done is reported if the command is interrupted too
@@ -219,7 +218,7 @@ def _interruptible(out: Path, planned: Sequence[Plan]) -> Iterator[None]:
         kept = "nothing was done yet"
         if planned:
             kept = f"what is done is kept in {out}, and the same command goes on from there"
-        click.echo(f"\nstopped; {kept}", err=True)
+        voice.say(f"\nstopped; {kept}")
         raise SystemExit(130) from None
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}") from None

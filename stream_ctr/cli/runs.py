@@ -9,7 +9,7 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,16 @@ import torch
 from msgspec import UNSET
 from rich.console import Console
 
-from stream_ctr.cli.assembly import build_trainer, signing_key
+from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
 from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.replay import Stream
+from stream_ctr.cli.report_line import ReportLines, figures
 from stream_ctr.cli.summary import summary
-from stream_ctr.config import Config
+from stream_ctr.cli.voice import announcing_compilation, say, say_report, speaks_json
+from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
@@ -46,17 +48,19 @@ from stream_ctr.train.source import Source
 from stream_ctr.train.trainer import Surroundings, Trainer
 
 
-def say(text: str) -> None:
-    """Write a line to standard error; standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
-
-
 @contextlib.contextmanager
 def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
-    """Hold the state directory, and remove what a crash left unfinished in it."""
+    """Hold the state directory, and remove what a crash left unfinished in it.
+
+    An error before anything is written leaves no directory behind.
+    """
     with Lease(state, take_over=take_over) as lease:
-        snapshot.clean(state / "snapshots")
-        yield lease
+        try:
+            snapshot.clean(state / "snapshots")
+            yield lease
+        except BaseException:
+            lease.abandon()
+            raise
 
 
 def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
@@ -125,15 +129,33 @@ def train_on_source(
 
 def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher:
     """Return a publisher into the directory of the lease, and into the caller's sink."""
+    sink = caller.sink if caller else None
+    snapshot_topic = None
+    if sink and config.snapshots.topic:
+        snapshot_topic = SnapshotTopic(
+            config.snapshots.topic,
+            sink=sink,
+            reader=_NothingToRead(),
+            name=config.snapshots.model_name,
+            run=lease.run,
+        )
     return Publisher(
         lease.directory,
         lease=lease,
-        sink=caller.sink if caller else None,
+        sink=sink,
         unavailable=(OSError,),
         metrics_topic=config.metrics.topic,
-        snapshot_topic=config.snapshots.topic,
+        snapshot_topic=snapshot_topic,
         model_name=config.snapshots.model_name,
+        rotation=rotation(config),
     )
+
+
+class _NothingToRead:
+    """The reader beside a sink of one's own, where no other run publishes."""
+
+    def read_to_end(self) -> Iterable[tuple[str, bytes | None]]:
+        return ()
 
 
 def train_on_kafka(
@@ -195,6 +217,7 @@ def train_on_kafka(
             metrics_topic=config.metrics.topic,
             snapshot_topic=snapshot_topic,
             model_name=config.snapshots.model_name,
+            rotation=rotation(config),
         )
         publisher.require_name(take_over=take_over)
         return _train(
@@ -249,16 +272,17 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
+        stack.enter_context(announcing_compilation())
         newest, inputs = _inputs(sources, config, state)
         # The first input alone decides, whatever else the command names.
         first = inputs.sources[0]
         encoding = _encoding(first, config, state, beginning, fields, lambda: stop.requested)
         if not encoding:
-            say("stopped before the first impression; nothing was learned")
+            say("stopped before the first impressions were there; nothing was learned")
             return None
         fields, fitted = encoding
         kept = kept_manifest(state)
-        table = stack.enter_context(LiveTable(Console()))
+        show = caller.on_report if caller else stack.enter_context(_shown())
         trainer = build_trainer(
             config,
             fields=fields,
@@ -270,9 +294,7 @@ def _train(
             directory=state,
             surroundings=Surroundings(
                 flags=schedule,
-                show=caller.on_report
-                if caller
-                else lambda report: table.update(to_json_object(report)),
+                show=show,
                 notes=notes,
             ),
             in_event_time=in_event_time,
@@ -292,8 +314,23 @@ def _train(
         return report
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
-    say(summary(report, state, kept_open=keep_open))
+    say_report(summary(report, state, kept_open=keep_open), figures(report))
     return report
+
+
+@contextlib.contextmanager
+def _shown() -> Iterator[Callable[[Report], None]]:
+    """Show each report: as a table on a terminal, and as a line where standard error is none."""
+    console = Console()
+    lines = ReportLines(say_report)
+    with LiveTable(console) as table:
+
+        def show(report: Report) -> None:
+            table.update(to_json_object(report))
+            if speaks_json() or not (console.is_terminal and sys.stderr.isatty()):
+                lines.update(report)
+
+        yield show
 
 
 def _inputs(sources: Sequence[Source], config: Config, state: Path) -> tuple[Path | None, Inputs]:
@@ -333,6 +370,8 @@ def _encoding(
         reason="to fit the buckets of their numbers (features.fit_numbers = false does not wait)"
         if fields
         else "to infer their fields (or name them in a --config)",
+        label_window_ms=in_milliseconds(config.join.label_window),
+        idle_seconds=config.join.idle_timeout.total_seconds(),
     )
     if first is None:
         return None

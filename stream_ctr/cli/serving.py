@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING
 import click
 import msgspec
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
+    GivenPath,
     LogFormat,
     Settings,
     log_options,
@@ -43,7 +45,7 @@ _MODEL_OPTION = click.option(
 @click.command()
 @click.option(
     "--state",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     help="Follow the state directory of a run.",
 )
 @click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
@@ -198,18 +200,17 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
     except OSError as error:
         raise ConfigError(f"cannot run {arguments[0]!r} of --exec: {error.strerror}") from None
     if done.returncode:
-        click.echo(
-            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}",
-            err=True,
+        voice.say(
+            f"warning: {hook[0]!r} ended with status {done.returncode} for {pointer.snapshot}"
         )
 
 
 @click.command()
-@click.argument("log", metavar="EVENTS", type=click.Path(path_type=Path))
+@click.argument("log", metavar="EVENTS", type=GivenPath())
 @click.option(
     "--snapshot",
     "path",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=GivenPath(file_okay=False),
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )
@@ -265,7 +266,7 @@ def score(
         if ids:
             click.echo("\n".join(_score_lines(ids, probabilities, as_json=as_json)))
     for warning in scores.warnings():
-        click.echo(f"warning: {warning}", err=True)
+        voice.say(f"warning: {warning}")
     scores.require_any()
 
 

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import click
 import msgspec
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
     REPLACE_RUN_OPTION,
+    GivenPath,
     Settings,
     aligned,
     settings_options,
@@ -48,7 +50,7 @@ def snapshots() -> None:
 
 
 @snapshots.command("ls")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=GivenPath())
 @JSON_OPTION
 def list_snapshots(*, directory: Path, as_json: bool) -> None:
     """Print a line for each snapshot in DIR, the newest last. Nothing is verified.
@@ -104,7 +106,7 @@ def _published(folder: Path) -> str | None:
     try:
         pointer = read_pointer(folder.parent / "latest.json")
     except SnapshotError as error:
-        click.echo(f"note: the published snapshot is unknown: {error}", err=True)
+        voice.say(f"note: the published snapshot is unknown: {error}")
         return None
     return pointer.snapshot if pointer else None
 
@@ -164,7 +166,7 @@ def _number(value: object, form: str) -> str:
 
 
 @snapshots.command("show")
-@click.argument("path", metavar="PATH|DIR", type=click.Path(path_type=Path))
+@click.argument("path", metavar="PATH|DIR", type=GivenPath())
 @click.argument("snapshot_id", metavar="[ID]", required=False)
 def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
     """Print the manifest of a snapshot without its metrics, and the type and shape of every tensor.
@@ -231,7 +233,7 @@ def _tensors(path: Path) -> list[tuple[str, str, list[int]]]:
 
 
 @snapshots.command("verify")
-@click.argument("path", metavar="DIR|PATH", type=click.Path(path_type=Path))
+@click.argument("path", metavar="DIR|PATH", type=GivenPath())
 @PUBLIC_KEY_OPTION
 def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
     """Verify every byte of every snapshot in DIR, or of the one at PATH.
@@ -291,7 +293,7 @@ def _damage(path: Path, manifest_sha256: str | None, signature: Verify | None) -
 
 
 @snapshots.command("rollback")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=GivenPath())
 @click.argument("snapshot_id", metavar="ID")
 @click.option("--topic", help="Send the pointer to this snapshot topic too.")
 @REPLACE_RUN_OPTION

@@ -305,6 +305,11 @@ class LabelJoiner:
         return self._pending.count
 
     @property
+    def oldest_pending_ms(self) -> int | None:
+        """The event time of the oldest pending impression, or None if there is none."""
+        return self._pending.oldest_ms
+
+    @property
     def spilled(self) -> int:
         """The number of pending impressions whose features are on disk now."""
         return self._pending.spilled

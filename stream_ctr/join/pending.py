@@ -60,6 +60,11 @@ class PendingImpressions:
         return self.rows.count
 
     @property
+    def oldest_ms(self) -> int | None:
+        """The least event time, or None if nothing is pending."""
+        return int(self._used_time.min()) if self.count else None
+
+    @property
     def in_memory(self) -> int:
         """The number of impressions whose features are in memory."""
         return self.features.count

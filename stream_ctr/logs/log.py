@@ -15,7 +15,7 @@ clicks yields record batches of impressions with these columns:
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -148,15 +148,19 @@ class Log:
 
         A name that ends in .gz or .zst gives a compressed file.
         """
-        events = 0
         with pa.output_stream(str(path), compression="detect") as out:
-            for batch in self.batches():
-                lines = pa.LargeListArray.from_arrays(
-                    pa.array([0, len(batch)], pa.int64()), batch.value
-                )
-                out.write(pc.binary_join(lines, pa.scalar(b"\n", pa.large_binary()))[0].as_buffer())
-                out.write(b"\n")
-                events += len(batch)
+            return self.write_lines(out.write)
+
+    def write_lines(self, write: Callable[[bytes], object]) -> int:
+        """Pass one event a line to `write`, many at once, and return the number of events."""
+        events = 0
+        for batch in self.batches():
+            lines = pa.LargeListArray.from_arrays(
+                pa.array([0, len(batch)], pa.int64()), batch.value
+            )
+            write(pc.binary_join(lines, pa.scalar(b"\n", pa.large_binary()))[0].as_buffer())
+            write(b"\n")
+            events += len(batch)
         return events
 
     def _read(self) -> Iterator[LogBatch]:

@@ -48,6 +48,8 @@ class Lease:
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
         self.directory = directory
         self._path = directory / "lock"
+        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
+        self._is_first = not self._path.exists()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._fd = self._acquire(take_over)
@@ -82,6 +84,21 @@ class Lease:
         """Make the epoch greater than `above`."""
         self.epoch = max(self.epoch, above + 1)
         self._write_holder(self._fd)
+
+    def abandon(self) -> None:
+        """Remove the lock and the directories that this lease made, if they hold nothing else.
+
+        A start that fails then leaves nothing behind.
+        """
+        if not self._is_first:
+            return
+        with contextlib.suppress(OSError, TakenOver):
+            self.check()
+            for entry in set(self.directory.iterdir()) - {self._path}:
+                entry.rmdir()  # fails for a file, and for a directory that is not empty
+            self._path.unlink()
+            for path in self._made:
+                path.rmdir()
 
     def close(self) -> None:
         """Release the directory."""

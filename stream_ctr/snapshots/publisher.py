@@ -19,7 +19,6 @@ import contextlib
 import fcntl
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
@@ -30,6 +29,7 @@ from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, epochs
+from stream_ctr.snapshots.line_file import LineFile
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import (
     Pointer,
@@ -37,6 +37,7 @@ from stream_ctr.snapshots.pointer import (
     read_pointer,
     write_pointer,
 )
+from stream_ctr.snapshots.report_log import ReportLog, Rotation
 from stream_ctr.snapshots.snapshot_topic import CopyAhead, Sink, SnapshotTopic
 
 _log = logging.getLogger(__name__)
@@ -49,28 +50,6 @@ _LETTER_OVERHEAD_BYTES = 500
 _IN_FLIGHT_LETTER_BYTES = 16 << 20
 
 
-class LineFile:
-    """A file of lines. A line that a crash cut short does not damage the next one."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def append(self, line: str) -> None:
-        """Append a line. Raises `OSError`, with the file as it was, if it cannot be written."""
-        size = None
-        try:
-            with self.path.open("a+b") as file:
-                size = file.tell()
-                if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
-                    file.write(b"\n")
-                file.write(line.encode() + b"\n")
-        except OSError:
-            if size is not None:
-                with contextlib.suppress(OSError):
-                    os.truncate(self.path, size)
-            raise
-
-
 class Publisher:
     """Write reports, dead letters and the pointer into a state directory, and send them to topics.
 
@@ -78,8 +57,8 @@ class Publisher:
     to `metrics_topic` too, with `model_name` as their key, and dead letters go to `<topic>.dlq`, or
     to the file if the broker does not take them. With a `snapshot_topic` the pointer goes there
     too. The sink raises the errors `unavailable` if it cannot reach the broker. A line that a full
-    disk does not take is an error at the end (`flush`). With a `lease`, every method raises
-    `TakenOver` once the lease is lost.
+    disk does not take is an error at the end (`flush`). `rotation` says when another file of
+    reports begins. With a `lease`, every method raises `TakenOver` once the lease is lost.
     """
 
     def __init__(
@@ -92,6 +71,7 @@ class Publisher:
         metrics_topic: str = "",
         snapshot_topic: SnapshotTopic | None = None,
         model_name: str = "default",
+        rotation: Rotation | None = None,
     ) -> None:
         self._directory = directory
         self._lease = lease
@@ -101,7 +81,7 @@ class Publisher:
         self._snapshot_topic = snapshot_topic
         self._model_name = model_name
         self._pointer_lock = threading.Lock()  # held to publish, or to remove old snapshots
-        self._reports = LineFile(directory / "reports.jsonl")
+        self._reports = ReportLog(directory, rotation)
         self._dead_letters = LineFile(directory / "dead_letters.jsonl")
         self._unwritten: list[str] = []
         self._unannounced: Pointer | None = None
@@ -370,7 +350,7 @@ class Publisher:
                 f"{self._unwritten[-1]}"
             )
 
-    def _append(self, file: LineFile, line: str) -> None:
+    def _append(self, file: LineFile | ReportLog, line: str) -> None:
         try:
             file.append(line)
         except OSError as error:

@@ -205,4 +205,9 @@ class FieldWatch:
 def stalled_partitions(watermarks: Watermarks, partitions: Sequence[tuple[str, int]]) -> list[str]:
     """Return the names, "topic:partition", of the partitions whose clicks are overdue."""
     stalled = np.flatnonzero(watermarks.stalled | watermarks.silent_clicks())
-    return [f"{partitions[index][0]}:{partitions[index][1]}" for index in stalled.tolist()]
+    return partition_words(stalled.tolist(), partitions)
+
+
+def partition_words(indices: Sequence[int], partitions: Sequence[tuple[str, int]]) -> list[str]:
+    """Return the names, "topic:partition", of the partitions with these indices."""
+    return [f"{partitions[index][0]}:{partitions[index][1]}" for index in indices]

@@ -5,6 +5,7 @@ A run that reads mostly these is stopped.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,6 +13,7 @@ from stream_ctr.errors import DataError
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.snapshots.publisher import Publisher
 
+_log = logging.getLogger("stream_ctr.train")
 _ENOUGH_RECORDS = 1000  # fewer say nothing about a share
 
 
@@ -36,6 +38,7 @@ class BadRecords:
         self._records = 0
         self._bad = 0.0
         self._last = ""
+        self._named: set[str] = set()  # the reasons that were logged
 
     def keep(self, events: EventBatch) -> None:
         """Send what a poll rejected to the dead letters.
@@ -58,6 +61,17 @@ class BadRecords:
             topic, number = self._partitions[partition]
             self._publisher.dead_letter(topic, number, offset, value, reason, message, event=event)
             self._last = f"{reason}: {message}"
+            if reason not in self._named:
+                self._named.add(reason)
+                _log.warning(
+                    "malformed, the first of its kind, at offset %d of %s:%d: %s: %s "
+                    "(counted and kept as a dead letter, see stream-ctr dlq)",
+                    offset,
+                    topic,
+                    number,
+                    reason,
+                    message,
+                )
         self._records += events.records
         self._bad += events.bad_records
         self._require_good_share()
@@ -67,8 +81,8 @@ class BadRecords:
         if self._records >= _ENOUGH_RECORDS and self._bad > most:
             raise DataError(
                 f"{self._bad:.0f} of {self._records} records read are bad, more than "
-                f"input.max_bad_share = {self._max_bad_share}; the last: {self._last}. "
-                "Is this the right topic, and are these its fields?"
+                f"input.max_bad_share = {self._max_bad_share}; the last: {self._last} - "
+                "Is this the right input, and are these its fields?"
             )
 
 

@@ -17,6 +17,7 @@ from stream_ctr.evaluate.gate import Clicks, Verdict
 from stream_ctr.evaluate.scoreboard import Scoreboard
 from stream_ctr.join.join_state import COUNTERS
 from stream_ctr.join.joiner import click_fates
+from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
@@ -40,17 +41,20 @@ def take(
     last_step: tuple[str, ...],
     segments: snapshot.Segments,
     copies: snapshot.Tensors,
+    now_ms: int,
 ) -> Cut:
     """Copy the state. `status` is that of the source after everything that was learned.
 
     `last_step` is what the published model's last step did wrong. `copies` are the weights that
-    impressions without a label yet were served with.
+    impressions without a label yet were served with. The snapshot is named after the event time of
+    the last example. Before the first one that is the event time that the log has reached, and
+    before the first event the clock's time, `now_ms`.
     """
     manifest = Manifest(
         **msgspec.structs.asdict(identity),
         **state.describe(),
         run=run,
-        snapshot=snapshot.new_id(sequence, state.last_event_ms or 0),
+        snapshot=snapshot.new_id(sequence, _event_time(state, now_ms)),
         sequence=sequence,
         epoch=epoch,
         parent=None,
@@ -64,6 +68,13 @@ def take(
         weights_sha256="",
     )
     return Cut({**state.tensors(), **copies}, manifest, dict(status.positions), segments)
+
+
+def _event_time(state: TrainingState, now_ms: int) -> int:
+    if state.last_event_ms is not None:
+        return state.last_event_ms
+    reached_ms = int(state.watermarks.latest.max(initial=NOT_YET))
+    return reached_ms if reached_ms > NOT_YET else now_ms
 
 
 def complete(

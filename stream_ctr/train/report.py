@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from stream_ctr.evaluate.summary import (
@@ -26,7 +27,7 @@ from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.learn.blend import BlendReport
 from stream_ctr.snapshots.contract import RunId
 from stream_ctr.snapshots.manifest import LedgerEntry
-from stream_ctr.train.alarms import stalled_partitions
+from stream_ctr.train.alarms import partition_words, stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.sampled_baseline import SampledBaseline
@@ -118,10 +119,25 @@ class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lost_share: float
 
 
+class Waiting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a run that has learned no example waits for.
+
+    The first examples are learned when the events of all partitions have reached the event time
+    `until`, where the first label window closes; they have reached `reached`. `held_by` names the
+    partitions without an event yet, and `ready` examples wait for a full batch.
+    """
+
+    until: Moment | None
+    reached: Moment | None
+    held_by: list[str]
+    ready: Count
+
+
 class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The state of a run. `final` and `stopped` reports end a run and hold more.
 
-    `run` is the id of the run, which is in its snapshots and pointers too. `seconds` is the age of
+    `run` is the id of the run, which is in its snapshots and pointers too. `time` is the time of
+    the machine's clock. `waiting` is there until an example was learned. `seconds` is the age of
     the run, `events_per_second` counts the events that it read. `event_time` is that of the last
     example, `watermark` the event time before which nothing more is expected. `pending` impressions
     wait for their clicks, `lag` records are unread. `snapshot` is the last one on disk. `stalled`
@@ -140,6 +156,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     format: Count = FORMAT
     run: RunId
     kind: Kind
+    time: Moment
     examples: Count
     events: Count
     seconds: float
@@ -165,6 +182,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     best_possible_logloss: float | None
     paired: Paired
     pairs: dict[str, Difference]
+    waiting: Waiting | UnsetType = UNSET
     blend: BlendReport | UnsetType = UNSET
     baseline: BaselineNote | UnsetType = UNSET
     rolling: Window | UnsetType = UNSET
@@ -191,6 +209,7 @@ def build_report(
     events_read: int,
     profile: Mapping[str, Any],
     notes: Sequence[str],
+    now_ms: int,
 ) -> Report:
     """Build the report of a run from its state and from the status of its source."""
     joiner = state.joiner
@@ -201,6 +220,7 @@ def build_report(
     fields = {
         "run": run,
         "kind": kind,
+        "time": rfc3339(now_ms),
         "examples": state.ledger.count,
         "events": counts["impressions"] + counts["clicks"],
         "seconds": round(seconds, 3),
@@ -226,6 +246,8 @@ def build_report(
         "profile": profile,
         **msgspec.to_builtins(board.whole.summary()),
     }
+    if not state.ledger.count:
+        fields["waiting"] = _waiting(state, status, partitions)
     if state.blend:
         fields["blend"] = state.blend.report()
     if baseline:
@@ -243,6 +265,22 @@ def build_report(
         fields["window_curve"] = joiner.window_curve()
         fields["notes"] = list(notes)
     return msgspec.convert(fields, Report)
+
+
+def _waiting(
+    state: TrainingState, status: SourceStatus, partitions: Sequence[tuple[str, int]]
+) -> Waiting:
+    joiner = state.joiner
+    lateness_ms = state.watermarks.lateness_ms
+    closes_ms = joiner.label_window_ms + lateness_ms  # after the oldest impression
+    oldest_ms = joiner.oldest_pending_ms
+    without_event = (state.watermarks.mark == NOT_YET) & ~status.idle
+    return Waiting(
+        until=rfc3339(None if oldest_ms is None else oldest_ms + closes_ms),
+        reached=rfc3339(joiner.watermark + lateness_ms if joiner.watermark > NOT_YET else None),
+        held_by=partition_words(np.flatnonzero(without_event).tolist(), partitions),
+        ready=len(state.batches),
+    )
 
 
 def window_report(summary: WindowSummary, run: str) -> WindowReport:

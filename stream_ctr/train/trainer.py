@@ -454,6 +454,7 @@ class Trainer:
                     events=self._events_read,
                 ),
                 notes=self._around.notes(),
+                now_ms=int(self._around.wall_clock() * 1000),
             )
             self.publisher.report(to_json_object(report))
             self._around.show(report)
@@ -501,6 +502,7 @@ class Trainer:
                 last_step=last_step,
                 segments=segments,
                 copies=held,
+                now_ms=int(self._around.wall_clock() * 1000),
             )
         )
         if self.served and self.served.of_snapshots:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from stream_ctr.evaluate.summary import Summary
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
+from stream_ctr.snapshots.report_log import read_reports
 
 Array = npt.NDArray[Any]
 
@@ -105,8 +105,7 @@ def published(state: Path) -> Manifest | None:
 
 def reports(state: Path) -> list[dict[str, Any]]:
     """Return all complete reports. The last line may be half written."""
-    complete, _, _ = (state / "reports.jsonl").read_text().rpartition("\n")
-    return [json.loads(line) for line in complete.splitlines()]
+    return list(read_reports(state))
 
 
 def last_report(state: Path) -> dict[str, Any]:
