@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+from support import interpreter
 from support.learners import assert_equal_states, learner, small_network, state_of
 
 from stream_ctr.errors import ConfigError
@@ -28,6 +29,9 @@ from stream_ctr.learn.step import StepOptions
 pytest.importorskip(
     "stream_ctr.learn.triton_kernels", reason="Triton is for Linux only", exc_type=ImportError
 )
+
+if interpreter.INTERPRETED:
+    interpreter.prepare_language_once()
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
