@@ -13,6 +13,7 @@ from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.evaluate.gate import Gate
 from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
+from stream_ctr.events.avro_events import Schemas
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
@@ -65,12 +66,13 @@ def build_trainer(
     surroundings: Surroundings | None = None,
     in_event_time: bool = False,
     predictions: Path | None = None,
+    schemas: Schemas | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
 
     With `in_event_time`, which is for logs, the weights that impressions are served with are
     published by event time. Predictions go to the directory `predictions`. `fitted` is what the
-    numbers of the `fields` were fitted to.
+    numbers of the `fields` were fitted to. `schemas` has those of Avro records.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
@@ -92,6 +94,8 @@ def build_trainer(
         fields,
         max_record_bytes=config.input.max_record_bytes,
         max_ahead_ms=in_milliseconds(config.input.max_ahead),
+        schemas=schemas,
+        format=config.input.format,
     )
     ingest = Ingest(
         source,

@@ -21,6 +21,8 @@ from stream_ctr.events.infer import impression_counts, infer_fields
 from stream_ctr.messages import one_line
 from stream_ctr.train.source import Source
 
+Plain = Callable[[pa.LargeBinaryArray], pa.LargeBinaryArray]
+
 _IMPRESSIONS = 1000
 _LEAST_IMPRESSIONS = 100  # of a partition, however many there are
 _BYTES = 16 << 20
@@ -41,7 +43,10 @@ class FirstRecords:
     `head` holds some of them.
     """
 
-    def __init__(self, partitions: int, *, max_record_bytes: int) -> None:
+    def __init__(
+        self, partitions: int, *, max_record_bytes: int, plain: Plain = lambda values: values
+    ) -> None:
+        self._plain = plain
         self.read = 0
         self.head: pa.LargeBinaryArray | None = None
         self._max_record_bytes = max_record_bytes
@@ -72,7 +77,7 @@ class FirstRecords:
         """Take what belongs to the first records from a poll."""
         self.read += len(records)
         if self.head is None:
-            self.head = _copied(records.value[:_IMPRESSIONS])
+            self.head = _copied(self._plain(records.value[:_IMPRESSIONS]))
         for partition in np.unique(records.partition).tolist():
             rows = np.flatnonzero(records.partition == partition)
             for first in range(0, len(rows), self.most):  # counting all would take time
@@ -90,6 +95,7 @@ class FirstRecords:
         )
 
     def _add(self, partition: int, values: pa.LargeBinaryArray) -> None:
+        values = self._plain(values)
         counts = impression_counts(values, max_record_bytes=self._max_record_bytes)
         part = self._parts[partition]
         if not part:
@@ -119,14 +125,16 @@ def first_records(
     say: Callable[[str], None],
     max_record_bytes: int,
     reason: str,
+    plain: Plain = lambda values: values,
 ) -> FirstRecords | None:
     """Return the first records of a source, which is then where it was.
 
-    Without impressions it waits for them, and says so with the `reason` for which they are wanted.
+    Records in formats that are read only with the fields become JSON (`plain`). Without impressions
+    it waits for them, and says so with the `reason` for which they are wanted.
     Returns None if `stopped` becomes true.
     """
     start = source.positions()
-    first = FirstRecords(len(source.partitions), max_record_bytes=max_record_bytes)
+    first = FirstRecords(len(source.partitions), max_record_bytes=max_record_bytes, plain=plain)
     deadline = None
     waiting = False
     while not (

@@ -210,16 +210,24 @@ def run(
         )
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
+        registry = settings.registry(properties)
         if source:
             log = log_format.open(source, span=span)
             notes = log.notes
             print_notes(notes)
-            report = runs.train_on_log(log, config, lease, predictions=predictions)
+            report = runs.train_on_log(
+                log, config, lease, predictions=predictions, registry=registry
+            )
             print_notes([note for note in log.notes if note not in notes])
         else:
             with connector_errors():
                 report = runs.train_on_kafka(
-                    client, config, lease, until_end=until_end, predictions=predictions
+                    client,
+                    config,
+                    lease,
+                    until_end=until_end,
+                    predictions=predictions,
+                    registry=registry,
                 )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))

@@ -8,10 +8,11 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from rich.console import Console
 
@@ -19,6 +20,7 @@ from stream_ctr.cli.assembly import build_trainer, signing_key
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
+from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.summary import summary
 from stream_ctr.config import Config
@@ -26,6 +28,7 @@ from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import DataError, SnapshotError, StreamCtrError
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.learn.device import choose_device
@@ -59,7 +62,12 @@ def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[s
 
 
 def train_on_log(
-    log: Stream, config: Config, lease: Lease, *, predictions: Path | None = None
+    log: Stream,
+    config: Config,
+    lease: Lease,
+    *,
+    predictions: Path | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn all of a log, into the directory of the lease.
 
@@ -78,6 +86,7 @@ def train_on_log(
             notes=lambda: log.notes,
             in_event_time=True,
             predictions=predictions,
+            registry=registry,
         )
 
 
@@ -89,6 +98,7 @@ def train_on_kafka(
     until_end: bool,
     fields: tuple[Field, ...] | None = None,
     predictions: Path | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -127,6 +137,7 @@ def train_on_kafka(
             lease.directory,
             config.features.fields() or fields,
             predictions=predictions,
+            registry=registry,
         )
 
 
@@ -154,8 +165,10 @@ def _train(
     notes: Callable[[], Sequence[str]] = tuple,
     in_event_time: bool = False,
     predictions: Path | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
+    schemas = open_schemas(config, registry)
     stop = StopRequest()
     schedule = Schedule(
         {
@@ -166,7 +179,14 @@ def _train(
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
-        encoding = _encoding(source, config, state, fields, lambda: stop.requested)
+        encoding = _encoding(
+            source,
+            config,
+            state,
+            fields,
+            lambda: stop.requested,
+            Decoder((), schemas=schemas).plain,
+        )
         if not encoding:
             say("stopped before the first impression; nothing was learned")
             return None
@@ -186,6 +206,7 @@ def _train(
             ),
             in_event_time=in_event_time,
             predictions=predictions,
+            schemas=schemas,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
@@ -205,6 +226,7 @@ def _encoding(
     state: Path,
     fields: tuple[Field, ...] | None,
     stopped: Callable[[], bool],
+    plain: Callable[[pa.LargeBinaryArray], pa.LargeBinaryArray],
 ) -> tuple[tuple[Field, ...], Fitted] | None:
     """Return the fields, and what their numbers are fitted to; None if the run was stopped.
 
@@ -221,6 +243,7 @@ def _encoding(
         stopped=stopped,
         say=say,
         max_record_bytes=limit,
+        plain=plain,
         reason="to fit the buckets of their numbers (features.fit_numbers = false does not wait)"
         if fields
         else "to infer their fields (or name them in a --config)",
