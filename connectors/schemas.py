@@ -119,8 +119,8 @@ class SchemaRegistry:
     """Schemas of a registry with Confluent's REST interface at `url`.
 
     `login` is "user:password" or, with `bearer`, a token. Methods raise `RegistryRefused` when the
-    registry refuses it, `RegistryUnreachable` when it does not answer, and `RegistryFailure` when it
-    does not answer as a registry does.
+    registry refuses it, `RegistryUnreachable` when it does not answer, and `RegistryFailure` when
+    it does not answer as a registry does.
     """
 
     def __init__(
@@ -212,7 +212,8 @@ class SchemaRegistry:
             with self._opener.open(request, timeout=_TIMEOUT_SECONDS) as response:
                 body = response.read(_LARGEST_ANSWER + 1)
         except urllib.error.HTTPError as error:
-            return self._refusal(path, error)
+            self._require_missing(path, error)
+            return None
         except (OSError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise RegistryUnreachable(f"{self.name} does not answer: {reason}") from None
@@ -224,8 +225,8 @@ class SchemaRegistry:
             )
         return answer
 
-    def _refusal(self, path: str, error: urllib.error.HTTPError) -> None:
-        """Return None if there is no such schema. Raises an error for any other refusal."""
+    def _require_missing(self, path: str, error: urllib.error.HTTPError) -> None:
+        """Raise an error unless the answer is that there is no such schema."""
         status = error.code
         try:
             answer = _as_object(error.read(_LARGEST_ANSWER))
