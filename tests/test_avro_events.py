@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.avro import EVENT, FEATURES, KnownSchemas, body, confluent
+from support.avro import EVENT, KnownSchemas, body, confluent
 from support.event_records import FIELDS, GOOD, T, as_values
 from support.fuzzing import fuzz, mutated
 

@@ -199,6 +199,7 @@ def describe_records(values: pa.LargeBinaryArray | None) -> str:
     if len(rejects):
         return f". The first malformed record: {one_line(rejects.message[0])}"
     return (
-        f". Of the first {len(values):,} {len(events.impressions):,} are impressions without "
+        f". Of the first {len(values):,} "
+        f"{len(events.impressions) + len(events.examples):,} are impressions without "
         f"features, {len(events.clicks):,} are clicks"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from stream_ctr.config import Config
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.options import Secret
-from stream_ctr.connectors.schemas import SchemaFolder, SchemaRegistry
+from stream_ctr.connectors.record_schemas import SchemaFolder, SchemaRegistry
 from stream_ctr.errors import ConfigError
 from stream_ctr.events.avro_events import Schemas
 from stream_ctr.events.avro_schema import fingerprint

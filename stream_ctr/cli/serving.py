@@ -198,7 +198,7 @@ def score(
     as_json: bool,
     log_format: LogFormat,
 ) -> None:
-    """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
+    """Print the click probability of each impression or example in EVENTS: its id, a tab, the probability.
 
     \b
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
@@ -223,8 +223,9 @@ def score(
     for batch in log_format.open(log).batches():
         events, rejects = decoder.decode(batch.value)
         counts.rejected += len(rejects)
-        if lines := list(_scores(scorer, events.impressions, counts, as_json=as_json)):
-            click.echo("\n".join(lines))
+        for shown in (events.impressions, events.examples):
+            if lines := list(_scores(scorer, shown, counts, as_json=as_json)):
+                click.echo("\n".join(lines))
     for warning in counts.warnings():
         click.echo(f"warning: {warning}", err=True)
 

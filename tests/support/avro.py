@@ -18,7 +18,8 @@ from typing import Any
 import fastavro
 
 from stream_ctr.connectors.embedded import dies_with_parent, free_port
-from stream_ctr.connectors.schemas import Schema
+from stream_ctr.connectors.record_schemas import Schema
+from stream_ctr.events.parsed_events import KINDS
 
 START_SECONDS = 120.0
 FEATURES = {
@@ -34,13 +35,13 @@ EVENT = {
     "name": "Event",
     "namespace": "ads",
     "fields": [
-        {"name": "kind", "type": {"type": "enum", "name": "Kind", "symbols": ["impression", "click", "example"]}},
+        {"name": "kind", "type": {"type": "enum", "name": "Kind", "symbols": [*KINDS]}},
         {"name": "impression_id", "type": ["string", "long"]},
         {"name": "time", "type": {"type": "long", "logicalType": "timestamp-millis"}},
         {"name": "label", "type": ["null", "int"]},
         {"name": "features", "type": ["null", FEATURES]},
     ],
-}  # fmt: skip
+}
 
 
 def plain(schema: Any) -> Any:
@@ -101,13 +102,15 @@ def registry(log: Path) -> Iterator[str]:
     url = f"http://127.0.0.1:{port}/apis/ccompat/v7"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [program, str(port)], stdout=output, stderr=output, preexec_fn=dies_with_parent()
+            dies_with_parent([str(program), str(port)]), stdout=output, stderr=output
         )
     try:
         deadline = time.monotonic() + START_SECONDS
         while not _answers(f"{url}/subjects"):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RegistryMissing(f"the schema registry did not start: {log.read_text()[-500:]}")
+                raise RegistryMissing(
+                    f"the schema registry did not start: {log.read_text()[-500:]}"
+                )
             time.sleep(0.2)
         yield url
     finally:
