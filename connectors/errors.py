@@ -4,6 +4,9 @@ ConnectorFailure
 |-- EmbeddedUnavailable      there is no embedded broker, or it did not start
 |-- PositionLost             the source does not hold the records to continue with
 |   `-- TopicChanged         the topic is not the one that reading began with
+|-- RegistryFailure          schemas cannot be read, or the answer is not that of a registry
+|   |-- RegistryUnreachable  the schema registry does not answer
+|   `-- RegistryRefused      the schema registry refuses the login
 `-- KafkaFailure
     |-- KafkaOptionError     an option does not exist, cannot be read or would break exactness
     |-- KafkaCodecMissing    a library for compressed records is not installed
@@ -31,6 +34,18 @@ class PositionLost(ConnectorFailure):
 
 class TopicChanged(PositionLost):
     """The topic was deleted, recreated or given more partitions: its old positions are invalid."""
+
+
+class RegistryFailure(ConnectorFailure):
+    """Schemas cannot be read, or what answers is no schema registry."""
+
+
+class RegistryUnreachable(RegistryFailure):
+    """The schema registry does not answer."""
+
+
+class RegistryRefused(RegistryFailure):
+    """The schema registry refuses the login."""
 
 
 class KafkaFailure(ConnectorFailure):

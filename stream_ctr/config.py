@@ -244,6 +244,24 @@ class Input(Section):
     `confluent` is librdkafka and needs stream-ctr[confluent]. A run can be resumed with the other
     client.
     """
+    format: Literal["auto", "json", "arrow", "avro"] = "auto"
+    """The format of the records.
+
+    `auto` tells by the first bytes of each record, which are never ambiguous. With another one,
+    records that begin otherwise are dead letters.
+    """
+    schema_registry: str = ""
+    """The URL of a schema registry with Confluent's interface, for Avro records.
+
+    Empty: `schema.registry.url` of the client properties. A login goes into the client property
+    `basic.auth.user.info` (user:password) or `bearer.auth.token`, or into the environment variable
+    SCHEMA_REGISTRY_BASIC_AUTH_USER_INFO.
+    """
+    schema_folder: str = ""
+    """A folder with Avro schemas, in place of a registry: `<id>.avsc`.
+
+    Records in single-object encoding find their schema by its fingerprint, whatever its file name.
+    """
     group: str = "stream-ctr"
     """The consumer group of the offset commits, which are for lag tools only."""
     max_record_bytes: int = key(1 << 20, ge=1)
@@ -286,6 +304,16 @@ class Input(Section):
     """The names of the columns of CSV files without a header. Empty: the first line has them."""
     columns: Columns = Columns()
     """The names of the columns of a log."""
+
+    @field_validator("schema_registry")
+    @classmethod
+    def _is_url(cls, url: str) -> str:
+        if url and (not url.startswith(("http://", "https://")) or "@" in url):
+            raise ValueError(
+                "must be http://... or https://..., and a login goes into the client property "
+                f"basic.auth.user.info ({_NOT_SHOWN})"
+            )
+        return url
 
     @field_validator("bootstrap_servers")
     @classmethod

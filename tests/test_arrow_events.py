@@ -287,7 +287,7 @@ def test_packed_records_are_smaller_than_the_megabyte_that_a_broker_accepts() ->
 BAD_EVENTS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown_kind": (
         {"kind": ["impression", "view", "impression", None, "click", "impression"]},
-        "kind must be impression or click",
+        "kind must be impression, click or example",
     ),
     "missing_id": ({"impression_id": ["a", None, "b", "", "b", "d"]}, "impression_id is missing"),
     "missing_time": ({"time": [T, None, T, None, T, T]}, "time is missing"),
@@ -416,7 +416,7 @@ DAMAGED: dict[str, Callable[[], bytes]] = {
 }
 WRONG_TYPE: dict[str, Callable[[], bytes]] = {
     "kind a number": lambda: stream(batch(kind=[1] * N)),
-    "id a number": lambda: stream(batch(impression_id=[1] * N)),
+    "id a fraction": lambda: stream(batch(impression_id=[1.5] * N)),
     "time a fraction": lambda: stream(batch(time=[0.5] * N)),
     "time a text": lambda: stream(batch(time=["2025-01-01T00:00:00Z"] * N)),
     "features a text": lambda: stream(batch(features=["x"] * N)),

@@ -95,7 +95,16 @@ ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
     "missing id, time, kind or features": {
         "no id": (record(impression_id=...), "missing_id"),
         "an empty id": (record(impression_id=""), "missing_id"),
-        "a number as id": (record(impression_id=5), "wrong_type"),
+        "a fraction as id": (record(impression_id=5.5), "wrong_type"),
+        "true as id": (record(impression_id=True), "wrong_type"),
+        "an example without a label": (record(kind="example"), "missing_label"),
+        "an example with the label 2": (record(kind="example", label=2), "wrong_label"),
+        "an example with the label 0.5": (record(kind="example", label=0.5), "wrong_label"),
+        "an example with a text as label": (record(kind="example", label="1"), "wrong_type"),
+        "an example without features": (
+            record(kind="example", label=1, features=...),
+            "missing_features",
+        ),
         "no time": (record(time=...), "missing_time"),
         "no kind": (record(kind=...), "unknown_kind"),
         "another kind": (record(kind="view"), "unknown_kind"),

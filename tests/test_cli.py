@@ -727,7 +727,7 @@ def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
         ),
         (
             ['{"type":"click","impression_id":"a","time":1735689600000}'],
-            "kind must be impression or click, got None",
+            "kind must be impression, click or example, got None",
         ),
         (["{}", "{"], "The first malformed record"),
     ],

@@ -202,7 +202,11 @@ def test_events_of_one_record_keep_their_order_and_come_before_those_of_the_next
                 row, np.full(len(values), 1), ids.slice(0, len(values)), times[: len(values)]
             )
             nothing = np.empty(0, np.int64)
-            return Events(impressions, clicks), Rejections(nothing, nothing, [], [], [])
+            examples = Impressions(
+                nothing, nothing, ids[:0], nothing, {"app": ids[:0]}, np.empty(0)
+            )
+            events = Events(impressions, clicks, examples, np.empty(0, np.uint8))
+            return events, Rejections(nothing, nothing, [], [], [])
 
     columns = (
         Ingest(Polls([b"", b""]), Batches(FIELDS), Hasher(FIELDS, table_bits=10)).take(0).events

@@ -262,11 +262,11 @@ def test_the_spans_of_values_are_found_without_quotes_and_nulls_are_absent() -> 
     ]
     time = str(T).encode()
     assert values == [
-        [b"impression", b"a", time, b"", None, b"maps", b"31"],
-        [b"impression", b"a", time, b"", None, b"a\\nb", None],
+        [b"impression", b"a", time, None, b"", None, b"maps", b"31"],
+        [b"impression", b"a", time, None, b"", None, b"a\\nb", None],
     ]
     assert found.has_unknown.tolist() == [False, True]
-    assert found.has_escapes.tolist() == [False] * 5 + [True, False]
+    assert found.has_escapes.tolist() == [False] * 6 + [True, False]
 
 
 # -- values --------------------------------------------------------------------------------------

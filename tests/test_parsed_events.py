@@ -30,6 +30,7 @@ def events(places: list[tuple[int, int]], apps: pa.Array | None = None) -> Parse
         time=100 * row + within,
         has_time=np.ones(n, np.bool_),
         has_features=np.ones(n, np.bool_),
+        label=np.full(n, np.nan),
         true_probability=np.full(n, 0.5),
         features={"app": pa.array(["x"] * n, pa.string()) if apps is None else apps},
         has_unknown_fields=row % 2 == 0,

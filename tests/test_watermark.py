@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
+from stream_ctr.events.batch import Arrivals, EventBatch, LabelledArrivals, Rejected
 from stream_ctr.join.watermark import NOT_YET, Watermarks
 
 NONE_EXCUSED = np.array([False, False])
@@ -54,29 +54,37 @@ def test_a_partition_that_wakes_with_old_data_does_not_take_its_watermark_back()
     assert observe(marks, 0, [1000, 3000, 1000]) == [990, 2990, 2990]
 
 
-def test_a_batch_is_observed_in_order_of_arrival_over_both_kinds() -> None:
-    """Arrival order: impression 5000, click 100, impression 6000, click 7000 of partition 1."""
+def test_a_batch_is_observed_in_order_of_arrival_over_all_kinds() -> None:
+    """Arrival: impression 5000, click 100, impression 6000, example 6500, click 7000 (of 1)."""
     impressions = Arrivals.of([1, 2], [5000, 6000])
     clicks = Arrivals(
         np.array([1, 2], np.uint64), np.array([100, 7000]), np.array([0, 1], np.int32), np.arange(2)
     )
     batch = EventBatch(
-        records=4,
+        records=5,
         impressions=impressions,
         ids=np.zeros((2, 1), np.int32),
         values=np.zeros((2, 0), np.float32),
         true_probability=np.full(2, np.nan),
         clicks=clicks,
-        arrival=np.array([0, 2, 1, 3]),
+        arrival=np.array([0, 2, 1, 4, 3]),
         rejected=Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], []),
         with_fields=frozenset(),
         with_unknown_fields=0,
         bad_records=0.0,
+        examples=LabelledArrivals(
+            Arrivals.of([3], [6500]),
+            np.ones(1, np.uint8),
+            np.zeros((1, 1), np.int32),
+            np.zeros((1, 0), np.float32),
+            np.full(1, np.nan),
+        ),
     )
     marks = Watermarks(partitions=2, lateness_ms=0)
-    impression_limit, click_limit = marks.observe_batch(batch)
+    impression_limit, click_limit, example_limit = marks.observe_batch(batch)
     assert impression_limit.tolist() == [5000, 6000]
     assert click_limit.tolist() == [5000, 7000]
+    assert example_limit.tolist() == [6500]
     assert marks.impressions.tolist() == [2, 0]
     assert marks.clicks.tolist() == [1, 1]
 

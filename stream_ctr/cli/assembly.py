@@ -13,6 +13,7 @@ from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError
 from stream_ctr.evaluate.gate import Gate
 from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
+from stream_ctr.events.avro_events import Schemas
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
@@ -75,6 +76,7 @@ def build_trainer(
     in_event_time: bool = False,
     keep_open: bool = False,
     predictions: Path | None = None,
+    schemas: Schemas | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
 
@@ -82,7 +84,7 @@ def build_trainer(
     published by event time. With `keep_open`, the end of the source closes nothing. Predictions go
     to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
     `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
-    weights it began with.
+    weights it began with. `schemas` has those of Avro records.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
@@ -105,6 +107,8 @@ def build_trainer(
         max_record_bytes=config.input.max_record_bytes,
         max_ahead_ms=in_milliseconds(config.input.max_ahead),
         time_format=TimeFormat(config.input.time_unit, config.input.time_zone),
+        schemas=schemas,
+        format=config.input.format,
     )
     ingest = Ingest(
         source,

@@ -6,8 +6,9 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from stream_ctr.cli.registry import without_registry
 from stream_ctr.connectors import kafka
-from stream_ctr.connectors.errors import PositionLost, TopicChanged
+from stream_ctr.connectors.errors import PositionLost, RegistryFailure, TopicChanged
 from stream_ctr.errors import BrokerError, ConfigError, DataError
 
 _LOCAL_BROKER = "localhost:9092"
@@ -28,6 +29,7 @@ def client_options(
     """
     with connector_errors():
         given = {**(kafka.read_properties(kafka_config) if kafka_config else {}), **properties}
+        given = without_registry(given)
         if not given.keys() & {"bootstrap.servers", "metadata.broker.list"}:
             bootstrap_servers = bootstrap_servers or _LOCAL_BROKER
         return dict(kafka.client_options(bootstrap_servers, given))
@@ -57,5 +59,7 @@ def connector_errors() -> Iterator[None]:
         raise BrokerError(str(error)) from None
     except kafka.KafkaUnreachable as error:
         raise BrokerError(f"{error}\n\n{_THREE_WAYS}") from None
+    except RegistryFailure as error:
+        raise BrokerError(str(error)) from None
     except kafka.KafkaFailure as error:
         raise BrokerError(str(error)) from None

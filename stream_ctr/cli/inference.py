@@ -19,10 +19,13 @@ from stream_ctr.events.batch import RecordColumns
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.infer import impression_counts, infer_fields
+from stream_ctr.events.times import DETECTED, TimeFormat
 from stream_ctr.messages import one_line
 from stream_ctr.train.alarms import partition_words
 from stream_ctr.train.ingest import Silence
 from stream_ctr.train.source import Source
+
+Plain = Callable[[pa.LargeBinaryArray], pa.LargeBinaryArray]
 
 _IMPRESSIONS = 1000
 _LEAST_IMPRESSIONS = 100  # of a partition, however many there are
@@ -56,7 +59,10 @@ class FirstRecords:
         max_record_bytes: int,
         label_window_ms: int = _NO_WINDOW,
         times: int = 1,
+        plain: Plain = lambda values: values,
+        time_format: TimeFormat = DETECTED,
     ) -> None:
+        self._plain = plain
         self.read = 0
         self.head: pa.LargeBinaryArray | None = None
         self.most = max(_IMPRESSIONS // partitions, _LEAST_IMPRESSIONS)
@@ -66,7 +72,7 @@ class FirstRecords:
             searched=_SEARCHED * self.most * times,
             window_ms=min(label_window_ms * times, _NO_WINDOW),
         )
-        self._decoder = Decoder((), max_record_bytes=max_record_bytes)
+        self._decoder = Decoder((), max_record_bytes=max_record_bytes, time_format=time_format)
         self._parts = [_Part(bounds) for _ in range(partitions)]
 
     @property
@@ -104,7 +110,7 @@ class FirstRecords:
         """Take what belongs to the first records from a poll."""
         self.read += len(records)
         if self.head is None:
-            self.head = _copied(records.value[:_IMPRESSIONS])
+            self.head = _copied(self._plain(records.value[:_IMPRESSIONS]))
         for partition in np.unique(records.partition).tolist():
             part = self._parts[partition]
             rows = np.flatnonzero(records.partition == partition)
@@ -127,10 +133,11 @@ class FirstRecords:
     def _add(
         self, part: _Part, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64]
     ) -> None:
+        values = self._plain(values)
         counts = impression_counts(values, max_record_bytes=self._decoder.max_record_bytes)
         events, _ = self._decoder.decode(values, received)
-        rows = np.concatenate([events.impressions.row, events.clicks.row])
-        times = np.concatenate([events.impressions.time, events.clicks.time])
+        rows = np.concatenate([part.row for part in events.kinds])
+        times = np.concatenate([part.time for part in events.kinds])
         earliest = np.full(len(values), _NO_WINDOW)
         latest = np.full(len(values), -_NO_WINDOW)
         np.minimum.at(earliest, rows, times)
@@ -224,6 +231,8 @@ def first_records(
     say: Callable[[str], None],
     max_record_bytes: int,
     reason: str,
+    plain: Plain = lambda values: values,
+    time_format: TimeFormat = DETECTED,
     label_window_ms: int = _NO_WINDOW,
     idle_seconds: float = 30.0,
     clock: Callable[[], float] = time.monotonic,
@@ -233,6 +242,7 @@ def first_records(
     It waits until every partition has its part, and says so with the `reason` for which they are
     wanted. On a live topic, once a partition has its part, it does not wait for one that brings no
     record within ten seconds, or that was read to its end and is idle as the join understands it.
+    Records in formats that are read only with the fields become JSON (`plain`).
     Returns None if `stopped` becomes true.
     """
     wait = _Wait(source, say, reason, idle_seconds, clock)
@@ -245,6 +255,8 @@ def first_records(
             max_record_bytes=max_record_bytes,
             label_window_ms=label_window_ms,
             times=times,
+            plain=plain,
+            time_format=time_format,
         )
         while (waited_for := wait.waited_for(first)).any():
             if stopped():
@@ -394,6 +406,7 @@ def describe_records(values: pa.LargeBinaryArray | None) -> str:
     if len(rejects):
         return f". The first malformed record: {one_line(rejects.message[0])}"
     return (
-        f". Of the first {len(values):,} records {len(events.impressions):,} are impressions "
-        f"without features, {len(events.clicks):,} are clicks"
+        f". Of the first {len(values):,} records "
+        f"{len(events.impressions) + len(events.examples):,} are impressions without features, "
+        f"{len(events.clicks):,} are clicks"
     )

@@ -259,6 +259,7 @@ def run(
         )
         # A wrong client property is an error with --source too.
         client = settings.client(config, properties)
+        registry = settings.registry(properties)
         if sources:
             logs = log_format.open_all(sources, span=span, layout=assembly.log_layout(config))
             notes = [note for log in logs for note in log.notes]
@@ -270,6 +271,7 @@ def run(
                 keep_open=keep_open,
                 beginning=begin,
                 predictions=predictions,
+                registry=registry,
             )
             print_notes([note for log in logs for note in log.notes if note not in notes])
         else:
@@ -284,6 +286,7 @@ def run(
                     predictions=predictions,
                     replace_run=replace_run,
                     take_over=take_over,
+                    registry=registry,
                 )
     if profile and report:
         click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))

@@ -140,6 +140,14 @@ class Settings:
 
         return client_options(config.input.bootstrap_servers, self.kafka_config, properties)
 
+    def registry(self, properties: Mapping[str, str]) -> dict[str, str]:
+        """Return the client properties that are those of a schema registry."""
+        from stream_ctr.cli.client import connector_errors
+        from stream_ctr.cli.registry import registry_properties
+
+        with connector_errors():
+            return registry_properties(self.kafka_config, properties)
+
 
 EVERY_KEY = "A Kafka client property, or any key of the configuration such as learn.batch_size."
 

@@ -9,11 +9,12 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from msgspec import UNSET
 from rich.console import Console
@@ -23,6 +24,7 @@ from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
+from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.report_line import ReportLines, figures
 from stream_ctr.cli.summary import summary
@@ -32,8 +34,10 @@ from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import DataError, StreamCtrError
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
+from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
@@ -78,6 +82,7 @@ def train_on_logs(
     beginning: Beginning | None = None,
     predictions: Path | None = None,
     caller: Caller | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn all of these logs, one after another, into the directory of the lease.
 
@@ -99,6 +104,7 @@ def train_on_logs(
             beginning=beginning,
             predictions=predictions,
             caller=caller,
+            registry=registry,
         )
 
 
@@ -171,6 +177,7 @@ def train_on_kafka(
     replace_run: str | None = None,
     take_over: bool = False,
     caller: Caller | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -230,6 +237,7 @@ def train_on_kafka(
             beginning=beginning,
             predictions=predictions,
             caller=caller,
+            registry=registry,
         )
 
 
@@ -260,8 +268,10 @@ def _train(
     beginning: Beginning | None = None,
     predictions: Path | None = None,
     caller: Caller | None = None,
+    registry: Mapping[str, str] | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
+    schemas = open_schemas(config, registry)
     stop = caller.stop if caller else StopRequest()
     schedule = Schedule(
         {
@@ -274,9 +284,15 @@ def _train(
         stack.enter_context(_out_of_memory(state))
         stack.enter_context(announcing_compilation())
         newest, inputs = _inputs(sources, config, state)
-        # The first input alone decides, whatever else the command names.
-        first = inputs.sources[0]
-        encoding = _encoding(first, config, state, beginning, fields, lambda: stop.requested)
+        encoding = _encoding(
+            inputs.sources[0],  # it alone decides, whatever else the command names
+            config,
+            state,
+            beginning,
+            fields,
+            lambda: stop.requested,
+            Decoder((), schemas=schemas).plain,
+        )
         if not encoding:
             say("stopped before the first impressions were there; nothing was learned")
             return None
@@ -300,6 +316,7 @@ def _train(
             in_event_time=in_event_time,
             keep_open=keep_open,
             predictions=predictions,
+            schemas=schemas,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
@@ -348,6 +365,7 @@ def _encoding(
     beginning: Beginning | None,
     fields: tuple[Field, ...] | None,
     stopped: Callable[[], bool],
+    plain: Callable[[pa.LargeBinaryArray], pa.LargeBinaryArray],
 ) -> tuple[tuple[Field, ...], Fitted] | None:
     """Return the fields, and what their numbers are fitted to; None if the run was stopped.
 
@@ -367,6 +385,8 @@ def _encoding(
         stopped=stopped,
         say=say,
         max_record_bytes=limit,
+        plain=plain,
+        time_format=TimeFormat(config.input.time_unit, config.input.time_zone),
         reason="to fit the buckets of their numbers (features.fit_numbers = false does not wait)"
         if fields
         else "to infer their fields (or name them in a --config)",

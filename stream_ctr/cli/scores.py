@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr.errors import DataError, InvalidFeatures
-from stream_ctr.events.decoder import Decoder, Events, Rejections
+from stream_ctr.events.decoder import Decoder, Events, Impressions, Rejections
 from stream_ctr.messages import one_line, printable
 from stream_ctr.snapshots.scorer import Scorer
 
@@ -42,12 +43,13 @@ class Scores:
         Raises `DataError` that names the impression, when the scorer does not accept its features.
         """
         events, rejected = self._decoder.decode(values)
-        if _all_are_usual(events, rejected):
-            ids = events.impressions.impression_id.to_pylist()
-            probabilities = self.scorer.predict_columns(events.impressions.features)
+        shown = _shown(events)
+        if _all_are_usual(shown, events, rejected):
+            ids = shown.impression_id.to_pylist()
+            probabilities = self.scorer.predict_columns(shown.features)
             skipped = list(range(len(rejected)))
         else:
-            ids, probabilities, skipped = self._check(values, events, rejected)
+            ids, probabilities, skipped = self._check(values, shown, rejected)
         if skipped and not self.skipped:
             record = values[int(rejected.row[skipped[0]])].as_py() or b""
             reason = one_line(rejected.message[skipped[0]], 300)
@@ -57,7 +59,7 @@ class Scores:
         return ids, probabilities.tolist()
 
     def _check(
-        self, values: pa.LargeBinaryArray, events: Events, rejected: Rejections
+        self, values: pa.LargeBinaryArray, shown: Impressions, rejected: Rejections
     ) -> tuple[list[str], npt.NDArray[np.float64], list[int]]:
         """Score each impression as the dictionary of its features, which the scorer checks.
 
@@ -67,8 +69,8 @@ class Scores:
         impressions = [
             _Impression(row, impression_id, _features(values, row) or {})
             for row, impression_id in zip(
-                events.impressions.row.tolist(),
-                events.impressions.impression_id.to_pylist(),
+                shown.row.tolist(),
+                shown.impression_id.to_pylist(),
                 strict=True,
             )
         ]
@@ -114,9 +116,24 @@ class Scores:
         return f"{self.skipped:,} malformed record{'s' * (self.skipped != 1)}"
 
 
-def _all_are_usual(events: Events, rejected: Rejections) -> bool:
+def _shown(events: Events) -> Impressions:
+    """Return the impressions and the examples, in the order of their records."""
+    if not len(events.examples):
+        return events.impressions
+    parts = (events.impressions, events.examples)
+    row = np.concatenate([part.row for part in parts])
+    order = np.argsort(row, kind="stable")
+    features = {
+        name: pa.concat_arrays([part.features[name] for part in parts]).take(pa.array(order))
+        for name in events.impressions.features
+    }
+    ids = pa.concat_arrays([part.impression_id for part in parts]).take(pa.array(order))
+    return replace(events.impressions, row=row[order], impression_id=ids, features=features)
+
+
+def _all_are_usual(shown: Impressions, events: Events, rejected: Rejections) -> bool:
     """Return whether the decoder has seen all that there is to check: names, types and values."""
-    columns = events.impressions.features.values()
+    columns = shown.features.values()
     return (
         not events.with_unknown_fields
         and "wrong_type" not in rejected.reason

@@ -104,7 +104,7 @@ def scan(  # type: ignore[no-untyped-def]
                 slot = by_key
             kind = ABSENT
             value = np.int64(0)
-            size = 0
+            size = np.int64(0)
             target = pc + 1
             if operation == ops.BOOLEAN:
                 if position >= end:
@@ -117,7 +117,7 @@ def scan(  # type: ignore[no-untyped-def]
                 value = np.int64(data[position])
                 position += 1
             elif operation == ops.FLOAT or operation == ops.DOUBLE:
-                size = 4 if operation == ops.FLOAT else 8
+                size = np.int64(4 if operation == ops.FLOAT else 8)
                 if position + size > end:
                     fault = _SHORT
                     break
@@ -132,7 +132,7 @@ def scan(  # type: ignore[no-untyped-def]
                     value = np.int64(bits)
                 kind = IS_NUMBER
                 position += size
-                size = 0
+                size = np.int64(0)
             elif operation == ops.FIXED:
                 size = code[pc, 2]
                 if size > end - position:
@@ -140,7 +140,7 @@ def scan(  # type: ignore[no-untyped-def]
                     break
                 kind = IS_OTHER
                 position += size
-                size = 0
+                size = np.int64(0)
             elif operation == ops.NULL or operation == ops.PRESENT:
                 kind = IS_OTHER if operation == ops.PRESENT else ABSENT
             elif operation == ops.JUMP:

@@ -351,8 +351,8 @@ def _time_unit(schema: Any) -> str:
 def fingerprint(text: str) -> int:
     """Return the number that names a schema in single-object encoding: CRC-64-AVRO.
 
-    >>> f"{fingerprint('"int"'):016x}"
-    '7275d51a3f395c8f'
+    >>> hex(fingerprint('"int"'))
+    '0x7275d51a3f395c8f'
     """
     crc = _EMPTY
     for byte in canonical_form(parse(text)).encode():

@@ -84,7 +84,7 @@ class _Reader:
         return found.decode() if kind == "string" else found
 
     def _items(self, schema: Any, namespace: str) -> Any:
-        items = []
+        items: list[tuple[str, Any]] = []
         while count := self._varint():
             if count < 0:
                 self._varint()
@@ -93,7 +93,7 @@ class _Reader:
                     key = self._bytes(self._number(len(self._data) + 1)).decode()
                     items.append((key, self.value(schema["values"], namespace)))
                 else:
-                    items.append((None, self.value(schema["items"], namespace)))
+                    items.append(("", self.value(schema["items"], namespace)))
         return dict(items) if schema["type"] == "map" else [item for _, item in items]
 
     def _number(self, end: int) -> int:

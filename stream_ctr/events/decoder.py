@@ -28,6 +28,7 @@ others. One poll may hold records of every kind. The rules for an event are the 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -37,6 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from stream_ctr.events import cloud_events
 from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
 from stream_ctr.events.avro_events import AvroReader, Schemas, is_framed
 from stream_ctr.events.field import Field
@@ -214,6 +216,27 @@ class Decoder:
                 rejections.append(Rejection(row, error.reason, error.message))
                 broken[parsed.row == row] = _RECORD_REJECTED
         return _valid_events(parsed, broken == _GOOD), Rejections.of(rejections)
+
+    def plain(self, values: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+        """Return records with a JSON event in place of each CloudEvent and each Avro record.
+
+        What cannot be read stays as it is. This is for looks at a few records; it is slow.
+
+        >>> cloud_event = b'{"specversion":"1.0","id":"a","data":{"kind":"click"}}'
+        >>> Decoder([]).plain(pa.array([cloud_event], pa.large_binary())).to_pylist()
+        [b'{"kind":"click","impression_id":"a"}']
+        """
+        framed = is_framed(values)
+        wrapped = np.asarray(pc.fill_null(cloud_events.may_be_envelopes(values), False)) & ~framed
+        if not (framed | wrapped).any():
+            return values
+        records = values.to_pylist()
+        for row in np.flatnonzero(framed).tolist():
+            records[row] = self._avro.plain(records[row])
+        for row in np.flatnonzero(wrapped).tolist():
+            with contextlib.suppress(InvalidRecord):
+                records[row] = cloud_events.unwrap(records[row]) or records[row]
+        return pa.array(records, pa.large_binary())
 
     def _rows_by_format(
         self, values: pa.LargeBinaryArray

@@ -71,7 +71,7 @@ def _timed(decoder: Decoder, value: pa.LargeBinaryArray, before: int) -> pa.Reco
     time of the line before the first.
     """
     events, _ = decoder.decode(value)
-    kinds = (events.impressions, events.clicks)
+    kinds = events.kinds
     row = np.concatenate([kind.row for kind in kinds])
     event_of_line = np.full(len(value), -1)
     event_of_line[row] = np.arange(len(row))

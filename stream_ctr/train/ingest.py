@@ -232,7 +232,7 @@ class Ingest:
             return frozenset()
         self._records_to_name -= n
         limit = self.decoder.max_record_bytes
-        names = feature_names(records.value[:n], max_record_bytes=limit)
+        names = feature_names(self.decoder.plain(records.value[:n]), max_record_bytes=limit)
         return names - {field.name for field in self.decoder.fields}
 
     def pause(self, partitions: frozenset[int]) -> None:

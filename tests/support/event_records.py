@@ -77,5 +77,17 @@ def as_values(decoded: tuple[Events, Rejections]) -> dict[str, Any]:
                 strict=True,
             )
         ),
+        "examples": list(
+            zip(
+                events.examples.row.tolist(),
+                events.examples.impression_id.to_pylist(),
+                events.examples.time.tolist(),
+                events.label.tolist(),
+                strict=True,
+            )
+        ),
+        "features_of_examples": {
+            name: column.to_pylist() for name, column in events.examples.features.items()
+        },
         "with_unknown_fields": events.with_unknown_fields,
     }
