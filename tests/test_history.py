@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from pathlib import Path
 
@@ -14,11 +15,20 @@ from support.commands import command, succeed
 from support.histories import Cut, Died, assert_equally_learned, cuts, learn
 from support.lineage import QUICK, Fingerprint, last_report, newest, published
 from support.manifests import edit_manifest
+from support.trainers import Partitions
 
 from stream_ctr import failpoint
 from stream_ctr.connectors import kafka
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.features import Hasher
+from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.watermark import Watermarks
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import Input
+from stream_ctr.train.alignment import Alignment
+from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.inputs import Inputs
 
 OFTEN = {"schedule": {"snapshot_examples": 256}}
 SAME = ("examples", "ledger", "models", "counters", "as_served", "window_curve", "pending")
@@ -168,6 +178,75 @@ def test_that_a_log_has_ended_is_kept_though_nothing_was_read_since_the_last_sna
     assert ended[0].ended
 
 
+# -- clicks that are overdue at the seam ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stalling(records: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """The stream with its clicks of a stretch after the stretch."""
+    stretch = records[1400:1800].to_pylist()
+    shown = [value for value in stretch if b'"impression",' in value]
+    clicks = [value for value in stretch if b'"impression",' not in value]
+    assert len(clicks) > 20
+    moved = pa.array([*shown, *clicks], pa.large_binary())
+    return pa.concat_arrays([records[:1400], moved, records[1800:]])
+
+
+STALLS = {**OFTEN, "join": {"label_window": "60s", "stall_clicks": 6.0}}
+
+
+def test_clicks_that_are_overdue_at_the_end_of_a_log_come_in_the_next_one(stalling, tmp_path):
+    whole = learn(tmp_path / "whole", cuts(stalling, []), **STALLS)
+    assert whole["stalls"] == 1
+    for at in (1390, 1700):
+        state = tmp_path / str(at)
+        first, second = cuts(stalling, [at], seed=at)
+        ended = learn(state, [first], keep_open=True, **STALLS)
+        assert ended["stalled"] == (["log0:0"] if at == 1700 else [])
+        assert learn(state, [second], **STALLS)["stalled"] == []
+        assert_equally_learned(state, tmp_path / "whole")
+    # Without waiting for them, other labels would be learned.
+    hasty = learn(tmp_path / "hasty", cuts(stalling, []), **OFTEN)
+    assert hasty["models"]["deepfm"]["ctr"] < whole["models"]["deepfm"]["ctr"]
+
+
+def test_partitions_are_read_on_though_a_log_that_has_ended_waits_for_their_clicks():
+    """They bring the clicks that it waits for: to pause them would be for ever."""
+    marks = Watermarks(partitions=3, lateness_ms=0, stall_clicks=1)
+    marks.begin(range(1))
+    marks.observe(np.zeros(2, int), np.array([1000, 9000]))
+    marks.stalled[0] = True
+    marks.begin(range(1, 3))
+    marks.observe(np.array([1, 2]), np.array([50_000, 60_000]))
+    source = Inputs([Partitions([pa.array([b""], pa.large_binary())] * 2)], ended=[LOG])
+    source.sources[0].until_end = False
+    ingest = Ingest(source, Decoder(()), Hasher((), table_bits=4))
+    source.poll(0)
+    joiner = LabelJoiner(fields=0, label_window_ms=100)
+    joiner.advance(9000)
+    paused: list[frozenset[int]] = []
+    ingest.pause = paused.append
+    Alignment(ingest).update(Full(joiner), marks, ingest.status())
+    assert paused == []
+    marks.stalled[0] = False
+    joiner.advance(50_000)
+    Alignment(ingest).update(Full(joiner), marks, ingest.status())
+    assert paused == [frozenset({2})]
+
+
+LOG = Input(kind="log", partitions=("log:0",), ended=True)
+
+
+class Full:
+    """A joiner whose memory is taken."""
+
+    filled = 1.0
+
+    def __init__(self, joiner: LabelJoiner) -> None:
+        self.watermark = joiner.watermark
+        self.label_window_ms = joiner.label_window_ms
+
+
 # -- a log, then a topic -------------------------------------------------------------------------
 
 
@@ -182,7 +261,15 @@ def history(records: pa.LargeBinaryArray, tmp_path_factory: pytest.TempPathFacto
 
 
 HISTORY = 1500  # records
-COMMAND = [*QUICK, "-X", "schedule.snapshot_examples=256"]
+COMMAND = [
+    "--model",
+    "deepfm",
+    *QUICK,
+    "-X",
+    "schedule.snapshot_examples=256",
+    "-X",
+    "metrics.served_share=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +331,7 @@ def test_a_log_then_a_topic_equal_one_log_of_both(
     assert ours.same(theirs, *(ours.tensors.keys() - {"joiner"}))
     assert joined(tmp_path) == joined(whole_log)
     # What the log published serves the impressions of the topic until snapshots of it do.
-    served = last_report(tmp_path)["as_served"]["models"]["blend"]["count"]
+    served = last_report(tmp_path)["as_served"]["models"]["deepfm"]["count"]
     assert served == 2000 - last_report(tmp_path)["counters"]["examples_before_publication"] > 0
     pointed = published(tmp_path)
     assert pointed
@@ -278,7 +365,7 @@ def test_a_log_whose_windows_are_all_open_has_published_nothing_and_is_no_failur
 ):
     short = tmp_path / "short.jsonl"
     short.write_bytes(b"".join(value + b"\n" for value in records[:200].to_pylist()))
-    state = ["--state", tmp_path / "state", *COMMAND, "--model", "lr"]
+    state = ["--state", tmp_path / "state", *COMMAND]
     done = succeed("run", "--source", short, "--keep-open", *state)
     line = next(line for line in done.output.splitlines() if line.startswith("final:"))
     assert re.match(
@@ -296,10 +383,9 @@ def test_two_logs_in_one_command_equal_one_log_of_both(records, history, tmp_pat
     later = tmp_path / "later.jsonl"
     later.write_bytes(b"".join(value + b"\n" for value in records[HISTORY:].to_pylist()))
     both = ["--source", history / "history.jsonl", "--source", later]
-    options = [*COMMAND, "--model", "deepfm"]
     for name, sources in (("one", ["--source", history / "whole.jsonl"]), ("two", both)):
         own = ["--state", tmp_path / name, "--predictions", tmp_path / f"{name}-rows"]
-        succeed("run", *sources, *own, *options)
+        succeed("run", *sources, *own, *COMMAND)
     assert_went_on_as_one(tmp_path / "two", tmp_path / "one")
     rows = [pa.parquet.read_table(tmp_path / f"{name}-rows") for name in ("one", "two")]
     assert len(rows[0]) == 2000
