@@ -6,6 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -182,27 +183,27 @@ def test_that_a_log_has_ended_is_kept_though_nothing_was_read_since_the_last_sna
 
 
 @pytest.fixture(scope="module")
-def stalling(records: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
-    """The stream with its clicks of a stretch after the stretch."""
-    stretch = records[1400:1800].to_pylist()
+def stalling(stream: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """A stream with its clicks of a stretch after the stretch."""
+    records = stream[:4800]
+    stretch = records[3000:3900].to_pylist()
     shown = [value for value in stretch if b'"impression",' in value]
     clicks = [value for value in stretch if b'"impression",' not in value]
-    assert len(clicks) > 20
     moved = pa.array([*shown, *clicks], pa.large_binary())
-    return pa.concat_arrays([records[:1400], moved, records[1800:]])
+    return pa.concat_arrays([records[:3000], moved, records[3900:]])
 
 
-STALLS = {**OFTEN, "join": {"label_window": "60s", "stall_clicks": 6.0}}
+STALLS = {**OFTEN, "join": {"label_window": "60s", "stall_clicks": 10.0}, "in_event_time": True}
 
 
 def test_clicks_that_are_overdue_at_the_end_of_a_log_come_in_the_next_one(stalling, tmp_path):
     whole = learn(tmp_path / "whole", cuts(stalling, []), **STALLS)
     assert whole["stalls"] == 1
-    for at in (1390, 1700):
+    for at in (2990, 3600):
         state = tmp_path / str(at)
         first, second = cuts(stalling, [at], seed=at)
         ended = learn(state, [first], keep_open=True, **STALLS)
-        assert ended["stalled"] == (["log0:0"] if at == 1700 else [])
+        assert ended["stalled"] == (["log0:0"] if at == 3600 else [])
         assert learn(state, [second], **STALLS)["stalled"] == []
         assert_equally_learned(state, tmp_path / "whole")
     # Without waiting for them, other labels would be learned.
