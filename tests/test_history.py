@@ -179,6 +179,17 @@ def test_that_a_log_has_ended_is_kept_though_nothing_was_read_since_the_last_sna
     assert ended[0].ended
 
 
+def test_logs_in_the_wrong_order_are_named(records, tmp_path, caplog):
+    first, second = cuts(records, [900])
+    learn(tmp_path, [second, first], **OFTEN)
+    assert re.search(
+        r"\d+ of the first \d+ impressions of log0 are late: .*; give logs in the order",
+        caplog.text,
+    )
+    learn(tmp_path / "right", cuts(records, [900]), **OFTEN)
+    assert caplog.text.count("are late") == 1
+
+
 # -- clicks that are overdue at the seam ---------------------------------------------------------
 
 
@@ -193,21 +204,22 @@ def stalling(stream: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
     return pa.concat_arrays([records[:3000], moved, records[3900:]])
 
 
-STALLS = {**OFTEN, "join": {"label_window": "60s", "stall_clicks": 10.0}, "in_event_time": True}
+SHORT = {"label_window": "15s", "allowed_lateness": "0s"}
+STALLS = {**OFTEN, "join": {**SHORT, "stall_clicks": 10.0}, "in_event_time": True}
+HASTY = {**STALLS, "join": {**SHORT, "stall_clicks": 0.0}}
 
 
+@pytest.mark.slow
 def test_clicks_that_are_overdue_at_the_end_of_a_log_come_in_the_next_one(stalling, tmp_path):
     whole = learn(tmp_path / "whole", cuts(stalling, []), **STALLS)
     assert whole["stalls"] == 1
-    for at in (2990, 3600):
-        state = tmp_path / str(at)
-        first, second = cuts(stalling, [at], seed=at)
-        ended = learn(state, [first], keep_open=True, **STALLS)
-        assert ended["stalled"] == (["log0:0"] if at == 3600 else [])
-        assert learn(state, [second], **STALLS)["stalled"] == []
-        assert_equally_learned(state, tmp_path / "whole")
+    first, second = cuts(stalling, [3600], seed=9)
+    ended = learn(tmp_path / "parts", [first], keep_open=True, **STALLS)
+    assert ended["stalled"] == ["log0:0"]
+    assert learn(tmp_path / "parts", [second], **STALLS)["stalled"] == []
+    assert_equally_learned(tmp_path / "parts", tmp_path / "whole")
     # Without waiting for them, other labels would be learned.
-    hasty = learn(tmp_path / "hasty", cuts(stalling, []), **OFTEN)
+    hasty = learn(tmp_path / "hasty", cuts(stalling, []), **HASTY)
     assert hasty["models"]["deepfm"]["ctr"] < whole["models"]["deepfm"]["ctr"]
 
 
