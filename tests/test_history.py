@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -15,13 +18,21 @@ from support.commands import command, succeed
 from support.histories import Cut, Died, assert_equally_learned, cuts, learn
 from support.lineage import QUICK, Fingerprint, last_report, newest, published
 from support.manifests import edit_manifest
+from support.trainers import Partitions
 
 from stream_ctr import failpoint
 from stream_ctr.connectors import kafka
+from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.features import Hasher
+from stream_ctr.join.watermark import Watermarks
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import Input
+from stream_ctr.train.alignment import Alignment
+from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.inputs import Inputs
 
-OFTEN = {"schedule": {"snapshot_examples": 256}}
+OFTEN: dict[str, Any] = {"schedule": {"snapshot_examples": 256}}
 SAME = ("examples", "ledger", "models", "counters", "as_served", "window_curve", "pending")
 
 
@@ -46,13 +57,17 @@ def assert_went_on_as_one(state: Path, whole: Path) -> None:
 
 
 @pytest.mark.parametrize("read_ahead", [0, 500])
-def test_logs_one_after_another_in_one_run_equal_the_whole(records, whole, tmp_path, read_ahead):
+def test_logs_one_after_another_in_one_run_equal_the_whole(
+    records: pa.LargeBinaryArray, whole: Path, tmp_path: Path, read_ahead: int
+) -> None:
     logs = cuts(records, [300, 301, 1500], seed=7)
     learn(tmp_path, logs, in_event_time=True, input={"read_ahead": read_ahead}, **OFTEN)
     assert_went_on_as_one(tmp_path, whole)
 
 
-def test_one_run_for_each_log_equals_the_whole(records, whole, tmp_path):
+def test_one_run_for_each_log_equals_the_whole(
+    records: pa.LargeBinaryArray, whole: Path, tmp_path: Path
+) -> None:
     *first, last = cuts(records, [300, 1500], seed=7)
     for log in first:
         report = learn(tmp_path, [log], keep_open=True, in_event_time=True, **OFTEN)
@@ -76,8 +91,12 @@ def die_at(monkeypatch: pytest.MonkeyPatch, name: str, time: int = 1) -> None:
 
 @pytest.mark.parametrize("name", ["seam.before", "seam.after", "cut.after"])
 def test_a_run_that_dies_at_the_seam_and_goes_on_equals_the_whole(
-    records, whole, tmp_path, name, monkeypatch
-):
+    records: pa.LargeBinaryArray,
+    whole: Path,
+    tmp_path: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with monkeypatch.context() as patch:
         die_at(patch, name)
         with pytest.raises(Died):
@@ -89,7 +108,9 @@ def test_a_run_that_dies_at_the_seam_and_goes_on_equals_the_whole(
 @pytest.mark.slow
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_wherever_logs_are_cut_and_runs_die_what_is_learned_is_the_same(records, whole, data):
+def test_wherever_logs_are_cut_and_runs_die_what_is_learned_is_the_same(
+    records: pa.LargeBinaryArray, whole: Path, data: st.DataObject
+) -> None:
     """Each command names all logs; it dies at some record, and is given again."""
     at = st.integers(1, len(records) - 1)
     cut = sorted(data.draw(st.sets(at, min_size=1, max_size=3), label="cut at"))
@@ -128,7 +149,9 @@ def _learn_each(state: Path, logs: list[Cut]) -> None:
         learn(state, [log], keep_open=log is not logs[-1], in_event_time=True, **OFTEN)
 
 
-def test_windows_are_closed_between_runs_unless_they_are_kept_open(records, tmp_path):
+def test_windows_are_closed_between_runs_unless_they_are_kept_open(
+    records: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
     first, second = cuts(records, [900])
     report = learn(tmp_path, [first], **OFTEN)
     assert report["pending"] == 0
@@ -136,7 +159,9 @@ def test_windows_are_closed_between_runs_unless_they_are_kept_open(records, tmp_
     assert report["counters"]["clicks_late"] > 0  # of the impressions whose windows were closed
 
 
-def test_what_was_kept_open_is_closed_by_the_same_command_without_it(records, tmp_path):
+def test_what_was_kept_open_is_closed_by_the_same_command_without_it(
+    records: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
     def log() -> list[Cut]:
         return cuts(records, [900])[:1]
 
@@ -146,15 +171,17 @@ def test_what_was_kept_open_is_closed_by_the_same_command_without_it(records, tm
     assert_equally_learned(tmp_path / "open", tmp_path / "closed")
 
 
-def test_a_log_that_has_grown_is_read_on(records, whole, tmp_path):
+def test_a_log_that_has_grown_is_read_on(
+    records: pa.LargeBinaryArray, whole: Path, tmp_path: Path
+) -> None:
     learn(tmp_path, [Cut("log0", records[:900])], keep_open=True, in_event_time=True, **OFTEN)
     learn(tmp_path, [Cut("log0", records, seed=5)], in_event_time=True, **OFTEN)
     assert_went_on_as_one(tmp_path, whole)
 
 
 def test_that_a_log_has_ended_is_kept_though_nothing_was_read_since_the_last_snapshot(
-    records, tmp_path
-):
+    records: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
     """The last snapshot of the first run is one of a run that did not know that the log ends."""
     log = cuts(records, [900])[0]
     learn(tmp_path, [log], keep_open=True, **OFTEN)
@@ -167,6 +194,89 @@ def test_that_a_log_has_ended_is_kept_though_nothing_was_read_since_the_last_sna
     assert path
     assert snapshot.read_manifest(path).inputs == ended
     assert ended[0].ended
+
+
+def test_logs_in_the_wrong_order_are_named(
+    records: pa.LargeBinaryArray, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = cuts(records, [900])
+    learn(tmp_path, [second, first], **OFTEN)
+    assert re.search(
+        r"\d+ of the first \d+ impressions of log0 are late: .*; give logs in the order",
+        caplog.text,
+    )
+    learn(tmp_path / "right", cuts(records, [900]), **OFTEN)
+    assert caplog.text.count("are late") == 1
+
+
+# -- clicks that are overdue at the seam ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stalling(stream: pa.LargeBinaryArray) -> pa.LargeBinaryArray:
+    """A stream with its clicks of a stretch after the stretch."""
+    records = stream[:4800]
+    stretch = records[3000:3900].to_pylist()
+    shown = [value for value in stretch if b'"impression",' in value]
+    clicks = [value for value in stretch if b'"impression",' not in value]
+    moved = pa.array([*shown, *clicks], pa.large_binary())
+    return pa.concat_arrays([records[:3000], moved, records[3900:]])
+
+
+SHORT = {"label_window": "15s", "allowed_lateness": "0s"}
+STALLS: dict[str, Any] = {**OFTEN, "join": {**SHORT, "stall_clicks": 10.0}, "in_event_time": True}
+HASTY: dict[str, Any] = {**STALLS, "join": {**SHORT, "stall_clicks": 0.0}}
+
+
+@pytest.mark.slow
+def test_clicks_that_are_overdue_at_the_end_of_a_log_come_in_the_next_one(
+    stalling: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
+    whole = learn(tmp_path / "whole", cuts(stalling, []), **STALLS)
+    assert whole["stalls"] == 1
+    first, second = cuts(stalling, [3600], seed=9)
+    ended = learn(tmp_path / "parts", [first], keep_open=True, **STALLS)
+    assert ended["stalled"] == ["log0:0"]
+    assert learn(tmp_path / "parts", [second], **STALLS)["stalled"] == []
+    assert_equally_learned(tmp_path / "parts", tmp_path / "whole")
+    # Without waiting for them, other labels would be learned.
+    hasty = learn(tmp_path / "hasty", cuts(stalling, []), **HASTY)
+    assert hasty["models"]["deepfm"]["ctr"] < whole["models"]["deepfm"]["ctr"]
+
+
+class Live(Partitions):
+    """A topic that goes on."""
+
+    until_end = False
+
+
+def test_partitions_are_read_on_though_a_log_that_has_ended_waits_for_their_clicks() -> None:
+    """They bring the clicks that it waits for: to pause them would be for ever."""
+    marks = Watermarks(partitions=3, lateness_ms=0, stall_clicks=1)
+    marks.begin(range(1))
+    marks.observe(np.zeros(2, int), np.array([1000, 9000]))
+    marks.stalled[0] = True
+    marks.begin(range(1, 3))
+    marks.observe(np.array([1, 2]), np.array([50_000, 60_000]))
+    topic = Live([pa.array([b""], pa.large_binary())] * 2)
+    ingest = Ingest(Inputs([topic], ended=[LOG]), Decoder(()), Hasher((), table_bits=4))
+    ingest.take(0)
+    paused: list[frozenset[int]] = []
+    fake: Any = ingest
+    fake.pause = paused.append
+    Alignment(ingest).update(_full(watermark=9000), marks, ingest.status())
+    assert paused == []
+    marks.stalled[0] = False
+    Alignment(ingest).update(_full(watermark=50_000), marks, ingest.status())
+    assert paused == [frozenset({2})]
+
+
+def _full(watermark: int) -> Any:
+    """Return what is looked at of a joiner whose memory is taken."""
+    return SimpleNamespace(filled=1.0, watermark=watermark, label_window_ms=100)
+
+
+LOG = Input(kind="log", partitions=("log:0",), ended=True)
 
 
 # -- a log, then a topic -------------------------------------------------------------------------
@@ -183,7 +293,15 @@ def history(records: pa.LargeBinaryArray, tmp_path_factory: pytest.TempPathFacto
 
 
 HISTORY = 1500  # records
-COMMAND = [*QUICK, "-X", "schedule.snapshot_examples=256"]
+COMMAND = [
+    "--model",
+    "deepfm",
+    *QUICK,
+    "-X",
+    "schedule.snapshot_examples=256",
+    "-X",
+    "metrics.served_share=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +342,15 @@ def sent(servers: str, topic: str, values: pa.LargeBinaryArray, partitions: int 
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_at", ["", "seam.before", "seam.after", "commit.after"])
 def test_a_log_then_a_topic_equal_one_log_of_both(
-    broker, topic, records, history, whole_log, tmp_path, dies_at, monkeypatch
-):
+    broker: str,
+    topic: str,
+    records: pa.LargeBinaryArray,
+    history: Path,
+    whole_log: Path,
+    tmp_path: Path,
+    dies_at: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     sent(broker, topic, records[HISTORY:])
     state = ["--state", tmp_path, *COMMAND]
     first = succeed("run", "--source", history / "history.jsonl", "--keep-open", *state)
@@ -245,7 +370,7 @@ def test_a_log_then_a_topic_equal_one_log_of_both(
     assert ours.same(theirs, *(ours.tensors.keys() - {"joiner"}))
     assert joined(tmp_path) == joined(whole_log)
     # What the log published serves the impressions of the topic until snapshots of it do.
-    served = last_report(tmp_path)["as_served"]["models"]["blend"]["count"]
+    served = last_report(tmp_path)["as_served"]["models"]["deepfm"]["count"]
     assert served == 2000 - last_report(tmp_path)["counters"]["examples_before_publication"] > 0
     pointed = published(tmp_path)
     assert pointed
@@ -253,8 +378,13 @@ def test_a_log_then_a_topic_equal_one_log_of_both(
 
 
 def test_a_topic_of_several_partitions_goes_on_after_a_log(
-    embedded_broker, topic, records, history, whole_log, tmp_path
-):
+    embedded_broker: str,
+    topic: str,
+    records: pa.LargeBinaryArray,
+    history: Path,
+    whole_log: Path,
+    tmp_path: Path,
+) -> None:
     """Its partitions are polled in any order, and with what was open they give the same labels."""
     sent(embedded_broker, topic, records[HISTORY:], partitions=3)
     state = ["--state", tmp_path, *COMMAND]
@@ -275,11 +405,11 @@ def test_a_topic_of_several_partitions_goes_on_after_a_log(
 
 
 def test_a_log_whose_windows_are_all_open_has_published_nothing_and_is_no_failure(
-    records, history, tmp_path
-):
+    records: pa.LargeBinaryArray, history: Path, tmp_path: Path
+) -> None:
     short = tmp_path / "short.jsonl"
     short.write_bytes(b"".join(value + b"\n" for value in records[:200].to_pylist()))
-    state = ["--state", tmp_path / "state", *COMMAND, "--model", "lr"]
+    state = ["--state", tmp_path / "state", *COMMAND]
     done = succeed("run", "--source", short, "--keep-open", *state)
     line = next(line for line in done.output.splitlines() if line.startswith("final:"))
     assert re.match(
@@ -293,14 +423,15 @@ def test_a_log_whose_windows_are_all_open_has_published_nothing_and_is_no_failur
     assert last_report(tmp_path / "state")["examples"] > 0
 
 
-def test_two_logs_in_one_command_equal_one_log_of_both(records, history, tmp_path):
+def test_two_logs_in_one_command_equal_one_log_of_both(
+    records: pa.LargeBinaryArray, history: Path, tmp_path: Path
+) -> None:
     later = tmp_path / "later.jsonl"
     later.write_bytes(b"".join(value + b"\n" for value in records[HISTORY:].to_pylist()))
     both = ["--source", history / "history.jsonl", "--source", later]
-    options = [*COMMAND, "--model", "deepfm"]
     for name, sources in (("one", ["--source", history / "whole.jsonl"]), ("two", both)):
         own = ["--state", tmp_path / name, "--predictions", tmp_path / f"{name}-rows"]
-        succeed("run", *sources, *own, *options)
+        succeed("run", *sources, *own, *COMMAND)
     assert_went_on_as_one(tmp_path / "two", tmp_path / "one")
     rows = [pa.parquet.read_table(tmp_path / f"{name}-rows") for name in ("one", "two")]
     assert len(rows[0]) == 2000
@@ -308,8 +439,8 @@ def test_two_logs_in_one_command_equal_one_log_of_both(records, history, tmp_pat
 
 
 def test_the_predictions_of_each_example_are_written_once_though_runs_end_at_the_seam(
-    records, tmp_path
-):
+    records: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
     predictions = tmp_path / "rows"
     for log in (logs := cuts(records, [300, 900])):
         learn(
@@ -324,7 +455,7 @@ def test_the_predictions_of_each_example_are_written_once_though_runs_end_at_the
     assert int(parts[-1][1]) == 2000
 
 
-def test_logs_and_a_topic_in_one_command_are_refused_with_the_two_commands(tmp_path):
+def test_logs_and_a_topic_in_one_command_are_refused_with_the_two_commands(tmp_path: Path) -> None:
     done = command(
         "run", "--source", "a b.csv", "--source", "c.csv", "--topic", "clicks", "--state", tmp_path
     )
@@ -334,7 +465,9 @@ def test_logs_and_a_topic_in_one_command_are_refused_with_the_two_commands(tmp_p
     assert not list(tmp_path.iterdir())
 
 
-def test_a_log_that_another_must_precede_is_refused_with_what_to_do(history, records, tmp_path):
+def test_a_log_that_another_must_precede_is_refused_with_what_to_do(
+    history: Path, records: pa.LargeBinaryArray, tmp_path: Path
+) -> None:
     state = tmp_path / "state"
     learn(state, [Cut("history.jsonl#0", records[:900], dies_at=None)], keep_open=True, **OFTEN)
     path = snapshot.newest(state / "snapshots")

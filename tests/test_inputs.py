@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -59,7 +60,7 @@ def drained(inputs: Inputs) -> list[tuple[list[int], list[bytes]]]:
     return polls
 
 
-def test_partitions_after_an_ended_log_are_numbered_on_and_answered_for():
+def test_partitions_after_an_ended_log_are_numbered_on_and_answered_for() -> None:
     topic = Topic()
     inputs = following(topic)
     assert inputs.partitions == (("day1", 0), ("clicks", 0), ("clicks", 1))
@@ -79,7 +80,7 @@ def test_partitions_after_an_ended_log_are_numbered_on_and_answered_for():
     assert [(each.kind, each.ended) for each in inputs.begun] == [("log", True), ("topics", False)]
 
 
-def test_an_input_has_begun_with_its_first_poll_and_until_then_has_no_position():
+def test_an_input_has_begun_with_its_first_poll_and_until_then_has_no_position() -> None:
     inputs = following(log("day2", b"a"))
     assert (inputs.begun, inputs.present, inputs.positions()) == ((ENDED,), range(1), {0: 9})
     assert not inputs.finished
@@ -91,7 +92,7 @@ def test_an_input_has_begun_with_its_first_poll_and_until_then_has_no_position()
     assert [each.ended for each in inputs.begun] == [True, False]
 
 
-def test_the_end_of_a_log_shows_before_the_next_one_begins():
+def test_the_end_of_a_log_shows_before_the_next_one_begins() -> None:
     inputs = Inputs([log("day1", b"a", b"b"), log("day2", b"c")])
     inputs.poll(0)
     inputs.poll(0)
@@ -110,7 +111,9 @@ def test_the_end_of_a_log_shows_before_the_next_one_begins():
         ({0: 2, 1: 1}, [([1], [b"d"])]),
     ],
 )
-def test_reading_goes_on_in_the_last_log_that_has_a_position(positions, rest):
+def test_reading_goes_on_in_the_last_log_that_has_a_position(
+    positions: dict[int, int], rest: list[tuple[list[int], list[bytes]]]
+) -> None:
     inputs = Inputs([log("day1", b"a", b"b"), log("day2", b"c", b"d")])
     inputs.seek(positions)
     assert inputs.positions() == positions
@@ -150,14 +153,16 @@ CLICKS = Input(kind="topics", partitions=("clicks:0", "clicks:1"))
         ([ended("a"), unread("b")], ["b"], ["b"], ["a"]),
     ],
 )
-def test_logs_given_again_are_read_on_and_others_follow(before, given, reads, after):
+def test_logs_given_again_are_read_on_and_others_follow(
+    before: list[Input], given: Any, reads: list[str], after: list[str]
+) -> None:
     inputs = continued([log(name) for name in given], known(*before), SNAPSHOT)
     assert [source.partitions[0][0] for source in inputs.sources] == reads
     assert [each.partitions[0] for each in inputs.before] == [f"{name}:0" for name in after]
     assert inputs.partitions == tuple((name, 0) for name in [*after, *reads])
 
 
-def test_topics_follow_a_log_that_was_read_to_its_end_and_go_on_with_themselves():
+def test_topics_follow_a_log_that_was_read_to_its_end_and_go_on_with_themselves() -> None:
     inputs = continued([Topic()], known(ended("day1.csv#1a"), positions={}), SNAPSHOT)
     assert what_follows(inputs) == "goes on after day1.csv (5 records) with topic clicks"
     again = continued([Topic()], known(ended("day1.csv#1a"), CLICKS), SNAPSHOT)
@@ -191,7 +196,9 @@ def test_topics_follow_a_log_that_was_read_to_its_end_and_go_on_with_themselves(
         ([CLICKS], [Topic("shown")], "nothing follows a topic"),
     ],
 )
-def test_another_input_is_refused_with_what_to_do(before, given, message):
+def test_another_input_is_refused_with_what_to_do(
+    before: list[Input], given: Any, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         continued(given, known(*before), SNAPSHOT)
 
@@ -200,13 +207,15 @@ def test_another_input_is_refused_with_what_to_do(before, given, message):
     ("partitions", "message"),
     [((1, 1, 1), "partition clicks:2 was added"), ((1,), "partition clicks:1 is gone")],
 )
-def test_topics_whose_partitions_changed_are_refused_after_a_log_too(partitions, message):
+def test_topics_whose_partitions_changed_are_refused_after_a_log_too(
+    partitions: tuple[int, ...], message: str
+) -> None:
     topic = Topic(partitions=partitions)
     with pytest.raises(DataError, match=message):
         continued([topic], known(ended("a"), CLICKS), SNAPSHOT)
 
 
-def test_a_snapshot_without_a_list_of_inputs_knows_one_that_is_not_known_to_have_ended():
+def test_a_snapshot_without_a_list_of_inputs_knows_one_that_is_not_known_to_have_ended() -> None:
     old = manifest(inputs=(), positions={"a:0": 7}, topic_ids={})
     assert known_inputs(old) == (unread("a"),)
     assert continued([log("a"), log("b")], old, SNAPSHOT).names == ("a:0", "b:0")

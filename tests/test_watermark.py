@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -199,3 +201,90 @@ def test_a_partitions_watermark_depends_on_its_own_log_and_never_goes_back(
         marks = Watermarks(partitions=2, lateness_ms=50, stall_clicks=5)
         marks.load_state_dict(state)
     assert limits == expected == sorted(expected)
+
+
+# -- inputs one after another --------------------------------------------------------------------
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.lists(st.integers(1, 1199), min_size=1, max_size=3, unique=True),
+    st.integers(300, 1100),
+)
+def test_one_log_after_another_is_one_log_clicks_that_are_overdue_included(
+    seed: int, cuts: list[int], silent_from: int
+) -> None:
+    """Clicks stop after a while, and come late."""
+    rng = np.random.default_rng(seed)
+    time = np.cumsum(rng.integers(0, 20, 1200)) - rng.integers(0, 30, 1200)
+    click = (rng.random(1200) < 0.5) & ((np.arange(1200) < silent_from) | (rng.random() < 0.5))
+    whole = Watermarks(partitions=1, lateness_ms=10, stall_clicks=20)
+    limits = whole.observe(np.zeros(1200, int), time, click).tolist()
+    parts = Watermarks(partitions=len(cuts) + 1, lateness_ms=10, stall_clicks=20)
+    found: list[int] = []
+    bounds = [0, *sorted(cuts), 1200]
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        parts = resumed(parts, len(cuts) + 1)
+        parts.begin(range(number, number + 1))
+        rows = slice(first, end)
+        found += parts.observe(np.full(end - first, number), time[rows], click[rows]).tolist()
+    assert found == limits
+    ended = np.arange(len(cuts) + 1) < len(cuts)
+    assert parts.overall(excused=ended) == whole.overall(excused=np.array([False]))
+    assert parts.stalled.tolist() == [*[False] * len(cuts), *whole.stalled.tolist()]
+    assert parts.stalls == whole.stalls
+
+
+def resumed(marks: Watermarks, partitions: int) -> Watermarks:
+    """Return what a run that resumes from this state has."""
+    again = Watermarks(
+        partitions=partitions, lateness_ms=marks.lateness_ms, stall_clicks=marks.stall_clicks
+    )
+    if marks.mark.max() > NOT_YET:
+        again.load_state_dict(marks.state_dict())
+    return again
+
+
+def test_a_log_whose_clicks_are_overdue_waits_for_those_of_the_topic_that_follows() -> None:
+    marks = Watermarks(partitions=3, lateness_ms=10, stall_clicks=5)
+    marks.begin(range(1))
+    observe(marks, 0, list(range(1000, 1200)), [True, False] * 100)
+    observe(marks, 0, list(range(1200, 1300)))
+    assert marks.stalled.tolist() == [True, False, False]
+    held = int(marks.mark[0])
+    marks.begin(range(1, 3))
+    excused = np.array([True, False, False])
+    observe(marks, 1, [5000])
+    observe(marks, 2, [6000])
+    assert marks.overall(excused=excused) == held < 1240
+    observe(marks, 2, [1250], clicks=True)
+    assert marks.overall(excused=excused) == 1250 - 10
+    marks = resumed(marks, 3)
+    observe(marks, 1, [1280], clicks=True)
+    assert marks.overall(excused=excused) == 1280 - 10
+    observe(marks, 1, [1289], clicks=True)  # within the lateness of the log's end
+    assert not marks.stalled.any()
+    assert marks.overall(excused=excused) == 5000 - 10
+
+
+def test_impressions_of_a_log_do_not_count_for_a_topic_of_clicks_that_follows() -> None:
+    """Its clicks are measured by the impressions of the topics that it is read with."""
+    marks = Watermarks(partitions=3, lateness_ms=10, stall_clicks=5)
+    marks.begin(range(1))
+    observe(marks, 0, list(range(2000)))
+    marks.begin(range(1, 3))
+    assert not marks.all_since_click[1:].any()
+    observe(marks, 1, list(range(2000, 2200)))
+    observe(marks, 2, list(range(2000, 2200, 2)), clicks=True)
+    observe(marks, 1, list(range(2200, 2220)))
+    assert marks.silent_clicks().tolist() == [False, False, True]
+
+
+def test_the_state_has_no_place_for_an_input_that_has_not_begun() -> None:
+    marks = Watermarks(partitions=3, lateness_ms=10)
+    marks.begin(range(1))
+    observe(marks, 0, [1000])
+    assert len(marks.state_dict()["mark"]) == 1
+    again = resumed(marks, 2)
+    assert again.present == range(1)
+    assert again.mark.tolist() == [990, NOT_YET]

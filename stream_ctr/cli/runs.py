@@ -445,11 +445,10 @@ def _resume(trainer: Trainer, newest: Path, config: Config) -> None:
             f"warning: snapshot {newest.name} is signed, those of this run will not be: "
             "no snapshots.signing_key is given"
         )
-    follows = what_follows(trainer.source)
     trainer.restore(newest)
     examples = trainer.state.ledger.count
     say(f"resumed from snapshot {newest.name} ({examples:,} examples)")
-    if follows:
+    if follows := what_follows(trainer.source):
         say(follows)
 
 

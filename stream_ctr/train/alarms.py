@@ -13,7 +13,9 @@ from stream_ctr.events.batch import EventBatch
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.messages import nearest_word, one_line
+from stream_ctr.snapshots.manifest import Input
 from stream_ctr.train.ingest import SourceStatus
+from stream_ctr.train.inputs import input_name
 from stream_ctr.train.sampled_baseline import SampledBaseline
 
 _log = logging.getLogger("stream_ctr.train")
@@ -211,3 +213,18 @@ def stalled_partitions(watermarks: Watermarks, partitions: Sequence[tuple[str, i
 def partition_words(indices: Sequence[int], partitions: Sequence[tuple[str, int]]) -> list[str]:
     """Return the names, "topic:partition", of the partitions with these indices."""
     return [f"{partitions[index][0]}:{partitions[index][1]}" for index in indices]
+
+
+def warn_of_late_input(begun: Input, late: int, *, of: int) -> None:
+    """Warn if most of the first impressions of an input that follows another are late."""
+    if 2 * late <= of:
+        return
+    remedy = "" if begun.kind == "topics" else "; give logs in the order of their times"
+    _log.warning(
+        "%d of the first %d impressions of %s are late: they are older than what was read before "
+        "it, whose label windows are closed, and are not learned%s",
+        late,
+        of,
+        input_name(begun.partitions),
+        remedy,
+    )

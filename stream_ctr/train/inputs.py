@@ -35,6 +35,16 @@ def partition_names(source: Source) -> tuple[str, ...]:
     return tuple(f"{topic}:{partition}" for topic, partition in source.partitions)
 
 
+def input_name(partitions: Sequence[str]) -> str:
+    """Return what people call an input: the file names or the topics of its partitions.
+
+    >>> input_name(["day1.csv#0fc3e1a2b3c4:0"]), input_name(["shown:0", "shown:1", "clicks:0"])
+    ('day1.csv', 'shown and clicks')
+    """
+    names = (name.rpartition(":")[0].partition("#")[0] for name in partitions)
+    return " and ".join(dict.fromkeys(names))
+
+
 class Inputs:
     """Read `sources` one after another, after the inputs that have `ended` already.
 

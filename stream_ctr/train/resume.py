@@ -24,7 +24,7 @@ import msgspec
 
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.snapshots.manifest import Input, Manifest, RunIdentity
-from stream_ctr.train.inputs import Inputs, partition_names
+from stream_ctr.train.inputs import Inputs, input_name, partition_names
 from stream_ctr.train.source import Source
 
 _log = logging.getLogger("stream_ctr.train")
@@ -114,16 +114,6 @@ def what_follows(inputs: Inputs) -> str | None:
         f"goes on after {input_name(last.partitions)} ({records:,} records) with {following}"
         + f" and {more} more" * bool(more)
     )
-
-
-def input_name(partitions: Sequence[str]) -> str:
-    """Return what people call an input: the file names or the topics of its partitions.
-
-    >>> input_name(["day1.csv#0fc3e1a2b3c4:0"]), input_name(["shown:0", "shown:1", "clicks:0"])
-    ('day1.csv', 'shown and clicks')
-    """
-    names = (name.rpartition(":")[0].partition("#")[0] for name in partitions)
-    return " and ".join(dict.fromkeys(names))
 
 
 def _require_once(given: Sequence[tuple[str, ...]]) -> None:

@@ -35,12 +35,18 @@ from stream_ctr.snapshots.manifest import Input, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_writer import Cut, Written
 from stream_ctr.train import begin, cut
-from stream_ctr.train.alarms import FieldWatch, RunAlarms, stalled_partitions
+from stream_ctr.train.alarms import (
+    FieldWatch,
+    RunAlarms,
+    stalled_partitions,
+    warn_of_late_input,
+)
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
+from stream_ctr.train.inputs import input_name
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.report import Kind, Report, build_report, to_json_object, window_report
@@ -144,6 +150,7 @@ class Trainer:
         self._events_read = 0
         self._examples_at_snapshot = 0
         self._inputs_at_snapshot: tuple[Input, ...] = ()
+        self._late_at_seam: int | None = None  # until the first impressions of the next input
         state.watermarks.begin(self._status.present)
         for learner in state.learners.values():
             # Memory for the copies in snapshots is allocated now, not while learning waits.
@@ -239,7 +246,8 @@ class Trainer:
         if self._stopping:  # the poll is read again
             return
         self.state.watermarks.begin(status.present)
-        _log.info("goes on with %s", ", ".join(status.inputs[-1].partitions))
+        self._late_at_seam = self.state.joiner.counts()["impressions_late"]
+        _log.info("goes on with %s", input_name(status.inputs[-1].partitions))
         failpoint("seam.after")
 
     def _reach_end(self) -> None:
@@ -270,6 +278,10 @@ class Trainer:
         self._bad_records.keep(events)
         self._fields.observe(events)
         self.state.joiner.push(events, self.state.watermarks)
+        if self._late_at_seam is not None and (shown := len(events.impressions)):
+            late = self.state.joiner.counts()["impressions_late"] - self._late_at_seam
+            warn_of_late_input(self._status.inputs[-1], late, of=shown)
+            self._late_at_seam = None
 
     def _release(self, leave: Callable[[], Examples]) -> None:
         """Learn the examples that leave the joiner, a part at a time.

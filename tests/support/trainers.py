@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Partitions:
     def positions(self) -> dict[int, int]:
         return dict(enumerate(self._at))
 
-    def seek(self, positions: dict[int, int]) -> None:
+    def seek(self, positions: Mapping[int, int]) -> None:
         for p, at in positions.items():
             self._at[p] = at
 
@@ -110,7 +110,7 @@ class Partitions:
     def topic_ids(self) -> dict[str, str | None]:
         return {}
 
-    def commit(self, positions: dict[int, int]) -> None:
+    def commit(self, positions: Mapping[int, int]) -> None:
         self.committed = dict(positions)
 
 
