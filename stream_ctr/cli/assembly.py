@@ -16,6 +16,7 @@ from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
+from stream_ctr.events.field_changes import compare_fields
 from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
@@ -34,7 +35,6 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
-from stream_ctr.learn.transfer import compare_fields
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
