@@ -38,7 +38,8 @@ ROWS: list[dict[str, object]] = [
 def blended(tmp_path_factory: pytest.TempPathFactory, stream: pa.LargeBinaryArray) -> Path:
     """The snapshot of a finished run of a blend, with River's baseline."""
     directory = tmp_path_factory.mktemp("blended")
-    finish(trainer(directory, Partitions([stream]), **BLEND, **RIVER))
+    gate = {"snapshots": {"gate_clicks": 100}}
+    finish(trainer(directory, Partitions([stream]), **BLEND, **RIVER, **gate))
     return newest(directory)
 
 
@@ -96,7 +97,7 @@ def test_positions_metrics_and_the_verdict_begin_anew(blended: Path, tmp_path: P
     assert found.examples == found.ledger.count == 0
     assert found.positions == {"clicks:0": 0}
     assert found.gate.evidence is None
-    assert found.metrics.examples == 0
+    assert found.metrics.models["blend"].count == 0
     assert manifest_of(blended).gate.evidence is not None
     assert (tmp_path / "latest.json").exists() is False
 

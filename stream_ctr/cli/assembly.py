@@ -17,6 +17,7 @@ from stream_ctr.events.avro_events import Schemas
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
+from stream_ctr.events.field_changes import compare_fields
 from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.extensions import is_import_path
@@ -38,7 +39,6 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
-from stream_ctr.learn.transfer import compare_fields
 from stream_ctr.logs.layout import ColumnNames, Layout
 from stream_ctr.models.registered import follows_online_rule, register_model
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity

@@ -11,9 +11,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn import transfer
+from stream_ctr.events.field_changes import compare_fields, crosses_said
+from stream_ctr.learn.carried import Carried, ModelState
 from stream_ctr.learn.learner import Learner
-from stream_ctr.learn.transfer import BlendState, Carried, ModelState
+from stream_ctr.learn.transfer import carry_over
+from stream_ctr.learn.transfer_blend import BlendState, carry_blend
+from stream_ctr.learn.transfer_linear import carry_river
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 from stream_ctr.train.sampled_baseline import SampledBaseline
@@ -43,9 +46,9 @@ def begin_from(
     Raises `ConfigError` if no model carries over.
     """
     said = [*_configuration_said(manifest.config, identity.config)]
-    changes = transfer.compare_fields(manifest.schema, identity.schema)
+    changes = compare_fields(manifest.schema, identity.schema)
     said += changes.sentences
-    said += transfer.crosses_said(manifest.schema, identity.schema, changes)
+    said += crosses_said(manifest.schema, identity.schema, changes)
     known: dict[str, str] = {}
     for name, learner in state.learners.items():
         former = _former(name, manifest)
@@ -91,7 +94,7 @@ def _carry_model(
     weights, optimizer = snapshot.stems(None if former == manifest.published else former)
     if weights not in tensors:
         return Carried({}, {}, False, ["begins anew: it was left out of the snapshot"])
-    return transfer.carry_over(
+    return carry_over(
         ModelState(manifest.schema, manifest.specs[former], tensors[weights], tensors[optimizer]),
         ModelState(
             identity.schema,
@@ -112,7 +115,7 @@ def _carry_blend(
         old = BlendState(manifest.blend, tensors[weights], tensors[optimizer])
         known = {name: former for name, former in known.items() if former in manifest.blend}
     fresh = BlendState(state.blend.members, state.blend.weights(), state.blend.optimizer_state())
-    carried = transfer.carry_blend(old, fresh, known)
+    carried = carry_blend(old, fresh, known)
     state.blend.load_weights(carried.weights)
     state.blend.load_optimizer_state(carried.optimizer)
     return [f"blend: {sentence}" for sentence in carried.sentences]
@@ -129,7 +132,7 @@ def _carry_river(
     rates = [
         [getattr(each.baseline, name) for name in _RIVER_RATES] for each in (manifest, identity)
     ]
-    carried, sentence = transfer.carry_river(
+    carried, sentence = carry_river(
         tensors["baseline"], manifest.schema, identity.schema, same_rates=rates[0] == rates[1]
     )
     if carried:
