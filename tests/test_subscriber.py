@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Sequence
 from hashlib import sha256
@@ -12,8 +13,10 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import structs
 from support.keys import write_keys
 from support.manifests import RUN, edit_json, edit_manifest, make_newer
+from support.memory_topic import topic_of
 from support.patience import PATIENCE_SECONDS, wait_until
 from support.served import publish, write_served
 from support.snapshots import flip_bit
@@ -23,8 +26,9 @@ from stream_ctr.errors import ConfigError, InvalidFeatures, SnapshotError
 from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
-from stream_ctr.snapshots.pointer import Pointer
-from stream_ctr.snapshots.subscriber import Subscriber
+from stream_ctr.snapshots.pointer import Pointer, encode_pointer
+from stream_ctr.snapshots.pointer_sources import TopicPointers
+from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 ROWS: list[dict[str, object]] = [{"app": "maps", "age": 31}, {"os": "a"}]
 
@@ -153,6 +157,147 @@ def test_the_first_pointer_that_verifies_is_loaded_and_the_rest_are_not(
     subscriber = Subscriber(Queue([newest, older]))
     assert subscriber.next(0.0) == older
     assert subscriber.refusal is None
+
+
+# -- runs ----------------------------------------------------------------------------------------
+
+OTHER = "f" * 32
+THIRD = "e" * 32
+
+
+@pytest.mark.parametrize("follow", ["never", "replace"])
+@pytest.mark.parametrize(
+    ("run", "replaces", "loaded"),
+    [
+        (RUN, (), ("never", "replace")),
+        (OTHER, (), ()),
+        (OTHER, (THIRD,), ()),
+        (OTHER, (THIRD, RUN), ("replace",)),
+    ],
+    ids=["its own", "another", "another's successor", "its successor"],
+)
+def test_a_subscriber_changes_run_only_when_both_sides_were_told(
+    tmp_path: Path, follow: Follow, run: str, replaces: tuple[str, ...], loaded: tuple[str, ...]
+) -> None:
+    subscriber = Subscriber(tmp_path, follow=follow)
+    assert subscriber.run is None
+    first = publish(write(tmp_path, 1))
+    assert subscriber.next(0.0) == first
+    # Two runs have the same epochs and sequences.
+    second = publish(write(tmp_path / run, 2, run=run), replaces=replaces)
+    shutil.copy(tmp_path / run / "latest.json", tmp_path)
+    found = subscriber.next(0.0)
+    assert (found == second) is (follow in loaded)
+    assert subscriber.run == subscriber.scorer.manifest.run == (run if follow in loaded else RUN)
+    assert subscriber.refused == ({} if follow in loaded else {run: 1})
+    assert subscriber.refusal is None
+
+
+def test_after_a_replacement_the_replaced_run_is_refused_whatever_it_ranks(tmp_path: Path) -> None:
+    old, new = write(tmp_path / "old", 1), write(tmp_path / "new", 2, run=OTHER)
+    first = publish(old)
+    second = publish(new, replaces=(RUN,), epoch=1, sequence=1)
+    late = structs.replace(first, epoch=99)
+    subscriber = Subscriber(TopicPointers(topic_of(first, second, late).reader()), follow="replace")
+    assert subscriber.next(0.0) == second
+    assert subscriber.refused == {RUN: 2}
+
+
+def test_the_pointers_of_another_run_are_counted_and_logged_once_with_what_to_do(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    subscriber = Subscriber(tmp_path / "state")
+    publish(write(tmp_path / "state", 1))
+    assert subscriber.next(0.0)
+    for run, replaces, count in ((OTHER, (), 3), (THIRD, (RUN,), 2)):
+        other = write(tmp_path / run, 2, run=run)
+        for number in range(count):
+            publish(other, created_ms=number, replaces=replaces)
+            shutil.copy(tmp_path / run / "latest.json", tmp_path / "state")
+            assert subscriber.next(0.0) is None
+    assert subscriber.refused == {OTHER: 3, THIRD: 2}
+    messages = [record.getMessage() for record in caplog.records]
+    assert [message.partition(", which ")[2] for message in messages] == [
+        f"is not run {RUN}, the one that is followed. To serve it, start a subscriber with "
+        f"--run {OTHER}",
+        f"replaces run {RUN}, the one that is followed. To serve it, start a subscriber with "
+        f"--run {THIRD} or with --follow replace",
+    ]
+
+
+def test_a_pinned_run_is_followed_from_the_beginning(tmp_path: Path) -> None:
+    publish(write(tmp_path, 1))
+    subscriber = Subscriber(tmp_path, run=OTHER)
+    assert subscriber.next(0.0) is None
+    assert (subscriber.run, subscriber.refused) == (OTHER, {RUN: 1})
+    assert f"which is not run {OTHER}" in str(subscriber.refusal)
+    assert Subscriber(tmp_path, run=RUN).next(0.0)
+    with pytest.raises(ConfigError, match="'x' is not the id of a run"):
+        Subscriber(tmp_path, run="x")
+    with pytest.raises(ConfigError, match="follow is one of never, replace, got 'always'"):
+        Subscriber(tmp_path, follow="always")  # type: ignore[arg-type]
+
+
+def test_a_run_file_keeps_the_run_over_restarts(tmp_path: Path) -> None:
+    kept = tmp_path / "served.run"
+    publish(write(tmp_path, 1))
+    assert Subscriber(tmp_path, run_file=kept).next(0.0)
+    assert kept.read_text() == f"{RUN}\n"
+    publish(write(tmp_path / "other", 2, run=OTHER), replaces=(RUN,))
+    shutil.copy(tmp_path / "other" / "latest.json", tmp_path)
+    restarted = Subscriber(tmp_path, run_file=kept)
+    assert restarted.next(0.0) is None
+    assert restarted.refused == {OTHER: 1}
+    assert Subscriber(tmp_path, run_file=kept, run=OTHER).next(0.0)
+    assert kept.read_text() == f"{OTHER}\n"
+
+
+def test_a_run_file_that_cannot_be_read_or_written_serves_nothing(tmp_path: Path) -> None:
+    publish(write(tmp_path, 1))
+    kept = tmp_path / "served.run"
+    kept.write_text("nonsense")
+    with pytest.raises(ConfigError, match=r"served\.run does not hold a run: 'nonsense' is not"):
+        Subscriber(tmp_path, run_file=kept)
+    kept.unlink()
+    subscriber = Subscriber(tmp_path, run_file=tmp_path / "missing" / "served.run")
+    assert subscriber.next(0.0) is None
+    assert "cannot write" in str(subscriber.refusal)
+    with pytest.raises(SnapshotError, match="no snapshot was published yet"):
+        subscriber.predict(ROWS)
+
+
+def test_a_pointer_that_names_another_run_than_its_snapshot_is_refused(tmp_path: Path) -> None:
+    publish(write(tmp_path, 1), run=OTHER)
+    subscriber = Subscriber(tmp_path)
+    assert subscriber.next(0.0) is None
+    assert f"it is of run {RUN}, its pointer says {OTHER}" in str(subscriber.refusal)
+    assert subscriber.run is None
+
+
+def test_a_fresh_subscriber_reads_the_topic_to_its_end_before_it_chooses_a_run(
+    tmp_path: Path,
+) -> None:
+    first = publish(write(tmp_path / "old", 1))
+    second = publish(write(tmp_path / "new", 2, run=OTHER), replaces=(RUN,))
+
+    class Slow:
+        """A reader that returns one record a poll."""
+
+        def __init__(self) -> None:
+            self.records = [("default", encode_pointer(each)) for each in (first, second)]
+
+        @property
+        def caught_up(self) -> bool:
+            return not self.records
+
+        def poll(self, timeout_seconds: float) -> list[tuple[str, bytes]]:
+            return [self.records.pop(0)] if self.records else []
+
+    reader = Slow()
+    subscriber = Subscriber(TopicPointers(reader))
+    assert subscriber.next(0.0) is None
+    assert subscriber.next(0.0) == second
+    assert subscriber.refused == {RUN: 1}
 
 
 # -- refusals ------------------------------------------------------------------------------------

@@ -87,7 +87,8 @@ class Subscriber:
         if follow not in _FOLLOWS:
             raise ConfigError(f"follow is one of {', '.join(_FOLLOWS)}, got {follow!r:.80}")
         self._run_file = Path(run_file) if run_file is not None else None
-        self.run: str | None = _run_id(run) if run is not None else _kept_run(self._run_file)
+        self._kept = _kept_run(self._run_file)
+        self.run: str | None = _run_id(run) if run is not None else self._kept
         """The id of the run that is followed, None before the first snapshot."""
         self.refused: Counter[str] = Counter()
         """The number of pointers that were refused, by the run that they are of."""
@@ -194,8 +195,9 @@ class Subscriber:
 
     def _keep_run(self, run: str) -> None:
         """Write the run into the file, before its model serves: a restart must not choose anew."""
-        if self._run_file and run != _kept_run(self._run_file):
+        if self._run_file and run != self._kept:
             files.replace_durably(self._run_file, f"{run}\n".encode())
+            self._kept = run
 
     def _refuse(self, subject: str, error: SnapshotError) -> None:
         """Log and keep the error. One of a newer version needs an operator."""
