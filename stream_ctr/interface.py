@@ -92,7 +92,7 @@ def run(
                 )
             else:
                 report = runs.train_on_log(
-                    cast(Stream, source), settings, lease, predictions=written, caller=caller
+                    source, settings, lease, predictions=written, caller=caller
                 )
     if report:
         runs.require_published(report)
