@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import tomllib
 from datetime import timedelta
@@ -183,6 +184,12 @@ def test_a_section_that_is_no_table_is_an_error_under_and_over_another_layer(
     other: dict[str, Any] = {layer: {"join": {"label_window": "90s"}}}
     with pytest.raises(ConfigError, match="join: Input should be a valid dictionary.*got 5"):
         load(path, environ={}, **other)
+
+
+def test_the_help_of_load_does_not_print_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inspect.signature(load).parameters["environ"].default is None
+    monkeypatch.setenv("STREAM_CTR_LEARN__SEED", "7")
+    assert (load().learn.seed, load(environ={}).learn.seed) == (7, 0)
 
 
 def test_an_unknown_environment_variable_is_an_error_with_the_nearest_name() -> None:
