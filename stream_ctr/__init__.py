@@ -5,6 +5,7 @@
     open_log, Simulation                    logs
     Source, BatchSource, Records            sources of one's own
     Subscriber, Scorer                      follow published snapshots, and predict
+    topic_pointers                          what a Subscriber on another machine follows
     reports         the reports of a run as an Arrow table
     register_model  make a model of one's own known to this process
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from stream_ctr.cli.runs import StopRequest
     from stream_ctr.connectors.memory import BatchSource
     from stream_ctr.connectors.records import Records
-    from stream_ctr.interface import run
+    from stream_ctr.interface import run, topic_pointers
     from stream_ctr.logs.open import open_log
     from stream_ctr.logs.simulate import Simulation
     from stream_ctr.models.registered import register_model
@@ -49,6 +50,7 @@ __all__ = [
     "register_model",
     "reports",
     "run",
+    "topic_pointers",
 ]
 
 _HOME = {
@@ -65,6 +67,7 @@ _HOME = {
     "register_model": "models.registered",
     "reports": "train.report_table",
     "run": "interface",
+    "topic_pointers": "interface",
 }
 
 

@@ -13,18 +13,21 @@ Without a `source`, the run reads the topics of the configuration from Kafka.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from stream_ctr.cli import runs
 from stream_ctr.cli.assembly import log_layout, register_named_models, signing_key
 from stream_ctr.cli.client import client_options, connector_errors
+from stream_ctr.cli.client import topic_pointers as client_pointers
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.runs import Caller, StopRequest
 from stream_ctr.config import Config, load
 from stream_ctr.errors import ConfigError
 from stream_ctr.logs.open import open_logs
+from stream_ctr.snapshots.pointer_sources import PointerSource
 from stream_ctr.snapshots.publisher import Sink
 from stream_ctr.train.report import Report
 from stream_ctr.train.source import Source
@@ -113,17 +116,35 @@ def _logs(source: Any, config: Config) -> Sequence[Stream]:
     return open_logs(source, layout=log_layout(config))
 
 
+@contextlib.contextmanager
+def topic_pointers(
+    config: Settings = None, *, kafka: Mapping[str, str] | None = None
+) -> Iterator[PointerSource]:
+    """Yield the pointers on the snapshot topic of the configuration, for a `Subscriber`.
+
+        with topic_pointers("my.toml") as pointers, Subscriber(pointers) as model: ...
+
+    `kafka` are the Kafka client properties. Raises `BrokerError` if no broker answers.
+    """
+    settings = _load(config)
+    client = client_options(settings.input.bootstrap_servers, None, kafka or {})
+    topic, name = settings.snapshots.topic, settings.snapshots.model_name
+    with client_pointers(client, topic, model_name=name) as pointers:
+        yield pointers
+
+
 def _configured(config: Settings, state: Path) -> Config:
     """Return the configuration of a run, above what its state directory keeps."""
-    if isinstance(config, Config):
-        register_named_models(config)
-        return config
-    path = Path(config) if isinstance(config, str | Path) else None
-    overrides = None if isinstance(config, str | Path) else config
-    own = load(path, overrides=overrides)
+    own = _load(config)
     # Before the configuration that the state directory keeps, whose names import nothing.
     register_named_models(own)
     key = signing_key(own)
-    return load(
-        path, overrides=overrides, base=runs.kept_config(state, key.verify if key else None)
-    )
+    return _load(config, base=runs.kept_config(state, key.verify if key else None))
+
+
+def _load(config: Settings, base: Mapping[str, Any] | None = None) -> Config:
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, str | Path):
+        return load(Path(config), base=base)
+    return load(overrides=config, base=base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import tomllib
 from collections.abc import Iterator
@@ -213,6 +214,12 @@ def test_a_scheme_is_refused_without_a_word_of_a_login() -> None:
     with pytest.raises(ConfigError, match="without a scheme such as http://") as caught:
         load(environ={}, overrides={"input": {"bootstrap_servers": "http://b:9092"}})
     assert "login" not in str(caught.value)
+
+
+def test_the_help_of_load_does_not_print_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert inspect.signature(load).parameters["environ"].default is None
+    monkeypatch.setenv("STREAM_CTR_LEARN__SEED", "7")
+    assert (load().learn.seed, load(environ={}).learn.seed) == (7, 0)
 
 
 def test_an_unknown_environment_variable_is_an_error_with_the_nearest_name() -> None:

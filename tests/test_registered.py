@@ -20,11 +20,12 @@ from support.served import publish
 from stream_ctr import extensions
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
-from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.spec import BLEND, EXPERTS, SYSTEMS, LearnerSpec
 from stream_ctr.logs.simulate import Simulation
-from stream_ctr.models.registered import register_model, system
+from stream_ctr.models.registered import RESERVED, register_model, system
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.subscriber import Subscriber
@@ -126,6 +127,10 @@ def test_code_that_fails_when_it_is_imported_is_an_error(
     with pytest.raises(ConfigError, match="importing broken_model failed: OSError: no weights"):
         register_model("broken_model:Model")
     assert str(tmp_path) not in sys.path
+
+
+def test_the_names_that_reports_and_files_use_are_reserved() -> None:
+    assert {BLEND, *EXPERTS, *SYSTEMS, BaselineProcess.name} == set(RESERVED)
 
 
 # -- the check before learning -------------------------------------------------------------------

@@ -63,7 +63,7 @@ INVALID = [
 def test_an_invalid_impression_ends_the_command_or_is_scored_as_missing(
     served: Path, event: dict[str, Any], problem: str, count: str
 ) -> None:
-    events = [GOOD[0], "oops", event, GOOD[1]]
+    events = [GOOD[0], "oops", event, impression(5, os="a")]
     refused = score(served, events)
     assert refused.exit_code == 5
     last = refused.stderr.splitlines()[-1]
@@ -73,7 +73,7 @@ def test_an_invalid_impression_ends_the_command_or_is_scored_as_missing(
 
     scored = score(served, events, "--on-invalid", "score")
     assert scored.exit_code == 0
-    assert list(printed(scored)) == ["i1", "i4", "i2"]
+    assert list(printed(scored)) == ["i1", "i4", "i5"]
     assert printed(scored)["i1"] == Scorer(served).predict(GOOD[0]["features"])
     assert count in scored.stderr.splitlines()[-1]
     assert "1 malformed record was not scored: JSON is malformed" in scored.stderr

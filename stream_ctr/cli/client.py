@@ -10,6 +10,7 @@ from stream_ctr.cli.registry import without_registry
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.errors import PositionLost, RegistryFailure, TopicChanged
 from stream_ctr.errors import BrokerError, ConfigError, DataError
+from stream_ctr.snapshots.pointer_sources import TopicPointers
 
 _LOCAL_BROKER = "localhost:9092"
 _THREE_WAYS = """No Kafka broker. Three ways to get one:
@@ -33,6 +34,19 @@ def client_options(
         if not given.keys() & {"bootstrap.servers", "metadata.broker.list"}:
             bootstrap_servers = bootstrap_servers or _LOCAL_BROKER
         return dict(kafka.client_options(bootstrap_servers, given))
+
+
+@contextlib.contextmanager
+def topic_pointers(
+    client: dict[str, object], topic: str, *, model_name: str
+) -> Iterator[TopicPointers]:
+    """Yield the pointers of one name on a snapshot topic."""
+    with connector_errors():
+        reader = kafka.PointerReader(client, topic)
+        try:
+            yield TopicPointers(reader, model_name=model_name)
+        finally:
+            reader.close()
 
 
 @contextlib.contextmanager
