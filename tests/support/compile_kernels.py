@@ -37,7 +37,7 @@ TABLES = (
     (1, 512, "adagrad"),
     (2, 512, "adam"),
 )
-# Those of DeepFM, FM, the network of FNN, IPNN and LR & DNN. All are compiled at the first shape, and
+# Those of DeepFM, FM, the network of FNN, IPNN and LR & DNN: all at the first shape, and
 # those of DeepFM at every one.
 TERMS = (
     Terms(linear=True, pairs=True),
