@@ -198,7 +198,9 @@ def score(
     as_json: bool,
     log_format: LogFormat,
 ) -> None:
-    """Print the click probability of each impression or example in EVENTS: its id, a tab, the probability.
+    """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
+
+    Examples count as impressions; their label is not read.
 
     \b
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
