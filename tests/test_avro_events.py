@@ -100,7 +100,7 @@ def avro_events(draw: st.DrawFn) -> tuple[Any, list[dict[str, Any]]]:
         values = {"app": st.one_of(st.none(), TEXT), "zone": TEXT}
     else:
         fields += described
-    event = {
+    event: dict[str, st.SearchStrategy[Any]] = {
         "impression_id": st.one_of(TEXT, st.integers(-9, 1 << 62)),
         "kind": st.sampled_from([*KINDS, "view"]),
         "time": st.integers(T - 9, T + 9),
@@ -262,7 +262,7 @@ def test_any_bytes_become_an_event_or_a_rejection() -> None:
     def check(record: bytes) -> None:
         decoder = Decoder(FIELDS, schemas=KnownSchemas(EVENT))
         found, rejections = decoder.decode(pa.array([record], pa.large_binary()))
-        assert sum(map(len, found.kinds)) + len(rejections) == 1
+        assert sum(len(kind) for kind in found.kinds) + len(rejections) == 1
         for kind in found.kinds:
             kind.impression_id.validate(full=True)
         found.impressions.features["app"].validate(full=True)

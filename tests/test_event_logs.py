@@ -105,9 +105,9 @@ def test_columns_become_events_and_bad_rows_are_named(
     reasons = dict(log.rejected.first)
     assert sorted(reasons) == [4, 5, 6, 7]
     assert reasons[4] == "impression_id must be present, got nothing"
-    assert reasons[5] == "kind must be impression, click or example, got 'open'"
+    assert reasons[5] == "kind must be impression or click, got 'open'"
     assert reasons[6].startswith("time must be between 1973 and 2100")
-    assert reasons[7] == "kind must be impression, click or example, got nothing"
+    assert reasons[7] == "kind must be impression or click, got nothing"
 
 
 def test_booleans_and_unsigned_64_bit_numbers_are_categorical(tmp_path: Path) -> None:

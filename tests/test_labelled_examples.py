@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -205,7 +205,7 @@ def test_examples_alone_are_learned_in_the_order_of_the_log(tmp_path: Path) -> N
 @pytest.mark.parametrize("stop_after", [1, 400, 999])
 @pytest.mark.parametrize("make", [example_stream, mixed_stream])
 def test_a_run_that_stops_anywhere_goes_on_to_the_same_model(
-    make, stop_after: int, tmp_path: Path
+    make: Callable[[int], pa.LargeBinaryArray], stop_after: int, tmp_path: Path
 ) -> None:
     values = make(1000)
     straight = tmp_path / "straight"

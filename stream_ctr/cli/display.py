@@ -86,7 +86,16 @@ _MOST_VERDICTS = 2  # as sentences; more pairs become a table
 # The columns of that table, in the order of `_METRICS`.
 _COMPARED = ("{} minus\nthe model", "verdict", "95 % interval", "gap\nclosed")
 # Counters that are shown only if they are not 0.
-_SELDOM = {"impressions_spilled", "impressions_evicted", "clicks_evicted", "ids_forgotten_early"}
+_SELDOM = {
+    "impressions_spilled",
+    "impressions_evicted",
+    "clicks_evicted",
+    "ids_forgotten_early",
+    "labelled",
+    "labelled_late",
+    "labelled_duplicate",
+    "labelled_evicted",
+}
 _SILENT_SECONDS = 5.0  # without an answer from any broker, before it is shown
 _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 

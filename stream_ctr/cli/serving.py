@@ -239,8 +239,8 @@ def score(
 ) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
-    Records that are not events are skipped with a warning. If none can be scored, the exit code
-    is 5.
+    Examples count as impressions; their label is not read. Records that are not events are skipped
+    with a warning. If none can be scored, the exit code is 5.
 
     \b
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl

@@ -28,6 +28,8 @@ _NAMED_COUNTERS = (
     "clicks_unmatched",
     "clicks_evicted",
     "ids_forgotten_early",
+    "labelled_duplicate",
+    "labelled_evicted",
     "examples_skipped",
     "examples_unlearned",
     "publications_refused",

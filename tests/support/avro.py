@@ -22,7 +22,7 @@ from stream_ctr.connectors.record_schemas import Schema
 from stream_ctr.events.parsed_events import KINDS
 
 START_SECONDS = 120.0
-FEATURES = {
+FEATURES: dict[str, Any] = {
     "type": "record",
     "name": "Features",
     "fields": [
@@ -30,7 +30,7 @@ FEATURES = {
         {"name": "age", "type": ["null", "double"]},
     ],
 }
-EVENT = {
+EVENT: dict[str, Any] = {
     "type": "record",
     "name": "Event",
     "namespace": "ads",
