@@ -213,7 +213,8 @@ def _train(
         report = trainer.run()
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
-    say(summary(report, state, kept_open=keep_open))
+    waiting = trainer.state.joiner.pending + len(trainer.state.batches)
+    say(summary(report, state, kept_open=waiting if keep_open else None))
     return report
 
 
