@@ -7,7 +7,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -561,7 +561,7 @@ def test_a_snapshot_is_never_past_what_was_joined(tmp_path, stream):
     ahead = []
 
     class Watched(Partitions):
-        def commit(self, positions: dict[int, int]) -> None:
+        def commit(self, positions: Mapping[int, int]) -> None:
             ahead.append(sum(self.positions().values()) - sum(positions.values()))
 
     source = Watched(split(stream, 2), seed=5)

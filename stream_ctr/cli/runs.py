@@ -331,7 +331,9 @@ def _train(
         return report
     if Console().is_terminal:
         Console().print(final_table(to_json_object(report)))
-    say_report(summary(report, state, kept_open=keep_open), figures(report))
+    waiting = trainer.state.joiner.pending + len(trainer.state.batches)
+    line = summary(report, state, kept_open=waiting if keep_open else None)
+    say_report(line, figures(report))
     return report
 
 

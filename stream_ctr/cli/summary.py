@@ -38,10 +38,11 @@ _MISSING = "-"
 _NO_INTERVAL = "no interval"
 
 
-def summary(report: Report, state: Path, *, kept_open: bool = False) -> str:
+def summary(report: Report, state: Path, *, kept_open: int | None = None) -> str:
     """Summarise the last report of a run.
 
-    What is `kept_open` at the end of its input waits for the input that follows.
+    `kept_open` impressions wait at the end of the input for the one that follows, None if the end
+    closes all.
     """
     parts = [f"{report.examples:,} examples", *_named_counters(report.counters)]
     if report.stalled:
@@ -49,8 +50,8 @@ def summary(report: Report, state: Path, *, kept_open: bool = False) -> str:
             f"{report.pending:,} impressions wait for clicks that are overdue "
             "(join.stall_clicks = 0 does not wait)"
         )
-    elif kept_open and report.kind == "final":
-        parts.append(f"{report.pending:,} impressions wait for the input that follows")
+    elif kept_open is not None and report.kind == "final":
+        parts.append(f"{kept_open:,} impressions wait for the input that follows")
         if not report.examples:
             parts.append("nothing is published yet")
     place = state / "snapshots" / str(report.snapshot)
