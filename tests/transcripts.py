@@ -54,6 +54,16 @@ TRANSCRIPTS = {
             " --model deepfm --model fm --model ipnn",
         ),
     ),
+    "begin": Transcript(
+        "docs/operations.md",
+        (
+            _SIMULATE.format(20_000, "events.jsonl"),
+            "stream-ctr run --source events.jsonl --state first",
+            "stream-ctr run --source events.jsonl --from first --state second"
+            " --model deepfm --model fm -X model.table_bits=21",
+        ),
+        left_out=rf"final: |note: |\d{{4}}-|{_SUMMARY_TABLES}",
+    ),
     "profile": Transcript(
         "docs/operations.md",
         (
