@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr.errors import DataError, InvalidFeatures
-from stream_ctr.events.decoder import Decoder, Events, Rejections
+from stream_ctr.events.decoder import Decoder, Events, Impressions, Rejections
 from stream_ctr.messages import one_line, printable
 from stream_ctr.snapshots.scorer import Scorer
 
@@ -43,8 +43,10 @@ class Scores:
         """
         events, rejected = self._decoder.decode(values)
         if _all_are_usual(events, rejected):
-            ids = events.impressions.impression_id.to_pylist()
-            probabilities = self.scorer.predict_columns(events.impressions.features)
+            shown = [part for part in _shown(events) if len(part)]
+            ids = [name for part in shown for name in part.impression_id.to_pylist()]
+            parts = [self.scorer.predict_columns(part.features) for part in shown]
+            probabilities = np.concatenate(parts) if parts else np.empty(0)
             skipped = list(range(len(rejected)))
         else:
             ids, probabilities, skipped = self._check(values, events, rejected)
@@ -66,10 +68,9 @@ class Scores:
         """
         impressions = [
             _Impression(row, impression_id, _features(values, row) or {})
+            for part in _shown(events)
             for row, impression_id in zip(
-                events.impressions.row.tolist(),
-                events.impressions.impression_id.to_pylist(),
-                strict=True,
+                part.row.tolist(), part.impression_id.to_pylist(), strict=True
             )
         ]
         skipped = []
@@ -116,12 +117,19 @@ class Scores:
 
 def _all_are_usual(events: Events, rejected: Rejections) -> bool:
     """Return whether the decoder has seen all that there is to check: names, types and values."""
-    columns = events.impressions.features.values()
     return (
         not events.with_unknown_fields
         and "wrong_type" not in rejected.reason
-        and not all(column.null_count for column in columns)
+        and not any(
+            len(part) and all(column.null_count for column in part.features.values())
+            for part in _shown(events)
+        )
     )
+
+
+def _shown(events: Events) -> tuple[Impressions, ...]:
+    """Return the events that have features."""
+    return (events.impressions,)
 
 
 def _document(values: pa.LargeBinaryArray, row: int) -> dict[str, Any]:
