@@ -404,7 +404,7 @@ def test_a_state_goes_on_with_the_models_it_began_with_and_refuses_others(log, s
 @pytest.mark.parametrize(
     ("named", "message"),
     [
-        (["deepfn"], "got 'deepfn'"),
+        (["deepfn"], "there is no model 'deepfn'; did you mean 'deepfm'?"),
         (["fm", "fm"], "a model is listed twice (model.name counts too): fm"),
     ],
 )

@@ -183,6 +183,9 @@ def test_a_table_of_many_blocks_keeps_its_order(
     monkeypatch.setattr("stream_ctr.events.feature_rows._BLOCK_ROWS", 3)
     rows: list[Row] = [{"app": f"a{row}", "age": row} for row in range(8)]
     assert ids(make(rows)) == ids(rows)
+    late = pa.table({"age": pa.array([*[None] * 5, "x", "y"], pa.string()), "os": ["a"] * 7})
+    with pytest.raises(InvalidFeatures, match=r"^row 5: "):
+        ids(late)
     rows[7] = {"app": None, "age": None}
     with pytest.raises(InvalidFeatures, match=r"^row 7: a value of at least one field is needed"):
         ids(make(rows))

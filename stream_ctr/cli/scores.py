@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -43,13 +42,14 @@ class Scores:
         Raises `DataError` that names the impression, when the scorer does not accept its features.
         """
         events, rejected = self._decoder.decode(values)
-        shown = _shown(events)
-        if _all_are_usual(shown, events, rejected):
-            ids = shown.impression_id.to_pylist()
-            probabilities = self.scorer.predict_columns(shown.features)
+        if _all_are_usual(events, rejected):
+            shown = [part for part in _shown(events) if len(part)]
+            ids = [name for part in shown for name in part.impression_id.to_pylist()]
+            parts = [self.scorer.predict_columns(part.features) for part in shown]
+            probabilities = np.concatenate(parts) if parts else np.empty(0)
             skipped = list(range(len(rejected)))
         else:
-            ids, probabilities, skipped = self._check(values, shown, rejected)
+            ids, probabilities, skipped = self._check(values, events, rejected)
         if skipped and not self.skipped:
             record = values[int(rejected.row[skipped[0]])].as_py() or b""
             reason = one_line(rejected.message[skipped[0]], 300)
@@ -59,7 +59,7 @@ class Scores:
         return ids, probabilities.tolist()
 
     def _check(
-        self, values: pa.LargeBinaryArray, shown: Impressions, rejected: Rejections
+        self, values: pa.LargeBinaryArray, events: Events, rejected: Rejections
     ) -> tuple[list[str], npt.NDArray[np.float64], list[int]]:
         """Score each impression as the dictionary of its features, which the scorer checks.
 
@@ -68,10 +68,9 @@ class Scores:
         """
         impressions = [
             _Impression(row, impression_id, _features(values, row) or {})
+            for part in _shown(events)
             for row, impression_id in zip(
-                shown.row.tolist(),
-                shown.impression_id.to_pylist(),
-                strict=True,
+                part.row.tolist(), part.impression_id.to_pylist(), strict=True
             )
         ]
         skipped = []
@@ -116,29 +115,21 @@ class Scores:
         return f"{self.skipped:,} malformed record{'s' * (self.skipped != 1)}"
 
 
-def _shown(events: Events) -> Impressions:
-    """Return the impressions and the examples, in the order of their records."""
-    if not len(events.examples):
-        return events.impressions
-    parts = (events.impressions, events.examples)
-    row = np.concatenate([part.row for part in parts])
-    order = np.argsort(row, kind="stable")
-    features = {
-        name: pa.concat_arrays([part.features[name] for part in parts]).take(pa.array(order))
-        for name in events.impressions.features
-    }
-    ids = pa.concat_arrays([part.impression_id for part in parts]).take(pa.array(order))
-    return replace(events.impressions, row=row[order], impression_id=ids, features=features)
-
-
-def _all_are_usual(shown: Impressions, events: Events, rejected: Rejections) -> bool:
+def _all_are_usual(events: Events, rejected: Rejections) -> bool:
     """Return whether the decoder has seen all that there is to check: names, types and values."""
-    columns = shown.features.values()
     return (
         not events.with_unknown_fields
         and "wrong_type" not in rejected.reason
-        and not all(column.null_count for column in columns)
+        and not any(
+            len(part) and all(column.null_count for column in part.features.values())
+            for part in _shown(events)
+        )
     )
+
+
+def _shown(events: Events) -> tuple[Impressions, ...]:
+    """Return the events that have features."""
+    return (events.impressions,)
 
 
 def _document(values: pa.LargeBinaryArray, row: int) -> dict[str, Any]:

@@ -130,8 +130,10 @@ class FeatureRows:
         types = set(map(type, values))
         if field.kind == "categorical":
             if types <= _TEXT:
-                with contextlib.suppress(UnicodeEncodeError):  # a lone surrogate
+                try:
                     return pa.array(values, pa.string())
+                except UnicodeEncodeError:  # a lone surrogate
+                    pass
             return pa.array(self._parsed(field, values, first), pa.string())
         if types <= _NUMBER:
             with contextlib.suppress(OverflowError):  # an integer beyond the range of a double
