@@ -97,7 +97,6 @@ class FeatureRows:
         self.invalid: Counter[str] = Counter() if invalid is None else invalid
         self._raises = on_invalid == "error"
         self._kinds = {field.name: field.kind for field in self.fields}
-        self._wrappers = _WRAPPERS - self._kinds.keys()
         self._lock = threading.Lock()
 
     def columns(
@@ -158,7 +157,7 @@ class FeatureRows:
         """Reject these names, which are not fields."""
         for index, row in enumerate(rows):
             unknown = [name for name in row if name in names]
-            if self._wrappers.intersection(unknown):
+            if _WRAPPERS.intersection(unknown):
                 self._reject("wrapped_event", _WRAPPED, row=index)
                 continue
             for name in unknown:
@@ -219,7 +218,7 @@ class FeatureRows:
     def _require_names(self, names: Sequence[Any], rows: int) -> None:
         """Reject the columns of a table that are not fields."""
         unknown = [name for name in names if name not in self._kinds]
-        if self._wrappers.intersection(unknown):
+        if _WRAPPERS.intersection(unknown):
             self._reject("wrapped_event", f"the table is {_WRAPPED}", count=rows)
             return
         for name in unknown:
