@@ -18,7 +18,8 @@ from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
-from stream_ctr.errors import ConfigError
+from stream_ctr.cli.runs import state_directory
+from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import manifest as manifests
 from stream_ctr.snapshots import pointer as pointers
@@ -225,3 +226,35 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
         "the second is refused and names the holder; "
         "A finds B's lease, changes no file, publishes nothing, exit 3"
     )
+
+
+# -- a start that fails --------------------------------------------------------------------------
+
+
+def test_a_start_that_fails_leaves_no_directory(tmp_path: Path) -> None:
+    state = tmp_path / "runs" / "state"
+    with pytest.raises(DataError), state_directory(state):
+        (state / "spill").mkdir()
+        raise DataError("no start")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_removes_nothing_that_was_there_or_was_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError), state_directory(tmp_path):
+        raise DataError("no start")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+    for _ in range(2):
+        with pytest.raises(DataError), state_directory(tmp_path):
+            (tmp_path / "reports.jsonl").touch()
+            raise DataError("later")
+        assert {"lock", "mine", "reports.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_former_holder_removes_nothing(tmp_path: Path) -> None:
+    former = Lease(tmp_path)
+    with Lease(tmp_path, take_over=True):
+        former.abandon()
+        assert (tmp_path / "lock").exists()
+    former.close()

@@ -47,7 +47,7 @@ class Lease:
         self.directory = directory
         self._path = directory / "lock"
         self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-        self._is_first = not self._path.exists()
+        self._found = set(directory.iterdir()) if directory.is_dir() else set()
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._fd = self._acquire(take_over)
@@ -78,15 +78,15 @@ class Lease:
             )
 
     def abandon(self) -> None:
-        """Remove the lock and the directories that this lease made, if they hold nothing else.
+        """Remove the lock and the directories that were made, if nothing else was written.
 
         A start that fails then leaves nothing behind.
         """
-        if not self._is_first:
+        if self._path in self._found:
             return
         with contextlib.suppress(OSError, TakenOver):
             self.check()
-            for entry in set(self.directory.iterdir()) - {self._path}:
+            for entry in set(self.directory.iterdir()) - {self._path, *self._found}:
                 entry.rmdir()  # fails for a file, and for a directory that is not empty
             self._path.unlink()
             for path in self._made:
