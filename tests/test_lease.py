@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -231,24 +232,28 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
 # -- a start that fails --------------------------------------------------------------------------
 
 
+def fail_to_start(state: Path, do: Callable[[Path], object]) -> None:
+    """Hold the directory, do something in it, and fail."""
+    try:
+        with state_directory(state):
+            do(state)
+            raise DataError("no start")
+    except DataError:
+        return
+
+
 def test_a_start_that_fails_leaves_no_directory(tmp_path: Path) -> None:
-    state = tmp_path / "runs" / "state"
-    with pytest.raises(DataError), state_directory(state):
-        (state / "spill").mkdir()
-        raise DataError("no start")
+    fail_to_start(tmp_path / "runs" / "state", lambda state: (state / "spill").mkdir())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_start_that_fails_removes_nothing_that_was_there_or_was_written(tmp_path: Path) -> None:
     (tmp_path / "mine").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError), state_directory(tmp_path):
-        raise DataError("no start")
+    fail_to_start(tmp_path, lambda state: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
     for _ in range(2):
-        with pytest.raises(DataError), state_directory(tmp_path):
-            (tmp_path / "reports.jsonl").touch()
-            raise DataError("later")
+        fail_to_start(tmp_path, lambda state: (state / "reports.jsonl").touch())
         assert {"lock", "mine", "reports.jsonl"} <= {path.name for path in tmp_path.iterdir()}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -120,15 +119,3 @@ def test_a_file_that_is_rotated_while_it_is_read_is_read_once(tmp_path: Path) ->
     log.append(report(2))
     log.append(report(3))
     assert [found["n"] for found in reading] == [1, 2, 3]
-
-
-def test_no_report_is_lost_where_the_file_cannot_be_renamed(tmp_path: Path) -> None:
-    log = ReportLog(tmp_path, Rotation(max_bytes=1))
-    log.append(report(0))
-    (tmp_path / "reports-00000001.jsonl").mkdir()
-    (tmp_path / "reports-00000001.jsonl" / "x").touch()
-    log.append(report(1))  # under the next number
-    assert [
-        json.loads(path.read_text())["n"] for path in tmp_path.glob("*.jsonl") if path.is_file()
-    ]
-    assert os.listdir(tmp_path / "reports-00000001.jsonl") == ["x"]

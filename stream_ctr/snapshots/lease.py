@@ -46,10 +46,10 @@ class Lease:
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
         self.directory = directory
         self._path = directory / "lock"
-        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-        self._found = set(directory.iterdir()) if directory.is_dir() else set()
         try:
+            self._made = [path for path in (directory, *directory.parents) if not path.exists()]
             directory.mkdir(parents=True, exist_ok=True)
+            self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:
                 self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
