@@ -58,14 +58,16 @@ def test_a_run_without_an_example_reports_what_it_waits_for(waiting: Report) -> 
     assert waiting.examples == 0
     assert isinstance(waiting.waiting, Waiting)
     # A day after the first impression, and 30 s for late events.
-    assert waiting.waiting.until == "2025-01-02T00:00:30.000Z"
+    assert str(waiting.waiting.until).startswith("2025-01-02T00:00:30.")
     (line,) = lines_of(waiting)
     assert "no example yet: 2,000 impressions wait for their clicks; the first are" in line
     assert "event time is 2025-01-02T00:00:30Z" in line
 
 
 def test_a_run_that_has_learned_waits_for_nothing(state: Path) -> None:
-    assert [found.get("waiting") for found in reports(state) if found.get("examples")] == [None]
+    learned = [found for found in reports(state) if found.get("examples")]
+    assert learned
+    assert not any("waiting" in found for found in learned)
 
 
 def test_no_snapshot_is_from_1970(state: Path) -> None:

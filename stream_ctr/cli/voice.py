@@ -164,18 +164,18 @@ def announcing_compilation(
 
         def __init__(self) -> None:
             self.compiled = 0
-            self.began = 0.0
+            self.began: float | None = None
             self.said = 0.0
 
         def on_start(self, event: Any) -> None:
-            if not self.began:
+            if self.began is None:
                 self.began = self.said = clock()
                 say("note: compiling the loops for this machine, once; it takes about 20 s")
 
         def on_end(self, event: Any) -> None:
             self.compiled += 1
             now = clock()
-            if now - self.said >= every_seconds:
+            if self.began is not None and now - self.said >= every_seconds:
                 self.said = now
                 say(f"note: {self.compiled} loops compiled in {now - self.began:.0f} s")
 
