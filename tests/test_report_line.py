@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from msgspec.structs import replace
 from support.commands import succeed
 from support.lineage import QUICK, reports
@@ -118,7 +119,14 @@ def test_the_last_report_has_words_of_its_own(waiting: Report) -> None:
 
 def test_what_keeps_a_run_from_learning_or_publishing_is_in_the_line(waiting: Report) -> None:
     (line,) = lines_of(
-        replace(waiting, stalled=["clicks:1"], refused=["worse"], left_out={"fm": "diverged"})
+        replace(
+            waiting,
+            examples=9,
+            waiting=UNSET,
+            stalled=["clicks:1"],
+            refused=["worse"],
+            left_out={"fm": "diverged"},
+        )
     )
     assert line.endswith(
         "learning waits for the clicks of clicks:1, which are overdue; "

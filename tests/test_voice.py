@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numba
 import pytest
 from support.commands import command, succeed
 from support.lineage import QUICK, reports
 
 from stream_ctr.cli import voice
+from stream_ctr.cli.compiling import announcing_compilation
 from stream_ctr.cli.main import main
 
 
@@ -132,11 +134,9 @@ def test_the_opening_of_a_line_is_its_level(
 
 
 def test_compilation_is_announced_once_and_only_if_something_is_compiled() -> None:
-    import numba
-
     said: list[str] = []
     now = iter(range(0, 1000, 4))
-    with voice.announcing_compilation(said.append, clock=lambda: next(now)):
+    with announcing_compilation(said.append, clock=lambda: next(now)):
         assert said == []
         for _ in range(3):
             numba.njit(lambda x: x + 1)(1)
