@@ -15,6 +15,7 @@ from kafka import KafkaAdminClient, KafkaConsumer
 from support.patience import PATIENCE_SECONDS, wait_until
 from support.sources import Row, all_rows, count, values
 
+from stream_ctr.connectors import kafka
 from stream_ctr.connectors.embedded import EmbeddedBroker
 from stream_ctr.connectors.kafka import (
     KafkaDeliveryFailed,
@@ -155,3 +156,20 @@ def test_closing_twice_or_after_a_failure_is_no_error(embedded_broker: str, topi
     sink.close()
     sink.flush(1.0)
     sink.close()
+
+
+def test_a_sink_asks_for_topics_once_however_many_it_writes_to(
+    embedded_broker: str, topic: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = kafka.client_options(embedded_broker, {})
+    topics = [f"{topic}-{n}" for n in range(3)]
+    for name in topics:
+        kafka.ensure_topic(client, name)
+    sink = kafka.KafkaSink(client)
+    with caplog.at_level("INFO", logger="kafka.net.manager"):
+        for name in topics * 2:
+            sink.send(name, b"report")
+            sink.flush(PATIENCE_SECONDS)
+    sink.close()
+    opened = [record for record in caplog.records if "Attempting bootstrap" in record.message]
+    assert len(opened) == 1

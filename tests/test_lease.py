@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
-from stream_ctr.errors import ConfigError
+from stream_ctr.cli.runs import state_directory
+from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import manifest as manifests
@@ -229,3 +231,39 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
         "the second is refused and names the holder; "
         "A finds B's lease, changes no file, publishes nothing, exit 3"
     )
+
+
+# -- a start that fails --------------------------------------------------------------------------
+
+
+def fail_to_start(state: Path, do: Callable[[Path], object]) -> None:
+    """Hold the directory, do something in it, and fail."""
+    try:
+        with state_directory(state):
+            do(state)
+            raise DataError("no start")
+    except DataError:
+        return
+
+
+def test_a_start_that_fails_leaves_no_directory(tmp_path: Path) -> None:
+    fail_to_start(tmp_path / "runs" / "state", lambda state: (state / "spill").mkdir())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_that_fails_removes_nothing_that_was_there_or_was_written(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    (tmp_path / "empty").mkdir()
+    fail_to_start(tmp_path, lambda state: None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "mine"]
+    for _ in range(2):
+        fail_to_start(tmp_path, lambda state: (state / "reports.jsonl").touch())
+        assert {"lock", "mine", "reports.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_former_holder_removes_nothing(tmp_path: Path) -> None:
+    former = Lease(tmp_path)
+    with Lease(tmp_path, take_over=True):
+        former.abandon()
+        assert (tmp_path / "lock").exists()
+    former.close()

@@ -35,6 +35,7 @@ def report_of(run: metrics.WholeRun, **changes: Any) -> Report:
     """Return a last report with these metrics."""
     known = {
         "kind": "final",
+        "time": "2025-01-01T00:00:00.000Z",
         "examples": run.count,
         "events": 0,
         "seconds": 1.0,

@@ -61,7 +61,8 @@ class _Group(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            hint = nearest(args[0], self.list_commands(ctx))
+            known = self.list_commands(ctx)
+            hint = nearest(args[0], known) or f"; the commands are {', '.join(known)}"
             raise click.UsageError(f"{error.message.rstrip('.')}{hint}", error.ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -116,7 +116,7 @@ def _parts(report: Report, before: Report | None) -> Iterator[str]:
 def _alarms(report: Report) -> Iterator[str]:
     if report.stalled:
         yield f"learning waits for the clicks of {', '.join(report.stalled)}, which are overdue"
-    for reason in report.refused:
+    for reason in report.refused if report.examples else ():
         yield f"snapshots are not published: {reason}"
     for name in report.left_out:
         yield f"{name} diverged and is left out"

@@ -22,13 +22,14 @@ from rich.console import Console
 from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
 from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
+from stream_ctr.cli.compiling import announcing_compilation
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.report_line import ReportLines, figures
 from stream_ctr.cli.summary import summary
-from stream_ctr.cli.voice import announcing_compilation, say, say_report, speaks_json
+from stream_ctr.cli.voice import say, say_report, speaks_json
 from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource

@@ -128,8 +128,8 @@ def _all_are_usual(events: Events, rejected: Rejections) -> bool:
 
 
 def _shown(events: Events) -> tuple[Impressions, ...]:
-    """Return the events that have features."""
-    return (events.impressions,)
+    """Return the impressions and the examples."""
+    return events.impressions, events.examples
 
 
 def _document(values: pa.LargeBinaryArray, row: int) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Literal
 
 from stream_ctr.messages import printable
 
@@ -140,48 +140,3 @@ class _JsonFormatter(logging.Formatter):
         if record.exc_info:
             others["traceback"] = self.formatException(record.exc_info)
         return _object("log", record.levelname.lower(), record.getMessage(), others)
-
-
-# -- compiling -----------------------------------------------------------------------------------
-
-
-@contextmanager
-def announcing_compilation(
-    say: Callable[[str], None] = say,
-    *,
-    every_seconds: float = 5.0,
-    clock: Callable[[], float] = time.monotonic,
-) -> Iterator[None]:
-    """Say once that the loops are compiled, if they are, and now and then how many are done.
-
-    numba compiles a loop when it is first called, and keeps it in a cache on disk. So this happens
-    at the first start on a machine, and after an update.
-    """
-    from numba.core import event
-
-    class Listener(event.Listener):  # type: ignore[misc]
-        """Counts what is compiled and is not in the cache."""
-
-        def __init__(self) -> None:
-            self.compiled = 0
-            self.began = 0.0
-            self.said = 0.0
-
-        def on_start(self, event: Any) -> None:
-            if not self.began:
-                self.began = self.said = clock()
-                say("note: compiling the loops for this machine, once; it takes about 20 s")
-
-        def on_end(self, event: Any) -> None:
-            self.compiled += 1
-            now = clock()
-            if now - self.said >= every_seconds:
-                self.said = now
-                say(f"note: {self.compiled} loops compiled in {now - self.began:.0f} s")
-
-    listener = Listener()
-    event.register("numba:compile", listener)
-    try:
-        yield
-    finally:
-        event.unregister("numba:compile", listener)

@@ -48,10 +48,10 @@ class Lease:
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
         self.directory = directory
         self._path = directory / "lock"
-        self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-        self._is_first = not self._path.exists()
         try:
+            self._made = [path for path in (directory, *directory.parents) if not path.exists()]
             directory.mkdir(parents=True, exist_ok=True)
+            self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:
                 self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
@@ -86,15 +86,15 @@ class Lease:
         self._write_holder(self._fd)
 
     def abandon(self) -> None:
-        """Remove the lock and the directories that this lease made, if they hold nothing else.
+        """Remove the lock and the directories that were made, if nothing else was written.
 
         A start that fails then leaves nothing behind.
         """
-        if not self._is_first:
+        if self._path in self._found:
             return
         with contextlib.suppress(OSError, TakenOver):
             self.check()
-            for entry in set(self.directory.iterdir()) - {self._path}:
+            for entry in set(self.directory.iterdir()) - {self._path, *self._found}:
                 entry.rmdir()  # fails for a file, and for a directory that is not empty
             self._path.unlink()
             for path in self._made:

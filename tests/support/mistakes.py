@@ -211,7 +211,8 @@ _QUICK = tuple(QUICK)
 MISTAKES = (
     # the command line
     Mistake("A misspelt option", "stream-ctr run --sorce events.jsonl", 2),
-    Mistake("A misspelt command", "stream-ctr trian", 2),
+    Mistake("A misspelt command", "stream-ctr subscrib --state state", 2),
+    Mistake("A command that does not exist", "stream-ctr train", 2),
     Mistake(
         "A model that does not exist",
         "stream-ctr run --source events.jsonl --model depfm",
