@@ -177,8 +177,13 @@ def test_a_pointer_of_a_newer_version_is_never_replaced_and_an_older_one_is() ->
     for values in ([newer], [pointer(B), newer], [older, newer]):
         with pytest.raises(NewerFormat, match="pointer of model 'default' on topic .* format 3"):
             seen_by(topic_of(*values), B).check(ABOVE_ALL)
-    passed_over: list[list[Pointer | bytes | None]] = [[older], [b"{}"], [newer, None]]
-    for records in (*passed_over, [newer, pointer(B)]):
+    passed_over: list[list[Pointer | bytes | None]] = [
+        [older],
+        [b"{}"],
+        [newer, None],
+        [newer, pointer(B)],
+    ]
+    for records in passed_over:
         seen_by(topic_of(*records), B).check(ABOVE_ALL)
 
 
