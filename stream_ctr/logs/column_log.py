@@ -200,7 +200,7 @@ class ColumnLog(Log):
         absent = pc.fill_null(pc.less_equal(time, 0), True)
         in_range = pc.and_(pc.greater_equal(time, EARLIEST_MS), pc.less(time, LATEST_MS))
         rows = rows.with_column(_CLICK_TIME, pc.if_else(absent, None, time))
-        return rows.keep(mask(pc.or_(absent, in_range)), name, f"{_IN_RANGE}, or missing")
+        return rows.keep(mask(pc.or_kleene(absent, in_range)), name, f"{_IN_RANGE}, or missing")
 
     def _probability(self, rows: Rows) -> npt.NDArray[np.float64] | None:
         name = self.columns.true_probability

@@ -60,6 +60,7 @@ _LABELLED_LOGS: Mapping[str, type[CriteoLog | AvazuLog | OpenBanditLog]] = {
 TABLES = ("csv", "tsv", "json", "parquet", "arrow")
 FORMATS = (EventLog.format, *TABLES, *_LABELLED_LOGS)
 _EVENT_MEMBERS = {"kind", "impression_id", "time"}
+_CLOUD_EVENT_MEMBERS = {"specversion", "data"}
 _LABELS = (b"0", b"1")
 _HOUR_CHARACTERS = len("YYMMDDHH")
 _MS = timedelta(milliseconds=1)
@@ -272,13 +273,15 @@ def _is_header(line: bytes) -> bool:
 def _are_events(objects: Sequence[Mapping[str, object]], named: ColumnNames) -> bool:
     """Return whether JSON objects are events of the wire format.
 
-    They are if one has the members of an event, unless other columns are named, or if none can be
-    read: then each line is a dead letter.
+    They are if one has the members of an event or is a CloudEvent, unless other columns are named,
+    or if none can be read: then each line is a dead letter.
     """
     names = (named.kind or "kind", named.id or "impression_id", named.time or "time")
     if set(names) != _EVENT_MEMBERS or named.label or named.click_time:
         return False
-    return not objects or any(found.keys() >= _EVENT_MEMBERS for found in objects)
+    return not objects or any(
+        found.keys() >= _EVENT_MEMBERS or found.keys() >= _CLOUD_EVENT_MEMBERS for found in objects
+    )
 
 
 def _format_of_line(line: bytes) -> str | None:
