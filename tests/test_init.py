@@ -26,9 +26,10 @@ from stream_ctr.logs.open import open_log
 ROWS = 300
 
 
-def columns(rows: int = ROWS, **more: Any) -> dict[str, Any]:
+def columns(**more: Any) -> dict[str, Any]:
     """Return columns of labelled rows whose names say what they are."""
     rng = random.Random(1)
+    rows = ROWS
     return {
         "event time": [1_735_689_600 + 60 * row for row in range(rows)],
         "request_id": [f"r{row:05}" for row in range(rows)],
