@@ -22,7 +22,16 @@ from hypothesis import strategies as st
 from support.event_records import EVENTS, FIELDS, T, as_values
 from support.fuzzing import StrictDecoder, fuzz, in_memory, ipc, mutated
 from support.manifests import replace_file
-from support.sample_logs import AVAZU_HEADER, COLUMNS, OBD, avazu_line, criteo_line, nested
+from support.sample_logs import (
+    AVAZU_HEADER,
+    COLUMNS,
+    OBD,
+    avazu_line,
+    criteo_line,
+    labelled_csv,
+    labelled_rows,
+    nested,
+)
 
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events.decoder import Decoder
@@ -122,6 +131,12 @@ def seeds_of_logs() -> dict[str, list[bytes]]:
 
     return {
         "events": [events, gzip.compress(events), bytes(pa.Codec("zstd").compress(events))],
+        "csv": [labelled_csv(4).encode(), labelled_csv(4, delimiter=";").encode()],
+        "tsv": [labelled_csv(4, delimiter="\t", lineterminator="\n").encode()],
+        "json": [
+            json.dumps(labelled_rows(4)).encode(),
+            b"\n".join(json.dumps(row).encode() for row in labelled_rows(4)),
+        ],
         "criteo": [criteo],
         "avazu": [avazu, AVAZU_HEADER.encode() + b"\n" + avazu],
         "obd": [b"\n".join(OBD.read_bytes().splitlines()[:4])],

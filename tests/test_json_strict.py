@@ -70,7 +70,7 @@ def test_members_that_are_not_read_are_noticed(value: bytes, has_unknown_fields:
         (features(age="31"), "wrong_type", "'age' must be a number, got '31'"),
         (features(app=1.5), "wrong_type", "'app' is categorical .* got 1.5"),
         (record(time="2025-01-01T00:00:00"), "wrong_time", "time has no zone offset"),
-        (record(time="noon"), "wrong_time", "neither epoch milliseconds nor RFC 3339: 'noon'"),
+        (record(time="noon"), "wrong_time", "time must be epoch time .*, got 'noon'"),
         (record(kind=3, features=[1]), "wrong_type", "kind must be"),  # the first error counts
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from support.sample_logs import OBD, criteo_line, every_format, read, write_lines
 
 from stream_ctr.errors import ConfigError, DataError
-from stream_ctr.logs import text_log
+from stream_ctr.logs import csv_table, text_log
 from stream_ctr.logs.log import Log
 from stream_ctr.logs.open import FORMATS, open_log, sniff
 
@@ -20,6 +20,8 @@ FORMAT_OF_FILE = {
     "stream.arrow": "arrow",
     "day.tsv.zst": "criteo",
     "train.csv": "avazu",
+    "labelled.csv.xz": "csv",
+    "labelled.json": "json",
     "obd": "obd",
 }
 
@@ -37,24 +39,25 @@ def test_every_format_is_detected_and_two_passes_give_the_same_bytes(
 ) -> None:
     paths = every_format(tmp_path)
     assert paths.keys() == FORMAT_OF_FILE.keys()
-    assert set(FORMAT_OF_FILE.values()) == set(FORMATS)
+    assert {*FORMAT_OF_FILE.values(), "tsv"} == set(FORMATS)
     for name, path in paths.items():
         assert sniff(path) == FORMAT_OF_FILE[name], name
         log = open_log(path, seed=5)
         assert columns(log) == columns(log), name
         assert log.progress == 1.0
-        monkeypatch.setattr(text_log, "_BLOCK_BYTES", 5_000)
+        for module in (text_log, csv_table):
+            monkeypatch.setattr(module, "_BLOCK_BYTES", 5_000)
         assert read(open_log(path, seed=5)) == read(log), f"{name} in smaller blocks"
         monkeypatch.undo()
 
 
-@pytest.mark.parametrize("content", [b"a;b;c\n1;2;3\n", bytes(range(1, 256)), b"id,hour\n\0"])
+@pytest.mark.parametrize("content", [bytes(range(1, 256)), b"id,hour\n\0", b"\xff\xfb\n"])
 def test_a_file_of_no_known_format_is_an_error_that_lists_the_formats(
     tmp_path: Path, content: bytes
 ) -> None:
     path = tmp_path / "log"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{path} has no known log format; .*events, parquet"):
+    with pytest.raises(DataError, match=f"{path} has no known log format; .*events, csv"):
         open_log(path)
 
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 
 from stream_ctr.events.arrow_columns import mask, one_array
 from stream_ctr.events.json_events import encode_clicks, encode_examples, encode_impressions
-from stream_ctr.events.times import EARLIEST_MS, LATEST_MS, infer_unit, unit_words
+from stream_ctr.events.times import EARLIEST_MS, LATEST_MS, TimeUnit, infer_unit, unit_words
 from stream_ctr.logs.columns import (
     Shape,
     categories,
@@ -25,6 +25,7 @@ from stream_ctr.logs.columns import (
     ids,
     is_moment,
     is_number,
+    is_text,
     labels,
     numbers,
     require_fields,
@@ -199,7 +200,7 @@ class ColumnLog(Log):
         absent = pc.fill_null(pc.less_equal(time, 0), True)
         in_range = pc.and_(pc.greater_equal(time, EARLIEST_MS), pc.less(time, LATEST_MS))
         rows = rows.with_column(_CLICK_TIME, pc.if_else(absent, None, time))
-        return rows.keep(mask(pc.or_(absent, in_range)), name, f"{_IN_RANGE}, or missing")
+        return rows.keep(mask(pc.or_kleene(absent, in_range)), name, f"{_IN_RANGE}, or missing")
 
     def _probability(self, rows: Rows) -> npt.NDArray[np.float64] | None:
         name = self.columns.true_probability
@@ -262,16 +263,22 @@ class ColumnLog(Log):
         in_zone = kind is None or not is_moment(kind) or getattr(kind, "tz", None)
         if not (in_zone or self._formats.zone):
             yield f"{one_line(name)} names no time zone and is read as UTC (input.time_zone)"
-        if kind is None or not is_number(kind) or self._formats.unit:
+        if self._formats.unit or not (kind is None or is_number(kind) or is_text(kind)):
             return
-        for rows in self.table.batches([name], Rejected()):
-            first = one_array(rows.columns[name]).drop_null()
-            if len(first):
-                ticks = first.cast(pa.float64(), safe=False).to_numpy()
-                if (unit := infer_unit(ticks)) and unit != "ms":
-                    words = unit_words(unit)
-                    yield f"{one_line(name)} is read as epoch {words} (input.time_unit)"
-                return
+        rows = next(self.table.batches([name], Rejected()), None)
+        unit = _unit(one_array(rows.columns[name])) if rows else None
+        if unit and unit != "ms":
+            words = unit_words(unit)
+            yield f"{one_line(name)} is read as epoch {words} (input.time_unit)"
+
+
+def _unit(column: pa.Array) -> TimeUnit | None:
+    """Return the unit of times that are numbers, or None."""
+    try:
+        ticks = numbers(column).cast(pa.float64(), safe=False).drop_null().to_numpy()
+    except pa.ArrowException:  # text, then
+        return None
+    return infer_unit(ticks) if len(ticks) else None
 
 
 _EXPECTED = {"numeric": "a number", "categorical": "text"}

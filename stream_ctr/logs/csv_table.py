@@ -27,6 +27,8 @@ from stream_ctr.logs.text_log import BYTE_ORDER_MARK, head, read_chunk, require_
 from stream_ctr.messages import one_line
 
 DELIMITERS = (",", "\t", ";", "|")
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+"""The first bytes of a file in UTF-16, as Excel writes it."""
 _BLOCK_BYTES = 4 << 20
 _LONGEST_ROW_BYTES = 16 << 20
 _MOST_OPEN_QUOTES = 100
@@ -69,8 +71,9 @@ class CsvTable(Table):
         self._columns = [str(index) for index in range(len(names))]
 
     def first_bytes(self) -> bytes:
-        """Return the first two rows. They stay the same when rows are added to the file."""
-        return repr(list(sample_rows(text_head(self.path), self.delimiter, 2))).encode()
+        """Return the first hundred rows. They stay the same when rows are added to the file."""
+        rows = sample_rows(text_head(self.path), self.delimiter, _SAMPLE_ROWS)
+        return repr(list(rows)).encode()
 
     def batches(self, names: Sequence[str], rejected: Rejected) -> Iterator[Rows]:
         used = [self._columns[self._index[name]] for name in names] or self._columns[:1]
@@ -99,7 +102,7 @@ def text_head(path: Path) -> bytes:
     Raises `DataError` when the file is not UTF-8 text.
     """
     first = head(path)
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if first.startswith(UTF_16):
         raise DataError(f"{path} is UTF-16; convert it to UTF-8: iconv -f UTF-16 -t UTF-8")
     if b"\0" in first:
         raise DataError(f"{path} is a binary file of no known format")

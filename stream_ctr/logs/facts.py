@@ -110,7 +110,9 @@ class Facts:
         if self.is_boolean or is_moment(self.type) or not self.present:
             return None
         try:
-            found = numbers(self.column if is_number(self.type) else self.text).cast(pa.float64())
+            found = numbers(self.column if is_number(self.type) else self.text).cast(
+                pa.float64(), safe=False
+            )
         except pa.ArrowException:
             return None
         values = found.drop_null().to_numpy()

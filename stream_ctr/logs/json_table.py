@@ -24,6 +24,7 @@ from stream_ctr.logs.text_log import TextLog, head
 from stream_ctr.messages import one_line
 
 _SAMPLE_ROWS = 1000
+_IDENTITY_ROWS = 100
 _INT64 = range(-(1 << 63), 1 << 63)
 _QUOTE = ord('"')
 _BACKSLASH = ord("\\")
@@ -53,8 +54,8 @@ class JsonTable(Table):
         super().__init__(path, list(_types(first).items()), name=name)
 
     def first_bytes(self) -> bytes:
-        """Return the first object."""
-        return msgspec.json.encode(first_objects(self.path)[0])
+        """Return the first hundred objects. They stay the same when others are added."""
+        return msgspec.json.encode(first_objects(self.path, _IDENTITY_ROWS))
 
     def batches(self, names: Sequence[str], rejected: Rejected) -> Iterator[Rows]:
         text = JsonText(self.path, None)

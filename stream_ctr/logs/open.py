@@ -33,7 +33,7 @@ from pathlib import Path
 
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.logs.column_log import ColumnLog
-from stream_ctr.logs.csv_table import CsvTable
+from stream_ctr.logs.csv_table import UTF_16, CsvTable
 from stream_ctr.logs.event_logs import EventLog
 from stream_ctr.logs.files import LogFile, find_files
 from stream_ctr.logs.json_table import JsonTable, first_objects
@@ -60,6 +60,7 @@ _LABELLED_LOGS: Mapping[str, type[CriteoLog | AvazuLog | OpenBanditLog]] = {
 TABLES = ("csv", "tsv", "json", "parquet", "arrow")
 FORMATS = (EventLog.format, *TABLES, *_LABELLED_LOGS)
 _EVENT_MEMBERS = {"kind", "impression_id", "time"}
+_CLOUD_EVENT_MEMBERS = {"specversion", "data"}
 _LABELS = (b"0", b"1")
 _HOUR_CHARACTERS = len("YYMMDDHH")
 _MS = timedelta(milliseconds=1)
@@ -95,7 +96,22 @@ def open_logs(
     for file in files:
         logs.append(_open(file, format, layout, times))
         times = replace(times, start_ms=times.start_ms + (span or timedelta(0)) // _MS)
+    _require_distinct(logs)
     return logs
+
+
+def _require_distinct(logs: Sequence[Log]) -> None:
+    """Raise `DataError` when two logs have the same identity, which positions are kept under."""
+    if len(logs) < 2:
+        return
+    seen: dict[str, Log] = {}
+    for log in logs:
+        other = seen.setdefault(log.identity, log)
+        if other is not log:
+            raise DataError(
+                f"{log.name} has the name and the first rows of {other.name}: are they the same? "
+                "If not, rename one"
+            )
 
 
 def open_log(
@@ -222,43 +238,50 @@ def _sniff(path: Path, layout: Layout, *, tables_only: bool) -> str:
     for magic, name in MAGIC.items():
         if first.startswith(magic):
             return name
-    if not _is_text(first):
-        raise DataError(
-            f"{path} has no known log format; name one of {', '.join(FORMATS)}. "
-            f"It begins with {first[:60]!r}"
-        )
     if first.lstrip().startswith((b"{", b"[")):
         objects = first_objects(path)
         is_events = not tables_only and _are_events(objects, layout.columns)
         return EventLog.format if is_events else "json"
-    if not (tables_only or layout.columns or layout.column_names):
+    binary = b"\0" in first and not first.startswith(UTF_16)
+    if not (binary or tables_only or layout.columns or layout.column_names):
         for line in first.splitlines():
             if found := _format_of_line(line):
                 return found
+    if binary or not _is_header(first.partition(b"\n")[0]):
+        raise DataError(
+            f"{path} has no known log format; name one of {', '.join(FORMATS)}. "
+            f"It begins with {first[:60]!r}"
+        )
     return "csv"
 
 
-def _is_text(first: bytes) -> bool:
-    """Return whether these first bytes of a file, the last of which may be cut, are UTF-8 text."""
-    if first.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16: the reader of CSV says what to do
+def _is_header(line: bytes) -> bool:
+    """Return whether the first line of a file may be that of a CSV file.
+
+    >>> _is_header(b"id,label"), _is_header(b"\\x7fELF\\x02\\x01")
+    (True, False)
+    """
+    if line.startswith(UTF_16):  # the reader of CSV files says what to do
         return True
     try:
-        first[: max(first.rfind(b"\n"), 0) or None].decode("utf-8")
+        text = line.decode("utf-8")
     except UnicodeDecodeError:
         return False
-    return b"\0" not in first
+    return all(character.isprintable() or character in "\t\r" for character in text)
 
 
 def _are_events(objects: Sequence[Mapping[str, object]], named: ColumnNames) -> bool:
     """Return whether JSON objects are events of the wire format.
 
-    They are if one has the members of an event, unless other columns are named, or if none can be
-    read: then each line is a dead letter.
+    They are if one has the members of an event or is a CloudEvent, unless other columns are named,
+    or if none can be read: then each line is a dead letter.
     """
     names = (named.kind or "kind", named.id or "impression_id", named.time or "time")
     if set(names) != _EVENT_MEMBERS or named.label or named.click_time:
         return False
-    return not objects or any(found.keys() >= _EVENT_MEMBERS for found in objects)
+    return not objects or any(
+        found.keys() >= _EVENT_MEMBERS or found.keys() >= _CLOUD_EVENT_MEMBERS for found in objects
+    )
 
 
 def _format_of_line(line: bytes) -> str | None:

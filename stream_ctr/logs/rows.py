@@ -78,8 +78,10 @@ class Rows:
         return Rows(self.line[good], self.columns.filter(pa.array(good)), self.rejected)
 
     def with_column(self, name: str, column: pa.Array) -> Rows:
-        """Return the rows with a column more."""
-        return Rows(self.line, self.columns.append_column(name, column), self.rejected)
+        """Return the rows with a column more, or with another one of this name."""
+        index = self.columns.schema.get_field_index(name)
+        columns = self.columns if index < 0 else self.columns.remove_column(index)
+        return Rows(self.line, columns.append_column(name, column), self.rejected)
 
     def parsed_into(
         self, target: str, name: str, parse: Callable[[pa.Array], pa.Array], expected: str

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,29 @@ def shared_data(name: str) -> Path:
     return path
 
 
+def labelled_rows(count: int) -> list[dict[str, object]]:
+    """Return labelled rows with a time, text that needs quotes, and missing values."""
+    return [
+        {
+            "time": T + 1000 * row,
+            "label": int(row % 3 == 0),
+            "app": f'map "{row % 7}",\nküche' if row % 5 else None,
+            "price": row / 8 if row % 4 else None,
+        }
+        for row in range(count)
+    ]
+
+
+def labelled_csv(count: int, **options: Any) -> str:
+    """Return `labelled_rows` as CSV."""
+    rows = labelled_rows(count)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), **options)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
 def write_lines(path: Path, *lines: str | bytes) -> Path:
     encoded = (line.encode() if isinstance(line, str) else line for line in lines)
     path.write_bytes(b"".join(line + b"\n" for line in encoded))
@@ -109,7 +135,11 @@ def every_format(folder: Path) -> dict[str, Path]:
         out.write(criteo.encode())
     avazu = (avazu_line(i, int(i % 3 == 0), f"141021{i // 100:02}") for i in range(1000))
     write_lines(folder / "train.csv", AVAZU_HEADER, *avazu)
+    (folder / "labelled.csv.xz").write_bytes(lzma.compress(labelled_csv(1000).encode()))
+    (folder / "labelled.json").write_text(json.dumps(labelled_rows(1000), indent=1))
     names = (
+        "labelled.csv.xz",
+        "labelled.json",
         "events.jsonl",
         "events.jsonl.gz",
         "events.parquet",
