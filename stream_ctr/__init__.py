@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from stream_ctr.logs.open import open_log
     from stream_ctr.logs.simulate import Simulation
     from stream_ctr.models.registered import register_model
-    from stream_ctr.snapshots.publisher import Sink
+    from stream_ctr.snapshots.snapshot_topic import Sink
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.subscriber import Subscriber
     from stream_ctr.train.report import Report
@@ -59,7 +59,7 @@ _HOME = {
     "Report": "train.report",
     "Scorer": "snapshots.scorer",
     "Simulation": "logs.simulate",
-    "Sink": "snapshots.publisher",
+    "Sink": "snapshots.snapshot_topic",
     "Source": "train.source",
     "StopRequest": "cli.runs",
     "Subscriber": "snapshots.subscriber",

@@ -28,7 +28,7 @@ from stream_ctr.config import Config, load
 from stream_ctr.errors import ConfigError
 from stream_ctr.logs.open import open_logs
 from stream_ctr.snapshots.pointer_sources import PointerSource
-from stream_ctr.snapshots.publisher import Sink
+from stream_ctr.snapshots.snapshot_topic import Sink
 from stream_ctr.train.report import Report
 from stream_ctr.train.source import Source
 

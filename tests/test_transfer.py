@@ -323,10 +323,10 @@ def test_lr_over_pairs_keeps_the_weights_of_pairs_that_stay() -> None:
     old = made("pairs", before, pairs=columns, ftrl={"alpha": 0.5})
     learn(old, before)
     after = columns_after(
-        old.spec.pairs,
+        old.spec.pairs,  # type: ignore[attr-defined]
         POOL[:3],
         ["city", "hour", "site", "app"],
-        stay=POOL[:3],  # type: ignore[attr-defined]
+        stay=POOL[:3],
     )
     pairs = msgspec.to_builtins(after)
     new = made("pairs", now, pairs=pairs, ftrl={"alpha": 0.3})

@@ -43,8 +43,8 @@ from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
-from stream_ctr.snapshots.publisher import Publisher, Sink
-from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
+from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
 from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import Report, to_json_object
 from stream_ctr.train.resume import continued, what_follows

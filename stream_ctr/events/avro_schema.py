@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.events.json_scan import FEATURES, FIRST_FEATURE, TIME, TOP_MEMBERS
+from stream_ctr.events.times import TimeUnit
 
 # Instructions: (operation, slot or argument, argument).
 END = 0
@@ -77,7 +78,7 @@ class Program(NamedTuple):
     code: npt.NDArray[np.int64]
     jumps: npt.NDArray[np.int64]
     symbols: tuple[str, ...]
-    time_unit: str
+    time_unit: TimeUnit
     has_features: bool
 
 
@@ -174,7 +175,7 @@ class _Compiler:
         self._code: list[list[int]] = []
         self._jumps: list[int] = []
         self._symbols: list[str] = []
-        self._time_unit = "ms"
+        self._time_unit: TimeUnit = "ms"
 
     def program(self, schema: Any) -> Program:
         self.types.define(schema, "")
@@ -331,7 +332,7 @@ def namespace_of(schema: Mapping[str, Any], namespace: str) -> str:
     return full_name(schema, namespace).rpartition(".")[0]
 
 
-def _time_unit(schema: Any) -> str:
+def _time_unit(schema: Any) -> TimeUnit:
     """Return the unit of a timestamp, or milliseconds.
 
     >>> _time_unit(["null", {"type": "long", "logicalType": "timestamp-micros"}])
