@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.event_records import as_values
 from support.joins import (
     WINDOW,
     Log,
@@ -27,10 +29,16 @@ from support.joins import (
 )
 from support.trainers import Partitions, assert_equal_states, final_state, finish, trainer
 
+from stream_ctr.evaluate.metrics import Scored, Windows
+from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.batch import Arrivals, LabelledArrivals
+from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
+from stream_ctr.events.fit import fit_numbers
+from stream_ctr.events.infer import infer_fields
 from stream_ctr.events.json_events import encode_clicks, encode_examples, encode_impressions
 from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.watermark import Watermarks
 from stream_ctr.snapshots import snapshot
 
 MIXED = ("impression", "click", "example", "example")
@@ -200,6 +208,7 @@ def test_examples_alone_are_learned_in_the_order_of_the_log(tmp_path: Path) -> N
     assert learned == (T + np.arange(1000) * 100).tolist()
     assert report["examples"] == 1000
     assert report["counters"]["labelled"] == 1000
+    assert report["events"] == 1000
 
 
 @pytest.mark.parametrize("stop_after", [1, 400, 999])
@@ -230,3 +239,99 @@ def test_partitions_polled_in_any_order_give_the_same_model(tmp_path: Path) -> N
         states.append(final_state(directory)["model"])
     for name, tensor in states[0].items():
         assert np.array_equal(tensor, states[1][name]), name
+
+
+# -- the rooms between ---------------------------------------------------------------------------
+
+
+def test_examples_in_arrow_and_integer_ids_are_those_of_json() -> None:
+    records = example_stream(50)
+    plain = as_values(Decoder(FIELDS).decode(records))
+    packed = as_values(Decoder(FIELDS).decode(pack(records, events_a_record=20)))
+    assert [(id, time, label) for _, id, time, label in plain["examples"]] == [
+        (id, time, label) for _, id, time, label in packed["examples"]
+    ]
+    assert plain["features_of_examples"] == packed["features_of_examples"]
+    assert plain["examples"][3][1] == "3"
+
+
+@pytest.mark.parametrize(
+    ("label", "kept", "reason"),
+    [
+        (pa.array([0, 1]), 2, None),
+        (pa.array([True, False]), 2, None),
+        (pa.array([1.0, 0.0]), 2, None),
+        (pa.array([1, None]), 1, "missing_label"),
+        (pa.array([0, 2]), 1, "wrong_label"),
+        (pa.array(["0", "1"]), 0, "wrong_type"),
+    ],
+)
+def test_labels_of_an_arrow_record(label: pa.Array, kept: int, reason: str | None) -> None:
+    table = pa.table(
+        {
+            "kind": ["example"] * 2,
+            "impression_id": pa.array([1, 2]),
+            "time": [T, T],
+            "label": label,
+            "features": [{"app": "maps"}] * 2,
+        }
+    )
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    record = pa.array([sink.getvalue().to_pybytes()], pa.large_binary())
+    events, rejections = Decoder(FIELDS).decode(record)
+    assert len(events.examples) == kept
+    assert set(rejections.reason) == ({reason} if reason else set())
+
+
+def test_a_label_of_another_event_is_not_read_and_counts_as_an_unknown_member() -> None:
+    labelled_impression = (
+        b'{"kind":"impression","impression_id":"a","time":1735689600000,"label":%s,"features":{}}'
+    )
+    records = [labelled_impression % label for label in (b"1", b"true", b'"yes"', b"null")]
+    events, rejections = Decoder(FIELDS).decode(pa.array(records, pa.large_binary()))
+    assert (len(events.impressions), len(rejections)) == (4, 0)
+    assert events.with_unknown_fields == 3
+
+
+def test_fields_are_inferred_and_fitted_from_examples_as_from_impressions() -> None:
+    records = example_stream(300)
+    assert infer_fields(records) == tuple(FIELDS)
+    shown = [record.replace(b'"example"', b'"impression"') for record in records.to_pylist()]
+    fields = [Field("age", "numeric")]
+    mixed = pa.array([*shown[:150], *records.to_pylist()[150:]], pa.large_binary())
+    expected = fit_numbers([pa.array(shown, pa.large_binary())], fields, most=200)
+    for found in (records, mixed):
+        assert fit_numbers([found], fields, most=200) == expected
+
+
+def test_examples_without_clicks_do_not_stall_a_partition() -> None:
+    marks = Watermarks(partitions=1, lateness_ms=0, stall_clicks=5.0)
+    n = 2000
+    click = np.arange(n) % 10 == 0
+    marks.observe(np.zeros(n, np.int32), np.arange(n), click)
+    marks.observe(np.zeros(n, np.int32), n + np.arange(n), labelled=np.ones(n, np.bool_))
+    assert not marks.stalled[0]
+    marks.observe(np.zeros(n, np.int32), 2 * n + np.arange(n))
+    assert marks.stalled[0]
+
+
+def test_metrics_do_not_depend_on_the_order_of_the_examples_of_a_batch() -> None:
+    rng = np.random.default_rng(0)
+    n = 400
+    time = np.arange(n) * 10
+    labels = rng.integers(0, 2, n).astype(np.uint8)
+    logits = rng.normal(size=n)
+
+    def summary(rows: npt.NDArray[np.int64]) -> list[tuple[int, float | None, float | None]]:
+        windows = Windows(["m"], window_ms=1000, rolling=10)
+        truth = np.full(n, np.nan)
+        windows.add(Scored(time[rows], labels[rows], truth, {"m": logits[rows]}, {}))
+        found = windows.close(4000)
+        return [(each.start_ms, each.models["m"].auc, each.models["m"].logloss) for each in found]
+
+    in_order = summary(np.arange(n))
+    assert len(in_order) == 4
+    for expected_window, window in zip(in_order, summary(rng.permutation(n)), strict=True):
+        assert window == pytest.approx(expected_window)

@@ -301,8 +301,9 @@ class JoinedLog:
 
     @property
     def impressions(self) -> int:
-        """The number of impressions read."""
-        return self._joiner.counts()["impressions"]
+        """The number of impressions and examples read."""
+        counts = self._joiner.counts()
+        return counts["impressions"] + counts["labelled"]
 
     def notes(self) -> list[str]:
         """Return a phrase for each kind of loss."""

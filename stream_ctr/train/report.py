@@ -222,7 +222,7 @@ def build_report(
         "kind": kind,
         "time": rfc3339(now_ms),
         "examples": state.ledger.count,
-        "events": counts["impressions"] + counts["clicks"],
+        "events": counts["impressions"] + counts["clicks"] + counts["labelled"],
         "seconds": round(seconds, 3),
         "events_per_second": round(events_read / max(seconds, 1e-9), 1),
         "event_time": rfc3339(state.last_event_ms),
