@@ -833,10 +833,10 @@ def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, o
     kinds = [
         json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()
     ]
-    assert 1 <= kinds.count("report") <= 3
-    assert (
-        2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= 4
-    )  # the late one, and the last
+    others = last_report(tmp_path)["seconds"] - 5  # in which it was not busy
+    assert 1 <= kinds.count("report") <= others + 2
+    # The late one, and the last.
+    assert 2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= others + 3
     outcome("one report and one snapshot right after, none skipped, none twice")
 
 
