@@ -151,6 +151,19 @@ def test_an_id_is_new_again_beyond_the_duplicate_horizon() -> None:
         assert target.counts()["labelled_duplicate"] == duplicates
 
 
+def test_the_horizon_of_a_pending_example_survives_a_restart() -> None:
+    def short_memory() -> LabelJoiner:
+        return LabelJoiner(
+            fields=39, value_fields=1, label_window_ms=WINDOW, duplicate_horizon_ms=500
+        )
+
+    target = short_memory()
+    target.push_labelled(labelled([7], [1000], [0]))
+    target = restarted(target, short_memory())
+    target.push_labelled(labelled([7], [1000 + 500 - WINDOW // 2], [0]))
+    assert target.counts()["labelled_duplicate"] == 1
+
+
 def test_a_full_joiner_evicts_examples_and_counts_them_apart() -> None:
     target = bounded(1 << 20, over_bound="evict")
     n = 4000
