@@ -261,6 +261,7 @@ def test_partitions_are_read_on_though_a_log_that_has_ended_waits_for_their_clic
     topic = Live([pa.array([b""], pa.large_binary())] * 2)
     ingest = Ingest(Inputs([topic], ended=[LOG]), Decoder(()), Hasher((), table_bits=4))
     ingest.take(0)
+    assert ingest.status().idle.tolist() == [True, False, False]  # it is not waited for
     paused: list[frozenset[int]] = []
     fake: Any = ingest
     fake.pause = paused.append
