@@ -422,6 +422,9 @@ def test_a_topic_of_several_partitions_goes_on_after_a_log(
     assert "goes on after" not in again.output
 
 
+# -- logs of labelled rows, which wait for no click: their tests of the seam belong here ---------
+
+
 # -- the commands --------------------------------------------------------------------------------
 
 
