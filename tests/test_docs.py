@@ -262,7 +262,9 @@ def prepared(command: str, broker: str) -> str:
     command = re.sub(r"(--bootstrap-servers) \S+", rf"\1 {broker}", command)
     command = re.sub(r"--impressions \d+", f"--impressions {IMPRESSIONS}", command)
     if "SNAPSHOT" in command or re.search(r"\d{8}-\d{8}T\d{6}Z", command):
-        newest = max(Path().glob("*/snapshots/[0-9]*"), key=lambda path: path.stat().st_mtime_ns)
+        named = re.search(r"(\S+?)(?:/snapshots/|\s)\d{8}-\d{8}T", command)
+        found = Path().glob(f"{named[1] if named else '*'}/snapshots/[0-9]*")
+        newest = max(found, key=lambda path: path.stat().st_mtime_ns)
         command = command.replace("SNAPSHOT", str(newest))
         command = re.sub(r"\d{8}-\d{8}T\d{6}Z", newest.name, command)
     return command

@@ -261,6 +261,7 @@ def test_partitions_are_read_on_though_a_log_that_has_ended_waits_for_their_clic
     topic = Live([pa.array([b""], pa.large_binary())] * 2)
     ingest = Ingest(Inputs([topic], ended=[LOG]), Decoder(()), Hasher((), table_bits=4))
     ingest.take(0)
+    assert ingest.status().idle.tolist() == [True, False, False]  # it is not waited for
     paused: list[frozenset[int]] = []
     fake: Any = ingest
     fake.pause = paused.append
@@ -419,6 +420,9 @@ def test_a_topic_of_several_partitions_goes_on_after_a_log(
     # The log is done with: nothing of it is needed any more.
     again = succeed(*then)
     assert "goes on after" not in again.output
+
+
+# -- logs of labelled rows, which wait for no click: their tests of the seam belong here ---------
 
 
 # -- the commands --------------------------------------------------------------------------------
