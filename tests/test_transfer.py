@@ -288,6 +288,7 @@ def test_pairs_of_fields_that_stay_keep_their_rows(before: list[str], now: list[
         stay = {*before} & {*names}
         new = columns_after(old, before, names, stay=stay)
         assert columns_after(new, names, names, stay=names) == new
+        assert len({*(new.numbers or range(len(names)))}) == len(names)
         number = np.random.default_rng(0).integers(0, 1 << 20, (9, len(POOL))).astype(np.int32)
         found = {}
         for pairs, fields in ((old, before), (new, names)):
