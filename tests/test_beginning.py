@@ -124,6 +124,23 @@ def test_a_crash_before_the_first_snapshot_changes_nothing(
     assert fingerprint(newest(crashed)) == fingerprint(newest(straight))
 
 
+def test_a_run_that_goes_on_learning_keeps_its_origin(
+    log: Path, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(trainer: Trainer) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_drain", crash)
+        often = ("-X", "schedule.snapshot_examples=500")
+        assert begin(log, tmp_path / "new", old, *often).exit_code != 0
+    first = manifest(tmp_path / "new")
+    assert begin(log, tmp_path / "new", old).exit_code == 0
+    last = manifest(tmp_path / "new")
+    assert last.sequence > first.sequence
+    assert last.origin == first.origin != msgspec.UNSET
+
+
 def test_only_new_fields_are_fitted_to_the_first_records(
     log: Path, old: Path, tmp_path: Path
 ) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.learners import assert_equal_states, learner_spec, state_of
 
@@ -282,12 +282,14 @@ def test_a_row_stays_with_its_value_whichever_fields_come_and_go(
 
 @settings(max_examples=30)
 @given(field_lists, field_lists)
+@example(POOL[:4], ["hour", "size"])
 def test_pairs_of_fields_that_stay_keep_their_rows(before: list[str], now: list[str]) -> None:
     old = Pairs(columns=tuple(choose_columns(len(before))), table_bits=14)
     for names in (now, before, now):
         stay = {*before} & {*names}
         new = columns_after(old, before, names, stay=stay)
         assert columns_after(new, names, names, stay=names) == new
+        assert len({*(new.numbers or range(len(names)))}) == len(names)
         number = np.random.default_rng(0).integers(0, 1 << 20, (9, len(POOL))).astype(np.int32)
         found = {}
         for pairs, fields in ((old, before), (new, names)):
