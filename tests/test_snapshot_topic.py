@@ -407,7 +407,7 @@ class Runs(RuleBasedStateMachine):
 
 
 def test_any_interleaving_of_runs_leaves_one_holder() -> None:
-    run_state_machine_as_test(Runs, settings=settings(max_examples=150, stateful_step_count=25))
+    run_state_machine_as_test(Runs, settings=settings(max_examples=80, stateful_step_count=25))
 
 
 def test_the_tables_of_the_module_are_those_of_the_design() -> None:
