@@ -79,6 +79,19 @@ def test_an_invalid_impression_ends_the_command_or_is_scored_as_missing(
     assert "1 malformed record was not scored: JSON is malformed" in scored.stderr
 
 
+@pytest.mark.parametrize(("change", "reason"), [({"age": "x"}, "age"), ({"ap": 1}, "ap")])
+def test_one_invalid_impression_among_complete_ones_is_found(
+    served: Path, change: dict[str, Any], reason: str
+) -> None:
+    complete = {"app": "maps", "age": 31, "os": "a"}
+    events = [impression(1, **complete), impression(2, **{**complete, **change})]
+    refused = score(served, events)
+    assert refused.exit_code == 5
+    assert f"impression 'i2': {reason!r}" in refused.stderr or f"no field {reason!r}" in (
+        refused.stderr
+    )
+
+
 def test_other_members_and_missing_values_are_no_reason_to_stop(served: Path) -> None:
     events = [{**impression(4, app="maps", ap=None), "shop": 7}, *GOOD]
     result = score(served, events)
