@@ -597,20 +597,21 @@ def load(
     path: Path | None = None,
     *,
     overrides: Mapping[str, Any] | None = None,
-    environ: Mapping[str, str] = os.environ,
+    environ: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the configuration.
 
     `overrides` take precedence over `environ`, over the TOML file at `path`, over `base`, over the
-    defaults. `overrides` and `base` are dictionaries of sections.
+    defaults. `overrides` and `base` are dictionaries of sections. Without `environ` the environment
+    of the process counts.
 
     Raises `ConfigError` with each wrong key, its value and the nearest known key.
     """
     layers = {
         "in the state directory": base or {},
         f"in {path}": _read_toml(path) if path else {},
-        "in the environment": _from_environment(environ),
+        "in the environment": _from_environment(os.environ if environ is None else environ),
         "": overrides or {},
     }
     merged: dict[str, Any] = {}

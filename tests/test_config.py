@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import tomllib
 from datetime import timedelta
@@ -200,6 +201,10 @@ def test_a_variable_is_compared_without_the_prefix_that_all_share() -> None:
         load(environ={"STREAM_CTR_FOO": "1"})
     with pytest.raises(ConfigError, match=r"did you mean 'STREAM_CTR_LEARN__SEED'"):
         load(environ={"STREAM_CTR_LEARN_SEED": "1"})
+
+
+def test_the_help_does_not_print_the_environment() -> None:
+    assert inspect.signature(load).parameters["environ"].default is None
 
 
 def test_a_scheme_is_refused_without_a_word_of_a_login() -> None:
