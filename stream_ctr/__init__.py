@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from stream_ctr.logs.open import open_log
     from stream_ctr.logs.simulate import Simulation
     from stream_ctr.models.registered import register_model
-    from stream_ctr.snapshots.snapshot_topic import Sink
     from stream_ctr.snapshots.scorer import Scorer
+    from stream_ctr.snapshots.snapshot_topic import Sink
     from stream_ctr.snapshots.subscriber import Subscriber
     from stream_ctr.train.report import Report
     from stream_ctr.train.report_table import reports

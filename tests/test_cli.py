@@ -326,6 +326,29 @@ def test_a_second_trainer_on_the_same_state_is_refused_and_told_who_has_it(
         process.wait()
 
 
+def test_simulate_writes_to_standard_output(log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = succeed("simulate", "--impressions", IMPRESSIONS, "--seed", 5, "--out", "-")
+    assert result.stdout_bytes == log.read_bytes()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_path_is_not_the_working_directory(log, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = command("run", "--source", log, "--state", "")
+    assert result.exit_code == 2
+    assert "the path is empty" in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_demo_without_a_state_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    result = succeed("demo", "--impressions", 2000, *QUICK)
+    assert result.stdout.splitlines()[-1].startswith("state:      removed")
+    assert list(tmp_path.glob("stream-ctr-demo-*")) == []
+
+
 # -- several models ------------------------------------------------------------------------------
 
 

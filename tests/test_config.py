@@ -210,6 +210,10 @@ def test_a_variable_is_compared_without_the_prefix_that_all_share() -> None:
         load(environ={"STREAM_CTR_LEARN_SEED": "1"})
 
 
+def test_the_help_does_not_print_the_environment() -> None:
+    assert inspect.signature(load).parameters["environ"].default is None
+
+
 def test_a_scheme_is_refused_without_a_word_of_a_login() -> None:
     with pytest.raises(ConfigError, match="without a scheme such as http://") as caught:
         load(environ={}, overrides={"input": {"bootstrap_servers": "http://b:9092"}})

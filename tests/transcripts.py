@@ -35,16 +35,21 @@ class Transcript:
     def lines(self, output: str) -> list[str]:
         """Return the lines of an output that are shown."""
         found = (line.rstrip() for line in output.strip("\n").splitlines())
-        return [line for line in found if not re.match(self.left_out, line)]
+        return [
+            line
+            for line in found
+            if not (re.match(self.left_out, line) or re.match(_DEPENDS_ON_SPEED, line))
+        ]
 
 
+_DEPENDS_ON_SPEED = r"report: |note: compiling |note: \d+ loops compiled"
 _SUMMARY_TABLES = r"  \S|\s+whole run"
 _SIMULATE = "stream-ctr simulate --impressions {} --seed 1 --out {}"
 TRANSCRIPTS = {
     "demo": Transcript(
         "README.md",
         ("stream-ctr demo",),
-        left_out=rf"replayed |final: |reports: |snapshot: |{_SUMMARY_TABLES}",
+        left_out=rf"replayed |final: |state: |{_SUMMARY_TABLES}",
     ),
     "several": Transcript(
         "docs/models.md",
