@@ -125,6 +125,8 @@ class ColumnLog(Log):
                 rows = rows.with_column(_TIME, time)
             else:
                 rows = self._timed(rows, _TIME, columns.time)
+            if columns.true_probability:
+                rows = rows.parsed_into(_PROBABILITY, columns.true_probability, numbers, "a number")
             yield self._with_kinds(self._with_ids(rows))
 
     def _timed(self, rows: Rows, target: str, name: str) -> Rows:
@@ -206,7 +208,7 @@ class ColumnLog(Log):
         name = self.columns.true_probability
         if not name:
             return None
-        column = numbers(one_array(rows.columns[name])).cast(pa.float64())
+        column = one_array(rows.columns[_PROBABILITY]).cast(pa.float64())
         return np.asarray(column.to_numpy(zero_copy_only=False))
 
     def events(self) -> Iterator[pa.RecordBatch]:
