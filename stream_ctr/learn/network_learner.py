@@ -27,7 +27,7 @@ from stream_ctr.learn.cpu_step import BatchStep, one_torch_thread
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.online_step import OnlineStep
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
+from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values, batches_of
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 from stream_ctr.models import MODELS, registered
@@ -80,7 +80,11 @@ class NetworkLearner:
         self.batch_size = spec.batch_size
         self.steps = 0
         self._first_step = 0  # the steps before the present optimisers started
-        self._pretrain_steps = -(-spec.pretrain_examples // spec.batch_size)
+        self._pretrain_steps = (
+            batches_of(spec.pretrain_examples, spec.batch_size)
+            if spec.table_optimizer == "online"
+            else -(-spec.pretrain_examples // spec.batch_size)
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             module = module_of(spec)
