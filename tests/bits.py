@@ -24,8 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("STREAM_CTR_DATA", ROOT.parent / "shared" / "data"))
-# Fields of a report that depend on the wall clock or on where the run stands, and the number of
-# the report's format, which says nothing about the run.
+# Fields of a report that depend on the wall clock or on where the run stands, its id, and the
+# number of the report's format, which says nothing about what it learned.
 LEFT_OUT = (
     "seconds",
     "events_per_second",
@@ -34,6 +34,8 @@ LEFT_OUT = (
     "silent_seconds",
     "notes",
     "format",
+    "run",
+    "time",
 )
 KILLED = 137
 

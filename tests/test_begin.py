@@ -38,7 +38,7 @@ ROWS: list[dict[str, object]] = [
 def blended(tmp_path_factory: pytest.TempPathFactory, stream: pa.LargeBinaryArray) -> Path:
     """The snapshot of a finished run of a blend, with River's baseline."""
     directory = tmp_path_factory.mktemp("blended")
-    gate = {"snapshots": {"gate_clicks": 100}}
+    gate: Sections = {"snapshots": {"gate_clicks": 100}}
     finish(trainer(directory, Partitions([stream]), **BLEND, **RIVER, **gate))
     return newest(directory)
 

@@ -383,7 +383,8 @@ def test_a_field_that_is_hashed_in_another_way_begins_anew(
     assert np.array_equal(table[ids[:, 0]], old.weights()["table"][ids[:, 0]])
     shared = np.isin(ids[:, 1], changes.rows)
     assert np.array_equal(table[ids[shared, 1]], first[ids[shared, 1]])
-    assert (table[ids[:, 1], new.table.width :] == 0).all()  # type: ignore[attr-defined]
+    width: int = new.table.width  # type: ignore[attr-defined]
+    assert (table[ids[:, 1], width:] == 0).all()
     columns = new.weights()["dense.deep.layers.0.weight"]
     each = columns.shape[1] // 2
     if model != "ipnn":

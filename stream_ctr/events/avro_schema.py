@@ -59,7 +59,7 @@ _PRIMITIVES = {
     "bytes": BYTES,
     "string": STRING,
 }
-_UNITS = {"millis": "ms", "micros": "us", "nanos": "ns"}
+_UNITS: Mapping[str, TimeUnit] = {"millis": "ms", "micros": "us", "nanos": "ns"}
 _NAMED = ("record", "error", "enum", "fixed")
 
 
