@@ -27,7 +27,7 @@ from stream_ctr.learn.cpu_step import BatchStep, one_torch_thread
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.online_step import OnlineStep
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values, batches_of
+from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 from stream_ctr.models import MODELS, registered
@@ -80,11 +80,8 @@ class NetworkLearner:
         self.batch_size = spec.batch_size
         self.steps = 0
         self._first_step = 0  # the steps before the present optimisers started
-        self._pretrain_steps = (
-            batches_of(spec.pretrain_examples, spec.batch_size)
-            if spec.table_optimizer == "online"
-            else -(-spec.pretrain_examples // spec.batch_size)
-        )
+        self._examples = 0
+        self._pretrain_examples = spec.pretrain_examples
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.seed)
             module = module_of(spec)
@@ -121,7 +118,7 @@ class NetworkLearner:
         )
         self._make_step = self._step_maker(threads or os.cpu_count() or 1)
         self._step = self._prepared_step()
-        if self.pretraining and not self._pretrain_steps:
+        if self.pretraining and not self._pretrain_examples:
             self.end_pretraining()
 
     @property
@@ -186,7 +183,8 @@ class NetworkLearner:
             )
             if logits is not None:
                 self.steps += 1
-                if self.pretraining and self.steps >= self._pretrain_steps:
+                self._examples += len(ids)
+                if self.pretraining and self._examples >= self._pretrain_examples:
                     self.end_pretraining()
         return logits
 
@@ -226,7 +224,7 @@ class NetworkLearner:
         return self._host_rows.copy_(self.table.rows).numpy()
 
     def optimizer_state(self) -> State:
-        return {"steps": np.array([self.steps, self._first_step]), **self.adam.state_dict()}
+        return {"steps": np.array([self.steps, self._first_step, self._examples]), **self.adam.state_dict()}
 
     def load_weights(self, weights: Tensors) -> None:
         dense = {f"{_DENSE}{name}": tensor for name, tensor in self.model.state_dict().items()}
@@ -271,10 +269,11 @@ class NetworkLearner:
                 other._step = other._prepared_step()
 
     def load_optimizer_state(self, state: Tensors) -> None:
-        steps, first_step = state["steps"].tolist()
+        steps, first_step, examples = state["steps"].tolist()
         self.adam.load_state_dict(state)
         self.steps = steps
         self._first_step = first_step
+        self._examples = examples
 
 
 def module_of(spec: LearnerSpec) -> nn.Module:

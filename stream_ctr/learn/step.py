@@ -39,20 +39,6 @@ def batch_size_after(examples: int, largest: int) -> int:
     return min(max(grown, SMALLEST_BATCH), largest)
 
 
-def batches_of(examples: int, largest: int) -> int:
-    """Return how many batches hold the first `examples` examples, under the online rule.
-
-    >>> batches_of(0, 4096), batches_of(32, 4096), batches_of(600, 4096)
-    (0, 2, 35)
-    """
-    batches = 0
-    learned = 0
-    while learned < examples:
-        learned += batch_size_after(learned, largest)
-        batches += 1
-    return batches
-
-
 def dense_rate_scale(examples: int) -> float:
     """Return the factor of Adam's rate in a step on `examples` examples, under the online rule.
 

@@ -291,10 +291,10 @@ def _carry_intercept(old: ModelState, fresh: ModelState, weights: State) -> None
 def _steps(
     old: ModelState, fresh: ModelState, weights: State, *, goes_on: bool
 ) -> npt.NDArray[np.int64]:
-    """Return the number of all steps, and of those before the present optimisers."""
+    """Return the number of all steps, of those before the present optimisers, and of examples."""
     steps = old.optimizer[_STEPS]
     if _pretraining(weights) and _pretraining(old.weights):  # it ends after so many examples
-        return steps * old.spec.batch_size // fresh.spec.batch_size
+        return steps
     lazy_adam = old.spec.table_optimizer == fresh.spec.table_optimizer == "adam"
     if _pretraining(weights) or not (goes_on or lazy_adam):
         return np.zeros_like(steps)
