@@ -169,7 +169,7 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
     sink.close()
     where = ("--topic", topic, "--bootstrap-servers", embedded_broker)
     for arguments in (["ls"], ["show"], ["replay", "--reason", "other"], ["ls", "--json"]):
-        printed = succeed("dlq", *arguments, *where).output
+        printed = command("dlq", *arguments, *where).output
         assert "red" in printed
         assert all(character == "\n" or character.isprintable() for character in printed), printed
     assert "\\x1b[31mred\\x9b\\r\\n\\t\\u202e\\x7f" in succeed("dlq", "show", *where).stdout

@@ -86,7 +86,7 @@ SMALL = {
     "STREAM_CTR_LEARN__BATCH_SIZE": "128",
 }
 NO_BASELINE = {"STREAM_CTR_BASELINE__ENABLED": "false"}  # its process takes a second to start
-LANGUAGES = {"", "sh", "python", "toml", "json", "csv", "text"}
+LANGUAGES = {"", "sh", "python", "toml", "json", "csv", "avsc", "text"}
 # Names in `section.name` form that are not configuration keys.
 NOT_KEYS = {"learn.spec", "join.after", "learn.before", "learn.after"}
 # Words that an output shows only for some results.
@@ -162,7 +162,7 @@ def test_commands_in_the_text_have_names_and_options_that_exist(page: str) -> No
                 for subcommand in word.split("|"):
                     assert subcommand in known.commands, command
                 known = known.commands[word.split("|")[0]]
-            elif word.startswith("-"):
+            elif word.startswith("-") and word != "-":
                 options = {option for parameter in known.params for option in parameter.opts}
                 assert word in options | {"--help"}, command
 

@@ -14,7 +14,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.commands import command, succeed
+from support.commands import command, own_topics, succeed
 from support.histories import Cut, Died, assert_equally_learned, cuts, learn
 from support.lineage import QUICK, Fingerprint, last_report, newest, published
 from support.manifests import edit_manifest
@@ -408,7 +408,7 @@ def test_a_topic_of_several_partitions_goes_on_after_a_log(
 ) -> None:
     """Its partitions are polled in any order, and with what was open they give the same labels."""
     sent(embedded_broker, topic, records[HISTORY:], partitions=3)
-    state = ["--state", tmp_path, *COMMAND]
+    state = ["--state", tmp_path, *COMMAND, *own_topics(topic)]
     succeed("run", "--source", history / "history.jsonl", "--keep-open", *state)
     then = ["run", "--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end", *state]
     succeed(*then)

@@ -21,6 +21,7 @@ from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.scorer import Scorer
 
 ROWS: list[dict[str, object]] = [
@@ -108,7 +109,7 @@ def test_an_additional_model_that_had_diverged_is_an_error(tmp_path: Path) -> No
 def test_a_damaged_or_newer_snapshot_is_not_served(served: Path) -> None:
     with pytest.raises(SnapshotError, match="its pointer says"):
         Scorer(served, manifest_sha256="0" * 64)
-    edit_manifest(served, lambda document: document.update(format=3))
+    edit_manifest(served, lambda document: document.update(format=FORMAT + 1))
     with pytest.raises(NewerFormat):
         Scorer(served)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from stream_ctr.cli import voice
 from stream_ctr.cli.options import extra_option, load_config
 from stream_ctr.messages import one_line
 
@@ -62,9 +63,9 @@ def init(*, file: str, format_name: str | None, extra: tuple[str, ...]) -> None:
     guess = guess_layout(sample, given.columns)
     layout = _guessed(layout, guess)
     for line in _account(table, sample, layout, guess):
-        click.echo(line, err=True)
+        voice.say(line)
     for line in _first_events(source, format_name, layout):
-        click.echo(line, err=True)
+        voice.say(line)
     click.echo("\n".join(_toml(file, format_name, table, layout, guess)))
 
 

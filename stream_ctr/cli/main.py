@@ -487,7 +487,7 @@ def models(*, as_json: bool) -> None:
         try:
             systems[name] = find(name)
         except ConfigError as error:
-            click.echo(f"warning: {error}", err=True)
+            voice.say(f"warning: {error}")
     if as_json:
         for name, system in systems.items():
             described = {

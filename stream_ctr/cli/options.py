@@ -204,9 +204,14 @@ class LogFormat:
 
     def open_all(self, sources: Sequence[Path | str], **options: Any) -> list[Log]:
         """Open the logs that `sources` name, in order; see `open_logs`."""
+        from stream_ctr.logs.files import NoSuchLog
         from stream_ctr.logs.open import open_logs
 
-        return open_logs(sources, clicks=self.clicks, format=self.name, seed=self.seed, **options)
+        given = {"clicks": self.clicks, "format": self.name, "seed": self.seed, **options}
+        try:
+            return open_logs(sources, **given)
+        except NoSuchLog as error:
+            raise click.UsageError(str(error)) from None
 
 
 def _span(ctx: click.Context, option: click.Parameter, text: str) -> timedelta:

@@ -224,7 +224,10 @@ class NetworkLearner:
         return self._host_rows.copy_(self.table.rows).numpy()
 
     def optimizer_state(self) -> State:
-        return {"steps": np.array([self.steps, self._first_step, self._examples]), **self.adam.state_dict()}
+        return {
+            "steps": np.array([self.steps, self._first_step, self._examples]),
+            **self.adam.state_dict(),
+        }
 
     def load_weights(self, weights: Tensors) -> None:
         dense = {f"{_DENSE}{name}": tensor for name, tensor in self.model.state_dict().items()}

@@ -18,6 +18,10 @@ STANDARD_INPUT = "-"
 _PATTERN = "*?["
 
 
+class NoSuchLog(DataError):
+    """A source names no file."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogFile:
     """A file of a log, and the name that it has in messages and in the identity of the log."""
@@ -58,10 +62,10 @@ def _files_of(source: str) -> Sequence[LogFile]:
         found = sorted(Path(name) for name in glob.glob(source, recursive=True))
         files = [LogFile(path, str(path)) for path in found if path.is_file()]
         if not files:
-            raise DataError(f"no file matches {one_line(source)}")
+            raise NoSuchLog(f"no file matches {one_line(source)}")
         return files
     if not path.exists():
-        raise DataError(f"{one_line(source)} does not exist{_neighbour(path)}")
+        raise NoSuchLog(f"{one_line(source)} does not exist{_neighbour(path)}")
     return [LogFile(path, source)]
 
 

@@ -94,9 +94,12 @@ class Lease:
             return
         with contextlib.suppress(OSError, TakenOver):
             self.check()
-            for entry in set(self.directory.iterdir()) - {self._path, *self._found}:
+            own = [self.directory / lineage.RUN_FILE, self._path]  # the lock last
+            for entry in set(self.directory.iterdir()) - {*own, *self._found}:
                 entry.rmdir()  # fails for a file, and for a directory that is not empty
-            self._path.unlink()
+            for path in own:
+                if path not in self._found:
+                    path.unlink()
             for path in self._made:
                 path.rmdir()
 

@@ -44,9 +44,10 @@ def require_same_run(manifest: Manifest, identity: RunIdentity, source: Inputs, 
 
     `source` has the inputs of the snapshot, as `continued` puts them there.
     """
+    _require_same(manifest.schema, identity.schema, path)
     _require_same_models(manifest, identity, path)
-    for section in ("schema", "join", "baseline"):
-        _require_same(getattr(manifest, section), getattr(identity, section), path)
+    _require_same(manifest.join, identity.join, path)
+    _require_same(manifest.baseline, identity.baseline, path)
     known = tuple(name for each in known_inputs(manifest) for name in each.partitions)
     if known != source.names[: len(known)]:
         continued([source], manifest, path)  # says why not

@@ -158,11 +158,6 @@ def _state_and_key(folder: Path) -> None:
     write_keys(folder, "other")
 
 
-def _state_and_other_log(folder: Path) -> None:
-    _state(folder)
-    _log(name="other.jsonl", impressions=100)(folder)
-
-
 def _other_fields(folder: Path) -> None:
     _state(folder)
     record = {
@@ -206,6 +201,10 @@ def _inside(folder: Path) -> Iterator[None]:
 # -- the table -----------------------------------------------------------------------------------
 
 _RUN = "stream-ctr run --source events.jsonl --state state"
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_TABLE = "at,clicked,app\n" + "".join(
+    f"2025-01-01 00:00:{second:02}Z,{second % 7 == 0:d},a{second % 5}\n" for second in range(60)
+)
 _QUICK = tuple(QUICK)
 
 MISTAKES = (
@@ -303,7 +302,7 @@ MISTAKES = (
         "A file that is no log",
         "stream-ctr run --source cat.png --state state",
         5,
-        _write("cat.png", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"),
+        _write("cat.png", _PNG),
     ),
     Mistake("Text that is no log", _RUN, 5, _write("events.jsonl", "hello\nworld\n")),
     Mistake(
@@ -312,7 +311,33 @@ MISTAKES = (
         5,
         lambda folder: (folder / "logs").mkdir(),
     ),
-    Mistake("Times in seconds", _RUN, 5, _log(_in_seconds), options=_QUICK),
+    Mistake(
+        "Times in another unit than the one that is given",
+        f"{_RUN} -X input.time_unit=ms",
+        5,
+        _log(_in_seconds),
+        options=_QUICK,
+    ),
+    Mistake(
+        "A column that does not exist",
+        "stream-ctr run --source ads.csv -X input.columns.label=clickd --state state",
+        3,
+        _write("ads.csv", _TABLE),
+    ),
+    Mistake(
+        "A table without labels",
+        "stream-ctr init ads.csv",
+        5,
+        _write("ads.csv", "at,price\n2025-01-01T00:00:00Z,3\n2025-01-01T00:00:01Z,4\n"),
+    ),
+    Mistake("A picture instead of a table", "stream-ctr init cat.png", 5, _write("cat.png", _PNG)),
+    Mistake(
+        "A time without a zone",
+        "stream-ctr run --source ads.csv -X input.columns.label=clicked"
+        " -X input.columns.time=at --state state",
+        5,
+        _write("ads.csv", _TABLE.replace("Z,", ",")),
+    ),
     Mistake("Clicks without impressions", _RUN, 5, _log(_other_ids), options=_QUICK),
     Mistake(
         "A text in a numeric field",
@@ -375,10 +400,10 @@ MISTAKES = (
     Mistake("A state directory in use", _RUN, 3, _state, hold=_held),
     Mistake("The state of another configuration", f"{_RUN} -X model.embedding_dim=7", 3, _state),
     Mistake(
-        "The state of another log",
-        "stream-ctr run --source other.jsonl --state state",
-        3,
-        _state_and_other_log,
+        "A log and a topic in one command",
+        "stream-ctr run --source events.jsonl --topic clicks --state state",
+        2,
+        _log(),
     ),
     Mistake(
         "A file as state directory",
@@ -415,7 +440,7 @@ MISTAKES = (
     Mistake(
         "Fields that the model does not know",
         "stream-ctr score --snapshot state request.jsonl",
-        0,
+        5,
         _other_fields,
     ),
     Mistake(
