@@ -117,12 +117,11 @@ ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
         "text": (features(app="m" * 10_000_000), "too_large"),
         "spaces": (GOOD + b" " * 10_000_000, "too_large"),
     },
-    "time 0, negative, in seconds, far future, text": {
+    "time 0, negative, far future, text": {
         "0": (record(time=0), "time_out_of_range"),
         "negative": (record(time=-T), "time_out_of_range"),
-        "seconds": (record(time=T // 1000), "time_out_of_range"),
-        "microseconds": (record(time=T * 1000), "time_out_of_range"),
-        "a fraction": (record(time=T + 0.5), "wrong_time"),
+        "of 2001 in a unit of hours": (record(time=T // 3_600_000), "time_out_of_range"),
+        "beyond 64 bits": (record(time=T * 10**9), "wrong_time"),
         "true": (record(time=True), "wrong_time"),
         "a word": (record(time="yesterday"), "wrong_time"),
         "without zone": (record(time="2025-01-01T00:00:00"), "wrong_time"),
@@ -243,7 +242,7 @@ def test_events_with_unknown_members_are_counted_as_another_parser_counts_them()
 
 
 @pytest.mark.bad_input(
-    "time 0, negative, in seconds, far future, text",
+    "time 0, negative, far future, text",
     via="Kafka records, whose time the broker knows",
 )
 def test_an_event_far_ahead_of_its_record_is_rejected_if_the_record_has_a_time(
@@ -525,16 +524,15 @@ REFUSED: dict[tuple[str, str], tuple[str, Write, str]] = {
     (OTHER_KIND, "blank lines"): ("log.jsonl", put(b"\n\r\n \n"), "is empty"),
     (OTHER_KIND, "binary"): ("log.jsonl", put(bytes(range(256)) * 9), "no known log format"),
     (OTHER_KIND, "a folder"): ("log.jsonl", lambda path: path.mkdir(), "is a directory"),
-    (OTHER_KIND, "there is none"): ("log.jsonl", lambda path: None, "does not exist"),
     (OTHER_KIND, "a pipe"): ("log.jsonl", os.mkfifo, "is not a regular file"),
     (OTHER_KIND, "text under a Parquet name"): (
         "log.parquet",
         lines("a;b", "1;2", ""),
-        "no known log format",
+        "no column of kinds",
     ),
     (GZIP, "only its head"): ("log.gz", put(b"\x1f\x8b\x08\0"), "cannot read"),
     (GZIP, "of nothing"): ("log.gz", put(gzip.compress(b"")), "is empty"),
-    (HEADER, "Open Bandit without"): ("log.csv", put(OBD_WITHOUT_HEADER), "no known log format"),
+    (HEADER, "Open Bandit without"): ("log.csv", put(OBD_WITHOUT_HEADER), "no column of kinds"),
     (HEADER, "Avazu without labels"): (
         "log.csv",
         put(AVAZU_WITHOUT_LABELS),
@@ -544,7 +542,7 @@ REFUSED: dict[tuple[str, str], tuple[str, Write, str]] = {
     (OTHER_COLUMNS, "time a fraction"): (
         "log.parquet",
         altered(time=[0.5] * 7),
-        "column time is double",
+        "time must be between 1973 and 2100, got 0.5",
     ),
     (OTHER_COLUMNS, "kind a number"): (
         "log.parquet",
@@ -554,7 +552,7 @@ REFUSED: dict[tuple[str, str], tuple[str, Write, str]] = {
     (OTHER_COLUMNS, "probability text"): (
         "log.parquet",
         altered(true_probability=["x"] * 7),
-        "column true_probability is string, not a number",
+        "true_probability must be a number, got 'x'",
     ),
     (OTHER_COLUMNS, "a feature nested"): (
         "log.parquet",

@@ -270,8 +270,13 @@ def require_fields(table: Table, columns: Columns, fields: Sequence[Field]) -> N
 def typed_fields(table: Table, columns: Columns) -> tuple[Field, ...]:
     """Return all columns that may be features, of the kind that their type suggests.
 
-    Raises `DataError` when a column cannot be a feature.
+    Raises `DataError` when a column cannot be a feature, or when two have the same name.
     """
+    for name in sorted(table.repeated):
+        raise DataError(
+            f"{table.name}: column {one_line(name)} appears twice. The section [features] can name "
+            "the columns to use"
+        )
     return tuple(
         _typed_field(table, name, kind) for name, kind in feature_types(table, columns).items()
     )
