@@ -717,7 +717,7 @@ def test_no_broker_exits_4_and_says_three_ways(tmp_path, monkeypatch):
         (["subscribe", "--state", ".", "--exec", "echo '{path"], 2, "--exec"),
         (["subscribe", "--state", ".", "--exec", "nosuchprogram {path}"], 2, "nosuchprogram"),
         (["run", "--config", "missing.toml"], 3, "cannot read missing.toml"),
-        (["run", "--source", "missing.csv"], 5, "missing.csv"),
+        (["run", "--source", "missing.csv"], 2, "missing.csv"),
         (["run", "--source", "."], 5, "."),
         (["run", "--device", "tpu"], 2, "tpu"),
         (["replay", "x.tsv", "--speed", "fast"], 2, "--speed is max or a positive number"),
@@ -746,13 +746,18 @@ def test_no_kafka_option_is_taken_for_a_misspelt_key_of_the_configuration():
     [
         (
             ['{"kind":"click","impression_id":"a","time":1735689600000}'] * 3,
-            "0 are impressions without features, 3 are clicks",
+            "nothing to learn from. Of the first 3 records 0 are impressions without features, "
+            "3 are clicks",
+        ),
+        (
+            ['{"kind":"view","impression_id":"a","time":1735689600000}'],
+            "nothing to learn from. The first malformed record: kind must be impression, click or "
+            "example, got 'view'",
         ),
         (
             ['{"type":"click","impression_id":"a","time":1735689600000}'],
-            "kind must be impression, click or example, got None",
+            "there is no column of kinds, labels or click times",
         ),
-        (["{}", "{"], "The first malformed record"),
     ],
 )
 def test_a_log_without_impressions_is_refused_with_what_is_in_it(lines, seen, tmp_path):
@@ -760,7 +765,6 @@ def test_a_log_without_impressions_is_refused_with_what_is_in_it(lines, seen, tm
     log.write_text("".join(f"{line}\n" for line in lines))
     result = command("run", "--source", log, "--state", tmp_path / "state")
     assert result.exit_code == 5
-    assert "nothing to learn from" in result.output
     assert seen in result.output
 
 

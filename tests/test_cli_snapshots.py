@@ -175,7 +175,7 @@ def test_a_rollback_is_taken_by_a_subscriber_and_so_is_what_the_next_run_publish
     older, newest = ids(state)[1], ids(state)[-1]
     subscriber = Subscriber(state)
     assert subscriber.next(PATIENCE_SECONDS).snapshot == newest
-    rows = [{"app_id": "a1", "hour": "20"}, {}]
+    rows = [{"app_id": "a1", "hour": "20"}, {"app_id": "a2"}]
     newer_model = subscriber.predict(rows)
     before = json.loads((state / "latest.json").read_text())
     manifest = (state / "snapshots" / older / "manifest.json").read_bytes()
