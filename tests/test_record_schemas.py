@@ -266,7 +266,7 @@ def test_records_are_read_with_the_schemas_of_a_real_registry(tmp_path: Path) ->
             features = json.dumps({**FEATURES, "namespace": "ads"})
             register(url, "features", features)
             fields = [
-                {**field, "type": "ads.Features"} if field["name"] == "features" else field
+                {**field, "type": ["null", "ads.Features"]} if field["name"] == "features" else field
                 for field in EVENT["fields"]
             ]
             text = json.dumps({**EVENT, "fields": fields})

@@ -38,11 +38,11 @@ class Transcript:
         return [
             line
             for line in found
-            if not (re.match(self.left_out, line) or re.match(_DEPENDS_ON_SPEED, line))
+            if not (re.match(self.left_out, line) or re.match(_VARIES, line))
         ]
 
 
-_DEPENDS_ON_SPEED = r"report: |note: compiling |note: \d+ loops compiled"
+_VARIES = r"report: |note: compiling |note: \d+ loops compiled|(\d{4}-\S+ \S+ )?WARNING "
 _SUMMARY_TABLES = r"  \S|\s+whole run"
 _SIMULATE = "stream-ctr simulate --impressions {} --seed 1 --out {}"
 TRANSCRIPTS = {

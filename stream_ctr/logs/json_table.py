@@ -68,7 +68,7 @@ class JsonTable(Table):
             table = _parse_block(data, types, len(line))
             if table is None:
                 line, table = _parse_lines(line, [lines[i - number] for i in line], types, rejected)
-            yield Rows(line, table, rejected)
+            yield Rows(line, table, rejected).valid()
 
 
 class JsonText(TextLog):
