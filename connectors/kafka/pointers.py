@@ -13,7 +13,7 @@ from typing import Any
 
 from kafka.errors import KafkaError, RetriableError
 
-from stream_ctr.connectors.errors import KafkaReadFailed
+from stream_ctr.connectors.errors import KafkaReadFailed, KafkaUnreachable
 from stream_ctr.connectors.kafka import timeouts
 from stream_ctr.connectors.kafka.client import open_consumer
 from stream_ctr.connectors.kafka.codecs import check_codecs
@@ -61,8 +61,24 @@ class PointerReader:
         """Return the pairs that follow, as `poll` does, up to the end that the topic has now.
 
         What others were told is written is among them. Raises `KafkaUnreachable` if the end is not
-        reached in `ANSWER_SECONDS`; the pairs up to there are then returned by the next call.
+        reached in twice `ANSWER_SECONDS`; the pairs up to there are then returned by the next call.
         """
+        try:
+            return self._read_to_end()
+        except KafkaUnreachable:
+            self._reopen()
+            return self._read_to_end()
+
+    def _reopen(self) -> None:
+        """Go on with a new consumer. The old one may only know leaders of long ago."""
+        positions = {partition: self._position(partition) for partition in self._assigned}
+        self._consumer.close()
+        self._consumer = open_consumer(self._client, auto_offset_reset="earliest")
+        self._assigned = assign_all(self._consumer, [self._topic], self._client)
+        for partition in self._assigned:
+            self._consumer.seek(partition, positions.get(partition, 0))
+
+    def _read_to_end(self) -> list[tuple[str, bytes | None]]:
         deadline = time.monotonic() + timeouts.ANSWER_SECONDS
         answer_ms = timeouts.milliseconds(timeouts.ANSWER_SECONDS)
         try:
