@@ -6,6 +6,7 @@ which brokers were used.
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+from numba.core.dispatcher import Dispatcher
 from support import interpreter  # noqa: F401 - before Triton is imported
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
 from support.patience import end_of, kill_started
@@ -50,6 +52,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BROKERS_USED] = []
     config.stash[_REPORT] = Report()
+    if config.pluginmanager.has_plugin("_cov"):
+        _compile_untraced()
     # Hypothesis draws the same examples in every run, and without deadlines; with --faults it draws
     # different ones.
     patient: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
@@ -75,6 +79,34 @@ def _rows(config: pytest.Config) -> list[int]:
     """Return the rows of the fault matrix to run."""
     rows = config.getoption("--fault-rows")
     return [int(row) for row in rows.split(",")] if rows else list(MATRIX)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure no coverage in slow tests, which tracing makes up to twice as slow."""
+    measuring: Any = item.config.pluginmanager.get_plugin("_cov")
+    if measuring is None or not item.get_closest_marker("slow"):
+        return (yield)
+    measuring.cov_controller.pause()
+    try:
+        return (yield)
+    finally:
+        measuring.cov_controller.resume()
+
+
+def _compile_untraced() -> None:
+    """Take the tracing of coverage away from numba's compiler, which it makes twice as slow."""
+    compile_function = Dispatcher.compile
+
+    def untraced(dispatcher: Any, signature: Any) -> Any:
+        trace = sys.gettrace()
+        sys.settrace(None)
+        try:
+            return compile_function(dispatcher, signature)
+        finally:
+            sys.settrace(trace)
+
+    Dispatcher.compile = untraced
 
 
 @pytest.hookimpl(wrapper=True)

@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from support import forks
 from support.commands import command, own_topics, read_headers, read_records, succeed
 from support.lineage import QUICK, SMALL, reports
 from support.lineage import newest as newest_snapshot
@@ -581,8 +582,8 @@ def test_a_subscriber_in_another_process_sees_each_published_snapshot(log, tmp_p
     """How soon is measured by `tests/bench/quality.py freshness`."""
     state = tmp_path / "state"
     state.mkdir()
-    command = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(state), "--json"]
-    follower = started(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+    command = ["subscribe", "--state", state, "--json"]
+    follower = started(forks.start(*command, stdout=subprocess.PIPE, text=True))
     succeed("run", "--source", log, "--state", state, *QUICK)
     pointer = json.loads(follower.stdout.readline())
     assert pointer["verified"] is True
@@ -925,13 +926,7 @@ def test_the_demo_shows_both_models_the_best_possible_logloss_and_a_subscriber(
 def start(*arguments: object, stderr: int | None = None) -> subprocess.Popen[bytes]:
     """`stream-ctr run` as a process of its own."""
     environment = {**os.environ, "STREAM_CTR_SCHEDULE__REPORT_EVERY": "500ms"}
-    return started(
-        subprocess.Popen(
-            [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)],
-            env=environment,
-            stderr=stderr,
-        )
-    )
+    return started(forks.start("run", *arguments, env=environment, stderr=stderr))
 
 
 def has_learned(state: Path, process: subprocess.Popen[bytes]) -> bool:

@@ -16,6 +16,7 @@ import pyarrow.parquet
 import pytest
 from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
+from support import forks
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS
 from support.record import formatted
@@ -38,26 +39,27 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = [*SMALL, "-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
 IMPRESSIONS = 4000
 
-# Four different kinds of wreck; the other failpoints, and other times of some, are slow.
-QUICK = ["learn.after:20", "snapshot.file:9", "snapshot.rename:2", "retain.hidden:2"]
+# Each failpoint but those of a topic: the first time, a middle one or the last one.
 ONCE = ("poll.after", "join.after")  # a log this short is read by one poll
-MORE = [
+AT = {"learn.after": 20, "snapshot.file": 9}
+EVERYWHERE = [
     *(
-        name if name in ONCE else f"{name}:2"
+        name if name in ONCE else f"{name}:{AT.get(name, 2)}"
         for name in FAILPOINTS
         if not name.startswith("announce.")
     ),
+    "snapshot.file:1",
+    "snapshot.rename:1",
     *(
-        "learn.after:32",
-        "snapshot.file:1",
-        "snapshot.rename:1",
-        "snapshot.rename:4",
-        "commit.before:4",
+        pytest.param(text, marks=pytest.mark.long)
+        for text in (
+            "learn.after:2",
+            "learn.after:32",
+            "snapshot.file:2",
+            "snapshot.rename:4",
+            "commit.before:4",
+        )
     ),
-]
-EVERYWHERE = [
-    *QUICK,
-    *(pytest.param(text, marks=pytest.mark.slow) for text in MORE if text not in QUICK),
 ]
 
 
@@ -71,15 +73,8 @@ def run(*arguments: object) -> Result:
 
 def die(failpoint: str, *arguments: object) -> None:
     """`stream-ctr run` in a process of its own that ends at the failpoint."""
-    command = [sys.executable, "-m", "stream_ctr", "run", *map(str, arguments)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, VARIABLE: failpoint},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-    )
+    environment = {**os.environ, VARIABLE: failpoint}
+    done = forks.run("run", *arguments, env=environment, timeout=PATIENCE_SECONDS)
     assert done.returncode == EXIT_CODE, done.stderr
 
 
@@ -144,46 +139,60 @@ def test_a_run_that_died_at_a_failpoint_and_went_on_equals_one_that_did_not(
     outcome("old or new, never mixed; resumed, ledger and all state equal")
 
 
+SEVERAL_MODELS = [
+    *(part for name in ("deepfm", "fnn", "pnn", "lr") for part in ("--model", name)),
+    *("-X", "model.pretrain_examples=2600"),
+]
+
+
+@pytest.fixture(scope="module")
+def clean_with_several_models(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("several") / "state"
+    run("--source", log, "--state", state, "--until-end", *OPTIONS, *SEVERAL_MODELS)
+    return state
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("failpoint", ["learn.after:20", "snapshot.file:13", "snapshot.rename:3"])
 def test_the_same_with_several_models_of_which_one_ends_its_pre_training_meanwhile(
-    log, tmp_path, failpoint
+    log, clean_with_several_models, tmp_path, failpoint
 ):
-    named = [part for name in ("deepfm", "fnn", "pnn", "lr") for part in ("--model", name)]
-    arguments = [
-        "--source",
-        log,
-        "--until-end",
-        *OPTIONS,
-        *named,
-        "-X",
-        "model.pretrain_examples=2600",
-    ]
-    run("--state", tmp_path / "clean", *arguments)
-    died = ["--state", tmp_path / "died", *arguments]
-    die(failpoint, *died)
-    run(*died, "-X", "learn.threads=2")
-    assert_went_on_as_if_nothing_had_happened(tmp_path / "died", tmp_path / "clean")
-    assert {"fnn.model", "pnn.model", "lr.model"} < end(tmp_path / "died").tensors.keys()
+    arguments = ["--source", log, "--state", tmp_path, "--until-end", *OPTIONS, *SEVERAL_MODELS]
+    die(failpoint, *arguments)
+    run(*arguments, "-X", "learn.threads=2")
+    assert_went_on_as_if_nothing_had_happened(tmp_path, clean_with_several_models)
+    assert {"fnn.model", "pnn.model", "lr.model"} < end(tmp_path).tensors.keys()
+
+
+# Published each 20 s of event time, so that a label window has several publications.
+OFTEN = ["-X", "schedule.snapshot_every=20s"]
+
+
+@pytest.fixture(scope="module")
+def clean_and_published_often(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    state = tmp_path_factory.mktemp("often") / "state"
+    arguments = ["--source", log, "--state", state, "--until-end", *OPTIONS, *OFTEN]
+    run(*arguments, "--predictions", state.parent / "predictions")
+    return state
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "failpoint", ["learn.after:20", "predictions.after:2", "snapshot.rename:2", "snapshot.file:20"]
 )
-def test_what_was_served_is_the_same_after_a_death(log, tmp_path, failpoint):
-    # Published each 20 s of event time, so that a label window has several publications.
-    arguments = ["--source", log, "--until-end", *OPTIONS, "-X", "schedule.snapshot_every=20s"]
-    run("--state", tmp_path / "clean", *arguments, "--predictions", tmp_path / "clean-rows")
-    died = ["--state", tmp_path / "died", *arguments, "--predictions", tmp_path / "died-rows"]
-    die(failpoint, *died)
-    run(*died)
-    ours, theirs = (last_report(tmp_path / name) for name in ("died", "clean"))
+def test_what_was_served_is_the_same_after_a_death(
+    log, clean_and_published_often, tmp_path, failpoint
+):
+    clean, state = clean_and_published_often, tmp_path / "state"
+    arguments = ["--source", log, "--state", state, "--until-end", *OPTIONS, *OFTEN]
+    arguments += ["--predictions", tmp_path / "predictions"]
+    die(failpoint, *arguments)
+    run(*arguments)
+    ours, theirs = last_report(state), last_report(clean)
     assert ours["as_served"]["models"]["deepfm"]["count"] > 300
     for name in ("models", "as_served", "as_served_last_half", "counters"):
         assert ours[name] == theirs[name], name
-    rows, clean_rows = (rows_of(tmp_path / f"{name}-rows") for name in ("died", "clean"))
-    assert rows.equals(clean_rows)
+    assert rows_of(tmp_path / "predictions").equals(rows_of(clean.parent / "predictions"))
 
 
 @pytest.mark.slow

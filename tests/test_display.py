@@ -289,7 +289,7 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     return [prefix, *(path for key in value for path in paths(value[key], (*prefix, key)))]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     lost=st.lists(st.sampled_from([path for path in paths(REPORT) if path]), max_size=4),
     put=st.sampled_from([None, "absent", float("nan"), True, "text", [], {}, -1]),

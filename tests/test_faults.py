@@ -19,6 +19,7 @@ import pyarrow as pa
 import pytest
 from click.testing import CliRunner
 from msgspec import structs
+from support import forks
 from support.commands import own_topics
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS, catches, started, wait_until
@@ -70,21 +71,10 @@ def run(log: Path, state: Path, *options: str) -> Any:
 def run_apart(
     log: Path, state: Path, *options: str, failpoint: str = "", **arguments: Any
 ) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "stream_ctr",
-        "run",
-        "--source",
-        str(log),
-        "--state",
-        str(state),
-        *SMALL,
-        *options,
-    ]
+    command = ["run", "--source", log, "--state", state, *SMALL, *options]
     environment = {**os.environ, **({VARIABLE: failpoint} if failpoint else {})}
     return started(
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, **arguments)
+        forks.start(*command, env=environment, stderr=subprocess.PIPE, text=True, **arguments)
     )
 
 
@@ -709,11 +699,7 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
             sink.flush(PATIENCE_SECONDS)
 
         send(slice(2000))
-        process = started(
-            subprocess.Popen(
-                [sys.executable, "-m", "stream_ctr", *arguments], stderr=subprocess.PIPE, text=True
-            )
-        )
+        process = started(forks.start(*arguments, stderr=subprocess.PIPE, text=True))
         wait_until(lambda: (state / "latest.json").exists())
         fill(filler)
         send(slice(2000, 4000))
@@ -847,10 +833,10 @@ def test_what_is_due_while_the_loop_is_busy_comes_late_and_once(log, tmp_path, o
     kinds = [
         json.loads(line)["kind"] for line in (tmp_path / "reports.jsonl").read_text().splitlines()
     ]
-    assert 1 <= kinds.count("report") <= 3
-    assert (
-        2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= 4
-    )  # the late one, and the last
+    others = last_report(tmp_path)["seconds"] - 5  # in which it was not busy
+    assert 1 <= kinds.count("report") <= others + 2
+    # The late one, and the last.
+    assert 2 <= len(snapshot.snapshot_ids(tmp_path / "snapshots")) <= others + 3
     outcome("one report and one snapshot right after, none skipped, none twice")
 
 
@@ -896,14 +882,14 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
 )
 @pytest.mark.slow
 def test_a_slow_or_dying_subscriber_disturbs_nobody_and_catches_up(log, clean, tmp_path, outcome):
-    follow = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(tmp_path), "--json"]
+    follow = ["subscribe", "--state", tmp_path, "--json"]
     options = ["-X", "schedule.snapshot_examples=1024", "-X", "snapshots.keep=1"]
     # The trainer has ended when the first snapshot is published, and goes on when they have it.
     run_apart(log, tmp_path, *options, failpoint="pointer.after").communicate(
         timeout=PATIENCE_SECONDS
     )
     slow, dying = (
-        started(subprocess.Popen(follow, stdout=subprocess.PIPE, text=True)) for _ in range(2)
+        started(forks.start(*follow, stdout=subprocess.PIPE, text=True)) for _ in range(2)
     )
     assert slow.stdout
     assert dying.stdout

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -22,6 +21,7 @@ import pytest
 from click.testing import CliRunner
 from faults.kill_rounds import EVENTS_A_SECOND, producing
 from kafka import KafkaAdminClient, KafkaProducer, TopicPartition
+from support import forks
 from support.brokers import ApacheBroker, Cluster, KafkaMissing, find_kafka
 from support.lineage import SMALL, Fingerprint, last_report, newest
 from support.patience import PATIENCE_SECONDS
@@ -67,10 +67,9 @@ class Trainer:
     @contextlib.contextmanager
     def running(self) -> Iterator[Trainer]:
         """Run it in a process, which is killed at the end of the block."""
-        command = [sys.executable, "-m", "stream_ctr", *self._command]
         with self.log.open("ab") as output:
-            self._process = subprocess.Popen(
-                command, stdout=output, stderr=output, env=self._environment
+            self._process = forks.start(
+                *self._command, stdout=output, stderr=output, env=self._environment
             )
         try:
             yield self

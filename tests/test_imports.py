@@ -56,7 +56,8 @@ HOME = {
     "matplotlib": ["stream_ctr/paper/figures.py"],
 }
 
-# Imports inside functions keep `stream-ctr --help` quick; elsewhere they hide what a module needs.
+# Imports inside functions keep `stream-ctr --help` quick, and Triton away from runs on the CPU;
+# elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/demo.py",
@@ -66,6 +67,7 @@ LAZY = {
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
+    "stream_ctr/learn/network_learner.py",
 }
 
 # These run what they load.

@@ -481,7 +481,7 @@ def assert_same_snapshots(
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000), kill=st.integers(0, 22))
 @settings(
-    max_examples=8, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @pytest.mark.slow
 def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_that_does_neither(
@@ -526,7 +526,7 @@ def test_every_snapshot_of_a_run_that_reads_ahead_and_is_killed_is_that_of_one_t
 
 @given(seed=st.integers(0, 99), read_ahead=st.integers(1, 5000))
 @settings(
-    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @pytest.mark.slow
 def test_of_partitions_that_are_paused_meanwhile_the_same_is_learned(stream, seed, read_ahead):

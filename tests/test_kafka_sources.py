@@ -13,6 +13,7 @@ import random
 import re
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
@@ -496,9 +497,13 @@ def test_deleted_records_are_skipped_and_counted_where_that_is_wanted(
             stopping.seek({0: 101}, skip_lost=True)
 
 
-@pytest.fixture
-def damaged(apache: ApacheBroker, topic: str) -> str:
-    """Three batches of 10 records in a topic; the second has a wrong byte on the broker's disk."""
+@pytest.fixture(scope="module")
+def damaged(apache: ApacheBroker) -> str:
+    """Three batches of 10 records in a topic; the second has a wrong byte on the broker's disk.
+
+    A broker that is killed later cuts the damage off when it starts again.
+    """
+    topic = f"topic-{uuid.uuid4().hex[:12]}"
     client = client_options(apache.bootstrap_servers, {})
     ensure_topic(client, topic, partitions=2)
     with closing(KafkaSink(client, compression=None)) as sink:

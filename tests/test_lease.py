@@ -12,13 +12,15 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
-from support.lineage import QUICK, SMALL, newest, published
+from support import forks
+from support.lineage import QUICK, newest, published
 from support.manifests import make_newer, manifest, write_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
 from stream_ctr.errors import ConfigError
+from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import manifest as manifests
 from stream_ctr.snapshots import pointer as pointers
@@ -173,10 +175,10 @@ def test_a_state_directory_that_cannot_be_written_is_an_error_at_the_start(
     )
 
 
-def start(state: Path, log: Path, *options: str) -> subprocess.Popen[str]:
-    arguments = ["run", "--source", str(log), "--state", str(state), *SMALL, *options]
-    command = [sys.executable, "-m", "stream_ctr", *arguments]
-    return started(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+def start(state: Path, log: Path, *options: str, failpoint: str = "") -> subprocess.Popen[str]:
+    arguments = ["run", "--source", str(log), "--state", str(state), *QUICK, *options]
+    environment = {**os.environ, VARIABLE: failpoint}
+    return started(forks.start(*arguments, env=environment, stderr=subprocess.PIPE, text=True))
 
 
 def errors_of(process: subprocess.Popen[str]) -> str:
@@ -197,9 +199,10 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
 ) -> None:
     log = tmp_path / "log.jsonl"
     state = tmp_path / "state"
-    Simulation(40_000, seed=2).write_jsonl(log)
+    Simulation(6000, seed=2).write_jsonl(log)
     frequent = ["-X", "schedule.snapshot_examples=1024", "-X", "schedule.report_every=100ms"]
-    frozen = start(state, log, *frequent)
+    # It waits after the first snapshot, so that it is frozen before the end on any machine.
+    frozen = start(state, log, *frequent, failpoint="learn.before:12=sleep:5")
     wait_until(lambda: (state / "latest.json").exists())
     assert frozen.poll() is None
     os.kill(frozen.pid, signal.SIGSTOP)
@@ -220,7 +223,7 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
     served = published(state)
     assert served is not None
     report = json.loads((state / "reports.jsonl").read_text().splitlines()[-1])
-    assert served.examples == 40_000 == report["examples"]
+    assert served.examples == 6000 == report["examples"]
     outcome(
         "the second is refused and names the holder; "
         "A finds B's lease, changes no file, publishes nothing, exit 3"

@@ -9,12 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from support import forks
 from support.paper_data import write_criteo_log
 from support.patience import PATIENCE_SECONDS, started
 from support.sample_logs import shared_data
@@ -98,7 +98,8 @@ def test_the_report_has_nine_systems(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_criteo_sample_in_quick_has_every_part(tmp_path: Path) -> None:
     log = shared_data("criteo/train.csv")
-    result = paper("--data", log, "--format", "criteo", "--out", tmp_path, "--quick")
+    fewer = ("--seeds", 1, "--study-seeds", 1, "--epochs", 1)
+    result = paper("--data", log, "--format", "criteo", "--out", tmp_path, "--quick", *fewer)
     assert result.exit_code == 0, result.output
     report = load_report(tmp_path)
     assert set(report["table2"]) == {system.title for system in MODELS.values()}
@@ -202,17 +203,9 @@ def test_a_damaged_outcome_is_named_and_repeated_once_deleted(kind: str, tmp_pat
 
 def begin(out: Path, *arguments: object) -> subprocess.Popen[str]:
     """Start the command in a process of its own."""
-    options = ("--device", "cpu", *SMALL_OPTIONS, "--out", str(out), *map(str, arguments))
-    # A process that a shell starts in the background ignores Ctrl-C, and so do its children.
-    restore_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(
-        [sys.executable, "-m", "stream_ctr", "paper", *options],
-        stderr=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=restore_ctrl_c,
-    )
-    return started(process)
+    options = ("--device", "cpu", *SMALL_OPTIONS, "--out", out, *arguments)
+    pipe = subprocess.PIPE
+    return started(forks.start("paper", *options, stderr=pipe, stdout=pipe, text=True))
 
 
 def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) -> None:
@@ -223,7 +216,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen[str]) ->
         time.sleep(0.01)
 
 
-WORK = ("--simulate", 8000, "--seeds", 1, "--epochs", 3, "--only", "table2,streaming")
+WORK = ("--simulate", 4000, "--seeds", 1, "--epochs", 3, "--only", "table2,streaming")
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +227,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outcomes", [0, 2, 8, 14])
+@pytest.mark.parametrize("outcomes", [0, 4, 12])
 def test_a_killed_command_resumes_and_reports_what_an_undisturbed_one_does(
     outcomes: int, tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support import forks
 from support.brokers import SASL_PASSWORD, SASL_USER, ApacheBroker
 from support.lineage import SMALL
 from support.patience import PATIENCE_SECONDS
@@ -122,12 +120,6 @@ def filled(template: list[str], login: list[str], places: dict[str, object]) -> 
 
 def output_of(arguments: list[str]) -> bytes:
     """Run a command at -vv and return its standard output and standard error."""
-    done = subprocess.run(
-        [sys.executable, "-m", "stream_ctr", "-vv", *arguments],
-        capture_output=True,
-        check=False,
-        timeout=PATIENCE_SECONDS,
-        env={**os.environ, "PYTHONUNBUFFERED": "1"},
-    )
+    done = forks.run("-vv", *arguments, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, (arguments[:2], done.stderr[-2000:])
-    return done.stdout + done.stderr
+    return (done.stdout + done.stderr).encode()

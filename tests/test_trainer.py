@@ -66,7 +66,7 @@ SEVERAL: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("partitions", "model"),
-    [(1, SMALL["model"]), (3, SMALL["model"]), (2, SEVERAL)],
+    [(3, SMALL["model"]), (2, SEVERAL)],
 )
 @pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +25,6 @@ from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.cpu_step import BatchStep, one_torch_thread
 from stream_ctr.learn.device import choose_device
-from stream_ctr.learn.gpu_online_step import GpuOnlineStep
-from stream_ctr.learn.gpu_step import GpuBatchStep, GpuStep
 from stream_ctr.learn.online_step import OnlineStep
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
@@ -33,6 +32,9 @@ from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 from stream_ctr.models import MODELS
 from stream_ctr.models.layers import Dropout
+
+if TYPE_CHECKING:
+    from stream_ctr.learn.gpu_step import GpuStep
 
 _DENSE = "dense."
 _ALIGNED = 8  # numbers of bfloat16 in 16 bytes
@@ -125,6 +127,10 @@ class NetworkLearner:
         if self.device.type == "cpu":
             step = OnlineStep if self.online else BatchStep
             return partial(step, self.model, self.table, self.adam, self.intercept, threads=threads)
+        # Triton takes a quarter of a second to import, and a run on the CPU does without it.
+        from stream_ctr.learn.gpu_online_step import GpuOnlineStep
+        from stream_ctr.learn.gpu_step import GpuBatchStep
+
         gpu_step = GpuOnlineStep if self.online else GpuBatchStep
         return partial(gpu_step, self.model, self.table, self.adam, self.intercept)
 

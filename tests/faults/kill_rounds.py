@@ -34,6 +34,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+from support import forks  # noqa: E402
 from support.brokers import ApacheBroker, find_kafka  # noqa: E402
 from support.lineage import (  # noqa: E402
     SMALL,
@@ -133,13 +134,8 @@ def kill_rounds(
             one_round(command, state, log, rng.uniform(*KILL_AFTER_SECONDS)) for _ in range(rounds)
         ]
     with log.open("ab") as output:
-        subprocess.run(
-            [*command, "--until-end"],
-            stderr=output,
-            stdout=output,
-            timeout=PATIENCE_SECONDS,
-            check=True,
-        )
+        drain = forks.start(*command, "--until-end", stderr=output, stdout=output)
+    assert drain.wait(PATIENCE_SECONDS) == 0, log.read_text()[-2000:]
     last = newest(state)
     assert last
     clean, clean_report = undisturbed(
@@ -158,7 +154,7 @@ def trainer_command(servers: str, topic: str, state: Path) -> list[str]:
         "snapshots.topic": f"{topic}.snapshots",
         "schedule.snapshot_examples": SNAPSHOT_EXAMPLES,
     }
-    command = [sys.executable, "-m", "stream_ctr", "run", "--topic", topic]
+    command = ["run", "--topic", topic]
     command += ["--bootstrap-servers", servers, "--state", str(state), *SMALL]
     for name, value in options.items():
         command += ["-X", f"{name}={value}"]
@@ -207,7 +203,7 @@ def _produce(
 def one_round(command: list[str], state: Path, log: Path, kill_after: float) -> Round:
     """Start the trainer, kill it this many seconds after it resumes, and look at what is left."""
     with log.open("ab") as output:
-        process = subprocess.Popen(command, stderr=output, stdout=output)
+        process = forks.start(*command, stderr=output, stdout=output)
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while not _resumes(process):
