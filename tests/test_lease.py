@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import signal
+import time
 import subprocess
 import sys
 from collections.abc import Callable
@@ -207,6 +208,7 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
     # It waits after the first snapshot, so that it is frozen before the end on any machine.
     frozen = start(state, log, *frequent, failpoint="learn.before:12=sleep:5")
     wait_until(lambda: (state / "latest.json").exists())
+    time.sleep(1)  # until it has let go of the lock that it holds to publish
     assert frozen.poll() is None
     os.kill(frozen.pid, signal.SIGSTOP)
     refused = start(state, log)
