@@ -167,7 +167,9 @@ def survive(
         assert trainer.terminate() == 0, trainer.output[-3000:]
     assert trainer.end.positions == ends
     assert trainer.drain() == 0, trainer.output[-3000:]
-    undisturbed = Trainer(produce_to, topic, directory / "undisturbed")
+    undisturbed = Trainer(
+        produce_to, topic, directory / "undisturbed", "snapshots.model_name=undisturbed"
+    )
     assert undisturbed.drain() == 0, undisturbed.output[-3000:]
     assert_alike(trainer, undisturbed)
     assert trainer.end.examples > EVENTS_A_SECOND

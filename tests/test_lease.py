@@ -6,10 +6,13 @@ import ctypes
 import json
 import os
 import signal
-import time
 import subprocess
 import sys
+<<<<<<< HEAD
 from collections.abc import Callable
+=======
+import time
+>>>>>>> main
 from pathlib import Path
 
 import pytest
