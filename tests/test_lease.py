@@ -8,11 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-<<<<<<< HEAD
-from collections.abc import Callable
-=======
 import time
->>>>>>> main
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
