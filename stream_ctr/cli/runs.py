@@ -405,6 +405,7 @@ def _encoding(
         first.parts,
         fields,
         most=first.most,
+        window_ms=in_milliseconds(config.join.label_window),
         numeric_encoding=features.numeric_encoding,
         buckets_per_octave=features.buckets_per_octave,
         max_record_bytes=limit,

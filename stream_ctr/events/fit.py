@@ -54,14 +54,16 @@ def fit_numbers(
     fields: Sequence[Field],
     *,
     most: int = 1000,
+    window_ms: int | None = None,
     numeric_encoding: NumericEncoding = "buckets",
     buckets_per_octave: float = 2.0,
     max_record_bytes: int = 1 << 20,
 ) -> Fitted:
     """Fit the encoding of the numeric fields to the first impressions in parts of a log.
 
-    At most `most` impressions of each part count, whether a record holds one or many. A field whose
-    numbers suit the logarithmic buckets has no edges.
+    At most `most` impressions of each part count, whether a record holds one or many. With
+    `window_ms`, those count that come before the first event of a time so much later than the first
+    impression's. A field whose numbers suit the logarithmic buckets has no edges.
 
     >>> records = [
     ...     b'{"kind":"impression","impression_id":"a","time":1735689600000,"features":'
@@ -74,9 +76,13 @@ def fit_numbers(
     """
     decoder = Decoder(fields, max_record_bytes=max_record_bytes)
     decoded = [decoder.decode(values)[0] for values in parts]
+    chosen = [_counted(events, most, window_ms) for events in decoded]
     numbers = {
         field.name: np.concatenate(
-            [_present(_first(events, field.name, most)) for events in decoded]
+            [
+                _present(_first(events, field.name, counted))
+                for events, counted in zip(decoded, chosen, strict=True)
+            ]
         )
         for field in fields
         if field.kind == "numeric"
@@ -135,17 +141,36 @@ def scale_of(x: Floats, numeric_encoding: NumericEncoding) -> float:
     return scale if np.isfinite(scale) and scale > 0 else 1.0
 
 
-def _first(events: Events, name: str, most: int) -> pa.DoubleArray:
-    """Return the field of the first impressions and examples, in the order of the records."""
-    impressions, examples = events.impressions, events.examples
-    columns = [part.features[name] for part in (impressions, examples) if len(part)]
-    if len(columns) < 2:
-        return (columns or [impressions.features[name]])[0][:most]
-    keys = [
-        np.concatenate([getattr(part, column) for part in (impressions, examples)])
-        for column in ("within", "row")
-    ]
-    return pa.concat_arrays(columns).take(pa.array(np.lexsort(keys)[:most]))
+def _counted(events: Events, most: int, window_ms: int | None) -> npt.NDArray[np.int64]:
+    """Return the indices of the first impressions and examples, in the order of the records.
+
+    The examples have the indices behind those of the impressions.
+    """
+    shown = (events.impressions, events.examples)
+    row, within, time = (
+        np.concatenate([getattr(part, name) for part in shown])
+        for name in ("row", "within", "time")
+    )
+    order = np.lexsort((within, row))
+    if window_ms is not None and len(order):
+        ends_ms = time[order[0]] + window_ms
+        later = [
+            (int(place[0]), int(place[1]))
+            for part in events.kinds
+            if (late := part.time >= ends_ms).any()
+            for place in [min(zip(part.row[late], part.within[late], strict=True))]
+        ]
+        if later:
+            end = min(later)
+            before = (row < end[0]) | ((row == end[0]) & (within < end[1]))
+            order = order[before[order]]
+    return order[:most]
+
+
+def _first(events: Events, name: str, counted: npt.NDArray[np.int64]) -> pa.DoubleArray:
+    """Return the field of the impressions and examples with these indices."""
+    columns = [part.features[name] for part in (events.impressions, events.examples)]
+    return pa.concat_arrays(columns).take(pa.array(counted))
 
 
 def _present(column: pa.DoubleArray) -> Floats:
