@@ -265,8 +265,9 @@ def test_records_are_read_with_the_schemas_of_a_real_registry(tmp_path: Path) ->
         with registry(tmp_path / "registry.log") as url:
             features = json.dumps({**FEATURES, "namespace": "ads"})
             register(url, "features", features)
+            other = {"features": ["null", "ads.Features"]}
             fields = [
-                {**field, "type": ["null", "ads.Features"]} if field["name"] == "features" else field
+                {**field, "type": other.get(field["name"], field["type"])}
                 for field in EVENT["fields"]
             ]
             text = json.dumps({**EVENT, "fields": fields})

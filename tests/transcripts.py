@@ -36,9 +36,7 @@ class Transcript:
         """Return the lines of an output that are shown."""
         found = (line.rstrip() for line in output.strip("\n").splitlines())
         return [
-            line
-            for line in found
-            if not (re.match(self.left_out, line) or re.match(_VARIES, line))
+            line for line in found if not (re.match(self.left_out, line) or re.match(_VARIES, line))
         ]
 
 
