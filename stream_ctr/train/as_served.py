@@ -58,6 +58,7 @@ MOST_COPIES = 4
 BEFORE_FIRST = "examples_before_publication"
 PASSED_OVER = "publications_passed_over"
 
+_EXAMPLES_BETWEEN_COPIES = 65_536
 # Few examples of a batch are scored, so the parts that they are computed in are small.
 _BATCH_SIZE = 1024
 _FILE_PREFIX = "served."
@@ -141,9 +142,6 @@ def stem_of(examples: int, name: str, published: str) -> str:
     ('served.4096.model', 'served.4096.ftrl.model')
     """
     return f"{_FILE_PREFIX}{examples}.{snapshot.stems(None if name == published else name)[0]}"
-
-
-_EXAMPLES_BETWEEN_COPIES = 65_536
 
 
 class AsServed:

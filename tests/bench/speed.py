@@ -293,7 +293,7 @@ def served(bench: Bench) -> Iterator[Comparison]:
             "stream_run",
             [*arguments, "-X", "metrics.served_share=0"],
         )
-        title = f"Kafka -> learned and measured, a snapshot in 5 s: {described(topic, stream)}"
+        title = f"Kafka -> learned and measured, a snapshot each 5 s: {described(topic, stream)}"
         goal = Goal("ours", least=0.85, times=without.name)
         contenders = [Program("ours", "stream_run", arguments), without]
         yield bench.compare("served", title, "events/s", contenders, goal, peer=without.name)
