@@ -18,10 +18,11 @@ from support.commands import command, own_topics, succeed
 from support.histories import Cut, Died, assert_equally_learned, cuts, learn
 from support.lineage import QUICK, Fingerprint, last_report, newest, published
 from support.manifests import edit_manifest
+from support.sample_logs import T
+from support.topics import sent
 from support.trainers import Partitions
 
 from stream_ctr import failpoint
-from stream_ctr.connectors import kafka
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.features import Hasher
 from stream_ctr.join.watermark import Watermarks
@@ -330,16 +331,6 @@ def joined(state: Path) -> dict[str, int]:
     }
 
 
-def sent(servers: str, topic: str, values: pa.LargeBinaryArray, partitions: int = 1) -> None:
-    client = kafka.client_options(servers, {})
-    kafka.ensure_topic(client, topic, partitions=partitions)
-    sink = kafka.KafkaSink(client)
-    for number in range(partitions):
-        for value in values.to_pylist()[number::partitions]:
-            sink.send(topic, value, partition=number)
-    sink.close()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dies_at", ["", "seam.before", "seam.after", "commit.after"])
 def test_a_log_then_a_topic_equal_one_log_of_both(
@@ -422,7 +413,31 @@ def test_a_topic_of_several_partitions_goes_on_after_a_log(
     assert "goes on after" not in again.output
 
 
-# -- logs of labelled rows, which wait for no click: their tests of the seam belong here ---------
+# -- logs of labelled rows, which wait for no click ----------------------------------------------
+
+
+LABELLED = [
+    part for name in ("time", "id", "label") for part in ("-X", f"input.columns.{name}={name}")
+]
+
+
+@pytest.mark.parametrize("keep_open", [True, False])
+def test_two_files_of_labelled_rows_equal_one_file_of_both(tmp_path: Path, keep_open: bool) -> None:
+    """With `--keep-open`, a batch that one file leaves unfilled is filled by the next."""
+    rows = [f"{1000 * row + T},r{row},{row % 3 // 2},a{row % 7},{row / 8}" for row in range(1000)]
+    for name, part in (("whole", rows), ("first", rows[:401]), ("second", rows[401:])):
+        (tmp_path / f"{name}.csv").write_text("\n".join(["time,id,label,app,price", *part]))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    succeed("run", "--source", tmp_path / "whole.csv", "--state", whole, *COMMAND, *LABELLED)
+    state = ["--state", parts, *COMMAND, *LABELLED]
+    kept = ["--keep-open"] if keep_open else []
+    succeed("run", "--source", tmp_path / "first.csv", *kept, *state)
+    succeed("run", "--source", tmp_path / "second.csv", *state)
+    ours, theirs = taken(parts), taken(whole)
+    assert ours.ledger == theirs.ledger
+    assert ours.ledger[0] == 1000
+    assert joined(parts) == joined(whole)
+    assert (ours.weights_sha256 == theirs.weights_sha256) == keep_open
 
 
 # -- the commands --------------------------------------------------------------------------------

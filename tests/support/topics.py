@@ -1,4 +1,4 @@
-"""Topics filled with simulated events through the sink."""
+"""Topics filled with records through the sink."""
 
 from __future__ import annotations
 
@@ -19,6 +19,16 @@ def produced(servers: str, topic: str, events: slice, partitions: int = 2) -> No
     ensure_topic(client, topic, partitions=partitions)
     with closing(KafkaSink(client)) as sink:
         sink.send_batch(topic, simulated(events.stop)[events])
+
+
+def sent(servers: str, topic: str, values: pa.LargeBinaryArray, partitions: int = 1) -> None:
+    """Send records to a topic, one to each partition in turn; it is created if it is missing."""
+    client = client_options(servers, {})
+    ensure_topic(client, topic, partitions=partitions)
+    with closing(KafkaSink(client)) as sink:
+        for number in range(partitions):
+            for value in values.to_pylist()[number::partitions]:
+                sink.send(topic, value, partition=number)
 
 
 def simulated(count: int) -> pa.LargeBinaryArray:
