@@ -12,11 +12,13 @@ from typing import Any
 
 import pytest
 from support.lineage import fingerprint
+from support.patience import PATIENCE_SECONDS
+from support.topics import produced
 from support.trainers import SMALL, Partitions, split, stream
 
 import stream_ctr
 from stream_ctr import Report, Scorer, Simulation, StopRequest, Subscriber, config, reports, run
-from stream_ctr.errors import ConfigError, DataError
+from stream_ctr.errors import ConfigError, DataError, StreamCtrError
 from stream_ctr.logs.log import Log
 from stream_ctr.snapshots import snapshot
 
@@ -95,6 +97,61 @@ def test_a_directory_is_resumed_with_the_configuration_that_it_keeps(tmp_path: P
     assert last.examples == 1000
     with pytest.raises(ConfigError, match="was made with embedding_dim = 4, not 8"):
         run({"model": {"embedding_dim": 8}}, source=log, state=tmp_path)
+
+
+def test_a_new_directory_begins_with_the_weights_of_another_run(tmp_path: Path) -> None:
+    first, then = Simulation(1500, seed=1), Simulation(1000, seed=2)
+    run(SECTIONS, source=first, state=tmp_path / "first")
+    last = run(
+        {"learn": {"batch_size": 64}},
+        source=then,
+        state=tmp_path / "then",
+        begin_from=tmp_path / "first",
+    )
+    assert last
+    assert last.examples == 1000
+    kept = snapshot.verify(newest(tmp_path / "then"))
+    assert kept.origin
+    assert kept.origin.examples == 1500
+    assert kept.config["learn"]["batch_size"] == 64
+    assert kept.config["model"]["embedding_dim"] == 4
+    with pytest.raises(ConfigError, match="another origin"):
+        run(source=then, state=tmp_path / "then", begin_from=tmp_path / "other")
+
+
+def test_a_run_replaces_the_one_that_it_is_told_to(
+    embedded_broker: str, topic: str, tmp_path: Path
+) -> None:
+    produced(embedded_broker, topic, slice(0, 1500))
+    own = {
+        "input": {"topic": topic, "bootstrap_servers": embedded_broker},
+        "snapshots": {"topic": f"{topic}.snapshots"},
+        "metrics": {"topic": ""},
+    }
+    sections = {**SECTIONS, **own}
+    first = run(sections, state=tmp_path / "first", until_end=True)
+    assert first
+    with pytest.raises(StreamCtrError, match=first.run):
+        run(sections, state=tmp_path / "second", until_end=True)
+    second = run(sections, state=tmp_path / "second", until_end=True, replace_run=first.run)
+    assert second
+    assert second.examples == first.examples
+    with stream_ctr.topic_pointers(sections) as pointers, Subscriber(pointers) as model:
+        assert model.wait(PATIENCE_SECONDS)
+        assert model.pointer
+        assert model.pointer.run == second.run
+
+
+@pytest.mark.parametrize(
+    ("replace_run", "problem"), [("7", "id of a run"), ("0" * 32, "a source has none")]
+)
+def test_a_run_that_cannot_be_replaced_is_an_error(
+    replace_run: str, problem: str, tmp_path: Path
+) -> None:
+    source = None if problem == "id of a run" else Simulation(10)
+    with pytest.raises(ConfigError, match=problem):
+        run(SECTIONS, source=source, state=tmp_path / "state", replace_run=replace_run)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.slow

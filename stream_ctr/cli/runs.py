@@ -118,6 +118,7 @@ def train_on_source(
     config: Config,
     lease: Lease,
     *,
+    beginning: Beginning | None = None,
     predictions: Path | None = None,
     caller: Caller | None = None,
 ) -> Report | None:
@@ -129,6 +130,7 @@ def train_on_source(
             config,
             lease.directory,
             config.features.fields() or None,
+            beginning=beginning,
             predictions=predictions,
             caller=caller,
         )

@@ -239,13 +239,13 @@ def score(
 ) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
-    Examples count as impressions; their label is not read. Records that are not events are skipped
-    with a warning. If none can be scored, the exit code is 5.
+    A log is read as the run read its logs, but needs no label, click, time or id. Records that are
+    not events are skipped with a warning. If none can be scored, the exit code is 5.
 
     \b
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
     """
-    from stream_ctr.cli.scores import Scores
+    from stream_ctr.cli.scores import Scores, scored_layout
     from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.signing import verifier
@@ -261,7 +261,7 @@ def score(
         path = newest
     scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
     scores = Scores(scorer)
-    for batch in log_format.open(log).batches():
+    for batch in log_format.open(log, layout=scored_layout(scorer)).batches():
         ids, probabilities = scores.of_records(batch.value)
         if ids:
             click.echo("\n".join(_score_lines(ids, probabilities, as_json=as_json)))

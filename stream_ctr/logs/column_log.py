@@ -50,6 +50,7 @@ _KIND_OF_SHAPE: Mapping[Shape, str] = {
     "examples": "example",
     "shown": "impression",
     "clicked": "click",
+    "unlabelled": "impression",
 }
 _IN_RANGE = "between 1973 and 2100"
 

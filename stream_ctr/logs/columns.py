@@ -19,10 +19,11 @@ from stream_ctr.logs.layout import ColumnNames, Layout
 from stream_ctr.logs.tables import Table
 from stream_ctr.messages import nearest, one_line
 
-Shape = Literal["events", "impressions", "examples", "shown", "clicked"]
+Shape = Literal["events", "impressions", "examples", "shown", "clicked", "unlabelled"]
 """What the rows of a file are.
 
 Of a pair of files, one has the impressions that were `shown`, the other those that were `clicked`.
+Rows that are `unlabelled` can only be scored.
 """
 
 TRUE_PROBABILITY = "true_probability"
@@ -75,6 +76,7 @@ _ROLES: Mapping[Shape, tuple[str, ...]] = {
     "examples": ("time", "id", "label", "features"),
     "shown": ("time", "id", "features", TRUE_PROBABILITY),
     "clicked": ("time", "id"),
+    "unlabelled": ("time", "id", "features", TRUE_PROBABILITY),
 }
 _REQUIRED: Mapping[Shape, tuple[str, ...]] = {
     "events": ("kind", "id", "time"),
@@ -82,6 +84,7 @@ _REQUIRED: Mapping[Shape, tuple[str, ...]] = {
     "examples": ("label",),
     "shown": ("id", "time"),
     "clicked": ("id", "time"),
+    "unlabelled": (),
 }
 
 
@@ -91,11 +94,11 @@ def find_columns(table: Table, layout: Layout, shape: Shape | None = None) -> Co
     Raises `ConfigError` when a named column does not exist, and `DataError` when a column is absent
     or cannot be what it should be.
     """
-    named = layout.columns
+    named = _present(layout.columns, table) if layout.only_scored else layout.columns
     for role in _ROLES[shape] if shape else named.__slots__:
         if name := getattr(named, role, ""):
             _require_column(table, name, f"input.columns.{role}")
-    shape = shape or _shape(table, named)
+    shape = shape or _shape(table, named, "unlabelled" if layout.only_scored else None)
     fields = {field.name for field in layout.fields}
     found = {}
     for role in _ROLES[shape]:
@@ -114,7 +117,13 @@ def find_columns(table: Table, layout: Layout, shape: Shape | None = None) -> Co
     return Columns(shape, **found)
 
 
-def _shape(table: Table, named: ColumnNames) -> Shape:
+def _present(named: ColumnNames, table: Table) -> ColumnNames:
+    """Return the names of columns that the table has."""
+    roles = {role: getattr(named, role) for role in named.__slots__}
+    return ColumnNames(**{role: name for role, name in roles.items() if name in table.types})
+
+
+def _shape(table: Table, named: ColumnNames, otherwise: Shape | None) -> Shape:
     """Return what the rows are: by the columns that are named, or else by those that exist."""
     kinds: tuple[tuple[str, Shape], ...] = (
         ("kind", "events"),
@@ -127,6 +136,8 @@ def _shape(table: Table, named: ColumnNames) -> Shape:
     for role, shape in kinds:
         if _default(table, role):
             return shape
+    if otherwise:
+        return otherwise
     raise DataError(
         f"{table.name} holds no events: there is no column of kinds, labels or click times; "
         "name it in [input.columns] as kind, label or click_time, or let `stream-ctr init` guess; "

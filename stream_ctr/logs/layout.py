@@ -33,7 +33,9 @@ class Layout:
     """What a file does not say about itself.
 
     `fields` are the features to read; without any, all columns that are nothing else. `delimiter`
-    and `column_names` are for CSV files; without the latter, the first line has the names.
+    and `column_names` are for CSV files; without the latter, the first line has the names. Rows
+    that are `only_scored` need no label, click, time or id: named columns may be absent, and rows
+    without a label are impressions.
     """
 
     columns: ColumnNames = ColumnNames()
@@ -41,6 +43,7 @@ class Layout:
     times: TimeFormat = TimeFormat()
     delimiter: str = ""
     column_names: tuple[str, ...] = ()
+    only_scored: bool = False
 
 
 PLAIN = Layout()

@@ -240,7 +240,7 @@ def _sniff(path: Path, layout: Layout, *, tables_only: bool) -> str:
             return name
     if first.lstrip().startswith((b"{", b"[")):
         objects = first_objects(path)
-        is_events = not tables_only and _are_events(objects, layout.columns)
+        is_events = not tables_only and _are_events(objects, layout)
         return EventLog.format if is_events else "json"
     binary = b"\0" in first and not first.startswith(UTF_16)
     if not (binary or tables_only or layout.columns or layout.column_names):
@@ -270,12 +270,14 @@ def _is_header(line: bytes) -> bool:
     return all(character.isprintable() or character in "\t\r" for character in text)
 
 
-def _are_events(objects: Sequence[Mapping[str, object]], named: ColumnNames) -> bool:
+def _are_events(objects: Sequence[Mapping[str, object]], layout: Layout) -> bool:
     """Return whether JSON objects are events of the wire format.
 
     They are if one has the members of an event or is a CloudEvent, unless other columns are named,
-    or if none can be read: then each line is a dead letter.
+    or if none can be read: then each line is a dead letter. Events are scored whatever the columns
+    of the run's own logs were.
     """
+    named = ColumnNames() if layout.only_scored else layout.columns
     names = (named.kind or "kind", named.id or "impression_id", named.time or "time")
     if set(names) != _EVENT_MEMBERS or named.label or named.click_time:
         return False
