@@ -851,7 +851,8 @@ def _explain(problem: ErrorDetails, layers: Mapping[str, Mapping[str, Any]]) -> 
         return f"{_unknown_key(location)}{place}"
     reason = _reason(problem)
     value = f"{problem['input']!r:.200}"
-    shown = "" if "got " in reason or value in reason or _NOT_SHOWN in reason else f", got {value}"
+    own = problem["type"] == "value_error" and value in reason  # a check of this module says it
+    shown = "" if own or "got " in reason or _NOT_SHOWN in reason else f", got {value}"
     return f"{'.'.join(location)}: {reason}{shown}{place}"
 
 

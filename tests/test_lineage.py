@@ -177,16 +177,16 @@ def test_a_second_run_on_a_topic_is_refused_until_it_is_told_to_replace_the_firs
     assert run("first")[0] == 0
     first = run_of(tmp_path / "first")
     code, message = run("second")
-    second = run_of(tmp_path / "second")
     assert code == 3
     assert f"is run {first}, whose newest snapshot is 0000" in message
     assert f"--replace-run {first}" in message
     assert "-X snapshots.model_name=NAME" in message
-    assert not (tmp_path / "second" / "reports.jsonl").exists()
+    assert not (tmp_path / "second").exists()
     kept = str(tmp_path / "served.run")
     assert served("--run-file", kept) == served() == first
 
     assert run("second", "--replace-run", first)[0] == 0
+    second = run_of(tmp_path / "second")
     assert served() == served("--run", second) == second
     refused = served("--run-file", kept, "--run", first)
     assert refused == first or f"is of run {second}, which replaces run {first}" in refused
