@@ -6,6 +6,7 @@ The columns have names of a shop that nothing here knows; the clicks depend on t
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ def shop(rows: range) -> pa.Table:
     time = BEGIN + np.asarray(rows) * np.timedelta64(SECONDS_BETWEEN, "s")
     return pa.table(
         {
-            "Auktion": [f"{row:08x}" for row in rows],
+            "Auktion_ID": [f"{row:08x}" for row in rows],
             "Zeitpunkt": [str(moment).replace("T", " ") for moment in time],
             "Kampagne": [f"k-{number}" for number in campaign],
             "regal": shelf,
@@ -51,7 +52,7 @@ def streamed(table: pa.Table) -> pa.LargeBinaryArray:
     """Return the rows as a producer's events: an impression each, and two seconds later a click."""
     events: list[dict[str, Any]] = []
     for row in table.to_pylist():
-        identity, time = row["Auktion"], row["Zeitpunkt"].replace(" ", "T")
+        identity, time = row["Auktion_ID"], row["Zeitpunkt"].replace(" ", "T")
         features = {name: row[name] for name in ("Kampagne", "regal", "Preis")}
         impression = {"kind": "impression", "impression_id": identity, "time": f"{time}Z"}
         events.append({**impression, "features": features})
@@ -116,3 +117,12 @@ def test_a_file_a_folder_and_a_topic_that_init_never_saw_teach_one_model(
     assert taken
     assert Path(told.read_text()).name == pointer.snapshot
     assert taken.ledger[0] == total
+
+    new = tmp_path / "neu.csv"
+    pa.csv.write_csv(shop(range(total, total + 50)).drop_columns(["geklickt"]), new)
+    config = tmp_path / "score.toml"
+    config.write_text(re.sub(r"(?m)^delimiter = .*$", "", written.read_text()))
+    scored = succeed("score", "--snapshot", tmp_path / "state", "--config", config, new)
+    assert [line.split("\t")[0] for line in scored.stdout.splitlines()] == [
+        f"{number:08x}" for number in range(total, total + 50)
+    ]

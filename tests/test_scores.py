@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 import pytest
 from click.testing import CliRunner, Result
-from support.served import served, write_served
+from support.served import served
 
 from stream_ctr.cli.main import main
 from stream_ctr.snapshots.scorer import Scorer
@@ -141,8 +141,15 @@ def test_clicks_alone_are_nothing_to_score(served: Path) -> None:
 
 # -- tables, whose columns the run named ---------------------------------------------------------
 
-COLUMNS = {"time": "at", "id": "request", "label": "bought"}
-NAMED = {"input": {"columns": COLUMNS, "time_zone": "UTC"}}
+NAMED = """
+[input]
+time_zone = "UTC"
+
+[input.columns]
+time = "at"
+id = "request"
+label = "bought"
+"""
 TABLE = """request,at,app,age,os,bought
 r1,2025-01-01 10:00:00,maps,31,,1
 r2,2025-01-02 10:00:00,,2,a,0
@@ -150,42 +157,44 @@ r2,2025-01-02 10:00:00,,2,a,0
 TABLE_FEATURES = [{"app": "maps", "age": 31}, {"age": 2, "os": "a"}]
 
 
+def score_log(snapshot: Path, log: Path) -> Result:
+    config = snapshot.parent / "my.toml"
+    config.write_text(NAMED)
+    given = ["score", str(log), "--snapshot", str(snapshot), "--config", str(config)]
+    return CliRunner().invoke(main, given)
+
+
 @pytest.mark.parametrize("without", ["", "bought", "at", "at,bought"])
 def test_a_table_is_read_by_the_columns_of_the_run_and_needs_no_label(
-    tmp_path: Path, without: str
+    served: Path, tmp_path: Path, without: str
 ) -> None:
-    path = write_served(tmp_path / "snapshots", config=NAMED)
     table = pa.csv.read_csv(io.BytesIO(TABLE.encode()))
     pa.csv.write_csv(table.drop_columns(without.split(",") if without else []), tmp_path / "a.csv")
-    result = CliRunner().invoke(main, ["score", str(tmp_path / "a.csv"), "--snapshot", str(path)])
+    result = score_log(served, tmp_path / "a.csv")
     assert (result.exit_code, result.stderr) == (0, "")
-    expected = Scorer(path).predict(TABLE_FEATURES)
+    expected = Scorer(served).predict(TABLE_FEATURES)
     assert list(printed(result).items()) == list(zip(("r1", "r2"), expected, strict=True))
 
 
-def test_rows_without_an_id_are_scored_under_the_names_of_the_file(tmp_path: Path) -> None:
-    path = write_served(tmp_path / "snapshots", config=NAMED)
+def test_rows_without_an_id_are_scored_under_the_names_of_the_file(
+    served: Path, tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_text("app,age,os\nmaps,31,\n,2,a\n")
-    result = CliRunner().invoke(main, ["score", str(tmp_path / "a.csv"), "--snapshot", str(path)])
-    assert list(printed(result).values()) == Scorer(path).predict(TABLE_FEATURES).tolist()
+    result = score_log(served, tmp_path / "a.csv")
+    assert list(printed(result).values()) == Scorer(served).predict(TABLE_FEATURES).tolist()
     assert all(name.startswith("a.csv#") for name in printed(result))
 
 
-def test_events_are_scored_whatever_the_columns_of_the_run_were(tmp_path: Path) -> None:
-    path = write_served(tmp_path / "snapshots", config=NAMED)
+def test_events_are_scored_whatever_columns_are_named(served: Path, tmp_path: Path) -> None:
     log = tmp_path / "events.jsonl"
     log.write_text("".join(f"{json.dumps(event)}\n" for event in GOOD))
-    result = CliRunner().invoke(main, ["score", str(log), "--snapshot", str(path)])
-    assert list(printed(result)) == ["i1", "i2", "i3"]
+    assert list(printed(score_log(served, log))) == ["i1", "i2", "i3"]
     log.write_text(f"{json.dumps(impression(4, ap='maps'))}\n")
-    result = CliRunner().invoke(main, ["score", str(log), "--snapshot", str(path)])
-    assert "there is no field 'ap'; did you mean 'app'?" in result.stderr
+    assert "there is no field 'ap'; did you mean 'app'?" in score_log(served, log).stderr
 
 
-def test_a_table_without_a_field_of_the_model_is_refused(tmp_path: Path) -> None:
-    path = write_served(tmp_path / "snapshots", config=NAMED)
+def test_a_table_without_a_field_of_the_model_is_refused(served: Path, tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("ap,age,os\nmaps,31,\n")
-    result = CliRunner().invoke(main, ["score", str(tmp_path / "a.csv"), "--snapshot", str(path)])
+    result = score_log(served, tmp_path / "a.csv")
     assert result.exit_code == 3
-    assert "no column of" in result.stderr
     assert "did you mean 'ap'?" in result.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -11,11 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stream_ctr.cli.assembly import log_layout
-from stream_ctr.config import load
 from stream_ctr.errors import DataError, InvalidFeatures
 from stream_ctr.events.decoder import Decoder, Events, Impressions, Rejections
-from stream_ctr.logs.layout import Layout
 from stream_ctr.messages import one_line, printable
 from stream_ctr.snapshots.scorer import Scorer
 
@@ -24,12 +20,6 @@ class _Impression(NamedTuple):
     row: int
     impression_id: str
     features: dict[str, object]
-
-
-def scored_layout(scorer: Scorer) -> Layout:
-    """Return the layout of logs that the run of this snapshot had, for rows without a label."""
-    layout = log_layout(load(base=scorer.manifest.config, environ={}))
-    return replace(layout, fields=scorer.fields, only_scored=True)
 
 
 class Scores:

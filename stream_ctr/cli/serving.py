@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,11 +21,13 @@ import msgspec
 from stream_ctr.cli import voice
 from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
+    CONFIG_OPTION,
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
     GivenPath,
     LogFormat,
     Settings,
+    load_config,
     log_options,
     settings_options,
 )
@@ -226,6 +229,7 @@ def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
     "missing and count them.",
 )
 @JSON_OPTION
+@CONFIG_OPTION
 @log_options
 def score(
     *,
@@ -235,17 +239,21 @@ def score(
     public_key: Path | None,
     on_invalid: OnInvalid,
     as_json: bool,
+    config_path: Path | None,
     log_format: LogFormat,
 ) -> None:
     """Print the click probability of each impression in EVENTS: its id, a tab, the probability.
 
-    A log is read as the run read its logs, but needs no label, click, time or id. Records that are
-    not events are skipped with a warning. If none can be scored, the exit code is 5.
+    A table is read by the columns that --config names, as `run` reads it, but needs no label,
+    click, time or id. Records that are not events are skipped with a warning. If none can be
+    scored, the exit code is 5.
 
     \b
+    stream-ctr score --snapshot state --config my.toml new.csv
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
     """
-    from stream_ctr.cli.scores import Scores, scored_layout
+    from stream_ctr.cli.assembly import log_layout
+    from stream_ctr.cli.scores import Scores
     from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.signing import verifier
@@ -260,8 +268,10 @@ def score(
             )
         path = newest
     scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
+    config, _ = load_config(config_path, ())
+    layout = replace(log_layout(config), fields=scorer.fields, only_scored=True)
     scores = Scores(scorer)
-    for batch in log_format.open(log, layout=scored_layout(scorer)).batches():
+    for batch in log_format.open(log, layout=layout).batches():
         ids, probabilities = scores.of_records(batch.value)
         if ids:
             click.echo("\n".join(_score_lines(ids, probabilities, as_json=as_json)))

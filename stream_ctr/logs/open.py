@@ -274,8 +274,8 @@ def _are_events(objects: Sequence[Mapping[str, object]], layout: Layout) -> bool
     """Return whether JSON objects are events of the wire format.
 
     They are if one has the members of an event or is a CloudEvent, unless other columns are named,
-    or if none can be read: then each line is a dead letter. Events are scored whatever the columns
-    of the run's own logs were.
+    or if none can be read: then each line is a dead letter. Events can be scored whatever columns
+    are named.
     """
     named = ColumnNames() if layout.only_scored else layout.columns
     names = (named.kind or "kind", named.id or "impression_id", named.time or "time")
