@@ -55,9 +55,12 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.pluginmanager.has_plugin("_cov"):
         _compile_untraced()
     # Hypothesis draws the same examples in every run, and without deadlines; with --faults it draws
-    # different ones.
+    # more and different ones.
+    anew = bool(config.getoption("--faults"))
     patient: dict[str, Any] = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-    settings.register_profile("tests", derandomize=not config.getoption("--faults"), **patient)
+    settings.register_profile(
+        "tests", derandomize=not anew, max_examples=100 if anew else 40, **patient
+    )
     settings.load_profile("tests")
 
 

@@ -12,7 +12,7 @@ from stream_ctr.join.join_arrays import IdIndex, WaitingClicks, pending_pool
 from stream_ctr.join.join_state import LEFT
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     st.lists(
         st.tuples(st.sets(st.integers(0, 300), min_size=1, max_size=60), st.integers(0, 100)),

@@ -45,7 +45,7 @@ def no_features(n: int) -> Array:
     injected="every disorder, interleaving and repetition that hypothesis finds, "
     "against a reading of the definition",
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(logs_with_polls())
 def test_examples_are_those_of_the_definition_however_polls_interleave(
     case: tuple[Log, list[Poll]],
@@ -65,7 +65,7 @@ def test_examples_are_those_of_the_definition_however_polls_interleave(
     assert counts["clicks_joined"] == sum(label for *_, label in rows)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(logs_with_polls())
 def test_a_restart_from_the_state_after_any_poll_changes_nothing(
     case: tuple[Log, list[Poll]],

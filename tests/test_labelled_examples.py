@@ -56,7 +56,7 @@ def labelled(ids: Sequence[int], time: Sequence[int], label: Sequence[int]) -> L
 # -- the joiner ----------------------------------------------------------------------------------
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(logs_with_polls(MIXED), st.sampled_from([3, 1 << 16]))
 def test_examples_leave_in_one_order_with_the_joined_ones_however_polls_interleave(
     case: tuple[Log, list[Poll]], at_most: int
@@ -75,7 +75,7 @@ def test_examples_leave_in_one_order_with_the_joined_ones_however_polls_interlea
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(logs_with_polls(MIXED))
 def test_a_restart_from_the_state_after_any_poll_changes_nothing(
     case: tuple[Log, list[Poll]],
@@ -87,7 +87,7 @@ def test_a_restart_from_the_state_after_any_poll_changes_nothing(
     assert straight_joiner.counts() == resumed_joiner.counts()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(logs_with_polls(MIXED), st.booleans())
 def test_spilling_changes_neither_examples_nor_order(
     case: tuple[Log, list[Poll]], restart: bool

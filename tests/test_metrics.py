@@ -90,7 +90,7 @@ def test_auc_and_logloss_agree_with_scikit_learn_within_the_stated_bound() -> No
         assert summary.count == 5000
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.floats(-40, 40), st.booleans()), min_size=1, max_size=60))
 def test_the_auc_error_bound_holds_by_counting_pairs(rows: list[tuple[float, bool]]) -> None:
     logits = np.array([s for s, _ in rows])

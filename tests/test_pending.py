@@ -50,7 +50,7 @@ def test_ids_of_any_width_are_unchanged_in_the_examples(id_bits: int) -> None:
 # -- on disk -------------------------------------------------------------------------------------
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(logs_with_polls(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 5), st.booleans())
 @pytest.mark.slow
 def test_spilling_changes_no_example_no_label_no_order_and_no_other_counter(

@@ -759,7 +759,7 @@ spoils = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(
     a_batch(),
     spoils,
@@ -808,7 +808,7 @@ COMPACTED = Batch(
 EMPTY = replace(COMPACTED, records=[], last_offset_delta=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=50)
 @example([COMPACTED, EMPTY, EMPTY], [(0.5, 0, b"\x00")], 1, False)  # nothing to read, then damage
 @given(st.lists(a_batch(), max_size=3), spoils, st.integers(0, 400), st.booleans())
 @pytest.mark.slow
