@@ -84,6 +84,27 @@ def events(path: Path, config: Config) -> list[dict[str, Any]]:
     return [json.loads(value) for batch in log.batches() for value in batch.value.to_pylist()]
 
 
+@pytest.mark.parametrize("words", [("no", "yes"), ("N", "Y"), ("f", "t"), ("False", "TRUE")])
+def test_labels_are_words_too(tmp_path: Path, words: tuple[str, str]) -> None:
+    labels = [words[label] for label in columns()["clicked"]]
+    config, result = init(as_csv(tmp_path / "log.csv", columns(clicked=labels)))
+    assert config.input.columns.label == "clicked"
+    read = events(tmp_path / "log.csv", config)
+    assert [event["label"] for event in read] == columns()["clicked"]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_code"), [("ad", True), ("lastCampaign", True), ("ads", False), ("age", False)]
+)
+def test_whole_numbers_are_codes_if_the_name_says_what_they_number(
+    tmp_path: Path, name: str, is_code: bool
+) -> None:
+    numbers = [row % 60 for row in range(ROWS)]
+    config, _ = init(as_csv(tmp_path / "log.csv", columns(**{name: numbers})))
+    assert (name in config.features.categorical) == is_code
+    assert (name in config.features.numeric) == (not is_code)
+
+
 CATEGORICAL = ("userId", "zip", "stadt", "position")
 NUMERIC = ("price", "visits")
 

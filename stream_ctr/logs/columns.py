@@ -31,16 +31,8 @@ _SHOWN_COLUMNS = 12
 _LARGEST_WHOLE = float(1 << 53)
 _MISSING_NUMBERS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", "none", "\\N", "-")
 _LABELS: Mapping[str, int] = {
-    "0": 0,
-    "1": 1,
-    "0.0": 0,
-    "1.0": 1,
-    "false": 0,
-    "true": 1,
-    "False": 0,
-    "True": 1,
-    "FALSE": 0,
-    "TRUE": 1,
+    **dict.fromkeys(("0", "0.0", "false", "f", "no", "n"), 0),
+    **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y"), 1),
 }
 
 
@@ -310,11 +302,12 @@ def _typed_field(table: Table, name: str, kind: pa.DataType | None) -> Field:
 def labels(column: pa.Array) -> pa.Int8Array:
     """Return labels as 0 and 1. Raises `pa.ArrowInvalid` for any other value; null stays null.
 
-    >>> labels(pa.array(["1", "0.0", None, "true"])).to_pylist()
-    [1, 0, None, 1]
+    >>> labels(pa.array(["1", "0.0", None, "true", "No"])).to_pylist()
+    [1, 0, None, 1, 0]
     """
     texts = as_text(column)
-    index = pc.index_in(pc.utf8_trim_whitespace(texts), value_set=pa.array(list(_LABELS)))
+    words = pc.utf8_lower(pc.utf8_trim_whitespace(texts))
+    index = pc.index_in(words, value_set=pa.array(list(_LABELS)))
     if index.null_count > texts.null_count:
         raise pa.ArrowInvalid("not 0 or 1")
     return pa.array(list(_LABELS.values()), pa.int8()).take(index)

@@ -6,8 +6,8 @@ A guess goes by the values first and by the name second, and gives its reason. T
   need a name that says time, because an id may look like one.
 - *Kind*: all values are `impression`, `click` or `example`.
 - *Click time*: a second time that is missing in some rows, or whose name says click.
-- *Label*: the values are 0 and 1, or false and true; of several such columns, the one whose name
-  says so.
+- *Label*: the values are 0 and 1, false and true, or no and yes; of several such columns, the one
+  whose name says so.
 - *Id*: the name says id of an impression, an event or a row, and no two rows share a value.
 - *Fields*: every other column that has more than one value. Text, booleans, ids, codes, whole
   numbers of 9 digits or more and whole numbers with few values are categorical; other numbers are
@@ -66,6 +66,9 @@ _ID_WORDS = frozenset(("id", "uuid", "guid", "key"))
 _EVENT_WORDS = frozenset(("impression", "imp", "event", "request", "row", "view", "show", "ad"))
 _CODE_WORDS = frozenset(
     ("id", "ids", "code", "key", "hash", "zip", "zipcode", "postcode", "type", "category", "class")
+    + ("user", "customer", "visitor", "ad", "creative", "campaign", "advertiser", "publisher")
+    + ("site", "app", "page", "slot", "placement", "item", "product", "brand", "shop", "seller")
+    + ("device", "browser", "os", "carrier", "country", "region", "city", "segment", "channel")
 )
 
 
