@@ -268,6 +268,19 @@ def test_a_busy_machine_measures_quality_and_no_speed() -> None:
     assert "| **defaults** (batch 4,096) |  | " in frontier_page.log_table(group)
 
 
+def test_contenders_that_are_measured_later_join_those_of_the_case() -> None:
+    later = {**example_case(0), "command": "another", "busy": True}
+    later["results"] = [result("Vowpal Wabbit", 1.0, 0.2), result("batch 64", 2.0, 0.3)]
+    case = frontier.merged(example_case(0), later)
+    figures = {each["contender"]: each.get("events_per_second") for each in case["results"]}
+    assert list(figures)[:2] == ["defaults", "batch 64"]
+    assert (figures["batch 64"], figures["Vowpal Wabbit"], figures["defaults"]) == (2.0, 1.0, 1000)
+    assert case["busy"]
+    text = frontier_page.block([case], None, None)
+    assert "a machine: `a command`" in text
+    assert "a machine: `another`" in text
+
+
 def test_the_rate_that_is_best_in_hindsight_has_a_row_if_it_is_another() -> None:
     case = example_case(0)
     case["results"][-1]["options"] = ["-l", "1"]

@@ -592,7 +592,10 @@ def arguments_parser() -> argparse.ArgumentParser:
     parser.add_argument("--missing", action="store_true", help="only what the JSON file lacks")
     parser.add_argument("--busy", action="store_true", help="measure no events/s")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="contenders with this in the name"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="contenders with this in the name; in the JSON file, the others of a case stay",
     )
     parser.add_argument(
         "--render", action="store_true", help="measure nothing, only write the page"
@@ -620,12 +623,34 @@ def main() -> None:
     kept = {each["name"]: each for each in _kept(arguments.json)}
     if not arguments.render:
         for found in measure(arguments, kept if arguments.missing else {}, command):
-            kept[found["name"]] = found
+            earlier = kept.get(found["name"]) if arguments.only else None
+            kept[found["name"]] = merged(earlier, found) if earlier else found
             if arguments.json:
                 keep(list(kept.values()), arguments.json)
     if not kept:
         sys.exit("nothing was measured")
     render(list(kept.values()), arguments)
+
+
+def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a case with the new results in place of earlier ones of the same contenders.
+
+    `earlier` holds the machine and the command of those that stay.
+    """
+    results = {each["contender"]: each for each in (*earlier["results"], *found["results"])}
+    order = [*(each.name for each in ours()), *results]
+    first = sorted(results, key=order.index)
+    busy = bool(earlier.get("busy") or found.get("busy"))
+    records = [
+        *earlier.get("earlier", []),
+        {name: earlier[name] for name in ("machine", "command")},
+    ]
+    return {
+        **found,
+        "earlier": records,
+        "results": [results[name] for name in first],
+        "busy": busy,
+    }
 
 
 def render(cases: Sequence[Mapping[str, Any]], arguments: argparse.Namespace) -> None:

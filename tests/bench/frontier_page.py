@@ -144,7 +144,8 @@ def block(cases: Sequence[Case], figure: Path | None = None, page: Path | None =
     if figure:
         link = figure.name if page and page.parent == figure.parent else str(figure)
         picture = [f"![Logloss above exact FTRL's against events/s, a panel for each log]({link})"]
-    sources = sorted({f"{case['machine']}: `{case['command']}`" for case in cases})
+    records = [record for case in cases for record in (case, *case.get("earlier", []))]
+    sources = sorted({f"{record['machine']}: `{record['command']}`" for record in records})
     return "\n\n".join([*picture, goals_table(found), *map(log_block, found), *sources])
 
 
