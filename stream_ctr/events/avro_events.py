@@ -83,6 +83,14 @@ class Schemas(Protocol):
     def by_fingerprint(self, fingerprint: int) -> WrittenSchema | None: ...
 
 
+class SchemasUnavailable(Exception):
+    """Raised when the source of the schemas raised `error`: nothing is known about the record."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Framing(NamedTuple):
     """The bytes that a record begins with, and the type of the number of its schema after them."""
 
@@ -246,10 +254,12 @@ class AvroReader:
         """Return the schema of a frame, or why there is none."""
         if self.schemas is None:
             return f"{frame}: input.schema_registry or input.schema_folder is needed to read it"
-        if frame.framing is SINGLE_OBJECT:
-            written = self.schemas.by_fingerprint(frame.number)
-        else:
-            written = self.schemas.by_id(frame.number)
+        is_single = frame.framing is SINGLE_OBJECT
+        find = self.schemas.by_fingerprint if is_single else self.schemas.by_id
+        try:
+            written = find(frame.number)
+        except Exception as error:
+            raise SchemasUnavailable(error) from error
         return written or f"{frame}: {self.schemas.name} has no such schema"
 
     def _program(self, frame: Frame, written: WrittenSchema) -> Program:

@@ -11,7 +11,6 @@ import pyarrow as pa
 from stream_ctr.errors import DataError
 from stream_ctr.events.arrow_events import feature_types, is_arrow, read_batches
 from stream_ctr.events.field import Field
-from stream_ctr.events.parsed_events import InvalidRecord
 
 # A feature of fewer impressions is a slip of one producer, and would be a row of the model for as
 # long as the model lives.
@@ -119,6 +118,8 @@ def _json_type_counts(value: bytes | None) -> Iterator[_TypeCounts]:
 def _arrow_type_counts(value: bytes, max_record_bytes: int) -> Iterator[_TypeCounts]:
     try:
         batches = read_batches(pa.py_buffer(value), max_record_bytes=max_record_bytes)
-        yield from (feature_types(batch) for batch in batches)
-    except InvalidRecord:
+        yield from [feature_types(batch) for batch in batches]
+    except MemoryError:
+        raise
+    except Exception:  # the decoder will reject the record, and say why
         return
