@@ -488,19 +488,15 @@ BAD_RECORDS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
-POOLS: list[pa.MemoryPool] = []
-"""The pools of `peak_bytes`. Arrow asks that a pool outlives what it has allocated."""
-
-
 def peak_bytes(run: Callable[[], object]) -> int:
     """Return the most bytes that Arrow and Python allocate while this runs."""
     pool = pa.default_memory_pool()
-    POOLS.append(pa.proxy_memory_pool(pool))
-    pa.set_memory_pool(POOLS[-1])
+    measured = pa.system_memory_pool()  # which nothing else uses here
+    pa.set_memory_pool(measured)
     tracemalloc.start()
     try:
         run()
-        return tracemalloc.get_traced_memory()[1] + (POOLS[-1].max_memory() or 0)
+        return tracemalloc.get_traced_memory()[1] + (measured.max_memory() or 0)
     finally:
         tracemalloc.stop()
         pa.set_memory_pool(pool)

@@ -52,8 +52,8 @@ from stream_ctr.messages import one_line
 MOST_EVENTS = 1 << 20
 """The most events of a record: their order within it has 20 bits."""
 
-# What a record may take once it is unfolded: this many times `max_record_bytes`, and this many times
-# its own size, because one poll brings many small records. A record of good events that compress
+# What a record may take once it is unfolded: this many times `max_record_bytes`, and this many
+# times its own size, because one poll brings many small records. A record of good events that compress
 # well takes about 40 times its size, a record made to exhaust memory takes thousands.
 _UNFOLDED_TO_LIMIT = 16
 _UNFOLDED_TO_SIZE = 64

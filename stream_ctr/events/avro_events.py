@@ -36,6 +36,7 @@ from stream_ctr.events.avro_scan import (
     Values,
 )
 from stream_ctr.events.avro_schema import Program, UnusableSchema, compile_schema
+from stream_ctr.events.defects import SchemasUnavailable
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import FIRST_FEATURE
 from stream_ctr.events.parsed_events import EXAMPLE, ParsedEvents, Rejection, kind_codes
@@ -81,14 +82,6 @@ class Schemas(Protocol):
 
     def by_id(self, id: int) -> WrittenSchema | None: ...
     def by_fingerprint(self, fingerprint: int) -> WrittenSchema | None: ...
-
-
-class SchemasUnavailable(Exception):
-    """Raised when the source of the schemas raised `error`: nothing is known about the record."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Framing(NamedTuple):
@@ -160,7 +153,7 @@ class AvroReader:
         names = [field.name.encode() for field in self.fields]
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._name_ends = np.cumsum([0, *map(len, names)])
-        self._programs: dict[Frame, Program] = {}
+        self._programs: dict[Frame, Program | str] = {}  # or why there is none
 
     def read(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
@@ -266,12 +259,17 @@ class AvroReader:
         if written.type != "AVRO":
             raise UnusableSchema(f"{written.type} is not supported, only AVRO and JSON are")
         if frame not in self._programs:
-            self._programs[frame] = compile_schema(
-                written.text,
-                [field.name for field in self.fields],
-                references=written.references,
-            )
-        return self._programs[frame]
+            names = [field.name for field in self.fields]
+            try:
+                program = compile_schema(written.text, names, references=written.references)
+            except UnusableSchema as error:
+                self._programs[frame] = str(error)
+                raise
+            self._programs[frame] = program
+        known = self._programs[frame]
+        if isinstance(known, str):
+            raise UnusableSchema(known)
+        return known
 
     def _events(
         self, spans: ByteSpans, rows: npt.NDArray[np.int64], frame: Frame, program: Program

@@ -40,7 +40,8 @@ import pyarrow.compute as pc
 
 from stream_ctr.events import cloud_events
 from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
-from stream_ctr.events.avro_events import AvroReader, Schemas, SchemasUnavailable, is_framed
+from stream_ctr.events.avro_events import AvroReader, Schemas, is_framed
+from stream_ctr.events.defects import defects_as_invalid
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
 from stream_ctr.events.parsed_events import (
@@ -51,7 +52,6 @@ from stream_ctr.events.parsed_events import (
     InvalidRecord,
     ParsedEvents,
     Rejection,
-    undecodable,
 )
 from stream_ctr.events.times import DETECTED, EARLIEST_MS, LATEST_MS, TimeFormat
 
@@ -64,8 +64,6 @@ _LEAST_DEAD_LETTER_BYTES = 1 << 16
 _NO_LIMIT = np.iinfo(np.int64).max
 _GOOD = -1
 _RECORD_REJECTED = -2
-
-_NO_DEFECT = (MemoryError, SchemasUnavailable)  # errors that are no fault of a record
 
 Mask = npt.NDArray[np.bool_]
 Format = Literal["auto", "json", "arrow", "avro"]
@@ -201,13 +199,10 @@ class Decoder:
         rejected with the reason `undecodable`. What is raised is a lack of memory, or the error of
         `schemas`.
         """
-        with _raising_errors_of_schemas():
-            try:
-                return self._decode(values, received)
-            except _NO_DEFECT:
-                raise
-            except Exception:
-                return self._decode_around_defects(values, received)
+        try:
+            return self._decode(values, received)
+        except InvalidRecord:
+            return self._decode_around_defects(values, received)
 
     def _decode_around_defects(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None
@@ -232,15 +227,14 @@ class Decoder:
         """Yield which of the records at `rows` make a reader raise when each is read alone."""
         try:
             self._decode(values.take(pa.array(rows)), None if received is None else received[rows])
-        except _NO_DEFECT:
-            raise
-        except Exception as error:
+        except InvalidRecord as error:
             if len(rows) == 1:
-                yield int(rows[0]), undecodable(error)
+                yield int(rows[0]), error
                 return
             for half in np.array_split(rows, 2):
                 yield from self._defects(values, received, half)
 
+    @defects_as_invalid()
     def _decode(
         self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None
     ) -> tuple[Events, Rejections]:
@@ -282,15 +276,11 @@ class Decoder:
             return values
         records = values.to_pylist()
         for row in np.flatnonzero(framed | wrapped).tolist():
-            with _raising_errors_of_schemas():
-                try:
-                    records[row] = self._plain(records[row], is_framed=framed[row])
-                except _NO_DEFECT:
-                    raise
-                except Exception:
-                    continue
+            with contextlib.suppress(InvalidRecord):
+                records[row] = self._plain(records[row], is_framed=framed[row])
         return pa.array(records, pa.large_binary())
 
+    @defects_as_invalid()
     def _plain(self, value: bytes, *, is_framed: bool) -> bytes:
         return self._avro.plain(value) if is_framed else cloud_events.unwrap(value) or value
 
@@ -338,15 +328,6 @@ class Decoder:
             return np.full(len(parsed), _NO_LIMIT)
         times = received[parsed.row]
         return np.where(times >= 0, times + self.max_ahead_ms, _NO_LIMIT)
-
-
-@contextlib.contextmanager
-def _raising_errors_of_schemas() -> Iterator[None]:
-    """Raise the error of the schemas' source as it is."""
-    try:
-        yield
-    except SchemasUnavailable as unavailable:
-        raise unavailable.error from None
 
 
 # -- the rules -----------------------------------------------------------------------------------

@@ -7,10 +7,8 @@ the events of both formats.
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,15 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from stream_ctr.messages import one_line
-
 IMPRESSION = 0
 CLICK = 1
 EXAMPLE = 2
 UNKNOWN_KIND = -1
 KINDS = ("impression", "click", "example")
 _KINDS = pa.array(KINDS)
-_PACKAGE = Path(__file__).parent.parent
 
 
 class InvalidRecord(Exception):
@@ -39,21 +34,6 @@ class InvalidRecord(Exception):
         super().__init__(message)
         self.reason = reason
         self.message = message
-
-
-def undecodable(error: Exception) -> InvalidRecord:
-    """Return the reason to reject a record for which a decoder raised an error of no kind of ours.
-
-    It is a defect of the decoder or of a library, and names the class and where it was raised.
-
-    >>> undecodable(ValueError("buffer size")).message
-    'the decoder raised ValueError: buffer size'
-    """
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents]
-    where = f" ({Path(places[-1].filename).name}:{places[-1].lineno})" if places else ""
-    message = f"the decoder raised {type(error).__name__}{where}: {one_line(error)}"
-    return InvalidRecord("undecodable", message)
 
 
 class Rejection(NamedTuple):
