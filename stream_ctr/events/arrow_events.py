@@ -53,8 +53,8 @@ MOST_EVENTS = 1 << 20
 """The most events of a record: their order within it has 20 bits."""
 
 # What a record may take once it is unfolded: this many times `max_record_bytes`, and this many
-# times its own size, because one poll brings many small records. A record of good events that compress
-# well takes about 40 times its size, a record made to exhaust memory takes thousands.
+# times its own size, because one poll brings many small records. A record of good events that
+# compress well takes about 40 times its size, a record made to exhaust memory takes thousands.
 _UNFOLDED_TO_LIMIT = 16
 _UNFOLDED_TO_SIZE = 64
 _LEAST_ROOM_BYTES = 1 << 17  # any record may take this much
