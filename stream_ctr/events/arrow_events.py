@@ -58,6 +58,7 @@ MOST_EVENTS = 1 << 20
 _UNFOLDED_TO_LIMIT = 16
 _UNFOLDED_TO_SIZE = 64
 _LEAST_ROOM_BYTES = 1 << 17  # any record may take this much
+_MOST_ROOM_BYTES = 1 << 29  # with those before it in a poll, below the 2 GiB of a column of texts
 _EVENT_BYTES = 100  # of a parsed event, even one whose columns take next to no space
 _BLOCK_BYTES = 64 << 20
 _SHOWN_CHARACTERS = 100  # of an unknown kind
@@ -95,8 +96,8 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
     """Return the batches of an untrusted IPC stream, with every offset, index and text validated.
 
     Raises `InvalidRecord` when the bytes are not such a stream, or when it has too many rows or
-    takes too much memory once it is unfolded: more than 16 times `max_record_bytes`, or more than
-    both 64 times its own size and 128 KiB. That counts what Arrow allocates to read it
+    takes too much memory once it is unfolded: more than 16 times `max_record_bytes`, more than both
+    64 times its own size and 128 KiB, or more than 512 MiB. That counts what Arrow allocates to read it
     (`ipc_frames.sizes`, before anything is read), the texts that it holds once and that occur
     often, and 100 bytes an event. Beside this, an event takes 8 bytes a field.
     """
@@ -109,7 +110,7 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
                 "too_many_events", f"{declared.rows} events, more than {MOST_EVENTS}"
             )
         most = max(_LEAST_ROOM_BYTES, _UNFOLDED_TO_SIZE * value.size)
-        room = min(_UNFOLDED_TO_LIMIT * max_record_bytes, most)
+        room = min(_UNFOLDED_TO_LIMIT * max_record_bytes, most, _MOST_ROOM_BYTES)
         needed = _EVENT_BYTES * declared.rows + declared.bytes
         _require_room(needed, room)
         with pa.ipc.open_stream(value, options=_READ_OPTIONS) as reader:

@@ -54,7 +54,9 @@ class Mutations:
         if not data:
             return data
         index = self._random.randrange(len(data))
-        return data[:index] + bytes([data[index] ^ 1 << self._random.randrange(8)]) + data[index:][1:]
+        return (
+            data[:index] + bytes([data[index] ^ 1 << self._random.randrange(8)]) + data[index:][1:]
+        )
 
     def number(self, data: bytes) -> bytes:
         """Write a number over the bytes at some place, most often an aligned one."""
@@ -67,9 +69,7 @@ class Mutations:
         if start + size <= len(data) and self._random.random() < 0.4:
             (found,) = struct.unpack_from(format, data, start)
             number = found + self._random.choice([-8, -1, 1, 8])
-        written = (number % (1 << 8 * size)).to_bytes(
-            size, "big" if format[0] == ">" else "little"
-        )
+        written = (number % (1 << 8 * size)).to_bytes(size, "big" if format[0] == ">" else "little")
         return data[:start] + written + data[start + size :]
 
     def token(self, data: bytes) -> bytes:

@@ -28,9 +28,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
+from support.record import machine, print_table  # noqa: E402
+
 from fuzz.mutation import MOST_BYTES, Mutations  # noqa: E402
 from fuzz.targets import SEEDS, TARGETS, Target  # noqa: E402
-from support.record import machine, print_table  # noqa: E402
 
 LONGEST_INPUT_SECONDS = 20
 _MOST_KEPT = 1000  # inputs of new outcomes, to be mutated in turn
