@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick coverage docs schemas lineage transcripts faults bench card systems quality lint fmt demo
+.PHONY: help install test quick coverage docs schemas lineage transcripts faults fuzz bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,9 @@ transcripts: ## run the commands whose output the pages show and renew it (NAMES
 
 faults: ## inject every fault and bad input, up to an hour; writes docs/reliability.md (ROWS=4,19: only these)
 	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md --fault-rows=$(ROWS)
+
+fuzz: ## fuzz every reader of bytes from outside, ten minutes each (TARGETS="arrow command" SECONDS=60: only these, shorter)
+	$(BIN)/python tests/fuzz/run.py $(TARGETS) --seconds $(or $(SECONDS),600)
 
 bench: ## benchmark every case next to its peers, half an hour; writes docs/performance.md (CASES="train ftrl": only these)
 	$(BIN)/python tests/bench/speed.py $(CASES) --json docs/performance.json --page docs/performance.md

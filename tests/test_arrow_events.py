@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import strategies as st
 from support.event_records import FIELDS, GOOD, T, as_values, features, record
 from support.fuzzing import fuzz, mutated
+from support.reliability import Outcome
 
 from stream_ctr.events.arrow_events import MOST_EVENTS, feature_types, is_arrow, pack
 from stream_ctr.events.decoder import Decoder
@@ -404,6 +406,34 @@ def one_long_text_in_two_columns() -> bytes:
     return stream(impressions(500, impression_id=views_of(b"i" * 2500, 500), features=features))
 
 
+def growing_dictionary() -> bytes:
+    """Return 300 batches of one event, with 60 more words each: of 2 MB of words, 150 are made."""
+    words = pa.array([f"{number:0100}" for number in range(60 * 300)])
+    index = pa.array([0], pa.int32())
+    return stream(
+        *(
+            impressions(
+                1,
+                features=pa.StructArray.from_arrays(
+                    [pa.DictionaryArray.from_arrays(index, words[: 60 * (count + 1)])], ["app"]
+                ),
+            )
+            for count in range(300)
+        ),
+        emit_dictionary_deltas=True,
+        compression="zstd",
+    )
+
+
+def views_with_a_byte_too_many() -> bytes:
+    """Return a stream of four events whose ids are views in a buffer of 65 bytes, not of 64."""
+    ids = pa.array([f"a long id, {number}" for number in range(4)], pa.string_view())
+    value = stream(impressions(4, impression_id=ids))
+    size, other = struct.pack("<q", 64), struct.pack("<q", 65)
+    assert value.count(size) == 1
+    return value.replace(size, other)
+
+
 DAMAGED: dict[str, Callable[[], bytes]] = {
     "only the marker": lambda: b"\xff\xff\xff\xff",
     "only an end": lambda: b"\xff\xff\xff\xff\0\0\0\0",
@@ -435,6 +465,7 @@ TOO_LARGE: dict[str, Callable[[], bytes]] = {
     ),
     "hardly any bytes and very many events": lambda: compressed(impressions(5000)),
     "one long text many times, in two columns": one_long_text_in_two_columns,
+    "a dictionary that grows with each batch": growing_dictionary,
 }
 TOO_MANY_BAD_EVENTS: dict[str, Callable[[], bytes]] = {
     "more bad events than dead letters": lambda: bad_events(1001),
@@ -457,6 +488,29 @@ BAD_RECORDS: dict[str, tuple[Callable[[], bytes], str]] = {
 }
 
 
+def peak_bytes(run: Callable[[], object]) -> int:
+    """Return the most bytes that Arrow and Python allocate while this runs."""
+    pool = pa.default_memory_pool()
+    measured = pa.system_memory_pool()  # which nothing else uses here
+    pa.set_memory_pool(measured)
+    tracemalloc.start()
+    try:
+        run()
+        return tracemalloc.get_traced_memory()[1] + (measured.max_memory() or 0)
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(pool)
+
+
+@pytest.mark.bad_input("Arrow: records that unfold to gigabytes", via="records")
+@pytest.mark.parametrize("name", [*TOO_LARGE, *TOO_MANY_BAD_EVENTS])
+def test_a_record_that_would_unfold_takes_little_memory(name: str, outcome: Outcome) -> None:
+    make, reason = BAD_RECORDS[name]
+    value = make()
+    assert peak_bytes(lambda: decode(value)) < 5 * 16 * 2**20
+    outcome(f"dead letter: {reason}, in bounded memory")
+
+
 @pytest.mark.parametrize("name", BAD_RECORDS)
 def test_a_record_that_cannot_be_read_is_one_rejection_and_harms_no_other(name: str) -> None:
     make, reason = BAD_RECORDS[name]
@@ -467,6 +521,15 @@ def test_a_record_that_cannot_be_read_is_one_rejection_and_harms_no_other(name: 
         assert read["rejects"][0][2].isprintable()
         assert read["values"] == [None]
         assert len(read["impressions"]) == 2 * len(decode(*around)["impressions"])
+
+
+@pytest.mark.bad_input("Arrow: buffers of odd sizes, as full validation accepts", via="records")
+def test_views_in_a_buffer_that_is_larger_than_they_need_are_read(outcome: Outcome) -> None:
+    read = decode(views_with_a_byte_too_many())
+    assert [identity for _, identity, _ in read["impressions"]] == [
+        f"a long id, {number}" for number in range(4)
+    ]
+    outcome("read")
 
 
 def test_good_events_that_compress_well_are_not_a_compression_bomb() -> None:

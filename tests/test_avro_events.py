@@ -156,6 +156,14 @@ def test_json_with_a_schema_id_is_read_as_json() -> None:
     assert [(row, reason) for row, reason, _ in read["rejects"]] == [(1, "not_json")]
 
 
+def nested(deep: int) -> Any:
+    """Return unions within unions."""
+    union: Any = ["null"]
+    for _ in range(deep):
+        union = [union]
+    return union
+
+
 # -- what cannot be read -------------------------------------------------------------------------
 
 GOOD_AVRO = events(EVENT, SHOWN)[0]
@@ -208,6 +216,16 @@ def test_without_schemas_a_record_says_what_is_needed_to_read_it() -> None:
                 {"name": "x", "type": {"type": "array", "items": "null"}}]},
             "may have no bytes",
         ),
+        ({"type": "record", "name": "E", "fields": [
+            {"name": "app", "type": {"type": "enum", "name": "A", "symbols": ["x" * 1001]}}]},
+            "a symbol has more than 1,000 characters",
+        ),
+        ({"type": "record", "name": "E", "fields": [
+            {"name": "app", "type": {"type": "enum", "name": "A", "symbols": ["x"] * 100_001}}]},
+            "more than 100,000 symbols",
+        ),
+        ({"type": "record", "name": "E", "fields": [{"name": "x", "type": nested(900)}]},
+            "nested too deep"),
     ],
 )  # fmt: skip
 def test_a_schema_that_is_no_event_is_said_to_be_so(schema: Any, message: str) -> None:

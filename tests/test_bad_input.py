@@ -26,6 +26,7 @@ from safetensors.numpy import load, save
 from support.commands import command, own_topics, read_headers, succeed
 from support.event_records import EVENTS, FIELDS, GOOD, T, as_values, features, record
 from support.fuzzing import StrictDecoder, ipc
+from support.learners import learner, random_batch
 from support.lineage import SMALL, Fingerprint, last_report, newest
 from support.manifests import replace_file
 from support.patience import PATIENCE_SECONDS
@@ -36,9 +37,10 @@ from stream_ctr import Scorer
 from stream_ctr.connectors import kafka
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events.decoder import Decoder
-from stream_ctr.events.features import Hasher
+from stream_ctr.events.features import LARGEST_UNSCALED_MULTIPLIER, Hasher
 from stream_ctr.events.field import Field
 from stream_ctr.logs.open import open_log
+from stream_ctr.models import MODELS
 
 # By the name of a row of the table in docs/reliability.md: cases, each a value and its reason.
 ITEMS: dict[str, dict[str, tuple[bytes | None, str]]] = {
@@ -275,8 +277,42 @@ def test_a_number_of_any_size_becomes_a_finite_multiplier(encoding: str, outcome
         ids, values = hasher.rows({"age": numbers})
     assert ((ids >= 0) & (ids < 256)).all()
     assert np.isfinite(values).all()
+    assert (np.abs(values) <= LARGEST_UNSCALED_MULTIPLIER).all()
     assert values.shape == (7, len(hasher.value_fields))
-    outcome("cut to what float32 holds")
+    outcome("cut to a million")
+
+
+@pytest.mark.bad_input("a number that float32 does not hold", via="every model, values unscaled")
+@pytest.mark.parametrize(
+    ("model", "rule"), [*((model, "online") for model in MODELS), ("deepfm", "adagrad")]
+)
+def test_every_model_learns_and_serves_the_largest_multipliers(
+    model: str, rule: str, outcome: Outcome
+) -> None:
+    network = learner(
+        model,
+        fields=3,
+        embedding_dim=4,
+        hidden=[8, 8],
+        table_bits=8,
+        batch_size=64,
+        value_fields=[0, 1],
+        table_optimizer=rule,
+    )
+    hasher = Hasher((Field("x", "numeric"),), table_bits=8, numeric_encoding="value")
+    largest = hasher.rows({"x": pa.array([1e30, -1e30])})[1].ravel()
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        ids, labels = random_batch(64, seed=seed, rows=256)
+        ids[:, :2] = [5, 9]
+        values = rng.normal(size=(64, 2)).astype(np.float32)
+        is_large = rng.random((64, 2)) < 0.1
+        values[is_large] = rng.choice(largest, is_large.sum())
+        logits = network.learn(ids, labels, values)
+        assert logits is not None
+        assert np.isfinite(np.asarray(logits)).all()
+        assert np.isfinite(np.asarray(network.predict(ids, values))).all()
+    outcome("learned and served")
 
 
 # -- a whole run ---------------------------------------------------------------------------------
@@ -731,6 +767,7 @@ def test_a_log_without_permission_to_read_it_is_an_error(tmp_path: Path, outcome
 READ_AND_MEASURE = """
 import resource, sys
 from stream_ctr.logs.open import open_log
+from stream_ctr.models import MODELS
 
 def mebibytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

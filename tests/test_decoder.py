@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from support.event_records import FIELDS, GOOD, T, features, record
+from support.reliability import Outcome
 
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.decoder import Decoder, Rejections
-from stream_ctr.events.parsed_events import Rejection
+from stream_ctr.events.parsed_events import ParsedEvents, Rejection
 
 
 @pytest.mark.parametrize(
@@ -103,3 +105,56 @@ def test_rejections_are_columns_in_order_of_records_and_of_events_in_a_record() 
     assert rejections.message == ["A", "B", "C"]
     assert rejections.value == [b"x", b"y", None]
     assert len(Rejections.of([])) == 0
+
+
+POISON = record(impression_id="poison")
+
+
+@pytest.mark.bad_input("a record that makes a decoder raise", via="records")
+@pytest.mark.parametrize("around", [[], [GOOD], [GOOD, b"oops", GOOD]])
+@pytest.mark.parametrize("error", [ValueError, ZeroDivisionError, RecursionError, KeyError])
+def test_a_record_for_which_a_reader_raises_is_one_rejection_and_harms_no_other(
+    error: type[Exception],
+    around: list[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: Outcome,
+) -> None:
+    concatenate = ParsedEvents.concatenate
+
+    def defective(parts: Sequence[ParsedEvents]) -> ParsedEvents:
+        events = concatenate(parts)
+        if "poison" in events.impression_id.to_pylist():
+            raise error("a defect\n")
+        return events
+
+    monkeypatch.setattr(ParsedEvents, "concatenate", defective)
+    arrow = pack(pa.array([POISON, GOOD], pa.large_binary()), events_a_record=2)[0].as_py()
+    values = pa.array([*around, POISON, *around, arrow, *around], pa.large_binary())
+    times = np.arange(len(values)) + T
+    events, rejections = Decoder(FIELDS).decode(values, times)
+    poisoned = [len(around), 2 * len(around) + 1]
+    rejected = {
+        row: (reason, message)
+        for row, reason, message in zip(
+            rejections.row.tolist(), rejections.reason, rejections.message, strict=True
+        )
+        if reason != "not_json"
+    }
+    assert list(rejected) == poisoned
+    for reason, message in rejected.values():
+        assert reason == "undecodable"
+        assert message.startswith(f"the decoder raised {error.__name__} (decoder.py:")
+        assert message.isprintable()
+    good = [row for row, value in enumerate(values.to_pylist()) if value == GOOD]
+    assert events.impressions.row.tolist() == good
+    assert rejections.row.tolist() == sorted({*range(len(values))} - {*good})
+    outcome("dead letter: undecodable, with the class of the error")
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(ParsedEvents, "concatenate", fail)
+    with pytest.raises(MemoryError):
+        Decoder(FIELDS).decode(pa.array([GOOD], pa.large_binary()))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 import pytest
+from fuzz.mutation import Mutations
+from fuzz.targets import TARGETS, Target
 from hypothesis import strategies as st
 from support.event_records import EVENTS, FIELDS, T, as_values
 from support.fuzzing import StrictDecoder, fuzz, in_memory, ipc, mutated
 from support.manifests import replace_file
+from support.reliability import Outcome
 from support.sample_logs import (
     AVAZU_HEADER,
     COLUMNS,
@@ -42,7 +46,30 @@ from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.subscriber import Subscriber
 
 LONGEST_MESSAGE = 300
+QUICK_SECONDS = 1.0
 LONGEST_LOG_MESSAGE = 800
+
+
+# -- the targets of make fuzz, for a moment -------------------------------------------------------
+
+
+@pytest.mark.bad_input("arbitrary bytes", via="records, batches, manifests, pointers, arguments")
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_a_target_survives_its_seeds_and_their_mutations(
+    target: Target, tmp_path: Path, outcome: Outcome
+) -> None:
+    check = target.start(tmp_path)
+    seeds = target.seeds()
+    mutations = Mutations(seeds, seed=0, tokens=target.tokens)
+    ends = time.monotonic() + QUICK_SECONDS
+    while seeds or time.monotonic() < ends:
+        data = seeds.pop() if seeds else mutations.next()
+        try:
+            check(data)
+        except Exception as error:
+            error.add_note(f"the input: {data[:2000]!r}")
+            raise
+    outcome("read or refused")
 
 
 # -- the decoder ---------------------------------------------------------------------------------

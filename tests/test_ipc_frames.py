@@ -22,22 +22,65 @@ def stream(*batches: pa.RecordBatch, **options: Any) -> bytes:
 
 
 NUMBERS = pa.RecordBatch.from_pydict({"x": pa.array([7] * 1000, pa.int64())})
+POOL = pa.system_memory_pool()  # which nothing else uses here
 WORDS = pa.RecordBatch.from_pydict({"x": pa.array(["maps", "mail"] * 8).dictionary_encode()})
 
 
-def test_the_declared_sizes_are_those_of_the_decompressed_columns() -> None:
-    assert sizes(stream(NUMBERS)) == Sizes(1000, 8000)
-    assert sizes(stream(NUMBERS, NUMBERS.slice(0, 10))) == Sizes(1010, 8080)
+def test_the_declared_sizes_are_those_of_the_decompressed_columns_and_their_bitmaps() -> None:
+    assert sizes(stream(NUMBERS)) == Sizes(1000, 8000 + 125)
+    assert sizes(stream(NUMBERS, NUMBERS.slice(0, 10))) == Sizes(1010, 8080 + 126)
     for codec in ("zstd", "lz4"):
         value = stream(NUMBERS, compression=codec)
         assert len(value) < 2000
-        assert sizes(value) == Sizes(1000, 8000)
+        assert sizes(value) == Sizes(1000, 8000 + 125)
 
 
 def test_a_dictionary_counts_in_bytes_but_not_in_rows() -> None:
     found = sizes(stream(WORDS))
     assert found.rows == 16
     assert found.bytes >= 16 * 4 + 3 * 4 + 8  # indices, offsets and texts
+
+
+def growing_dictionary(batches: int, **options: Any) -> bytes:
+    """Return a stream whose dictionary grows by 100 words with each batch of one row."""
+    words = pa.array([f"{number:016}" for number in range(100 * batches)])
+    index = pa.array([0], pa.int32())
+    return stream(
+        *(
+            pa.RecordBatch.from_pydict(
+                {"x": pa.DictionaryArray.from_arrays(index, words[: 100 * (count + 1)])}
+            )
+            for count in range(batches)
+        ),
+        **options,
+    )
+
+
+@pytest.mark.parametrize("codec", [None, "zstd", "lz4"])
+@pytest.mark.parametrize("deltas", [False, True])
+def test_arrow_allocates_no_more_than_what_a_growing_dictionary_counts(
+    codec: str | None, deltas: bool
+) -> None:
+    value = growing_dictionary(40, emit_dictionary_deltas=deltas, compression=codec)
+    with pa.ipc.open_stream(value, memory_pool=POOL) as reader:
+        batches = list(reader)
+        allocated = POOL.bytes_allocated()
+    text_bytes = 16 * 100 * 40 * 41 // 2  # a dictionary of its own for each batch
+    if deltas or codec is not None:
+        assert allocated > text_bytes
+    assert text_bytes < allocated < sizes(value).bytes if deltas else sizes(value).bytes
+    assert len(batches) == 40
+
+
+def test_columns_without_bytes_count_their_bitmaps() -> None:
+    """Joining them with others may need one: here 2 ** 30 structs without a member."""
+    type = pa.list_(pa.struct([]), 1 << 28)
+    column = pa.Array.from_buffers(
+        type, 4, [None], children=[pa.Array.from_buffers(pa.struct([]), 1 << 30, [None])]
+    )
+    value = stream(pa.RecordBatch.from_pydict({"x": column}))
+    assert len(value) < 1000
+    assert sizes(value).bytes >= 1 << 27
 
 
 def test_a_stream_that_is_cut_off_anywhere_is_damaged() -> None:

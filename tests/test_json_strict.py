@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from support.event_records import EVENTS, FIELDS, GOOD, T, features, record
+from support.reliability import Outcome
 
 from stream_ctr.events.json_strict import StrictEvent, parse_event
 from stream_ctr.events.parsed_events import InvalidRecord
@@ -80,3 +83,29 @@ def test_a_record_that_is_not_an_event_is_rejected_with_its_reason(
     with pytest.raises(InvalidRecord, match=message) as caught:
         parse(value)
     assert caught.value.reason == reason
+
+
+N = 30_000
+DENSE: dict[str, bytes] = {
+    "integers": b"[" + b"0," * N + b"0]",
+    "fractions": b"[" + b"0.5," * N + b"0]",
+    "texts": b"[" + b'"",' * N + b"0]",
+    "lists": b"[" + b"[]," * N + b"0]",
+    "objects": b"[" + b"{}," * N + b"0]",
+    "objects with a member": b"[" + b'{"":0},' * N + b"0]",
+    "members": b"{" + b",".join(b'"%x":0' % number for number in range(N)) + b"}",
+}
+
+
+@pytest.mark.bad_input("JSON of very many small values", via="the strict parser")
+@pytest.mark.parametrize("name", DENSE)
+def test_a_record_takes_at_most_64_times_its_bytes(name: str, outcome: Outcome) -> None:
+    value = GOOD[:-1] + b',"x":' + DENSE[name] + b"}"
+    parse(value)
+    tracemalloc.start()
+    try:
+        parse(value)
+        assert tracemalloc.get_traced_memory()[1] < 64 * len(value)
+    finally:
+        tracemalloc.stop()
+    outcome("accepted, in at most 64 times its bytes")

@@ -9,6 +9,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+Buffers = tuple[int, ...]
+
 
 class ByteSpans(NamedTuple):
     """n byte strings in one buffer: string i is `data[start[i] : start[i] + size[i]]`.
@@ -82,3 +84,14 @@ def one_array(column: pa.ChunkedArray) -> pa.Array:
     [1, 2, 3]
     """
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def buffers_of(column: pa.Array) -> Buffers:
+    """Return what two arrays that share all of their memory have in common, while they live.
+
+    >>> column = pa.array(["a", "b"])
+    >>> buffers_of(column) == buffers_of(column[:]), buffers_of(column) == buffers_of(column[1:])
+    (True, False)
+    """
+    addresses = (buffer.address if buffer else 0 for buffer in column.buffers())
+    return (column.offset, len(column), *addresses)

@@ -34,7 +34,7 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 
 from stream_ctr.events import ipc_frames
-from stream_ctr.events.arrow_columns import byte_spans, one_array
+from stream_ctr.events.arrow_columns import Buffers, buffers_of, byte_spans
 from stream_ctr.events.field import Field
 from stream_ctr.events.ipc_frames import MARKER
 from stream_ctr.events.parsed_events import (
@@ -52,21 +52,24 @@ from stream_ctr.messages import one_line
 MOST_EVENTS = 1 << 20
 """The most events of a record: their order within it has 20 bits."""
 
-# A record may take this many times `max_record_bytes` once it is decompressed, and this many times
-# its own size, because one poll brings many small records. A record of good events that compress
-# well takes about 40 times its size, a record made to exhaust memory takes thousands.
-_DECOMPRESSED_TO_LIMIT = 16
-_DECOMPRESSED_TO_SIZE = 64
+# What a record may take once it is unfolded: this many times `max_record_bytes`, and this many
+# times its own size, because one poll brings many small records. A record of good events that
+# compress well takes about 40 times its size, a record made to exhaust memory takes thousands.
+_UNFOLDED_TO_LIMIT = 16
+_UNFOLDED_TO_SIZE = 64
 _LEAST_ROOM_BYTES = 1 << 17  # any record may take this much
+_MOST_ROOM_BYTES = 1 << 29  # with those before it in a poll, below the 2 GiB of a column of texts
 _EVENT_BYTES = 100  # of a parsed event, even one whose columns take next to no space
 _BLOCK_BYTES = 64 << 20
 _SHOWN_CHARACTERS = 100  # of an unknown kind
 _LARGEST_PACKED_BYTES = 900_000  # by default, brokers and clients accept a megabyte
 _VIEW_WORDS = 4  # a view of a string is four int32; the first is the length of the string
+_INT32_BYTES = 4
 _READ_OPTIONS = pa.ipc.IpcReadOptions(
     use_threads=False, ensure_alignment=pa.ipc.Alignment.DataTypeSpecific
 )
 Mask = npt.NDArray[np.bool_]
+Chunks = Sequence[pa.Array]  # the column of each batch
 
 
 def is_arrow(values: pa.LargeBinaryArray) -> Mask:
@@ -93,8 +96,10 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
     """Return the batches of an untrusted IPC stream, with every offset, index and text validated.
 
     Raises `InvalidRecord` when the bytes are not such a stream, or when it has too many rows or
-    would take too much memory: more than 16 times `max_record_bytes`, or more than both 64 times
-    its own size and 128 KiB.
+    takes too much memory once it is unfolded: more than 16 times `max_record_bytes`, more than both
+    64 times its own size and 128 KiB, or more than 512 MiB. That counts what Arrow allocates to read it
+    (`ipc_frames.sizes`, before anything is read), the texts that it holds once and that occur
+    often, and 100 bytes an event. Beside this, an event takes 8 bytes a field.
     """
     if value.size > max_record_bytes:
         raise InvalidRecord("too_large", f"{value.size} bytes, more than {max_record_bytes}")
@@ -104,15 +109,16 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
             raise InvalidRecord(
                 "too_many_events", f"{declared.rows} events, more than {MOST_EVENTS}"
             )
-        most = max(_LEAST_ROOM_BYTES, _DECOMPRESSED_TO_SIZE * value.size)
-        room = min(_DECOMPRESSED_TO_LIMIT * max_record_bytes, most) - _EVENT_BYTES * declared.rows
-        _require_room(declared.bytes, room)
+        most = max(_LEAST_ROOM_BYTES, _UNFOLDED_TO_SIZE * value.size)
+        room = min(_UNFOLDED_TO_LIMIT * max_record_bytes, most, _MOST_ROOM_BYTES)
+        needed = _EVENT_BYTES * declared.rows + declared.bytes
+        _require_room(needed, room)
         with pa.ipc.open_stream(value, options=_READ_OPTIONS) as reader:
             _require_text_names(reader.schema)
             batches = list(reader)
         for batch in batches:
             batch.validate(full=True)
-        _require_room(_expanded_text_bytes(batches), room)
+        _require_room(needed + _repeated_text_bytes(batches), room)
     except MemoryError:  # Arrow's is an ArrowException too, but no fault of the record
         raise
     except (ipc_frames.DamagedStream, pa.ArrowException, OSError, UnicodeDecodeError) as error:
@@ -120,9 +126,9 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
     return batches
 
 
-def _require_room(needed: int, most: int) -> None:
-    if needed > most:
-        raise InvalidRecord("too_large", f"{needed} bytes once decompressed, more than {most}")
+def _require_room(needed: int, room: int) -> None:
+    if needed > room:
+        raise InvalidRecord("too_large", f"{needed} bytes once unfolded, more than {room}")
 
 
 def _require_text_names(columns: Iterable[pa.Field]) -> None:
@@ -132,43 +138,44 @@ def _require_text_names(columns: Iterable[pa.Field]) -> None:
         _require_text_names(column.type.field(index) for index in range(column.type.num_fields))
 
 
-def _expanded_text_bytes(batches: Sequence[pa.RecordBatch]) -> int:
+def _repeated_text_bytes(batches: Sequence[pa.RecordBatch]) -> int:
     """Return the bytes of texts that are stored once and may occur often: views, and ids in a
     dictionary."""
     total = 0
-    counted: set[int] = set()  # addresses of dictionaries, which batches share
+    unfolded: set[tuple[str, Buffers]] = set()  # the dictionaries of each column
     for batch in batches:
         columns = list(zip(batch.schema.names, batch.columns, strict=True))
         while columns:
             name, column = columns.pop()
             if pa.types.is_struct(column.type):
-                columns += [("", column.field(index)) for index in range(column.type.num_fields)]
+                columns += [
+                    (f"{name}.{index}", column.field(index))
+                    for index in range(column.type.num_fields)
+                ]
             elif pa.types.is_string_view(column.type):
                 total += int(_text_bytes(column).sum())
             elif pa.types.is_dictionary(column.type) and _is_text(column.type):
                 if name == "impression_id":
                     indices = column.indices.drop_null().to_numpy()
                     total += int(_text_bytes(column.dictionary)[indices].sum())
-                total += _dictionary_view_bytes(column.dictionary, counted)
+                place = name, buffers_of(column.dictionary)
+                if pa.types.is_string_view(column.type.value_type) and place not in unfolded:
+                    unfolded.add(place)
+                    total += int(_text_bytes(column.dictionary).sum())
     return total
-
-
-def _dictionary_view_bytes(dictionary: pa.Array, counted: set[int]) -> int:
-    """Return the bytes of a dictionary of views that is not in `counted`, and add it there."""
-    address = dictionary.buffers()[1].address if len(dictionary) else 0
-    if not pa.types.is_string_view(dictionary.type) or address in counted:
-        return 0
-    counted.add(address)
-    return int(_text_bytes(dictionary).sum())
 
 
 def _text_bytes(texts: pa.Array) -> npt.NDArray[np.int64]:
     """Return the bytes of each text, 0 where it is missing [n]."""
     if not pa.types.is_string_view(texts.type):
         return pc.fill_null(pc.binary_length(texts), 0).to_numpy().astype(np.int64)
-    words = np.frombuffer(texts.buffers()[1] or b"", np.int32)
-    lengths = words[_VIEW_WORDS * texts.offset :: _VIEW_WORDS][: len(texts)]
-    return np.where(texts.is_valid(), lengths, 0).astype(np.int64)
+    views = texts.buffers()[1]
+    if not len(texts) or views is None:
+        return np.zeros(len(texts), np.int64)
+    words = np.frombuffer(
+        views, np.int32, _VIEW_WORDS * len(texts), texts.offset * _VIEW_WORDS * _INT32_BYTES
+    )
+    return np.where(texts.is_valid(), words[::_VIEW_WORDS], 0).astype(np.int64)
 
 
 # -- columns to events ---------------------------------------------------------------------------
@@ -190,54 +197,45 @@ class ArrowReader:
         """
         parts: list[ParsedEvents] = []
         rejections: list[Rejection] = []
-        chunks = _chunks(streams)
-        for _, group in itertools.groupby(chunks, lambda chunk: (chunk.batch.schema, chunk.block)):
+        records = _records(streams)
+        for _, group in itertools.groupby(records, lambda record: (record.schema, record.block)):
             self._read(list(group), parts, rejections)
-        if not rejections:
-            return parts, []
-        rejected = [rejection.row for rejection in rejections]
-        return [
-            part.take(np.flatnonzero(~np.isin(part.row, rejected))) for part in parts
-        ], rejections
+        return parts, rejections
 
     def _read(
-        self, chunks: Sequence[_Chunk], parts: list[ParsedEvents], rejections: list[Rejection]
+        self, records: Sequence[_Record], parts: list[ParsedEvents], rejections: list[Rejection]
     ) -> None:
-        """Read batches of one schema together, which is faster. If that fails, halve them."""
+        """Read records of one schema together, which is faster. If that fails, halve them."""
         try:
-            parts.append(self._parse(chunks))
+            parts.append(self._parse(records))
         except MemoryError:  # Arrow's is an ArrowException too
             raise
         except (InvalidRecord, pa.ArrowException, UnicodeDecodeError) as error:
-            row = chunks[0].row
-            if half := len(chunks) // 2:
-                self._read(chunks[:half], parts, rejections)
-                self._read(chunks[half:], parts, rejections)
-            elif all(rejection.row != row for rejection in rejections):
+            if half := len(records) // 2:
+                self._read(records[:half], parts, rejections)
+                self._read(records[half:], parts, rejections)
+            else:
                 reason = error.reason if isinstance(error, InvalidRecord) else "not_arrow"
                 message = error.message if isinstance(error, InvalidRecord) else one_line(error)
-                rejections.append(Rejection(row, reason, message))
+                rejections.append(Rejection(records[0].row, reason, message))
 
-    def _parse(self, chunks: Sequence[_Chunk]) -> ParsedEvents:
-        columns = _Columns(pa.Table.from_batches([chunk.batch for chunk in chunks]))
-        sizes = [len(chunk.batch) for chunk in chunks]
+    def _parse(self, records: Sequence[_Record]) -> ParsedEvents:
+        columns = _Columns([batch for record in records for batch in record.batches])
+        sizes = [sum(map(len, record.batches)) for record in records]
         n = sum(sizes)
         kind, kind_text = columns.kind()
         impression_id = columns.impression_id()
         time, has_time = columns.time(self.time_format)
         label, has_unread_label = columns.label(kind == EXAMPLE)
-        has_features, members = columns.features()
+        has_features = columns.has_features()
         features = {
-            field.name: feature_column(field, members.pop(field.name, None), n)
+            field.name: feature_column(field, columns.feature(field.name), n)
             for field in self.fields
         }
         true_probability = columns.true_probability().to_numpy(zero_copy_only=False)
-        has_unknown_members = _any_present([*members.values(), *columns.replaced_members], n)
         return ParsedEvents(
-            row=np.repeat([chunk.row for chunk in chunks], sizes),
-            within=np.concatenate(
-                [np.arange(chunk.first, chunk.first + len(chunk.batch)) for chunk in chunks]
-            ),
+            row=np.repeat([record.row for record in records], sizes),
+            within=np.concatenate([np.arange(size) for size in sizes]),
             kind=kind,
             kind_text=kind_text,
             impression_id=impression_id,
@@ -248,45 +246,51 @@ class ArrowReader:
             true_probability=true_probability,
             features=features,
             has_unknown_fields=(
-                columns.any_unread() | has_unread_label | (has_unknown_members & has_features)
+                columns.any_unread()
+                | has_unread_label
+                | (columns.any_unread_feature() & has_features)
             ),
         )
 
 
-class _Chunk(NamedTuple):
-    """A batch of the record at `row`, whose events from index `first` on it holds.
+class _Record(NamedTuple):
+    """The batches of the record at `row`, none of them empty.
 
-    Batches of one `block` are small enough to be read together.
+    Records of one `block` are small enough to be read together.
     """
 
     row: int
-    first: int
-    batch: pa.RecordBatch
+    batches: Sequence[pa.RecordBatch]
     block: int
 
+    @property
+    def schema(self) -> pa.Schema:
+        return self.batches[0].schema
 
-def _chunks(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Chunk]:
+
+def _records(streams: Mapping[int, Sequence[pa.RecordBatch]]) -> Iterator[_Record]:
+    """Yield the records that hold an event."""
     total_bytes = 0
     for row, batches in streams.items():
-        first = 0
-        for batch in batches:
-            total_bytes += batch.get_total_buffer_size()
-            if len(batch):
-                yield _Chunk(row, first, batch, total_bytes // _BLOCK_BYTES)
-            first += len(batch)
+        total_bytes += sum(batch.get_total_buffer_size() for batch in batches)
+        if filled := [batch for batch in batches if len(batch)]:
+            yield _Record(row, filled, total_bytes // _BLOCK_BYTES)
 
 
 class _Columns:
-    """The columns of a table by their meaning. Each method takes its column from `_unread`.
+    """The columns of batches of one schema by their meaning, n events in all.
 
-    Columns that a later column of the same name replaces are in `_replaced`.
+    Each method takes its column from `_unread`. The columns that are left in the end are only asked
+    which of their values are null: they are of any type, and not every type can be joined.
     """
 
-    def __init__(self, table: pa.Table) -> None:
-        self._n = len(table)
-        columns = [one_array(column) for column in table.columns]
-        self._unread, self._replaced = _last_by_name(table.schema, columns)
-        self.replaced_members: list[pa.Array] = []
+    def __init__(self, batches: Sequence[pa.RecordBatch]) -> None:
+        schema = batches[0].schema
+        columns = [[batch.column(index) for batch in batches] for index in range(len(schema))]
+        self._n = sum(map(len, batches))
+        self._unread, self._replaced = _last_by_name(schema, columns)
+        self._unread_features: dict[str, Chunks] = {}
+        self._replaced_features: list[Chunks] = []
 
     def kind(self) -> tuple[npt.NDArray[np.int8], pa.StringArray]:
         """Return the codes of kinds, and the beginning of the text where the kind is unknown."""
@@ -316,46 +320,63 @@ class _Columns:
 
     def label(self, is_example: Mask) -> tuple[npt.NDArray[np.float64], Mask]:
         """Return the labels of examples, NaN where missing, and which other events have one."""
-        column = self._unread.pop("label", None)
-        if column is None:
+        chunks = self._unread.pop("label", None)
+        if chunks is None:
             return np.full(self._n, np.nan), np.zeros(self._n, bool)
-        has_unread = np.asarray(column.is_valid()) & ~is_example
+        has_unread = _any_present([chunks], self._n) & ~is_example
         if not is_example.any():
             return np.full(self._n, np.nan), has_unread
+        column = _joined(chunks)
         if pa.types.is_boolean(column.type):
             column = column.cast(pa.int8())
         label = _numbers("label", column, self._n).to_numpy(zero_copy_only=False)
         return np.where(is_example, label, np.nan), has_unread
 
-    def features(self) -> tuple[Mask, dict[str, pa.Array]]:
-        """Return which events have features, and the features by name."""
-        features = self._unread.pop("features", None)
-        if features is None or pa.types.is_null(features.type):
-            return np.zeros(self._n, bool), {}
-        _require_type("features", features, pa.types.is_struct, "a struct")
-        members = [features.field(index) for index in range(features.type.num_fields)]
-        by_name, self.replaced_members = _last_by_name(features.type, members)
-        return np.asarray(features.is_valid()), by_name
+    def has_features(self) -> Mask:
+        """Return which events have features, which `feature` can take from now on."""
+        chunks = self._unread.pop("features", None)
+        if chunks is None or pa.types.is_null(chunks[0].type):
+            return np.zeros(self._n, bool)
+        type = chunks[0].type
+        _require_type("features", type, pa.types.is_struct, "a struct")
+        members = [[chunk.field(index) for chunk in chunks] for index in range(type.num_fields)]
+        self._unread_features, self._replaced_features = _last_by_name(type, members)
+        return _any_present([chunks], self._n)
+
+    def feature(self, name: str) -> pa.Array | None:
+        """Return the feature of this name, if there is one."""
+        chunks = self._unread_features.pop(name, None)
+        return None if chunks is None else _joined(chunks)
+
+    def unread_features(self) -> Mapping[str, Chunks]:
+        """Return the features that were not taken, by name."""
+        return self._unread_features
 
     def true_probability(self) -> pa.DoubleArray:
-        column = self._unread.pop("true_probability", None)
-        return _numbers("true_probability", column, self._n)
+        chunks = self._unread.pop("true_probability", None)
+        return _numbers("true_probability", None if chunks is None else _joined(chunks), self._n)
 
     def any_unread(self) -> Mask:
         """Return the events with a value in a column that no method has taken."""
         return _any_present([*self._unread.values(), *self._replaced], self._n)
+
+    def any_unread_feature(self) -> Mask:
+        """Return the events with a value in a feature that was not taken."""
+        return _any_present([*self._unread_features.values(), *self._replaced_features], self._n)
 
     def _required(
         self, name: str, accepts: Callable[[pa.DataType], bool], expected: str
     ) -> pa.Array:
         if name not in self._unread:
             raise InvalidRecord("missing_column", f"there is no column {name}")
-        return _require_type(name, self._unread.pop(name), accepts, expected)
+        chunks = self._unread.pop(name)
+        _require_type(name, chunks[0].type, accepts, expected)
+        return _joined(chunks)
 
 
 def _last_by_name(
-    named: pa.Schema | pa.StructType, columns: Sequence[pa.Array]
-) -> tuple[dict[str, pa.Array], list[pa.Array]]:
+    named: pa.Schema | pa.StructType, columns: Sequence[Chunks]
+) -> tuple[dict[str, Chunks], list[Chunks]]:
     """Return the last column of each name, and all other columns."""
     names = [field.name for field in named]
     last = {name: index for index, name in enumerate(names)}
@@ -363,12 +384,58 @@ def _last_by_name(
     return {name: columns[index] for name, index in last.items()}, replaced
 
 
-def _any_present(columns: Sequence[pa.Array], n: int) -> Mask:
+def _any_present(columns: Iterable[Chunks], n: int) -> Mask:
     """Return the rows in which any of these columns is not null [n]."""
     present = np.zeros(n, bool)
-    for column in columns:
-        present |= np.asarray(column.is_valid())
+    for chunks in columns:
+        present |= np.concatenate([np.asarray(chunk.is_valid()) for chunk in chunks])
     return present
+
+
+def _joined(chunks: Chunks) -> pa.Array:
+    """Return the chunks of a column as one array.
+
+    Words of dictionaries become text before they are joined, each distinct dictionary once: Arrow
+    joins no dictionaries of other words, and each of many batches would unfold its own.
+    """
+    if len(chunks) == 1:
+        return chunks[0]
+    if pa.types.is_dictionary(chunks[0].type):
+        known: dict[Buffers, _Words] = {}
+        chunks = [_with_text_words(chunk, known) for chunk in chunks]
+    return pa.concat_arrays(chunks)
+
+
+class _Words(NamedTuple):
+    """The words of a dictionary as text, and which of them are not null, None if all are."""
+
+    texts: pa.StringArray
+    present: pa.BooleanArray | None
+
+    @classmethod
+    def of(cls, dictionary: pa.Array) -> _Words:
+        texts = dictionary.cast(pa.string())
+        if not texts.null_count:
+            return cls(texts, None)
+        return cls(pc.fill_null(texts, ""), texts.is_valid())
+
+
+def _with_text_words(
+    column: pa.DictionaryArray, known: dict[Buffers, _Words] | None = None
+) -> pa.DictionaryArray:
+    """Return a dictionary of strings with int32 indices; an index of a null becomes null.
+
+    `known` has the words of dictionaries by their buffers.
+    """
+    known = {} if known is None else known
+    place = buffers_of(column.dictionary)
+    if place not in known:
+        known[place] = _Words.of(column.dictionary)
+    words = known[place]
+    indices = column.indices.cast(pa.int32())
+    if words.present is not None:
+        indices = pc.if_else(words.present.take(indices), indices, None)
+    return pa.DictionaryArray.from_arrays(indices, words.texts)
 
 
 def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]]]:
@@ -382,11 +449,11 @@ def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]
     >>> feature_types(pa.RecordBatch.from_pydict(columns))
     (1, {'app': {<class 'str'>: 1}, 'age': {<class 'float'>: 1}})
     """
-    columns = _Columns(pa.Table.from_batches([batch]))
+    columns = _Columns([batch])
     impressions = np.isin(columns.kind()[0], (IMPRESSION, EXAMPLE))
-    _, members = columns.features()
+    columns.has_features()
     found: dict[str, dict[type, int]] = {}
-    for name, member in members.items():
+    for name, (member,) in columns.unread_features().items():
         count = int(np.count_nonzero(impressions & np.asarray(member.is_valid())))
         if count and (_is_category(member.type) or _is_number(member.type)):
             found[name] = {(float if _is_number(member.type) else str): count}
@@ -397,14 +464,13 @@ def feature_types(batch: pa.RecordBatch) -> tuple[int, dict[str, dict[type, int]
 
 
 def _require_type(
-    name: str, column: pa.Array, accepts: Callable[[pa.DataType], bool], expected: str
-) -> pa.Array:
-    if not (accepts(column.type) or pa.types.is_null(column.type)):
+    name: str, type: pa.DataType, accepts: Callable[[pa.DataType], bool], expected: str
+) -> None:
+    if not (accepts(type) or pa.types.is_null(type)):
         raise InvalidRecord(
             "wrong_type",
-            f"column {one_line(name, 80)} must be {expected}, got {one_line(column.type, 80)}",
+            f"column {one_line(name, 80)} must be {expected}, got {one_line(type, 80)}",
         )
-    return column
 
 
 def _is_plain_text(type: pa.DataType) -> bool:
@@ -454,7 +520,7 @@ def _numbers(name: str, column: pa.Array | None, n: int) -> pa.DoubleArray:
     """Return float64, null where a number is not finite [n]."""
     if column is None:
         return pa.nulls(n, pa.float64())
-    column = _require_type(name, column, _is_number, "a number")
+    _require_type(name, column.type, _is_number, "a number")
     numbers = column.cast(pa.float64(), safe=False)
     finite = pc.is_finite(numbers)
     return numbers if pc.all(finite, min_count=0).as_py() else pc.if_else(finite, numbers, None)
@@ -464,15 +530,10 @@ def _categories(name: str, column: pa.Array | None, n: int) -> pa.Array:
     """Return strings or, for a dictionary, a dictionary of strings with int32 indices [n]."""
     if column is None:
         return pa.nulls(n, pa.string())
-    _require_type(name, column, _is_category, "a string, an integer or a boolean")
+    _require_type(name, column.type, _is_category, "a string, an integer or a boolean")
     if not pa.types.is_dictionary(column.type):
         return column.cast(pa.string())
-    words = column.dictionary.cast(pa.string())
-    indices = column.indices.cast(pa.int32())
-    if words.null_count:
-        indices = pc.if_else(words.is_valid().take(indices), indices, None)
-        words = pc.fill_null(words, "")
-    return pa.DictionaryArray.from_arrays(indices, words)
+    return _with_text_words(column)
 
 
 # -- events to records ---------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from stream_ctr.events.avro_scan import (
     Values,
 )
 from stream_ctr.events.avro_schema import Program, UnusableSchema, compile_schema
+from stream_ctr.events.defects import SchemasUnavailable
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_scan import FIRST_FEATURE
 from stream_ctr.events.parsed_events import EXAMPLE, ParsedEvents, Rejection, kind_codes
@@ -152,7 +153,7 @@ class AvroReader:
         names = [field.name.encode() for field in self.fields]
         self._names = np.frombuffer(b"".join(names), np.uint8)
         self._name_ends = np.cumsum([0, *map(len, names)])
-        self._programs: dict[Frame, Program] = {}
+        self._programs: dict[Frame, Program | str] = {}  # or why there is none
 
     def read(
         self, values: pa.LargeBinaryArray, rows: npt.NDArray[np.int64]
@@ -246,22 +247,29 @@ class AvroReader:
         """Return the schema of a frame, or why there is none."""
         if self.schemas is None:
             return f"{frame}: input.schema_registry or input.schema_folder is needed to read it"
-        if frame.framing is SINGLE_OBJECT:
-            written = self.schemas.by_fingerprint(frame.number)
-        else:
-            written = self.schemas.by_id(frame.number)
+        is_single = frame.framing is SINGLE_OBJECT
+        find = self.schemas.by_fingerprint if is_single else self.schemas.by_id
+        try:
+            written = find(frame.number)
+        except Exception as error:
+            raise SchemasUnavailable(error) from error
         return written or f"{frame}: {self.schemas.name} has no such schema"
 
     def _program(self, frame: Frame, written: WrittenSchema) -> Program:
         if written.type != "AVRO":
             raise UnusableSchema(f"{written.type} is not supported, only AVRO and JSON are")
         if frame not in self._programs:
-            self._programs[frame] = compile_schema(
-                written.text,
-                [field.name for field in self.fields],
-                references=written.references,
-            )
-        return self._programs[frame]
+            names = [field.name for field in self.fields]
+            try:
+                program = compile_schema(written.text, names, references=written.references)
+            except UnusableSchema as error:
+                self._programs[frame] = str(error)
+                raise
+            self._programs[frame] = program
+        known = self._programs[frame]
+        if isinstance(known, str):
+            raise UnusableSchema(known)
+        return known
 
     def _events(
         self, spans: ByteSpans, rows: npt.NDArray[np.int64], frame: Frame, program: Program

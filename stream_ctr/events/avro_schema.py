@@ -49,6 +49,9 @@ BY_KEY = -3  # the slot is the one that the last key named
 
 DEEPEST_LOOPS = 16
 _MOST_INSTRUCTIONS = 20_000
+# A record of a few bytes names symbols, which become text.
+_LONGEST_SYMBOL = 1000
+_MOST_SYMBOLS = 100_000
 _PRIMITIVES = {
     "null": NULL,
     "boolean": BOOLEAN,
@@ -93,9 +96,12 @@ def compile_schema(text: str, fields: Sequence[str], *, references: Sequence[str
     True
     """
     compiler = _Compiler(fields)
-    for reference in references:
-        compiler.types.define(parse(reference), "")
-    return compiler.program(parse(text))
+    try:
+        for reference in references:
+            compiler.types.define(parse(reference), "")
+        return compiler.program(parse(text))
+    except RecursionError:
+        raise UnusableSchema("the schema is nested too deep") from None
 
 
 def parse(text: str) -> Any:
@@ -229,6 +235,10 @@ class _Compiler:
             symbols = [str(symbol) for symbol in schema.get("symbols", ())]
             self._emit(ENUM, place.slot, len(self._symbols), len(symbols))
             self._symbols += symbols
+            if len(self._symbols) > _MOST_SYMBOLS:
+                raise UnusableSchema(f"its enums have more than {_MOST_SYMBOLS:,} symbols")
+            if any(len(symbol) > _LONGEST_SYMBOL for symbol in symbols):
+                raise UnusableSchema(f"a symbol has more than {_LONGEST_SYMBOL:,} characters")
         elif kind in ("record", "error"):
             self._emit(PRESENT, place.slot)
             inside = self._inside(schema, namespace, place)

@@ -41,6 +41,7 @@ import pyarrow.compute as pc
 from stream_ctr.events import cloud_events
 from stream_ctr.events.arrow_events import ArrowReader, is_arrow, one_event, read_batches
 from stream_ctr.events.avro_events import AvroReader, Schemas, is_framed
+from stream_ctr.events.defects import defects_as_invalid
 from stream_ctr.events.field import Field
 from stream_ctr.events.json_events import JsonReader
 from stream_ctr.events.parsed_events import (
@@ -193,7 +194,50 @@ class Decoder:
 
         A null value is rejected with the reason `tombstone`. `received` [n] holds the broker's time
         of each record in epoch milliseconds, -1 where it is unknown.
+
+        No record makes this raise. One for which a reader raises an error that it should not is
+        rejected with the reason `undecodable`. What is raised is a lack of memory, or the error of
+        `schemas`.
         """
+        try:
+            return self._decode(values, received)
+        except InvalidRecord:
+            return self._decode_around_defects(values, received)
+
+    def _decode_around_defects(
+        self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None
+    ) -> tuple[Events, Rejections]:
+        """Decode the records, of which at least one makes a reader raise, and reject those."""
+        defects = dict(self._defects(values, received, np.arange(len(values))))
+        is_good = np.ones(len(values), np.bool_)
+        is_good[list(defects)] = False
+        events, rejections = self._decode(pc.if_else(pa.array(is_good), values, None), received)
+        for index, row in enumerate(rejections.row.tolist()):
+            if row in defects:  # it was decoded as a tombstone
+                rejections.reason[index] = defects[row].reason
+                rejections.message[index] = defects[row].message
+        return events, rejections
+
+    def _defects(
+        self,
+        values: pa.LargeBinaryArray,
+        received: npt.NDArray[np.int64] | None,
+        rows: npt.NDArray[np.int64],
+    ) -> Iterator[tuple[int, InvalidRecord]]:
+        """Yield which of the records at `rows` make a reader raise when each is read alone."""
+        try:
+            self._decode(values.take(pa.array(rows)), None if received is None else received[rows])
+        except InvalidRecord as error:
+            if len(rows) == 1:
+                yield int(rows[0]), error
+                return
+            for half in np.array_split(rows, 2):
+                yield from self._defects(values, received, half)
+
+    @defects_as_invalid()
+    def _decode(
+        self, values: pa.LargeBinaryArray, received: npt.NDArray[np.int64] | None
+    ) -> tuple[Events, Rejections]:
         rows, rejections = self._rows_by_format(values)
         streams, rejected_streams = self._open_streams(values, rows["arrow"])
         avro_parts, rejected_avro, framed_json = self._avro.read(values, rows["avro"])
@@ -231,12 +275,14 @@ class Decoder:
         if not (framed | wrapped).any():
             return values
         records = values.to_pylist()
-        for row in np.flatnonzero(framed).tolist():
-            records[row] = self._avro.plain(records[row])
-        for row in np.flatnonzero(wrapped).tolist():
+        for row in np.flatnonzero(framed | wrapped).tolist():
             with contextlib.suppress(InvalidRecord):
-                records[row] = cloud_events.unwrap(records[row]) or records[row]
+                records[row] = self._plain(records[row], is_framed=framed[row])
         return pa.array(records, pa.large_binary())
+
+    @defects_as_invalid()
+    def _plain(self, value: bytes, *, is_framed: bool) -> bytes:
+        return self._avro.plain(value) if is_framed else cloud_events.unwrap(value) or value
 
     def _rows_by_format(
         self, values: pa.LargeBinaryArray

@@ -22,7 +22,7 @@ MurmurHash3 x64 128 is Austin Appleby's, in the public domain; `h1` is its first
 - With the encodings `value` and `log_value` (the paper's alternative, "the value itself"), a
   numeric field has one row, that of the text "value". The field's embedding is multiplied by x or
   by `sign(x) * log(1 + |x|)`, divided by the field's scale s and cut to [-4, 4]. Without a scale
-  the multiplier is only cut to the range of a float32.
+  the multiplier is cut to [-1e6, 1e6].
 
 A cross product of two or more fields is one more column of ids, after those of the fields, with
 rows in the same table. It hashes `hashes`: the h1 of each member's value, missing values included,
@@ -57,6 +57,13 @@ from stream_ctr.events.field import Field, require_fitted, require_members
 
 LARGEST_MULTIPLIER = 4.0
 """The largest size of a multiplier that has a scale."""
+
+LARGEST_UNSCALED_MULTIPLIER = 1e6
+"""The largest size of any multiplier.
+
+Models multiply features with each other: the products of five of this size are float32 numbers, and
+so are the gradients.
+"""
 
 _MISSING = np.array([0xFF], np.uint8)
 _ALL_BITS = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -188,7 +195,7 @@ class Hasher:
     def _multipliers(self, column: pa.Array, name: str) -> npt.NDArray[np.float32]:
         x = column.to_numpy(zero_copy_only=False).astype(np.float64, copy=False)
         scaled = np.sign(x) * np.log1p(np.abs(x)) if self.numeric_encoding == "log_value" else x
-        largest = float(np.finfo(np.float32).max)
+        largest = LARGEST_UNSCALED_MULTIPLIER
         if name in self.value_scales:
             largest = LARGEST_MULTIPLIER
             with np.errstate(over="ignore"):

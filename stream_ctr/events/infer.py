@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
@@ -10,6 +11,7 @@ import pyarrow as pa
 
 from stream_ctr.errors import DataError
 from stream_ctr.events.arrow_events import feature_types, is_arrow, read_batches
+from stream_ctr.events.defects import defects_as_invalid
 from stream_ctr.events.field import Field
 from stream_ctr.events.parsed_events import InvalidRecord
 
@@ -117,8 +119,6 @@ def _json_type_counts(value: bytes | None) -> Iterator[_TypeCounts]:
 
 
 def _arrow_type_counts(value: bytes, max_record_bytes: int) -> Iterator[_TypeCounts]:
-    try:
+    with contextlib.suppress(InvalidRecord), defects_as_invalid():
         batches = read_batches(pa.py_buffer(value), max_record_bytes=max_record_bytes)
-        yield from (feature_types(batch) for batch in batches)
-    except InvalidRecord:
-        return
+        yield from [feature_types(batch) for batch in batches]

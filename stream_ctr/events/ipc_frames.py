@@ -7,10 +7,11 @@ The first line is a message: the schema, a dictionary or a record batch. The sec
 
 https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format
 
-Arrow's own reader trusts the sender in three ways. It takes the end of the bytes for the end of the
+Arrow's own reader trusts the sender in four ways. It takes the end of the bytes for the end of the
 stream. It allocates what a compressed buffer claims as its size. It makes columns of nulls of any
-length. Here, a stream must have an end, and its sizes are known before anything is allocated. Arrow
-checks the rest.
+length. It joins a dictionary with each of its deltas to a new one, and every batch keeps that of
+its time. Here, a stream must have an end, and its sizes are known before anything is allocated.
+Arrow checks the rest.
 """
 
 from __future__ import annotations
@@ -31,8 +32,11 @@ _MESSAGE_KIND = 1
 _MESSAGE_HEADER = 2
 _MESSAGE_BODY_LENGTH = 3
 _SCHEMA_ENDIANNESS = 0
+_DICTIONARY_ID = 0
 _DICTIONARY_DATA = 1
+_DICTIONARY_IS_DELTA = 2
 _BATCH_ROWS = 0
+_BATCH_NODES = 1
 _BATCH_BUFFERS = 2
 _BATCH_COMPRESSION = 3
 _SCHEMA = 1
@@ -41,6 +45,10 @@ _BATCH = 3
 _BIG_ENDIAN = 1
 _STORED_UNCOMPRESSED = -1  # in place of the size of a buffer in a compressed batch
 
+_VALUES_A_BYTE = 8  # of the bitmap of a column's nulls
+_WORD_BYTES = 24  # of a word of a dictionary as text: an integer has at most 20 digits
+_VALIDATED_TO_ALLOCATED = 64  # validating takes that much less time than memory is dear
+
 
 class DamagedStream(Exception):
     """Raised when bytes are not an Arrow IPC stream from its schema to its end."""
@@ -48,7 +56,13 @@ class DamagedStream(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The rows of all record batches, and the bytes of all buffers once decompressed."""
+    """The rows of all record batches, and the bytes that Arrow allocates to read the stream.
+
+    The bytes are those of all buffers once decompressed and of a bitmap for each column, nested
+    ones included. A dictionary counts 24 bytes a word more, for its words as text; with each delta
+    it counts as a whole again. Each batch validates the dictionaries of its time, which counts a
+    64th of their bytes.
+    """
 
     rows: int
     bytes: int
@@ -60,15 +74,16 @@ def sizes(data: bytes | memoryview) -> Sizes:
     Raises `DamagedStream` when the frames are not valid, or the stream has big-endian numbers.
 
     >>> import pyarrow as pa
-    >>> table = pa.table({"x": pa.array([1, 2, 3], pa.int64())})
+    >>> table = pa.table({"x": pa.array([1, 2, 3, 4, 5, 6, 7, 8], pa.int64())})
     >>> sink = pa.BufferOutputStream()
     >>> with pa.ipc.new_stream(sink, table.schema) as writer:
     ...     writer.write_table(table)
     >>> sizes(sink.getvalue().to_pybytes())
-    Sizes(rows=3, bytes=24)
+    Sizes(rows=8, bytes=65)
     """
     rows = 0
-    decompressed = 0
+    allocated = 0
+    dictionaries: dict[int, int] = {}  # the bytes of each one, by its id
     try:
         for index, (message, body) in enumerate(_frames(memoryview(data).cast("B"))):
             kind = message.number(_MESSAGE_KIND, "B")
@@ -78,18 +93,23 @@ def sizes(data: bytes | memoryview) -> Sizes:
             if kind == _SCHEMA:
                 if header.number(_SCHEMA_ENDIANNESS, "h") == _BIG_ENDIAN:
                     raise DamagedStream("big-endian numbers are not supported")
-                continue
-            if kind not in (_DICTIONARY, _BATCH):
+            elif kind == _DICTIONARY:
+                batch = header.table(_DICTIONARY_DATA)
+                id = header.number(_DICTIONARY_ID, "q")
+                held = _allocated_bytes(batch, body) + _WORD_BYTES * _rows(batch)
+                if header.number(_DICTIONARY_IS_DELTA, "B"):
+                    held += dictionaries.get(id, 0)
+                dictionaries[id] = held
+                allocated += held
+            elif kind == _BATCH:
+                rows += _rows(header)
+                allocated += _allocated_bytes(header, body)
+                allocated += sum(dictionaries.values()) // _VALIDATED_TO_ALLOCATED
+            else:
                 raise DamagedStream(f"a message of the unknown kind {kind}")
-            batch = header.table(_DICTIONARY_DATA) if kind == _DICTIONARY else header
-            batch_rows = batch.number(_BATCH_ROWS, "q")
-            rows += batch_rows if kind == _BATCH else 0
-            decompressed += _decompressed_bytes(batch, body)
-            if batch_rows < 0 or rows < 0:
-                raise DamagedStream("a batch has a negative number of rows")
     except (struct.error, ValueError, OverflowError) as error:
         raise DamagedStream(f"a frame is damaged: {error}") from None
-    return Sizes(rows, decompressed)
+    return Sizes(rows, allocated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,17 +183,29 @@ def _frames(data: memoryview) -> Iterator[tuple[_Table, memoryview]]:
         position += length
 
 
-def _decompressed_bytes(batch: _Table, body: memoryview) -> int:
-    """Return the bytes of a batch's buffers once decompressed.
+def _rows(batch: _Table) -> int:
+    rows = batch.number(_BATCH_ROWS, "q")
+    if rows < 0:
+        raise DamagedStream("a batch has a negative number of rows")
+    return rows
+
+
+def _allocated_bytes(batch: _Table, body: memoryview) -> int:
+    """Return the bytes of a batch's buffers once decompressed, and of bitmaps.
 
     In a compressed batch, each buffer begins with its decompressed size.
     """
+    values, nulls = batch.pairs(_BATCH_NODES).T
+    if (values < 0).any() or (nulls < 0).any():
+        raise DamagedStream("a column has a negative length")
+    # Python's integers, because the sum may not fit into an int64.
+    bitmaps = sum(values.tolist()) // _VALUES_A_BYTE
     buffers = batch.pairs(_BATCH_BUFFERS)
     if (buffers < 0).any() or (buffers > len(body)).any():
         raise DamagedStream("a buffer is outside of its message")
     if not batch.has(_BATCH_COMPRESSION):
-        return int(buffers[:, 1].sum())
-    total = 0
+        return bitmaps + int(buffers[:, 1].sum())
+    total = bitmaps
     for offset, length in buffers[buffers[:, 1] > 0].tolist():
         size = _read(body, offset, "q")
         if size < _STORED_UNCOMPRESSED:

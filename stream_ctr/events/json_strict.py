@@ -103,8 +103,8 @@ def _parse_document(value: bytes | None, max_record_bytes: int) -> tuple[dict[st
 def _nesting(bare: npt.NDArray[np.uint8]) -> int:
     """Return how deep the brackets of JSON without its strings nest. [ and { count alike."""
     folded = bare | LOWER_CASE  # makes [ a { and ] a }
-    steps = (folded == ord("{")).astype(np.int64) - (folded == ord("}"))
-    return int(np.cumsum(steps).max(initial=0))
+    steps = (folded == ord("{")).astype(np.int8) - (folded == ord("}")).astype(np.int8)
+    return int(np.cumsum(steps, dtype=np.int32).max(initial=0))
 
 
 def _non_null_members(bare: npt.NDArray[np.uint8]) -> int:

@@ -56,7 +56,11 @@ def _files_of(source: str) -> Sequence[LogFile]:
     if not source:
         raise DataError("the name of a log is empty")
     path = Path(source)
-    if path.is_dir():
+    try:
+        is_directory = path.is_dir()
+    except OSError as error:  # the name is too long, or leads around in a circle
+        raise NoSuchLog(f"{one_line(source)} cannot be read: {error.strerror}") from None
+    if is_directory:
         return _directory(path)
     if not path.exists() and any(character in source for character in _PATTERN):
         found = sorted(Path(name) for name in glob.glob(source, recursive=True))
