@@ -275,6 +275,7 @@ class Input(Section):
     max_bad_share: float = key(0.5, gt=0, le=1)
     """Stop with exit code 5 when more than this share of at least 1,000 records is bad.
 
+    All records that the state directory has read count, not only those of this start.
     An Arrow record with some good events counts in part.
     """
     read_ahead: int = key(50_000, ge=0)

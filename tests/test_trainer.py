@@ -947,7 +947,7 @@ def test_a_field_that_has_one_value_for_a_week_is_warned_of_while_the_run_goes_o
                 rejected=Rejected(np.empty(0, np.int32), np.empty(0, np.int64), [], [], [], []),
                 with_fields=frozenset({"hour", "weekday", "version"}),
                 with_unknown_fields=0,
-                bad_records=0.0,
+                bad_shares=None,
             )
         )
 

@@ -38,6 +38,7 @@ _LISTENING_SECONDS = 1.0
 # The bits of an event's place that hold its index in the record: 2 ** 20 events a record,
 # 2 ** 43 records a partition.
 _INDEX_BITS = 20
+_SHARES = 1 << 20
 # The features that are no fields are named in so many records of a run, and so many of a poll.
 _NAMED_RECORDS = 1000
 _NAMED_RECORDS_OF_A_POLL = 100
@@ -212,7 +213,7 @@ class Ingest:
                 if column.null_count < len(column)
             ),
             with_unknown_fields=events.with_unknown_fields,
-            bad_records=_bad_records(events, rejects, len(records)),
+            bad_shares=_bad_shares(events, rejects, len(records)),
             unknown_features=self._unknown_features(records, events),
             examples=examples,
         )
@@ -268,11 +269,15 @@ def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
     )
 
 
-def _bad_records(events: Events, rejects: Rejections, n: int) -> float:
-    """Return how many of n records were rejected; a record with good events counts in part."""
+def _bad_shares(events: Events, rejects: Rejections, n: int) -> npt.NDArray[np.float64] | None:
+    """Return the share of each of n records that was rejected [n], or None if none was.
+
+    The shares are multiples of 2^-20, so that their sums are exact in any order.
+    """
     rows = rejects.row[[reason != "tombstone" for reason in rejects.reason]]
     if not len(rows):
-        return 0.0
+        return None
     bad = np.bincount(rows, minlength=n)
     good = np.bincount(np.concatenate([part.row for part in events.kinds]), minlength=n)
-    return float((bad / np.maximum(bad + good, 1)).sum())
+    shares: npt.NDArray[np.float64] = np.round(bad / np.maximum(bad + good, 1) * _SHARES)
+    return shares / _SHARES

@@ -140,6 +140,7 @@ def trainer(
     in_event_time: bool = False,
     keep_open: bool = False,
     predictions: Path | None = None,
+    sink: Any = None,
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -149,7 +150,7 @@ def trainer(
         config,
         fields=fields,
         source=source,
-        publisher=Publisher(directory),
+        publisher=Publisher(directory, sink=sink),
         directory=directory,
         surroundings=surroundings,
         in_event_time=in_event_time,
