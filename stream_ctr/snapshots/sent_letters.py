@@ -116,7 +116,7 @@ def _read(paths: Iterable[Path]) -> dict[tuple[str, int], npt.NDArray[np.uint64]
 
 
 def _positions(path: Path) -> Iterator[Position]:
-    """Yield the positions in a file. A line that a crash cut short, or that is none, is left out."""
+    """Yield the positions in a file, and pass over lines that are none, such as half a line."""
     decoder = msgspec.json.Decoder(_Line)
     try:
         with path.open("rb") as file:
