@@ -6,7 +6,7 @@ import itertools
 import json
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -297,7 +297,7 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize(("at", "kind"), [(499, "categorical"), (500, "numeric")])
 def test_a_text_among_the_first_thousand_numbers_decides_however_it_is_polled(
-    at: int, kind: str, seed: int, outcome: Outcome
+    at: int, kind: Literal["categorical", "numeric"], seed: int, outcome: Outcome
 ) -> None:
     lines = [[features(n=n) for n in range(900)] for _ in range(2)]
     lines[1][at] = features(n="n/a")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,6 @@ from support.reliability import Outcome
 from stream_ctr.join import joiner
 from stream_ctr.join.join_arrays import IdIndex, WaitingClicks, new_secret, pending_pool
 from stream_ctr.join.join_state import EMPTY, LEFT, nth_time
-
 
 # With this secret an id stands where its upper 32 bits say.
 FORESEEN = (np.uint64(0), np.uint64(1), np.uint64(1))
@@ -134,7 +134,7 @@ def test_every_joiner_has_a_secret_of_its_own() -> None:
 @pytest.mark.parametrize("over_bound", ["spill", "evict"])
 def test_nothing_but_the_positions_depends_on_the_secret(over_bound: str, tmp_path: Path) -> None:
     with capacity(features=60, index=256, clicks=60, segment_rows=16):
-        states = []
+        states: list[dict[str, Any]] = []
         for secret in (FORESEEN, new_secret(), new_secret()):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(joiner, "new_secret", lambda secret=secret: secret)

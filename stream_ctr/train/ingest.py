@@ -39,6 +39,8 @@ _LISTENING_SECONDS = 1.0
 # 2 ** 43 records a partition.
 _INDEX_BITS = 20
 _SHARES = 1 << 20
+AHEAD_OF_CLOCK = "time_ahead_of_clock"
+"""The reason of a rejection that depends on when the record was read, and not on the log alone."""
 # The features that are no fields are named in so many records of a run, and so many of a poll.
 _NAMED_RECORDS = 1000
 _NAMED_RECORDS_OF_A_POLL = 100
@@ -174,9 +176,10 @@ class Ingest:
 
     def events(self, records: RecordColumns) -> EventBatch:
         """Decode and hash records."""
-        # A log has no broker that recorded when a record arrived, but none arrived after now.
+        # No record arrived after now, whatever its producer's clock says. A log does not say.
         now_ms = int(self._wall_clock() * 1000)
-        received = np.where(records.time < 0, now_ms, np.minimum(records.time, now_ms))
+        by_clock = (records.time < 0) | (records.time > now_ms)
+        received = np.where(by_clock, now_ms, records.time)
         with self.timer("decode"):
             events, rejects = self.decoder.decode(records.value, received)
         impressions = events.impressions
@@ -205,7 +208,7 @@ class Ingest:
                     np.concatenate([part.row for part in events.kinds]),
                 ),
             ),
-            rejected=_rejected(records, rejects),
+            rejected=_rejected(records, rejects, by_clock),
             with_fields=frozenset(
                 name
                 for part in (impressions, events.examples)
@@ -250,7 +253,14 @@ def _places(
     return records.offset[rows] << _INDEX_BITS | within
 
 
-def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
+def _rejected(
+    records: RecordColumns, rejects: Rejections, by_clock: npt.NDArray[np.bool_]
+) -> Rejected:
+    """Return the rejections with their values; `by_clock` [records] marks those judged by now."""
+    reasons = [
+        AHEAD_OF_CLOCK if reason == "time_in_future" and by_clock[row] else reason
+        for row, reason in zip(rejects.row.tolist(), rejects.reason, strict=True)
+    ]
     values = [
         value if value is not None else records.value[row].as_py()
         for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)
@@ -264,7 +274,7 @@ def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
         records.offset[rejects.row],
         event,
         values,
-        rejects.reason,
+        reasons,
         rejects.message,
     )
 
