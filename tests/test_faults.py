@@ -23,6 +23,7 @@ from support import forks
 from support.commands import own_topics
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS, catches, started, wait_until
+from support.reliability import Outcome
 from support.trainers import RIVER, Partitions, finish, split, trainer
 
 from stream_ctr.cli.main import main
