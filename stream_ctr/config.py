@@ -269,12 +269,13 @@ class Input(Section):
     max_ahead: Duration = timedelta(minutes=5)
     """The largest difference by which an event's time may be ahead of its record's broker time.
 
-    In a log, the event's time is compared with the current time. An event that is further ahead is
-    a dead letter.
+    Where that time is ahead of the current time, or unknown as in a log, the event's time is
+    compared with the current time. An event that is further ahead is a dead letter.
     """
     max_bad_share: float = key(0.5, gt=0, le=1)
     """Stop with exit code 5 when more than this share of at least 1,000 records is bad.
 
+    All records that the state directory has read count, not only those of this start.
     An Arrow record with some good events counts in part.
     """
     read_ahead: int = key(50_000, ge=0)

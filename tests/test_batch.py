@@ -27,7 +27,7 @@ def batch() -> EventBatch:
         ),
         with_fields=frozenset(),
         with_unknown_fields=0,
-        bad_records=1.0,
+        bad_shares=np.ones(1),
     )
 
 

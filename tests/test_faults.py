@@ -23,6 +23,7 @@ from support import forks
 from support.commands import own_topics
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
 from support.patience import PATIENCE_SECONDS, catches, started, wait_until
+from support.reliability import Outcome
 from support.trainers import RIVER, Partitions, finish, split, trainer
 
 from stream_ctr.cli.main import main
@@ -249,13 +250,51 @@ def test_wrong_clocks_of_some_producers_harm_no_other_event(tmp_path, stream, so
     plain = finish(trainer(tmp_path / "plain", Partitions([encoded(events)])))
     assert report["ledger"] == plain["ledger"]
     counters = report["counters"]
-    assert counters["rejected.time_in_future"] > 50
+    # Where the broker's time is known, the trainer's clock decides nothing.
+    reason = "time_in_future" if source == "broker" else "time_ahead_of_clock"
+    assert counters[f"rejected.{reason}"] > 50
     assert counters["rejected.time_out_of_range"] > 20
     assert counters["impressions_late"] > 20
-    quarantined = counters["rejected.time_in_future"] + counters["rejected.time_out_of_range"]
+    quarantined = counters[f"rejected.{reason}"] + counters["rejected.time_out_of_range"]
     outcome(
         f"{quarantined} quarantined, {counters['impressions_late']} late; the ledger is that of "
         f"the others alone"
+    )
+
+
+@pytest.mark.fault(
+    17, injected="a producer's clock 5 to 7 minutes ahead that sets the record time (CreateTime)"
+)
+def test_a_record_ahead_of_the_trainers_clock_is_counted_apart_and_accepted_later(
+    tmp_path: Path, stream: pa.LargeBinaryArray, outcome: Outcome
+) -> None:
+    events = documents(stream)
+    times = np.array([event["time"] for event in events])
+    half = int(np.median(times))
+
+    class Created(Partitions):
+        """Producers set the times of records, with the clocks of the events."""
+
+        def poll(self, timeout_seconds: float) -> Records:
+            records = super().poll(timeout_seconds)
+            return Records(records.partition, records.offset, times[records.offset], records.value)
+
+    def read(name: str, seconds_later: float) -> Any:
+        clock = half / 1000 - 300 + seconds_later
+        around = Surroundings(wall_clock=lambda: clock)
+        return finish(trainer(tmp_path / name, Created([stream]), surroundings=around))
+
+    at_once = read("at once", 0)
+    later = read("later", (int(times.max()) - half) / 1000)
+    much_later = read("much later", 1e6)
+    ahead = int((times > half).sum())
+    assert at_once["counters"]["rejected.time_ahead_of_clock"] == ahead > 1000
+    assert "rejected.time_in_future" not in at_once["counters"]
+    assert later["counters"]["rejected"] == 0
+    assert later["ledger"] == much_later["ledger"]
+    outcome(
+        f"{ahead:,} records ahead of the clock are dead letters with a reason of their own; with "
+        "none of these the ledger is a function of the log"
     )
 
 
@@ -474,7 +513,7 @@ def test_a_run_that_is_stopped_while_its_last_windows_close_goes_on_bit_for_bit(
 
 def test_many_bad_records_and_then_good_ones_are_still_a_flood(tmp_path, stream):
     polls = [pa.array([b"junk"] * 900, pa.large_binary()), stream.slice(0, 200)]
-    with pytest.raises(DataError, match=r"900 of 1100 records read are bad.*the last: not_json"):
+    with pytest.raises(DataError, match=r"900 of 1000 records read are bad.*the last: not_json"):
         finish(trainer(tmp_path, BatchSource(lambda: polls)))
 
 

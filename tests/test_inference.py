@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from support.commands import command, succeed
 from support.event_records import features, record
 from support.lineage import QUICK, reports
+from support.reliability import Outcome
 from support.trainers import Partitions
 
 from stream_ctr import Scorer
@@ -25,6 +27,7 @@ from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import fit_numbers
+from stream_ctr.events.infer import infer_fields
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Manifest
@@ -286,6 +289,59 @@ def shares(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 )
     path.write_text("".join(json.dumps(event) + "\n" for event in kept))
     return path
+
+
+@pytest.mark.bad_input(
+    "one text among the first numbers of a field", via="a log in polls of any size"
+)
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("at", "kind"), [(499, "categorical"), (500, "numeric")])
+def test_a_text_among_the_first_thousand_numbers_decides_however_it_is_polled(
+    at: int, kind: Literal["categorical", "numeric"], seed: int, outcome: Outcome
+) -> None:
+    lines = [[features(n=n) for n in range(900)] for _ in range(2)]
+    lines[1][at] = features(n="n/a")
+    first = first_of(Partitions([values_of(*part) for part in lines], seed=seed))
+    assert Field("n", kind) in infer_fields(first.values)
+    outcome("the first 500 impressions of each of two partitions decide the kind of the field")
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("clicks", [7999, 8000])
+def test_the_search_for_an_impression_ends_at_the_same_record_however_it_is_polled(
+    clicks: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference, "_MOST_RECORDS", 5000)
+    values = values_of(*[CLICK] * clicks, *FULL)
+    source = Partitions([values], seed=seed, largest=10_000)
+    assert first_of(source).found == (clicks < 8000)
+
+
+def test_a_new_run_writes_its_features_where_a_person_can_read_and_use_them(
+    shares: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    succeed("run", "--source", shares, "--state", state, *QUICK)
+    file = state / "features.toml"
+    text = file.read_text()
+    assert tomllib.loads(text)["features"] == {
+        "categorical": [],
+        "numeric": ["age", "share"],
+        "numeric_encoding": "buckets",
+        "buckets_per_octave": 2.0,
+        "hash_seed": 0,
+    }
+    assert "inferred from its first impressions" in text
+    assert "#   edges of the buckets of share: " in text
+    # A copy of it begins the same run.
+    again = tmp_path / "again"
+    succeed("run", "--source", shares, "--state", again, *QUICK, "--config", file)
+    assert newest(again).weights_sha256 == newest(state).weights_sha256
+    assert "as it was told to use them" in (again / "features.toml").read_text()
+    # A resumed run leaves it as it is.
+    file.write_text("mine")
+    succeed("run", "--source", shares, "--state", state, *QUICK)
+    assert file.read_text() == "mine"
 
 
 @pytest.mark.parametrize("named", [(), ("-X", "features.numeric=share,age")])

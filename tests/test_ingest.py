@@ -126,8 +126,8 @@ class Topic(Polls):
         return np.array([self.asked >= len(self._polls)])
 
 
-def ingest(source: Any) -> Ingest:
-    return Ingest(source, Decoder(FIELDS), Hasher(FIELDS, table_bits=10))
+def ingest(source: Any, **options: Any) -> Ingest:
+    return Ingest(source, Decoder(FIELDS), Hasher(FIELDS, table_bits=10), **options)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -622,8 +622,36 @@ def test_a_record_of_many_events_is_bad_by_the_share_of_its_bad_events():
         .take(0)
         .events
     )
-    assert (columns.records, columns.bad_records) == (6, 0.25 + 2)
+    assert columns.records == 6
+    assert columns.bad_shares is not None
+    assert columns.bad_shares.tolist() == [0, 0.25, 1, 0, 1, 0]
     assert columns.rejected.event == [2, None, None, None]
+
+
+@given(
+    st.lists(st.tuples(st.integers(-400, 400), st.integers(-400, 400)), min_size=1, max_size=20),
+    st.lists(st.floats(400, 1e7), min_size=2, max_size=2),
+)
+def test_the_clock_decides_nothing_about_records_that_are_not_ahead_of_it(
+    seconds: list[tuple[int, int]], clocks: list[float]
+) -> None:
+    start = 1_735_689_600
+    value = [
+        b'{"kind":"click","impression_id":"a","time":%d}' % (start + event) for event, _ in seconds
+    ]
+    records = Records(
+        np.zeros(len(value), np.int32),
+        np.arange(len(value)),
+        np.array([(start + record) * 1000 for _, record in seconds]),
+        pa.array(value, pa.large_binary()),
+    )
+    verdicts = []
+    for clock in clocks:
+        reader = ingest(Polls(), wall_clock=lambda clock=clock: start + clock)
+        events = reader.events(records)
+        verdicts.append((events.rejected.offset.tolist(), events.rejected.reason))
+    late = [n for n, (event, record) in enumerate(seconds) if event > record + 300]
+    assert verdicts == [(late, ["time_in_future"] * len(late))] * 2
 
 
 # -- the profile ---------------------------------------------------------------------------------

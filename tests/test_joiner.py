@@ -285,7 +285,7 @@ def batch(*events: Event) -> EventBatch:
         rejected=Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], []),
         with_fields=frozenset(),
         with_unknown_fields=0,
-        bad_records=0.0,
+        bad_shares=None,
     )
 
 

@@ -279,6 +279,31 @@ def test_windows_and_the_whole_run_go_on_from_their_state() -> None:
     assert before[0].state_dict()["counts"].sum() == 1700
 
 
+@pytest.mark.parametrize("other_ms", [1000, 3000, 7000, 10_000, 60_000, 86_400_000])
+def test_a_state_goes_on_with_windows_of_another_length(other_ms: int) -> None:
+    start = 1_735_689_600_000
+    data = stream(3000, start=start, step=100)  # five minutes
+    before = Windows(MODELS, window_ms=10_000, rolling=3)
+    before.add(data[0:1234])
+    reported = before.close(start + 98_000)
+    after = Windows(MODELS, window_ms=other_ms, rolling=3)
+    after.load_state_dict(before.state_dict())
+    assert after.close(start + 98_000) == []  # nothing is reported twice
+    after.add(data[1234:3000])
+    rolling = after.rolling_summary()
+    assert rolling is not None
+    assert start - 3 * other_ms <= rolling.start_ms < rolling.end_ms <= start + 300_000 + other_ms
+    reported += after.close(start + 300_000 + other_ms)
+    # Each example is in one window that holds its time, and windows are in order.
+    spans = [(window.start_ms, window.end_ms) for window in reported]
+    ends = [end for _, end in spans]
+    assert ends == sorted(ends)
+    assert min(spans)[0] >= start - other_ms
+    assert ends[-1] <= start + 300_000 + other_ms
+    assert sum(window.models["ftrl"].count for window in reported) == 3000
+    assert {end - begin for begin, end in spans} <= {10_000, other_ms}
+
+
 def test_the_keys_of_a_summary_have_the_order_of_the_reports() -> None:
     data = stream(100)
     run = whole_run(data, batch=100)

@@ -119,6 +119,30 @@ def test_delivered_dead_letters_are_not_kept_again(tmp_path: Path) -> None:
     assert kept_offsets(tmp_path) == ["7"]
 
 
+def test_the_next_run_sends_a_dead_letter_only_if_the_broker_may_not_have_it(
+    tmp_path: Path,
+) -> None:
+    broker = Broker()
+    publisher = Publisher(tmp_path, sink=broker, unavailable=(Away,))
+    dead_letter(publisher, 5)
+    dead_letter(publisher, 6, event=1)
+    publisher.deliver_dead_letters()
+    dead_letter(publisher, 7)  # in flight when the process is killed
+    broker.keys.clear()
+    again = Publisher(tmp_path, sink=broker, unavailable=(Away,))
+    for offset, event in ((5, None), (6, 1), (6, 2), (7, None)):
+        dead_letter(again, offset, event=event)
+    assert broker.keys == [b"clicks-0-6-2", b"clicks-0-7"]
+    broker.away = True
+    again.deliver_dead_letters()
+    broker.away = False
+    broker.keys.clear()
+    last = Publisher(tmp_path, sink=broker, unavailable=(Away,))
+    dead_letter(last, 7)
+    assert broker.keys == []
+    assert kept_offsets(tmp_path) == ["6", "7"]
+
+
 def test_dead_letters_in_flight_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

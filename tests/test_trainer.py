@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -606,6 +607,32 @@ def test_models_that_are_not_wanted_are_in_no_report_and_no_snapshot(tmp_path, s
         )
 
 
+@pytest.mark.parametrize("window", ["10s", "1h"])
+def test_a_run_resumed_with_another_metric_window_dates_its_windows_by_event_time(
+    tmp_path, stream, window
+):
+    stopped = trainer(tmp_path, Partitions([stream], stop_after=3000))
+    finish(stopped)
+    resumed = trainer(tmp_path, Partitions([stream]), metrics={"window": window})
+    resumed.restore(snapshot.newest(tmp_path / "snapshots"))
+    final = finish(resumed)
+    reports = [json.loads(line) for line in (tmp_path / "reports.jsonl").read_text().splitlines()]
+    times = [
+        report[name]
+        for report in reports
+        if report["kind"] == "window"
+        for name in ("start", "end")
+    ]
+    first, last = (json.loads(value.as_py())["time"] for value in (stream[0], stream[-1]))
+    dates = [
+        datetime.fromtimestamp((time + moved) / 1000, UTC).isoformat()
+        for time, moved in ((first, -6 * 3_600_000), (last, 3_600_000))
+    ]
+    assert times
+    assert dates[0] < min(times) < max(times) < dates[1]
+    assert dates[0] < final["rolling"]["start"] < final["rolling"]["end"] < dates[1]
+
+
 def test_bad_records_are_counted_kept_and_not_trained(tmp_path, stream):
     junk = pa.array(
         [b"junk", None, b'{"kind":"impression","impression_id":"x\x1b[31m","time":5}'],
@@ -947,7 +974,7 @@ def test_a_field_that_has_one_value_for_a_week_is_warned_of_while_the_run_goes_o
                 rejected=Rejected(np.empty(0, np.int32), np.empty(0, np.int64), [], [], [], []),
                 with_fields=frozenset({"hour", "weekday", "version"}),
                 with_unknown_fields=0,
-                bad_records=0.0,
+                bad_shares=None,
             )
         )
 

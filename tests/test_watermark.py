@@ -73,7 +73,7 @@ def test_a_batch_is_observed_in_order_of_arrival_over_all_kinds() -> None:
         rejected=Rejected(np.zeros(0, np.int32), np.zeros(0, np.int64), [], [], [], []),
         with_fields=frozenset(),
         with_unknown_fields=0,
-        bad_records=0.0,
+        bad_shares=None,
         examples=LabelledArrivals(
             Arrivals.of([3], [6500]),
             np.ones(1, np.uint8),

@@ -35,7 +35,7 @@ _SECONDS = 10.0
 _POLL_SECONDS = 0.25
 _MOST_NAMED = 5
 _NO_WINDOW = 1 << 62  # later than any event
-_MOST_RECORDS = 100_000  # without a single impression
+_MOST_RECORDS = 100_000  # are searched for a single impression, or a few more
 _REMARKS = {
     "categorical": "",
     "numeric": " - numbers are taken as quantities; list ids in features.categorical",
@@ -79,6 +79,11 @@ class FirstRecords:
     def found(self) -> bool:
         """Whether there was an impression with features."""
         return any(part.values for part in self._parts)
+
+    @property
+    def searched(self) -> int:
+        """The number of records, of all partitions, in which the search found no impression."""
+        return sum(part.searched for part in self._parts)
 
     @property
     def impressions(self) -> int:
@@ -163,9 +168,9 @@ class _Part:
         self.complete = False
         self.impressions = 0
         self.read = 0
+        self.searched = 0  # records before the first impression, or before the search ended
         self._bounds = bounds
         self._bytes = 0
-        self._searched = 0
         self._first_ms = _NO_WINDOW  # of the first impression, or before it of the first event
 
     def add(
@@ -206,10 +211,10 @@ class _Part:
         has = np.flatnonzero(counts)
         before = int(has[0]) if len(has) else len(counts)
         self._begin_window(earliest[:before])
-        self._searched += before
-        self.complete = self._searched >= self._bounds.searched or bool(
-            self._window_passed(latest[:before]).any()
-        )
+        searched = self.searched + np.arange(1, before + 1)
+        ends = (searched >= self._bounds.searched) | self._window_passed(latest[:before])
+        self.complete = bool(ends.any())
+        self.searched += int(np.argmax(ends)) + 1 if self.complete else before
         return before
 
     def _begin_window(self, earliest: npt.NDArray[np.int64]) -> None:
@@ -276,7 +281,7 @@ def first_records(
         source.seek(start)
         if stopped():
             return None
-        if first.found or not first.bounded or first.read >= _MOST_RECORDS:
+        if first.found or not first.bounded or first.searched >= _MOST_RECORDS:
             wait.note_passed_over(first)
             return first
         times *= 2  # no impression among so many records: look at more

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import click
 
 from stream_ctr.cli import voice
 from stream_ctr.cli.options import extra_option, load_config
+from stream_ctr.cli.toml_text import listed, quoted
 from stream_ctr.messages import one_line
 
 if TYPE_CHECKING:
@@ -160,38 +160,29 @@ def _toml(
     yield ""
     yield "[input]"
     if layout.delimiter:
-        yield f"delimiter = {_quoted(layout.delimiter)}"
+        yield f"delimiter = {quoted(layout.delimiter)}"
     if layout.column_names:
-        yield f"column_names = {_list(layout.column_names)}    # the file has no header"
+        yield f"column_names = {listed(layout.column_names)}    # the file has no header"
     if layout.times.unit:
-        yield f"time_unit = {_quoted(layout.times.unit)}"
+        yield f"time_unit = {quoted(layout.times.unit)}"
     if layout.times.zone:
         remark = "    # the times name no zone: is it this one?" if guess.needs_zone else ""
-        yield f"time_zone = {_quoted(layout.times.zone)}{remark}"
+        yield f"time_zone = {quoted(layout.times.zone)}{remark}"
     yield ""
     yield "[input.columns]"
     for role in _ROLES:
         if name := getattr(layout.columns, role):
-            yield f"{role} = {_quoted(name)}    # {one_line(guess.reasons[role])}"
+            yield f"{role} = {quoted(name)}    # {one_line(guess.reasons[role])}"
     yield ""
     yield "[features]"
     for kind in ("categorical", "numeric"):
         yield f"{kind} = ["
         for found in guess.fields:
             if found.field and found.field.kind == kind:
-                yield f"    {_quoted(found.name)},    # {one_line(found.reason)}"
+                yield f"    {quoted(found.name)},    # {one_line(found.reason)}"
         yield "]"
     left_out = [found for found in guess.fields if not found.field]
     if left_out:
         yield "# Left out:"
     for found in left_out:
         yield f"#   {one_line(found.name)}: {one_line(found.reason)}"
-
-
-def _quoted(text: str) -> str:
-    """Return a string of TOML: one of JSON, and DEL is escaped too."""
-    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _list(names: Iterable[str]) -> str:
-    return f"[{', '.join(map(_quoted, names))}]"

@@ -24,6 +24,7 @@ from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.compiling import announcing_compilation
 from stream_ctr.cli.display import LiveTable, final_table
+from stream_ctr.cli.features_file import write_features
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
@@ -299,6 +300,7 @@ def _train(
         if not encoding:
             say("stopped before the first impressions were there; nothing was learned")
             return None
+        inferred = not fields
         fields, fitted = encoding
         kept = kept_manifest(state)
         show = caller.on_report if caller else stack.enter_context(_shown())
@@ -323,6 +325,8 @@ def _train(
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
+        if not newest:
+            write_features(state, trainer.identity.schema, inferred=inferred)
         if beginning:
             _begin(trainer, beginning)
         elif newest:

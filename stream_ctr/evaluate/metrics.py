@@ -27,6 +27,7 @@ import numpy.typing as npt
 from stream_ctr.evaluate.summary import Difference, ModelScore, Paired, Summary, WindowSummary
 
 Floats = npt.NDArray[np.float64]
+_Span = tuple[int, int]  # the start and the end of a window, in epoch milliseconds
 
 BINS = 4096
 LOGIT_RANGE = 16.0
@@ -370,6 +371,9 @@ class Windows:
     A twentieth of a window is a pane; panes are the blocks of the bootstrap. Joined examples come
     in event-time order, so a window is final once all label windows that began in it are closed and
     learned (`close`). Until then it is provisional.
+
+    Windows are known by their event times, so a state may be loaded with another `window_ms`: those
+    that were begun keep their ends, and examples that follow go into windows of the new length.
     """
 
     _PANES = 20
@@ -378,21 +382,24 @@ class Windows:
         self.models = tuple(models)
         self.window_ms = window_ms
         self.rolling = rolling
-        self.tallies: dict[int, Tally] = {}  # by window number
-        self.panes: dict[int, Floats] = {}  # (sum of differences, count) [M - 1, 2] by pane number
-        self.final_before = 0  # windows before this number have been reported as final
+        self.tallies: dict[_Span, Tally] = {}
+        # (sum of differences, count) [M - 1, 2] by the window and the number of the pane in it
+        self.panes: dict[tuple[_Span, int], Floats] = {}
+        self.final_before_ms = 0  # windows that end by then have been reported as final
 
     def add(self, batch: Scored) -> None:
-        for pane, part in self._by_pane(batch):
-            number = pane // self._PANES
-            if number not in self.tallies:
-                self.tallies[number] = Tally(self.models)
-            self.tallies[number].add(part)
+        for number, part in self._by_pane(batch):
+            start = number // self._PANES * self.window_ms
+            span = start, start + self.window_ms
+            if span not in self.tallies:
+                self.tallies[span] = Tally(self.models)
+            self.tallies[span].add(part)
+            pane = span, number % self._PANES
             sums = self.panes.setdefault(pane, np.zeros((len(self.models) - 1, 2)))
             _pair(sums, part.loss, part.bin)
 
     def _by_pane(self, batch: Scored) -> Iterator[tuple[int, Scored]]:
-        """Yield the parts of a batch by pane number."""
+        """Yield the parts of a batch by the number of their pane since 1970."""
         panes = batch.time * self._PANES // self.window_ms
         if (panes == panes[0]).all():
             yield int(panes[0]), batch
@@ -409,49 +416,50 @@ class Windows:
 
         Windows that no rolling window needs any more are forgotten.
         """
-        number_now = before_ms // self.window_ms
-        if number_now <= self.final_before:
+        final_before_ms = before_ms // self.window_ms * self.window_ms
+        if final_before_ms <= self.final_before_ms:
             return []
         final = [
-            self._summary(number, number, provisional=False)
-            for number in sorted(self.tallies)
-            if self.final_before <= number < number_now
+            self._summary([span], start_ms=span[0], provisional=False)
+            for span in sorted(self.tallies)
+            if self.final_before_ms < span[1] <= final_before_ms
         ]
-        self.final_before = number_now
-        self._forget(min(self.final_before, max(self.tallies, default=0)) - self.rolling)
+        self.final_before_ms = final_before_ms
+        newest = max((start for start, _ in self.tallies), default=0)
+        self._forget(min(self.final_before_ms, newest) - self.rolling * self.window_ms)
         return final
 
-    def _forget(self, keep_from: int) -> None:
-        """Drop the windows before number `keep_from`."""
+    def _forget(self, keep_from_ms: int) -> None:
+        """Drop the windows that start before `keep_from_ms` and have been reported."""
         self.tallies = {
-            number: tally for number, tally in self.tallies.items() if number >= keep_from
+            (start, end): tally
+            for (start, end), tally in self.tallies.items()
+            if start >= keep_from_ms or end > self.final_before_ms
         }
-        self.panes = {
-            pane: sums for pane, sums in self.panes.items() if pane // self._PANES >= keep_from
-        }
+        self.panes = {pane: sums for pane, sums in self.panes.items() if pane[0] in self.tallies}
 
     def rolling_summary(self) -> WindowSummary | None:
         """Return the newest `rolling` windows as one; the last of them is still open."""
         if not self.tallies:
             return None
-        last = max(self.tallies)
-        return self._summary(last - self.rolling + 1, last, provisional=True)
+        first = max(start for start, _ in self.tallies) - (self.rolling - 1) * self.window_ms
+        spans = sorted(span for span in self.tallies if span[0] >= first)
+        return self._summary(spans, start_ms=first, provisional=True)
 
-    def _summary(self, first: int, last: int, *, provisional: bool) -> WindowSummary:
-        """Return the metrics of the windows from number `first` to `last`."""
+    def _summary(
+        self, spans: Sequence[_Span], *, start_ms: int, provisional: bool
+    ) -> WindowSummary:
+        """Return the metrics of these windows, as one that begins at `start_ms`."""
         total = Tally(self.models)
-        for number in range(first, last + 1):
-            if number in self.tallies:
-                total.merge(self.tallies[number])
-        blocks = [
-            sums
-            for pane, sums in sorted(self.panes.items())
-            if first <= pane // self._PANES <= last
-        ]
+        for span in spans:
+            total.merge(self.tallies[span])
+        chosen = set(spans)
+        panes = sorted(pane for pane in self.panes if pane[0] in chosen)
+        blocks = [self.panes[pane] for pane in panes]
         pairs = _pairs(self.models, blocks)
         return WindowSummary(
-            start_ms=first * self.window_ms,
-            end_ms=(last + 1) * self.window_ms,
+            start_ms=start_ms,
+            end_ms=max(end for _, end in spans),
             models=total.summaries(),
             constant_logloss=total.constant_logloss,
             best_possible_logloss=total.best_possible_logloss,
@@ -461,22 +469,23 @@ class Windows:
         )
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
-        numbers = sorted(self.tallies)
+        spans = sorted(self.tallies)
         panes = sorted(self.panes)
         sums = np.array([self.panes[pane] for pane in panes])
         state: dict[str, npt.NDArray[np.generic]] = {
-            "numbers": np.array(numbers, np.int64),
-            "panes": np.array(panes, np.int64),
+            "spans": np.array(spans, np.int64).reshape(len(spans), 2),
+            "panes": np.array([(*span, pane) for span, pane in panes], np.int64).reshape(-1, 3),
             "pane_sums": sums.reshape(len(panes), len(self.models) - 1, 2),
-            "final_before": np.array([self.final_before]),
+            "final_before_ms": np.array([self.final_before_ms]),
         }
-        return state | _stack([self.tallies[number] for number in numbers])
+        return state | _stack([self.tallies[span] for span in spans])
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        numbers = state["numbers"].tolist()
-        self.final_before = int(state["final_before"][0])
-        self.tallies = dict(zip(numbers, _unstack(self.models, state, len(numbers)), strict=True))
-        self.panes = dict(zip(state["panes"].tolist(), np.array(state["pane_sums"]), strict=True))
+        spans = [(start, end) for start, end in state["spans"].tolist()]
+        self.final_before_ms = int(state["final_before_ms"][0])
+        self.tallies = dict(zip(spans, _unstack(self.models, state, len(spans)), strict=True))
+        panes = [((start, end), pane) for start, end, pane in state["panes"].tolist()]
+        self.panes = dict(zip(panes, np.array(state["pane_sums"]), strict=True))
 
 
 def _stack(tallies: Sequence[Tally]) -> dict[str, npt.NDArray[np.generic]]:

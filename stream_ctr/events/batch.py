@@ -140,8 +140,8 @@ class EventBatch:
 
     `with_fields` names the fields that at least one impression or example had.
     `with_unknown_fields` counts the events with members that are not read; `unknown_features` names
-    such features, at the beginning of a run. `bad_records` counts the rejected records without
-    tombstones; a record with some good events counts as the share of its events that are bad.
+    such features, at the beginning of a run. `bad_shares` [records] has the share of the events of
+    each record that were rejected, 1 for a record that could not be read; None if none was.
     """
 
     records: int
@@ -154,7 +154,7 @@ class EventBatch:
     rejected: Rejected
     with_fields: frozenset[str]
     with_unknown_fields: int
-    bad_records: float
+    bad_shares: npt.NDArray[np.float64] | None
     unknown_features: frozenset[str] = frozenset()
     examples: LabelledArrivals = field(default_factory=LabelledArrivals.none)
 

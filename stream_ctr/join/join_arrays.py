@@ -2,10 +2,15 @@
 
 `RowPool` holds rows that are used again, `IdIndex` the ids of known impressions, and
 `WaitingClicks` the clicks without an impression. `join_state` has the compiled passes over them.
+
+A secret decides where an id stands in the last two, so that no producer can choose ids that stand
+in one another's way. Nothing else depends on it: what is released, evicted, forgotten or saved is
+chosen by ids and times, never by position.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
@@ -22,8 +27,10 @@ from stream_ctr.join.join_state import (
     FeatureArrays,
     IndexArrays,
     PendingArrays,
+    Secret,
     WaitingArrays,
     insert_all,
+    nth_time,
     rehash,
     wait_all,
 )
@@ -36,6 +43,12 @@ _LEAST_INDEX = 1 << 12
 _LEAST_WAITING = 1 << 10
 # Where an answer need not be exact, about this many entries are looked at.
 _SAMPLE = 1 << 16
+
+
+def new_secret() -> Secret:
+    """Return a secret from the operating system."""
+    number, factor, other = (np.uint64(secrets.randbits(64)) for _ in range(3))
+    return number, factor | np.uint64(1), other | np.uint64(1)
 
 
 def pending_pool() -> RowPool[PendingArrays]:
@@ -138,8 +151,9 @@ class IdIndex:
 
     ENTRY_BYTES = 8 + 8 + 4
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, secret: Secret) -> None:
         self.limit = limit
+        self._secret = secret
         self._clear(min(_LEAST_INDEX, limit))
         self._expired_at = NOT_YET
 
@@ -148,12 +162,17 @@ class IdIndex:
             key=np.zeros(capacity, np.uint64),
             time=np.zeros(capacity, np.int64),
             slot=np.full(capacity, EMPTY, np.int32),
+            secret=self._secret,
             sizes=np.zeros(1, np.int64),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays[:-1])
+        return sum(array.nbytes for array in self._columns)
+
+    @property
+    def _columns(self) -> tuple[Array, Array, Array]:
+        return self.arrays.key, self.arrays.time, self.arrays.slot
 
     @property
     def capacity(self) -> int:
@@ -191,7 +210,7 @@ class IdIndex:
         have = self.capacity
         if capacity == have:
             return
-        for array in self.arrays[:-1]:  # in place: a copy would need the memory of both
+        for array in self._columns:  # in place: a copy would need the memory of both
             array.resize(capacity, refcheck=False)
         self.arrays.slot[have:] = EMPTY
         self._purge(np.iinfo(np.int64).min)
@@ -200,12 +219,9 @@ class IdIndex:
         rehash(self.arrays, before)
 
     def _time_of_oldest(self, n: int) -> int:
-        """Return a time that about n of the released and evicted entries precede, at least one."""
-        # Ids are hashes, so positions at a constant distance are a fair sample.
-        step = max(1, self.capacity // _SAMPLE)
-        removable = self.arrays.slot[::step] <= LEFT
-        times = np.sort(self.arrays.time[::step][removable])
-        return int(times[min(n // step, len(times) - 1)]) + 1
+        """Return a time that n of the released and evicted entries precede, and those with it."""
+        removable = int((self.arrays.slot <= LEFT).sum())
+        return int(nth_time(self.arrays.time, self.arrays.slot, min(n, removable) - 1)) + 1
 
     def expire(self, watermark: int, horizon_ms: int) -> None:
         """Forget released and evicted impressions that are beyond the horizon.
@@ -223,7 +239,7 @@ class IdIndex:
 
     def _shrink(self) -> None:
         if 8 * self.entries < self.capacity and self.capacity > _LEAST_INDEX:
-            key, time, slot, _ = self.arrays
+            key, time, slot = self._columns
             kept = slot != EMPTY
             self._clear(min(_LEAST_INDEX, self.limit))
             self.fill(key[kept], time[kept], slot[kept])
@@ -240,7 +256,7 @@ class IdIndex:
 
     def state_dict(self, since: int) -> dict[str, Array]:
         """Return the released and evicted impressions with a time of at least `since`, by id."""
-        key, time, slot, _ = self.arrays
+        key, time, slot = self._columns
         rows = np.flatnonzero((slot <= LEFT) & (time >= since))
         rows = rows[np.argsort(key[rows])]
         state: dict[str, Array] = {"key": key[rows], "time": time[rows]}
@@ -253,8 +269,9 @@ class WaitingClicks:
 
     ROW_BYTES = 8 + 8 + 8 + 4 + 1 + 16  # the last: its share of the heads of chains
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, secret: Secret) -> None:
         self.limit = limit
+        self._secret = secret
         self._allocate(min(_LEAST_WAITING, limit))
 
     def _allocate(self, capacity: int) -> None:
@@ -266,12 +283,15 @@ class WaitingClicks:
             next=np.full(capacity, EMPTY, np.int32),
             head=np.full(chains, EMPTY, np.int32),
             alive=np.zeros(capacity, np.bool_),
+            secret=self._secret,
             sizes=np.zeros(2, np.int64),
         )
 
     @property
     def nbytes(self) -> int:
-        return sum(array.nbytes for array in self.arrays[:-1])
+        a = self.arrays
+        columns: tuple[Array, ...] = (a.key, a.time, a.limit, a.next, a.head, a.alive)
+        return sum(array.nbytes for array in columns)
 
     @property
     def capacity(self) -> int:

@@ -147,6 +147,11 @@ _BYTE = 0xFF
 # An impression draws one of these lots by its id; the least lots are evicted first.
 _LOT_BITS = 12
 _LOTS = 1 << _LOT_BITS
+_BINS = 1 << 12
+
+
+# A number and two odd factors (see `_spread`), as scalars: they cost no load in a loop.
+Secret = tuple[np.uint64, np.uint64, np.uint64]
 
 
 class Windows(NamedTuple):
@@ -211,12 +216,14 @@ class FeatureArrays(NamedTuple):
 class IndexArrays(NamedTuple):
     """A hash table from id to (event time, slot), with open addressing and linear probing.
 
-    `slot` is a slot of `PendingArrays`, EMPTY, LEFT or EVICTED.
+    `slot` is a slot of `PendingArrays`, EMPTY, LEFT or EVICTED. `secret` decides where a key stands
+    (see `_spread`).
     """
 
     key: npt.NDArray[np.uint64]
     time: npt.NDArray[np.int64]
     slot: npt.NDArray[np.int32]
+    secret: Secret
     sizes: npt.NDArray[np.int64]
 
 
@@ -229,6 +236,7 @@ class WaitingArrays(NamedTuple):
     next: npt.NDArray[np.int32]
     head: npt.NDArray[np.int32]
     alive: npt.NDArray[np.bool_]
+    secret: Secret
     sizes: npt.NDArray[np.int64]
 
 
@@ -314,16 +322,22 @@ def _unpack(packed):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, inline="always")
-def _home(key, mask):  # type: ignore[no-untyped-def]
-    """Return the position of `key` in an otherwise empty index. Keys are hashes already."""
-    return np.int64((key ^ (key >> np.uint64(32))) & np.uint64(mask))
+def _spread(key, mask, secret):  # type: ignore[no-untyped-def]
+    """Return a position from 0 to `mask` that nobody can foresee who does not know `secret`.
+
+    Keys are hashes of ids, and anyone can choose ids with the hashes that they want. With positions
+    taken from the hash itself, a producer could send ids that all have one position.
+    """
+    key = (key ^ secret[0]) * secret[1]
+    key = (key ^ (key >> np.uint64(32))) * secret[2]
+    return np.int64((key >> np.uint64(32)) & np.uint64(mask))
 
 
 @numba.njit(cache=True, inline="always")
-def _find(key, keys, slots):  # type: ignore[no-untyped-def]
+def _find(key, keys, slots, secret):  # type: ignore[no-untyped-def]
     """Return the position of `key`, or the empty position where it belongs."""
     mask = len(keys) - 1
-    position = _home(key, mask)
+    position = _spread(key, mask, secret)
     while slots[position] != EMPTY and keys[position] != key:
         position = (position + 1) & mask
     return position
@@ -332,9 +346,9 @@ def _find(key, keys, slots):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True)
 def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
     """Insert n entries, or overwrite those with the same keys."""
-    keys, times, slots = index.key, index.time, index.slot
+    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
     for i in range(len(key)):
-        position = _find(key[i], keys, slots)
+        position = _find(key[i], keys, slots, secret)
         if slots[position] == EMPTY:
             index.sizes[USED] += 1
         keys[position] = key[i]
@@ -345,9 +359,9 @@ def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True)
 def mark_all(key, slot, state, index):  # type: ignore[no-untyped-def]
     """Set n entries to `state`, LEFT or EVICTED, where they still point to `slot` [n]."""
-    keys, slots = index.key, index.slot
+    keys, slots, secret = index.key, index.slot, index.secret
     for i in range(len(key)):
-        position = _find(key[i], keys, slots)
+        position = _find(key[i], keys, slots, secret)
         if slots[position] == slot[i]:
             slots[position] = state
 
@@ -363,7 +377,7 @@ def rehash(index, before):  # type: ignore[no-untyped-def]
     entries. In a table that has just grown, whose new half is empty, some entries are put further
     on instead; they stay there when the pass reaches them.
     """
-    keys, times, slots = index.key, index.time, index.slot
+    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
     mask = len(keys) - 1
     start = 0
     while slots[(start - 1) & mask] != EMPTY:
@@ -379,25 +393,47 @@ def rehash(index, before):  # type: ignore[no-untyped-def]
         if slot <= LEFT and time < before:
             index.sizes[USED] -= 1
             continue
-        target = _find(key, keys, slots)
+        target = _find(key, keys, slots, secret)
         keys[target] = key
         times[target] = time
         slots[target] = slot
 
 
+@numba.njit(cache=True)
+def nth_time(time, slot, n):  # type: ignore[no-untyped-def]
+    """Return the nth least time (from 0) of the entries in the states LEFT and EVICTED.
+
+    There must be more than n. Each pass counts them in bins, and looks into the bin of the nth.
+    """
+    least = NEVER
+    most = -NEVER
+    for position in range(len(time)):
+        if slot[position] <= LEFT:
+            least = min(least, time[position])
+            most = max(most, time[position])
+    counts = np.empty(_BINS, np.int64)
+    while least < most:
+        width = (most - least) // _BINS + 1
+        counts[:] = 0
+        for position in range(len(time)):
+            if slot[position] <= LEFT and least <= time[position] <= most:
+                counts[(time[position] - least) // width] += 1
+        bin_ = 0
+        while n >= counts[bin_]:
+            n -= counts[bin_]
+            bin_ += 1
+        least += bin_ * width
+        most = min(most, least + width - 1)
+    return least
+
+
 # -- waiting clicks ------------------------------------------------------------------------------
-
-
-@numba.njit(cache=True, inline="always")
-def _chain(key, heads):  # type: ignore[no-untyped-def]
-    """Return the chain of `key`, an index into `heads`."""
-    return np.int64((key ^ (key >> np.uint64(29))) & np.uint64(len(heads) - 1))
 
 
 @numba.njit(cache=True)
 def _wait(key, time, limit, waiting):  # type: ignore[no-untyped-def]
     row = waiting.sizes[USED]
-    chain = _chain(key, waiting.head)
+    chain = _spread(key, len(waiting.head) - 1, waiting.secret)
     waiting.key[row] = key
     waiting.time[row] = time
     waiting.limit[row] = limit
@@ -463,7 +499,7 @@ def _join_waiting(  # type: ignore[no-untyped-def]
     # The earliest click counts as the first: the order of a chain changes with a restart.
     first = NEVER
     least_end = NEVER
-    row = waiting.head[_chain(key, waiting.head)]
+    row = waiting.head[_spread(key, len(waiting.head) - 1, waiting.secret)]
     while row != EMPTY:
         click_time = waiting.time[row]
         if waiting.alive[row] and waiting.key[row] == key and click_time >= time - windows.early_ms:
@@ -505,7 +541,7 @@ def push_impressions(  # type: ignore[no-untyped-def]
 ):
     """Add n impressions, `events` and `features`, for each of which all arrays must have room."""
     counters = counts.counters
-    keys, times, slots = index.key, index.time, index.slot
+    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
     event_key, event_time, event_limit = events.id_hash, events.time, events.limit
     event_partition, event_place = events.partition, events.place
     ids, values, true_probability = features.ids, features.values, features.true_probability
@@ -523,7 +559,7 @@ def push_impressions(  # type: ignore[no-untyped-def]
         if limit > end:
             counters[IMPRESSIONS_LATE] += 1
             continue
-        position = _find(key, keys, slots)
+        position = _find(key, keys, slots, secret)
         known = slots[position] != EMPTY
         if known and max(time, limit) - times[position] <= windows.horizon_ms:
             counters[IMPRESSIONS_DUPLICATE] += 1
@@ -577,7 +613,7 @@ def push_labelled(  # type: ignore[no-untyped-def]
     `events.id_hash` holds their keys.
     """
     counters = counts.counters
-    keys, times, slots = index.key, index.time, index.slot
+    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
     for i in range(len(events.time)):
         key = events.id_hash[i]
         released = max(events.time[i], events.limit[i])
@@ -585,7 +621,7 @@ def push_labelled(  # type: ignore[no-untyped-def]
         time = released - windows.label_ms
         counters[LABELLED] += 1
         counters[LABELLED_LATE] += lateness > 0
-        position = _find(key, keys, slots)
+        position = _find(key, keys, slots, secret)
         known = slots[position] != EMPTY
         if known and released - times[position] <= windows.horizon_ms:
             counters[LABELLED_DUPLICATE] += 1
@@ -629,13 +665,13 @@ def push_clicks(  # type: ignore[no-untyped-def]
 ):
     """Add n clicks, for each of which `waiting` must have room. `watermark` is the overall one."""
     counters = counts.counters
-    keys, times, slots = index.key, index.time, index.slot
+    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
     for i in range(len(events.time)):
         key = events.id_hash[i]
         time = events.time[i]
         limit = events.limit[i]
         counters[CLICKS] += 1
-        position = _find(key, keys, slots)
+        position = _find(key, keys, slots, secret)
         slot = slots[position]
         impression_time = times[position]
         end = impression_time + windows.label_ms

@@ -40,7 +40,7 @@ from stream_ctr.events.batch import Arrivals, EventBatch, LabelledArrivals
 from stream_ctr.join import join_state
 from stream_ctr.join.capacity import Capacity, OverBound
 from stream_ctr.join.examples import Examples
-from stream_ctr.join.join_arrays import IdIndex, WaitingClicks, feature_pool
+from stream_ctr.join.join_arrays import IdIndex, WaitingClicks, feature_pool, new_secret
 from stream_ctr.join.join_state import (
     CLICKS_EVICTED,
     CLICKS_JOINED,
@@ -119,8 +119,9 @@ class LabelJoiner:
             id_bytes=id_bytes,
             label_window_ms=label_window_ms,
         )
-        self._index = IdIndex(self._capacity.index)
-        self._clicks = WaitingClicks(self._capacity.clicks)
+        self._secret = new_secret()
+        self._index = IdIndex(self._capacity.index, self._secret)
+        self._clicks = WaitingClicks(self._capacity.clicks, self._secret)
         self._windows = Windows(label_window_ms, early_click_wait_ms, self.duplicate_horizon_ms)
         self._counts = Counts(self.counters, self.delays)
 
@@ -419,7 +420,7 @@ class LabelJoiner:
         pending = _with_prefix("pending.", state)
         known = _with_prefix("known.", state)
         self._pending.fill(pending)
-        self._index = IdIndex(self._capacity.index)
+        self._index = IdIndex(self._capacity.index, self._secret)
         evicted = known.get("evicted", np.zeros(len(known["key"]), np.bool_))
         self._index.fill(known["key"], known["time"], np.where(evicted, EVICTED, LEFT))
         slots = np.arange(len(pending["time"]))

@@ -16,7 +16,7 @@ from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.snapshots.contract import RunId, Sha256
 
-FORMAT = 3
+FORMAT = 4
 _LARGEST_SUM = (1 << 64) - 1
 
 
@@ -178,11 +178,12 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Times are epoch milliseconds. `run` is the id of the run that wrote it. `positions` maps
     "topic:partition" to the next offset to read, of each of the `inputs` that the run has read so
-    far, in their order. `metrics` are those of the whole run. `weights_sha256` is equal if every
-    bit of the published weights is. `files` is filled in when the snapshot is written. `served`
-    lists the earlier weights that it holds, for the metrics of what was served; `served_verdict` is
-    the last verdict on weights that were published in memory only, and `served_at` the number of
-    examples when that was last done.
+    far, in their order. `bad_records` is the sum of the shares of the records that were rejected,
+    by which `input.max_bad_share` is judged. `metrics` are those of the whole run. `weights_sha256`
+    is equal if every bit of the published weights is. `files` is filled in when the snapshot is
+    written. `served` lists the earlier weights that it holds, for the metrics of what was served;
+    `served_verdict` is the last verdict on weights that were published in memory only, and
+    `served_at` the number of examples when that was last done.
     """
 
     format: Count = FORMAT
@@ -201,6 +202,7 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     event_time_range: tuple[str | None, str | None]
     first_event_ms: int | None
     counters: dict[str, Count]
+    bad_records: Annotated[float, Meta(ge=0)]
     guard: GuardState
     guards_beside: dict[str, AdditionalGuardState]
     gate: Verdict

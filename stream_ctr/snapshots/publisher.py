@@ -38,6 +38,7 @@ from stream_ctr.snapshots.pointer import (
     write_pointer,
 )
 from stream_ctr.snapshots.report_log import ReportLog, Rotation
+from stream_ctr.snapshots.sent_letters import Position, SentLetters
 from stream_ctr.snapshots.snapshot_topic import CopyAhead, Sink, SnapshotTopic
 
 _log = logging.getLogger(__name__)
@@ -88,6 +89,7 @@ class Publisher:
         self._letters: list[tuple[dict[str, str], bytes]] = []  # their delivery is unknown
         self._letter_bytes = 0
         self._letters_kept = 0
+        self._sent_letters = SentLetters(directory)
 
     @property
     def epoch(self) -> int:
@@ -128,11 +130,14 @@ class Publisher:
     ) -> None:
         """Keep a malformed record, its bytes unchanged, with the reason.
 
+        A record whose letter was kept before, by this run or one before it, is left as it is.
         `event` is the index of the malformed event in a record of many, and `value` is then a
         record of that event alone. A value that is too large for a broker is cut, and a header says
         so.
         """
         self.check()
+        if Position(topic, partition, offset, event) in self._sent_letters:
+            return
         fields = {
             "topic": topic,
             "partition": str(partition),
@@ -168,7 +173,12 @@ class Publisher:
         if self._sink and self._letters:
             with self._sending("dead letters"):
                 self._sink.flush(_FLUSH_SECONDS)
+                self._sent_letters.add(fields for fields, _ in self._letters)
             self._forget_letters()
+
+    def pass_dead_letters(self) -> None:
+        """Note that a snapshot is on disk: records before it are not read again."""
+        self._sent_letters.begin_file()
 
     def _keep_letter(self, fields: Mapping[str, str], value: bytes) -> None:
         encoded = base64.b64encode(value).decode()

@@ -1,6 +1,7 @@
 """Malformed records: count each, and send it to the dead letters.
 
-A run that reads mostly these is stopped.
+A run that reads mostly these is stopped. The records of earlier runs in the state directory count:
+a run that is stopped and goes on judges a burst of malformed records as one that was not stopped.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from stream_ctr.errors import DataError
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.snapshots.publisher import Publisher
+from stream_ctr.train.state import TrainingState
 
 _log = logging.getLogger("stream_ctr.train")
 _ENOUGH_RECORDS = 1000  # fewer say nothing about a share
 
 
 class BadRecords:
-    """Set rejected records aside.
+    """Set rejected records aside, and count them in the state of the run.
 
     A tombstone is counted and not kept: it deletes nothing here, and is no error of its producer.
     """
@@ -27,23 +31,22 @@ class BadRecords:
         self,
         partitions: Sequence[tuple[str, int]],
         publisher: Publisher,
-        counters: Counter[str],
+        state: TrainingState,
         *,
         max_bad_share: float,
     ) -> None:
         self._partitions = partitions
         self._publisher = publisher
-        self._counters = counters
+        self._state = state
         self._max_bad_share = max_bad_share
-        self._records = 0
-        self._bad = 0.0
         self._last = ""
         self._named: set[str] = set()  # the reasons that were logged
 
     def keep(self, events: EventBatch) -> None:
-        """Send what a poll rejected to the dead letters.
+        """Count the records of a poll, and send what was rejected to the dead letters.
 
-        Raises `DataError` if more than `max_bad_share` of at least 1,000 records were bad.
+        Raises `DataError` if, after one of the records, more than `max_bad_share` of at least 1,000
+        were bad.
         """
         rejected = events.rejected
         for partition, offset, event, value, reason, message in zip(
@@ -55,7 +58,7 @@ class BadRecords:
             rejected.message,
             strict=True,
         ):
-            self._counters[f"rejected.{reason}"] += 1
+            self._state.counters[f"rejected.{reason}"] += 1
             if reason == "tombstone":
                 continue
             topic, number = self._partitions[partition]
@@ -72,15 +75,29 @@ class BadRecords:
                     reason,
                     message,
                 )
-        self._records += events.records
-        self._bad += events.bad_records
-        self._require_good_share()
+        self._count(events)
 
-    def _require_good_share(self) -> None:
-        most = self._max_bad_share * self._records
-        if self._records >= _ENOUGH_RECORDS and self._bad > most:
+    def _count(self, events: EventBatch) -> None:
+        """Count the records one after another: where a run stops does not depend on the polls."""
+        state = self._state
+        before = state.counters["records"]
+        state.counters["records"] += events.records
+        if events.bad_shares is None:
+            # The share is never higher than at the first of these records that is judged.
+            self._require_good_share(state.bad_records, max(before + 1, _ENOUGH_RECORDS))
+            return
+        bad = state.bad_records + np.cumsum(events.bad_shares)
+        records = before + np.arange(1, events.records + 1)
+        state.bad_records = float(bad[-1])
+        over = (records >= _ENOUGH_RECORDS) & (bad > self._max_bad_share * records)
+        if over.any():
+            first = int(np.argmax(over))
+            self._require_good_share(float(bad[first]), int(records[first]))
+
+    def _require_good_share(self, bad: float, records: int) -> None:
+        if records <= self._state.counters["records"] and bad > self._max_bad_share * records:
             raise DataError(
-                f"{self._bad:.0f} of {self._records} records read are bad, more than "
+                f"{bad:.0f} of {records} records read are bad, more than "
                 f"input.max_bad_share = {self._max_bad_share}; the last: {self._last} - "
                 "Is this the right input, and are these its fields?"
             )

@@ -38,6 +38,9 @@ _LISTENING_SECONDS = 1.0
 # The bits of an event's place that hold its index in the record: 2 ** 20 events a record,
 # 2 ** 43 records a partition.
 _INDEX_BITS = 20
+_SHARES = 1 << 20
+AHEAD_OF_CLOCK = "time_ahead_of_clock"
+"""The reason of a rejection that depends on when the record was read, and not on the log alone."""
 # The features that are no fields are named in so many records of a run, and so many of a poll.
 _NAMED_RECORDS = 1000
 _NAMED_RECORDS_OF_A_POLL = 100
@@ -173,9 +176,10 @@ class Ingest:
 
     def events(self, records: RecordColumns) -> EventBatch:
         """Decode and hash records."""
-        # A log has no broker that recorded when a record arrived, but none arrived after now.
+        # No record arrived after now, whatever its producer's clock says. A log does not say.
         now_ms = int(self._wall_clock() * 1000)
-        received = np.where(records.time < 0, now_ms, np.minimum(records.time, now_ms))
+        by_clock = (records.time < 0) | (records.time > now_ms)
+        received = np.where(by_clock, now_ms, records.time)
         with self.timer("decode"):
             events, rejects = self.decoder.decode(records.value, received)
         impressions = events.impressions
@@ -204,7 +208,7 @@ class Ingest:
                     np.concatenate([part.row for part in events.kinds]),
                 ),
             ),
-            rejected=_rejected(records, rejects),
+            rejected=_rejected(records, rejects, by_clock),
             with_fields=frozenset(
                 name
                 for part in (impressions, events.examples)
@@ -212,7 +216,7 @@ class Ingest:
                 if column.null_count < len(column)
             ),
             with_unknown_fields=events.with_unknown_fields,
-            bad_records=_bad_records(events, rejects, len(records)),
+            bad_shares=_bad_shares(events, rejects, len(records)),
             unknown_features=self._unknown_features(records, events),
             examples=examples,
         )
@@ -249,7 +253,14 @@ def _places(
     return records.offset[rows] << _INDEX_BITS | within
 
 
-def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
+def _rejected(
+    records: RecordColumns, rejects: Rejections, by_clock: npt.NDArray[np.bool_]
+) -> Rejected:
+    """Return the rejections with their values; `by_clock` [records] marks those judged by now."""
+    reasons = [
+        AHEAD_OF_CLOCK if reason == "time_in_future" and by_clock[row] else reason
+        for row, reason in zip(rejects.row.tolist(), rejects.reason, strict=True)
+    ]
     values = [
         value if value is not None else records.value[row].as_py()
         for row, value in zip(rejects.row.tolist(), rejects.value, strict=True)
@@ -263,16 +274,20 @@ def _rejected(records: RecordColumns, rejects: Rejections) -> Rejected:
         records.offset[rejects.row],
         event,
         values,
-        rejects.reason,
+        reasons,
         rejects.message,
     )
 
 
-def _bad_records(events: Events, rejects: Rejections, n: int) -> float:
-    """Return how many of n records were rejected; a record with good events counts in part."""
+def _bad_shares(events: Events, rejects: Rejections, n: int) -> npt.NDArray[np.float64] | None:
+    """Return the share of each of n records that was rejected [n], or None if none was.
+
+    The shares are multiples of 2^-20, so that their sums are exact in any order.
+    """
     rows = rejects.row[[reason != "tombstone" for reason in rejects.reason]]
     if not len(rows):
-        return 0.0
+        return None
     bad = np.bincount(rows, minlength=n)
     good = np.bincount(np.concatenate([part.row for part in events.kinds]), minlength=n)
-    return float((bad / np.maximum(bad + good, 1)).sum())
+    shares: npt.NDArray[np.float64] = np.round(bad / np.maximum(bad + good, 1) * _SHARES)
+    return shares / _SHARES

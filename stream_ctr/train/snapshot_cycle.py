@@ -137,6 +137,7 @@ class SnapshotCycle:
             self.in_progress = False
             self.failure = None
             self.parent = written.path.name
+            self._publisher.pass_dead_letters()
         return written
 
     def commit_and_publish(self, written: Written) -> bool:

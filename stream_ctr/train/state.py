@@ -90,6 +90,8 @@ class TrainingState:
         self.learners = dict(learners)
         self.scoreboard = scoreboard
         self.counters: Counter[str] = Counter()
+        self.bad_records = 0.0
+        """The sum of the shares of the records that were rejected."""
         self.blend = blend
         self.published = BLEND if blend else next(iter(learners))
         """The name of the published model."""
@@ -250,6 +252,7 @@ class TrainingState:
             "first_event_ms": self.first_event_ms,
             "served_at": self.served_at,
             "counters": dict(self.counters),
+            "bad_records": self.bad_records,
             "guard": guard.state() if (guard := self.guards.get(self.published)) else GuardState(),
             "guards_beside": {
                 name: guard.additional_state()
@@ -285,6 +288,7 @@ class TrainingState:
         self.ledger = Ledger(manifest.ledger.count, manifest.ledger.sum)
         self.counters.clear()
         self.counters.update(manifest.counters)
+        self.bad_records = manifest.bad_records
         self.first_event_ms = manifest.first_event_ms
         self.served_at = manifest.served_at
         self.last_event_ms = manifest.event_time_ms or None

@@ -125,7 +125,7 @@ class Trainer:
         self._keep_open = keep_open
         self._around = surroundings or Surroundings()
         self._bad_records = BadRecords(
-            self.source.partitions, publisher, state.counters, max_bad_share=max_bad_share
+            self.source.partitions, publisher, state, max_bad_share=max_bad_share
         )
         self._alarms = RunAlarms(self.source.partitions, state.counters)
         self._fields = FieldWatch(
@@ -171,6 +171,7 @@ class Trainer:
                 return self._run()
         except Exception:
             self.publisher.check()  # after a take-over, that is the cause of any other error
+            self.publisher.deliver_dead_letters()  # the next run need not send them again
             raise
         finally:
             self.snapshots.close()
@@ -271,7 +272,6 @@ class Trainer:
     # -- from events to learned batches ----------------------------------------------------------
 
     def _join(self, events: EventBatch) -> None:
-        self.state.counters["records"] += events.records
         if events.with_unknown_fields:
             self.state.counters["fields_unknown"] += events.with_unknown_fields
         self._events_read += events.events

@@ -82,6 +82,7 @@ MANIFEST = Manifest(
     event_time_range=("2025-01-01T10:00:00.000Z", "2025-01-01T10:15:00.000Z"),
     first_event_ms=TIME_MS - 900_000,
     counters={"records": 1200},
+    bad_records=2.25,
     guard=GuardState(skipped=1, learned=2, rollbacks=0),
     guards_beside={"ftrl": AdditionalGuardState()},
     gate=Verdict(

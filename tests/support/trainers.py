@@ -36,7 +36,7 @@ RIVER: Sections = {"baseline": {"enabled": True}}
 
 
 class Partitions:
-    """A log of several partitions, polled in chunks that a seed decides.
+    """A log of several partitions, polled in chunks of less than `largest` that a seed decides.
 
     After `stop_after` records the trainer is stopped.
     """
@@ -44,7 +44,12 @@ class Partitions:
     until_end = True
 
     def __init__(
-        self, values: Sequence[pa.LargeBinaryArray], *, seed: int = 0, stop_after: int | None = None
+        self,
+        values: Sequence[pa.LargeBinaryArray],
+        *,
+        seed: int = 0,
+        stop_after: int | None = None,
+        largest: int = 400,
     ) -> None:
         self.partitions = tuple(("clicks", index) for index in range(len(values)))
         self._values = values
@@ -52,6 +57,7 @@ class Partitions:
         self._rng = np.random.default_rng(seed)
         self._paused: frozenset[int] = frozenset()
         self._left = stop_after
+        self._largest = largest
         self.committed: dict[int, int] = {}
         self.trainer: Trainer | None = None
 
@@ -69,7 +75,7 @@ class Partitions:
         for p in self._rng.permutation(len(self._values)).tolist():
             if p in self._paused:
                 continue
-            n = int(min(self._rng.integers(1, 400), len(self._values[p]) - self._at[p]))
+            n = int(min(self._rng.integers(1, self._largest), len(self._values[p]) - self._at[p]))
             offset = np.arange(self._at[p], self._at[p] + n)
             parts.append((np.full(n, p, np.int32), offset, self._values[p].slice(self._at[p], n)))
             self._at[p] += n
@@ -134,6 +140,7 @@ def trainer(
     in_event_time: bool = False,
     keep_open: bool = False,
     predictions: Path | None = None,
+    sink: Any = None,
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -143,7 +150,7 @@ def trainer(
         config,
         fields=fields,
         source=source,
-        publisher=Publisher(directory),
+        publisher=Publisher(directory, sink=sink),
         directory=directory,
         surroundings=surroundings,
         in_event_time=in_event_time,

@@ -57,7 +57,7 @@ def blocks(fields: int) -> Iterator[EventBatch]:
             rejected=_NONE_REJECTED,
             with_fields=frozenset(),
             with_unknown_fields=0,
-            bad_records=0.0,
+            bad_shares=None,
         )
         first += _BLOCK
 
