@@ -314,6 +314,35 @@ def test_committed_offsets_are_written_and_never_read(
         assert count(all_rows(source)) == 20
 
 
+@pytest.mark.fault(41, injected="offsets are committed while another thread polls a quiet topic")
+def test_a_commit_does_not_wait_for_records(
+    open_source: OpenSource, broker: str, topic: str, outcome: Outcome
+) -> None:
+    write(broker, topic, numbered(1))
+    with open_source(broker, topic, until_end=False) as source:
+        poll_until(source, lambda: source.positions() == {0: 1})
+        source.commit({0: 0})  # connects
+        polls = itertools.count()
+        most = 40
+        committed = threading.Event()
+
+        def poll_until_committed() -> None:
+            while not committed.is_set() and next(polls) < most:
+                source.poll(0.25)
+
+        reader = threading.Thread(target=poll_until_committed)
+        reader.start()
+        for offset in (0, 1) * 5:
+            source.commit({0: offset})
+        committed.set()
+        reader.join()
+    # The polls of a quarter of a second go on for as long as the commits take.
+    assert next(polls) < most
+    with closing(KafkaConsumer(bootstrap_servers=broker, group_id="readers")) as consumer:
+        assert consumer.committed(TopicPartition(topic, 0)) == 1
+    outcome("ten commits end while the reader is in a few polls", times=10)
+
+
 def test_options_of_one_client_do_not_disturb_the_other(
     open_source: OpenSource, embedded_broker: str, topic: str
 ) -> None:

@@ -25,6 +25,8 @@ librdkafka has traps, which is why this file
 - lets it fetch again 10 ms after its queue was full; by itself it waits for a second;
 - finds out where a damaged batch ends by reading on at later offsets, since the client stays before
   it forever. It reports the first offset of the batch for each offset within it;
+- commits through the admin client: a call on the consumer waits while another thread is in
+  `consume`, for as long as no records come;
 - takes from the client's statistics whether brokers are silent. The client reports lost
   connections, but not a broker that keeps one and does not answer.
 
@@ -207,10 +209,8 @@ class ConfluentReader:
 
     def commit(self, offsets: Mapping[int, int]) -> None:
         committed = [self._at(index, offset) for index, offset in offsets.items()]
-        try:
-            self._consumer.commit(offsets=committed, asynchronous=True)
-        except self._library.KafkaException as error:
-            self._committed(error.args[0], [])
+        if reason := self._cluster.commit(self._group, committed):
+            log.warning("the committed offsets of group %r are behind: %s", self._group, reason)
 
     def close(self) -> None:
         self._consumer.close()
@@ -224,18 +224,9 @@ class ConfluentReader:
             **_RULES,
             "group.id": self._group,
             "stats_cb": self._answers.note,
-            "on_commit": self._committed,
             "error_cb": lambda error: None,
         }
         return _make(self._library, self._library.Consumer, options)
-
-    def _committed(self, error: Any, partitions: Sequence[Any]) -> None:
-        errors = [error, *(partition.error for partition in partitions)]
-        failed = next((error for error in errors if error), None)
-        if failed:
-            log.warning(
-                "the committed offsets of group %r are behind: %s", self._group, failed.str()
-            )
 
     def _pieces(self, timeout_seconds: float) -> Iterator[list[Message]]:
         """Yield the messages that are there, or else the first that comes in time.
@@ -439,6 +430,21 @@ class _Cluster:
                 if error.args[0].name() not in _PASSING or time.monotonic() > deadline:
                     raise self.silent(error.args[0].str()) from error
                 time.sleep(_BETWEEN_QUESTIONS_SECONDS)
+
+    def commit(self, group: str, positions: Sequence[Any]) -> str:
+        """Write the committed offsets of a group, and return why that failed; empty if it did not.
+
+        It may be called by any thread.
+        """
+        altered = self._library.ConsumerGroupTopicPartitions(group, list(positions))
+        try:
+            asked = self._admin.alter_consumer_group_offsets(
+                [altered], request_timeout=timeouts.ANSWER_SECONDS
+            )
+            answered = asked[group].result().topic_partitions
+        except self._library.KafkaException as error:
+            return str(error.args[0].str())
+        return next((partition.error.str() for partition in answered if partition.error), "")
 
     def news(self, topics: Sequence[str]) -> FutureNews:
         """Return the news of these topics."""

@@ -56,6 +56,7 @@ MATRIX = {
     29: "pointer topic: withdrawn, old epoch, reordered",
     30: "process busy at schedule time",
     31: "aborted transaction in the input",
+    41: "offsets committed while nothing arrives",
 }
 
 
