@@ -11,6 +11,8 @@ import itertools
 import logging
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -51,6 +53,7 @@ from stream_ctr.connectors.kafka import (
     PositionLost,
     TopicChanged,
     client_options,
+    codecs,
     ensure_topic,
     timeouts,
     topic_partitions,
@@ -552,19 +555,14 @@ def damaged(apache: ApacheBroker) -> str:
 @pytest.mark.slow
 @pytest.mark.bad_input("CRC-corrupt batch", via="a byte flipped in the broker's segment file")
 def test_a_damaged_batch_stops_reading_where_it_is_or_is_skipped(
-    open_source: OpenSource,
-    client_name: str,
-    apache: ApacheBroker,
-    damaged: str,
-    outcome: Outcome,
+    open_source: OpenSource, apache: ApacheBroker, damaged: str, outcome: Outcome
 ) -> None:
-    stops = f"partition 0 of topic '{damaged}' cannot be read on at offset 10: "
-    why = "" if client_name == CONFLUENT else ".*failed crc"
+    stops = f"partition 0 of topic '{damaged}' cannot be read on at offset 10: .*failed crc"
     with open_source(apache.bootstrap_servers, damaged) as source:
         found = rows(source, lambda: source.positions()[0] == 10)
         assert values(found) == [b"value %d" % index for index in range(10)]
         for _ in range(2):  # it neither hangs nor goes on
-            with pytest.raises(KafkaReadFailed, match=stops + why):
+            with pytest.raises(KafkaReadFailed, match=stops):
                 poll_forever(source)
             assert source.positions()[0] == 10
     with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
@@ -596,6 +594,132 @@ def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_reported(
         source.pause(())
         assert offsets(all_rows(source)) == [*range(20, 30)]
         assert source.lost()[0] == 10
+
+
+@pytest.mark.slow
+def test_other_partitions_are_read_after_damage_whose_end_is_not_found(
+    open_source: OpenSource, apache: ApacheBroker, damaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_options(apache.bootstrap_servers, {})
+    with open_source(apache.bootstrap_servers, damaged, on_lost="skip", until_end=False) as source:
+        monkeypatch.setattr(source._reader, "end_of_damage", lambda failure: None)
+        with pytest.raises(KafkaReadFailed, match="cannot be read on at offset 10"):
+            poll_forever(source)
+        source.pause({0})
+        before = source.positions()[1]
+        with closing(KafkaSink(client)) as sink:
+            sink.send(damaged, b"later", partition=1)
+        found = rows(source, lambda: source.positions()[1] > before)
+        assert values(found, 1)[-1] == b"later"
+
+
+# -- batches that expand to much more than they are -----------------------------------------------
+
+
+@connects
+@pytest.mark.slow
+def test_a_batch_that_expands_beyond_the_limit_is_read_in_pieces(
+    open_source: OpenSource,
+    client_name: str,
+    kafka_broker: str,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
+    if client_name == CONFLUENT:
+        confluent = importlib.import_module("stream_ctr.connectors.kafka.confluent")
+        monkeypatch.setitem(confluent._RULES, "receive.message.max.bytes", 4 << 20)
+    client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
+    ensure_topic(client, topic, partitions=4)
+    for partition, compression in enumerate(("zstd", "gzip", "lz4", "snappy")):
+        with closing(KafkaSink(client, compression=compression)) as sink:
+            for value in (bytes(3 << 20), bytes(5 << 20), b"after"):
+                sink.send(topic, value, partition=partition)
+                sink.flush(PATIENCE_SECONDS)
+    options = {"fetch.max.bytes": str(2 << 20)}
+    with open_source(kafka_broker, topic, options=options, max_record_bytes=10) as source:
+        found = all_rows(source)
+        assert source.lost() == dict.fromkeys(range(4), 0)
+    for partition in range(4):
+        assert offsets(found, partition) == [0, 1, 2]
+        assert values(found, partition) == [bytes(11), bytes(11), b"after"]
+
+
+_READ_BOMB = """
+import sys
+from stream_ctr.connectors.kafka import KafkaSource, client_options
+if sys.argv[3] == "confluent":
+    from stream_ctr.connectors.kafka.confluent import ConfluentSource as KafkaSource
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
+client = client_options(sys.argv[1], {})
+source = KafkaSource([sys.argv[2]], client=client, group="g", until_end=True)
+before, lengths = peak(), []
+while not source.finished:
+    lengths += [value.as_buffer().size for value in source.poll(1.0).value]
+print(*lengths, peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def bomb(apache: ApacheBroker) -> Callable[[str, int], str]:
+    """Return the function that makes a topic with a value of so many MiB, then a small one."""
+    made: dict[tuple[str, int], str] = {}
+
+    def make(compression: str, mib: int) -> str:
+        topic = made.setdefault((compression, mib), f"topic-{uuid.uuid4().hex[:12]}")
+        client = client_options(apache.bootstrap_servers, {"max.request.size": str(2 << 30)})
+        if ensure_topic(client, topic):
+            with closing(KafkaSink(client, compression=compression)) as sink:
+                sink.send(topic, bytes(mib << 20))
+                sink.flush(PATIENCE_SECONDS)
+                sink.send(topic, b"after")
+        return topic
+
+    return make
+
+
+@connects
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("compression", "mib"),
+    [
+        pytest.param(
+            *("gzip", 900),
+            marks=pytest.mark.bad_input(
+                "a value that decompresses past the limit",
+                via="a batch of gzip, 0.9 MB on the wire and 900 MiB in memory",
+            ),
+        ),
+        pytest.param(
+            *("zstd", 450),
+            marks=pytest.mark.bad_input(
+                "a value that decompresses past the limit",
+                via="a batch of zstd, 14 kB on the wire and 450 MiB in memory",
+            ),
+        ),
+    ],
+)
+def test_a_bomb_is_cut_to_the_longest_record_and_the_next_record_is_read(
+    bomb: Callable[[str, int], str],
+    client_name: str,
+    compression: str,
+    mib: int,
+    apache: ApacheBroker,
+    outcome: Outcome,
+) -> None:
+    topic = bomb(compression, mib)
+    command = [sys.executable, "-c", _READ_BOMB, apache.bootstrap_servers, topic, client_name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    cut, after, added_mib = map(int, done.stdout.split())
+    assert (cut, after) == ((1 << 20) + 1, 5)
+    if client_name == KAFKA_PYTHON:
+        assert added_mib < 2.5 * (codecs.MAX_BATCH_BYTES >> 20)
+    outcome(
+        f"cut to 1 MiB and a byte, and the next record is read; "
+        f"memory rose by {added_mib:,} MiB with {client_name}"
+    )
 
 
 # -- topics that change --------------------------------------------------------------------------

@@ -23,15 +23,16 @@ librdkafka has traps, which is why this file
   control records at the end;
 - finds the end of a log by fetching at the listed end, since brokers exist that list one too low;
 - lets it fetch again 10 ms after its queue was full; by itself it waits for a second;
-- finds out where a damaged batch ends by reading on at later offsets, since the client stays before
-  it forever. It reports the first offset of the batch for each offset within it;
+- reads a batch that librdkafka cannot read with kafka-python, so that both clients have the same
+  answer: librdkafka stays before it forever, and refuses some batches of zstd by the size that they
+  might have;
 - commits through the admin client: a call on the consumer waits while another thread is in
   `consume`, for as long as no records come;
 - takes from the client's statistics whether brokers are silent. The client reports lost
   connections, but not a broker that keeps one and does not answer.
 
-A batch of zstd expands to `MAX_BATCH_BYTES` at most, or counts as damaged; for the other codecs the
-client has no such limit.
+librdkafka expands a batch of gzip at once, whatever its size, which is up to 1,032 times that of
+its compressed form (`max.message.bytes` of a topic bounds that).
 """
 
 from __future__ import annotations
@@ -52,19 +53,20 @@ import pyarrow as pa
 
 from stream_ctr.connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable
 from stream_ctr.connectors.kafka import timeouts
-from stream_ctr.connectors.kafka.codecs import MAX_BATCH_BYTES
 from stream_ctr.connectors.kafka.diagnosis import explain_silence, topic_missing, warn_of_plaintext
 from stream_ctr.connectors.kafka.options import librdkafka_options
-from stream_ctr.connectors.kafka.positions import UNKNOWN, Mask, Offsets, end_of_run
+from stream_ctr.connectors.kafka.positions import UNKNOWN, Mask, Offsets
 from stream_ctr.connectors.kafka.reader import (
     ANSWER_DELAY_SECONDS,
     Failure,
     FailureKind,
     Polled,
+    Reader,
     array_of,
     brokers_silent,
     news_seconds,
 )
+from stream_ctr.connectors.kafka.source import open_reader
 from stream_ctr.connectors.kafka.topic_source import OnLost, TopicSource
 from stream_ctr.connectors.kafka.topics import FutureNews, Topics
 from stream_ctr.connectors.records import POLL_BYTES, Records
@@ -124,7 +126,10 @@ class ConfluentReader:
         max_record_bytes: int,
     ) -> None:
         self._library = _library()
+        self._client = client
+        self._topics = topics
         self._group = group
+        self._other: Reader | None = None
         self._max_record_bytes = max_record_bytes
         self._most_records = int(str(client.get("max_poll_records", _POLL_RECORDS)))
         self._answers = _Answers()
@@ -181,26 +186,20 @@ class ConfluentReader:
         np.maximum.at(position, records.partition, records.offset + 1)
         if failed is None:
             return Polled(records, position)
+        failure: Failure | None = self._failure(failed, position)
+        if failure and failure.kind is FailureKind.DAMAGED:
+            if len(records):
+                failure = None  # it comes again with the next poll
+            else:
+                records, failure = self._read_otherwise(failure, position)
         # What the client has fetched after the failure comes again.
         wanted = np.zeros(len(self.partitions), np.bool_)
         wanted[list(self._reading)] = True
         self.read_on(position, wanted, again=self._reading)
-        return Polled(records, position, self._failure(failed, position))
+        return Polled(records, position, failure)
 
     def end_of_damage(self, failure: Failure) -> int | None:
-        index = failure.partition
-        assert index is not None, "damage is somewhere"
-        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
-        try:
-            return end_of_run(
-                failure.batch,
-                lambda offset: self._damaged_at(index, offset, deadline) == failure.batch,
-            )
-        except TimeoutError:
-            return None
-        finally:
-            self._consumer.unassign()
-            self._reading = frozenset()
+        return self._other.end_of_damage(failure) if self._other else None
 
     def silent_seconds(self, wanted: Mask) -> float:
         return self._answers.silent_seconds(
@@ -214,6 +213,8 @@ class ConfluentReader:
 
     def close(self) -> None:
         self._consumer.close()
+        if self._other:
+            self._other.close()
 
     # -- between librdkafka and columns -----------------------------------------------------------
 
@@ -291,11 +292,37 @@ class ConfluentReader:
             return Failure(FailureKind.REFUSED, reason)
         offset = int(position[index])
         if error.name() in _DAMAGE:
-            return Failure(FailureKind.DAMAGED, reason, index, offset, batch=message.offset())
+            return Failure(FailureKind.DAMAGED, reason, index, offset)
         kind = _POSITION_GONE.get(error.name(), FailureKind.REFUSED)
         if kind is not FailureKind.REFUSED and message.offset() >= 0:
             offset = message.offset()  # the partition may have been sent elsewhere since
         return Failure(kind, reason, index, offset)
+
+    def _read_otherwise(
+        self, failure: Failure, position: Offsets
+    ) -> tuple[Records, Failure | None]:
+        """Return the next records of the partition that failed, read through kafka-python.
+
+        Moves its position in [P]. The failure is that of kafka-python; none comes while brokers are
+        away.
+        """
+        assert failure.partition is not None, "damage is somewhere"
+        try:
+            self._other = self._other or open_reader(
+                self._topics,
+                client=self._client,
+                group=self._group,
+                max_record_bytes=self._max_record_bytes,
+            )
+        except KafkaUnreachable:
+            return Records.empty(), None
+        if self._other.partitions != self.partitions:
+            return Records.empty(), failure  # the topic changed, which its news will tell
+        alone = np.arange(len(self.partitions)) == failure.partition
+        self._other.read_on(position, alone, again=[failure.partition])
+        polled = self._other.poll(position, timeouts.ANSWER_SECONDS)
+        position[failure.partition] = polled.next_offset[failure.partition]
+        return polled.records, polled.failure
 
     def _columns(self, messages: list[Message]) -> Records:
         message_type = self._library.Message
@@ -349,21 +376,6 @@ class ConfluentReader:
             raise KafkaReadFailed(
                 f"reading topic {message.topic()!r} failed: {message.error().str()}"
             )
-
-    def _damaged_at(self, index: int, offset: int, deadline: float) -> int | None:
-        """Return where the damaged batch begins that fetching at this offset meets first.
-
-        None when it meets none. Raises `TimeoutError`.
-        """
-        self._consumer.assign([self._at(index, offset)])
-        while time.monotonic() < deadline:
-            for message in self._consumer.consume(1, 0.1):
-                error = message.error()
-                if not error or error.name() in {"_PARTITION_EOF", *_POSITION_GONE}:
-                    return None
-                if error.name() in _DAMAGE:
-                    return int(message.offset())
-        raise TimeoutError
 
     def _at(self, index: int, offset: int) -> Any:
         return self._library.TopicPartition(*self.partitions[index], offset)
@@ -555,7 +567,7 @@ _RULES: dict[str, object] = {
     "enable.auto.offset.store": False,
     "enable.partition.eof": True,
     "isolation.level": "read_committed",
-    "receive.message.max.bytes": MAX_BATCH_BYTES,  # also what a batch of zstd may expand to
+    "receive.message.max.bytes": 512 << 20,  # more than `fetch.max.bytes`
     "statistics.interval.ms": 500,
 }
 

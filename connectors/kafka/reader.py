@@ -35,16 +35,12 @@ class FailureKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure to read: its reason in words, and the partition and position where they are known.
-
-    `batch` is the first offset of the damaged batch, where the client knows it.
-    """
+    """A failure to read: its reason in words, with partition and position where they are known."""
 
     kind: FailureKind
     reason: str
     partition: int | None = None
     position: int = -1
-    batch: int = -1
     cause: BaseException | None = None
 
 
