@@ -411,14 +411,19 @@ def test_records_between_transactions_and_of_aborted_ones_are_skipped(
 
 @pytest.mark.slow
 def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(
-    open_source: OpenSource, kafka_broker: str, topic: str
+    open_source: OpenSource, client_name: str, kafka_broker: str, topic: str
 ) -> None:
     ensure_topic(client_options(kafka_broker, {}), topic, partitions=2)
     expected = write_in_transactions(kafka_broker, topic, steps=60)
     with open_source(kafka_broker, topic) as source:
         found = all_rows(source)
         ends = source.ends()
+        epochs = source.leader_epochs()
     for partition in range(2):
+        # A position after a marker has no epoch where the client does not show markers.
+        after_record = ends[partition] == offsets(found, partition)[-1] + 1
+        known = after_record or client_name == KAFKA_PYTHON
+        assert epochs.get(partition) == (0 if known else None)
         read = [value or b"" for value in values(found, partition)]
         assert sorted(read) == sorted(expected[partition])
         assert offsets(found, partition) == sorted(set(offsets(found, partition)))
@@ -527,6 +532,117 @@ def test_deleted_records_are_skipped_and_counted_where_that_is_wanted(
         ends = "partition 0 of topic .* ends at offset 100"
         with pytest.raises(PositionLost, match=f"{ends}, but 101 comes next"):
             stopping.seek({0: 101}, skip_lost=True)
+
+
+TRUNCATED = (
+    "partition 0 of topic .* lost records that were read already, by an unclean leader election or "
+    "with a broker's disk: of leader epoch 0 it holds the offsets before 20 alone"
+)
+
+
+def send_in_tens(servers: str, topic: str, start: int, end: int) -> None:
+    """Send the numbers to partition 0, in batches of ten."""
+    with closing(KafkaSink(client_options(servers, {}))) as sink:
+        for index in range(start, end):
+            sink.send(topic, b"%d" % index, partition=0)
+            if index % 10 == 9:
+                sink.flush(PATIENCE_SECONDS)
+
+
+class BeforeTheLoss:
+    """Sources of both clients that have read a topic, and what a stopped run of each has kept."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self.servers = servers
+        self.topic = topic
+        send_in_tens(servers, topic, 0, 40)
+        self.sources = {name: self.open(name) for name in (KAFKA_PYTHON, CONFLUENT)}
+        for source in self.sources.values():
+            poll_until(source, lambda source=source: source.positions() == {0: 40})  # type: ignore[misc]
+        self.positions = {0: 40}
+        self.epochs = {name: source.leader_epochs() for name, source in self.sources.items()}
+        assert self.epochs == dict.fromkeys(self.sources, {0: 0})
+
+    def open(self, client_name: str) -> TopicSource:
+        make: Callable[..., TopicSource] = KafkaSource
+        if client_name == CONFLUENT:
+            make = importlib.import_module("stream_ctr.connectors.kafka.confluent").ConfluentSource
+        return make([self.topic], client=client_options(self.servers, {}), group="readers")
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
+
+
+@pytest.fixture(scope="module")
+def losses(apache: ApacheBroker) -> Iterator[tuple[BeforeTheLoss, BeforeTheLoss]]:
+    """Two topics, of which the first lost its last 20 records. Then both grew by 40 records."""
+    pytest.importorskip("confluent_kafka")
+    servers = apache.bootstrap_servers
+    with ExitStack() as stack:
+        topics = [f"topic-{uuid.uuid4().hex[:12]}" for _ in range(2)]
+        for topic in topics:
+            ensure_topic(client_options(servers, {}), topic)
+        lossy, whole = (
+            stack.enter_context(closing(BeforeTheLoss(servers, topic))) for topic in topics
+        )
+        apache.lose_records(lossy.topic, 20)
+        for topic in topics:
+            send_in_tens(servers, topic, 100, 140)
+        yield lossy, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT])
+@pytest.mark.parametrize("state", ["stopped", "running"])
+@pytest.mark.fault(
+    42,
+    injected="20 of 40 records, which were read, are cut off a log that then grows past the "
+    "position, while the reader is stopped, and while it reads",
+)
+def test_a_log_that_lost_records_that_were_read_is_an_error_even_after_it_has_grown(
+    state: str,
+    client_name: str,
+    losses: tuple[BeforeTheLoss, BeforeTheLoss],
+    kafka_version: str,
+    outcome: Outcome,
+) -> None:
+    lossy, _ = losses
+    source = lossy.sources[client_name]
+    with ExitStack() as stack:
+        if state == "stopped":
+            source = stack.enter_context(closing(lossy.open(client_name)))
+            source.seek(lossy.positions)
+            source.expect_epochs(lossy.epochs[client_name])
+        for _ in range(2):
+            with pytest.raises(PositionLost, match=TRUNCATED):
+                poll_nothing(source)
+        assert source.positions() == lossy.positions
+    outcome("exit code 5 before the first record that follows", broker=kafka_version)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT])
+def test_another_leader_whose_log_holds_all_records_is_no_error(
+    client_name: str, losses: tuple[BeforeTheLoss, BeforeTheLoss]
+) -> None:
+    _, whole = losses
+    source = whole.sources[client_name]
+    poll_until(source, lambda: source.positions() == {0: 80})
+    later = source.leader_epochs()
+    assert later[0] > 0
+    for _ in range(5):
+        source.seek(whole.positions)
+        source.expect_epochs(whole.epochs[client_name])
+        found = rows(source, lambda: source.positions() == {0: 80})
+        assert values(found) == [b"%d" % index for index in range(100, 140)]
+        assert source.leader_epochs() == later
+        source.pause({0})
+        source.poll(0.0)
+        source.pause(())
+    source.seek({0: 45})
+    assert source.leader_epochs() == {}
+    assert offsets(rows(source, lambda: source.positions() == {0: 80})) == [*range(45, 80)]
 
 
 @pytest.fixture(scope="module")

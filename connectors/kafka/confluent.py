@@ -49,6 +49,7 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr.connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable
@@ -64,6 +65,7 @@ from stream_ctr.connectors.kafka.reader import (
     Reader,
     array_of,
     brokers_silent,
+    log_truncated,
     news_seconds,
 )
 from stream_ctr.connectors.kafka.source import open_reader
@@ -142,6 +144,7 @@ class ConfluentReader:
                 self._library.TopicPartition(*partition) for partition in self.partitions
             ]
             self._reading: frozenset[int] = frozenset()
+            self.leader_epoch = np.full(len(self.partitions), UNKNOWN, np.int64)
             self.news = self._cluster.news(topics)
             self.end = self._find_ends()
         except BaseException:
@@ -167,9 +170,11 @@ class ConfluentReader:
         if ended:
             self._consumer.incremental_unassign([self._assigned[index] for index in ended])
         if begun := fetched - (self._reading - ended):
-            self._consumer.incremental_assign(
-                [self._at(index, int(next_offset[index])) for index in sorted(begun)]
-            )
+            assigned = [self._at(index, int(next_offset[index])) for index in sorted(begun)]
+            self._consumer.incremental_assign(assigned)
+            for partition in assigned:
+                if partition.leader_epoch is not None:
+                    self._ask_about_epoch(partition)
         self._reading = fetched
 
     def poll(self, next_offset: Offsets, timeout_seconds: float) -> Polled:
@@ -183,7 +188,11 @@ class ConfluentReader:
             if failed is not None:
                 break
         records = _joined(columns)
-        np.maximum.at(position, records.partition, records.offset + 1)
+        read = next_offset.copy()
+        np.maximum.at(read, records.partition, records.offset + 1)
+        np.maximum(position, read, out=position)
+        # What lies between the last record and the end of a partition may be of a later epoch.
+        self.leader_epoch[position > read] = UNKNOWN
         if failed is None:
             return Polled(records, position)
         failure: Failure | None = self._failure(failed, position)
@@ -207,7 +216,10 @@ class ConfluentReader:
         )
 
     def commit(self, offsets: Mapping[int, int]) -> None:
-        committed = [self._at(index, offset) for index, offset in offsets.items()]
+        committed = [
+            self._library.TopicPartition(*self.partitions[index], offset)
+            for index, offset in offsets.items()
+        ]
         if reason := self._cluster.commit(self._group, committed):
             log.warning("the committed offsets of group %r are behind: %s", self._group, reason)
 
@@ -228,6 +240,25 @@ class ConfluentReader:
             "error_cb": lambda error: None,
         }
         return _make(self._library, self._library.Consumer, options)
+
+    def _ask_about_epoch(self, partition: Any) -> None:
+        """Let brokers tell whether they have the record before the partition's offset.
+
+        A seek asks them, and an assignment does not. It is refused as long as the assignment before
+        is being ended, which takes about a millisecond.
+        """
+        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
+        while True:
+            try:
+                self._consumer.seek(partition)
+            except self._library.KafkaException as error:
+                if error.args[0].name() not in _ENDING or time.monotonic() > deadline:
+                    raise KafkaReadFailed(
+                        f"reading topic {partition.topic!r} failed: {error.args[0].str()}"
+                    ) from error
+                time.sleep(_BETWEEN_SEEKS_SECONDS)
+            else:
+                return
 
     def _pieces(self, timeout_seconds: float) -> Iterator[list[Message]]:
         """Yield the messages that are there, or else the first that comes in time.
@@ -293,10 +324,13 @@ class ConfluentReader:
         offset = int(position[index])
         if error.name() in _DAMAGE:
             return Failure(FailureKind.DAMAGED, reason, index, offset)
-        kind = _POSITION_GONE.get(error.name(), FailureKind.REFUSED)
-        if kind is not FailureKind.REFUSED and message.offset() >= 0:
+        if found := _TRUNCATED.search(reason):
+            return log_truncated(self.partitions[index], int(found["end"]), int(found["epoch"]))
+        if error.name() not in _POSITION_GONE:
+            return Failure(FailureKind.REFUSED, reason, index, offset)
+        if message.offset() is not None and message.offset() >= 0:
             offset = message.offset()  # the partition may have been sent elsewhere since
-        return Failure(kind, reason, index, offset)
+        return Failure(FailureKind.POSITION_REFUSED, reason, index, offset)
 
     def _read_otherwise(
         self, failure: Failure, position: Offsets
@@ -318,10 +352,13 @@ class ConfluentReader:
             return Records.empty(), None
         if self._other.partitions != self.partitions:
             return Records.empty(), failure  # the topic changed, which its news will tell
-        alone = np.arange(len(self.partitions)) == failure.partition
-        self._other.read_on(position, alone, again=[failure.partition])
+        index = failure.partition
+        alone = np.arange(len(self.partitions)) == index
+        self._other.leader_epoch[index] = self.leader_epoch[index]
+        self._other.read_on(position, alone, again=[index])
         polled = self._other.poll(position, timeouts.ANSWER_SECONDS)
-        position[failure.partition] = polled.next_offset[failure.partition]
+        position[index] = polled.next_offset[index]
+        self.leader_epoch[index] = self._other.leader_epoch[index]
         return polled.records, polled.failure
 
     def _columns(self, messages: list[Message]) -> Records:
@@ -334,8 +371,12 @@ class ConfluentReader:
             map(message_type.topic, messages), map(message_type.partition, messages), strict=True
         )
         times = map(itemgetter(1), map(message_type.timestamp, messages))
+        partition = np.fromiter(map(self._index.__getitem__, partitions), np.int32, count)
+        for last in _ends_of_runs(partition):
+            epoch = messages[last].leader_epoch()
+            self.leader_epoch[partition[last]] = UNKNOWN if epoch is None else epoch
         return Records(
-            partition=np.fromiter(map(self._index.__getitem__, partitions), np.int32, count),
+            partition=partition,
             offset=np.fromiter(map(message_type.offset, messages), np.int64, count),
             time=np.fromiter(times, np.int64, count),
             value=pa.array(values, pa.large_binary()),
@@ -378,7 +419,10 @@ class ConfluentReader:
             )
 
     def _at(self, index: int, offset: int) -> Any:
-        return self._library.TopicPartition(*self.partitions[index], offset)
+        """Return a partition at an offset, after a record of the epoch that is known for it."""
+        epoch = int(self.leader_epoch[index])
+        known = {} if epoch == UNKNOWN else {"leader_epoch": epoch}
+        return self._library.TopicPartition(*self.partitions[index], offset, **known)
 
 
 class _Cluster:
@@ -544,6 +588,7 @@ class _Answers:
         return time.monotonic() - oldest if silent else 0.0
 
 
+_BETWEEN_SEEKS_SECONDS = 0.001
 _BETWEEN_QUESTIONS_SECONDS = 0.05  # when a broker has no answer yet
 _NEVER = np.iinfo(np.int64).max
 _POLL_RECORDS = 5000
@@ -581,11 +626,12 @@ _OF_CONSUMERS = {
 }
 
 # Errors by the names that librdkafka has for them.
-_POSITION_GONE = {
-    "_AUTO_OFFSET_RESET": FailureKind.POSITION_REFUSED,
-    "OFFSET_OUT_OF_RANGE": FailureKind.POSITION_REFUSED,
-    "_LOG_TRUNCATION": FailureKind.LOG_TRUNCATED,
-}
+_POSITION_GONE = {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE"}
+# Its error has the name of an offset reset.
+_TRUNCATED = re.compile(
+    r"log truncation detected .*end offset is (?P<end>-?\d+) "
+    r"\(offset leader epoch (?P<epoch>-?\d+)\)"
+)
 _DAMAGE = {
     "_BAD_MSG",
     "_BAD_COMPRESSION",
@@ -601,6 +647,7 @@ _TOPIC_UNKNOWN = {
     "UNKNOWN_TOPIC_ID",
     "INCONSISTENT_TOPIC_ID",
 }
+_ENDING = {"_STATE", "_PREV_IN_PROGRESS"}
 _PASSING = {
     "_TRANSPORT",
     "_ALL_BROKERS_DOWN",
@@ -639,6 +686,17 @@ def _uuid(id_: Any) -> str | None:
     high = id_.get_most_significant_bits() % (1 << 64)
     number = high << 64 | id_.get_least_significant_bits() % (1 << 64)
     return str(uuid.UUID(int=number)) if number else None
+
+
+def _ends_of_runs(partition: npt.NDArray[np.int32]) -> list[int]:
+    """Return the index of the last of each run of equal numbers.
+
+    >>> _ends_of_runs(np.array([3, 3, 1, 3], np.int32))
+    [1, 2, 3]
+    """
+    if not len(partition):
+        return []
+    return [*np.flatnonzero(partition[1:] != partition[:-1]).tolist(), len(partition) - 1]
 
 
 def _joined(pieces: Sequence[Records]) -> Records:
