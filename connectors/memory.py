@@ -121,6 +121,13 @@ class BatchSource:
         """Return no lost records: memory has no retention."""
         return {}
 
+    def leader_epochs(self) -> dict[int, int]:
+        """Return no epochs: nobody leads."""
+        return {}
+
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        """Expect nothing: memory loses no records."""
+
     def topic_ids(self) -> dict[str, str | None]:
         """Return no ids: there is no topic."""
         return {}

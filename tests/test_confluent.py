@@ -13,18 +13,14 @@ import pytest
 from click.testing import CliRunner
 from support.commands import own_topics
 from support.lineage import SMALL, newest
-from support.patience import PATIENCE_SECONDS
-from support.sources import all_rows, numbered, offsets, poll_forever, rows, values, write
+from support.sources import numbered, write
 from support.topics import produced
 
 from stream_ctr.cli.main import main
 from stream_ctr.connectors.kafka import (
     KafkaOptionError,
-    KafkaReadFailed,
-    KafkaSink,
     client_options,
     confluent,
-    ensure_topic,
 )
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 
@@ -53,55 +49,6 @@ def test_a_poll_ends_when_its_values_have_many_bytes(
             polls.append(source.poll(1.0))
     assert max(map(len, polls)) < 10 + 5  # the tenth reaches the bound, in the middle of a piece
     assert [offset for records in polls for offset in records.offset.tolist()] == list(range(100))
-
-
-@pytest.mark.slow
-def test_a_batch_that_expands_beyond_the_limit_is_damage(
-    kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(confluent._RULES, "receive.message.max.bytes", 4 << 20)
-    client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
-    ensure_topic(client, topic)
-    with closing(KafkaSink(client, compression="zstd")) as sink:
-        for value in (bytes(3 << 20), bytes(5 << 20), b"after"):
-            sink.send(topic, value)
-            sink.flush(PATIENCE_SECONDS)
-    options = {"fetch.max.bytes": str(2 << 20)}
-    with (
-        opened(kafka_broker, topic, options) as source,
-        pytest.raises(KafkaReadFailed, match="cannot be read on at offset 1"),
-    ):
-        all_rows(source)
-    with opened(kafka_broker, topic, options, on_lost="skip", max_record_bytes=10) as source:
-        found = all_rows(source)
-        assert source.lost() == {0: 1}
-    assert offsets(found) == [0, 2]
-    assert values(found) == [bytes(11), b"after"]
-
-
-@pytest.mark.slow
-def test_other_partitions_are_read_after_damage_whose_end_is_not_found(
-    kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def unanswered(*_: object) -> None:
-        raise TimeoutError
-
-    monkeypatch.setitem(confluent._RULES, "receive.message.max.bytes", 4 << 20)
-    monkeypatch.setattr(confluent.ConfluentReader, "_damaged_at", unanswered)
-    client = client_options(
-        kafka_broker, {"max.request.size": str(1 << 30), "fetch.max.bytes": str(2 << 20)}
-    )
-    ensure_topic(client, topic, partitions=2)
-    with closing(KafkaSink(client, compression="zstd")) as sink:
-        sink.send(topic, bytes(5 << 20), partition=0)
-        sink.flush(PATIENCE_SECONDS)
-        with closing(ConfluentSource([topic], client=client, group="g", on_lost="skip")) as source:
-            with pytest.raises(KafkaReadFailed, match="cannot be read on at offset 0"):
-                poll_forever(source)
-            source.pause({0})
-            sink.send(topic, b"later", partition=1)
-            sink.flush(PATIENCE_SECONDS)
-            assert values(rows(source, lambda: source.positions()[1] == 1), 1) == [b"later"]
 
 
 # -- silence -------------------------------------------------------------------------------------

@@ -100,6 +100,9 @@ class Polls:
     def lost(self) -> dict[int, int]:
         return {0: 0}
 
+    def leader_epochs(self) -> dict[int, int]:
+        return {}
+
     def topic_ids(self) -> dict[str, str | None]:
         return {}
 

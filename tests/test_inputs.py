@@ -40,6 +40,12 @@ class Topic(Partitions):
     def lost(self) -> dict[int, int]:
         return {0: 0, 1: 5}
 
+    def leader_epochs(self) -> dict[int, int]:
+        return {1: 4}
+
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        self.expected = dict(leader_epochs)
+
     def topic_ids(self) -> dict[str, str | None]:
         return {self.partitions[0][0]: None}
 
@@ -74,7 +80,10 @@ def test_partitions_after_an_ended_log_are_numbered_on_and_answered_for() -> Non
     assert topic.committed == {0: 1, 1: 2}
     assert inputs.lost() == {1: 0, 2: 5}
     assert inputs.topic_ids() == {"clicks": None}
+    assert inputs.leader_epochs() == {2: 4}
     inputs.seek({0: 9, 1: 0, 2: 3})
+    inputs.expect_epochs({2: 7})
+    assert topic.expected == {1: 7}
     assert inputs.caught_up().tolist() == [True, False, True]
     drained(inputs)
     assert [(each.kind, each.ended) for each in inputs.begun] == [("log", True), ("topics", False)]

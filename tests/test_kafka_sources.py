@@ -11,6 +11,8 @@ import itertools
 import logging
 import random
 import re
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -51,6 +53,7 @@ from stream_ctr.connectors.kafka import (
     PositionLost,
     TopicChanged,
     client_options,
+    codecs,
     ensure_topic,
     timeouts,
     topic_partitions,
@@ -314,6 +317,35 @@ def test_committed_offsets_are_written_and_never_read(
         assert count(all_rows(source)) == 20
 
 
+@pytest.mark.fault(41, injected="offsets are committed while another thread polls a quiet topic")
+def test_a_commit_does_not_wait_for_records(
+    open_source: OpenSource, broker: str, topic: str, outcome: Outcome
+) -> None:
+    write(broker, topic, numbered(1))
+    with open_source(broker, topic, until_end=False) as source:
+        poll_until(source, lambda: source.positions() == {0: 1})
+        source.commit({0: 0})  # connects
+        polls = itertools.count()
+        most = 40
+        committed = threading.Event()
+
+        def poll_until_committed() -> None:
+            while not committed.is_set() and next(polls) < most:
+                source.poll(0.25)
+
+        reader = threading.Thread(target=poll_until_committed)
+        reader.start()
+        for offset in (0, 1) * 5:
+            source.commit({0: offset})
+        committed.set()
+        reader.join()
+    # The polls of a quarter of a second go on for as long as the commits take.
+    assert next(polls) < most
+    with closing(KafkaConsumer(bootstrap_servers=broker, group_id="readers")) as consumer:
+        assert consumer.committed(TopicPartition(topic, 0)) == 1
+    outcome("ten commits end while the reader is in a few polls", times=10)
+
+
 def test_options_of_one_client_do_not_disturb_the_other(
     open_source: OpenSource, embedded_broker: str, topic: str
 ) -> None:
@@ -379,14 +411,19 @@ def test_records_between_transactions_and_of_aborted_ones_are_skipped(
 
 @pytest.mark.slow
 def test_two_transactional_producers_and_a_plain_one_leave_what_was_committed(
-    open_source: OpenSource, kafka_broker: str, topic: str
+    open_source: OpenSource, client_name: str, kafka_broker: str, topic: str
 ) -> None:
     ensure_topic(client_options(kafka_broker, {}), topic, partitions=2)
     expected = write_in_transactions(kafka_broker, topic, steps=60)
     with open_source(kafka_broker, topic) as source:
         found = all_rows(source)
         ends = source.ends()
+        epochs = source.leader_epochs()
     for partition in range(2):
+        # A position after a marker has no epoch where the client does not show markers.
+        after_record = ends[partition] == offsets(found, partition)[-1] + 1
+        known = after_record or client_name == KAFKA_PYTHON
+        assert epochs.get(partition) == (0 if known else None)
         read = [value or b"" for value in values(found, partition)]
         assert sorted(read) == sorted(expected[partition])
         assert offsets(found, partition) == sorted(set(offsets(found, partition)))
@@ -497,6 +534,117 @@ def test_deleted_records_are_skipped_and_counted_where_that_is_wanted(
             stopping.seek({0: 101}, skip_lost=True)
 
 
+TRUNCATED = (
+    "partition 0 of topic .* lost records that were read already, by an unclean leader election or "
+    "with a broker's disk: of leader epoch 0 it holds the offsets before 20 alone"
+)
+
+
+def send_in_tens(servers: str, topic: str, start: int, end: int) -> None:
+    """Send the numbers to partition 0, in batches of ten."""
+    with closing(KafkaSink(client_options(servers, {}))) as sink:
+        for index in range(start, end):
+            sink.send(topic, b"%d" % index, partition=0)
+            if index % 10 == 9:
+                sink.flush(PATIENCE_SECONDS)
+
+
+class BeforeTheLoss:
+    """Sources of both clients that have read a topic, and what a stopped run of each has kept."""
+
+    def __init__(self, servers: str, topic: str) -> None:
+        self.servers = servers
+        self.topic = topic
+        send_in_tens(servers, topic, 0, 40)
+        self.sources = {name: self.open(name) for name in (KAFKA_PYTHON, CONFLUENT)}
+        for source in self.sources.values():
+            poll_until(source, lambda source=source: source.positions() == {0: 40})  # type: ignore[misc]
+        self.positions = {0: 40}
+        self.epochs = {name: source.leader_epochs() for name, source in self.sources.items()}
+        assert self.epochs == dict.fromkeys(self.sources, {0: 0})
+
+    def open(self, client_name: str) -> TopicSource:
+        make: Callable[..., TopicSource] = KafkaSource
+        if client_name == CONFLUENT:
+            make = importlib.import_module("stream_ctr.connectors.kafka.confluent").ConfluentSource
+        return make([self.topic], client=client_options(self.servers, {}), group="readers")
+
+    def close(self) -> None:
+        for source in self.sources.values():
+            source.close()
+
+
+@pytest.fixture(scope="module")
+def losses(apache: ApacheBroker) -> Iterator[tuple[BeforeTheLoss, BeforeTheLoss]]:
+    """Two topics, of which the first lost its last 20 records. Then both grew by 40 records."""
+    pytest.importorskip("confluent_kafka")
+    servers = apache.bootstrap_servers
+    with ExitStack() as stack:
+        topics = [f"topic-{uuid.uuid4().hex[:12]}" for _ in range(2)]
+        for topic in topics:
+            ensure_topic(client_options(servers, {}), topic)
+        lossy, whole = (
+            stack.enter_context(closing(BeforeTheLoss(servers, topic))) for topic in topics
+        )
+        apache.lose_records(lossy.topic, 20)
+        for topic in topics:
+            send_in_tens(servers, topic, 100, 140)
+        yield lossy, whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT])
+@pytest.mark.parametrize("state", ["stopped", "running"])
+@pytest.mark.fault(
+    42,
+    injected="20 of 40 records, which were read, are cut off a log that then grows past the "
+    "position, while the reader is stopped, and while it reads",
+)
+def test_a_log_that_lost_records_that_were_read_is_an_error_even_after_it_has_grown(
+    state: str,
+    client_name: str,
+    losses: tuple[BeforeTheLoss, BeforeTheLoss],
+    kafka_version: str,
+    outcome: Outcome,
+) -> None:
+    lossy, _ = losses
+    source = lossy.sources[client_name]
+    with ExitStack() as stack:
+        if state == "stopped":
+            source = stack.enter_context(closing(lossy.open(client_name)))
+            source.seek(lossy.positions)
+            source.expect_epochs(lossy.epochs[client_name])
+        for _ in range(2):
+            with pytest.raises(PositionLost, match=TRUNCATED):
+                poll_nothing(source)
+        assert source.positions() == lossy.positions
+    outcome("exit code 5 before the first record that follows", broker=kafka_version)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT])
+def test_another_leader_whose_log_holds_all_records_is_no_error(
+    client_name: str, losses: tuple[BeforeTheLoss, BeforeTheLoss]
+) -> None:
+    _, whole = losses
+    source = whole.sources[client_name]
+    poll_until(source, lambda: source.positions() == {0: 80})
+    later = source.leader_epochs()
+    assert later[0] > 0
+    for _ in range(5):
+        source.seek(whole.positions)
+        source.expect_epochs(whole.epochs[client_name])
+        found = rows(source, lambda: source.positions() == {0: 80})
+        assert values(found) == [b"%d" % index for index in range(100, 140)]
+        assert source.leader_epochs() == later
+        source.pause({0})
+        source.poll(0.0)
+        source.pause(())
+    source.seek({0: 45})
+    assert source.leader_epochs() == {}
+    assert offsets(rows(source, lambda: source.positions() == {0: 80})) == [*range(45, 80)]
+
+
 @pytest.fixture(scope="module")
 def damaged(apache: ApacheBroker) -> str:
     """Three batches of 10 records in a topic; the second has a wrong byte on the broker's disk.
@@ -523,19 +671,14 @@ def damaged(apache: ApacheBroker) -> str:
 @pytest.mark.slow
 @pytest.mark.bad_input("CRC-corrupt batch", via="a byte flipped in the broker's segment file")
 def test_a_damaged_batch_stops_reading_where_it_is_or_is_skipped(
-    open_source: OpenSource,
-    client_name: str,
-    apache: ApacheBroker,
-    damaged: str,
-    outcome: Outcome,
+    open_source: OpenSource, apache: ApacheBroker, damaged: str, outcome: Outcome
 ) -> None:
-    stops = f"partition 0 of topic '{damaged}' cannot be read on at offset 10: "
-    why = "" if client_name == CONFLUENT else ".*failed crc"
+    stops = f"partition 0 of topic '{damaged}' cannot be read on at offset 10: .*failed crc"
     with open_source(apache.bootstrap_servers, damaged) as source:
         found = rows(source, lambda: source.positions()[0] == 10)
         assert values(found) == [b"value %d" % index for index in range(10)]
         for _ in range(2):  # it neither hangs nor goes on
-            with pytest.raises(KafkaReadFailed, match=stops + why):
+            with pytest.raises(KafkaReadFailed, match=stops):
                 poll_forever(source)
             assert source.positions()[0] == 10
     with open_source(apache.bootstrap_servers, damaged, on_lost="skip") as source:
@@ -567,6 +710,132 @@ def test_a_damaged_batch_of_a_partition_that_is_paused_meanwhile_is_reported(
         source.pause(())
         assert offsets(all_rows(source)) == [*range(20, 30)]
         assert source.lost()[0] == 10
+
+
+@pytest.mark.slow
+def test_other_partitions_are_read_after_damage_whose_end_is_not_found(
+    open_source: OpenSource, apache: ApacheBroker, damaged: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_options(apache.bootstrap_servers, {})
+    with open_source(apache.bootstrap_servers, damaged, on_lost="skip", until_end=False) as source:
+        monkeypatch.setattr(source._reader, "end_of_damage", lambda failure: None)
+        with pytest.raises(KafkaReadFailed, match="cannot be read on at offset 10"):
+            poll_forever(source)
+        source.pause({0})
+        before = source.positions()[1]
+        with closing(KafkaSink(client)) as sink:
+            sink.send(damaged, b"later", partition=1)
+        found = rows(source, lambda: source.positions()[1] > before)
+        assert values(found, 1)[-1] == b"later"
+
+
+# -- batches that expand to much more than they are -----------------------------------------------
+
+
+@connects
+@pytest.mark.slow
+def test_a_batch_that_expands_beyond_the_limit_is_read_in_pieces(
+    open_source: OpenSource,
+    client_name: str,
+    kafka_broker: str,
+    topic: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
+    if client_name == CONFLUENT:
+        confluent = importlib.import_module("stream_ctr.connectors.kafka.confluent")
+        monkeypatch.setitem(confluent._RULES, "receive.message.max.bytes", 4 << 20)
+    client = client_options(kafka_broker, {"max.request.size": str(1 << 30)})
+    ensure_topic(client, topic, partitions=4)
+    for partition, compression in enumerate(("zstd", "gzip", "lz4", "snappy")):
+        with closing(KafkaSink(client, compression=compression)) as sink:
+            for value in (bytes(3 << 20), bytes(5 << 20), b"after"):
+                sink.send(topic, value, partition=partition)
+                sink.flush(PATIENCE_SECONDS)
+    options = {"fetch.max.bytes": str(2 << 20)}
+    with open_source(kafka_broker, topic, options=options, max_record_bytes=10) as source:
+        found = all_rows(source)
+        assert source.lost() == dict.fromkeys(range(4), 0)
+    for partition in range(4):
+        assert offsets(found, partition) == [0, 1, 2]
+        assert values(found, partition) == [bytes(11), bytes(11), b"after"]
+
+
+_READ_BOMB = """
+import sys
+from stream_ctr.connectors.kafka import KafkaSource, client_options
+if sys.argv[3] == "confluent":
+    from stream_ctr.connectors.kafka.confluent import ConfluentSource as KafkaSource
+def peak():
+    lines = open("/proc/self/status")
+    return next(int(line.split()[1]) >> 10 for line in lines if line.startswith("VmHWM"))
+client = client_options(sys.argv[1], {})
+source = KafkaSource([sys.argv[2]], client=client, group="g", until_end=True)
+before, lengths = peak(), []
+while not source.finished:
+    lengths += [value.as_buffer().size for value in source.poll(1.0).value]
+print(*lengths, peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def bomb(apache: ApacheBroker) -> Callable[[str, int], str]:
+    """Return the function that makes a topic with a value of so many MiB, then a small one."""
+    made: dict[tuple[str, int], str] = {}
+
+    def make(compression: str, mib: int) -> str:
+        topic = made.setdefault((compression, mib), f"topic-{uuid.uuid4().hex[:12]}")
+        client = client_options(apache.bootstrap_servers, {"max.request.size": str(2 << 30)})
+        if ensure_topic(client, topic):
+            with closing(KafkaSink(client, compression=compression)) as sink:
+                sink.send(topic, bytes(mib << 20))
+                sink.flush(PATIENCE_SECONDS)
+                sink.send(topic, b"after")
+        return topic
+
+    return make
+
+
+@connects
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("compression", "mib"),
+    [
+        pytest.param(
+            *("gzip", 900),
+            marks=pytest.mark.bad_input(
+                "a value that decompresses past the limit",
+                via="a batch of gzip, 0.9 MB on the wire and 900 MiB in memory",
+            ),
+        ),
+        pytest.param(
+            *("zstd", 450),
+            marks=pytest.mark.bad_input(
+                "a value that decompresses past the limit",
+                via="a batch of zstd, 14 kB on the wire and 450 MiB in memory",
+            ),
+        ),
+    ],
+)
+def test_a_bomb_is_cut_to_the_longest_record_and_the_next_record_is_read(
+    bomb: Callable[[str, int], str],
+    client_name: str,
+    compression: str,
+    mib: int,
+    apache: ApacheBroker,
+    outcome: Outcome,
+) -> None:
+    topic = bomb(compression, mib)
+    command = [sys.executable, "-c", _READ_BOMB, apache.bootstrap_servers, topic, client_name]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    cut, after, added_mib = map(int, done.stdout.split())
+    assert (cut, after) == ((1 << 20) + 1, 5)
+    if client_name == KAFKA_PYTHON:
+        assert added_mib < 2.5 * (codecs.MAX_BATCH_BYTES >> 20)
+    outcome(
+        f"cut to 1 MiB and a byte, and the next record is read; "
+        f"memory rose by {added_mib:,} MiB with {client_name}"
+    )
 
 
 # -- topics that change --------------------------------------------------------------------------

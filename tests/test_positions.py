@@ -180,7 +180,7 @@ def test_a_doubt_that_retention_explains_is_settled_by_skipping_or_raises() -> N
 @pytest.mark.parametrize(
     ("log", "reason"),
     [
-        ((0, 9), "refused: was the topic created again?"),
+        ((0, 9), "refused"),
         ((0, 3), "ends at offset 3, but 4 comes next"),
     ],
 )
@@ -191,7 +191,7 @@ def test_a_doubt_that_nothing_explains_waits_and_then_raises(
     doubt = Doubt("refused", seconds=2.0)
     for now in (10.0, 11.9):
         assert not positions.settle(doubt, bounds_of(log), now=now, skip_deleted=True)
-    with pytest.raises(PositionLost, match=reason.replace("?", r"\?")):
+    with pytest.raises(PositionLost, match=reason):
         positions.settle(doubt, bounds_of(log), now=12.0, skip_deleted=True)
     assert (positions.read(), positions.lost()) == ({0: 4}, {0: 0})
 

@@ -105,7 +105,7 @@ class FakeConsumer:
 
 
 def record(offset: int) -> Any:
-    return SimpleNamespace(offset=offset, timestamp=None, value=b"%d" % offset)
+    return SimpleNamespace(offset=offset, timestamp=None, value=b"%d" % offset, leader_epoch=2)
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ import importlib.util
 import struct
 import sys
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -61,6 +62,7 @@ INT64_MAX = (1 << 63) - 1
 HEADER_BYTES = DefaultRecordBatch.HEADER_STRUCT.size
 LENGTH_OFFSET = 8
 FORMAT_OFFSET = 16
+FIRST_TIME_OFFSET = 27
 LOG_APPEND_TIME = 0x08
 TRANSACTIONAL = 0x10
 CONTROL = 0x20
@@ -183,6 +185,15 @@ def read(
     return found, batches.position
 
 
+@contextmanager
+def read_in_pieces(piece_bytes: int) -> Iterator[None]:
+    """Let every compressed batch be too large to be expanded at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "MAX_BATCH_BYTES", 0)
+        patch.setattr(codecs, "_PIECE_BYTES", piece_bytes)
+        yield
+
+
 def rows_of(records: Records) -> list[Row]:
     columns = records.offset.tolist(), records.time.tolist(), records.value.to_pylist()
     return list(zip(*columns, strict=True))
@@ -284,6 +295,8 @@ def test_batches_read_as_the_client_reads_them(
     folded = data.draw(st.booleans())
     cut_off = stored + numbered(1).stored(end)[:cut]
     assert read(cut_off, position, aborted, most, full_bytes, folded) == expected
+    with read_in_pieces(data.draw(st.sampled_from([1, 7, 100, 10_000]))):
+        assert read(cut_off, position, aborted, most, full_bytes, folded) == expected
 
 
 def test_an_aborted_transaction_hides_no_other_batch_of_its_producer() -> None:
@@ -614,6 +627,11 @@ def test_a_batch_with_malformed_records_is_damaged(
     found, error = damage(numbered(2).stored(0) + with_body(body, count, 2, last))
     assert len(found) == 2
     assert error == f"the batch at offset 2 {message}"
+    if body and count > 0:
+        compressed = with_body(gzip.compress(body), count, 2, last, attributes=GZIP)
+        for piece_bytes in (1, 9, 1 << 10):
+            with read_in_pieces(piece_bytes):
+                assert damage(numbered(2).stored(0) + compressed) == (found, error)
 
 
 def test_a_number_may_be_written_in_ten_bytes() -> None:
@@ -664,24 +682,73 @@ def test_a_payload_that_does_not_decompress_is_damaged(codec: int) -> None:
         bytes(40),
     ):
         assert damage(with_body(payload, 400, 0, 399, attributes=codec))[0] == []
+        with read_in_pieces(100):
+            assert damage(with_body(payload, 400, 0, 399, attributes=codec))[0] == []
 
 
 @pytest.mark.parametrize("codec", COMPRESS)
-def test_the_size_of_a_decompressed_batch_is_bounded(
+def test_no_more_than_the_limit_is_expanded_at_once(
     codec: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
-    for size, message in (
-        (1 << 20, "bytes after its last record"),
-        ((1 << 20) + 1, "expands to more than 1 MiB"),
-    ):
-        payload = COMPRESS[codec](record() + bytes(size - len(record())))
-        assert message in damage(with_body(payload, 1, attributes=codec))[1]
+    streamed: list[record_batches.BatchHeader] = []
+    make = record_batches.StreamedBatch
+
+    def note(header: record_batches.BatchHeader, pieces: Any) -> record_batches.StreamedBatch:
+        streamed.append(header)
+        return make(header, pieces)
+
+    monkeypatch.setattr(record_batches, "StreamedBatch", note)
+    head = len(with_value(1 << 19)) - (1 << 19)
+    for size, in_pieces in ((1 << 20, False), ((1 << 20) + 1, True)):
+        stored = with_body(COMPRESS[codec](with_value(size - head)), 1, attributes=codec)
+        assert read(stored) == ([(0, 0, bytes(size - head))], 1)
+        assert bool(streamed) == in_pieces
+
+
+def with_value(size: int) -> bytes:
+    return record(value=size, headers=bytes(size) + b"\0", size=None)
 
 
 def test_the_declared_size_of_a_snappy_block_is_checked_first() -> None:
     says_3_gib = b"\x80\x80\x80\x80\x0c" + b"\0a"
-    assert "expands to more than 512 MiB" in damage(with_body(says_3_gib, 1, attributes=SNAPPY))[1]
+    found = damage(with_body(says_3_gib, 1, attributes=SNAPPY))[1]
+    assert "a snappy block of 7 bytes says that it has 3221225472" in found
+
+
+@pytest.mark.parametrize("codec", COMPRESS)
+def test_a_large_batch_is_read_in_little_memory(codec: int) -> None:
+    size = 64 << 20
+    values = [b"first", bytes(size), b"last"]
+    body = b"".join(
+        record(offset_delta=index, value=len(value), headers=value + b"\0")
+        for index, value in enumerate(values)
+    )
+    stored = with_body(COMPRESS[codec](body), 3, last_offset_delta=2, attributes=codec)
+    del body, values
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codecs, "MAX_BATCH_BYTES", 1 << 20)
+        tracemalloc.start()
+        found, position = read(stored)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert [(offset, len(value or b"")) for offset, _, value in found] == [
+        (0, 5),
+        (1, 1 << 20),
+        (2, 4),
+    ]
+    assert position == 3
+    assert peak < 16 << 20
+
+
+def test_the_time_of_a_record_in_a_large_batch_wraps_as_in_a_small_one() -> None:
+    far = b"\0" + varint(INT64_MAX) + varint(0) + varint(-1) + varint(-1) + b"\0"
+    header = bytearray(with_body(gzip.compress(varint(len(far)) + far), 1, attributes=GZIP))
+    struct.pack_into(">q", header, FIRST_TIME_OFFSET, 5)
+    small = read(checked(header))
+    with read_in_pieces(3):
+        assert read(checked(header)) == small
+    assert small[0][0][1] == 5 + INT64_MAX - (1 << 64)
 
 
 def test_concatenated_payloads_and_unframed_snappy_are_read() -> None:
@@ -784,6 +851,8 @@ def test_no_batch_makes_compiled_code_index_out_of_bounds(
     with np.errstate(over="ignore"):
         found = interpreted._validate(fenced, count, last)
         assert found == record_batches._validate(np.frombuffer(body, np.uint8), count, last)
+        whole = interpreted._whole_records(fenced, count, -1, last)
+        assert (found == record_batches._SOUND) == (whole[:2] == (len(body), count))
         if found != record_batches._SOUND:
             return
         columns = Columns(most, full_bytes=1 << 20, most_value_bytes=value_bytes)

@@ -19,7 +19,7 @@ from stream_ctr.connectors.errors import (
     TopicChanged,
 )
 from stream_ctr.connectors.kafka import timeouts
-from stream_ctr.connectors.kafka.positions import Mask, Offsets
+from stream_ctr.connectors.kafka.positions import UNKNOWN, Mask, Offsets
 from stream_ctr.connectors.kafka.reader import Failure, FailureKind, Polled
 from stream_ctr.connectors.kafka.topic_source import OnLost, TopicSource
 from stream_ctr.connectors.kafka.topics import Topics
@@ -64,6 +64,7 @@ class FakeReader:
         self.end = array(SIZE, SIZE)
         self.news = FakeNews()
         self.first = array(0, 0)
+        self.leader_epoch = array(UNKNOWN, UNKNOWN)
         self.failures: dict[tuple[int, int], Failure] = {}  # (partition, position): failure
         self.damage_ends: int | None = None
         self.silent = False
@@ -104,6 +105,7 @@ class FakeReader:
                 read_from = index
                 offsets = [*range(position[index], position[index] + 10)]
                 position[index] += 10
+                self.leader_epoch[index] = 3
         return Polled(records(read_from, offsets), position)
 
     def end_of_damage(self, failure: Failure) -> int | None:
@@ -278,6 +280,35 @@ def test_a_truncated_log_is_not_explained_by_retention(
     reader.first = array(10, 0)
     with pytest.raises(PositionLost, match="begins at offset 10, but 0 comes next"):
         poll_nothing(source)
+
+
+def test_epochs_are_those_of_the_records_before_the_positions(reader: FakeReader) -> None:
+    source = source_of(reader, on_lost="skip")
+    assert source.leader_epochs() == {}
+    source.poll(0.0)
+    assert source.leader_epochs() == {0: 3}
+    source.seek({0: 5, 1: 7})
+    assert source.leader_epochs() == {}
+    reader.restarted.clear()
+    source.expect_epochs({1: 4})
+    assert source.leader_epochs() == {1: 4}
+    assert reader.restarted == [(1, 7)], "the client asks brokers when it begins to fetch"
+
+
+@pytest.mark.parametrize("kind", [FailureKind.DAMAGED, FailureKind.POSITION_REFUSED])
+def test_the_epoch_of_a_position_that_skips_records_is_not_known(
+    kind: FailureKind, reader: FakeReader
+) -> None:
+    source = source_of(reader, on_lost="skip")
+    source.poll(0.0)
+    assert source.leader_epochs() == {0: 3}
+    reader.fail(kind, 0, 10)
+    reader.damage_ends = 20
+    reader.first = array(20, 0)
+    source.pause({1})
+    source.poll(0.0)
+    assert source.positions()[0] == 20
+    assert source.leader_epochs() == {}
 
 
 def test_a_doubt_waits_for_brokers_that_are_silent(reader: FakeReader) -> None:

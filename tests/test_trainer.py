@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -889,6 +889,26 @@ def test_a_resumed_run_with_nothing_new_writes_no_further_snapshot(tmp_path, str
     again.restore(snapshot.newest(tmp_path / "snapshots"))
     assert finish(again)["examples"] == 6000
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 1
+
+
+def test_a_resumed_run_expects_the_leader_epochs_that_its_snapshot_has(tmp_path, stream):
+    class Led(Partitions):
+        expected: Mapping[int, int] | None = None
+
+        def leader_epochs(self) -> dict[int, int]:
+            return {index: 7 + index for index, at in self.positions().items() if at and index}
+
+        def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+            assert self.positions()[1] > 0, "the positions are those of the snapshot by then"
+            self.expected = leader_epochs
+
+    finish(trainer(tmp_path, Led(split(stream, 2))))
+    newest = snapshot.newest(tmp_path / "snapshots")
+    assert snapshot.load(newest)[0].leader_epochs == {"clicks:1": 8}
+    again = Led(split(stream, 2))
+    resumed = trainer(tmp_path, again)
+    resumed.restore(newest)
+    assert again.expected == {1: 8}
 
 
 def test_a_resumed_run_leaves_a_rollback_in_force(tmp_path, stream):

@@ -1,9 +1,10 @@
 """Decompression of record batches, bounded in the size of its result.
 
 A codec expands a batch as far as it goes: a megabyte of zstd becomes up to 30 GB, of gzip 1 GB, of
-lz4 255 MB. No option of kafka-python bounds that, so the decoders here count what they produce and
-stop at `MAX_BATCH_BYTES`. They use the libraries that kafka-python uses, whose extras
-`crc32c,lz4,snappy,zstd` install them.
+lz4 255 MB. No option of kafka-python bounds that. So the decoders here expand a batch of up to
+`MAX_BATCH_BYTES` at once and raise `LargeBatch` for a larger one, whose pieces can be read one
+after another. They use the libraries that kafka-python uses, whose extras `crc32c,lz4,snappy,zstd`
+install them.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ from stream_ctr.connectors.kafka.record_batches import (
     ZSTD,
     Codecs,
     DamagedBatch,
+    LargeBatch,
 )
 
-MAX_BATCH_BYTES = 512 << 20  # the most that a compressed batch may expand to
+MAX_BATCH_BYTES = 128 << 20  # the most that a batch may have when it is expanded at once
 
 
 def _library(name: str) -> Any:
@@ -72,24 +74,21 @@ def _bounded(pieces_of: Callable[[Any], Iterator[bytes]]) -> Callable[[Any], byt
 
 def _check_size(size: int) -> None:
     if size > MAX_BATCH_BYTES:
-        raise DamagedBatch(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
+        raise LargeBatch(f"the batch expands to more than {MAX_BATCH_BYTES >> 20} MiB")
 
 
-@_bounded
-def _zstd_decode(payload: Any) -> Iterator[bytes]:
+def _zstd_pieces(payload: Any) -> Iterator[bytes]:
     decompressor = _LIBRARIES["zstd"].ZstdDecompressor()
     with decompressor.stream_reader(payload, read_across_frames=True) as reader:
         yield from iter(lambda: reader.read(_PIECE_BYTES), b"")
 
 
-@_bounded
-def _gzip_decode(payload: Any) -> Iterator[bytes]:
+def _gzip_pieces(payload: Any) -> Iterator[bytes]:
     with gzip.GzipFile(fileobj=io.BytesIO(payload)) as reader:
         yield from iter(lambda: reader.read(_PIECE_BYTES), b"")
 
 
-@_bounded
-def _lz4_decode(payload: Any) -> Iterator[bytes]:
+def _lz4_pieces(payload: Any) -> Iterator[bytes]:
     # The library's class for files would copy the rest of the payload for every piece.
     lz4 = _LIBRARIES["lz4"]
     context = lz4.create_decompression_context()
@@ -103,8 +102,7 @@ def _lz4_decode(payload: Any) -> Iterator[bytes]:
         rest = rest[read:]
 
 
-@_bounded
-def _snappy_decode(payload: Any) -> Iterator[bytes]:
+def _snappy_pieces(payload: Any) -> Iterator[bytes]:
     if payload[: len(_XERIAL_MAGIC)] != _XERIAL_MAGIC:
         yield _snappy_block(payload)
         return
@@ -116,7 +114,9 @@ def _snappy_decode(payload: Any) -> Iterator[bytes]:
 
 
 def _snappy_block(block: Any) -> bytes:
-    _check_size(_snappy_size(block))
+    size = _snappy_size(block)
+    if size > _SNAPPY_MAX_RATIO * len(block):
+        raise DamagedBatch(f"a snappy block of {len(block)} bytes says that it has {size}")
     expanded: bytes = _LIBRARIES["snappy"].decompress(block)
     return expanded
 
@@ -144,13 +144,17 @@ def _crc32c(payload: memoryview) -> int:
 
 _PIECE_BYTES = 1 << 18
 _SNAPPY_SIZE_BYTES = 5
+_SNAPPY_MAX_RATIO = 22  # three bytes stand for 64 at most
 
 # Java's library for snappy begins with this and its version, and puts a length before each block.
 _XERIAL_MAGIC = b"\x82SNAPPY\x00"
 _XERIAL_HEADER_BYTES = 16
 _XERIAL_LENGTH_BYTES = 4
 
+_PIECES = {GZIP: _gzip_pieces, SNAPPY: _snappy_pieces, LZ4: _lz4_pieces, ZSTD: _zstd_pieces}
+
 CODECS = Codecs(
     _crc32c,
-    {GZIP: _gzip_decode, SNAPPY: _snappy_decode, LZ4: _lz4_decode, ZSTD: _zstd_decode},
+    expand={codec: _bounded(pieces_of) for codec, pieces_of in _PIECES.items()},
+    pieces=_PIECES,
 )

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from kafka.errors import RetriableError
+from kafka.errors import LogTruncationError, RetriableError
 
 from stream_ctr.connectors.kafka import inside, timeouts
 from stream_ctr.connectors.kafka.codecs import CODECS
@@ -53,7 +53,8 @@ class ColumnsReader(ConsumerReader):
 
     def read_on(self, next_offset: Offsets, wanted: Mask, again: Collection[int]) -> None:
         for index in again:
-            self._consumer.seek(self._assigned[index], int(next_offset[index]))
+            offset, leader_epoch = int(next_offset[index]), int(self.leader_epoch[index])
+            inside.seek(self._consumer, self._assigned[index], offset, leader_epoch)
         paused = {self._assigned[index] for index in np.flatnonzero(~wanted).tolist()}
         paused_before = self._consumer.paused()
         self._consumer.pause(*(paused - paused_before))
@@ -71,14 +72,13 @@ class ColumnsReader(ConsumerReader):
             pass  # it may come after some were read
         except Exception as error:  # noqa: BLE001 - the client has many
             located = inside.locate_failure(self._consumer, error)
-            if not self._columns.count:  # otherwise it comes again
+            # After records most errors come again.
+            if not self._columns.count or isinstance(error, LogTruncationError):
                 failure = self._failure(located)
         if kept := inside.take_kept_failure(self._consumer):
             failure = failure or self._failure(kept)
-        position = np.array(
-            [inside.next_offset(self._consumer, partition) for partition in self._assigned],
-            np.int64,
-        )
+        reached = [inside.position(self._consumer, partition) for partition in self._assigned]
+        position, self.leader_epoch = np.array(reached, np.int64).T.copy()
         return Polled(self._columns.hand_out(), position, failure)
 
     def end_of_damage(self, failure: Failure) -> int | None:

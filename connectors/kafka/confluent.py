@@ -23,13 +23,16 @@ librdkafka has traps, which is why this file
   control records at the end;
 - finds the end of a log by fetching at the listed end, since brokers exist that list one too low;
 - lets it fetch again 10 ms after its queue was full; by itself it waits for a second;
-- finds out where a damaged batch ends by reading on at later offsets, since the client stays before
-  it forever. It reports the first offset of the batch for each offset within it;
+- reads a batch that librdkafka cannot read with kafka-python, so that both clients have the same
+  answer: librdkafka stays before it forever, and refuses some batches of zstd by the size that they
+  might have;
+- commits through the admin client: a call on the consumer waits while another thread is in
+  `consume`, for as long as no records come;
 - takes from the client's statistics whether brokers are silent. The client reports lost
   connections, but not a broker that keeps one and does not answer.
 
-A batch of zstd expands to `MAX_BATCH_BYTES` at most, or counts as damaged; for the other codecs the
-client has no such limit.
+librdkafka expands a batch of gzip at once, whatever its size, which is up to 1,032 times that of
+its compressed form (`max.message.bytes` of a topic bounds that).
 """
 
 from __future__ import annotations
@@ -46,23 +49,26 @@ from operator import itemgetter
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr.connectors.errors import KafkaOptionError, KafkaReadFailed, KafkaUnreachable
 from stream_ctr.connectors.kafka import timeouts
-from stream_ctr.connectors.kafka.codecs import MAX_BATCH_BYTES
 from stream_ctr.connectors.kafka.diagnosis import explain_silence, topic_missing, warn_of_plaintext
 from stream_ctr.connectors.kafka.options import librdkafka_options
-from stream_ctr.connectors.kafka.positions import UNKNOWN, Mask, Offsets, end_of_run
+from stream_ctr.connectors.kafka.positions import UNKNOWN, Mask, Offsets
 from stream_ctr.connectors.kafka.reader import (
     ANSWER_DELAY_SECONDS,
     Failure,
     FailureKind,
     Polled,
+    Reader,
     array_of,
     brokers_silent,
+    log_truncated,
     news_seconds,
 )
+from stream_ctr.connectors.kafka.source import open_reader
 from stream_ctr.connectors.kafka.topic_source import OnLost, TopicSource
 from stream_ctr.connectors.kafka.topics import FutureNews, Topics
 from stream_ctr.connectors.records import POLL_BYTES, Records
@@ -122,7 +128,10 @@ class ConfluentReader:
         max_record_bytes: int,
     ) -> None:
         self._library = _library()
+        self._client = client
+        self._topics = topics
         self._group = group
+        self._other: Reader | None = None
         self._max_record_bytes = max_record_bytes
         self._most_records = int(str(client.get("max_poll_records", _POLL_RECORDS)))
         self._answers = _Answers()
@@ -135,6 +144,7 @@ class ConfluentReader:
                 self._library.TopicPartition(*partition) for partition in self.partitions
             ]
             self._reading: frozenset[int] = frozenset()
+            self.leader_epoch = np.full(len(self.partitions), UNKNOWN, np.int64)
             self.news = self._cluster.news(topics)
             self.end = self._find_ends()
         except BaseException:
@@ -160,9 +170,11 @@ class ConfluentReader:
         if ended:
             self._consumer.incremental_unassign([self._assigned[index] for index in ended])
         if begun := fetched - (self._reading - ended):
-            self._consumer.incremental_assign(
-                [self._at(index, int(next_offset[index])) for index in sorted(begun)]
-            )
+            assigned = [self._at(index, int(next_offset[index])) for index in sorted(begun)]
+            self._consumer.incremental_assign(assigned)
+            for partition in assigned:
+                if partition.leader_epoch is not None:
+                    self._ask_about_epoch(partition)
         self._reading = fetched
 
     def poll(self, next_offset: Offsets, timeout_seconds: float) -> Polled:
@@ -176,29 +188,27 @@ class ConfluentReader:
             if failed is not None:
                 break
         records = _joined(columns)
-        np.maximum.at(position, records.partition, records.offset + 1)
+        read = next_offset.copy()
+        np.maximum.at(read, records.partition, records.offset + 1)
+        np.maximum(position, read, out=position)
+        # What lies between the last record and the end of a partition may be of a later epoch.
+        self.leader_epoch[position > read] = UNKNOWN
         if failed is None:
             return Polled(records, position)
+        failure: Failure | None = self._failure(failed, position)
+        if failure and failure.kind is FailureKind.DAMAGED:
+            if len(records):
+                failure = None  # it comes again with the next poll
+            else:
+                records, failure = self._read_otherwise(failure, position)
         # What the client has fetched after the failure comes again.
         wanted = np.zeros(len(self.partitions), np.bool_)
         wanted[list(self._reading)] = True
         self.read_on(position, wanted, again=self._reading)
-        return Polled(records, position, self._failure(failed, position))
+        return Polled(records, position, failure)
 
     def end_of_damage(self, failure: Failure) -> int | None:
-        index = failure.partition
-        assert index is not None, "damage is somewhere"
-        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
-        try:
-            return end_of_run(
-                failure.batch,
-                lambda offset: self._damaged_at(index, offset, deadline) == failure.batch,
-            )
-        except TimeoutError:
-            return None
-        finally:
-            self._consumer.unassign()
-            self._reading = frozenset()
+        return self._other.end_of_damage(failure) if self._other else None
 
     def silent_seconds(self, wanted: Mask) -> float:
         return self._answers.silent_seconds(
@@ -206,14 +216,17 @@ class ConfluentReader:
         )
 
     def commit(self, offsets: Mapping[int, int]) -> None:
-        committed = [self._at(index, offset) for index, offset in offsets.items()]
-        try:
-            self._consumer.commit(offsets=committed, asynchronous=True)
-        except self._library.KafkaException as error:
-            self._committed(error.args[0], [])
+        committed = [
+            self._library.TopicPartition(*self.partitions[index], offset)
+            for index, offset in offsets.items()
+        ]
+        if reason := self._cluster.commit(self._group, committed):
+            log.warning("the committed offsets of group %r are behind: %s", self._group, reason)
 
     def close(self) -> None:
         self._consumer.close()
+        if self._other:
+            self._other.close()
 
     # -- between librdkafka and columns -----------------------------------------------------------
 
@@ -224,18 +237,28 @@ class ConfluentReader:
             **_RULES,
             "group.id": self._group,
             "stats_cb": self._answers.note,
-            "on_commit": self._committed,
             "error_cb": lambda error: None,
         }
         return _make(self._library, self._library.Consumer, options)
 
-    def _committed(self, error: Any, partitions: Sequence[Any]) -> None:
-        errors = [error, *(partition.error for partition in partitions)]
-        failed = next((error for error in errors if error), None)
-        if failed:
-            log.warning(
-                "the committed offsets of group %r are behind: %s", self._group, failed.str()
-            )
+    def _ask_about_epoch(self, partition: Any) -> None:
+        """Let brokers tell whether they have the record before the partition's offset.
+
+        A seek asks them, and an assignment does not. It is refused as long as the assignment before
+        is being ended, which takes about a millisecond.
+        """
+        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
+        while True:
+            try:
+                self._consumer.seek(partition)
+            except self._library.KafkaException as error:
+                if error.args[0].name() not in _ENDING or time.monotonic() > deadline:
+                    raise KafkaReadFailed(
+                        f"reading topic {partition.topic!r} failed: {error.args[0].str()}"
+                    ) from error
+                time.sleep(_BETWEEN_SEEKS_SECONDS)
+            else:
+                return
 
     def _pieces(self, timeout_seconds: float) -> Iterator[list[Message]]:
         """Yield the messages that are there, or else the first that comes in time.
@@ -300,11 +323,43 @@ class ConfluentReader:
             return Failure(FailureKind.REFUSED, reason)
         offset = int(position[index])
         if error.name() in _DAMAGE:
-            return Failure(FailureKind.DAMAGED, reason, index, offset, batch=message.offset())
-        kind = _POSITION_GONE.get(error.name(), FailureKind.REFUSED)
-        if kind is not FailureKind.REFUSED and message.offset() >= 0:
+            return Failure(FailureKind.DAMAGED, reason, index, offset)
+        if found := _TRUNCATED.search(reason):
+            return log_truncated(self.partitions[index], int(found["end"]), int(found["epoch"]))
+        if error.name() not in _POSITION_GONE:
+            return Failure(FailureKind.REFUSED, reason, index, offset)
+        if message.offset() is not None and message.offset() >= 0:
             offset = message.offset()  # the partition may have been sent elsewhere since
-        return Failure(kind, reason, index, offset)
+        return Failure(FailureKind.POSITION_REFUSED, reason, index, offset)
+
+    def _read_otherwise(
+        self, failure: Failure, position: Offsets
+    ) -> tuple[Records, Failure | None]:
+        """Return the next records of the partition that failed, read through kafka-python.
+
+        Moves its position in [P]. The failure is that of kafka-python; none comes while brokers are
+        away.
+        """
+        assert failure.partition is not None, "damage is somewhere"
+        try:
+            self._other = self._other or open_reader(
+                self._topics,
+                client=self._client,
+                group=self._group,
+                max_record_bytes=self._max_record_bytes,
+            )
+        except KafkaUnreachable:
+            return Records.empty(), None
+        if self._other.partitions != self.partitions:
+            return Records.empty(), failure  # the topic changed, which its news will tell
+        index = failure.partition
+        alone = np.arange(len(self.partitions)) == index
+        self._other.leader_epoch[index] = self.leader_epoch[index]
+        self._other.read_on(position, alone, again=[index])
+        polled = self._other.poll(position, timeouts.ANSWER_SECONDS)
+        position[index] = polled.next_offset[index]
+        self.leader_epoch[index] = self._other.leader_epoch[index]
+        return polled.records, polled.failure
 
     def _columns(self, messages: list[Message]) -> Records:
         message_type = self._library.Message
@@ -316,8 +371,12 @@ class ConfluentReader:
             map(message_type.topic, messages), map(message_type.partition, messages), strict=True
         )
         times = map(itemgetter(1), map(message_type.timestamp, messages))
+        partition = np.fromiter(map(self._index.__getitem__, partitions), np.int32, count)
+        for last in _ends_of_runs(partition):
+            epoch = messages[last].leader_epoch()
+            self.leader_epoch[partition[last]] = UNKNOWN if epoch is None else epoch
         return Records(
-            partition=np.fromiter(map(self._index.__getitem__, partitions), np.int32, count),
+            partition=partition,
             offset=np.fromiter(map(message_type.offset, messages), np.int64, count),
             time=np.fromiter(times, np.int64, count),
             value=pa.array(values, pa.large_binary()),
@@ -359,23 +418,11 @@ class ConfluentReader:
                 f"reading topic {message.topic()!r} failed: {message.error().str()}"
             )
 
-    def _damaged_at(self, index: int, offset: int, deadline: float) -> int | None:
-        """Return where the damaged batch begins that fetching at this offset meets first.
-
-        None when it meets none. Raises `TimeoutError`.
-        """
-        self._consumer.assign([self._at(index, offset)])
-        while time.monotonic() < deadline:
-            for message in self._consumer.consume(1, 0.1):
-                error = message.error()
-                if not error or error.name() in {"_PARTITION_EOF", *_POSITION_GONE}:
-                    return None
-                if error.name() in _DAMAGE:
-                    return int(message.offset())
-        raise TimeoutError
-
     def _at(self, index: int, offset: int) -> Any:
-        return self._library.TopicPartition(*self.partitions[index], offset)
+        """Return a partition at an offset, after a record of the epoch that is known for it."""
+        epoch = int(self.leader_epoch[index])
+        known = {} if epoch == UNKNOWN else {"leader_epoch": epoch}
+        return self._library.TopicPartition(*self.partitions[index], offset, **known)
 
 
 class _Cluster:
@@ -439,6 +486,21 @@ class _Cluster:
                 if error.args[0].name() not in _PASSING or time.monotonic() > deadline:
                     raise self.silent(error.args[0].str()) from error
                 time.sleep(_BETWEEN_QUESTIONS_SECONDS)
+
+    def commit(self, group: str, positions: Sequence[Any]) -> str:
+        """Write the committed offsets of a group, and return why that failed; empty if it did not.
+
+        It may be called by any thread.
+        """
+        altered = self._library.ConsumerGroupTopicPartitions(group, list(positions))
+        try:
+            asked = self._admin.alter_consumer_group_offsets(
+                [altered], request_timeout=timeouts.ANSWER_SECONDS
+            )
+            answered = asked[group].result().topic_partitions
+        except self._library.KafkaException as error:
+            return str(error.args[0].str())
+        return next((partition.error.str() for partition in answered if partition.error), "")
 
     def news(self, topics: Sequence[str]) -> FutureNews:
         """Return the news of these topics."""
@@ -526,6 +588,7 @@ class _Answers:
         return time.monotonic() - oldest if silent else 0.0
 
 
+_BETWEEN_SEEKS_SECONDS = 0.001
 _BETWEEN_QUESTIONS_SECONDS = 0.05  # when a broker has no answer yet
 _NEVER = np.iinfo(np.int64).max
 _POLL_RECORDS = 5000
@@ -549,7 +612,7 @@ _RULES: dict[str, object] = {
     "enable.auto.offset.store": False,
     "enable.partition.eof": True,
     "isolation.level": "read_committed",
-    "receive.message.max.bytes": MAX_BATCH_BYTES,  # also what a batch of zstd may expand to
+    "receive.message.max.bytes": 512 << 20,  # more than `fetch.max.bytes`
     "statistics.interval.ms": 500,
 }
 
@@ -563,11 +626,12 @@ _OF_CONSUMERS = {
 }
 
 # Errors by the names that librdkafka has for them.
-_POSITION_GONE = {
-    "_AUTO_OFFSET_RESET": FailureKind.POSITION_REFUSED,
-    "OFFSET_OUT_OF_RANGE": FailureKind.POSITION_REFUSED,
-    "_LOG_TRUNCATION": FailureKind.LOG_TRUNCATED,
-}
+_POSITION_GONE = {"_AUTO_OFFSET_RESET", "OFFSET_OUT_OF_RANGE"}
+# Its error has the name of an offset reset.
+_TRUNCATED = re.compile(
+    r"log truncation detected .*end offset is (?P<end>-?\d+) "
+    r"\(offset leader epoch (?P<epoch>-?\d+)\)"
+)
 _DAMAGE = {
     "_BAD_MSG",
     "_BAD_COMPRESSION",
@@ -583,6 +647,7 @@ _TOPIC_UNKNOWN = {
     "UNKNOWN_TOPIC_ID",
     "INCONSISTENT_TOPIC_ID",
 }
+_ENDING = {"_STATE", "_PREV_IN_PROGRESS"}
 _PASSING = {
     "_TRANSPORT",
     "_ALL_BROKERS_DOWN",
@@ -621,6 +686,17 @@ def _uuid(id_: Any) -> str | None:
     high = id_.get_most_significant_bits() % (1 << 64)
     number = high << 64 | id_.get_least_significant_bits() % (1 << 64)
     return str(uuid.UUID(int=number)) if number else None
+
+
+def _ends_of_runs(partition: npt.NDArray[np.int32]) -> list[int]:
+    """Return the index of the last of each run of equal numbers.
+
+    >>> _ends_of_runs(np.array([3, 3, 1, 3], np.int32))
+    [1, 2, 3]
+    """
+    if not len(partition):
+        return []
+    return [*np.flatnonzero(partition[1:] != partition[:-1]).tolist(), len(partition) - 1]
 
 
 def _joined(pieces: Sequence[Records]) -> Records:

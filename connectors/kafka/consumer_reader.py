@@ -24,7 +24,13 @@ from stream_ctr.connectors.kafka import inside, timeouts
 from stream_ctr.connectors.kafka.client import in_time, open_consumer
 from stream_ctr.connectors.kafka.diagnosis import topic_missing
 from stream_ctr.connectors.kafka.positions import UNKNOWN, Offsets
-from stream_ctr.connectors.kafka.reader import Failure, FailureKind, array_of, brokers_silent
+from stream_ctr.connectors.kafka.reader import (
+    Failure,
+    FailureKind,
+    array_of,
+    brokers_silent,
+    log_truncated,
+)
 from stream_ctr.connectors.kafka.record_batches import DamagedBatch
 
 log = logging.getLogger(__name__)
@@ -57,6 +63,7 @@ class ConsumerReader:
         self._index = {partition: index for index, partition in enumerate(self._assigned)}
         self.partitions = tuple((topic, partition) for topic, partition in self._assigned)
         self.end = find_ends(consumer, self._assigned, client)
+        self.leader_epoch = np.full(len(self._assigned), UNKNOWN, np.int64)
 
     def beginning(self) -> Offsets:
         return self._list_offsets(self._consumer.beginning_offsets)
@@ -152,13 +159,13 @@ def highwater(consumer: Any, partition: TopicPartition) -> int:
 
 def failure_of(error: Exception, partition: int | None, position: int) -> Failure:
     """Return the failure that an error of the client means; the partition may be unknown."""
+    if isinstance(error, LogTruncationError):
+        return log_truncated(*_truncated(error))
     reason = str(error) if _explains_itself(error) else f"{type(error).__name__}: {error}"
     return Failure(_kind_of(error, partition), reason, partition, position, cause=error)
 
 
 def _kind_of(error: Exception, partition: int | None) -> FailureKind:
-    if isinstance(error, LogTruncationError):
-        return FailureKind.LOG_TRUNCATED
     if isinstance(error, OffsetOutOfRangeError):
         return FailureKind.POSITION_REFUSED
     if isinstance(error, TopicAuthorizationFailedError):
@@ -166,6 +173,12 @@ def _kind_of(error: Exception, partition: int | None) -> FailureKind:
     if partition is not None and not isinstance(error, MemoryError):
         return FailureKind.DAMAGED
     return FailureKind.REFUSED if _explains_itself(error) else FailureKind.UNEXPECTED
+
+
+def _truncated(error: LogTruncationError) -> tuple[TopicPartition, int, int]:
+    """Return the first partition of the error, and where its log ends in which epoch."""
+    partition, end = next(iter(error.divergent_offsets.items()))
+    return (partition, -1, -1) if end is None else (partition, end.offset, end.leader_epoch)
 
 
 def _explains_itself(error: Exception) -> bool:

@@ -69,7 +69,8 @@ def read_into(
             for transaction in options["aborted_transactions"] or ()
         ]
         batches = StoredBatches(stored, offset, aborted=aborted, codecs=codecs)
-        return _Fetched(columns, index[partition], partition, batches, options["on_drain"])
+        _, epoch = position(consumer, partition)
+        return _Fetched(columns, index[partition], partition, epoch, batches, options["on_drain"])
 
     _drop_in_hand(fetcher)
     fetcher.PartitionRecords = open_fetched  # the fetcher looks it up by name each time
@@ -83,12 +84,13 @@ class _Fetched:
         columns: Columns,
         index: int,
         partition: Partition,
+        leader_epoch: int,
         batches: StoredBatches,
         on_drain: Callable[[_Fetched], object],
     ) -> None:
         self.topic_partition = partition
         self.next_fetch_offset = batches.position
-        self.leader_epoch = -1
+        self.leader_epoch = leader_epoch  # of what was read last
         self.bytes_read = 0  # more than 0 makes the client fetch other partitions first
         self._columns = columns
         self._index = index
@@ -104,7 +106,7 @@ class _Fetched:
             taken = self._batches.take(self._columns, self._index, most)
         finally:
             self.next_fetch_offset = self._batches.position
-            self.leader_epoch = self._batches.leader_epoch
+            self.leader_epoch = max(self.leader_epoch, self._batches.leader_epoch)
         self.bytes_read += taken
         if self._batches.exhausted:
             self.drain()
@@ -169,12 +171,24 @@ def restore_set_aside(consumer: Any) -> None:
             waiting.fold()
 
 
-def next_offset(consumer: Any, partition: Partition) -> int:
-    """Return the position of a partition, past control and aborted records.
+def seek(consumer: Any, partition: Partition, offset: int, leader_epoch: int) -> None:
+    """Read a partition on at this offset, after a record of this leader epoch; -1: unknown.
+
+    The client's own `seek` takes no epoch, by which brokers tell that they lost that record.
+    """
+    consumer._subscription.seek(partition, offset)
+    state = consumer._subscription.assignment[partition]
+    state.seek(state.position._replace(leader_epoch=leader_epoch))
+
+
+def position(consumer: Any, partition: Partition) -> tuple[int, int]:
+    """Return the position of a partition, past control and aborted records, and the leader epoch
+    before it, or -1.
 
     The client's `position()` walks over all partitions for each: 25 ms a poll with 128 of them.
     """
-    return int(consumer._subscription.assignment[partition].position.offset)
+    reached = consumer._subscription.assignment[partition].position
+    return int(reached.offset), int(reached.leader_epoch)
 
 
 # -- failures ------------------------------------------------------------------------------------
@@ -544,13 +558,13 @@ def _try_columns(consumer: Any) -> None:
 
     trial.answer(0, _batch(b"a", b"b"))
     _expect(bool(trial.poll()) and columns.hand_out().value.to_pylist() == [b"a"], "first record")
-    _expect(next_offset(trial, first) == 1, "position after the first record")
+    _expect(position(trial, first) == (1, 0), "position after the first record")
     trial._subscription.pause(first)
     _expect(not trial.poll(), "no record while paused")
     trial._subscription.resume(first)
     restore_set_aside(trial)
     _expect(bool(trial.poll()) and columns.hand_out().offset.tolist() == [1], "second record")
-    _expect(next_offset(trial, first) == 2, "position after the second record")
+    _expect(position(trial, first) == (2, 0), "position after the second record")
 
     trial.answer(1, bytes(damaged))
     located = Located(ValueError("no error"))
@@ -561,7 +575,8 @@ def _try_columns(consumer: Any) -> None:
     _expect((located.partition, located.offset) == (second, 0), "place of a failure")
     _expect(take_kept_failure(trial) is None and not trial.poll(), "end of a failure")
 
-    trial._subscription.seek(first, 0)
+    seek(trial, first, 0, 7)
+    _expect(position(trial, first) == (0, 7), "a position that was set")
     columns = Columns(9, full_bytes=1 << 10, most_value_bytes=1 << 10)
     read_into(columns, trial, trial.index, CODECS)
     trial.answer(0, _batch(b"a", b"b"))

@@ -158,7 +158,7 @@ topic 'clicks' begins at offset 5, but 3 comes next: 2 were deleted
             return False
         moved = self._move(self.next_offset, bounds, skip_deleted=explained and skip_deleted)
         if not moved:
-            raise PositionLost(f"{doubt.reason}: was the topic created again?")
+            raise PositionLost(doubt.reason)
         return True
 
     def skip_damage(self, index: int, next_offset: int) -> None:

@@ -10,6 +10,8 @@ lost offsets and errors are those of `columns_reader`. There are these differenc
 - a partition that is paused is unassigned, and what was fetched of it is fetched again later: the
   client's own pause can lose an error, or keep a resumed partition silent, and only private
   members cure that;
+- a position has no leader epoch when reading begins there, so a log that lost records before it
+  is noticed only if it happens while it is read;
 - after an error the consumer is replaced, because it may not go on after what it cannot read; and
   the partition that failed is found by reading each of them alone.
 """
@@ -102,7 +104,9 @@ class PublicReader(ConsumerReader):
             self._assign(next_offset)
             for polled in self._pieces(timeout_seconds):
                 for partition, records in polled.items():
-                    rows.append(self._index[partition], records)
+                    index = self._index[partition]
+                    rows.append(index, records)
+                    self.leader_epoch[index] = records[-1].leader_epoch
             self._advance(position)
         except (RetriableError, KafkaUnreachable):
             self._again = self._wanted
@@ -111,6 +115,10 @@ class PublicReader(ConsumerReader):
             rows.advance(position)
             failure = self._locate(error, position)
         rows.advance(position)
+        read = next_offset.copy()
+        rows.advance(read)
+        # Control and aborted records after the last record may be of a later epoch.
+        self.leader_epoch[position > read] = UNKNOWN
         self._hear(len(rows) > 0)
         return Polled(rows.records(), position, failure)
 

@@ -35,16 +35,12 @@ class FailureKind(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A failure to read: its reason in words, and the partition and position where they are known.
-
-    `batch` is the first offset of the damaged batch, where the client knows it.
-    """
+    """A failure to read: its reason in words, with partition and position where they are known."""
 
     kind: FailureKind
     reason: str
     partition: int | None = None
     position: int = -1
-    batch: int = -1
     cause: BaseException | None = None
 
 
@@ -79,6 +75,15 @@ class Reader(Protocol):
     def news(self) -> TopicNews:
         """News of the topics."""
 
+    @property
+    def leader_epoch(self) -> Offsets:
+        """The leader epoch of the record before each position [P], or `UNKNOWN`.
+
+        `poll` moves it on, and a source sets it where it moves a position. When `read_on` begins to
+        fetch, the client asks brokers where their log of that epoch ends: a position beyond it is
+        `LOG_TRUNCATED`.
+        """
+
     def beginning(self) -> Offsets:
         """Return the first offset of each log [P]. Raises `KafkaUnreachable`."""
 
@@ -111,6 +116,23 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Close all connections."""
+
+
+def log_truncated(partition: tuple[str, int], end: int, epoch: int) -> Failure:
+    """Return the failure of a log that does not hold the records before the position any more.
+
+    `end` is where the log of `epoch` ends, the newest that is not after the position's; -1 where
+    the log knows no such epoch.
+    """
+    topic, number = partition
+    ends = f"of leader epoch {epoch} it holds the offsets before {end} alone"
+    reason = (
+        f"partition {number} of topic {topic!r} lost records that were read already, by an unclean "
+        f"leader election or with a broker's disk: {ends if end >= 0 else 'its log begins anew'}. "
+        "What was learned from them cannot be taken back; to begin anew use another --state "
+        "directory"
+    )
+    return Failure(FailureKind.LOG_TRUNCATED, reason)
 
 
 def array_of(offsets: Mapping[int, int]) -> Offsets:

@@ -30,8 +30,8 @@ from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numba
@@ -65,6 +65,8 @@ _CONTROL_KEY = struct.Struct(">hh")  # version, type
 _ABORT = 0  # the type of the marker that aborts a transaction
 
 _INT64_MAX = np.iinfo(np.int64).max
+_INT64_MIN = np.iinfo(np.int64).min
+_UINT64_MAX = np.iinfo(np.uint64).max
 
 # A row of `Columns`. Value i is data[rows[i]["begin"] : rows[i + 1]["begin"]].
 _ROW = np.dtype(
@@ -96,6 +98,10 @@ _INITIAL_DATA_BYTES = 1 << 16
 
 class DamagedBatch(Exception):
     """A stored batch has a wrong checksum, cannot be decompressed or holds malformed records."""
+
+
+class LargeBatch(DamagedBatch):
+    """A batch expands to more than may be expanded at once."""
 
 
 class BatchHeader(NamedTuple):
@@ -239,14 +245,16 @@ class Columns:
 
 @dataclass(frozen=True, slots=True)
 class Codecs:
-    """The functions that read stored bytes: the CRC-32C of a buffer, and a decompressor for
-    each codec number.
+    """The functions that read stored bytes: the CRC-32C of a buffer, and for each codec number a
+    decompressor, and one that yields its output in pieces.
 
-    A decompressor may raise any exception, for example when its output would be too large.
+    A decompressor may raise any exception; it raises `LargeBatch` when its output would be too
+    large, and the pieces are read then.
     """
 
     crc32c: Callable[[memoryview], int]
     expand: Mapping[int, Callable[[memoryview], bytes]]
+    pieces: Mapping[int, Callable[[memoryview], Iterator[bytes]]] = field(default_factory=dict)
 
 
 class StoredBatches:
@@ -274,7 +282,7 @@ class StoredBatches:
         self._aborted = deque(sorted(aborted))
         self._aborted_producers: set[int] = set()
         self._codecs = codecs
-        self._open: _OpenBatch | None = None
+        self._open: _OpenBatch | StreamedBatch | None = None
         self._open_start = 0  # the byte at which the open batch begins
 
     @property
@@ -313,14 +321,14 @@ class StoredBatches:
             self._open = None
             self._cursor = self._open_start
 
-    def _read(self, batch: _OpenBatch, columns: Columns, limit: int) -> None:
+    def _read(self, batch: _OpenBatch | StreamedBatch, columns: Columns, limit: int) -> None:
         if batch.append_to(columns, self.position, limit):
             self._open = None
             self.position = batch.header.last_offset + 1
         else:
             self.position = int(columns.offset[columns.count - 1]) + 1
 
-    def _open_next(self) -> _OpenBatch | None:
+    def _open_next(self) -> _OpenBatch | StreamedBatch | None:
         """Open the next batch that has records to read, and move the position to it."""
         while (end := self._next_end()) is not None:
             header = self._header(end)
@@ -339,7 +347,9 @@ class StoredBatches:
             )
         return None
 
-    def _open_batch(self, header: BatchHeader, payload: memoryview) -> _OpenBatch | None:
+    def _open_batch(
+        self, header: BatchHeader, payload: memoryview
+    ) -> _OpenBatch | StreamedBatch | None:
         """Return the batch with its records, or None if it has none to read from the position
         on.
         """
@@ -347,7 +357,11 @@ class StoredBatches:
             return None
         if header.records == 0 or header.last_offset < self.position:
             return None
-        return _OpenBatch(header, self._expanded(header, payload))
+        try:
+            return _OpenBatch(header, self._expanded(header, payload))
+        except LargeBatch:
+            pieces_of = self._codecs.pieces[header.attributes & _CODEC_MASK]
+            return StreamedBatch(header, lambda: pieces_of(payload))
 
     def _next_end(self) -> int | None:
         """Return the byte at which the next batch ends by its own header.
@@ -392,7 +406,7 @@ class StoredBatches:
             raise _damaged(header, f"is compressed with an unknown codec, {codec}")
         try:
             return np.frombuffer(self._codecs.expand[codec](payload), np.uint8)
-        except MemoryError:
+        except (MemoryError, LargeBatch):
             raise
         except Exception as error:  # noqa: BLE001 - each compression library has its own errors
             raise _damaged(header, f"cannot be decompressed: {error!r}") from error
@@ -421,18 +435,28 @@ class _OpenBatch:
         if damage := _DAMAGE[_validate(body, header.records, header.last_offset_delta)]:
             raise _damaged(header, damage)
         self.header = header
-        self._body = body
-        self._append_time = bool(header.attributes & _LOG_APPEND_TIME)
-        self._base_time = header.greatest_time if self._append_time else header.first_time
-        self._cursor = 0
+        self._body = _Body(header, body)
 
     def append_to(self, columns: Columns, position: int, limit: int) -> bool:
         """Append records from `position` on until the columns hold `limit` records or are full.
 
         Returns whether the batch has no further record.
         """
+        return self._body.append_to(columns, position, limit)
+
+
+class _Body:
+    """Valid records of a batch in their order, with the place where reading goes on."""
+
+    def __init__(self, header: BatchHeader, body: Bytes) -> None:
+        self._base_offset = header.base_offset
+        self._append_time, self._base_time = _times(header)
+        self._body = body
+        self._cursor = 0
+
+    def append_to(self, columns: Columns, position: int, limit: int) -> bool:
         columns.append_arguments[0] = (
-            self.header.base_offset,
+            self._base_offset,
             self._base_time,
             self._append_time,
             position,
@@ -454,6 +478,194 @@ class _OpenBatch:
             if columns.count == limit or columns.full:
                 return False
             columns.grow()
+
+
+def _times(header: BatchHeader) -> tuple[bool, int]:
+    """Return whether all records have the time of the batch, and the time that deltas add to."""
+    append_time = bool(header.attributes & _LOG_APPEND_TIME)
+    return append_time, header.greatest_time if append_time else header.first_time
+
+
+class StreamedBatch:
+    """A batch that is too large to be expanded at once: `pieces` yields its expanded bytes.
+
+    Its records are those of a batch that is expanded at once, and so is the damage that is found.
+    It takes as much memory as two pieces and a value that is cut. `pieces` is called twice: all
+    records are checked before the first one is returned. Raises `DamagedBatch`.
+    """
+
+    def __init__(self, header: BatchHeader, pieces: Callable[[], Iterator[bytes]]) -> None:
+        self.header = header
+        self._pieces = pieces
+        self._append_time, self._base_time = _times(header)
+        self._parts: Iterator[Bytes | _StreamedRecord] | None = None
+        self._body: _Body | None = None
+        for _ in self._read(0):
+            pass
+
+    def append_to(self, columns: Columns, position: int, limit: int) -> bool:
+        """Append records from `position` on until the columns hold `limit` records or are full.
+
+        Returns whether the batch has no further record.
+        """
+        self._parts = self._parts or self._read(columns.most_value_bytes)
+        while columns.count < limit and not columns.full:
+            if self._body:
+                if self._body.append_to(columns, position, limit):
+                    self._body = None
+                continue
+            part = next(self._parts, None)
+            if part is None:
+                return True
+            if isinstance(part, _StreamedRecord):
+                self._append(part, columns, position)
+            else:
+                self._body = _Body(self.header, part)
+        return False
+
+    def _append(self, record: _StreamedRecord, columns: Columns, position: int) -> None:
+        offset = self.header.base_offset + record.offset_delta
+        if offset >= position:
+            delta = 0 if self._append_time else record.time_delta
+            columns.append(0, offset, _wrapped(self._base_time + delta), record.value)
+
+    def _read(self, most_value_bytes: int) -> Iterator[Bytes | _StreamedRecord]:
+        """Yield the records: those that lie within one piece together, each other one alone."""
+        header = self.header
+        stream = _ByteStream(self._pieces())
+        records_left = header.records
+        previous = -1
+        try:
+            while records_left:
+                window = stream.window()
+                end, count, previous = _whole_records(
+                    window, records_left, previous, header.last_offset_delta
+                )
+                if count:
+                    stream.pass_over(end)
+                    records_left -= count
+                    yield window[:end]
+                    continue
+                record = _stream_record(stream, most_value_bytes)
+                if not previous < record.offset_delta <= header.last_offset_delta:
+                    raise _damaged(header, _DAMAGE[_NOT_IN_ORDER])
+                previous = record.offset_delta
+                records_left -= 1
+                yield record
+            left_over = not stream.ended
+        except (DamagedBatch, MemoryError):
+            raise
+        except _Malformed:
+            raise _damaged(header, _DAMAGE[_MALFORMED]) from None
+        except Exception as error:  # noqa: BLE001 - each compression library has its own errors
+            raise _damaged(header, f"cannot be decompressed: {error!r}") from error
+        if left_over:
+            raise _damaged(header, _DAMAGE[_LEFT_OVER])
+
+
+class _StreamedRecord(NamedTuple):
+    offset_delta: int
+    time_delta: int
+    value: bytes | None
+
+
+class _Malformed(Exception):
+    """The bytes of a batch are not its records."""
+
+
+def _stream_record(stream: _ByteStream, most_value_bytes: int) -> _StreamedRecord:
+    """Return the next record, its value cut; the same rules as `_parse_record` has."""
+    size = stream.number()
+    if size < 1:
+        raise _Malformed
+    end = stream.position + size
+    stream.take(1, 0, end)  # the attributes, which have no meaning yet
+    time_delta = stream.number()
+    offset_delta = stream.number()
+    stream.take(stream.number(), 0, end)  # the key
+    value_size = stream.number()
+    value = stream.take(value_size, most_value_bytes, end)
+    headers = stream.number()
+    if headers < 0:
+        raise _Malformed
+    for _ in range(headers):
+        name_size = stream.number()
+        if name_size < 0:
+            raise _Malformed
+        stream.take(name_size, 0, end)
+        stream.take(stream.number(), 0, end)
+    if stream.position != end:
+        raise _Malformed
+    return _StreamedRecord(offset_delta, time_delta, None if value_size < 0 else value)
+
+
+class _ByteStream:
+    """Bytes that come in pieces. Raises `_Malformed` where they end too early."""
+
+    def __init__(self, pieces: Iterator[bytes]) -> None:
+        self.position = 0
+        self._pieces = pieces
+        self._piece = b""
+        self._cursor = 0
+
+    @property
+    def ended(self) -> bool:
+        """True after the last byte."""
+        while self._cursor == len(self._piece):
+            piece = next(self._pieces, None)
+            if piece is None:
+                return True
+            self._piece = piece
+            self._cursor = 0
+        return False
+
+    def window(self) -> Bytes:
+        """Return the bytes that come next and lie in one piece."""
+        return np.frombuffer(b"" if self.ended else self._piece, np.uint8)[self._cursor :]
+
+    def pass_over(self, size: int) -> None:
+        """Pass over bytes of the window."""
+        self._cursor += size
+        self.position += size
+
+    def take(self, size: int, most: int, end: int) -> bytes:
+        """Pass over a byte string that must lie before `end`, and return up to `most` bytes of it.
+
+        A size below 1 is that of an empty one.
+        """
+        if size > end - self.position:
+            raise _Malformed
+        taken = []
+        while size > 0:
+            if self.ended:
+                raise _Malformed
+            begin = self._cursor
+            passed = min(size, len(self._piece) - begin)
+            if most > 0:
+                taken.append(self._piece[begin : begin + min(passed, most)])
+                most -= passed
+            size -= passed
+            self.pass_over(passed)
+        return b"".join(taken)
+
+    def number(self) -> int:
+        """Return the next zigzag varint."""
+        bits = 0
+        for shift in range(0, _VARINT_MAX_SHIFT + 1, 7):
+            if self.ended:
+                raise _Malformed
+            byte = self._piece[self._cursor]
+            self.pass_over(1)
+            bits |= (byte & _VARINT_BITS) << shift
+            if byte < _MORE_BYTES:
+                bits &= _UINT64_MAX
+                return (bits >> 1) ^ -(bits & 1)
+        raise _Malformed
+
+
+def _wrapped(number: int) -> int:
+    """Return the number as 64 bits with a sign hold it, which is how compiled code adds."""
+    return (number - _INT64_MIN & _UINT64_MAX) + _INT64_MIN
 
 
 def _damaged(header: BatchHeader, damage: str) -> DamagedBatch:
@@ -571,6 +783,24 @@ def _validate(body, count, last_offset_delta):  # type: ignore[no-untyped-def]
         previous = record.offset_delta
         position = record.end
     return _SOUND if position == len(body) else _LEFT_OVER
+
+
+@numba.njit(cache=True, nogil=True)
+def _whole_records(body, most, previous, last_offset_delta):  # type: ignore[no-untyped-def]
+    """Return (position after them, number, last offset delta) of the first records of a body.
+
+    They are at most `most` and end before a record that is cut off or malformed.
+    """
+    position = 0
+    count = 0
+    while count < most:
+        record = _parse_record(body, position)
+        if record.end < 0 or not previous < record.offset_delta <= last_offset_delta:
+            break
+        previous = record.offset_delta
+        position = record.end
+        count += 1
+    return position, count, previous
 
 
 @numba.njit(cache=True, nogil=True)

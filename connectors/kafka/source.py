@@ -9,7 +9,7 @@ from stream_ctr.connectors.kafka.client import open_consumer
 from stream_ctr.connectors.kafka.codecs import check_codecs
 from stream_ctr.connectors.kafka.columns_reader import ColumnsReader
 from stream_ctr.connectors.kafka.public_reader import PublicReader
-from stream_ctr.connectors.kafka.reader import news_seconds
+from stream_ctr.connectors.kafka.reader import Reader, news_seconds
 from stream_ctr.connectors.kafka.topic_source import OnLost, TopicSource
 
 
@@ -45,19 +45,26 @@ class KafkaSource(TopicSource):
         on_lost: OnLost = "stop",
         topic_check_seconds: float = 30.0,
     ) -> None:
-        check_codecs()
-        consumer = open_consumer(client)
-        try:
-            make = PublicReader if inside.why_not_columns(consumer) else ColumnsReader
-            reader = make(
-                consumer, topics, client=client, group=group, max_record_bytes=max_record_bytes
-            )
-        except BaseException:
-            consumer.close()
-            raise
         super().__init__(
-            reader,
+            open_reader(topics, client=client, group=group, max_record_bytes=max_record_bytes),
             until_end=until_end,
             on_lost=on_lost,
             topic_check_seconds=news_seconds(client, topic_check_seconds),
         )
+
+
+def open_reader(
+    topics: Sequence[str], *, client: Mapping[str, object], group: str, max_record_bytes: int
+) -> Reader:
+    """Return the reader that the installed release of kafka-python allows.
+
+    Raises `KafkaUnreachable`, `KafkaTopicMissing` and `KafkaCodecMissing`.
+    """
+    check_codecs()
+    consumer = open_consumer(client)
+    try:
+        make = PublicReader if inside.why_not_columns(consumer) else ColumnsReader
+        return make(consumer, topics, client=client, group=group, max_record_bytes=max_record_bytes)
+    except BaseException:
+        consumer.close()
+        raise

@@ -9,7 +9,7 @@ from typing import Literal
 
 from stream_ctr.connectors.errors import KafkaReadFailed, KafkaUnreachable
 from stream_ctr.connectors.kafka import timeouts
-from stream_ctr.connectors.kafka.positions import Doubt, LogBounds, Mask, Positions
+from stream_ctr.connectors.kafka.positions import UNKNOWN, Doubt, LogBounds, Mask, Positions
 from stream_ctr.connectors.kafka.reader import Failure, FailureKind, Reader
 from stream_ctr.connectors.kafka.topics import TopicWatch
 from stream_ctr.connectors.records import Records
@@ -117,7 +117,25 @@ class TopicSource:
         skip_deleted = self._skip_lost if skip_lost is None else skip_lost
         moved = self._positions.seek(positions, self._bounds(), skip_deleted=skip_deleted)
         self._failures.clear()
+        self._forget_epochs(moved)
         self._restart(moved)
+
+    def leader_epochs(self) -> dict[int, int]:
+        """Return the leader epoch of the last record before each position, where it is known.
+
+        An epoch begins when a partition gets another leader. Brokers can tell by it whether their
+        log still holds that record.
+        """
+        epochs = enumerate(self._reader.leader_epoch.tolist())
+        return {index: epoch for index, epoch in epochs if epoch != UNKNOWN}
+
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        """Let the next poll raise `PositionLost` if the log lost the record before a position.
+
+        The epochs are those of `leader_epochs` at that position; `seek` forgets them.
+        """
+        self._reader.leader_epoch[list(leader_epochs)] = list(leader_epochs.values())
+        self._restart(list(leader_epochs))
 
     def lost(self) -> dict[int, int]:
         """Return how many offsets of each partition were skipped: deleted or damaged.
@@ -193,6 +211,10 @@ class TopicSource:
     def _read_on(self, again: Collection[int] = ()) -> None:
         self._reader.read_on(self._positions.next_offset, self._positions.wanted(), again)
 
+    def _forget_epochs(self, partitions: Collection[int]) -> None:
+        """Forget the epochs of partitions whose positions moved to other records."""
+        self._reader.leader_epoch[list(partitions)] = UNKNOWN
+
     def _restart(self, partitions: Collection[int]) -> None:
         """Fetch these partitions anew from their positions."""
         self._doubt = None
@@ -214,10 +236,11 @@ class TopicSource:
         """Go on after a failure where that is wanted and possible; raise its error otherwise."""
         match failure.kind:
             case FailureKind.POSITION_REFUSED | FailureKind.LOG_TRUNCATED:
+                refused = failure.kind is FailureKind.POSITION_REFUSED
                 self._doubt = Doubt(
-                    failure.reason,
+                    failure.reason + (": was the topic created again?" if refused else ""),
                     seconds=timeouts.TOPIC_NEWS_SECONDS,
-                    retention=failure.kind is FailureKind.POSITION_REFUSED,
+                    retention=refused,
                 )
                 self._settle(self._doubt)
             case FailureKind.DAMAGED:
@@ -241,6 +264,7 @@ class TopicSource:
             return
         now = time.monotonic()
         if self._positions.settle(doubt, bounds, now=now, skip_deleted=self._skip_lost):
+            self._forget_epochs(range(len(self.partitions)))
             self._restart(range(len(self.partitions)))
         else:
             time.sleep(_BETWEEN_QUESTIONS_SECONDS)
@@ -266,4 +290,5 @@ class TopicSource:
             failure.reason,
         )
         self._positions.skip_damage(index, after)
+        self._forget_epochs([index])
         self._restart([index])

@@ -178,10 +178,11 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     Times are epoch milliseconds. `run` is the id of the run that wrote it. `positions` maps
     "topic:partition" to the next offset to read, of each of the `inputs` that the run has read so
-    far, in their order. `bad_records` is the sum of the shares of the records that were rejected,
-    by which `input.max_bad_share` is judged. `metrics` are those of the whole run. `weights_sha256`
-    is equal if every bit of the published weights is. `files` is filled in when the snapshot is
-    written. `served` lists the earlier weights that it holds, for the metrics of what was served;
+    far, in their order; `leader_epochs` to the leader epoch of the record before it, where brokers
+    have one. `bad_records` is the sum of the shares of the records that were rejected, by which
+    `input.max_bad_share` is judged. `metrics` are those of the whole run. `weights_sha256` is equal
+    if every bit of the published weights is. `files` is filled in when the snapshot is written.
+    `served` lists the earlier weights that it holds, for the metrics of what was served;
     `served_verdict` is the last verdict on weights that were published in memory only, and
     `served_at` the number of examples when that was last done.
     """
@@ -196,6 +197,7 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     examples: Count
     ledger: LedgerEntry
     positions: dict[str, Count]
+    leader_epochs: dict[str, Count] = {}
     inputs: tuple[Input, ...] = ()
     topic_ids: dict[str, str | None]
     event_time_ms: int

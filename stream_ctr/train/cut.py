@@ -60,6 +60,7 @@ def take(
         parent=None,
         created_ms=0,
         positions={source.names[index]: at for index, at in status.positions.items()},
+        leader_epochs={source.names[index]: at for index, at in status.leader_epochs.items()},
         inputs=status.inputs,
         topic_ids=source.topic_ids(),
         event_time_range=(rfc3339(state.first_event_ms), rfc3339(state.last_event_ms)),

@@ -51,7 +51,8 @@ class SourceStatus:
     """The status of a source right after a poll.
 
     `inputs` are those that have begun, the last of which has the partitions `present`. `positions`
-    maps each partition of theirs to the next offset to read. `idle` [P] is true where nothing is to
+    maps each partition of theirs to the next offset to read, and `leader_epochs` to the epoch of
+    the record before it, where there is one. `idle` [P] is true where nothing is to
     be expected now: the partition is not one of `present`, or was read to its end and, if the log
     goes on, has been silent for long. `lag` and `lost` count records of all partitions.
     """
@@ -59,6 +60,7 @@ class SourceStatus:
     inputs: tuple[Input, ...]
     present: range
     positions: dict[int, int]
+    leader_epochs: dict[int, int]
     caught_up: npt.NDArray[np.bool_]
     idle: npt.NDArray[np.bool_]
     finished: bool
@@ -166,6 +168,7 @@ class Ingest:
             inputs=source.begun,
             present=present,
             positions=source.positions(),
+            leader_epochs=source.leader_epochs(),
             caught_up=caught_up,
             idle=idle | others,
             finished=source.finished,

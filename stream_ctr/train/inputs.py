@@ -162,6 +162,19 @@ class Inputs:
                 self._at = at
         self._read_by = [_input(source, ended=True) for source in self.sources[: max(self._at, 0)]]
 
+    def leader_epochs(self) -> dict[int, int]:
+        """Return the leader epoch before the positions of the inputs that have begun."""
+        epochs: dict[int, int] = {}
+        for partitions, source in self._begun_sources():
+            epochs |= _shifted(source.leader_epochs(), partitions.start)
+        return epochs
+
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        """Let each source expect the epochs of its partitions."""
+        for partitions, source in self._begun_sources():
+            if own := _own(leader_epochs, partitions):
+                source.expect_epochs(own)
+
     def pause(self, partitions: frozenset[int]) -> None:
         """Return no records of exactly these partitions from now on."""
         present = self.present

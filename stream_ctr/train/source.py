@@ -15,7 +15,7 @@ class Source(Protocol):
     """The records of P partitions, from given positions on.
 
     A class of one's own may inherit from it: what a log in one place has no use for (`lag`, `lost`,
-    `silent_seconds`, `topic_ids`, `commit`) then has an answer.
+    `silent_seconds`, `leader_epochs`, `topic_ids`, `commit`) then has an answer.
 
     One thread at a time calls the methods. While it polls, another may read what never changes
     (`partitions`, `until_end`, `topic_ids`) and call `commit`.
@@ -67,6 +67,13 @@ class Source(Protocol):
     def lost(self) -> dict[int, int]:
         """Return how many offsets of each partition were skipped because they are gone."""
         return {}
+
+    def leader_epochs(self) -> dict[int, int]:
+        """Return the leader epoch of the record before each position, where there is one."""
+        return {}
+
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        """Fail with the next poll if the records of these epochs before the positions are gone."""
 
     def topic_ids(self) -> dict[str, str | None]:
         """Return the id of each topic, None where brokers give none."""

@@ -581,6 +581,13 @@ class Trainer:
             if name in manifest.positions
         }
         self.source.seek(positions)
+        self.source.expect_epochs(
+            {
+                index: manifest.leader_epochs[name]
+                for index, name in enumerate(self.source.names)
+                if name in manifest.leader_epochs
+            }
+        )
         self._status = self.ingest.status()
         if published is None or published.epoch <= manifest.epoch:
             # Not rolled back. The run that wrote it may have died before it published it.

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import time
 import uuid
@@ -210,6 +211,27 @@ class ApacheBroker:
     def segments(self, topic: str, partition: int = 0) -> list[Path]:
         """Return the files that hold the records of a partition, in order."""
         return sorted((self.data / f"{topic}-{partition}").glob("*.log"))
+
+    def lose_records(self, topic: str, first: int, partition: int = 0) -> None:
+        """Cut the log of a partition before the batch that holds this offset, and restart.
+
+        A partition of one segment ends as if the disk had lost its last writes, or a follower that
+        was behind had become its leader.
+        """
+        self.stop()
+        (segment,) = self.segments(topic, partition)
+        stored = segment.read_bytes()
+        end = 0
+        while end < len(stored):
+            base_offset, length = struct.unpack_from(">qi", stored, end)
+            if base_offset >= first:
+                break
+            end += struct.calcsize(">qi") + length
+        segment.write_bytes(stored[:end])
+        for pattern in ("*.index", "*.timeindex", "*.snapshot"):  # made anew at the start
+            for derived in segment.parent.glob(pattern):
+                derived.unlink()
+        self.start()
 
     def format(self) -> None:
         """Write certificates, configuration and an empty storage."""

@@ -113,6 +113,9 @@ class Partitions:
     def lost(self) -> dict[int, int]:
         return {}
 
+    def leader_epochs(self) -> dict[int, int]:
+        return {}
+
     def topic_ids(self) -> dict[str, str | None]:
         return {}
 
