@@ -39,6 +39,7 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.lease import Lease, TakenOver
 from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.alarms import FieldWatch
@@ -972,3 +973,32 @@ def test_a_field_with_one_value_is_compared_with_unknown_features_too(tmp_path, 
         "publisher (the events have 'publisher2', which is no field), "
         "versions (the events have 'version', which is no field)" in caplog.text
     )
+
+
+# -- a take-over ---------------------------------------------------------------------------------
+
+
+class TakenOverAtThePoll(Partitions):
+    """Another process takes the state directory over at the third poll."""
+
+    polls = 0
+
+    def poll(self, timeout_seconds: float) -> Records:
+        self.polls += 1
+        if self.polls == 3:
+            assert self.trainer
+            (self.trainer.snapshots.policy.directory / "lock").write_text('{"token": "other"}')
+        return super().poll(timeout_seconds)
+
+
+def test_a_run_ends_at_the_first_poll_after_a_takeover_though_it_has_nothing_to_write(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    source = TakenOverAtThePoll(split(stream, 4))
+    built = trainer(tmp_path, source)
+    with Lease(tmp_path) as lease:
+        built.publisher._lease = lease
+        with pytest.raises(TakenOver):
+            finish(built)
+    assert source.polls == 3
+    assert not (tmp_path / "reports.jsonl").exists()

@@ -19,7 +19,6 @@ import torch
 from msgspec import UNSET
 from rich.console import Console
 
-from stream_ctr import state_files
 from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
 from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
@@ -35,7 +34,7 @@ from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import ConfigError, DataError, StreamCtrError
+from stream_ctr.errors import DataError, StreamCtrError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
@@ -62,21 +61,11 @@ def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
     """
     with Lease(state, take_over=take_over) as lease:
         try:
-            _require_own_files(state)
             snapshot.clean(state / "snapshots")
             yield lease
         except BaseException:
             lease.abandon()
             raise
-
-
-def _require_own_files(state: Path) -> None:
-    try:
-        state_files.require_own(state)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot use {error.filename}: {error.strerror}; remove it, or give another --state"
-        ) from None
 
 
 def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:

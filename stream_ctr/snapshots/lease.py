@@ -72,6 +72,7 @@ class Lease:
             self._fd = self._acquire(take_over)
             try:
                 self.check()  # a third process may have taken over meanwhile
+                state_files.require_own(directory)
                 self.epoch = 1 + max([self.epoch, *epochs(directory)])
                 self.run = lineage.run_of(directory)
                 self._write_holder(self._fd)
