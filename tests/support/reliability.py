@@ -56,6 +56,8 @@ MATRIX = {
     29: "pointer topic: withdrawn, old epoch, reordered",
     30: "process busy at schedule time",
     31: "aborted transaction in the input",
+    51: "the baseline's process is frozen",
+    52: "power loss",
 }
 
 
