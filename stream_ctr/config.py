@@ -669,6 +669,13 @@ class Snapshots(Section):
     The best calibrated of them counts. Without any, it is that of the published snapshot.
     """
 
+    @field_validator("signing_key")
+    @classmethod
+    def _no_key(cls, path: str) -> str:
+        if "\n" in path or "-----" in path:
+            raise ValueError(f"must be the name of a PEM file, not the key itself ({_NOT_SHOWN})")
+        return path
+
 
 class Config(Section):
     """Everything that can be configured. `stream-ctr config` prints it with the current values."""
@@ -851,10 +858,15 @@ def _explain(problem: ErrorDetails, layers: Mapping[str, Mapping[str, Any]]) -> 
     if problem["type"] == "extra_forbidden":
         return f"{_unknown_key(location)}{place}"
     reason = _reason(problem)
-    value = f"{problem['input']!r:.200}"
+    value = _shown(problem["input"])
     own = problem["type"] == "value_error" and value in reason  # a check of this module says it
     shown = "" if own or "got " in reason or _NOT_SHOWN in reason else f", got {value}"
     return f"{'.'.join(location)}: {reason}{shown}{place}"
+
+
+def _shown(value: object) -> str:
+    """Return a wrong value for a message, unless it is a key in PEM."""
+    return f"({_NOT_SHOWN})" if "-----BEGIN" in str(value) else f"{value!r:.200}"
 
 
 def _reason(problem: ErrorDetails) -> str:
@@ -863,7 +875,7 @@ def _reason(problem: ErrorDetails) -> str:
     if problem["type"] == "literal_error":
         known = re.findall(r"'([^']*)'", str(facts["expected"]))
         hint = nearest(str(problem["input"]), known)
-        return f"must be one of {', '.join(known)}, got {problem['input']!r:.200}{hint}"
+        return f"must be one of {', '.join(known)}, got {_shown(problem['input'])}{hint}"
     if problem["type"] == "model_type":
         return f"must be a table of keys, [{problem['loc'][0]}]"
     if form := _REASONS.get(problem["type"]):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pytest
 from river import linear_model, optim
 
+from stream_ctr.learn import baseline
 from stream_ctr.learn.baseline import BaselineFailed, BaselineProcess, Marker
 
 Array = npt.NDArray[Any]
@@ -109,6 +110,41 @@ def test_the_process_is_full_beyond_a_fixed_number_of_bytes(
     collect(process)
     assert process.waiting_bytes == 0
     assert not process.full
+
+
+def test_a_process_that_was_stopped_is_woken(
+    process: BaselineProcess, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(baseline, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(baseline, "_WAITS_BEFORE_FAILING", 10_000)
+    ids, values, labels = stream()
+    os.kill(process._process.pid, signal.SIGSTOP)
+    process.submit(ids, values, labels)
+    assert collect(process).tolist() == by_hand(ids, labels)
+    assert f"the baseline's process {process._process.pid} has not answered" in caplog.text
+
+
+def test_a_process_that_does_not_answer_is_killed_and_is_an_error(
+    process: BaselineProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baseline, "_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr(baseline, "_WAITS_BEFORE_WAKING", 10_000)
+    monkeypatch.setattr(baseline, "_WAITS_BEFORE_FAILING", 10)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    process.submit(*stream(10))
+    with pytest.raises(BaselineFailed, match=r"has not answered for 0\.1 s and was killed"):
+        process.take(wait=True)
+    assert process._process.wait() == -signal.SIGKILL
+
+
+def test_a_stopped_process_ends_when_it_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baseline, "_EXIT_SECONDS", 60)
+    process = BaselineProcess()
+    process.submit(*stream(10))
+    process.take(wait=True)
+    os.kill(process._process.pid, signal.SIGSTOP)
+    process.close()
+    assert process._process.returncode == 0
 
 
 def test_a_process_that_dies_is_an_error(process: BaselineProcess) -> None:

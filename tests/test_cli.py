@@ -525,6 +525,31 @@ def test_subscribe_once_prints_a_verified_snapshot_and_runs_the_hook(trained, tm
     assert line["snapshot"] in succeed("subscribe", "--state", trained, "--once").stdout
 
 
+@pytest.mark.security(
+    "a hook runs nothing but its command", how="{path} within a text that a shell reads"
+)
+@pytest.mark.parametrize("hook", ["sh -c 'cp -r {path} served'", "sh -c {path}.sh", "x={path} env"])
+def test_the_path_of_a_hook_is_a_word_of_its_own(tmp_path, hook, outcome):
+    result = command("subscribe", "--state", tmp_path, "--once", "--exec", hook)
+    assert result.exit_code == 2
+    message = " ".join(result.output.replace("\u2502", " ").split())
+    assert "{path} must be a word of its own in the command of --exec" in message
+    assert "STREAM_CTR_SNAPSHOT" in message
+    outcome("refused; the environment variable STREAM_CTR_SNAPSHOT is named")
+
+
+def test_a_shell_of_a_hook_gets_the_path_as_a_variable_and_as_an_argument(trained, tmp_path):
+    state = tmp_path / "$(touch ran)" / "state"
+    shutil.copytree(trained, state)
+    pointer = json.loads((state / "latest.json").read_text())
+    pointer["path"] = str(state / "snapshots" / pointer["snapshot"])
+    (state / "latest.json").write_text(json.dumps(pointer))
+    hook = f"""sh -c 'cd "{tmp_path}" && echo "$STREAM_CTR_SNAPSHOT" "$0" > found' {{path}}"""
+    succeed("subscribe", "--state", state, "--once", "--exec", hook)
+    assert (tmp_path / "found").read_text() == f"{pointer['path']} {pointer['path']}\n"
+    assert not (tmp_path / "ran").exists()
+
+
 def test_subscribe_once_without_any_snapshot_exits_6(tmp_path):
     result = command("subscribe", "--state", tmp_path, "--once", "--timeout", "0.3")
     assert result.exit_code == 6

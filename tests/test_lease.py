@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from stream_ctr.cli.runs import state_directory
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots import lease as leases
 from stream_ctr.snapshots import manifest as manifests
 from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots import snapshot
@@ -121,7 +125,9 @@ def test_a_run_on_a_directory_of_a_newer_version_exits_6_and_changes_nothing(
     assert contents() == before
 
 
-def test_a_holder_that_was_taken_over_finds_out_and_the_new_one_is_named(tmp_path: Path) -> None:
+def test_a_holder_that_was_taken_over_finds_out_and_the_new_one_is_named(
+    tmp_path: Path, impatient: None
+) -> None:
     old = Lease(tmp_path)
     old.check()
     new = Lease(tmp_path, take_over=True)
@@ -138,8 +144,99 @@ def test_a_holder_that_was_taken_over_finds_out_and_the_new_one_is_named(tmp_pat
 def test_a_lease_whose_lock_was_removed_is_lost(tmp_path: Path) -> None:
     with Lease(tmp_path) as lease:
         (tmp_path / "lock").unlink()
-        with pytest.raises(TakenOver, match="is gone"):
+        with pytest.raises(TakenOver, match="cannot be read .No such file"):
             lease.check()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A take-over goes on at once, though the holder in this process does not end."""
+    monkeypatch.setattr(leases, "_LEAVE_SECONDS", 0.1)
+
+
+def test_a_takeover_waits_until_the_former_holder_has_ended(tmp_path: Path) -> None:
+    def work(held: Lease) -> None:
+        with contextlib.suppress(TakenOver), held:
+            while True:
+                held.check()
+                time.sleep(0.01)
+        ends.append(time.monotonic())
+
+    class Ending(Lease):
+        def close(self) -> None:
+            time.sleep(0.3)  # it has a snapshot in hand
+            write_snapshot(tmp_path / "snapshots", sequence=1, epoch=self.epoch + 4)
+            super().close()
+
+    ends: list[float] = []
+    former = Ending(tmp_path)
+    thread = threading.Thread(target=work, args=[former])
+    thread.start()
+    with Lease(tmp_path, take_over=True) as successor:
+        assert snapshot.snapshot_ids(tmp_path / "snapshots")
+        assert successor.epoch == former.epoch + 5
+        successor.check()
+    thread.join()
+
+
+def test_a_takeover_does_not_wait_for_ever_for_a_holder_that_is_frozen(
+    tmp_path: Path, impatient: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Lease(tmp_path), Lease(tmp_path, take_over=True) as successor:
+        successor.check()
+    assert "has not ended within 0.1 s, and may be frozen" in caplog.text
+
+
+def test_of_two_takeovers_the_last_one_holds_the_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "_LEAVE_SECONDS", 0.5)
+
+    def take_over_too(seconds: float) -> None:
+        monkeypatch.setattr(time, "sleep", sleep)
+        with contextlib.ExitStack() as stack:
+            held.append(stack.enter_context(Lease(tmp_path, take_over=True)))
+            stack.pop_all()
+
+    held: list[Lease] = []
+    sleep = time.sleep
+    with Lease(tmp_path):
+        monkeypatch.setattr(time, "sleep", take_over_too)
+        with pytest.raises(TakenOver):
+            Lease(tmp_path, take_over=True)
+    held[0].check()
+    held[0].close()
+
+
+@pytest.mark.fault(
+    10, injected="the lock is lost, as on a network file system, and another trainer gets it"
+)
+def test_a_holder_whose_lock_the_file_system_gave_to_another_finds_out(
+    tmp_path: Path, outcome: Outcome
+) -> None:
+    former = Lease(tmp_path)
+    fcntl.flock(former._fd, fcntl.LOCK_UN)
+    former.check()  # nobody else holds it yet
+    with Lease(tmp_path) as successor:
+        with pytest.raises(TakenOver, match=f"taken over by process {os.getpid()}"):
+            former.check()
+        successor.check()
+        assert successor.epoch == former.epoch + 1
+    with pytest.raises(TakenOver):  # also when the other one has ended
+        former.check()
+    former.close()
+    outcome("the former holder reads the other's token in the lock and writes nothing more")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b"[1]", b"[" * 4000, b'{"epoch": "x"}', b'{"epoch": 9223372036854775807}']
+)
+def test_a_damaged_lock_has_no_epoch_and_does_not_end_a_start(
+    tmp_path: Path, damage: bytes
+) -> None:
+    (tmp_path / "lock").write_bytes(damage)
+    with Lease(tmp_path) as lease:
+        assert lease.epoch == 1
 
 
 def obey_modes() -> None:
@@ -235,6 +332,29 @@ def test_a_frozen_trainer_that_wakes_after_a_takeover_writes_nothing_and_ends(
     )
 
 
+@pytest.mark.fault(9, injected="`run --take-over` beside a run that learns and writes snapshots")
+@pytest.mark.slow
+def test_a_run_that_takes_over_from_one_that_learns_goes_on_where_it_ended(
+    tmp_path: Path, outcome: Outcome
+) -> None:
+    log = tmp_path / "log.jsonl"
+    state = tmp_path / "state"
+    Simulation(6000, seed=2).write_jsonl(log)
+    frequent = ["-X", "schedule.snapshot_examples=256", "-X", "join.max_memory=4MB"]
+    former = start(state, log, *frequent, failpoint="learn.before:30=sleep:2")
+    wait_until(lambda: len(snapshot.snapshot_ids(state / "snapshots")) > 1)
+    successor = start(state, log, "--take-over", *frequent)
+    assert former.wait(PATIENCE_SECONDS) == 3
+    assert f"was taken over by process {successor.pid}" in errors_of(former)
+    assert successor.wait(PATIENCE_SECONDS) == 0, errors_of(successor)
+    last = newest(state)
+    assert last is not None
+    start(tmp_path / "clean", log, *frequent).wait(PATIENCE_SECONDS)
+    clean = newest(tmp_path / "clean")
+    assert (last.examples, last.ledger) == (6000, clean.ledger if clean else None)
+    outcome("the first ends with exit 3, the other waits for it and goes on; ledger equal")
+
+
 # -- a start that fails --------------------------------------------------------------------------
 
 
@@ -263,7 +383,7 @@ def test_a_start_that_fails_removes_nothing_that_was_there_or_was_written(tmp_pa
         assert {"lock", "mine", "reports.jsonl"} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_former_holder_removes_nothing(tmp_path: Path) -> None:
+def test_a_former_holder_removes_nothing(tmp_path: Path, impatient: None) -> None:
     former = Lease(tmp_path)
     with Lease(tmp_path, take_over=True):
         former.abandon()

@@ -110,7 +110,7 @@ def test_a_crash_at_any_step_of_the_beginning_leaves_no_run_or_a_whole_one(tmp_p
             assert document == {"format": 1, "run": require_run_id(document["run"])}
             (tmp_path / "run.json").unlink()
 
-    assert crash_at_each_step(begin, inspect) == 3
+    assert crash_at_each_step(begin, inspect) == 4
     assert not (tmp_path / "run.json").exists() or run_of(tmp_path)
 
 

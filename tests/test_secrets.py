@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from support import forks
 from support.brokers import SASL_PASSWORD, SASL_USER, ApacheBroker
+from support.commands import command
 from support.lineage import SMALL
 from support.patience import PATIENCE_SECONDS
 from support.reliability import Outcome
@@ -44,8 +45,8 @@ WITHOUT_PASSWORD = {"demo", "broker", "init", "models", "paper"}
 
 def test_every_command_is_tried() -> None:
     known = set()
-    for name, command in main.commands.items():
-        subcommands = getattr(command, "commands", {})
+    for name, known_command in main.commands.items():
+        subcommands = getattr(known_command, "commands", {})
         known |= {f"{name} {subcommand}" for subcommand in subcommands} or {name}
     assert known == set(COMMANDS) | WITHOUT_PASSWORD
 
@@ -123,3 +124,90 @@ def output_of(arguments: list[str]) -> bytes:
     done = forks.run("-vv", *arguments, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, (arguments[:2], done.stderr[-2000:])
     return (done.stdout + done.stderr).encode()
+
+
+# -- what is given in a wrong way ----------------------------------------------------------------
+
+MARKER = "Marker5ecret/abcdefghijklmnopqrstuvwxyz0123456789"
+PEM = f"-----BEGIN PRIVATE KEY-----\n{MARKER}\n-----END PRIVATE KEY-----\n"
+RUN = ["run", "--topic", "clicks", "--state", "{state}"]
+# (arguments, what the message says)
+GIVEN_WRONGLY = {
+    "a colon for the equals sign": ([*RUN, "-X", f"sasl.password:{MARKER}"], "-X takes KEY=VALUE"),
+    "a colon, and an equals sign in the password": (
+        [*RUN, "-X", f"sasl.password:{MARKER}=="],
+        "did you mean 'sasl.password'",
+    ),
+    "the password alone": ([*RUN, "-X", MARKER], "-X takes KEY=VALUE"),
+    "two words": ([*RUN, "-X", "sasl.password", MARKER], "as one word"),
+    "a blank after the equals sign": ([*RUN, "-X", "sasl.password=", MARKER], "as one word"),
+    "a misspelt name": ([*RUN, "-X", f"sasl.pasword={MARKER}"], "did you mean 'sasl.password'"),
+    "a key in PEM for its file": (
+        [*RUN, "-X", "security.protocol=SSL", "-X", f"ssl.key.location={PEM}"],
+        "must be a PEM file that can be read",
+    ),
+    "the body of a key for its file": (
+        [*RUN, "-X", "security.protocol=SSL", "-X", f"ssl.key.location={MARKER}"],
+        "must be a PEM file that can be read",
+    ),
+    "a signing key for its file": (
+        [*RUN, "-X", f"snapshots.signing_key={PEM}"],
+        "snapshots.signing_key: must be the name of a PEM file",
+    ),
+    "the body of a signing key for its file": (
+        [*RUN, "-X", f"snapshots.signing_key={MARKER}"],
+        "cannot read the private key",
+    ),
+    "a signing key where the configuration is printed": (
+        ["config", "-X", f"snapshots.signing_key={PEM}"],
+        "must be the name of a PEM file",
+    ),
+    "a private key for a public one": (
+        ["subscribe", "--state", "{state}", "--public-key", PEM],
+        "cannot read the public key",
+    ),
+    "a key in PEM for a number": ([*RUN, "-X", f"learn.batch_size={PEM}"], "learn.batch_size"),
+    "a key in PEM for a choice": ([*RUN, "-X", f"input.client={PEM}"], "must be one of"),
+    "a key in PEM for client properties": (
+        [*RUN, "--kafka-config", "{pem}"],
+        "Kafka option (not shown",
+    ),
+    "a key in PEM for a configuration": ([*RUN, "--config", "{pem}"], "is not TOML"),
+    "a password of a registry without its name": (
+        [*RUN, "-X", f"basic.auth.user.info:{MARKER}"],
+        "-X takes KEY=VALUE",
+    ),
+    "a login in the address of a registry": (
+        [*RUN, "-X", f"input.schema_registry=http://me:{MARKER}@host"],
+        "basic.auth.user.info",
+    ),
+    "a token in the command of a hook": (
+        ["subscribe", "--state", "{state}", "--exec", f"echo 'token={MARKER}"],
+        "cannot be split into words",
+    ),
+    "a token in the command of a hook that has no program": (
+        ["subscribe", "--state", "{state}", "--exec", f"nosuchprogram token={MARKER}"],
+        "there is no program 'nosuchprogram'",
+    ),
+}
+
+
+@pytest.mark.security(
+    "secrets appear nowhere", how="a password or key given in the wrong way, in many ways"
+)
+@pytest.mark.parametrize("spoken", ["text", "json"])
+@pytest.mark.parametrize("way", GIVEN_WRONGLY)
+def test_a_secret_that_is_given_wrongly_is_not_shown(
+    tmp_path: Path, way: str, spoken: str, outcome: Outcome
+) -> None:
+    template, message = GIVEN_WRONGLY[way]
+    (tmp_path / "key.pem").write_text(PEM)
+    places = {"{state}": tmp_path / "state", "{pem}": tmp_path / "key.pem"}
+    arguments = [places.get(word, word) for word in template]
+    result = command("--log-format", spoken, *arguments)
+    assert result.exit_code in (2, 3), result.output
+    said = " ".join(result.output.replace("\u2502", " ").split())
+    assert message.replace('"', "") in said.replace('"', "").replace("\\", "")
+    assert "5ecret" not in result.output
+    assert not any("5ecret" in path.read_text() for path in tmp_path.glob("state/*"))
+    outcome("the message says what is wrong and what to do, and does not show it")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from support.reliability import Outcome
 from support.trainers import (
     RIVER,
     SIMULATED_FIELDS,
@@ -37,9 +40,11 @@ from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.events.field import Field
+from stream_ctr.learn import baseline
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.lease import Lease, TakenOver
 from stream_ctr.snapshots.pointer import pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.alarms import FieldWatch
@@ -1019,3 +1024,71 @@ def test_a_field_with_one_value_is_compared_with_unknown_features_too(tmp_path, 
         "publisher (the events have 'publisher2', which is no field), "
         "versions (the events have 'version', which is no field)" in caplog.text
     )
+
+
+# -- a take-over ---------------------------------------------------------------------------------
+
+
+class TakenOverAtThePoll(Partitions):
+    """Another process takes the state directory over at the third poll."""
+
+    polls = 0
+
+    def poll(self, timeout_seconds: float) -> Records:
+        self.polls += 1
+        if self.polls == 3:
+            assert self.trainer
+            (self.trainer.snapshots.policy.directory / "lock").write_text('{"token": "other"}')
+        return super().poll(timeout_seconds)
+
+
+def test_a_run_ends_at_the_first_poll_after_a_takeover_though_it_has_nothing_to_write(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    source = TakenOverAtThePoll(split(stream, 4))
+    built = trainer(tmp_path, source)
+    with Lease(tmp_path) as lease:
+        built.publisher._lease = lease
+        with pytest.raises(TakenOver):
+            finish(built)
+    assert source.polls == 3
+    assert not (tmp_path / "reports.jsonl").exists()
+
+
+# -- the baseline's process ----------------------------------------------------------------------
+
+
+class BaselineStopped(Partitions):
+    """The baseline's process is stopped at the third poll, and then the run is told to end."""
+
+    polls = 0
+
+    def poll(self, timeout_seconds: float) -> Records:
+        self.polls += 1
+        if self.polls == 3:
+            assert self.trainer
+            assert self.trainer.baseline
+            os.kill(self.trainer.baseline.process._process.pid, signal.SIGSTOP)
+            self.trainer.stop()
+        return super().poll(timeout_seconds)
+
+
+@pytest.mark.fault(51, injected="SIGSTOP of the baseline's process, then SIGTERM to the run")
+@pytest.mark.slow
+def test_a_run_whose_baseline_is_frozen_still_ends_with_a_snapshot_that_has_its_state(
+    tmp_path: Path,
+    stream: pa.LargeBinaryArray,
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: Outcome,
+) -> None:
+    monkeypatch.setattr(baseline, "_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(baseline, "_WAITS_BEFORE_FAILING", 10_000)
+    values = [stream.slice(0, 2500)]
+    finish(trainer(tmp_path / "whole", Partitions(values), **RIVER))
+    stopped = finish(trainer(tmp_path / "parts", BaselineStopped(values), **RIVER))
+    assert stopped["kind"] == "stopped"
+    resumed = trainer(tmp_path / "parts", Partitions(values), **RIVER)
+    resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))
+    assert finish(resumed)["examples"] > stopped["examples"] > 0
+    assert_equal_states(tmp_path / "whole", tmp_path / "parts")
+    outcome("woken after 5 s; the run ends with a snapshot, resumed, ledger and all state equal")

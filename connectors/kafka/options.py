@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from stream_ctr.connectors.errors import KafkaOptionError
@@ -137,18 +137,39 @@ def _translate(key: str, value: str) -> dict[str, object]:
         return _jaas_login(value)
     if key not in _OPTIONS:
         near = difflib.get_close_matches(
-            key, [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1
+            _NAME_OF.split(key)[0], [*_OPTIONS, "sasl.jaas.config", "bootstrap.servers"], n=1
         )
         raise KafkaOptionError(
-            f"Kafka option {key!r} does not exist"
+            f"Kafka option {_shown_name(key, near)} does not exist"
             + (f"; did you mean {near[0]!r}?" if near else "")
         )
     name, read = _OPTIONS[key]
     try:
         translated = read(value)
     except ValueError as error:
-        raise KafkaOptionError(f"Kafka option {key!r} must be {error}, got {value!r}") from error
+        raise KafkaOptionError(
+            f"Kafka option {key!r} must be {error}, got {_shown_value(key, value)}"
+        ) from None
     return {name: translated} if name else {}
+
+
+def _shown_name(key: str, near: Sequence[str]) -> str:
+    """Return the name of an unknown option for a message.
+
+    A text that has not the form of a name may be the value of an option: a line of a key in PEM, or
+    what follows a colon or a blank instead of "=".
+    """
+    return repr(key) if near and key in near[0] or _NAME.fullmatch(key) else _NOT_SHOWN
+
+
+def _shown_value(key: str, value: str) -> str:
+    """Return the invalid value of an option for a message, if it cannot be a login or a key.
+
+    >>> _shown_value("ssl.key.location", "/etc/ssl/key.pem"), _shown_value("ssl.ca.location", "MII")
+    ("'/etc/ssl/key.pem'", '(not shown: it may be a secret)')
+    """
+    shown = _FILE_NAME if key.endswith(".location") else _SHORT
+    return repr(value) if shown.fullmatch(value) else _NOT_SHOWN
 
 
 def _text(value: str) -> object:
@@ -368,6 +389,11 @@ _REFUSED: dict[str, str] = {
     "sasl.login.callback.handler.class": _JAVA_CLASS,
 }
 
+_NOT_SHOWN = "(not shown: it may be a secret)"
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,30}(\.[a-z][a-z0-9_-]{0,30}){1,6}")
+_NAME_OF = re.compile(r"[:\s]")  # a password may follow
+_SHORT = re.compile(r".{0,40}")
+_FILE_NAME = re.compile(r".{1,200}\.\w{1,8}")  # a key in base64 has no full stop
 _PROPERTY = re.compile(r"(?P<key>(?:[^\\=:\s]|\\.)*)\s*[=:]?\s*(?P<value>.*)", re.DOTALL)
 _ESCAPED = re.compile(r"\\(u[0-9a-fA-F]{4}|.)", re.DOTALL)
 _UNICODE_ESCAPE_CHARACTERS = 5  # u and four hexadecimal digits

@@ -72,6 +72,7 @@ class _Group(click.Group):
             voice.say_error(str(error))
             ctx.exit(error.exit_code)
         except click.ClickException as error:
+            _hide_extra_arguments(error)
             if not voice.speaks_json():
                 raise
             voice.say_error(error.format_message())
@@ -79,6 +80,16 @@ class _Group(click.Group):
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+
+
+def _hide_extra_arguments(error: click.ClickException) -> None:
+    """Leave out of a message what may be the value of a -X that was written as two words."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context and context.params.get("extra") and "unexpected extra argument" in error.message:
+        error.message = (
+            "Got unexpected extra arguments (not shown: beside -X they may hold a password; "
+            "-X takes KEY=VALUE as one word)"
+        )
 
 
 @click.group(

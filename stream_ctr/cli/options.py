@@ -302,7 +302,10 @@ def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise click.BadParameter(f"-X takes KEY=VALUE, got {pair!r}")
+            raise click.BadParameter(
+                f'-X takes KEY=VALUE, and the one of number {len(split) + 1} has no "=" '
+                "(it is not shown, because it may hold a password)"
+            )
         split.append((name, value))
     return split
 

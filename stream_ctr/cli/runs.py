@@ -277,6 +277,11 @@ def _train(
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
     stop = caller.stop if caller else StopRequest()
+
+    def stopped() -> bool:
+        publisher.check()
+        return stop.requested
+
     schedule = Schedule(
         {
             "report": config.schedule.report_every.total_seconds(),
@@ -294,7 +299,7 @@ def _train(
             state,
             beginning,
             fields,
-            lambda: stop.requested,
+            stopped,
             Decoder((), schemas=schemas).plain,
         )
         if not encoding:

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from stream_ctr.snapshots.pointer_sources import PointerSource
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
+_PATH = "{path}"
+
 _MODEL_OPTION = click.option(
     "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
 )
@@ -91,7 +93,7 @@ _MODEL_OPTION = click.option(
     "--exec",
     "command",
     metavar="COMMAND",
-    help="Run this for each snapshot, without a shell; {path} stands for its directory.",
+    help="Run this for each snapshot, without a shell; the word {path} stands for its directory.",
 )
 @settings_options()
 def subscribe(
@@ -151,15 +153,22 @@ def subscribe(
 
 
 def _hook(command: str | None) -> list[str]:
-    """Split the command of --exec into words, and check that its program exists."""
+    """Split the command of --exec into words, and check that it can be run safely."""
     try:
         hook = shlex.split(command or "")
     except ValueError as error:
         raise click.BadParameter(
-            f"--exec {command!r} cannot be split into words: {error}"
+            f"the command of --exec cannot be split into words: {error}"
         ) from None
     if hook and not shutil.which(hook[0]):
-        raise click.BadParameter(f"--exec {command!r}: there is no program {hook[0]!r}")
+        raise click.BadParameter(f"there is no program {hook[0]!r} for --exec")
+    if any(_PATH in word and word != _PATH for word in hook):
+        raise click.BadParameter(
+            f"{_PATH} must be a word of its own in the command of --exec: within a text that a "
+            "shell or another interpreter reads, a path could be a command. There, use the "
+            "environment variable STREAM_CTR_SNAPSHOT, as in "
+            '--exec \'sh -c "reload \\"$STREAM_CTR_SNAPSHOT\\""\''
+        )
     return hook
 
 
@@ -192,7 +201,7 @@ def _pointer_line(pointer: Pointer, *, as_json: bool) -> str:
 
 
 def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
-    arguments = [part.replace("{path}", pointer.path) for part in hook]
+    arguments = [pointer.path if word == _PATH else word for word in hook]
     environment = {
         **os.environ,
         "STREAM_CTR_SNAPSHOT": pointer.path,

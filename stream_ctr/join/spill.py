@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stream_ctr import state_files
 from stream_ctr.errors import DataError
 
 # A place is ~(segment number << ROW_BITS | row).
@@ -72,8 +73,8 @@ class Spill:
         self._folder: Path | None = None
         self._next_number = 0
         self._verified: set[int] = set()
-        for folder in directory.glob(f"{_FOLDER_PREFIX}*") if directory else ():
-            shutil.rmtree(folder)
+        if directory:
+            state_files.remove_all(directory, _FOLDER_PREFIX)
 
     def write(self, columns: Mapping[str, Array], *, last: int) -> npt.NDArray[np.int64]:
         """Write n rows to a new segment, and return their places.
@@ -190,7 +191,7 @@ class Spill:
         if self._directory is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="stream-ctr-spill-")
             return Path(self._temporary.name)
-        self._directory.mkdir(parents=True, exist_ok=True)
+        state_files.make_folder(self._directory)
         return Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=self._directory))
 
 

@@ -13,7 +13,9 @@ and output. A frame is a `HEADER` and its arrays:
 from __future__ import annotations
 
 import json
+import logging
 import queue
+import signal
 import struct
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import numpy.typing as npt
 
 from stream_ctr.errors import StreamCtrError
 
+_log = logging.getLogger(__name__)
 DEVIATIONS = (
     "River refreshes a weight before it adds the new gradient to z, does not zero weights with "
     "|z| <= l1, and updates the intercept by plain SGD; so its FTRL differs from FTRL-Proximal "
@@ -40,10 +43,15 @@ PROBABILITIES = b"P"
 # The bytes that may be queued for the process before the trainer has to wait for it.
 _MAX_WAITING_BYTES = 256 << 20
 _EXIT_SECONDS = 10
+# A process without an answer for so many waits of a second was stopped, or hangs. Waits are counted
+# rather than seconds: when all of a container was frozen, both processes have lost the same time.
+_WAIT_SECONDS = 1.0
+_WAITS_BEFORE_WAKING = 5
+_WAITS_BEFORE_FAILING = 60
 
 
 class BaselineFailed(StreamCtrError):
-    """The process of the baseline has ended unexpectedly."""
+    """The process of the baseline has ended unexpectedly, or does not answer."""
 
 
 class Marker(NamedTuple):
@@ -57,8 +65,9 @@ class BaselineProcess:
 
     Batches go in, and their probabilities come out later, in order. Two threads move bytes so that
     neither side ever waits for a full pipe. The trainer has to wait only when this object is
-    `full`, that is, when more than a fixed number of bytes is queued. `options` are those of
-    `RiverFTRL`.
+    `full`, that is, when more than a fixed number of bytes is queued. A process that was stopped is
+    woken, and one that does not answer at all is killed, so that no wait lasts for ever. `options`
+    are those of `RiverFTRL`.
     """
 
     name = "river_ftrl"
@@ -115,12 +124,12 @@ class BaselineProcess:
         """Return the next answer in order: the probabilities [n] of a batch, or a `Marker`.
 
         Returns None when there is no answer yet; with `wait` only when none is outstanding. Raises
-        `BaselineFailed` when the process has ended.
+        `BaselineFailed` when the process has ended, or has not answered for a minute.
         """
         if not self._outstanding:
             return None
         try:
-            answer = self._received.get(block=wait)
+            answer = self._await_answer() if wait else self._received.get_nowait()
         except queue.Empty:
             return None
         if answer is None:
@@ -134,11 +143,33 @@ class BaselineProcess:
     def close(self) -> None:
         """End the process, by force when it does not end by itself within seconds."""
         self._to_send.put(None)
+        self._process.send_signal(signal.SIGCONT)
         try:
             self._process.wait(timeout=_EXIT_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+
+    def _await_answer(self) -> npt.NDArray[np.float64] | Marker | None:
+        for waits in range(_WAITS_BEFORE_FAILING):
+            if waits == _WAITS_BEFORE_WAKING:
+                _log.warning(
+                    "the baseline's process %d has not answered for %g s; it is woken, in case it "
+                    "was stopped",
+                    self._process.pid,
+                    waits * _WAIT_SECONDS,
+                )
+                self._process.send_signal(signal.SIGCONT)
+            try:
+                return self._received.get(timeout=_WAIT_SECONDS)
+            except queue.Empty:
+                continue
+        self._process.kill()
+        raise BaselineFailed(
+            f"the baseline's process {self._process.pid} has not answered for "
+            f"{_WAITS_BEFORE_FAILING * _WAIT_SECONDS:g} s and was killed; the next run on the "
+            "state directory goes on from its newest snapshot"
+        )
 
     def _enqueue(self, frame: tuple[bytes, ...]) -> None:
         size = sum(map(len, frame))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 
 MANIFEST = "manifest.json"
@@ -85,7 +86,7 @@ def read_all(fd: int) -> bytes:
 
 def write_durably(path: Path, data: bytes) -> None:
     """Write a file; its bytes are on disk when this returns."""
-    with open(path, "wb") as file:
+    with open(state_files.create_file(path), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())

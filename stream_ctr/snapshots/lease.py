@@ -1,14 +1,17 @@
 """The lease of a state directory: one trainer holds it, and one that lost it writes nothing more.
 
-The file `lock` names its holder, which holds it with flock for as long as it lives. A run with
-`take_over` replaces the file. When the former holder, which was frozen or cut off, looks again, the
-file at the path is not the one that it holds.
+The file `lock` names its holder, by a token of its own too, which holds it with flock for as long
+as it lives. A run with `take_over` replaces the file, and then waits until the former holder has
+let go, for a limited time: it may be frozen.
 
-    state of this process   `lock` at the path is    so
-    ---------------------   ----------------------   -------------------------------------------
-    holder                  the file that it holds   it may write
-    taken over              another file             `check` raises `TakenOver`; it writes nothing
-    taken over              missing                  the same: the lease was removed
+    `lock` at the path   this process is   so
+    ------------------   ---------------   --------------------------------------------------
+    has its token        the holder        it may write
+    has another one      taken over        `check` raises `TakenOver`; it writes nothing more
+    cannot be read       taken over        the same: the lease was removed, or its disk is gone
+
+The token counts, and not the flock: a network file system gives the lock of a client that it does
+not hear to another one, and tells neither.
 
 Every lease has an epoch above those of all snapshots, pointers and leases before it. A snapshot
 that a former holder began therefore ranks below those that the new one publishes.
@@ -19,17 +22,29 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
+import secrets
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from stream_ctr import state_files
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.messages import one_line
 from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.pointer import read_pointer
+
+_log = logging.getLogger(__name__)
+# How long a take-over waits for the former holder, which looks at the lock between two batches.
+_LEAVE_SECONDS = 10.0
+_LARGEST_LOCK_BYTES = 4096
+# It grows by one with each start and each rollback: no run ever reaches this.
+_LARGEST_EPOCH = (1 << 48) - 1
 
 
 class TakenOver(ConfigError):
@@ -48,36 +63,41 @@ class Lease:
     def __init__(self, directory: Path, *, take_over: bool = False) -> None:
         self.directory = directory
         self._path = directory / "lock"
+        self._token = secrets.token_hex(8)
+        self.epoch = 0
         try:
             self._made = [path for path in (directory, *directory.parents) if not path.exists()]
             directory.mkdir(parents=True, exist_ok=True)
             self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:
-                self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
+                self.check()  # a third process may have taken over meanwhile
+                state_files.require_own(directory)
+                self.epoch = 1 + max([self.epoch, *epochs(directory)])
                 self.run = lineage.run_of(directory)
                 self._write_holder(self._fd)
             except BaseException:
                 self.close()
                 raise
         except OSError as error:
+            place = f": {error.filename}" if error.filename else ""
             raise ConfigError(
-                f"cannot write in the state directory {directory}: {error.strerror}"
+                f"cannot write in the state directory {directory}{place}: {error.strerror}"
             ) from None
 
     def check(self) -> None:
         """Raise `TakenOver` if this process does not hold the directory any more."""
         try:
-            found = os.stat(self._path)
-        except OSError:
+            holder = _holder(self._path)
+        except OSError as error:
             raise TakenOver(
-                f"the lock {self._path} is gone: nothing more is written there"
+                f"the lock {self._path} cannot be read ({error.strerror}): "
+                "nothing more is written there"
             ) from None
-        held = os.fstat(self._fd)
-        if (found.st_dev, found.st_ino) != (held.st_dev, held.st_ino):
-            holder = _describe(_holder(self._path))
+        if holder.get("token") != self._token:
             raise TakenOver(
-                f"{self._path.parent} was taken over by {holder}: nothing more is written there"
+                f"{self._path.parent} was taken over by {_describe(holder)}: "
+                "nothing more is written there"
             )
 
     def raise_epoch(self, above: int) -> None:
@@ -119,35 +139,59 @@ class Lease:
         self.close()
 
     def _acquire(self, take_over: bool) -> int:
+        """Return the descriptor of the lock file, with the token of this lease in it."""
         while True:
-            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(fd)
+            fd = state_files.open_file(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            if not _flock(fd):
                 if take_over:
-                    return self._replace()
+                    return self._replace(fd)
+                holder = _describe(_read_holder(fd))
+                os.close(fd)
                 raise ConfigError(
-                    f"the state directory {self._path.parent} is in use by "
-                    f"{_describe(_holder(self._path))}; if that process is frozen or gone for "
-                    "good, --take-over goes on without it"
-                ) from None
+                    f"the state directory {self._path.parent} is in use by {holder}; if that "
+                    "process is frozen or gone for good, --take-over goes on without it"
+                )
             with contextlib.suppress(FileNotFoundError):
-                if os.stat(self._path).st_ino == os.fstat(fd).st_ino:
+                if os.path.samestat(os.stat(self._path, follow_symlinks=False), os.fstat(fd)):
+                    self._succeed(_read_holder(fd), fd)
                     return fd
             os.close(fd)  # the file was replaced between opening and locking
 
-    def _replace(self) -> int:
-        fresh = self._path.with_name(f"tmp-lock-{snapshot.OWN}")
-        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        # The holder's epoch moves along: the new lease must be above it.
-        os.write(fd, json.dumps(_holder(self._path)).encode())
+    def _replace(self, former_fd: int) -> int:
+        """Replace the lock file, and wait until the former holder lets go of `former_fd`."""
+        former = _read_holder(former_fd)
+        fresh = self._path.with_name(f"tmp-lock-{self._token}")
+        fd = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        _flock(fd)
+        self._succeed(former, fd)
         os.replace(fresh, self._path)
+        _log.warning("waiting for %s to end", _describe(former))
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while not _flock(former_fd):
+            if time.monotonic() > deadline:
+                _log.warning(
+                    "%s has not ended within %g s, and may be frozen: going on without it",
+                    _describe(former),
+                    _LEAVE_SECONDS,
+                )
+                break
+            time.sleep(0.05)
+        os.close(former_fd)
         return fd
 
+    def _succeed(self, former: dict[str, Any], fd: int) -> None:
+        """Write this holder into the lock, with the epoch of the former one, for now."""
+        epoch = former.get("epoch")
+        self.epoch = epoch if isinstance(epoch, int) and 0 < epoch <= _LARGEST_EPOCH else 0
+        self._write_holder(fd)
+
     def _write_holder(self, fd: int) -> None:
-        holder = {"pid": os.getpid(), "host": socket.gethostname(), "epoch": self.epoch}
+        holder = {
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "epoch": self.epoch,
+            "token": self._token,
+        }
         text = json.dumps(holder) + "\n"
         os.pwrite(fd, text.encode(), 0)
         os.ftruncate(fd, len(text))
@@ -176,13 +220,32 @@ def epochs(directory: Path) -> Iterator[int]:
         return
 
 
-def _holder(path: Path) -> dict[str, int]:
-    with contextlib.suppress(OSError, ValueError):
-        holder = json.loads(path.read_text())
-        if isinstance(holder, dict) and isinstance(holder.get("epoch"), int):
+def _flock(fd: int) -> bool:
+    """Lock an open file, and return whether this process holds it now."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    """Return what the lock file says of its holder; nothing if it is damaged."""
+    fd = state_files.open_file(path, os.O_RDONLY)
+    try:
+        return _read_holder(fd)
+    finally:
+        os.close(fd)
+
+
+def _read_holder(fd: int) -> dict[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        holder = json.loads(os.pread(fd, _LARGEST_LOCK_BYTES, 0))
+        if isinstance(holder, dict):
             return holder
     return {}
 
 
-def _describe(holder: dict[str, int]) -> str:
-    return f"process {holder.get('pid', 'unknown')} on {holder.get('host', 'an unknown host')}"
+def _describe(holder: dict[str, Any]) -> str:
+    pid, host = holder.get("pid", "unknown"), holder.get("host", "an unknown host")
+    return f"process {one_line(pid, 20)} on {one_line(host, 100)}"

@@ -19,11 +19,13 @@ import contextlib
 import fcntl
 import json
 import logging
+import os
 import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
+from stream_ctr import state_files
 from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import lineage, snapshot
@@ -45,6 +47,7 @@ _log = logging.getLogger(__name__)
 # How long to wait for another process that is publishing. Threads of this one take turns.
 _PATIENCE_SECONDS = 5.0
 _FLUSH_SECONDS = 10.0
+_LOCK = "latest.lock"
 # Brokers take messages of up to a megabyte by default.
 _LARGEST_LETTER_BYTES = 900_000
 _LETTER_OVERHEAD_BYTES = 500
@@ -282,10 +285,12 @@ class Publisher:
     def _exclusive(self) -> Iterator[None]:
         """Hold `latest.lock`: a rollback may come from another process than the run."""
         try:
-            lock = (self._directory / "latest.lock").open("a")
+            fd = state_files.open_file(self._directory / _LOCK, os.O_WRONLY | os.O_CREAT)
         except OSError as error:
-            raise SnapshotError(f"cannot publish in {self._directory}: {error.strerror}") from None
-        with lock, self._pointer_lock:
+            raise SnapshotError(
+                f"cannot publish in {self._directory}: {_LOCK}: {error.strerror}"
+            ) from None
+        with open(fd, "wb") as lock, self._pointer_lock:
             deadline = time.monotonic() + _PATIENCE_SECONDS
             while True:
                 try:

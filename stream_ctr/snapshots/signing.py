@@ -57,13 +57,24 @@ def verifier(public_key: str | Path | None) -> Verify | None:
     return PublicKey(Path(public_key)).verify if public_key is not None else None
 
 
+def _shown(path: Path) -> str:
+    """Return the path for a message; a text without a full stop may be a pasted key.
+
+    >>> _shown(Path("keys/trainer.pem")), _shown(Path("MC4CAQAwBQYDK2VwBCIEIA/bc"))
+    ('keys/trainer.pem', 'that is given (not shown: it has not the form of a file name)')
+    """
+    if "\n" in str(path) or "." not in path.name:
+        return "that is given (not shown: it has not the form of a file name)"
+    return str(path)
+
+
 def _read(path: Path, *, private: bool) -> Any:
     kind = "private" if private else "public"
     try:
         data = path.read_bytes()
         key = load_pem_private_key(data, password=None) if private else load_pem_public_key(data)
     except OSError as error:
-        raise ConfigError(f"cannot read the {kind} key {path}: {error.strerror}") from None
+        raise ConfigError(f"cannot read the {kind} key {_shown(path)}: {error.strerror}") from None
     except (ValueError, TypeError):  # TypeError: the key needs a passphrase
         raise ConfigError(f"{path} is not a {kind} key in PEM without a passphrase") from None
     if not isinstance(key, Ed25519PrivateKey if private else Ed25519PublicKey):

@@ -29,6 +29,7 @@ import numpy as np
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import files
@@ -150,7 +151,7 @@ def write(
     final = root / name
     temporary = root / f"{files.TEMPORARY}{OWN}-{name}"
     try:
-        root.mkdir(parents=True, exist_ok=True)
+        state_files.make_folder(root)
         _require_space(
             root, name, (array for named in tensors.values() for array in named.values())
         )
@@ -207,8 +208,9 @@ def stage(root: Path, segments: Segments) -> Segments:
         return {}
     place = root / f"{files.TEMPORARY}{OWN}-segments"
     with files.naming(place, "cannot keep segments in"):
+        state_files.make_folder(root)
         files.remove(place)
-        place.mkdir(parents=True)
+        place.mkdir()
         for name, (path, _, _) in segments.items():
             files.link(path, place / plain_name(name, "segment"))
     return {name: (place / name, digest, size) for name, (_, digest, size) in segments.items()}
@@ -496,7 +498,10 @@ def retain(root: Path, keep: int, protect: Collection[str] = ()) -> list[str]:
     old = [name for name in snapshot_ids(root)[:-keep] if name not in protect]
     for name in old:
         doomed = root / f"{files.TEMPORARY}{name}"
-        with files.naming(root / name, "cannot delete snapshot"):
+        with (
+            files.naming(root / name, "cannot delete snapshot"),
+            state_files.opened_folder(root),
+        ):
             files.remove(doomed)
             os.rename(root / name, doomed)
             files.sync_directory(root)  # the name is gone before the first of its files is
@@ -510,8 +515,5 @@ def clean(root: Path) -> list[str]:
 
     Only the owner of the state directory may call this.
     """
-    left = sorted(path.name for path in root.glob(f"{files.TEMPORARY}*")) if root.is_dir() else []
-    for name in left:
-        with files.naming(root / name, "cannot remove"):
-            files.remove(root / name)
-    return left
+    with files.naming(root, "cannot remove what is unfinished in"):
+        return state_files.remove_all(root, files.TEMPORARY)

@@ -220,6 +220,7 @@ class Trainer:
         return bool(self._events_read or learned or went_on or self.snapshots.parent is None)
 
     def _handle(self, poll: Poll) -> None:
+        self.publisher.check()  # a process that takes over waits for this one to end
         if poll.status.present != self.state.watermarks.present:
             self._begin_next(poll.status)
             if self._stopping:

@@ -58,6 +58,8 @@ MATRIX = {
     31: "aborted transaction in the input",
     41: "offsets committed while nothing arrives",
     42: "log truncated after it was read",
+    51: "the baseline's process is frozen",
+    52: "power loss",
 }
 
 
