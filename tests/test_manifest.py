@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 from msgspec import structs
-from support.manifests import LEARNER, SCHEMA, manifest
+from support.manifests import LEARNER, SCHEMA, manifest, sealed
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.events.field import Field, Schema
@@ -16,7 +16,7 @@ from stream_ctr.snapshots.manifest import FORMAT, LedgerEntry, Manifest
 
 
 def read(document: dict[str, Any]) -> Manifest:
-    return decode(msgspec.json.encode(document), Manifest, newest=FORMAT, name="manifest.json")
+    return decode(sealed(document), Manifest, newest=FORMAT, name="manifest.json")
 
 
 def document(**changes: Any) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class Queue:
     def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
         return self.batches.pop(0) if self.batches else []
 
+    def locate(self, pointer: Pointer) -> Path:
+        return Path(pointer.path)
+
 
 def write(state: Path, sequence: int, **changes: Any) -> Path:
     return write_served(state / "snapshots", seed=sequence, sequence=sequence, **changes)
@@ -133,10 +136,12 @@ def test_a_snapshot_that_ranks_below_the_loaded_one_is_ignored(
     loaded: bool,
 ) -> None:
     subscriber = Subscriber(tmp_path)
-    first = publish(write(tmp_path, 20), epoch=2, sequence=5)
-    assert subscriber.next(PATIENCE_SECONDS) == first
+    path = write(tmp_path, 5, epoch=1)
+    first = publish(path, epoch=2)
+    assert subscriber.next(0.0) == first
     before = subscriber.scorer
-    second = publish(write(tmp_path, 21), epoch=epoch, sequence=sequence)
+    again = path if sequence == 5 else write(tmp_path, sequence, epoch=1)
+    second = publish(again, epoch=epoch)
     with caplog.at_level(logging.WARNING):
         found = subscriber.next(0.0)
     assert found == (second if loaded else None)
@@ -156,13 +161,20 @@ def test_the_first_pointer_that_verifies_is_loaded_and_the_rest_are_not(
     flip_bit(Path(newest.path) / "model.safetensors", -1)
     subscriber = Subscriber(Queue([newest, older]))
     assert subscriber.next(0.0) == older
-    assert subscriber.refusal is None
+    assert "model.safetensors has SHA-256" in str(subscriber.refusal)
+    assert subscriber.health.awaited == newest.snapshot
 
 
 # -- runs ----------------------------------------------------------------------------------------
 
 OTHER = "f" * 32
 THIRD = "e" * 32
+
+
+def copy_published(state: Path, target: Path) -> None:
+    """Replace what is published in one state directory by what is in another."""
+    shutil.copytree(state / "snapshots", target / "snapshots", dirs_exist_ok=True)
+    shutil.copy(state / "latest.json", target)
 
 
 @pytest.mark.parametrize("follow", ["never", "replace"])
@@ -185,7 +197,7 @@ def test_a_subscriber_changes_run_only_when_both_sides_were_told(
     assert subscriber.next(0.0) == first
     # Two runs have the same epochs and sequences.
     second = publish(write(tmp_path / run, 2, run=run), replaces=replaces)
-    shutil.copy(tmp_path / run / "latest.json", tmp_path)
+    copy_published(tmp_path / run, tmp_path)
     found = subscriber.next(0.0)
     assert (found == second) is (follow in loaded)
     assert subscriber.run == subscriber.scorer.manifest.run == (run if follow in loaded else RUN)
@@ -194,9 +206,9 @@ def test_a_subscriber_changes_run_only_when_both_sides_were_told(
 
 
 def test_after_a_replacement_the_replaced_run_is_refused_whatever_it_ranks(tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old", 1), write(tmp_path / "new", 2, run=OTHER)
+    old, new = write(tmp_path / "old", 2), write(tmp_path / "new", 1, run=OTHER, epoch=1)
     first = publish(old)
-    second = publish(new, replaces=(RUN,), epoch=1, sequence=1)
+    second = publish(new, replaces=(RUN,))
     late = structs.replace(first, epoch=99)
     subscriber = Subscriber(TopicPointers(topic_of(first, second, late).reader()), follow="replace")
     assert subscriber.next(0.0) == second
@@ -213,7 +225,7 @@ def test_the_pointers_of_another_run_are_counted_and_logged_once_with_what_to_do
         other = write(tmp_path / run, 2, run=run)
         for number in range(count):
             publish(other, created_ms=number, replaces=replaces)
-            shutil.copy(tmp_path / run / "latest.json", tmp_path / "state")
+            copy_published(tmp_path / run, tmp_path / "state")
             assert subscriber.next(0.0) is None
     assert subscriber.refused == {OTHER: 3, THIRD: 2}
     messages = [record.getMessage() for record in caplog.records]
@@ -244,7 +256,7 @@ def test_a_run_file_keeps_the_run_over_restarts(tmp_path: Path) -> None:
     assert Subscriber(tmp_path, run_file=kept).next(0.0)
     assert kept.read_text() == f"{RUN}\n"
     publish(write(tmp_path / "other", 2, run=OTHER), replaces=(RUN,))
-    shutil.copy(tmp_path / "other" / "latest.json", tmp_path)
+    copy_published(tmp_path / "other", tmp_path)
     restarted = Subscriber(tmp_path, run_file=kept)
     assert restarted.next(0.0) is None
     assert restarted.refused == {OTHER: 1}
@@ -270,7 +282,7 @@ def test_a_pointer_that_names_another_run_than_its_snapshot_is_refused(tmp_path:
     publish(write(tmp_path, 1), run=OTHER)
     subscriber = Subscriber(tmp_path)
     assert subscriber.next(0.0) is None
-    assert f"it is of run {RUN}, its pointer says {OTHER}" in str(subscriber.refusal)
+    assert f"its run is {RUN}, its pointer says {OTHER}" in str(subscriber.refusal)
     assert subscriber.run is None
 
 

@@ -42,6 +42,7 @@ from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
@@ -68,7 +69,7 @@ def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
             raise
 
 
-def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
+def kept_config(state: Path, signature: Verify | None = None) -> dict[str, Any] | None:
     """Return the configuration of the earlier run in this directory, or None."""
     newest = snapshot.newest(state / "snapshots", signature=signature)
     return snapshot.verify(newest).config if newest else None

@@ -26,7 +26,7 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
-    from stream_ctr.snapshots.snapshot import Verify
+    from stream_ctr.snapshots.contract import Verify
 
 
 def echo(line: str) -> None:

@@ -11,6 +11,7 @@ b'[["app","categorical"],["age","numeric"]]'
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -54,8 +55,8 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     value_scales: dict[str, Scale] = {}
 
     def __post_init__(self) -> None:
-        names = [field.name for field in self.fields]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(field.name for field in self.fields)
+        repeated = sorted(name for name, times in names.items() if times > 1)
         if repeated:
             raise ValueError(f"a field is listed twice: {', '.join(repeated)}")
         for members in self.crosses:
