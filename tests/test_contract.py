@@ -133,7 +133,9 @@ def test_a_newer_format_is_reported_whatever_else_the_sealed_document_holds(newe
             read(seal(f'{{"format": {newer}{rest}}}'.encode()))
 
 
-@pytest.mark.fault(20, injected="every single bit of manifest.json, latest.json and run.json flipped")
+@pytest.mark.fault(
+    20, injected="every single bit of manifest.json, latest.json and run.json flipped"
+)
 @pytest.mark.parametrize("name", ["manifest.json", "latest.json", "a line of a topic", "run.json"])
 def test_every_flipped_bit_of_a_document_is_damage(
     tmp_path: Path, name: str, outcome: Outcome

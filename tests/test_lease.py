@@ -25,10 +25,9 @@ from stream_ctr.cli.runs import state_directory
 from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.simulate import Simulation
-from stream_ctr.snapshots import lineage
+from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots import manifest as manifests
 from stream_ctr.snapshots import pointer as pointers
-from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver, epochs
 from stream_ctr.snapshots.pointer import pointer_for, write_pointer

@@ -9,11 +9,12 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.manifests import RUN, make_newer, sealed, write_snapshot
+from support.manifests import RUN, edit_json, make_newer, sealed, write_snapshot
 from support.memory_topic import Away, MemoryTopic, pointers_on
 from support.processes import in_child
 
@@ -303,7 +304,9 @@ def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
     (path / "manifest.json").write_text("{}")
     assert publisher.published_manifest() is None
     assert "the published snapshot cannot be read" in caplog.text
-    (path / "manifest.json").write_bytes(sealed({"format": 99}))
+    (path / "manifest.json").write_bytes(newer := sealed({"format": 99}))
+    digest = sha256(newer).hexdigest()
+    edit_json(tmp_path / "latest.json", lambda pointer: pointer.update(manifest_sha256=digest))
     with pytest.raises(NewerFormat):
         publisher.published_manifest()
 

@@ -65,9 +65,7 @@ class Beginning:
         )
 
 
-def find_beginning(
-    path: Path, state: Path, signature: Verify | None = None
-) -> Beginning | None:
+def find_beginning(path: Path, state: Path, signature: Verify | None = None) -> Beginning | None:
     """Return where the new state begins, or None if it began there already.
 
     `path` is a snapshot, or a state directory, which stands for its newest snapshot.

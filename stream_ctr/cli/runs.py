@@ -148,6 +148,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
             reader=_NothingToRead(),
             name=config.snapshots.model_name,
             run=lease.run,
+            signing=signing_key(config),
         )
     return Publisher(
         lease.directory,
@@ -158,6 +159,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
         snapshot_topic=snapshot_topic,
         model_name=config.snapshots.model_name,
         rotation=rotation(config),
+        signing=signing_key(config),
     )
 
 
@@ -219,6 +221,7 @@ def train_on_kafka(
                 name=config.snapshots.model_name,
                 run=lease.run,
                 replace_run=replace_run,
+                signing=signing_key(config),
             )
         publisher = Publisher(
             lease.directory,
@@ -229,6 +232,7 @@ def train_on_kafka(
             snapshot_topic=snapshot_topic,
             model_name=config.snapshots.model_name,
             rotation=rotation(config),
+            signing=signing_key(config),
         )
         publisher.require_name(take_over=take_over)
         return _train(

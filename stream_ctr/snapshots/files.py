@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -73,26 +74,27 @@ def naming(path: Path, failure: str) -> Iterator[None]:
         raise kind(f"{failure} {path}: {reason.strerror or reason}") from reason
 
 
+def open_regular(path: str | Path, flags: int) -> int:
+    """Open the regular file at `path`, and return the file descriptor.
+
+    Raises `OSError` for anything else: at a pipe, one end would wait for the other for ever.
+    """
+    fd = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return fd
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open the regular file at `path` for reading and yield the file descriptor.
-
-    Anything else raises `SnapshotError`: a symbolic link, a directory, and a pipe, which would make
-    the reader wait for a writer.
-    """
+    """Open a regular file for reading and yield the file descriptor. A symbolic link is refused."""
     with naming(path, "cannot read"):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_regular(path, os.O_RDONLY | os.O_NOFOLLOW)
         try:
-            require_regular(fd, path)
             yield fd
         finally:
             os.close(fd)
-
-
-def require_regular(fd: int, path: Path) -> None:
-    """Raise `SnapshotError` unless an open file is a regular one."""
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise SnapshotError(f"{path} is not a regular file")
 
 
 def read_all(fd: int) -> bytes:

@@ -21,14 +21,14 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots import lineage, snapshot
-from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.contract import LARGEST_EPOCH, NewerFormat
 from stream_ctr.snapshots.pointer import read_pointer
 
 
@@ -54,7 +54,8 @@ class Lease:
             self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:
-                self.epoch = 1 + max([_holder(self._path).get("epoch", 0), *epochs(directory)])
+                held = _holder(self._path).get("epoch", 0)
+                self.epoch = next_epoch(directory, [held, *epochs(directory)])
                 self.run = lineage.run_of(directory)
                 self._write_holder(self._fd)
             except BaseException:
@@ -82,7 +83,7 @@ class Lease:
 
     def raise_epoch(self, above: int) -> None:
         """Make the epoch greater than `above`."""
-        self.epoch = max(self.epoch, above + 1)
+        self.epoch = next_epoch(self.directory, [self.epoch - 1, above])
         self._write_holder(self._fd)
 
     def abandon(self) -> None:
@@ -152,6 +153,20 @@ class Lease:
         os.pwrite(fd, text.encode(), 0)
         os.ftruncate(fd, len(text))
         os.fsync(fd)
+
+
+def next_epoch(directory: Path, found: Iterable[int]) -> int:
+    """Return an epoch above those that were found in a state directory.
+
+    Raises `SnapshotError` if there is none, which only a forged document can bring about.
+    """
+    largest = max(found, default=0)
+    if largest >= LARGEST_EPOCH:
+        raise SnapshotError(
+            f"no epoch is left in {directory}: a snapshot, latest.json or the lock there has epoch "
+            f"{LARGEST_EPOCH} or above, which no run reaches. Remove what is forged, and start again"
+        )
+    return 1 + largest
 
 
 def epochs(directory: Path) -> Iterator[int]:

@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from stream_ctr.snapshots.files import open_regular
+
 
 class LineFile:
     """A file of lines. A line that a crash cut short does not damage the next one."""
@@ -17,7 +19,7 @@ class LineFile:
         """Append a line. Raises `OSError`, with the file as it was, if it cannot be written."""
         size = None
         try:
-            with self.path.open("a+b") as file:
+            with open(self.path, "a+b", opener=open_regular) as file:
                 size = file.tell()
                 if size and os.pread(file.fileno(), 1, size - 1) != b"\n":
                     file.write(b"\n")

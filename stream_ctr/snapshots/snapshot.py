@@ -461,9 +461,7 @@ def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> Non
     try:
         found = files.read_document(path / _SIGNATURE)
     except files.Missing:
-        raise SnapshotError(
-            f"snapshot {path} is not signed, and a signature is required"
-        ) from None
+        raise SnapshotError(f"snapshot {path} is not signed, and a signature is required") from None
     try:
         verify_signature(data, found)
     except SnapshotError as reason:

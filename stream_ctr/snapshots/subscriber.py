@@ -204,7 +204,7 @@ class Subscriber:
             wait_seconds = max(0.0, min(wait_seconds, awaited.due - time.monotonic()))
         try:
             candidates = self._followed(self._pointers.poll(wait_seconds))
-        except Exception as error:  # of a file system, of a Kafka client, of a source of one's own
+        except Exception as error:  # noqa: BLE001 - file systems, clients, sources of others
             self._refuse("source", "what is published", error)
             self._closing.wait(min(wait_seconds, _SOURCE_RETRY_SECONDS))
             candidates = []
@@ -273,7 +273,7 @@ class Subscriber:
             )
             require_description(pointer, scorer.manifest)
             self._keep_run(pointer.run)
-        except Exception as error:  # also of a model that is not ours
+        except Exception as error:  # noqa: BLE001 - a model may be that of others
             self._refuse("snapshot", f"snapshot {pointer.snapshot}", error)
             self._await(pointer)
             return False
@@ -290,7 +290,7 @@ class Subscriber:
         if self._on_snapshot:
             try:
                 self._on_snapshot(pointer)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the caller's own function
                 self._refuse("on_snapshot", f"on_snapshot for {pointer.snapshot}", error)
         return True
 
