@@ -178,9 +178,7 @@ def test_a_pointer_of_a_newer_version_is_never_replaced_and_an_older_one_is() ->
         for format in (FORMAT + 1, FORMAT - 1)
     )
     for values in ([newer], [pointer(B), newer], [older, newer]):
-        with pytest.raises(
-            NewerFormat, match=rf"'default' on topic .* format {FORMAT + 1}"
-        ):
+        with pytest.raises(NewerFormat, match=rf"'default' on topic .* format {FORMAT + 1}"):
             seen_by(topic_of(*values), B).check(ABOVE_ALL)
     passed_over: list[list[Pointer | bytes | None]] = [
         [older],

