@@ -103,9 +103,12 @@ def require_distinct_members(names: Sequence[str]) -> None:
 
 def require_distinct_crosses(crosses: Sequence[Sequence[str]]) -> None:
     """Raises `ValueError` when two cross products have the same members, in any order."""
-    for index, names in enumerate(crosses):
-        if any(sorted(names) == sorted(other) for other in crosses[:index]):
+    seen: set[tuple[str, ...]] = set()
+    for names in crosses:
+        members = tuple(sorted(names))
+        if members in seen:
             raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
+        seen.add(members)
 
 
 def require_members(
