@@ -30,6 +30,7 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.logs.open import open_logs
 from stream_ctr.snapshots.lineage import require_run_id
 from stream_ctr.snapshots.pointer_sources import PointerSource
+from stream_ctr.snapshots.signing import verifier
 from stream_ctr.snapshots.snapshot_topic import Sink
 from stream_ctr.train.report import Report
 from stream_ctr.train.source import Source
@@ -148,18 +149,29 @@ def _logs(source: Any, config: Config) -> Sequence[Stream]:
 
 @contextlib.contextmanager
 def topic_pointers(
-    config: Settings = None, *, kafka: Mapping[str, str] | None = None
+    config: Settings = None,
+    *,
+    kafka: Mapping[str, str] | None = None,
+    snapshots: str | Path | None = None,
+    public_key: str | Path | None = None,
 ) -> Iterator[PointerSource]:
     """Yield the pointers on the snapshot topic of the configuration, for a `Subscriber`.
 
         with topic_pointers("my.toml") as pointers, Subscriber(pointers) as model: ...
 
-    `kafka` are the Kafka client properties. Raises `BrokerError` if no broker answers.
+    `kafka` are the Kafka client properties. `snapshots` is the folder that holds the snapshots on
+    this machine, by default that of the pointers. With `public_key`, a PEM file, only pointers that
+    are signed by its private key say which run holds the name. Raises `BrokerError` if no broker
+    answers.
     """
     settings = _load(config)
     client = client_options(settings.input.bootstrap_servers, None, kafka or {})
     topic, name = settings.snapshots.topic, settings.snapshots.model_name
-    with client_pointers(client, topic, model_name=name) as pointers:
+    folder = Path(snapshots) if snapshots is not None else None
+    signature = verifier(public_key)
+    with client_pointers(
+        client, topic, model_name=name, snapshots=folder, signature=signature
+    ) as pointers:
         yield pointers
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
 
 _SHOWN_CHARACTERS = 200
 _UTF8_BYTES = 4  # of a character, at most
+_LONGEST_WORD = 100
+_MOST_WORDS = 5000
 
 
 def one_line(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
@@ -63,7 +66,14 @@ def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
 def nearest_word(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """Return the most similar word, or None if none is similar.
 
+    Comparing takes the square of the length, so long words and all after the first thousands are
+    left out: what is compared may come from strangers.
+
     >>> nearest_word("lear", ["learn", "join"])
     'learn'
     """
-    return next(iter(difflib.get_close_matches(word, list(words), n=1, cutoff=cutoff)), None)
+    if len(word) > _LONGEST_WORD:
+        return None
+    short = (each for each in words if len(each) <= _LONGEST_WORD)
+    compared = list(itertools.islice(short, _MOST_WORDS))
+    return next(iter(difflib.get_close_matches(word, compared, n=1, cutoff=cutoff)), None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -764,9 +765,10 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
 
 @pytest.mark.fault(
     20,
-    injected="a byte flipped, a file cut, two files swapped, in the newest snapshot; then in all",
+    injected="a byte flipped, a file cut, two files swapped, a bit of a position flipped, a key "
+    "of the manifest removed, in the newest snapshot; then in all",
 )
-@pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest", "position", "key"])
 @pytest.mark.slow
 def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(
     log, clean, tmp_path, harm, outcome
@@ -783,6 +785,16 @@ def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_e
             model.rename(path / "x")
             optimizer.rename(model)
             (path / "x").rename(optimizer)
+        elif harm == "position":
+            text = (path / "manifest.json").read_bytes()
+            found = re.search(rb'"positions": \{\s*"[^"]*": (\d)', text)
+            assert found
+            data = bytearray(text)
+            data[found.start(1)] ^= 1
+            (path / "manifest.json").write_bytes(data)
+        elif harm == "key":
+            text = (path / "manifest.json").read_bytes()
+            (path / "manifest.json").write_bytes(re.sub(rb'\n "ledger": \{[^}]*\},', b"", text))
         else:
             os.truncate(path / "manifest.json", 100)
 

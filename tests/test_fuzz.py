@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from support.event_records import EVENTS, FIELDS, T, as_values
 from support.fuzzing import StrictDecoder, fuzz, in_memory, ipc, mutated
 from support.manifests import replace_file
+from support.memory_topic import topic_of
 from support.reliability import Outcome
 from support.sample_logs import (
     AVAZU_HEADER,
@@ -41,7 +42,9 @@ from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.logs.open import FORMATS, open_log
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import seal
 from stream_ctr.snapshots.pointer import encode_pointer, pointer_for, read_pointer
+from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.subscriber import Subscriber
 
@@ -267,14 +270,27 @@ def assert_served_or_refused(path: Path) -> None:
         assert len(error_of(read)) < 1000
 
 
+def unsealed(data: bytes) -> dict[str, Any]:
+    """Return a document without its seal."""
+    document: dict[str, Any] = json.loads(data)
+    del document["sha256"]
+    return document
+
+
+def sealed_value(document: Any) -> bytes:
+    """Return the bytes of a document with a seal that is right."""
+    return seal(json.dumps(document).encode())
+
+
 def assert_finite(scorer: Scorer) -> None:
     assert np.isfinite(scorer.predict(ROWS)).all()
 
 
 def test_a_mutated_manifest_is_refused_or_loads(full: bool, served: Path) -> None:
     text = (served / "manifest.json").read_bytes()
+    inside = json.dumps(unsealed(text)).encode()
 
-    @fuzz(full, 100, mutated(text))
+    @fuzz(full, 100, st.one_of(mutated(text), mutated(inside).map(seal)))
     def check(data: bytes) -> None:
         (served / "manifest.json").write_bytes(data)
         assert_served_or_refused(served)
@@ -283,11 +299,11 @@ def test_a_mutated_manifest_is_refused_or_loads(full: bool, served: Path) -> Non
 def test_a_manifest_with_an_odd_value_in_any_place_is_refused_or_loads(
     full: bool, served: Path
 ) -> None:
-    manifest = json.loads((served / "manifest.json").read_bytes())
+    manifest = unsealed((served / "manifest.json").read_bytes())
 
     @fuzz(full, 120, st.sampled_from(places(manifest)), st.sampled_from(ODD_VALUES))
     def check(place: tuple[Any, ...], value: Any) -> None:
-        (served / "manifest.json").write_text(json.dumps(changed(manifest, place, value)))
+        (served / "manifest.json").write_bytes(sealed_value(changed(manifest, place, value)))
         assert_served_or_refused(served)
 
 
@@ -334,9 +350,10 @@ def test_mutated_tensors_with_the_right_hash_are_refused_or_load(full: bool, ser
 
 
 def test_a_mutated_pointer_is_refused_or_leads_to_a_snapshot(
-    full: bool, served: Path, tmp_path: Path
+    full: bool, served: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pointer = json.loads(encode_pointer(pointer_for(served, snapshot.verify(served))))
+    whole = encode_pointer(pointer_for(served, snapshot.verify(served)))
+    pointer = unsealed(whole)
     latest = tmp_path / "latest.json"
     elsewhere = [
         f"{place}/{served.name}"
@@ -347,11 +364,16 @@ def test_a_mutated_pointer_is_refused_or_leads_to_a_snapshot(
         changed, st.just(pointer), st.sampled_from([("path",), *places(pointer)]), values
     )
 
-    changed_bytes = odd.map(lambda other: json.dumps(other).encode())
+    inside = json.dumps(pointer).encode()
+    documents = st.one_of(mutated(whole), mutated(inside).map(seal), odd.map(sealed_value))
 
-    @fuzz(full, 200, st.one_of(mutated(json.dumps(pointer).encode()), changed_bytes))
+    @fuzz(full, 200, documents)
     def check(data: bytes) -> None:
         latest.write_bytes(data)
-        subscriber = Subscriber(tmp_path)
-        subscriber.next(0.0)  # loads the snapshot, or logs a warning
+        for source in (tmp_path, TopicPointers(topic_of(data).reader())):
+            subscriber = Subscriber(source)
+            subscriber.next(0.0)  # loads the snapshot, or counts why not
+            assert set(subscriber.failures) <= {"pointer", "snapshot"}
+        assert not [record for record in caplog.records if record.exc_info], "unexpected"
+        caplog.clear()
         assert len(error_of(lambda: read_pointer(latest))) < 1000

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner, Result
 from support import forks
 from support.lineage import QUICK, newest, published
-from support.manifests import RUN, make_newer, manifest, write_snapshot
+from support.manifests import RUN, make_newer, manifest, sealed, write_snapshot
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.reliability import Outcome
 
@@ -29,9 +29,9 @@ from stream_ctr.errors import ConfigError, DataError
 from stream_ctr.failpoint import VARIABLE
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import lease as leases
+from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots import manifest as manifests
 from stream_ctr.snapshots import pointer as pointers
-from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver, epochs
 from stream_ctr.snapshots.pointer import pointer_for, write_pointer
@@ -85,7 +85,7 @@ def test_a_directory_of_a_newer_version_is_not_taken_and_not_locked(
     with pytest.raises(NewerFormat, match=f"{newer} has format {FORMATS[document] + 1}"):
         Lease(tmp_path)
     newer.write_text("{}")
-    (tmp_path / "run.json").write_text(f'{{"format": 1, "run": "{RUN}"}}')
+    (tmp_path / "run.json").write_bytes(sealed({"format": lineage.FORMAT, "run": RUN}))
     Lease(tmp_path).close()
 
 

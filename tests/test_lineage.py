@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 from support.commands import command, own_topics, succeed
 from support.lineage import QUICK, reports
-from support.manifests import RUN, edit_manifest, make_newer, write_snapshot
+from support.manifests import RUN, edit_json, edit_manifest, make_newer, write_snapshot
 from support.snapshots import crash_at_each_step
 from support.topics import produced
 
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.logs.simulate import Simulation
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat, OlderFormat
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.lineage import new_run, require_run_id, run_of
@@ -78,7 +78,7 @@ def test_a_run_of_a_newer_version_is_not_replaced(tmp_path: Path) -> None:
     path = write_snapshot(tmp_path / "snapshots")
     assert run_of(tmp_path) == RUN
     make_newer(tmp_path / "run.json")
-    with pytest.raises(NewerFormat, match=r"run\.json has format 2"):
+    with pytest.raises(NewerFormat, match=rf"run\.json has format {lineage.FORMAT + 1}"):
         run_of(tmp_path)
     (tmp_path / "run.json").unlink()
     make_newer(path / "manifest.json")
@@ -106,8 +106,7 @@ def test_a_crash_at_any_step_of_the_beginning_leaves_no_run_or_a_whole_one(tmp_p
 
     def inspect() -> None:
         if (tmp_path / "run.json").exists():
-            document = json.loads((tmp_path / "run.json").read_text())
-            assert document == {"format": 1, "run": require_run_id(document["run"])}
+            require_run_id(run_of(tmp_path))
             (tmp_path / "run.json").unlink()
 
     assert crash_at_each_step(begin, inspect) == 4
@@ -147,7 +146,7 @@ def test_everything_that_a_run_writes_has_its_id_and_a_mixed_directory_is_not_re
     pointer = read_pointer(state / "latest.json")
     assert pointer
     assert pointer.run == snapshot.read_manifest(Path(pointer.path)).run == run
-    (state / "run.json").write_text(json.dumps({"format": 1, "run": OTHER}))
+    edit_json(state / "run.json", lambda document: document.update(run=OTHER))
     result = command(*arguments)
     assert result.exit_code == 3
     assert f"is of run {run}, and the state directory is that of run {OTHER}" in result.output

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import random
+import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 from msgspec import structs
-from support.manifests import LEARNER, SCHEMA, manifest
+from support.manifests import LEARNER, SCHEMA, manifest, sealed
+from support.reliability import Outcome
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.events.field import Field, Schema
@@ -16,7 +20,7 @@ from stream_ctr.snapshots.manifest import FORMAT, LedgerEntry, Manifest
 
 
 def read(document: dict[str, Any]) -> Manifest:
-    return decode(msgspec.json.encode(document), Manifest, newest=FORMAT, name="manifest.json")
+    return decode(sealed(document), Manifest, newest=FORMAT, name="manifest.json")
 
 
 def document(**changes: Any) -> dict[str, Any]:
@@ -146,3 +150,42 @@ def test_an_additional_model_must_fit_the_schema_too() -> None:
     schema = Schema(fields=(Field("app", "categorical"), *SCHEMA.fields[1:]), table_bits=6)
     with pytest.raises(ValueError, match="the fields of deepfm and of the schema do not agree"):
         manifest(schema=schema)
+
+
+FIELDS = 60_000
+
+
+def many_fields() -> dict[str, Any]:
+    names = [f"f{number}" for number in range(FIELDS)]
+    schema = {"fields": [[name, "categorical"] for name in names], "crosses": []}
+    return {"schema": schema, "learner": {"fields": FIELDS, "crosses": 0, "value_fields": []}}
+
+
+def wide_crosses() -> dict[str, Any]:
+    names = [f"f{number}" for number in range(2000)]
+    shuffled = random.Random(0).sample(names, len(names))
+    crosses = [[name for name in shuffled if name != names[number]] for number in range(256)]
+    return {"schema": {"fields": [[name, "categorical"] for name in names], "crosses": crosses}}
+
+
+def long_names() -> dict[str, Any]:
+    letters = [chr(0x100 + number) for number in range(250)]
+    one, other = "".join(letters) * 800, "".join(reversed(letters)) * 800
+    return {"schema": {"fields": [[one, "categorical"]], "crosses": [[other, one]]}}
+
+
+@pytest.mark.security(
+    "a manifest costs time in proportion to its size",
+    how="60,000 fields; 256 cross products of 2,000 fields; names of 200,000 letters",
+)
+@pytest.mark.parametrize("hostile", [many_fields, wide_crosses, long_names])
+def test_a_manifest_that_claims_too_much_is_refused_soon(
+    hostile: Callable[[], dict[str, Any]], outcome: Outcome
+) -> None:
+    whole = document()
+    data = sealed({**whole, **{key: {**whole[key], **part} for key, part in hostile().items()}})
+    began = time.process_time()
+    with pytest.raises(SnapshotError, match="is damaged"):
+        decode(data, Manifest, newest=FORMAT, name="manifest.json")
+    assert time.process_time() - began < 5
+    outcome("each is refused within 5 s of processor time")

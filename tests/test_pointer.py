@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.manifests import make_newer, manifest, write_snapshot
+from support.manifests import make_newer, manifest, sealed, write_snapshot
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors
 
 from stream_ctr.errors import SnapshotError
@@ -23,7 +24,7 @@ from stream_ctr.snapshots.pointer import (
 )
 
 GOOD: dict[str, Any] = {
-    "format": 2,
+    "format": 3,
     "snapshot": "1",
     "path": "/snapshots/1",
     "manifest_sha256": "0" * 64,
@@ -35,11 +36,17 @@ GOOD: dict[str, Any] = {
     "examples": 1000,
     "event_time_ms": 1_735_726_500_000,
     "created_ms": 1_735_726_501_000,
+    "signature": "",
 }
 
 
 def pointer(**changes: Any) -> Pointer:
-    return decode_pointer(json.dumps({**GOOD, **changes}).encode())
+    return decode_pointer(sealed({**GOOD, **changes}))
+
+
+def sealed_line(document: dict[str, Any]) -> bytes:
+    body = json.dumps(document, separators=(",", ":"))[:-1]
+    return f'{body},"sha256":"{sha256(body.encode()).hexdigest()}"}}'.encode()
 
 
 def test_a_pointer_leads_to_its_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +78,7 @@ def test_pointers_rank_by_epoch_and_then_by_sequence() -> None:
 def test_a_pointer_survives_its_encoding_as_one_line() -> None:
     line = encode_pointer(pointer())
     assert b"\n" not in line
-    assert json.loads(line) == GOOD
+    assert line == sealed_line(GOOD)
     assert decode_pointer(line) == pointer()
 
 
@@ -101,7 +108,7 @@ def test_a_pointer_survives_its_encoding_as_one_line() -> None:
     ],
 )
 def test_a_pointer_with_a_wrong_field_is_refused(change: dict[str, Any], reason: str) -> None:
-    assert json.loads(encode_pointer(pointer())) == GOOD
+    assert encode_pointer(pointer()) == sealed_line(GOOD)
     with pytest.raises(SnapshotError, match=reason):
         pointer(**change)
 
@@ -110,7 +117,7 @@ def test_a_pointer_with_a_wrong_field_is_refused(change: dict[str, Any], reason:
 def test_a_pointer_without_one_of_its_keys_is_damaged(missing: str) -> None:
     rest = {name: value for name, value in GOOD.items() if name != missing}
     with pytest.raises(SnapshotError, match=f"is damaged: .*missing required field `{missing}`"):
-        decode_pointer(json.dumps(rest).encode())
+        decode_pointer(sealed(rest))
 
 
 def test_numbers_that_do_not_fit_a_pointer_are_refused_by_field(tmp_path: Path) -> None:
@@ -139,7 +146,7 @@ def test_a_pointer_file_of_a_newer_version_is_an_error_of_its_own(tmp_path: Path
     latest = tmp_path / "latest.json"
     write_pointer(latest, pointer_for(path, manifest()))
     make_newer(latest)
-    with pytest.raises(NewerFormat, match=r"latest\.json has format 3.*install the version that"):
+    with pytest.raises(NewerFormat, match=r"latest\.json has format 4.*install the version that"):
         read_pointer(latest)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
@@ -9,12 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from support.manifests import make_newer, manifest, write_snapshot
+from support.manifests import make_newer, manifest, sealed, write_snapshot
 from support.memory_topic import topic_of
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots.contract import NewerFormat
-from stream_ctr.snapshots.pointer import Pointer, encode_pointer, pointer_for, write_pointer
+from stream_ctr.snapshots.pointer import (
+    FORMAT,
+    Pointer,
+    encode_pointer,
+    pointer_for,
+    write_pointer,
+)
 from stream_ctr.snapshots.pointer_sources import FilePointers, TopicPointers
 
 
@@ -117,11 +124,10 @@ def test_a_damaged_pointer_is_an_error_and_hides_no_other(pointers: list[Pointer
 
 def test_a_pointer_of_a_newer_version_supersedes_those_before_it(pointers: list[Pointer]) -> None:
     first, second, third = map(encode_pointer, pointers)
-    newer = second.replace(b'"format":2', b'"format":3')
-    assert newer != second
+    newer = sealed(json.loads(second) | {"format": FORMAT + 1})
     [error] = topic(first, third, newer).poll(0.0)
     assert isinstance(error, NewerFormat)
-    assert "pointer of model 'default' has format 3" in str(error)
+    assert f"pointer of model 'default' has format {FORMAT + 1}" in str(error)
 
     [error, following] = topic(third, newer, first).poll(0.0)
     assert isinstance(error, NewerFormat)

@@ -9,11 +9,12 @@ import os
 import resource
 import threading
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.manifests import RUN, make_newer, write_snapshot
+from support.manifests import RUN, edit_json, make_newer, sealed, write_snapshot
 from support.memory_topic import Away, MemoryTopic, pointers_on
 from support.processes import in_child
 
@@ -23,7 +24,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease, TakenOver
 from stream_ctr.snapshots.line_file import LineFile
-from stream_ctr.snapshots.pointer import Pointer, read_pointer
+from stream_ctr.snapshots.pointer import FORMAT, Pointer, read_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
@@ -327,7 +328,9 @@ def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
     (path / "manifest.json").write_text("{}")
     assert publisher.published_manifest() is None
     assert "the published snapshot cannot be read" in caplog.text
-    (path / "manifest.json").write_text('{"format": 99}')
+    (path / "manifest.json").write_bytes(newer := sealed({"format": 99}))
+    digest = sha256(newer).hexdigest()
+    edit_json(tmp_path / "latest.json", lambda pointer: pointer.update(manifest_sha256=digest))
     with pytest.raises(NewerFormat):
         publisher.published_manifest()
 
@@ -346,7 +349,7 @@ def test_a_pointer_of_a_newer_version_is_never_replaced(tmp_path: Path) -> None:
         publisher.published_manifest,
     ]
     for attempt in attempts:
-        with pytest.raises(NewerFormat, match=r"latest\.json has format 3"):
+        with pytest.raises(NewerFormat, match=rf"latest\.json has format {FORMAT + 1}"):
             attempt()
     assert (tmp_path / "latest.json").read_bytes() == before
     assert len(snapshot.snapshot_ids(tmp_path / "snapshots")) == 2

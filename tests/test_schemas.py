@@ -10,13 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import msgspec
 import pytest
 from support.commands import succeed
 from support.lineage import SMALL
 from support.manifests import manifest
 
 from stream_ctr.logs.simulate import Simulation
+from stream_ctr.snapshots.contract import encode
 
 jsonschema = pytest.importorskip("jsonschema")
 
@@ -149,7 +149,7 @@ def test_every_key_of_a_document_is_in_its_schema_and_required(
 def test_the_schema_of_the_manifest_refuses_what_the_decoder_refuses(
     path: tuple[Any, ...], value: object
 ) -> None:
-    whole = json.loads(msgspec.json.encode(manifest()))
+    whole = json.loads(encode(manifest()))
     assert errors("manifest", whole) == []
     damaged = deepcopy(whole)
     owner = damaged

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,14 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 from msgspec import structs
-from support.manifests import TIME_MS, write_snapshot
+from support.manifests import TIME_MS, sealed, write_snapshot
 from support.memory_topic import Away, MemoryTopic, pointers_on, topic_of
 
 from stream_ctr.errors import BrokerError, ConfigError
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lease import Lease
-from stream_ctr.snapshots.pointer import Pointer, encode_pointer, read_pointer
+from stream_ctr.snapshots.pointer import FORMAT, Pointer, encode_pointer, read_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import CopyAhead, Holder, NameHeld, SnapshotTopic
 
@@ -172,10 +173,12 @@ def test_a_run_that_was_passed_over_and_killed_is_named_in_the_next_pointer() ->
 
 
 def test_a_pointer_of_a_newer_version_is_never_replaced_and_an_older_one_is() -> None:
-    newer = encode_pointer(pointer(A)).replace(b'"format":2', b'"format":3')
-    older = encode_pointer(pointer(A)).replace(b'"format":2', b'"format":1')
+    newer, older = (
+        sealed(json.loads(encode_pointer(pointer(A))) | {"format": format})
+        for format in (FORMAT + 1, FORMAT - 1)
+    )
     for values in ([newer], [pointer(B), newer], [older, newer]):
-        with pytest.raises(NewerFormat, match="pointer of model 'default' on topic .* format 3"):
+        with pytest.raises(NewerFormat, match=rf"'default' on topic .* format {FORMAT + 1}"):
             seen_by(topic_of(*values), B).check(ABOVE_ALL)
     passed_over: list[list[Pointer | bytes | None]] = [
         [older],

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import threading
 from collections.abc import Sequence
+from errno import EACCES, EIO, ENOTDIR, ESTALE
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from support.keys import write_keys
 from support.manifests import RUN, edit_json, edit_manifest, make_newer
 from support.memory_topic import topic_of
 from support.patience import PATIENCE_SECONDS, wait_until
+from support.reliability import Outcome
 from support.served import publish, write_served
 from support.snapshots import flip_bit
 
 from stream_ctr.cli.main import main
+from stream_ctr.connectors.errors import KafkaReadFailed
 from stream_ctr.errors import ConfigError, InvalidFeatures, SnapshotError
 from stream_ctr.snapshots import pointer as pointers
+from stream_ctr.snapshots import subscriber as following
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.pointer import Pointer, encode_pointer
@@ -43,6 +48,9 @@ class Queue:
 
     def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
         return self.batches.pop(0) if self.batches else []
+
+    def locate(self, pointer: Pointer) -> Path:
+        return Path(pointer.path)
 
 
 def write(state: Path, sequence: int, **changes: Any) -> Path:
@@ -133,10 +141,12 @@ def test_a_snapshot_that_ranks_below_the_loaded_one_is_ignored(
     loaded: bool,
 ) -> None:
     subscriber = Subscriber(tmp_path)
-    first = publish(write(tmp_path, 20), epoch=2, sequence=5)
-    assert subscriber.next(PATIENCE_SECONDS) == first
+    path = write(tmp_path, 5, epoch=1)
+    first = publish(path, epoch=2)
+    assert subscriber.next(0.0) == first
     before = subscriber.scorer
-    second = publish(write(tmp_path, 21), epoch=epoch, sequence=sequence)
+    again = path if sequence == 5 else write(tmp_path, sequence, epoch=1)
+    second = publish(again, epoch=epoch)
     with caplog.at_level(logging.WARNING):
         found = subscriber.next(0.0)
     assert found == (second if loaded else None)
@@ -156,13 +166,20 @@ def test_the_first_pointer_that_verifies_is_loaded_and_the_rest_are_not(
     flip_bit(Path(newest.path) / "model.safetensors", -1)
     subscriber = Subscriber(Queue([newest, older]))
     assert subscriber.next(0.0) == older
-    assert subscriber.refusal is None
+    assert "model.safetensors has SHA-256" in str(subscriber.refusal)
+    assert subscriber.health.awaited == newest.snapshot
 
 
 # -- runs ----------------------------------------------------------------------------------------
 
 OTHER = "f" * 32
 THIRD = "e" * 32
+
+
+def copy_published(state: Path, target: Path) -> None:
+    """Replace what is published in one state directory by what is in another."""
+    shutil.copytree(state / "snapshots", target / "snapshots", dirs_exist_ok=True)
+    shutil.copy(state / "latest.json", target)
 
 
 @pytest.mark.parametrize("follow", ["never", "replace"])
@@ -185,7 +202,7 @@ def test_a_subscriber_changes_run_only_when_both_sides_were_told(
     assert subscriber.next(0.0) == first
     # Two runs have the same epochs and sequences.
     second = publish(write(tmp_path / run, 2, run=run), replaces=replaces)
-    shutil.copy(tmp_path / run / "latest.json", tmp_path)
+    copy_published(tmp_path / run, tmp_path)
     found = subscriber.next(0.0)
     assert (found == second) is (follow in loaded)
     assert subscriber.run == subscriber.scorer.manifest.run == (run if follow in loaded else RUN)
@@ -194,9 +211,9 @@ def test_a_subscriber_changes_run_only_when_both_sides_were_told(
 
 
 def test_after_a_replacement_the_replaced_run_is_refused_whatever_it_ranks(tmp_path: Path) -> None:
-    old, new = write(tmp_path / "old", 1), write(tmp_path / "new", 2, run=OTHER)
+    old, new = write(tmp_path / "old", 2), write(tmp_path / "new", 1, run=OTHER, epoch=1)
     first = publish(old)
-    second = publish(new, replaces=(RUN,), epoch=1, sequence=1)
+    second = publish(new, replaces=(RUN,))
     late = structs.replace(first, epoch=99)
     subscriber = Subscriber(TopicPointers(topic_of(first, second, late).reader()), follow="replace")
     assert subscriber.next(0.0) == second
@@ -213,7 +230,7 @@ def test_the_pointers_of_another_run_are_counted_and_logged_once_with_what_to_do
         other = write(tmp_path / run, 2, run=run)
         for number in range(count):
             publish(other, created_ms=number, replaces=replaces)
-            shutil.copy(tmp_path / run / "latest.json", tmp_path / "state")
+            copy_published(tmp_path / run, tmp_path / "state")
             assert subscriber.next(0.0) is None
     assert subscriber.refused == {OTHER: 3, THIRD: 2}
     messages = [record.getMessage() for record in caplog.records]
@@ -244,7 +261,7 @@ def test_a_run_file_keeps_the_run_over_restarts(tmp_path: Path) -> None:
     assert Subscriber(tmp_path, run_file=kept).next(0.0)
     assert kept.read_text() == f"{RUN}\n"
     publish(write(tmp_path / "other", 2, run=OTHER), replaces=(RUN,))
-    shutil.copy(tmp_path / "other" / "latest.json", tmp_path)
+    copy_published(tmp_path / "other", tmp_path)
     restarted = Subscriber(tmp_path, run_file=kept)
     assert restarted.next(0.0) is None
     assert restarted.refused == {OTHER: 1}
@@ -270,7 +287,7 @@ def test_a_pointer_that_names_another_run_than_its_snapshot_is_refused(tmp_path:
     publish(write(tmp_path, 1), run=OTHER)
     subscriber = Subscriber(tmp_path)
     assert subscriber.next(0.0) is None
-    assert f"it is of run {RUN}, its pointer says {OTHER}" in str(subscriber.refusal)
+    assert f"its run is {RUN}, its pointer says {OTHER}" in str(subscriber.refusal)
     assert subscriber.run is None
 
 
@@ -300,7 +317,199 @@ def test_a_fresh_subscriber_reads_the_topic_to_its_end_before_it_chooses_a_run(
     assert subscriber.refused == {RUN: 1}
 
 
+# -- following never ends ------------------------------------------------------------------------
+
+
+class Failing(Queue):
+    """A source that raises each error once before it returns its batches."""
+
+    def __init__(self, *errors: BaseException, then: Sequence[Pointer | SnapshotError]) -> None:
+        super().__init__(then)
+        self.errors = list(errors)
+
+    def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
+        if self.errors:
+            raise self.errors.pop(0)
+        return super().poll(timeout_seconds)
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a subscriber try again at once."""
+    monkeypatch.setattr(following, "_FIRST_RETRY_SECONDS", 0.05)
+    monkeypatch.setattr(following, "_SOURCE_RETRY_SECONDS", 0.01)
+
+
+@pytest.mark.fault(
+    26,
+    injected="ENOTDIR, ESTALE, EIO, EACCES, RecursionError, MemoryError, KafkaReadFailed while a "
+    "subscriber in a thread polls",
+)
+@pytest.mark.usefixtures("hasty")
+def test_whatever_a_source_raises_is_counted_and_the_thread_goes_on(
+    tmp_path: Path, outcome: Outcome, caplog: pytest.LogCaptureFixture
+) -> None:
+    errors = [
+        *(OSError(code, os.strerror(code)) for code in (ENOTDIR, ESTALE, EIO, EACCES)),
+        RecursionError("maximum recursion depth exceeded"),
+        MemoryError(),
+        KafkaReadFailed("reading topic 'snapshots' failed"),
+    ]
+    published = publish(write(tmp_path, 1))
+    with Subscriber(Failing(*errors, then=[published])) as subscriber:
+        assert subscriber.wait(PATIENCE_SECONDS)
+        wait_until(lambda: subscriber.health.ok)
+        health = subscriber.health
+        assert (health.snapshot, health.awaited) == (published.snapshot, None)
+        assert health.failures == {"source": len(errors)}
+        assert health.polled_seconds is not None
+        assert subscriber.predict(ROWS).shape == (2,)
+    assert not subscriber.health.following
+    for name in ("NotADirectoryError", "RecursionError: maximum", "MemoryError", "KafkaReadFailed"):
+        assert f"ignored what is published: {name}" in caplog.text
+    outcome("each is counted and logged, and the next pointer is loaded", times=len(errors))
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_state_directory_that_turns_into_a_file_and_back_is_followed_again(
+    tmp_path: Path,
+) -> None:
+    state = tmp_path / "state"
+    publish(write(state, 1))
+    with Subscriber(state) as subscriber:
+        assert subscriber.wait(PATIENCE_SECONDS)
+        state.rename(tmp_path / "aside")
+        state.write_text("")
+        wait_until(lambda: subscriber.failures["source"] > 1)
+        assert not subscriber.health.ok
+        assert "NotADirectoryError" in str(subscriber.health.refusal)
+        state.unlink()
+        (tmp_path / "aside").rename(state)
+        second = publish(write(state, 2))
+        wait_until(lambda: subscriber.pointer == second)
+        wait_until(lambda: subscriber.health.ok)
+
+
+@pytest.mark.fault(29, injected="100 pointers that are none, on the topic and in latest.json")
+@pytest.mark.usefixtures("hasty")
+def test_no_pointer_ends_a_subscriber(tmp_path: Path, outcome: Outcome) -> None:
+    published = publish(write(tmp_path, 1))
+    good = encode_pointer(published)
+    bad = [b"[" * 200_000, b'{"a":' * 100_000, b"", b"\x00", b"9" * 5000, good[:-1], good + b"x"]
+    bad += [good.replace(b"3", digit, 1) for digit in (b"4", b"2", b"1e400", b"-1")]
+    bad += [good[:cut] for cut in range(0, len(good), len(good) // 88)]
+    subscriber = Subscriber(TopicPointers(topic_of(*bad, published).reader()))
+    assert subscriber.next(0.0) == published
+    assert subscriber.failures == {"pointer": len(bad)}
+    followed = Subscriber(tmp_path)
+    assert followed.next(0.0) == published
+    for number, data in enumerate(bad):
+        (tmp_path / "latest.json").write_bytes(data)
+        os.utime(tmp_path / "latest.json", ns=(number, number))
+        assert followed.next(0.0) is None
+    assert followed.failures == {"pointer": len(bad)}
+    assert followed.pointer == published
+    outcome("all are counted, the model stays", times=2 * len(bad))
+
+
+def test_an_error_of_on_snapshot_is_counted_and_the_model_serves(tmp_path: Path) -> None:
+    def fail(pointer: Pointer) -> None:
+        raise ValueError("no such cache")
+
+    subscriber = Subscriber(tmp_path, on_snapshot=fail)
+    publish(write(tmp_path, 1))
+    assert subscriber.next(0.0)
+    assert subscriber.failures == {"on_snapshot": 1}
+    assert str(subscriber.refusal) == "ValueError: no such cache"
+    assert subscriber.predict(ROWS).shape == (2,)
+
+
+@pytest.mark.fault(26, injected="a pointer that comes before its snapshot, whole or file by file")
+@pytest.mark.usefixtures("hasty")
+def test_a_snapshot_that_arrives_after_its_pointer_is_loaded_when_it_is_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, outcome: Outcome
+) -> None:
+    state, remote = tmp_path / "state", tmp_path / "remote"
+    path = write(state, 1)
+    published = publish(path)
+    shutil.copytree(state, remote)
+    here = remote / "snapshots" / path.name
+    shutil.rmtree(here)
+    subscriber = Subscriber(remote)
+    assert subscriber.next(0.0) is None
+    assert subscriber.health.awaited == path.name
+    here.mkdir()
+    for file in sorted(path.iterdir(), reverse=True):
+        assert subscriber.next(0.1) is None
+        shutil.copy(file, here)
+    assert subscriber.next(PATIENCE_SECONDS) == published
+    assert subscriber.path == here
+    assert subscriber.health.awaited is None
+    assert subscriber.refusal is None
+    assert len(caplog.records) == len(set(caplog.messages)), "each reason is said once"
+    outcome("it is tried again, and loaded when it is whole")
+
+
+@pytest.mark.usefixtures("hasty")
+def test_a_newer_snapshot_ends_the_wait_for_one_that_cannot_be_loaded(tmp_path: Path) -> None:
+    subscriber = Subscriber(tmp_path)
+    damage_tensors_of(publish(write(tmp_path, 1)))
+    assert subscriber.next(0.2) is None
+    assert subscriber.failures["snapshot"] > 1
+    second = publish(write(tmp_path, 2))
+    assert subscriber.next(0.0) == second
+    assert subscriber.health.awaited is None
+
+
+def test_a_snapshot_is_tried_again_less_and_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
+    published = publish(write(tmp_path, 1))
+    damage_tensors_of(published)
+    subscriber = Subscriber(Queue([published]))
+    tried = []
+    for second in range(200):
+        now[0] = float(second)
+        before = subscriber.failures["snapshot"]
+        assert subscriber.next(0.0) is None
+        tried += [second] * (subscriber.failures["snapshot"] - before)
+    assert tried == [0, 1, 3, 7, 15, 31, 63, 123, 183]
+
+
+# -- places --------------------------------------------------------------------------------------
+
+
+def test_a_state_directory_may_be_moved(tmp_path: Path) -> None:
+    published = publish(write(tmp_path / "trained", 1))
+    (tmp_path / "trained").rename(tmp_path / "mounted")
+    subscriber = Subscriber(tmp_path / "mounted")
+    assert subscriber.next(0.0) == published
+    assert subscriber.path == tmp_path / "mounted" / "snapshots" / published.snapshot
+    line = json.loads(
+        CliRunner()
+        .invoke(main, ["subscribe", "--state", str(tmp_path / "mounted"), "--once", "--json"])
+        .stdout
+    )
+    assert line["path"] == str(subscriber.path)
+
+
+def test_the_pointers_of_a_topic_lead_to_the_folder_that_is_given(tmp_path: Path) -> None:
+    published = publish(write(tmp_path / "trained", 1))
+    (tmp_path / "trained").rename(tmp_path / "mounted")
+    assert Subscriber(TopicPointers(topic_of(published).reader())).next(0.0) is None
+    snapshots = tmp_path / "mounted" / "snapshots"
+    subscriber = Subscriber(TopicPointers(topic_of(published).reader(), snapshots=snapshots))
+    assert subscriber.next(0.0) == published
+    assert subscriber.path == snapshots / published.snapshot
+
+
 # -- refusals ------------------------------------------------------------------------------------
+
+
+def damage_tensors_of(published: Pointer) -> None:
+    flip_bit(Path(published.path) / "model.safetensors", -1)
 
 
 def damage_tensors(path: Path) -> None:

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from cryptography.hazmat.primitives.asymmetric import ed25519
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from support.manifests import edit_manifest
 from support.reliability import Outcome
 from support.trainers import (
     RIVER,
@@ -402,14 +403,12 @@ def test_an_additional_model_follows_parents_within_its_run_only(tmp_path, strea
     finish(built)
     newest = snapshot.newest(tmp_path / "snapshots")
     before = snapshot.snapshot_ids(tmp_path / "snapshots")[-2]
-    manifest = json.loads((newest / "manifest.json").read_text())
-    assert manifest["parent"] == before
+    assert snapshot.read_manifest(newest).parent == before
     assert built.snapshots.last_good("deepfm") == newest
-    del manifest["files"]["deepfm.model.safetensors"]
     (newest / "deepfm.model.safetensors").unlink()
-    (newest / "manifest.json").write_text(json.dumps(manifest))
+    edit_manifest(newest, lambda manifest: manifest["files"].pop("deepfm.model.safetensors"))
     assert built.snapshots.last_good("deepfm") == newest.parent / before
-    (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": parent}))
+    edit_manifest(newest, lambda manifest: manifest.update(parent=parent))
     assert built.snapshots.last_good("deepfm") is None
 
 
@@ -431,8 +430,7 @@ def test_a_additional_model_goes_back_to_no_snapshot_that_the_key_did_not_sign(t
     finish(built)
     newest = snapshot.newest(tmp_path / "state" / "snapshots")
     assert built.snapshots.last_good("deepfm") == newest
-    manifest = json.loads((newest / "manifest.json").read_text())
-    (newest / "manifest.json").write_text(json.dumps({**manifest, "parent": "x"}))
+    edit_manifest(newest, lambda manifest: manifest.update(parent="x"))
     with pytest.raises(SnapshotError, match="sign"):
         built.snapshots.last_good("deepfm")
 

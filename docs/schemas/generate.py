@@ -36,7 +36,7 @@ def schemas() -> dict[str, dict[str, Any]]:
 def document(contract: type[msgspec.Struct], *, newest: int) -> dict[str, Any]:
     """Return the schema of a document that is an object of this type."""
     definitions = components(contract)
-    root = with_format(definitions.pop(contract.__name__), newest)
+    root = with_seal(with_format(definitions.pop(contract.__name__), newest))
     return {"$schema": DIALECT, **root, "$defs": definitions}
 
 
@@ -97,6 +97,22 @@ def with_format(definition: dict[str, Any], newest: int) -> dict[str, Any]:
     """Return the definition for documents of one format."""
     properties = {**definition["properties"], "format": {"const": newest}}
     return {**definition, "properties": properties}
+
+
+def with_seal(definition: dict[str, Any]) -> dict[str, Any]:
+    """Return the definition with the last key of a document, which is none of its type."""
+    sealed = {
+        "description": "The SHA-256 of all bytes of the document before the comma that precedes "
+        "this key, the last one.",
+        "type": "string",
+        "pattern": "^[0-9a-f]{64}$",
+        "maxLength": 64,
+    }
+    return {
+        **definition,
+        "properties": {**definition["properties"], "sha256": sealed},
+        "required": [*definition["required"], "sha256"],
+    }
 
 
 def main() -> None:

@@ -20,7 +20,8 @@ from stream_ctr.config import Config
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import files, snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.files import MANIFEST
 from stream_ctr.snapshots.manifest import Manifest, Origin
 
@@ -64,9 +65,7 @@ class Beginning:
         )
 
 
-def find_beginning(
-    path: Path, state: Path, signature: snapshot.Verify | None = None
-) -> Beginning | None:
+def find_beginning(path: Path, state: Path, signature: Verify | None = None) -> Beginning | None:
     """Return where the new state begins, or None if it began there already.
 
     `path` is a snapshot, or a state directory, which stands for its newest snapshot.
@@ -78,7 +77,7 @@ def find_beginning(
         _require_origin(kept_manifest(state), path, state)
         return None
     found = _newest_or_itself(path, signature)
-    manifest = snapshot.verify(found, signature=signature)
+    manifest = snapshot.verify(found, signature=signature, any_name=True)
     return Beginning(found, manifest, _origin(found, manifest))
 
 
@@ -93,7 +92,7 @@ def kept_manifest(state: Path) -> Manifest | None:
     return None
 
 
-def _newest_or_itself(path: Path, signature: snapshot.Verify | None) -> Path:
+def _newest_or_itself(path: Path, signature: Verify | None) -> Path:
     if (path / MANIFEST).exists():
         return path
     root = path / "snapshots" if (path / "snapshots").is_dir() else path
@@ -109,7 +108,7 @@ def _newest_or_itself(path: Path, signature: snapshot.Verify | None) -> Path:
 def _origin(path: Path, manifest: Manifest) -> Origin:
     return Origin(
         snapshot=path.resolve().name,
-        manifest_sha256=hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest(),
+        manifest_sha256=hashlib.sha256(files.read_manifest(path)).hexdigest(),
         directory_sha256=_digest(path.resolve().parent),
         examples=manifest.examples,
     )
@@ -154,6 +153,6 @@ def _require_origin(kept: Manifest | None, path: Path, state: Path) -> None:
 
 
 def _has_digest(path: Path, sha256: str) -> bool:
-    with contextlib.suppress(OSError):
-        return hashlib.sha256((path / MANIFEST).read_bytes()).hexdigest() == sha256
+    with contextlib.suppress(SnapshotError):
+        return hashlib.sha256(files.read_manifest(path)).hexdigest() == sha256
     return False

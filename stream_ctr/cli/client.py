@@ -10,6 +10,7 @@ from stream_ctr.cli.registry import without_registry
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.errors import PositionLost, RegistryFailure, TopicChanged
 from stream_ctr.errors import BrokerError, ConfigError, DataError
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.pointer_sources import TopicPointers
 
 _LOCAL_BROKER = "localhost:9092"
@@ -38,13 +39,20 @@ def client_options(
 
 @contextlib.contextmanager
 def topic_pointers(
-    client: dict[str, object], topic: str, *, model_name: str
+    client: dict[str, object],
+    topic: str,
+    *,
+    model_name: str,
+    snapshots: Path | None = None,
+    signature: Verify | None = None,
 ) -> Iterator[TopicPointers]:
-    """Yield the pointers of one name on a snapshot topic."""
+    """Yield the pointers of one name on a snapshot topic, see `TopicPointers`."""
     with connector_errors():
         reader = kafka.PointerReader(client, topic)
         try:
-            yield TopicPointers(reader, model_name=model_name)
+            yield TopicPointers(
+                reader, model_name=model_name, snapshots=snapshots, signature=signature
+            )
         finally:
             reader.close()
 

@@ -43,6 +43,7 @@ from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
@@ -69,7 +70,7 @@ def state_directory(state: Path, *, take_over: bool = False) -> Iterator[Lease]:
             raise
 
 
-def kept_config(state: Path, signature: snapshot.Verify | None = None) -> dict[str, Any] | None:
+def kept_config(state: Path, signature: Verify | None = None) -> dict[str, Any] | None:
     """Return the configuration of the earlier run in this directory, or None."""
     newest = snapshot.newest(state / "snapshots", signature=signature)
     return snapshot.verify(newest).config if newest else None
@@ -148,6 +149,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
             reader=_NothingToRead(),
             name=config.snapshots.model_name,
             run=lease.run,
+            signing=signing_key(config),
         )
     return Publisher(
         lease.directory,
@@ -158,6 +160,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
         snapshot_topic=snapshot_topic,
         model_name=config.snapshots.model_name,
         rotation=rotation(config),
+        signing=signing_key(config),
     )
 
 
@@ -219,6 +222,7 @@ def train_on_kafka(
                 name=config.snapshots.model_name,
                 run=lease.run,
                 replace_run=replace_run,
+                signing=signing_key(config),
             )
         publisher = Publisher(
             lease.directory,
@@ -229,6 +233,7 @@ def train_on_kafka(
             snapshot_topic=snapshot_topic,
             model_name=config.snapshots.model_name,
             rotation=rotation(config),
+            signing=signing_key(config),
         )
         publisher.require_name(take_over=take_over)
         return _train(

@@ -55,6 +55,12 @@ _MODEL_OPTION = click.option(
 )
 @click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
 @click.option(
+    "--snapshots",
+    type=GivenPath(file_okay=False),
+    help="With --topic: the folder that holds the snapshots on this machine.  [default: that of "
+    "the pointer]",
+)
+@click.option(
     "--model-name",
     default="default",
     show_default=True,
@@ -100,6 +106,7 @@ def subscribe(
     *,
     state: Path | None,
     topic: str | None,
+    snapshots: Path | None,
     model_name: str,
     model: str | None,
     run: str | None,
@@ -118,15 +125,19 @@ def subscribe(
     stream-ctr subscribe --state state
     stream-ctr subscribe --bootstrap-servers localhost:9092 --json --exec 'reload-model {path}'
     stream-ctr subscribe --bootstrap-servers localhost:9092 --run-file served.run
+    stream-ctr subscribe --bootstrap-servers localhost:9092 --snapshots /mnt/state/snapshots
     """
     from stream_ctr.cli import runs
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.snapshots.pointer_sources import TopicPointers
+    from stream_ctr.snapshots.signing import verifier
     from stream_ctr.snapshots.subscriber import Subscriber
 
     hook = _hook(command)
     if state and topic:
         raise click.UsageError("--state and --topic are two ways to follow; give one")
+    if state and snapshots:
+        raise click.UsageError("--snapshots is for a topic; --state has its snapshots beside it")
     with contextlib.ExitStack() as stack:
         source: Path | PointerSource
         if state:
@@ -139,7 +150,12 @@ def subscribe(
             stack.enter_context(connector_errors())
             reader = kafka.PointerReader(client, topic or config.snapshots.topic)
             stack.callback(reader.close)
-            source = TopicPointers(reader, model_name=model_name)
+            source = TopicPointers(
+                reader,
+                model_name=model_name,
+                snapshots=snapshots,
+                signature=verifier(public_key),
+            )
         subscriber = Subscriber(
             source,
             model=model,
@@ -178,10 +194,11 @@ def _follow(
     while not subscriber.closing:
         pointer = subscriber.next(timeout if once else 1.0)
         if pointer:
-            click.echo(_pointer_line(pointer, as_json=as_json))
+            path = str(subscriber.path)
+            click.echo(_pointer_line(pointer, path, as_json=as_json))
             sys.stdout.flush()
             if hook:
-                _run_hook(hook, pointer)
+                _run_hook(hook, pointer, path)
         if once:
             if pointer is None:
                 reason = f": {subscriber.refusal}" if subscriber.refusal else ""
@@ -189,22 +206,22 @@ def _follow(
             return
 
 
-def _pointer_line(pointer: Pointer, *, as_json: bool) -> str:
+def _pointer_line(pointer: Pointer, path: str, *, as_json: bool) -> str:
     delay = round(time.time() - pointer.created_ms / 1000, 3)
     if as_json:
         fields = msgspec.to_builtins(pointer)
-        return json.dumps({**fields, "verified": True, "delay_seconds": delay})
+        return json.dumps({**fields, "path": path, "verified": True, "delay_seconds": delay})
     return (
         f"{pointer.snapshot}  {pointer.examples:,} examples  "
-        f"loaded {delay:.2f} s after it was taken  {printable(pointer.path, 1000)}"
+        f"loaded {delay:.2f} s after it was taken  {printable(path, 1000)}"
     )
 
 
-def _run_hook(hook: Sequence[str], pointer: Pointer) -> None:
-    arguments = [pointer.path if word == _PATH else word for word in hook]
+def _run_hook(hook: Sequence[str], pointer: Pointer, path: str) -> None:
+    arguments = [path if word == _PATH else word for word in hook]
     environment = {
         **os.environ,
-        "STREAM_CTR_SNAPSHOT": pointer.path,
+        "STREAM_CTR_SNAPSHOT": path,
         "STREAM_CTR_SNAPSHOT_ID": pointer.snapshot,
     }
     try:

@@ -22,11 +22,11 @@ from stream_ctr.cli.options import (
     aligned,
     settings_options,
 )
-from stream_ctr.errors import SnapshotError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
-    from stream_ctr.snapshots.snapshot import Verify
+    from stream_ctr.snapshots.contract import Verify
 
 
 def echo(line: str) -> None:
@@ -180,7 +180,7 @@ def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
     from stream_ctr.snapshots import snapshot
 
     path = _find(path, snapshot_id)
-    manifest = snapshot.read_manifest(path)
+    manifest = snapshot.read_manifest(path, any_name=True)
     fields = msgspec.to_builtins(manifest)
     shown = {name: value for name, value in fields.items() if name not in ("metrics", "files")}
     for line in aligned([[printable(name), printable(text, 2000)] for name, text in _flat(shown)]):
@@ -241,7 +241,8 @@ def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
     Prints `ok` or what is wrong.
 
     Sizes and SHA-256 are compared with the manifest, and the manifest of the published snapshot
-    with its pointer. The exit code is 0 if all verify, and 6 if one does not or there is none.
+    with its pointer. With --public-key, all of them must be signed. The exit code is 0 if all
+    verify, and 6 if one does not or there is none.
 
     \b
     stream-ctr snapshots verify state
@@ -251,7 +252,7 @@ def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
     signature = verifier(public_key)
     single = (path / "manifest.json").exists()
     folder = path.absolute().parent if single else _folder(path)
-    pinned, wrong = _pinned(folder)
+    pinned, wrong = _pinned(folder, signature)
     paths = [path] if single else _paths(folder)
     missing = [] if single else sorted(pinned.keys() - {each.name for each in paths})
     for name in missing:
@@ -259,31 +260,37 @@ def verify_snapshots(*, path: Path, public_key: Path | None) -> None:
         wrong += 1
     for each in paths:
         name = each.absolute().name
-        reason = _damage(each, pinned.get(name), signature)
+        reason = _damage(each, pinned.get(name), signature, any_name=single)
         echo(f"{name}  {printable(reason, 1000) if reason else 'ok'}")
         wrong += bool(reason)
     if wrong:
         raise SnapshotError(f"{wrong} of what is in {path} does not verify")
 
 
-def _pinned(folder: Path) -> tuple[dict[str, str], int]:
-    """Return the published snapshot's name and manifest digest, and 1 if the pointer is damaged."""
-    from stream_ctr.snapshots.pointer import read_pointer
+def _pinned(folder: Path, signature: Verify | None) -> tuple[dict[str, str], int]:
+    """Return the published snapshot's name and manifest digest, and 1 if the pointer is wrong."""
+    from stream_ctr.snapshots.pointer import read_pointer, require_signature
 
     try:
         pointer = read_pointer(folder.parent / "latest.json")
+        if pointer and signature:
+            require_signature(pointer, signature)
     except SnapshotError as error:
         echo(f"latest.json  {printable(str(error), 1000)}")
         return {}, 1
     return ({pointer.snapshot: pointer.manifest_sha256} if pointer else {}), 0
 
 
-def _damage(path: Path, manifest_sha256: str | None, signature: Verify | None) -> str | None:
+def _damage(
+    path: Path, manifest_sha256: str | None, signature: Verify | None, *, any_name: bool
+) -> str | None:
     """Return what is wrong with a snapshot, or None."""
     from stream_ctr.snapshots import snapshot
 
     try:
-        snapshot.verify(path, manifest_sha256=manifest_sha256, signature=signature)
+        snapshot.verify(
+            path, manifest_sha256=manifest_sha256, signature=signature, any_name=any_name
+        )
     except SnapshotError as error:
         return str(error)
     return None
@@ -296,6 +303,12 @@ def _damage(path: Path, manifest_sha256: str | None, signature: Verify | None) -
 @click.argument("directory", metavar="DIR", type=GivenPath())
 @click.argument("snapshot_id", metavar="ID")
 @click.option("--topic", help="Send the pointer to this snapshot topic too.")
+@click.option(
+    "--signing-key",
+    "key_path",
+    type=GivenPath(),
+    help="The private key of a run that signs, its snapshots.signing_key.",
+)
 @REPLACE_RUN_OPTION
 @settings_options("A Kafka client property.")
 def roll_back(
@@ -303,6 +316,7 @@ def roll_back(
     directory: Path,
     snapshot_id: str,
     topic: str | None,
+    key_path: Path | None,
     replace_run: str | None,
     settings: Settings,
 ) -> None:
@@ -311,7 +325,8 @@ def roll_back(
     A rollback changes what is served, not what is learned: `run` goes on from its newest snapshot,
     and the next that it publishes is served again. So stop a run that learns what it should not.
     An active run does no harm: the pointer is replaced in one step. Subscribers of a topic are
-    reached with --topic only, and only if no other run holds the model's name there.
+    reached with --topic only, and only if no other run holds the model's name there. A run that
+    signs signs its pointers too, so rolling back needs its key.
 
     \b
     stream-ctr snapshots rollback state 00000003-20250101T101500Z
@@ -319,11 +334,18 @@ def roll_back(
     """
     from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.publisher import Publisher
+    from stream_ctr.snapshots.signing import SigningKey
     from stream_ctr.snapshots.snapshot_topic import SnapshotTopic
 
     path = _find(directory, snapshot_id)
-    manifest = snapshot.verify(path)
     state = path.parent.parent
+    key = SigningKey(key_path) if key_path else None
+    if key is None and _is_signed(path):
+        raise ConfigError(
+            f"snapshot {path.name} is signed, and subscribers with the public key load signed "
+            "pointers only: give --signing-key"
+        )
+    manifest = snapshot.verify(path, signature=key.verify if key else None)
     with contextlib.ExitStack() as stack:
         snapshot_topic = None
         if topic:
@@ -343,8 +365,11 @@ def roll_back(
                 name=manifest.model,
                 run=manifest.run,
                 replace_run=replace_run,
+                signing=key,
             )
-        publisher = Publisher(state, snapshot_topic=snapshot_topic, model_name=manifest.model)
+        publisher = Publisher(
+            state, snapshot_topic=snapshot_topic, model_name=manifest.model, signing=key
+        )
         before = _published(path.parent)
         pointer = publisher.roll_back(path, manifest)
     places = f"{state / 'latest.json'}{f' and topic {topic}' if topic else ''}"
@@ -352,3 +377,16 @@ def roll_back(
         f"{path.name} is published again, as epoch {pointer.epoch}, in {places}; "
         f"before: {before or 'none'}"
     )
+
+
+def _is_signed(path: Path) -> bool:
+    """Return whether a snapshot has a signature, or the published pointer beside it."""
+    from stream_ctr.snapshots.pointer import read_pointer
+
+    if (path / "manifest.sig").exists():
+        return True
+    try:
+        pointer = read_pointer(path.parent.parent / "latest.json")
+    except SnapshotError:
+        return False
+    return bool(pointer and pointer.signature)

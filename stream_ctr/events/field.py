@@ -11,6 +11,7 @@ b'[["app","categorical"],["age","numeric"]]'
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -54,8 +55,8 @@ class Schema(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     value_scales: dict[str, Scale] = {}
 
     def __post_init__(self) -> None:
-        names = [field.name for field in self.fields]
-        repeated = sorted({name for name in names if names.count(name) > 1})
+        names = Counter(field.name for field in self.fields)
+        repeated = sorted(name for name, times in names.items() if times > 1)
         if repeated:
             raise ValueError(f"a field is listed twice: {', '.join(repeated)}")
         for members in self.crosses:
@@ -102,9 +103,12 @@ def require_distinct_members(names: Sequence[str]) -> None:
 
 def require_distinct_crosses(crosses: Sequence[Sequence[str]]) -> None:
     """Raises `ValueError` when two cross products have the same members, in any order."""
-    for index, names in enumerate(crosses):
-        if any(sorted(names) == sorted(other) for other in crosses[:index]):
+    seen: set[tuple[str, ...]] = set()
+    for names in crosses:
+        members = tuple(sorted(names))
+        if members in seen:
             raise ValueError(f"a cross product is listed twice: {shown_cross(names)}")
+        seen.add(members)
 
 
 def require_members(

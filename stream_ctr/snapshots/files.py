@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,14 +9,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
 from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 
 MANIFEST = "manifest.json"
 TEMPORARY = "tmp-"
 """Names that begin like this are unfinished or half deleted."""
+
+LARGEST_DOCUMENT_BYTES = 1 << 20
+"""The largest pointer, and the largest `run.json`."""
+LARGEST_MANIFEST_BYTES = 64 << 20
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -58,20 +59,25 @@ def snapshot_name(name: str) -> str:
     return plain_name(name, "snapshot")
 
 
+class Missing(SnapshotError):
+    """A file is not there."""
+
+
 @contextmanager
 def naming(path: Path, failure: str) -> Iterator[None]:
     """Turn an `OSError` inside the block into a `SnapshotError` that says what failed and where."""
     try:
         yield
     except OSError as reason:
-        raise SnapshotError(f"{failure} {path}: {reason.strerror or reason}") from reason
+        kind = Missing if isinstance(reason, FileNotFoundError) else SnapshotError
+        raise kind(f"{failure} {path}: {reason.strerror or reason}") from reason
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Open `path` for reading and yield the file descriptor. A symbolic link is refused."""
+    """Open a regular file for reading and yield the file descriptor. A symbolic link is refused."""
     with naming(path, "cannot read"):
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        fd = state_files.open_file(path, os.O_RDONLY)
         try:
             yield fd
         finally:
@@ -82,6 +88,26 @@ def read_all(fd: int) -> bytes:
     """Read the rest of an open file."""
     with os.fdopen(fd, "rb", buffering=0, closefd=False) as file:
         return file.readall()
+
+
+def read_document(path: Path, largest_bytes: int = LARGEST_DOCUMENT_BYTES) -> bytes:
+    """Return the contents of a small regular file.
+
+    Raises `Missing` if there is none, and `SnapshotError` if it is larger than any of its kind: a
+    sparse file of many gigabytes takes no room on the disk and all of the memory.
+    """
+    with opened(path) as fd:
+        if (size := os.fstat(fd).st_size) > largest_bytes:
+            raise SnapshotError(
+                f"{path} has {size:,} bytes, and the largest of its kind has {largest_bytes:,}"
+            )
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            return file.read(largest_bytes)
+
+
+def read_manifest(path: Path) -> bytes:
+    """Return the bytes of the manifest of the snapshot at `path`."""
+    return read_document(path / MANIFEST, LARGEST_MANIFEST_BYTES)
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -135,18 +161,6 @@ def is_directory(path: Path) -> bool:
         return path.is_dir()
     except OSError:  # the name is too long, or a parent folder may not be entered
         return False
-
-
-def to_json(document: msgspec.Struct) -> bytes:
-    """Encode a manifest or a pointer as indented JSON.
-
-    Raises `SnapshotError` for anything that JSON does not have, such as NaN.
-    """
-    try:
-        builtins = msgspec.to_builtins(document)
-        return json.dumps(builtins, indent=1, allow_nan=False).encode() + b"\n"
-    except (TypeError, ValueError) as reason:
-        raise SnapshotError(f"manifest or pointer is not JSON: {reason}") from reason
 
 
 def mebibytes(count: int) -> str:

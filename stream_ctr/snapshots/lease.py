@@ -27,7 +27,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -36,15 +36,13 @@ from stream_ctr import state_files
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import lineage, snapshot
-from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.contract import LARGEST_EPOCH, NewerFormat
 from stream_ctr.snapshots.pointer import read_pointer
 
 _log = logging.getLogger(__name__)
 # How long a take-over waits for the former holder, which looks at the lock between two batches.
 _LEAVE_SECONDS = 10.0
 _LARGEST_LOCK_BYTES = 4096
-# It grows by one with each start and each rollback: no run ever reaches this.
-_LARGEST_EPOCH = (1 << 48) - 1
 
 
 class TakenOver(ConfigError):
@@ -73,7 +71,7 @@ class Lease:
             try:
                 self.check()  # a third process may have taken over meanwhile
                 state_files.require_own(directory)
-                self.epoch = 1 + max([self.epoch, *epochs(directory)])
+                self.epoch = next_epoch(directory, [self.epoch, *epochs(directory)])
                 self.run = lineage.run_of(directory)
                 self._write_holder(self._fd)
             except BaseException:
@@ -102,7 +100,7 @@ class Lease:
 
     def raise_epoch(self, above: int) -> None:
         """Make the epoch greater than `above`."""
-        self.epoch = max(self.epoch, above + 1)
+        self.epoch = next_epoch(self.directory, [self.epoch - 1, above])
         self._write_holder(self._fd)
 
     def abandon(self) -> None:
@@ -182,7 +180,7 @@ class Lease:
     def _succeed(self, former: dict[str, Any], fd: int) -> None:
         """Write this holder into the lock, with the epoch of the former one, for now."""
         epoch = former.get("epoch")
-        self.epoch = epoch if isinstance(epoch, int) and 0 < epoch <= _LARGEST_EPOCH else 0
+        self.epoch = epoch if isinstance(epoch, int) and 0 < epoch <= LARGEST_EPOCH else 0
         self._write_holder(fd)
 
     def _write_holder(self, fd: int) -> None:
@@ -196,6 +194,20 @@ class Lease:
         os.pwrite(fd, text.encode(), 0)
         os.ftruncate(fd, len(text))
         os.fsync(fd)
+
+
+def next_epoch(directory: Path, found: Iterable[int]) -> int:
+    """Return an epoch above those that were found in a state directory.
+
+    Raises `SnapshotError` if there is none, which only a forged document can bring about.
+    """
+    largest = max(found, default=0)
+    if largest >= LARGEST_EPOCH:
+        raise SnapshotError(
+            f"no epoch is left in {directory}: a snapshot, latest.json or the lock there has one "
+            f"of {largest}, which no run reaches. Remove what is forged, and start again"
+        )
+    return 1 + largest
 
 
 def epochs(directory: Path) -> Iterator[int]:

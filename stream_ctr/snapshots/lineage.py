@@ -27,15 +27,17 @@ from msgspec import Struct
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.summary import Count
 from stream_ctr.snapshots import files, snapshot
-from stream_ctr.snapshots.contract import NewerFormat, RunId, decode
+from stream_ctr.snapshots.contract import NewerFormat, RunId, decode, encode
 
 _log = logging.getLogger(__name__)
-_FORMAT = 1
+FORMAT = 2
 RUN_FILE = "run.json"
 
 
-class _RunFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    format: Count = _FORMAT
+class RunFile(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The contents of `run.json`."""
+
+    format: Count = FORMAT
     run: RunId
 
 
@@ -47,14 +49,14 @@ def run_of(directory: Path) -> str:
     """
     path = directory / RUN_FILE
     damage = None
-    if path.exists():
-        try:
-            with files.opened(path) as fd:
-                return decode(files.read_all(fd), _RunFile, newest=_FORMAT, name=str(path)).run
-        except NewerFormat:
-            raise
-        except SnapshotError as error:
-            damage = error
+    try:
+        return decode(files.read_document(path), RunFile, newest=FORMAT, name=str(path)).run
+    except NewerFormat:
+        raise
+    except files.Missing:
+        pass
+    except SnapshotError as error:
+        damage = error
     run = _run_of_newest(directory / "snapshots")
     if run is None and damage:
         raise SnapshotError(
@@ -64,7 +66,7 @@ def run_of(directory: Path) -> str:
     if run and damage:
         _log.warning("%s; its snapshots are of run %s, which goes on", damage, run)
     run = run or new_run()
-    files.replace_durably(path, files.to_json(_RunFile(run=run)))
+    files.replace_durably(path, encode(RunFile(run=run)))
     return run
 
 

@@ -1,7 +1,7 @@
 """The manifest: the contents of a snapshot's `manifest.json`, as one frozen type.
 
-A manifest is decoded once, when a snapshot is opened (see `contract.decode`). docs/schemas has its
-JSON Schema.
+A manifest is decoded once, when a snapshot is opened, after its seal (see `contract`). docs/schemas
+has its JSON Schema.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from stream_ctr.evaluate.gate import Measured, Verdict
 from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
-from stream_ctr.snapshots.contract import RunId, Sha256
+from stream_ctr.snapshots.contract import Epoch, RunId, Sha256
 
 FORMAT = 4
 _LARGEST_SUM = (1 << 64) - 1
@@ -143,11 +143,9 @@ class RunIdentity(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
             raise ValueError("a run publishes either one model or a blend")
         if not set(self.blend) <= set(self.beside):
             raise ValueError("a blend mixes models of its run")
+        value_fields = self.schema.value_fields
         for spec in self.specs.values():
-            if (
-                spec.fields != len(self.schema.fields)
-                or spec.value_fields != self.schema.value_fields
-            ):
+            if spec.fields != len(self.schema.fields) or spec.value_fields != value_fields:
                 raise ValueError(f"the fields of {spec.model} and of the schema do not agree")
             if spec.crosses != len(self.schema.crosses):
                 raise ValueError(
@@ -191,7 +189,7 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     run: RunId
     snapshot: str
     sequence: Count
-    epoch: Count
+    epoch: Epoch
     parent: str | None
     created_ms: Count
     examples: Count

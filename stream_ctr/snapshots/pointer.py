@@ -2,6 +2,9 @@
 
 It is in `latest.json` of a state directory, and on the snapshot topic under the model's name.
 docs/schemas has its JSON Schema.
+
+A signature covers all keys but itself. Without it, whoever may write pointers could publish an old
+snapshot, which is signed, once more under a later epoch.
 """
 
 from __future__ import annotations
@@ -10,18 +13,24 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
+from msgspec.structs import replace
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.summary import Count
 from stream_ctr.failpoint import failpoint
+from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files
-from stream_ctr.snapshots.contract import RunId, Sha256, decode
+from stream_ctr.snapshots.contract import Epoch, RunId, Sha256, Sign, Verify, decode, encode
 from stream_ctr.snapshots.manifest import Manifest
 
-FORMAT = 2
+FORMAT = 3
+
+# No manifest begins like this, so no signature of one is that of a pointer.
+_SIGNED = b"stream-ctr pointer\n"
 
 
 class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -29,10 +38,12 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     `model` is the name under which the run publishes. `replaces` lists the runs that may not
     publish under the name any more: those that held it before and were replaced, and those that
-    came in between. `path` is absolute and ends in the snapshot's name. `manifest_sha256` is the
-    digest of the bytes of its manifest. `epoch` grows with every run that holds the state directory
-    and with every rollback; `sequence` grows with every snapshot of a state directory. Both order
-    the pointers of one run, and say nothing about those of two.
+    came in between. `path` is where the run wrote the snapshot: it is absolute, and ends in the
+    snapshot's name. A reader may have the directory in another place (see `PointerSource.locate`).
+    `manifest_sha256` is the digest of the bytes of its manifest. `epoch` grows with every run that
+    holds the state directory and with every rollback; `sequence` grows with every snapshot of a
+    state directory. Both order the pointers of one run, and say nothing about those of two.
+    `signature`, in hexadecimal digits, is empty if the run does not sign.
 
     Raises `ValueError` if `path` does not lead to a directory named `snapshot`.
     """
@@ -44,11 +55,12 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     run: RunId
     replaces: tuple[RunId, ...] = ()
     model: str
-    epoch: Count
+    epoch: Epoch
     sequence: Count
     examples: Count
     event_time_ms: Count
     created_ms: Count
+    signature: Annotated[str, Meta(pattern="^([0-9a-f]{128})?$", max_length=128)] = ""
 
     def __post_init__(self) -> None:
         path = Path(self.path)
@@ -69,35 +81,74 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
 
 def pointer_for(
-    path: Path, manifest: Manifest, *, epoch: int | None = None, replaces: Sequence[str] = ()
+    path: Path,
+    manifest: Manifest,
+    *,
+    epoch: int | None = None,
+    replaces: Sequence[str] = (),
+    sign: Sign | None = None,
 ) -> Pointer:
     """Return the pointer to the snapshot at `path`, whose run replaces the runs `replaces`.
 
     `epoch` replaces that of the manifest when a snapshot is published after one of a later epoch.
     Raises `SnapshotError` if the manifest cannot be read or its numbers do not fit a pointer.
     """
-    with files.opened(path / files.MANIFEST) as fd:
-        digest = hashlib.sha256(files.read_all(fd)).hexdigest()
-    described = {
-        "format": FORMAT,
-        "snapshot": files.snapshot_name(path.name),
-        "path": str(path.absolute()),
-        "manifest_sha256": digest,
-        "run": manifest.run,
-        "replaces": replaces,
-        "model": manifest.model,
-        "epoch": manifest.epoch if epoch is None else epoch,
-        "sequence": manifest.sequence,
-        "examples": manifest.examples,
-        "event_time_ms": manifest.event_time_ms,
-        "created_ms": manifest.created_ms,
-    }
-    return decode_pointer(msgspec.json.encode(described))
+    described = Pointer(
+        snapshot=files.snapshot_name(path.name),
+        path=str(path.absolute()),
+        manifest_sha256=hashlib.sha256(files.read_manifest(path)).hexdigest(),
+        run=manifest.run,
+        replaces=tuple(replaces),
+        model=manifest.model,
+        epoch=manifest.epoch if epoch is None else epoch,
+        sequence=manifest.sequence,
+        examples=manifest.examples,
+        event_time_ms=manifest.event_time_ms,
+        created_ms=manifest.created_ms,
+    )
+    # A frozen type does not check the values that it is made with, decoding does.
+    return signed(decode_pointer(encode_pointer(described)), sign)
+
+
+def signed(pointer: Pointer, sign: Sign | None) -> Pointer:
+    """Return the pointer with a signature over all of its other keys, or with none."""
+    return replace(pointer, signature=sign(_signed_bytes(pointer)).hex() if sign else "")
+
+
+def require_signature(pointer: Pointer, verify: Verify) -> None:
+    """Raise `SnapshotError` unless the pointer has the signature of the expected key."""
+    if not pointer.signature:
+        raise SnapshotError(
+            f"the pointer to snapshot {pointer.snapshot} is not signed, and a signature is required"
+        )
+    try:
+        verify(_signed_bytes(pointer), bytes.fromhex(pointer.signature))
+    except SnapshotError as reason:
+        raise SnapshotError(f"the pointer to snapshot {pointer.snapshot}: {reason}") from None
+
+
+def require_description(pointer: Pointer, manifest: Manifest) -> None:
+    """Raise `SnapshotError` unless the pointer says of a snapshot what its manifest says.
+
+    Only the epoch may differ: it is later when an older snapshot is published again.
+    """
+    for name in ("run", "snapshot", "sequence", "model"):
+        found, given = getattr(manifest, name), getattr(pointer, name)
+        if found != given:
+            raise SnapshotError(
+                f"its {name} is {one_line(found, 80)}, its pointer says {one_line(given, 80)}"
+            )
+    if pointer.epoch < manifest.epoch:
+        raise SnapshotError(f"it is of epoch {manifest.epoch}, its pointer of {pointer.epoch}")
+
+
+def _signed_bytes(pointer: Pointer) -> bytes:
+    return _SIGNED + msgspec.json.encode(replace(pointer, signature=""))
 
 
 def encode_pointer(pointer: Pointer) -> bytes:
     """Encode a pointer as one line of JSON, for a topic."""
-    return msgspec.json.encode(pointer)
+    return encode(pointer, indent=None)
 
 
 def decode_pointer(data: bytes, name: str = "pointer") -> Pointer:
@@ -116,7 +167,7 @@ def write_pointer(path: Path, pointer: Pointer) -> None:
     """
     temporary = path.with_name(f"{files.TEMPORARY}{path.name}")
     with files.naming(path, "cannot write pointer"):
-        files.write_durably(temporary, files.to_json(pointer))
+        files.write_durably(temporary, encode(pointer))
         failpoint("pointer.before")
         os.replace(temporary, path)
         failpoint("pointer.after")
@@ -126,9 +177,10 @@ def write_pointer(path: Path, pointer: Pointer) -> None:
 def read_pointer(path: Path) -> Pointer | None:
     """Return the pointer in the file at `path`, or None if nothing was published there.
 
-    Raises `SnapshotError` as `decode_pointer` does.
+    Raises `SnapshotError` as `decode_pointer` does, and if the file cannot be read.
     """
-    if not path.exists():
+    try:
+        data = files.read_document(path)
+    except files.Missing:
         return None
-    with files.opened(path) as fd:
-        return decode_pointer(files.read_all(fd), str(path))
+    return decode_pointer(data, str(path))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stream_ctr.errors import SnapshotError
-from stream_ctr.snapshots.contract import NewerFormat
-from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer
+from stream_ctr.snapshots.contract import NewerFormat, Verify
+from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer, require_signature
 from stream_ctr.snapshots.snapshot_topic import Holder
 
 _log = logging.getLogger(__name__)
@@ -28,22 +28,34 @@ class PointerSource(Protocol):
     def poll(self, timeout_seconds: float) -> Sequence[Pointer | SnapshotError]:
         """Return the pointers that arrived, after at most `timeout_seconds`.
 
-        A pointer that cannot be read is the error that says so.
+        A pointer that cannot be decoded is the error that says so. Raises any error if the source
+        cannot be read now; a subscriber polls again.
         """
+        ...
+
+    def locate(self, pointer: Pointer) -> Path:
+        """Return the directory of the snapshot on this machine, whether it is there or not."""
         ...
 
 
 class FilePointers:
-    """The pointers that appear in `latest.json` of a state directory."""
+    """The pointers that appear in `latest.json` of a state directory.
+
+    The snapshots are in the folder beside it, wherever the directory was moved or is mounted.
+    """
 
     def __init__(self, directory: Path) -> None:
+        self._directory = directory
         self._path = directory / "latest.json"
         self._seen: tuple[int, int] | None = None
         self.holder: str | None = None
         """The run of the pointer that was read last."""
 
     def poll(self, timeout_seconds: float) -> list[Pointer | SnapshotError]:
-        """Return the pointer if the file changed, after at most `timeout_seconds`."""
+        """Return the pointer if the file changed, after at most `timeout_seconds`.
+
+        Raises `OSError` if the file cannot be read now. It is then read by the next call.
+        """
         deadline = time.monotonic() + timeout_seconds
         while True:
             try:
@@ -51,16 +63,23 @@ class FilePointers:
             except FileNotFoundError:
                 status = None
             if status and (status.st_mtime_ns, status.st_ino) != self._seen:
+                found = self._read()
                 self._seen = (status.st_mtime_ns, status.st_ino)
-                return self._read()
+                return found
             if time.monotonic() >= deadline:
                 return []
             time.sleep(_FILE_POLL_SECONDS)
+
+    def locate(self, pointer: Pointer) -> Path:
+        """Return the directory of the snapshot, beside `latest.json`."""
+        return (self._directory / "snapshots" / pointer.snapshot).absolute()
 
     def _read(self) -> list[Pointer | SnapshotError]:
         try:
             pointer = read_pointer(self._path)
         except SnapshotError as error:
+            if isinstance(error.__cause__, OSError):
+                raise error.__cause__ from None
             return [error]
         self.holder = pointer.run if pointer else None
         return [pointer] if pointer else []
@@ -71,11 +90,21 @@ class TopicPointers:
 
     `reader.poll(seconds)` returns (key, value) pairs of a compacted topic, and the value None
     withdraws a pointer. `reader.caught_up` is true once everything has been polled that was in the
-    topic at the start.
+    topic at the start. The snapshots are where the run wrote them, or in the folder `snapshots`.
+    With `signature`, pointers that it refuses are errors, and hold no name.
     """
 
-    def __init__(self, reader: Any, *, model_name: str = "default") -> None:
+    def __init__(
+        self,
+        reader: Any,
+        *,
+        model_name: str = "default",
+        snapshots: Path | None = None,
+        signature: Verify | None = None,
+    ) -> None:
         self._reader = reader
+        self._snapshots = snapshots
+        self._signature = signature
         self._model_name = model_name
         self._holder = Holder()
         self._pointers: list[Pointer] = []
@@ -104,6 +133,10 @@ class TopicPointers:
                 break
         return self._ordered() if self._reader.caught_up else []
 
+    def locate(self, pointer: Pointer) -> Path:
+        """Return the directory of the snapshot, in the folder that was given or the run's own."""
+        return self._snapshots / pointer.snapshot if self._snapshots else Path(pointer.path)
+
     def _take(self, key: str, value: bytes | None) -> None:
         if value is None:
             _log.warning("the pointer of model %r was withdrawn; the loaded one stays", key)
@@ -111,6 +144,8 @@ class TopicPointers:
             return
         try:
             pointer = decode_pointer(value, f"pointer of model {key!r:.80}")
+            if self._signature:
+                require_signature(pointer, self._signature)
         except SnapshotError as error:
             self._errors.append(error)
             if isinstance(error, NewerFormat):

@@ -30,17 +30,19 @@ from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
-from stream_ctr.snapshots.lease import Lease, epochs
+from stream_ctr.snapshots.lease import Lease, epochs, next_epoch
 from stream_ctr.snapshots.line_file import LineFile
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import (
     Pointer,
     pointer_for,
     read_pointer,
+    require_signature,
     write_pointer,
 )
 from stream_ctr.snapshots.report_log import ReportLog, Rotation
 from stream_ctr.snapshots.sent_letters import Position, SentLetters
+from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_topic import CopyAhead, Sink, SnapshotTopic
 
 _log = logging.getLogger(__name__)
@@ -60,8 +62,9 @@ class Publisher:
     The files are `reports.jsonl`, `dead_letters.jsonl` and `latest.json`. With a `sink`, reports go
     to `metrics_topic` too, with `model_name` as their key, and dead letters go to `<topic>.dlq`, or
     to the file if the broker does not take them. With a `snapshot_topic` the pointer goes there
-    too. The sink raises the errors `unavailable` if it cannot reach the broker. A line that a full
-    disk does not take is an error at the end (`flush`). `rotation` says when another file of
+    too. With `signing`, pointers are signed, and only a signed one counts as published. The sink
+    raises the errors `unavailable` if it cannot reach the broker. A line that a full disk does not
+    take is an error at the end (`flush`). `rotation` says when another file of
     reports begins. With a `lease`, every method raises `TakenOver` once the lease is lost.
     """
 
@@ -76,7 +79,9 @@ class Publisher:
         snapshot_topic: SnapshotTopic | None = None,
         model_name: str = "default",
         rotation: Rotation | None = None,
+        signing: SigningKey | None = None,
     ) -> None:
+        self._signing = signing
         self._directory = directory
         self._lease = lease
         self._sink = sink
@@ -97,12 +102,15 @@ class Publisher:
     @property
     def epoch(self) -> int:
         """The epoch of this run, above those of all earlier runs in the directory."""
-        return self._lease.epoch if self._lease else 1 + max(epochs(self._directory), default=0)
+        return self._lease.epoch if self._lease else self._next_epoch()
 
     @property
     def run(self) -> str:
         """The id of this run, see `lineage`."""
         return self._lease.run if self._lease else lineage.run_of(self._directory)
+
+    def _next_epoch(self) -> int:
+        return next_epoch(self._directory, epochs(self._directory))
 
     def check(self) -> None:
         """Raise `TakenOver` if another process has the state directory now."""
@@ -233,13 +241,14 @@ class Publisher:
         """
         self.require_name()
         with self._exclusive():
-            pointer = self._write_pointer(path, manifest, 1 + max(epochs(self._directory)))
+            pointer = self._write_pointer(path, manifest, self._next_epoch())
         self._announce(pointer)
         return pointer
 
     def _write_pointer(self, path: Path, manifest: Manifest, epoch: int) -> Pointer:
         replaces = self._snapshot_topic.replaces if self._snapshot_topic else ()
-        pointer = pointer_for(path, manifest, epoch=epoch, replaces=replaces)
+        sign = self._signing.sign if self._signing else None
+        pointer = pointer_for(path, manifest, epoch=epoch, replaces=replaces, sign=sign)
         write_pointer(self._directory / "latest.json", pointer)
         return pointer
 
@@ -260,7 +269,10 @@ class Publisher:
         version, which this version must not replace.
         """
         try:
-            return read_pointer(self._directory / "latest.json")
+            pointer = read_pointer(self._directory / "latest.json")
+            if pointer and self._signing:
+                require_signature(pointer, self._signing.verify)
+            return pointer
         except NewerFormat:
             raise
         except SnapshotError as error:
@@ -274,7 +286,10 @@ class Publisher:
         """
         try:
             pointer = self.published()
-            return snapshot.read_manifest(Path(pointer.path)) if pointer else None
+            if pointer is None:
+                return None
+            path = self._directory / "snapshots" / pointer.snapshot
+            return snapshot.load(path, stems=(), manifest_sha256=pointer.manifest_sha256)[0]
         except NewerFormat:
             raise
         except SnapshotError as error:

@@ -20,6 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from stream_ctr import state_files
 from stream_ctr.snapshots.line_file import LineFile
 
 _CURRENT = "reports.jsonl"
@@ -104,7 +105,7 @@ def read_reports(directory: Path) -> Iterator[dict[str, Any]]:
         moved = False
         for path in report_files(directory):
             try:
-                file = path.open("rb")
+                file = os.fdopen(state_files.open_file(path, os.O_RDONLY), "rb")
             except FileNotFoundError:
                 moved = True
                 continue
@@ -138,7 +139,7 @@ def _rotated(directory: Path) -> dict[int, Path]:
 
 def _first_time(path: Path) -> float | None:
     """Return the time of the first report in a file that has one, in epoch seconds."""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=state_files.open_file) as file:
         for line in file.read(_LOOKED_AT_BYTES).splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 return datetime.fromisoformat(json.loads(line)["time"]).timestamp()

@@ -21,6 +21,7 @@ from stream_ctr.learn.learner import Learner, make_learner, require_shapes
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 
 _LARGEST_BATCH = 1 << 20
@@ -43,7 +44,7 @@ class Scorer:
         *,
         model: str | None = None,
         manifest_sha256: str | None = None,
-        signature: snapshot.Verify | None = None,
+        signature: Verify | None = None,
         device: str = "cpu",
         on_invalid: OnInvalid = "error",
         invalid: Counter[str] | None = None,
@@ -53,6 +54,7 @@ class Scorer:
             stems=lambda manifest: _stems(manifest, model),
             manifest_sha256=manifest_sha256,
             signature=signature,
+            any_name=True,
         )
         self.fields = self.manifest.schema.fields
         self._rows = FeatureRows(self.fields, on_invalid=on_invalid, invalid=invalid)

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import load_pem_private_key, load_pem_public_key
 
 from stream_ctr.errors import ConfigError, SnapshotError
-from stream_ctr.snapshots.snapshot import Verify
+from stream_ctr.snapshots.contract import Verify
 
 
 class PublicKey:

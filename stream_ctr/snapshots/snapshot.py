@@ -32,10 +32,12 @@ from safetensors import SafetensorError
 from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
+from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files
-from stream_ctr.snapshots.contract import NewerFormat, decode
+from stream_ctr.snapshots.contract import NewerFormat, Sign, Verify, decode, encode
 from stream_ctr.snapshots.files import MANIFEST, plain_name, snapshot_name
 from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest, RunIdentity
+from stream_ctr.snapshots.pointer import read_pointer, require_signature
 
 DTYPES = frozenset(
     {
@@ -48,8 +50,6 @@ DTYPES = frozenset(
 
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, dict[str, Array]]
-Verify = Callable[[bytes, bytes], None]
-"""(manifest, signature): raises `SnapshotError` unless the signature is good."""
 Segments = Mapping[str, tuple[Path, str, int]]
 """Immutable files that hold no tensors, by name: path, SHA-256, size."""
 
@@ -129,7 +129,7 @@ def write(
     tensors: Mapping[str, Mapping[str, Array]],
     manifest: Manifest,
     segments: Segments | None = None,
-    sign: Callable[[bytes], bytes] | None = None,
+    sign: Sign | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write a snapshot, and return its path `root / manifest.snapshot`.
@@ -221,7 +221,12 @@ def _encode(manifest: Manifest) -> bytes:
 
     A frozen type does not check the values that it is made with, decoding does.
     """
-    data = files.to_json(manifest)
+    data = encode(manifest)
+    if len(data) > files.LARGEST_MANIFEST_BYTES:
+        raise SnapshotError(
+            f"the manifest of snapshot {manifest.snapshot} has {files.mebibytes(len(data))}, and "
+            f"the largest that is read has {files.mebibytes(files.LARGEST_MANIFEST_BYTES)}"
+        )
     decode(data, Manifest, newest=FORMAT, name=f"the manifest of snapshot {manifest.snapshot}")
     return data
 
@@ -306,16 +311,22 @@ def weights_sha256(tensors: Mapping[str, Array]) -> str:
 
 
 def verify(
-    path: Path, *, manifest_sha256: str | None = None, signature: Verify | None = None
+    path: Path,
+    *,
+    manifest_sha256: str | None = None,
+    signature: Verify | None = None,
+    any_name: bool = False,
 ) -> Manifest:
     """Check every file of the snapshot at `path` against its manifest, and return the manifest.
 
     `manifest_sha256` is the digest that a pointer gives for the manifest itself. `signature`, if
-    given, must accept the manifest's signature before anything else is read.
+    given, must accept the manifest's signature before anything else is read. The directory must
+    have the name that the manifest gives, because names decide which snapshot is the newest;
+    `any_name` is for a path that a person chose.
 
     Raises `SnapshotError` that names the file and what is wrong with it.
     """
-    manifest = _verified_manifest(path, manifest_sha256, signature)
+    manifest = _verified_manifest(path, manifest_sha256, signature, any_name)
     for name, entry in manifest.files.items():
         with files.opened(path / name) as fd, os.fdopen(fd, "rb", closefd=False) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -329,14 +340,16 @@ def load(
     stems: Collection[str] | Callable[[Manifest], Collection[str]] | None = None,
     manifest_sha256: str | None = None,
     signature: Verify | None = None,
+    any_name: bool = False,
 ) -> tuple[Manifest, Tensors]:
     """Return the manifest and the arrays (file stem -> name -> array) of the snapshot at `path`.
 
     `stems` names the files to read, or is called with the manifest to name them; by default all
     are read. The presence and the size of every file are checked, and the SHA-256 of those that
-    are read. The arrays may be changed by the caller. Raises `SnapshotError` as `verify` does.
+    are read. The arrays may be changed by the caller. `any_name` is that of `verify`, and
+    `SnapshotError` is raised as there.
     """
-    manifest = _verified_manifest(path, manifest_sha256, signature)
+    manifest = _verified_manifest(path, manifest_sha256, signature, any_name)
     present = [name.removesuffix(_SUFFIX) for name in manifest.files if name.endswith(_SUFFIX)]
     wanted = present if stems is None else list(stems(manifest) if callable(stems) else stems)
     if missing := sorted(set(wanted) - set(present)):
@@ -350,9 +363,11 @@ def load(
     }
 
 
-def read_manifest(path: Path, *, signature: Verify | None = None) -> Manifest:
+def read_manifest(
+    path: Path, *, signature: Verify | None = None, any_name: bool = False
+) -> Manifest:
     """Return the manifest of the snapshot at `path` without reading its other files."""
-    return load(path, stems=(), signature=signature)[0]
+    return load(path, stems=(), signature=signature, any_name=any_name)[0]
 
 
 def segments(path: Path, manifest: Manifest) -> dict[str, tuple[Path, str]]:
@@ -367,14 +382,16 @@ def segments(path: Path, manifest: Manifest) -> dict[str, tuple[Path, str]]:
 def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
     """Return the newest snapshot in `root` that verifies, or None if there are no snapshots.
 
-    A damaged snapshot is passed over with a warning. Raises `NewerFormat` if a snapshot at least
-    as new was written by a newer version, and `SnapshotError` if no snapshot verifies.
+    A damaged snapshot is passed over with a warning, and so is a published one whose manifest is
+    not that of `latest.json` beside `root`. Raises `NewerFormat` if a snapshot at least as new was
+    written by a newer version, and `SnapshotError` if no snapshot verifies.
     """
+    pinned = _published_digest(root.parent / "latest.json", signature)
     paths = [root / name for name in reversed(snapshot_ids(root))]
     first_reason: SnapshotError | None = None
     for path in paths:
         try:
-            verify(path, signature=signature)
+            verify(path, manifest_sha256=pinned.get(path.name), signature=signature)
         except NewerFormat:
             raise
         except SnapshotError as reason:
@@ -387,6 +404,20 @@ def newest(root: Path, *, signature: Verify | None = None) -> Path | None:
             f"none of the {len(paths)} snapshots in {root} verifies; the newest: {first_reason}"
         ) from first_reason
     return None
+
+
+def _published_digest(latest: Path, signature: Verify | None) -> dict[str, str]:
+    """Return the name of the published snapshot and the digest of its manifest, if it is known.
+
+    What is wrong with a pointer is for those to say who publish.
+    """
+    try:
+        pointer = read_pointer(latest)
+        if pointer and signature:
+            require_signature(pointer, signature)
+    except SnapshotError:
+        return {}
+    return {pointer.snapshot: pointer.manifest_sha256} if pointer else {}
 
 
 def newest_with_model(
@@ -406,13 +437,12 @@ def newest_with_model(
 
 
 def _verified_manifest(
-    path: Path, expected_sha256: str | None, signature: Verify | None
+    path: Path, expected_sha256: str | None, signature: Verify | None, any_name: bool
 ) -> Manifest:
     """Check signature, digest and form of a manifest, and that its files are there; return it."""
     if not files.is_directory(path):
         raise SnapshotError(f"there is no snapshot directory {str(path)!r:.300}")
-    with files.opened(path / MANIFEST) as fd:
-        data = files.read_all(fd)
+    data = files.read_manifest(path)
     if signature:
         _require_signature(path, data, signature)
     found = hashlib.sha256(data).hexdigest()
@@ -421,16 +451,21 @@ def _verified_manifest(
             f"{path / MANIFEST} has SHA-256 {found}, its pointer says {expected_sha256}"
         )
     manifest = decode(data, Manifest, newest=FORMAT, name=str(path / MANIFEST))
+    if not any_name and manifest.snapshot != path.resolve().name:
+        raise SnapshotError(
+            f"{path} is snapshot {one_line(manifest.snapshot, 80)} under another name: "
+            "rename it back"
+        )
     _require_entries(path, manifest.files)
     _require_files(path, manifest.files)
     return manifest
 
 
 def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> None:
-    if not (path / _SIGNATURE).exists():
-        raise SnapshotError(f"snapshot {path} is not signed, and a signature is required")
-    with files.opened(path / _SIGNATURE) as fd:
-        found = files.read_all(fd)
+    try:
+        found = files.read_document(path / _SIGNATURE)
+    except files.Missing:
+        raise SnapshotError(f"snapshot {path} is not signed, and a signature is required") from None
     try:
         verify_signature(data, found)
     except SnapshotError as reason:

@@ -12,6 +12,7 @@ before it sends a pointer, and again after it. `Holder` is what the records say:
     held by A        of B, any other                              passed over, and B never holds it
     held by A        a null (withdrawn)                           the name is free
     any              one that cannot be decoded                   it is passed over
+    any              one without the signature that is required   it is passed over
 
 A run on the topic acts on it:
 
@@ -43,7 +44,14 @@ from msgspec.structs import replace
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots.contract import NewerFormat
-from stream_ctr.snapshots.pointer import Pointer, decode_pointer, encode_pointer
+from stream_ctr.snapshots.pointer import (
+    Pointer,
+    decode_pointer,
+    encode_pointer,
+    require_signature,
+    signed,
+)
+from stream_ctr.snapshots.signing import SigningKey
 
 _log = logging.getLogger(__name__)
 _FLUSH_SECONDS = 10.0
@@ -123,8 +131,9 @@ class Holder:
 class SnapshotTopic:
     """The pointers of a name on the snapshot topic, for a run that publishes under it.
 
-    With `replace_run`, the run may replace the run of that id. The errors of `sink` and `reader`
-    when no broker answers are theirs.
+    With `replace_run`, the run may replace the run of that id. With `signing`, it signs its
+    pointers, and passes over those that its key did not sign, which anyone could have written. The
+    errors of `sink` and `reader` when no broker answers are theirs.
     """
 
     def __init__(
@@ -136,7 +145,9 @@ class SnapshotTopic:
         name: str,
         run: str,
         replace_run: str | None = None,
+        signing: SigningKey | None = None,
     ) -> None:
+        self._signing = signing
         self.topic = topic
         self.holder = Holder()
         self.replaces: tuple[str, ...] = ()
@@ -174,7 +185,8 @@ class SnapshotTopic:
 
         `check` must have returned before.
         """
-        self._send(replace(pointer, replaces=self.replaces))
+        sign = self._signing.sign if self._signing else None
+        self._send(signed(replace(pointer, replaces=self.replaces), sign))
         try:
             self.check(rank)
         except NameHeld:
@@ -196,6 +208,8 @@ class SnapshotTopic:
                 continue
             try:
                 pointer = decode_pointer(value, f"the pointer of {self._where}")
+                if self._signing:
+                    require_signature(pointer, self._signing.verify)
             except NewerFormat as error:
                 self._newer = error
             except SnapshotError as error:

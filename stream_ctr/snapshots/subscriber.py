@@ -17,6 +17,16 @@ A subscriber stays on the run that it loaded first:
     any other run                 refused              refused
 
 The run that it follows is `run`, else the one in `run_file`, else the one that holds the name.
+
+Following never ends by itself. What goes wrong is counted and logged, and the loaded model serves:
+
+    what goes wrong                              counted as     then
+    ------------------------------------------   ------------   ------------------------------------
+    the source cannot be read                    `source`       it is read again, each second
+    a pointer that is none, or is not signed     `pointer`      the next one is awaited
+    a snapshot that is not there (yet), does     `snapshot`     it is tried again, less and less
+      not verify, or cannot be built                            often, until a newer one is loaded
+    `on_snapshot` raises                         `on_snapshot`  the model serves
 """
 
 from __future__ import annotations
@@ -26,6 +36,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args, overload
 
@@ -36,12 +47,12 @@ from stream_ctr import extensions
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.events.feature_rows import OnInvalid, Table
 from stream_ctr.learn.spec import BLEND, EXPERTS
-from stream_ctr.messages import nearest
+from stream_ctr.messages import nearest, one_line
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lineage import require_run_id
-from stream_ctr.snapshots.pointer import Pointer
+from stream_ctr.snapshots.pointer import Pointer, require_description, require_signature
 from stream_ctr.snapshots.pointer_sources import FilePointers, PointerSource
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import verifier
@@ -50,6 +61,44 @@ _log = logging.getLogger(__name__)
 Follow = Literal["never", "replace"]
 _FOLLOWS: tuple[str, ...] = get_args(Follow)
 _NAMES = (BLEND, *MODELS, *EXPERTS)
+_SOURCE_RETRY_SECONDS = 1.0
+_FIRST_RETRY_SECONDS = 1.0
+_LAST_RETRY_SECONDS = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Whether a subscriber follows, and what it could not load.
+
+    `following` is true while its thread runs. `snapshot` is the name of the loaded one, and
+    `loaded_seconds` how long ago it was loaded; `polled_seconds` is how long ago the source was
+    last read without an error. `awaited` is the name of a newer snapshot that could not be loaded
+    and is tried again, and `refusal` says why, or why the last pointer was ignored. `failures`
+    counts what went wrong, see `subscriber`; `refused` counts the pointers of other runs.
+    """
+
+    following: bool
+    snapshot: str | None
+    loaded_seconds: float | None
+    polled_seconds: float | None
+    awaited: str | None
+    refusal: str | None
+    failures: Mapping[str, int]
+    refused: Mapping[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the newest snapshot that is known is loaded, and newer ones are looked for."""
+        return self.following and self.snapshot is not None and self.refusal is None
+
+
+@dataclass(slots=True)
+class _Awaited:
+    """A snapshot that could not be loaded, and when it is tried again."""
+
+    pointer: Pointer
+    due: float
+    wait_seconds: float
 
 
 class Subscriber:
@@ -105,30 +154,75 @@ class Subscriber:
         """What was scored as missing since the start, by reason; see `Scorer.invalid`."""
         self.pointer: Pointer | None = None
         """The pointer to the loaded snapshot."""
-        self.refusal: SnapshotError | None = None
-        """Why the last pointer or snapshot was ignored, None if it was loaded."""
+        self.path: Path | None = None
+        """The directory of the loaded snapshot on this machine."""
+        self.failures: Counter[str] = Counter()
+        """What went wrong since the start, by what it concerned."""
         self._scorer: Scorer | None = None
+        self._awaited: _Awaited | None = None
+        self._refusals: dict[str, SnapshotError] = {}
+        self._loaded_at: float | None = None
+        self._polled_at: float | None = None
         self._loaded = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
     def next(self, timeout_seconds: float) -> Pointer | None:
-        """Load the next newer snapshot; return its pointer, or None if none came in time."""
+        """Load the next newer snapshot; return its pointer, or None if none came in time.
+
+        Whatever is wrong with a source, a pointer or a snapshot raises nothing: it is counted, and
+        `refusal` says what it is.
+        """
         deadline = time.monotonic() + timeout_seconds
         while True:
             wait_seconds = max(0.0, min(1.0, deadline - time.monotonic()))
-            for pointer in self._followed(self._pointers.poll(wait_seconds)):
+            for pointer in self._candidates(wait_seconds):
                 if self._load(pointer):
                     return pointer
             if time.monotonic() >= deadline or self._closing.is_set():
                 return None
 
+    @property
+    def health(self) -> Health:
+        """The present state of following, for a health check or a metric."""
+        now = time.monotonic()
+        return Health(
+            following=bool(self._thread and self._thread.is_alive()) and not self.closing,
+            snapshot=self.pointer.snapshot if self.pointer else None,
+            loaded_seconds=now - self._loaded_at if self._loaded_at is not None else None,
+            polled_seconds=now - self._polled_at if self._polled_at is not None else None,
+            awaited=self._awaited.pointer.snapshot if self._awaited else None,
+            refusal=str(self.refusal) if self.refusal else None,
+            failures=dict(self.failures),
+            refused=dict(self.refused),
+        )
+
+    def _candidates(self, wait_seconds: float) -> list[Pointer]:
+        """Return the pointers to load: those that arrive, then the one that is due again."""
+        awaited = self._awaited
+        if awaited:
+            wait_seconds = max(0.0, min(wait_seconds, awaited.due - time.monotonic()))
+        try:
+            candidates = self._followed(self._pointers.poll(wait_seconds))
+        except Exception as error:  # noqa: BLE001 - file systems, clients, sources of others
+            self._refuse("source", "what is published", error)
+            self._closing.wait(min(wait_seconds, _SOURCE_RETRY_SECONDS))
+            candidates = []
+        else:
+            self._polled_at = time.monotonic()
+            self._refusals.pop("source", None)
+        if awaited and awaited is self._awaited and time.monotonic() >= awaited.due:
+            candidates.append(awaited.pointer)
+        return candidates
+
     def _followed(self, found: Iterable[Pointer | SnapshotError]) -> list[Pointer]:
         """Return the pointers of the followed run, or of one that replaces it; refuse the rest."""
         followed = []
-        for pointer in found:
-            if isinstance(pointer, SnapshotError):
-                self._refuse("a pointer", pointer)
+        for each in found:
+            try:
+                pointer = self._require_pointer(each)
+            except SnapshotError as error:
+                self._refuse("pointer", "a pointer", error)
                 continue
             run = self.run or self._pointers.holder
             if pointer.run == run or (self._follow_replacements and run in pointer.replaces):
@@ -153,7 +247,7 @@ class Subscriber:
             f"To serve it, {how}"
         )
         if self.pointer is None:
-            self.refusal = error
+            self._refusals["run"] = error
         if self.refused[pointer.run] == 1:
             _log.warning("ignored: %s", error)
 
@@ -167,8 +261,9 @@ class Subscriber:
             )
             return False
         try:
+            path = self._pointers.locate(pointer)
             scorer = Scorer(
-                Path(pointer.path),
+                path,
                 model=self._model,
                 manifest_sha256=pointer.manifest_sha256,
                 signature=self._signature,
@@ -176,22 +271,48 @@ class Subscriber:
                 on_invalid=self._on_invalid,
                 invalid=self.invalid,
             )
-            if scorer.manifest.run != pointer.run:
-                raise SnapshotError(
-                    f"it is of run {scorer.manifest.run}, its pointer says {pointer.run}"
-                )
+            require_description(pointer, scorer.manifest)
             self._keep_run(pointer.run)
-        except SnapshotError as error:
-            self._refuse(f"snapshot {pointer.snapshot}", error)
+        except Exception as error:  # noqa: BLE001 - a model may be that of others
+            self._refuse("snapshot", f"snapshot {pointer.snapshot}", error)
+            self._await(pointer)
             return False
         self._scorer = scorer
+        self.path = path
         self.pointer = pointer
         self.run = pointer.run
-        self.refusal = None
+        self._loaded_at = time.monotonic()
+        if self._awaited and not self._replaces(self._awaited.pointer, pointer):
+            self._awaited = None
+        awaited = self._refusals.get("snapshot") if self._awaited else None
+        self._refusals = {"snapshot": awaited} if awaited else {}
         self._loaded.set()
         if self._on_snapshot:
-            self._on_snapshot(pointer)
+            try:
+                self._on_snapshot(pointer)
+            except Exception as error:  # noqa: BLE001 - the caller's own function
+                self._refuse("on_snapshot", f"on_snapshot for {pointer.snapshot}", error)
         return True
+
+    def _await(self, pointer: Pointer) -> None:
+        """Try a snapshot again later, unless a newer one is awaited.
+
+        Its directory may arrive after its pointer: where it is copied from another machine, or
+        where a file system shows it late.
+        """
+        awaited = self._awaited
+        wait_seconds = _FIRST_RETRY_SECONDS
+        if awaited and awaited.pointer == pointer:
+            wait_seconds = min(2 * awaited.wait_seconds, _LAST_RETRY_SECONDS)
+        elif awaited and self._replaces(awaited.pointer, pointer):
+            return
+        self._awaited = _Awaited(pointer, time.monotonic() + wait_seconds, wait_seconds)
+
+    def _replaces(self, newer: Pointer, pointer: Pointer) -> bool:
+        """Return whether a subscriber that has loaded `pointer` would still load `newer`."""
+        if newer.run == pointer.run:
+            return newer.rank > pointer.rank
+        return self._follow_replacements and pointer.run in newer.replaces
 
     def _keep_run(self, run: str) -> None:
         """Write the run into the file, before its model serves: a restart must not choose anew."""
@@ -199,11 +320,35 @@ class Subscriber:
             files.replace_durably(self._run_file, f"{run}\n".encode())
             self._kept = run
 
-    def _refuse(self, subject: str, error: SnapshotError) -> None:
-        """Log and keep the error. One of a newer version needs an operator."""
-        self.refusal = error
-        level = logging.ERROR if isinstance(error, NewerFormat) else logging.WARNING
-        _log.log(level, "ignored %s: %s", subject, error)
+    def _require_pointer(self, found: Pointer | SnapshotError) -> Pointer:
+        """Return a pointer. Raises `SnapshotError` if it is none, or lacks its signature."""
+        if isinstance(found, SnapshotError):
+            raise found
+        if self._signature:
+            require_signature(found, self._signature)
+        return found
+
+    @property
+    def refusal(self) -> SnapshotError | None:
+        """Why the source, the last pointer or snapshot cannot be read; None if all is well."""
+        return next(reversed(self._refusals.values()), None)
+
+    def _refuse(self, concerned: str, subject: str, error: Exception) -> None:
+        """Count, log and keep an error; what is tried again is logged once.
+
+        One of a newer version, and one that nobody expects, need an operator.
+        """
+        expected = isinstance(error, SnapshotError | OSError)
+        reason = error if isinstance(error, SnapshotError) else SnapshotError(_described(error))
+        said = concerned != "pointer" and str(self._refusals.pop(concerned, "")) == str(reason)
+        self._refusals[concerned] = reason
+        self.failures[concerned] += 1
+        if not said:
+            level = logging.WARNING
+            if isinstance(error, NewerFormat) or not expected:
+                level = logging.ERROR
+            cause = None if expected else error
+            _log.log(level, "ignored %s: %s", subject, reason, exc_info=cause)
 
     @property
     def scorer(self) -> Scorer:
@@ -248,6 +393,11 @@ class Subscriber:
     def _follow(self) -> None:
         while not self._closing.is_set():
             self.next(0.5)
+
+
+def _described(error: Exception) -> str:
+    text = one_line(error, 400)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _run_id(text: str) -> str:

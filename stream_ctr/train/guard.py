@@ -39,6 +39,7 @@ from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.join.examples import Examples
 from stream_ctr.learn.learner import Learner
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 
 _log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Guard:
         reason: str,
         *,
         trained: int,
-        signature: snapshot.Verify | None = None,
+        signature: Verify | None = None,
     ) -> Verdict | None:
         """Give the model and its optimiser the state of the snapshot at `path`.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
@@ -49,7 +50,7 @@ class SnapshotPolicy:
         return self.directory / "snapshots"
 
     @property
-    def signature(self) -> snapshot.Verify | None:
+    def signature(self) -> Verify | None:
         """The check of a snapshot's signature, if snapshots are signed."""
         return self.signing.verify if self.signing else None
 

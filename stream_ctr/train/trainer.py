@@ -550,7 +550,10 @@ class Trainer:
         Raises `ConfigError` if nothing carries over.
         """
         manifest, tensors = snapshot.load(
-            path, stems=begin.stems, signature=self.snapshots.policy.signature
+            path,
+            stems=begin.stems,
+            signature=self.snapshots.policy.signature,
+            any_name=True,
         )
         return begin.begin_from(manifest, tensors, self.identity, self.state, self.baseline)
 

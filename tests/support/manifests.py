@@ -15,6 +15,7 @@ from stream_ctr.evaluate.summary import EMPTY
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import seal
 from stream_ctr.snapshots.manifest import (
     AdditionalGuardState,
     BaselineSpec,
@@ -119,15 +120,21 @@ def write_snapshot(
     return snapshot.write(root, tensors=tensors or {}, manifest=manifest(**changes))
 
 
+def sealed(document: dict[str, Any]) -> bytes:
+    """Return the bytes of a document whose seal is right, whatever else is wrong with it."""
+    rest = {name: value for name, value in document.items() if name != "sha256"}
+    return seal(json.dumps(rest).encode())
+
+
 def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the JSON object in a file in place."""
+    """Change the sealed JSON object in a file in place, and seal it again."""
     document = json.loads(path.read_text())
     change(document)
-    path.write_text(json.dumps(document))
+    path.write_bytes(sealed(document))
 
 
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest of the snapshot at `path`, which no digest then covers."""
+    """Change the manifest of the snapshot at `path`, which no pointer's digest then covers."""
     edit_json(path / "manifest.json", change)
 
 

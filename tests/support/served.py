@@ -12,18 +12,19 @@ from msgspec import structs
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import Sign
 from stream_ctr.snapshots.pointer import Pointer, pointer_for, write_pointer
 from support.manifests import LEARNER, MANIFEST, manifest
 
 
-def write_served(root: Path, *, seed: int = 0, **changes: Any) -> Path:
+def write_served(root: Path, *, seed: int = 0, sign: Sign | None = None, **changes: Any) -> Path:
     """Write a snapshot of `deepfm`, whose weights depend on the seed, and of `ftrl`."""
     published = NetworkLearner(structs.replace(LEARNER, seed=seed), device="cpu")
     ftrl = make_learner(MANIFEST.beside["ftrl"])
     ids = np.array([[1, 2, 3, 4], [1, 5, 3, 6]], np.int32)
     ftrl.learn(ids, np.array([1, 0], np.uint8), np.ones((2, 1), np.float32))
     tensors = {"model": published.weights(), "ftrl.model": ftrl.weights()}
-    return snapshot.write(root, tensors=tensors, manifest=manifest(**changes))
+    return snapshot.write(root, tensors=tensors, manifest=manifest(**changes), sign=sign)
 
 
 def publish(path: Path, **changes: Any) -> Pointer:
