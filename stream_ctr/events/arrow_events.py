@@ -97,9 +97,9 @@ def read_batches(value: pa.Buffer, *, max_record_bytes: int) -> list[pa.RecordBa
 
     Raises `InvalidRecord` when the bytes are not such a stream, or when it has too many rows or
     takes too much memory once it is unfolded: more than 16 times `max_record_bytes`, more than both
-    64 times its own size and 128 KiB, or more than 512 MiB. That counts what Arrow allocates to read it
-    (`ipc_frames.sizes`, before anything is read), the texts that it holds once and that occur
-    often, and 100 bytes an event. Beside this, an event takes 8 bytes a field.
+    64 times its own size and 128 KiB, or more than 512 MiB. That counts what Arrow allocates to
+    read it (`ipc_frames.sizes`, before anything is read), the texts that it holds once and that
+    occur often, and 100 bytes an event. Beside this, an event takes 8 bytes a field.
     """
     if value.size > max_record_bytes:
         raise InvalidRecord("too_large", f"{value.size} bytes, more than {max_record_bytes}")

@@ -4,9 +4,9 @@
     python tests/fuzz/run.py arrow json --seconds 60     these targets
 
 Each target runs in a process of its own, whose memory is limited. An input fails if a check of it
-does, if it raises an exception that its reader does not document, takes more than 20 seconds, or
-ends the process. It is written to `seeds/TARGET`: keep it there once it is mended. The table shows
-inputs, outcomes and peak memory; the exit status is 1 if an input failed.
+does, if it raises an exception that its reader does not document, takes more than 20 seconds of
+CPU, or ends the process. It is written to `seeds/TARGET`: keep it there once it is mended. The
+table shows inputs, outcomes and peak memory; the exit status is 1 if an input failed.
 """
 
 from __future__ import annotations
@@ -67,13 +67,13 @@ def fuzz(target: Target, directory: Path, *, seconds: float, seed: int, latest: 
             file.seek(0)
             file.truncate()
             file.write(data)
-            signal.setitimer(signal.ITIMER_REAL, LONGEST_INPUT_SECONDS)
+            signal.setitimer(signal.ITIMER_PROF, LONGEST_INPUT_SECONDS)
             try:
                 outcome = check(data)
             except Exception:  # noqa: BLE001 - which is what is looked for
                 return _fuzzed(outcomes, start_mib, traceback.format_exc())
             finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.setitimer(signal.ITIMER_PROF, 0)
             outcomes[outcome] += 1
             if outcomes[outcome] == 1 and len(mutations.pool) < _MOST_KEPT:
                 mutations.pool.append(data)
@@ -100,8 +100,10 @@ def fuzz_apart(target: str, *, seconds: float, seed: int, most_mib: int) -> Fuzz
         if done.returncode == 0:
             found = Fuzzed(**json.loads(done.stdout.splitlines()[-1]))
         else:
-            hung = done.returncode == -signal.SIGALRM
-            reason = f"an input took more than {LONGEST_INPUT_SECONDS} s" if hung else "it died"
+            hung = done.returncode == -signal.SIGPROF
+            reason = (
+                f"an input took more than {LONGEST_INPUT_SECONDS} s of CPU" if hung else "it died"
+            )
             found = Fuzzed(0, {}, 0, 0, f"{reason}: exit status {done.returncode}")
         if found.failure:
             data = latest.read_bytes()[:MOST_BYTES]
