@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.joins import (
     EARLY,
     LATENESS,
@@ -19,7 +20,9 @@ from support.joins import (
     bounded,
     expected,
     features,
+    interleaved,
     joiner,
+    logs,
     logs_with_polls,
     push,
     push_impressions,
@@ -63,6 +66,83 @@ def test_examples_are_those_of_the_definition_however_polls_interleave(
         counts[f"impressions_{fate}"] for fate in ("late", "duplicate")
     )
     assert counts["clicks_joined"] == sum(label for *_, label in rows)
+
+
+@pytest.mark.fault(
+    13,
+    injected="hostile logs of up to three partitions, each polled in two ways: clicks hours late, "
+    "repeated, of no impression, within and beyond the duplicate horizon",
+)
+@settings(max_examples=60, deadline=None)
+@given(logs(), st.integers(0, 1 << 32), st.sampled_from([WINDOW + EARLY, 150, 10_000]))
+def test_every_count_and_the_whole_state_are_the_same_however_polls_interleave(
+    log: Log, seed: int, horizon: int
+) -> None:
+    shown: set[int] = set()
+    unique: list[list[Event]] = []
+    for events in log:
+        unique.append([])
+        for event in events:
+            if event.kind == "click" or event.id not in shown:
+                unique[-1].append(event)
+            if event.kind == "impression":
+                shown.add(event.id)
+    rng = np.random.default_rng(seed)
+    states = []
+    for _ in range(2):
+        _, target, _ = run(
+            unique,
+            interleaved(unique, rng),
+            make=lambda: joiner(duplicate_horizon_ms=horizon),
+        )
+        states.append(target.state_dict())
+    for name, array in states[0].items():
+        assert np.array_equal(array, states[1][name]), name
+
+
+def test_a_click_beyond_the_horizon_is_unmatched_whatever_arrived_first() -> None:
+    for click_first in (False, True):
+        for closed in (False, True):
+            target = joiner(duplicate_horizon_ms=150)
+            click = Arrivals.of([7], [1000])
+            late = np.array([1151])  # its partition is far ahead
+            if click_first:
+                target.push_clicks(click, limit=late)
+            target.push_impressions(Arrivals.of([7], [1000]), *features(np.zeros(1, np.int64)))
+            if closed:
+                target.advance(1000 + WINDOW + 1)
+            if not click_first:
+                target.push_clicks(click, limit=late)
+            target.advance(5000)
+            counts = target.counts()
+            assert (counts["clicks_late"], counts["clicks_unmatched"]) == (0, 1)
+            assert not target.delays.any()
+
+
+def test_the_delay_and_earliness_of_several_clicks_are_those_of_the_earliest() -> None:
+    for times in ([1030, 990], [990, 1030]):
+        target = joiner()
+        target.push_impressions(Arrivals.of([7], [1000]), *features(np.zeros(1, np.int64)))
+        for time in times:
+            target.push_clicks(Arrivals.of([7], [time]))
+        counts = target.counts()
+        assert (counts["clicks_joined"], counts["clicks_duplicate"]) == (1, 1)
+        assert counts["clicks_early"] == 1
+        assert target.delays.sum() == 1
+
+
+def test_the_click_of_an_impression_that_is_repeated_earlier_is_counted_anew() -> None:
+    target = joiner()
+    target.push_impressions(Arrivals.of([7], [1000]), *features(np.zeros(1, np.int64)))
+    target.push_clicks(Arrivals.of([7], [995]))
+    assert target.counts()["clicks_early"] == 1
+    # Five milliseconds earlier: the click is no longer early. Then so much that it is late.
+    for time, early, late in ((995, 0, 0), (995 - WINDOW - 1, 0, 1)):
+        target.push_impressions(Arrivals.of([7], [time]), *features(np.zeros(1, np.int64)))
+        counts = target.counts()
+        assert (counts["clicks_early"], counts["clicks_late"]) == (early, late)
+        assert counts["clicks_joined"] == 1 - late
+        assert target.delays.sum(axis=1).tolist() == [1 - late, late]
 
 
 @settings(max_examples=80, deadline=None)
@@ -205,7 +285,7 @@ def test_a_pending_impression_of_39_fields_takes_about_200_bytes() -> None:
     target.push_impressions(Arrivals.of(numbers, numbers), np.zeros((n, 39), np.int32))
     # Without the place on the stack of free rows, four bytes each.
     columns = [*target._pending.rows.columns, *target._pending.features.columns]
-    assert sum(array[:1].nbytes for array in columns) <= 210
+    assert sum(array[:1].nbytes for array in columns) <= 215
     assert target.pending == n
     assert target.nbytes / n < 300  # with the index and room to grow
 
@@ -384,6 +464,7 @@ def test_the_arrays_of_a_state_have_the_names_and_types_of_the_format() -> None:
         "pending.partition": "int32",
         "pending.offset": "int64",
         "pending.click": "int64",
+        "pending.delay": "int32",
         "pending.truth": "float64",
         "pending.ids": "uint8",
         "pending.values": "float32",

@@ -421,7 +421,7 @@ class Windows:
             return []
         final = [
             self._summary([span], start_ms=span[0], provisional=False)
-            for span in sorted(self.tallies)
+            for span in sorted(self.tallies, key=lambda span: span[::-1])
             if self.final_before_ms < span[1] <= final_before_ms
         ]
         self.final_before_ms = final_before_ms

@@ -60,6 +60,7 @@ def pending_pool() -> RowPool[PendingArrays]:
             partition=np.empty(0, np.int32),
             place=np.empty(0, np.int64),
             click_end=np.empty(0, np.int64),
+            delay=np.empty(0, np.int32),
             feature_row=np.empty(0, np.int64),
             free=np.empty(0, np.int32),
             sizes=np.zeros(2, np.int64),

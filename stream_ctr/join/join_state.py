@@ -43,9 +43,10 @@ These rules make the examples a function of the log, however polls interleave th
 2. Among several impressions of one id the first in (event time, partition, place) is kept,
    whichever arrived first. One that replaces another keeps its click only if the click is in the
    new window too, by `click_end`.
-3. Among several waiting clicks the earliest counts as the first, whatever the order of the chain.
+3. Among several clicks of an impression the earliest counts as the first, whatever their order.
 4. The horizon is measured between events. Entries are purged later, and a stale one is ignored.
-   An impression beyond the horizon of a pending one of its id is new: both become examples.
+   An impression beyond the horizon of a pending one of its id is new: both become examples. A
+   click beyond it finds nothing, also when its impression is pending or comes later.
 5. Examples are released in the order (event time, partition, place).
 
 An event of kind `example` came with its label and awaits no click. It is released once the
@@ -121,6 +122,8 @@ CURVE_SECONDS = (
     *(60, 120, 300, 600, 1200, 1800),
     *(3600, 7200, 14400, 28800, 43200, 86400),
 )
+_LEAST_DELAY = -(1 << 31)
+_LONGEST_DELAY = (1 << 31) - 1
 IN_WINDOW = 0
 AFTER_WINDOW = 1
 
@@ -188,7 +191,8 @@ class PendingArrays(NamedTuple):
 
     `time` is NEVER in a free slot. `click_end` is the least end that the window may have for one
     of the clicks to count: the later of the click's time and its `limit`, the least of all clicks;
-    NEVER without a click. For a labelled example both have another meaning (see above).
+    NEVER without a click. For a labelled example both have another meaning (see above). `delay` is
+    that of the earliest of these clicks, undefined without one, and cut to 32 bits.
     `feature_row` is the row of the features in `FeatureArrays`, or negative
     for a place on disk (see `spill`). `free` is a stack of free slots.
     """
@@ -198,6 +202,7 @@ class PendingArrays(NamedTuple):
     partition: npt.NDArray[np.int32]
     place: npt.NDArray[np.int64]
     click_end: npt.NDArray[np.int64]
+    delay: npt.NDArray[np.int32]
     feature_row: npt.NDArray[np.int64]
     free: npt.NDArray[np.int32]
     sizes: npt.NDArray[np.int64]
@@ -455,32 +460,61 @@ def wait_all(key, time, limit, waiting):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True)
-def _count_delay(delays, row, delay_ms):  # type: ignore[no-untyped-def]
+def _count_delay(delays, row, delay_ms, clicks):  # type: ignore[no-untyped-def]
     column = 0
     while column < len(CURVE_SECONDS) and delay_ms > CURVE_SECONDS[column] * 1000:
         column += 1
-    delays[row, column] += 1
+    delays[row, column] += clicks
+
+
+@numba.njit(cache=True, inline="always")
+def _cut(delay_ms):  # type: ignore[no-untyped-def]
+    """Return a delay as it is stored; the longest of CURVE_SECONDS is far below the bounds."""
+    return np.int32(min(max(delay_ms, _LEAST_DELAY), _LONGEST_DELAY))
 
 
 @numba.njit(cache=True)
-def _join_click(  # type: ignore[no-untyped-def]
-    slot,
-    impression_time,
-    click_time,
-    click_end,
-    pending,
-    counts,
-):
-    """Give a click inside the window to the pending impression in `slot`."""
-    if pending.click_end[slot] != NEVER:
-        counts.counters[CLICKS_DUPLICATE] += 1
-        pending.click_end[slot] = min(pending.click_end[slot], click_end)
+def _count_joined(delay_ms, clicks, counts):  # type: ignore[no-untyped-def]
+    """Count the earliest click of an impression by its delay, or with -1 take it back."""
+    if delay_ms < 0:
+        counts.counters[CLICKS_EARLY] += clicks
+    _count_delay(counts.delays, IN_WINDOW, delay_ms, clicks)
+
+
+@numba.njit(cache=True)
+def _join_click(slot, delay_ms, click_end, pending, counts):  # type: ignore[no-untyped-def]
+    """Give a click inside the window to the pending impression in `slot`.
+
+    Of several clicks the earliest is the first, whichever arrived first.
+    """
+    delay = _cut(delay_ms)
+    if pending.click_end[slot] == NEVER:
+        pending.click_end[slot] = click_end
+        pending.delay[slot] = delay
+        counts.counters[CLICKS_JOINED] += 1
+        _count_joined(delay, 1, counts)
         return
-    pending.click_end[slot] = click_end
-    counts.counters[CLICKS_JOINED] += 1
-    if click_time < impression_time:
-        counts.counters[CLICKS_EARLY] += 1
-    _count_delay(counts.delays, IN_WINDOW, click_time - impression_time)
+    pending.click_end[slot] = min(pending.click_end[slot], click_end)
+    counts.counters[CLICKS_DUPLICATE] += 1
+    if delay < pending.delay[slot]:
+        _count_joined(pending.delay[slot], -1, counts)
+        _count_joined(delay, 1, counts)
+        pending.delay[slot] = delay
+
+
+@numba.njit(cache=True)
+def _keep_click(slot, earlier_ms, end, pending, counts):  # type: ignore[no-untyped-def]
+    """Keep the click of an impression that becomes `earlier_ms` earlier, or count it as late."""
+    delay = pending.delay[slot]
+    _count_joined(delay, -1, counts)
+    if pending.click_end[slot] > end:
+        pending.click_end[slot] = NEVER
+        counts.counters[CLICKS_JOINED] -= 1
+        counts.counters[CLICKS_LATE] += 1
+        _count_delay(counts.delays, AFTER_WINDOW, delay + earlier_ms, 1)
+    else:
+        pending.delay[slot] = _cut(delay + earlier_ms)
+        _count_joined(pending.delay[slot], 1, counts)
 
 
 @numba.njit(cache=True)
@@ -496,25 +530,31 @@ def _join_waiting(  # type: ignore[no-untyped-def]
     """Give the clicks that wait for `key` to the impression at `time` that has just arrived."""
     end = time + windows.label_ms
     inside = 0
-    # The earliest click counts as the first: the order of a chain changes with a restart.
     first = NEVER
     least_end = NEVER
     row = waiting.head[_spread(key, len(waiting.head) - 1, waiting.secret)]
     while row != EMPTY:
         click_time = waiting.time[row]
-        if waiting.alive[row] and waiting.key[row] == key and click_time >= time - windows.early_ms:
+        # A click beyond the horizon knows nothing of the impression, whichever arrived first.
+        arrived = max(click_time, waiting.limit[row])
+        if (
+            waiting.alive[row]
+            and waiting.key[row] == key
+            and click_time >= time - windows.early_ms
+            and arrived - time <= windows.horizon_ms
+        ):
             waiting.alive[row] = False
             waiting.sizes[ALIVE] -= 1
-            if click_time > end or waiting.limit[row] > end:
+            if arrived > end:
                 counts.counters[CLICKS_LATE] += 1
-                _count_delay(counts.delays, AFTER_WINDOW, click_time - time)
+                _count_delay(counts.delays, AFTER_WINDOW, click_time - time, 1)
             else:
                 inside += 1
                 first = min(first, click_time)
-                least_end = min(least_end, max(click_time, waiting.limit[row]))
+                least_end = min(least_end, arrived)
         row = waiting.next[row]
     if inside > 0:
-        _join_click(slot, time, first, least_end, pending, counts)
+        _join_click(slot, first - time, least_end, pending, counts)
         counts.counters[CLICKS_DUPLICATE] += inside - 1
 
 
@@ -570,10 +610,8 @@ def push_impressions(  # type: ignore[no-untyped-def]
                 pending_place[slot],
             ):
                 continue
-            if pending_click_end[slot] != NEVER and pending_click_end[slot] > end:
-                pending_click_end[slot] = NEVER
-                counters[CLICKS_JOINED] -= 1
-                counters[CLICKS_LATE] += 1
+            if pending_click_end[slot] != NEVER:
+                _keep_click(slot, pending_time[slot] - time, end, pending, counts)
         else:
             slot = _take(pending.free, pending.sizes)
             pending_click_end[slot] = NEVER
@@ -675,7 +713,7 @@ def push_clicks(  # type: ignore[no-untyped-def]
         slot = slots[position]
         impression_time = times[position]
         end = impression_time + windows.label_ms
-        forgotten = slot <= LEFT and max(time, limit) - impression_time > windows.horizon_ms
+        forgotten = max(time, limit) - impression_time > windows.horizon_ms
         if slot == EMPTY or forgotten or time < impression_time - windows.early_ms:
             if time < watermark - windows.label_ms - windows.early_ms:
                 counters[CLICKS_UNMATCHED] += 1
@@ -685,9 +723,9 @@ def push_clicks(  # type: ignore[no-untyped-def]
             counters[CLICKS_EVICTED] += 1
         elif slot == LEFT or time > end or limit > end:
             counters[CLICKS_LATE] += 1
-            _count_delay(counts.delays, AFTER_WINDOW, time - impression_time)
+            _count_delay(counts.delays, AFTER_WINDOW, time - impression_time, 1)
         else:
-            _join_click(slot, impression_time, time, max(time, limit), pending, counts)
+            _join_click(slot, time - impression_time, max(time, limit), pending, counts)
 
 
 # -- pending rows --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ Array = npt.NDArray[Any]
 Slots = npt.NDArray[np.int64]
 
 # The names of the columns in segments and in snapshots, in the order of the arrays.
-_IDENTITY = ("id_hash", "time", "partition", "offset", "click")
+_IDENTITY = ("id_hash", "time", "partition", "offset", "click", "delay")
 _FEATURES = ("truth", "ids", "values")
 # To find where the oldest end, about this many times are sorted.
 _SAMPLE = 1 << 16
@@ -261,6 +261,7 @@ class PendingImpressions:
         identity = zip(_IDENTITY, self.rows.columns, strict=False)
         features = zip(_FEATURES, self.features.columns, strict=True)
         state = {name: array[slots] for name, array in identity}
+        state["delay"][~self.clicked(slots)] = 0  # undefined without a click
         state |= {name: array[row[here]] for name, array in features}
         if not here.all():
             state["place"] = np.where(here, np.cumsum(here) - 1, row)

@@ -87,14 +87,14 @@ def expected(log: Log) -> list[tuple[int, int, int, int, int]]:
     return [example for _, example in sorted(examples)]
 
 
-def joiner(directory: Path | None = None) -> LabelJoiner:
+def joiner(directory: Path | None = None, *, duplicate_horizon_ms: int = 10_000) -> LabelJoiner:
     return LabelJoiner(
         fields=FIELDS,
         value_fields=1,
         id_bits=24,
         label_window_ms=WINDOW,
         early_click_wait_ms=EARLY,
-        duplicate_horizon_ms=10_000,
+        duplicate_horizon_ms=duplicate_horizon_ms,
         spill_directory=directory,
     )
 
@@ -262,13 +262,23 @@ def logs_with_polls(
     """Draw a log, and one way to poll it: partitions interleaved, in polls of random sizes."""
     log = draw(logs(kinds))
     turns = draw(st.permutations([p for p, events in enumerate(log) for _ in events]))
+    return log, _polls(log, turns, draw(st.integers(1, 9)))
+
+
+def interleaved(log: Log, rng: np.random.Generator) -> list[Poll]:
+    """Return a random way to poll a log."""
+    turns = rng.permutation([p for p, events in enumerate(log) for _ in events]).tolist()
+    return _polls(log, turns, int(rng.choice([1, 3, 9, 100])))
+
+
+def _polls(log: Log, turns: Sequence[int], size: int) -> list[Poll]:
+    """Return polls of `size` events; `turns` names the partition of each."""
     next_offset = [0] * len(log)
     arrivals = []
     for p in turns:
         arrivals.append((p, next_offset[p], log[p][next_offset[p]]))
         next_offset[p] += 1
-    size = draw(st.integers(1, 9))
-    return log, [arrivals[start : start + size] for start in range(0, len(arrivals), size)]
+    return [arrivals[start : start + size] for start in range(0, len(arrivals), size)]
 
 
 class Stream:
