@@ -50,6 +50,7 @@ from stream_ctr.connectors.kafka import (
     KafkaSource,
     KafkaTopicMissing,
     KafkaUnreachable,
+    LogTruncated,
     PositionLost,
     TopicChanged,
     client_options,
@@ -615,7 +616,7 @@ def test_a_log_that_lost_records_that_were_read_is_an_error_even_after_it_has_gr
             source.seek(lossy.positions)
             source.expect_epochs(lossy.epochs[client_name])
         for _ in range(2):
-            with pytest.raises(PositionLost, match=TRUNCATED):
+            with pytest.raises(LogTruncated, match=TRUNCATED):
                 poll_nothing(source)
         assert source.positions() == lossy.positions
     outcome("exit code 5 before the first record that follows", broker=kafka_version)

@@ -77,6 +77,11 @@ class KafkaSink:
         """
         self._raise_failures()
         self._look_up(topic)
+        # The client takes such a record, and fails with its next flush.
+        if partition is not None and not 0 <= partition < self._partitions[topic]:
+            raise KafkaDeliveryFailed(
+                f"topic {topic!r} has no partition {partition}: it has {self._partitions[topic]}"
+            )
         self._send(topic, value, key, list(headers), time, partition)
 
     def send_batch(
@@ -124,6 +129,10 @@ class KafkaSink:
             raise KafkaDeliveryFailed(
                 f"{servers(self._client)} did not acknowledge all records "
                 f"within {timeout_seconds:g} s"
+            ) from error
+        except KafkaError as error:
+            raise KafkaDeliveryFailed(
+                f"{servers(self._client)} did not acknowledge all records: {error}"
             ) from error
         finally:
             self._raise_failures()
