@@ -85,8 +85,8 @@ def test_a_principal_that_may_create_nothing_runs_where_every_topic_exists(
     properties = tmp_path / "client.properties"
     properties.write_text("".join(f"{name}={value}\n" for name, value in LOGIN.items()))
     run = ["run", "--topic", topic, "--bootstrap-servers", apache.sasl_servers, "--until-end"]
-    run += ["--kafka-config", properties, "--client", client_name, *own_topics(topic), *QUICK]
-    run += ["--state", tmp_path / "state", "-X", f"input.group={topic}"]
+    run += ["--kafka-config", str(properties), "--client", client_name, *own_topics(topic), *QUICK]
+    run += ["--state", str(tmp_path / "state"), "-X", f"input.group={topic}"]
     refused = command(*run)
     assert refused.exit_code == 4, refused.output
     assert f"topic '{topic}.dlq' does not exist" in refused.output
