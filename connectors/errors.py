@@ -3,7 +3,8 @@
 ConnectorFailure
 |-- EmbeddedUnavailable      there is no embedded broker, or it did not start
 |-- PositionLost             the source does not hold the records to continue with
-|   `-- TopicChanged         the topic is not the one that reading began with
+|   |-- TopicChanged         the topic is not the one that reading began with
+|   `-- LogTruncated         the log lost records that were read
 |-- RegistryFailure          schemas cannot be read, or the answer is not that of a registry
 |   |-- RegistryUnreachable  the schema registry does not answer
 |   `-- RegistryRefused      the schema registry refuses the login
@@ -34,6 +35,10 @@ class PositionLost(ConnectorFailure):
 
 class TopicChanged(PositionLost):
     """The topic was deleted, recreated or given more partitions: its old positions are invalid."""
+
+
+class LogTruncated(PositionLost):
+    """The log lost records that were read, and holds others at their offsets."""
 
 
 class RegistryFailure(ConnectorFailure):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 import uuid
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from kafka import KafkaAdminClient
 from support.commands import command, succeed
 from support.finished_runs import (
     MALFORMED,
@@ -176,6 +180,60 @@ def test_nothing_in_a_letter_reaches_the_terminal_as_a_control_character(embedde
     assert (
         "does not name its topic" in succeed("dlq", "replay", *where, "--reason", "unknown").output
     )
+
+
+@pytest.mark.security(
+    "headers of dead letters choose no topic",
+    how="letters that name another topic, a partition that does not exist, and none, replayed",
+)
+def test_replay_puts_nothing_into_another_topic_whatever_the_headers_say(
+    embedded_broker, topic, outcome
+):
+    client = kafka.client_options(embedded_broker, {})
+    other = f"{topic}-other"
+    for name in (topic, f"{topic}.dlq", other):
+        kafka.ensure_topic(client, name)
+    forged = [(other, b"0"), (f"{topic}-missing", b"0"), (topic, b"7"), (topic, b"x")]
+    sink = kafka.KafkaSink(client)
+    for number, (named, partition) in enumerate([*forged, (topic, b"0")]):
+        headers = [
+            ("__stream_ctr.errors.topic", named.encode()),
+            ("__stream_ctr.errors.partition", partition),
+        ]
+        sink.send(f"{topic}.dlq", b"%d" % number, headers=headers)
+    sink.close()
+    done = succeed(
+        "dlq", "replay", "--topic", topic, "--all", "--bootstrap-servers", embedded_broker
+    )
+    assert done.stderr.count("is left out") == len(forged)
+    assert f"a letter names topic '{other}', not '{topic}'" in done.stderr
+    assert f"a letter names partition 7 of '{topic}', which has 1" in done.stderr
+    assert "1  in all" in done.stdout
+    assert values_of(embedded_broker, other) == []
+    assert values_of(embedded_broker, topic) == [b"4"]
+    outcome("each is left out and named; the others go to their topic")
+
+
+@pytest.mark.slow
+def test_a_replay_whose_records_are_refused_ends_with_the_reason(kafka_broker, topic):
+    client = kafka.client_options(kafka_broker, {})
+    with closing(KafkaAdminClient(bootstrap_servers=kafka_broker)) as admin:
+        small = {"max.message.bytes": "1000"}
+        admin.create_topics({topic: {"num_partitions": 1, "configs": small}})
+    kafka.ensure_topic(client, f"{topic}.dlq")
+    headers = [
+        ("__stream_ctr.errors.topic", topic.encode()),
+        ("__stream_ctr.errors.partition", b"0"),
+    ]
+    sink = kafka.KafkaSink(client)
+    for value in (b"small", os.urandom(5000), b"small"):
+        sink.send(f"{topic}.dlq", value, headers=headers)
+    sink.close()
+    begun = time.monotonic()
+    done = command("dlq", "replay", "--topic", topic, "--all", "--bootstrap-servers", kafka_broker)
+    assert done.exit_code == 4, done.output
+    assert "did not take" in done.output
+    assert time.monotonic() - begun < 20
 
 
 def test_what_is_shown_is_cut_and_says_so():

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from kafka import KafkaAdminClient, KafkaConsumer
+from kafka.errors import KafkaError, UnknownError
 from support.patience import PATIENCE_SECONDS, wait_until
 from support.sources import Row, all_rows, count, values
 
@@ -25,6 +26,7 @@ from stream_ctr.connectors.kafka import (
     client_options,
     ensure_topic,
     options,
+    timeouts,
     topic_partitions,
 )
 
@@ -173,3 +175,54 @@ def test_a_sink_asks_for_topics_once_however_many_it_writes_to(
     sink.close()
     opened = [record for record in caplog.records if "Attempting bootstrap" in record.message]
     assert len(opened) == 1
+
+
+def test_a_partition_that_the_topic_does_not_have_is_an_error_before_anything_is_sent(
+    embedded_broker: str, topic: str
+) -> None:
+    client = client_options(embedded_broker, {})
+    ensure_topic(client, topic, partitions=2)
+    with closing(KafkaSink(client)) as sink:
+        for partition in (-1, 2):
+            with pytest.raises(KafkaDeliveryFailed, match=f"has no partition {partition}: it has"):
+                sink.send(topic, b"nowhere", partition=partition)
+        sink.send(topic, b"there", partition=1)
+    assert values(stored(embedded_broker, topic), 1) == [b"there"]
+
+
+def test_a_flush_that_meets_a_batch_while_it_is_split_waits_for_its_parts(
+    embedded_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_options(embedded_broker, {})
+    ensure_topic(client, topic)
+    with closing(KafkaSink(client)) as sink:
+        sink.send(topic, b"value")
+        flush = sink._producer.flush
+        failures = iter([UnknownError("Future not done")] * 2)
+
+        def fail_at_first(timeout: float) -> None:
+            if failure := next(failures, None):
+                raise failure
+            flush(timeout)
+
+        monkeypatch.setattr(sink._producer, "flush", fail_at_first)
+        sink.flush(PATIENCE_SECONDS)
+    assert values(stored(embedded_broker, topic)) == [b"value"]
+
+
+@pytest.mark.parametrize("error", [UnknownError("never done"), KafkaError("another one")])
+def test_whatever_ends_a_flush_is_a_failed_delivery_and_the_sink_is_closed(
+    error: KafkaError, embedded_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(timeout: float) -> None:
+        raise error
+
+    monkeypatch.setattr(timeouts, "ANSWER_SECONDS", 0.1)
+    client = client_options(embedded_broker, {})
+    ensure_topic(client, topic)
+    sink = KafkaSink(client)
+    sink.send(topic, b"value")
+    monkeypatch.setattr(sink._producer, "flush", fail)
+    with pytest.raises(KafkaDeliveryFailed, match="did not acknowledge all records"):
+        sink.close()
+    assert sink._producer is None

@@ -11,6 +11,7 @@ import itertools
 import logging
 import random
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -50,6 +51,7 @@ from stream_ctr.connectors.kafka import (
     KafkaSource,
     KafkaTopicMissing,
     KafkaUnreachable,
+    LogTruncated,
     PositionLost,
     TopicChanged,
     client_options,
@@ -615,7 +617,7 @@ def test_a_log_that_lost_records_that_were_read_is_an_error_even_after_it_has_gr
             source.seek(lossy.positions)
             source.expect_epochs(lossy.epochs[client_name])
         for _ in range(2):
-            with pytest.raises(PositionLost, match=TRUNCATED):
+            with pytest.raises(LogTruncated, match=TRUNCATED):
                 poll_nothing(source)
         assert source.positions() == lossy.positions
     outcome("exit code 5 before the first record that follows", broker=kafka_version)
@@ -872,6 +874,51 @@ def test_a_topic_that_is_created_again_or_gets_partitions_is_reported(
         created = f"'{again}' was deleted and created again: its id was {before} and is {now}"
         with pytest.raises(TopicChanged, match=created):
             poll_forever(second)
+
+
+_READ_UNTIL_IT_FAILS = """
+import sys
+from stream_ctr.connectors.kafka import KafkaSource, client_options
+if sys.argv[3] == "confluent":
+    from stream_ctr.connectors.kafka.confluent import ConfluentSource as KafkaSource
+source = KafkaSource([sys.argv[2]], client=client_options(sys.argv[1], {}), group="g")
+try:
+    while True:
+        for value in source.poll(0.1).value.to_pylist():
+            print(value.decode(), flush=True)
+except Exception as error:
+    print(type(error).__name__, flush=True)
+"""
+
+
+@connects
+@pytest.mark.slow
+@pytest.mark.fault(
+    28, injected="topic deleted, created again and filled beyond the position during a SIGSTOP"
+)
+def test_no_record_of_a_topic_that_was_created_again_during_a_stop_is_returned(
+    client_name: str, kafka_broker: str, topic: str, kafka_version: str, outcome: Outcome
+) -> None:
+    write(kafka_broker, topic, [[b"old"] * 20])
+    command = [sys.executable, "-c", _READ_UNTIL_IT_FAILS, kafka_broker, topic, client_name]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as reading,
+        closing(KafkaAdminClient(bootstrap_servers=kafka_broker)) as admin,
+    ):
+        try:
+            assert reading.stdout
+            assert [reading.stdout.readline() for _ in range(20)] == ["old\n"] * 20
+            reading.send_signal(signal.SIGSTOP)
+            stopped_at = time.monotonic()
+            admin.delete_topics([topic])
+            wait_until(lambda: topic_partitions(client_options(kafka_broker, {}), topic) is None)
+            write(kafka_broker, topic, [[b"new"] * 60])
+            time.sleep(max(stopped_at + 1.5 - time.monotonic(), 0.0))
+            reading.send_signal(signal.SIGCONT)
+            assert reading.stdout.readline() == "TopicChanged\n"
+        finally:
+            reading.kill()
+    outcome("exit code 5 with the reason; no record of the new topic is read", broker=kafka_version)
 
 
 @pytest.mark.slow

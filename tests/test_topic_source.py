@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ class FakeNews:
 
     def __init__(self) -> None:
         self.id = "a1"
+        self.asked = 0
         self._asked = False
 
     def first(self) -> Topics:
@@ -46,6 +48,7 @@ class FakeNews:
 
     def ask(self) -> None:
         self._asked = True
+        self.asked += 1
 
     def forget(self) -> None:
         self._asked = False
@@ -309,6 +312,59 @@ def test_the_epoch_of_a_position_that_skips_records_is_not_known(
     source.poll(0.0)
     assert source.positions()[0] == 20
     assert source.leader_epochs() == {}
+
+
+@pytest.fixture
+def later(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Return the function that moves the clock of the watch over topics on."""
+    moved = [0.0]
+    clock = time.monotonic
+
+    def move(seconds: float) -> None:
+        moved[0] += seconds
+
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + moved[0])
+    return move
+
+
+def test_records_after_a_gap_are_those_of_a_topic_that_brokers_confirm(
+    reader: FakeReader, later: Callable[[float], None]
+) -> None:
+    source = source_of(reader)
+    assert len(source.poll(0.0)) == 10
+    later(100.0)
+    assert len(source.poll(0.0)) == 10
+    later(100.0)
+    reader.news.id = "b2"
+    with pytest.raises(TopicChanged, match="its id was a1 and is b2"):
+        source.poll(0.0)
+    assert source.positions() == {0: 20, 1: 0}
+
+
+def test_records_that_no_broker_confirms_are_read_again(
+    reader: FakeReader, later: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = source_of(reader)
+    source.poll(0.0)
+    later(100.0)
+    monkeypatch.setattr(reader.news, "answer", lambda: None)
+    reader.restarted.clear()
+    assert len(source.poll(0.0)) == 0
+    assert (source.positions(), source.leader_epochs()) == ({0: 10, 1: 0}, {0: 3})
+    assert reader.restarted == [(0, 10), (1, 0)]
+    monkeypatch.undo()
+    assert len(read_all(source)) == 50
+
+
+def test_topics_are_asked_about_while_records_come(
+    reader: FakeReader, later: Callable[[float], None]
+) -> None:
+    source = source_of(reader)
+    reader.news.asked = 0
+    for _ in range(4):
+        later(0.6)
+        source.poll(0.0)
+    assert reader.news.asked == 4
 
 
 def test_a_doubt_waits_for_brokers_that_are_silent(reader: FakeReader) -> None:

@@ -15,6 +15,7 @@ from stream_ctr.connectors.errors import (
     KafkaRefused,
     KafkaTopicMissing,
     KafkaUnreachable,
+    LogTruncated,
     PositionLost,
     TopicChanged,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "KafkaSource",
     "KafkaTopicMissing",
     "KafkaUnreachable",
+    "LogTruncated",
     "PointerReader",
     "PositionLost",
     "StoredRecord",

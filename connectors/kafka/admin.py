@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from kafka.errors import (
+    ClusterAuthorizationFailedError,
     IncompatibleBrokerVersion,
     InvalidReplicationFactorError,
     TopicAlreadyExistsError,
+    TopicAuthorizationFailedError,
 )
 
+from stream_ctr.connectors.errors import KafkaFailure
 from stream_ctr.connectors.kafka import timeouts
 from stream_ctr.connectors.kafka.client import open_admin
+from stream_ctr.connectors.kafka.diagnosis import how_to_create, servers
 
 
 def ensure_topic(
@@ -19,7 +24,8 @@ def ensure_topic(
 ) -> bool:
     """Create the topic if it is missing, and return whether it was created.
 
-    Its replication is the broker's default. Raises `KafkaUnreachable` and `KafkaFailure`.
+    Its replication is the broker's default. A topic that exists needs no right but to describe it.
+    Raises `KafkaUnreachable` and `KafkaFailure`.
     """
     settings: dict[str, object] = {
         "num_partitions": partitions,
@@ -30,6 +36,8 @@ def ensure_topic(
         "wait_for_metadata": True,
     }
     with open_admin(client) as admin:
+        if topic in _partition_counts(admin):
+            return False
         try:
             try:
                 admin.create_topics({topic: settings}, **wait)
@@ -37,6 +45,12 @@ def ensure_topic(
                 admin.create_topics({topic: {**settings, "replication_factor": 1}}, **wait)
         except TopicAlreadyExistsError:
             return False
+        except (TopicAuthorizationFailedError, ClusterAuthorizationFailedError) as error:
+            raise KafkaFailure(
+                f"topic {topic!r} does not exist on {servers(client)}, or may not be described, "
+                f"and this client may not create it ({type(error).__name__}); "
+                f"{how_to_create(client, topic, partitions)}"
+            ) from error
     return True
 
 
@@ -54,5 +68,9 @@ def partition_counts(client: Mapping[str, object]) -> dict[str, int]:
     Raises `KafkaUnreachable` and `KafkaFailure`.
     """
     with open_admin(client) as admin:
-        # All topics: to ask for one by name creates it where brokers create topics by themselves.
-        return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}
+        return _partition_counts(admin)
+
+
+def _partition_counts(admin: Any) -> dict[str, int]:
+    # All topics: to ask for one by name creates it where brokers create topics by themselves.
+    return {topic["name"]: len(topic["partitions"]) for topic in admin.describe_topics()}

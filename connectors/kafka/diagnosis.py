@@ -162,12 +162,17 @@ kafka-topics.sh --bootstrap-server b:9092 --create --topic clicks --partitions 4
         if near
         else f"{len(existing)} other topics exist, none with a name near it"
     )
-    create = (
-        f"kafka-topics.sh --bootstrap-server {server_names(client)[0]} "
-        f"--create --topic {topic} --partitions 4"
-    )
     return KafkaTopicMissing(
-        f"topic {topic!r} does not exist on {servers(client)} ({others}); to create it: {create}"
+        f"topic {topic!r} does not exist on {servers(client)} ({others}); "
+        f"{how_to_create(client, topic, 4)}"
+    )
+
+
+def how_to_create(client: Mapping[str, object], topic: str, partitions: int) -> str:
+    """Return the words for the command that creates a topic."""
+    return (
+        f"to create it: kafka-topics.sh --bootstrap-server {server_names(client)[0]} "
+        f"--create --topic {topic} --partitions {partitions}"
     )
 
 

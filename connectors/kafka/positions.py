@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.connectors.errors import PositionLost
+from stream_ctr.connectors.errors import LogTruncated, PositionLost
 from stream_ctr.connectors.records import Records
 
 Offsets = npt.NDArray[np.int64]
@@ -158,7 +158,7 @@ topic 'clicks' begins at offset 5, but 3 comes next: 2 were deleted
             return False
         moved = self._move(self.next_offset, bounds, skip_deleted=explained and skip_deleted)
         if not moved:
-            raise PositionLost(doubt.reason)
+            raise doubt.error
         return True
 
     def skip_damage(self, index: int, next_offset: int) -> None:
@@ -239,6 +239,11 @@ class Doubt:
         self._retention = retention  # whether retention may explain the refusal
         self._seconds = seconds
         self._since: float | None = None
+
+    @property
+    def error(self) -> PositionLost:
+        """The error to raise when the doubt is over."""
+        return PositionLost(self.reason) if self._retention else LogTruncated(self.reason)
 
     def explained(self, position: Offsets, bounds: LogBounds, *, now: float) -> bool:
         """Return whether retention explains the refusal of these positions [P].

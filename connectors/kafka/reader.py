@@ -128,9 +128,7 @@ def log_truncated(partition: tuple[str, int], end: int, epoch: int) -> Failure:
     ends = f"of leader epoch {epoch} it holds the offsets before {end} alone"
     reason = (
         f"partition {number} of topic {topic!r} lost records that were read already, by an unclean "
-        f"leader election or with a broker's disk: {ends if end >= 0 else 'its log begins anew'}. "
-        "What was learned from them cannot be taken back; to begin anew use another --state "
-        "directory"
+        f"leader election or with a broker's disk: {ends if end >= 0 else 'its log begins anew'}"
     )
     return Failure(FailureKind.LOG_TRUNCATED, reason)
 

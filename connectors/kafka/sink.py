@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from time import monotonic, sleep
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from kafka import KafkaProducer
-from kafka.errors import KafkaError, KafkaTimeoutError
+from kafka.errors import KafkaError, KafkaTimeoutError, UnknownError
 
 from stream_ctr.connectors.errors import KafkaDeliveryFailed
 from stream_ctr.connectors.kafka import inside, options, timeouts
@@ -21,6 +22,7 @@ from stream_ctr.connectors.kafka.codecs import check_codecs
 from stream_ctr.connectors.kafka.diagnosis import servers, topic_missing
 
 _MARK_BYTES = 256 << 10  # of values between two records whose acknowledgement is waited for
+_BETWEEN_FLUSHES_SECONDS = 0.01
 
 # Tuned by measurement on two cores; every one can be set by the user.
 _PRODUCER_DEFAULTS: dict[str, object] = {
@@ -77,6 +79,11 @@ class KafkaSink:
         """
         self._raise_failures()
         self._look_up(topic)
+        # The client takes such a record, and fails with its next flush.
+        if partition is not None and not 0 <= partition < self._partitions[topic]:
+            raise KafkaDeliveryFailed(
+                f"topic {topic!r} has no partition {partition}: it has {self._partitions[topic]}"
+            )
         self._send(topic, value, key, list(headers), time, partition)
 
     def send_batch(
@@ -119,14 +126,31 @@ class KafkaSink:
         if self._producer is None:
             return
         try:
-            self._producer.flush(timeout_seconds)
+            self._flush(monotonic() + timeout_seconds)
         except KafkaTimeoutError as error:
             raise KafkaDeliveryFailed(
                 f"{servers(self._client)} did not acknowledge all records "
                 f"within {timeout_seconds:g} s"
             ) from error
+        except KafkaError as error:
+            raise KafkaDeliveryFailed(
+                f"{servers(self._client)} did not acknowledge all records: {error}"
+            ) from error
         finally:
             self._raise_failures()
+
+    def _flush(self, deadline: float) -> None:
+        while True:
+            try:
+                self._producer.flush(max(deadline - monotonic(), 0.0))
+            except UnknownError as error:
+                # The client splits a batch that is too large while it waits for it. The parts are
+                # there for the next flush.
+                if monotonic() > deadline:
+                    raise KafkaTimeoutError(str(error)) from error
+                sleep(_BETWEEN_FLUSHES_SECONDS)
+            else:
+                return
 
     def close(self) -> None:
         """Wait up to `ANSWER_SECONDS` for the records on their way, and close.

@@ -92,7 +92,13 @@ class TopicSource:
         if self._doubt:
             self._settle(self._doubt)
             return Records.empty()
+        epochs_before = self._reader.leader_epoch.copy()
         polled = self._reader.poll(self._positions.next_offset, timeout_seconds)
+        if len(polled.records) and not self._topics.confirm():
+            # Brokers are silent. What was read may be of another topic of the same name.
+            self._reader.leader_epoch[:] = epochs_before
+            self._restart(range(len(self.partitions)))
+            return Records.empty()
         self._positions.advance(polled.next_offset)
         if polled.failure:
             self._failures[polled.failure.partition] = polled.failure

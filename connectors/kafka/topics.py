@@ -134,16 +134,18 @@ its id was a1 and is b2
 
 
 class TopicWatch:
-    """Compares topics with what they were at the start, at least every `check_seconds`.
+    """Compares topics with what they were at the start, at least every `check_seconds`, and every
+    second while records come.
 
-    The silence of brokers is no news. Raises `KafkaUnreachable` when they do not describe the
-    topics at the start.
+    The silence of brokers is no news, but no confirmation either. Raises `KafkaUnreachable` when
+    they do not describe the topics at the start.
     """
 
     def __init__(self, news: TopicNews, *, check_seconds: float) -> None:
         self._news = news
         self._check_seconds = check_seconds
         self._asked_at = time.monotonic()
+        self._confirmed_at = self._asked_at  # when the newest question that was answered was asked
         self._known = KnownTopics(news.first(), missing_seconds=timeouts.TOPIC_MISSING_SECONDS)
 
     @property
@@ -155,9 +157,32 @@ class TopicWatch:
         """Compare if there is news, and ask for news if it is time. Raises `TopicChanged`."""
         now = time.monotonic()
         if now - self._asked_at >= self._check_seconds:
+            self._ask(now)
+        self._compare()
+
+    def confirm(self) -> bool:
+        """Return whether records that were just read are those of the known topics.
+
+        They are if brokers confirmed the topics within `TOPIC_CONFIRM_SECONDS`: a topic is not
+        deleted, created again and filled in that time without a failed fetch. After a longer gap,
+        as that of a process that was stopped, this waits for brokers up to `ANSWER_SECONDS`. Raises
+        `TopicChanged`.
+        """
+        self._compare()
+        now = time.monotonic()
+        age = now - self._confirmed_at
+        if age < timeouts.TOPIC_CONFIRM_SECONDS / 2:
+            return True
+        if age < timeouts.TOPIC_CONFIRM_SECONDS:
+            self._ask(now)  # the answer comes while reading goes on
+            return True
+        self.wait_for_news()
+        return self._confirmed_at >= now
+
+    def _ask(self, now: float) -> None:
+        if not self._news.pending:
             self._asked_at = now
             self._news.ask()
-        self._compare()
 
     def wait_for_news(self) -> None:
         """Ask and compare with the answer, within `ANSWER_SECONDS`. Raises `TopicChanged`."""
@@ -175,4 +200,5 @@ class TopicWatch:
         if topics is None:
             return False
         self._known.compare(topics, now=time.monotonic())
+        self._confirmed_at = self._asked_at
         return True

@@ -8,7 +8,12 @@ from pathlib import Path
 
 from stream_ctr.cli.registry import without_registry
 from stream_ctr.connectors import kafka
-from stream_ctr.connectors.errors import PositionLost, RegistryFailure, TopicChanged
+from stream_ctr.connectors.errors import (
+    LogTruncated,
+    PositionLost,
+    RegistryFailure,
+    TopicChanged,
+)
 from stream_ctr.errors import BrokerError, ConfigError, DataError
 from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.pointer_sources import TopicPointers
@@ -65,7 +70,7 @@ def connector_errors() -> Iterator[None]:
     """
     try:
         yield
-    except TopicChanged as error:
+    except (LogTruncated, TopicChanged) as error:
         raise DataError(f"{error}. {_BEGIN_ANEW}") from None
     except PositionLost as error:
         raise DataError(

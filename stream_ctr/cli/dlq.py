@@ -308,7 +308,8 @@ def _only_value(letters: Iterator[Letter], name: str) -> bytes:
 def replay_letters(*, place: Place, reason: str | None, every: bool, out: Path | None) -> None:
     """Put the bytes of dead letters back, unchanged, into the topic and partition they came from.
 
-    Letters of a --state directory go to --topic, or to the lines of --out. The letters stay where
+    Letters of TOPIC.dlq go to TOPIC and to no other topic, whatever their headers say. Letters of a
+    --state directory go to --topic, or to the lines of --out. The letters stay where
     they are, and a record that is still malformed becomes a letter again: mend the cause first (the
     fields of a --config, input.max_record_bytes). An impression or a click whose time has passed
     meanwhile counts as late.
@@ -334,8 +335,7 @@ def replay_letters(*, place: Place, reason: str | None, every: bool, out: Path |
     if out:
         _write_lines(chosen, out, done.update)
     else:
-        topic = place.topic if place.state else None
-        _send_back(chosen, topic, place.settings, done.update)
+        _send_back(chosen, place, done.update)
     if not done:
         _require_reason(reason, seen)
     _print_counts(done)
@@ -375,28 +375,46 @@ def _write_lines(letters: Iterator[Letter], out: Path, done: Callable[[list[str]
         raise DataError(f"cannot write {out}: {error.strerror}") from None
 
 
-def _send_back(
-    letters: Iterator[Letter],
-    topic: str | None,
-    settings: Settings,
-    done: Callable[[list[str]], None],
-) -> None:
-    """Send letters to `topic`, or back to the topic and partition that lateness is judged by."""
+def _send_back(letters: Iterator[Letter], place: Place, done: Callable[[list[str]], None]) -> None:
+    """Send letters to the topic of the place.
+
+    Those of a topic go to the partition that they came from, which lateness is judged by.
+    """
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.connectors import kafka
 
-    _, client = settings.load_client()
+    config, client = place.settings.load_client(topic=place.topic)
+    topic = config.input.topic
     with contextlib.ExitStack() as stack:
         stack.enter_context(connector_errors())
         sink = kafka.KafkaSink(client)
         stack.callback(sink.close)
-        for letter in letters:
-            if topic:
+        if place.state:
+            for letter in letters:
                 sink.send(topic, letter.value)
-            elif letter.topic and letter.partition >= 0:
-                sink.send(letter.topic, letter.value, partition=letter.partition)
-            else:
-                _note("a letter does not name its topic and is left out")
-                continue
-            done([letter.reason])
+                done([letter.reason])
+        else:
+            partitions = kafka.topic_partitions(client, topic) or 0
+            # Anyone who may write to the dead letters writes their headers.
+            for letter in _of_topic(letters, topic, partitions):
+                sink.send(topic, letter.value, partition=letter.partition)
+                done([letter.reason])
         sink.flush(_FLUSH_SECONDS)
+
+
+def _of_topic(letters: Iterator[Letter], topic: str, partitions: int) -> Iterator[Letter]:
+    """Yield the letters that name a place in this topic."""
+    for letter in letters:
+        if not letter.topic:
+            _note("a letter does not name its topic and is left out")
+        elif letter.topic != topic:
+            _note(
+                f"a letter names topic {printable(letter.topic)!r}, not {topic!r}, and is left out"
+            )
+        elif not 0 <= letter.partition < partitions:
+            _note(
+                f"a letter names partition {letter.partition} of {topic!r}, "
+                f"which has {partitions}, and is left out"
+            )
+        else:
+            yield letter

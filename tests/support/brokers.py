@@ -36,6 +36,7 @@ START_SECONDS = 180.0
 STOP_SECONDS = 120.0
 SASL_USER = "tester"
 SASL_PASSWORD = "marker-secret-5f2c"
+READER = "reader"  # a user with the rights alone that access lists give it, and SASL_PASSWORD
 _HEAP = "-Xmx384m"
 _HEAP_OF_THREE = "-Xmx256m"
 _JAVA_OPTIONS = ("-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-Xshare:auto")
@@ -103,7 +104,7 @@ class ApacheBroker:
     | listener | protocol | login |
     |---|---|---|
     | `bootstrap_servers` | PLAINTEXT | |
-    | `sasl_servers` | SASL_PLAINTEXT | PLAIN, `SASL_USER`, `SASL_PASSWORD` |
+    | `sasl_servers` | SASL_PLAINTEXT | PLAIN, `SASL_USER` or `READER`, `SASL_PASSWORD` |
     | `tls_servers` | SASL_SSL | SCRAM-SHA-256, the same user |
     | `proxied_servers` | PLAINTEXT, through `proxy` | |
 
@@ -297,6 +298,8 @@ class ApacheBroker:
             # Half a minute after its start a broker deletes old records, and tests write times of
             # 1970.
             "log.retention.ms": -1,
+            "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+            "super.users": f"User:ANONYMOUS;User:{SASL_USER}",
             **self._settings,
         }
 
@@ -316,7 +319,8 @@ class ApacheBroker:
             "INTERNAL": "PLAINTEXT",
             "CONTROLLER": "PLAINTEXT",
         }
-        plain_login = f'{jaas}.plain.PlainLoginModule required user_{SASL_USER}="{SASL_PASSWORD}";'
+        users = " ".join(f'user_{user}="{SASL_PASSWORD}"' for user in (SASL_USER, READER))
+        plain_login = f"{jaas}.plain.PlainLoginModule required {users};"
         return {
             "listeners": ",".join(
                 f"{name}://127.0.0.1:{port}"
