@@ -66,8 +66,7 @@ class Lease:
         self._token = secrets.token_hex(8)
         self.epoch = 0
         try:
-            self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-            directory.mkdir(parents=True, exist_ok=True)
+            self._made = state_files.make_directories(directory)
             self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:

@@ -30,6 +30,7 @@ from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.files import naming
 from stream_ctr.snapshots.lease import Lease, epochs
 from stream_ctr.snapshots.line_file import LineFile
 from stream_ctr.snapshots.manifest import Manifest
@@ -172,6 +173,15 @@ class Publisher:
             with self._sending("dead letters"):
                 self._sink.flush(_FLUSH_SECONDS)
             self._forget_letters()
+
+    def sync(self) -> None:
+        """Wait until reports and dead letters in files are on disk; another thread may call this.
+
+        The run that goes on from a snapshot does not write those before it again.
+        """
+        for file in (self._reports, self._dead_letters):
+            with naming(file.path, "cannot write"):
+                file.sync()
 
     def _keep_letter(self, fields: Mapping[str, str], value: bytes) -> None:
         encoded = base64.b64encode(value).decode()
