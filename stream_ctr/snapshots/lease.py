@@ -79,9 +79,10 @@ class Lease:
                 self.close()
                 raise
         except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
+            path = Path(str(error.filename))
+            name = f"{path}: " if path.parent == directory else ""
             raise ConfigError(
-                f"cannot write in the state directory {directory}{place}: {error.strerror}"
+                f"cannot write in the state directory {directory}: {name}{error.strerror}"
             ) from None
 
     def check(self) -> None:
