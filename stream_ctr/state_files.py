@@ -60,9 +60,25 @@ def create_file(path: Path) -> int:
 
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, if it is missing. A symbolic link is an `OSError`."""
-    path.mkdir(parents=True, exist_ok=True)
+    make_directories(path)
     with opened_folder(path):
         pass
+
+
+def make_directories(path: Path) -> list[Path]:
+    """Make a directory, and those above it; return those that were missing, `path` first.
+
+    Their names are on disk when this returns: what is written there would be lost with them.
+    """
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        fd = os.open(made.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    return missing
 
 
 @contextlib.contextmanager

@@ -528,7 +528,9 @@ def test_subscribe_once_prints_a_verified_snapshot_and_runs_the_hook(trained, tm
 @pytest.mark.security(
     "a hook runs nothing but its command", how="{path} within a text that a shell reads"
 )
-@pytest.mark.parametrize("hook", ["sh -c 'cp -r {path} served'", "sh -c {path}.sh", "x={path} env"])
+@pytest.mark.parametrize(
+    "hook", ["sh -c 'cp -r {path} served'", "sh -c {path}.sh", "env X={path} reload"]
+)
 def test_the_path_of_a_hook_is_a_word_of_its_own(tmp_path, hook, outcome):
     result = command("subscribe", "--state", tmp_path, "--once", "--exec", hook)
     assert result.exit_code == 2

@@ -1081,7 +1081,7 @@ def test_a_run_whose_baseline_is_frozen_still_ends_with_a_snapshot_that_has_its_
 ) -> None:
     monkeypatch.setattr(baseline, "_WAIT_SECONDS", 0.05)
     monkeypatch.setattr(baseline, "_WAITS_BEFORE_FAILING", 10_000)
-    values = [stream.slice(0, 2500)]
+    values = [stream]
     finish(trainer(tmp_path / "whole", Partitions(values), **RIVER))
     stopped = finish(trainer(tmp_path / "parts", BaselineStopped(values), **RIVER))
     assert stopped["kind"] == "stopped"

@@ -302,12 +302,17 @@ def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:
-            raise click.BadParameter(
-                f'-X takes KEY=VALUE, and the one of number {len(split) + 1} has no "=" '
-                "(it is not shown, because it may hold a password)"
-            )
+            raise click.BadParameter(f"-X takes KEY=VALUE, got {_shown(pair)}")
         split.append((name, value))
     return split
+
+
+def _shown(pair: str) -> str:
+    """Return a -X without "=" for a message, unless it may be a password."""
+    from stream_ctr import config
+
+    known = pair in config.known_keys()
+    return repr(pair) if known else 'a text without "=" (not shown: it may be a secret)'
 
 
 def print_notes(notes: Sequence[str]) -> None:

@@ -148,11 +148,16 @@ def remove(path: Path) -> None:
 
 
 def link(source: Path, target: Path) -> None:
-    """Give an immutable file a second name, or copy it where the file system has no links."""
+    """Give an immutable file a second name, or copy it where the file system has no links.
+
+    The bytes are on disk when this returns, if they were before.
+    """
     try:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        with target.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def is_directory(path: Path) -> bool:

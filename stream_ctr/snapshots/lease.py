@@ -64,8 +64,7 @@ class Lease:
         self._token = secrets.token_hex(8)
         self.epoch = 0
         try:
-            self._made = [path for path in (directory, *directory.parents) if not path.exists()]
-            directory.mkdir(parents=True, exist_ok=True)
+            self._made = state_files.make_directories(directory)
             self._found = set(directory.iterdir())
             self._fd = self._acquire(take_over)
             try:
@@ -78,9 +77,10 @@ class Lease:
                 self.close()
                 raise
         except OSError as error:
-            place = f": {error.filename}" if error.filename else ""
+            path = Path(str(error.filename))
+            name = f"{path}: " if path.parent == directory else ""
             raise ConfigError(
-                f"cannot write in the state directory {directory}{place}: {error.strerror}"
+                f"cannot write in the state directory {directory}: {name}{error.strerror}"
             ) from None
 
     def check(self) -> None:

@@ -30,6 +30,7 @@ from stream_ctr.errors import BrokerError, ConfigError, SnapshotError
 from stream_ctr.failpoint import failpoint
 from stream_ctr.snapshots import lineage, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
+from stream_ctr.snapshots.files import naming
 from stream_ctr.snapshots.lease import Lease, epochs, next_epoch
 from stream_ctr.snapshots.line_file import LineFile
 from stream_ctr.snapshots.manifest import Manifest
@@ -190,6 +191,15 @@ class Publisher:
     def pass_dead_letters(self) -> None:
         """Note that a snapshot is on disk: records before it are not read again."""
         self._sent_letters.begin_file()
+
+    def sync(self) -> None:
+        """Wait until reports and dead letters in files are on disk; another thread may call this.
+
+        The run that goes on from a snapshot does not write those before it again.
+        """
+        for file in (self._reports, self._dead_letters):
+            with naming(file.path, "cannot write"):
+                file.sync()
 
     def _keep_letter(self, fields: Mapping[str, str], value: bytes) -> None:
         encoded = base64.b64encode(value).decode()

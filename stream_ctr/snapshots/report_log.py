@@ -64,6 +64,10 @@ class ReportLog:
             self._rotate()
         self._file.append(line)
 
+    def sync(self) -> None:
+        """Wait until all reports are on disk. Another thread may call this."""
+        self._file.sync()
+
     def _is_due(self, more_bytes: int) -> bool:
         try:
             size = self.path.stat().st_size
@@ -80,6 +84,7 @@ class ReportLog:
     def _rotate(self) -> None:
         rotated = _rotated(self._directory)
         number = 1 + max(rotated, default=0)
+        self._file.sync()
         self.path.rename(self._directory / f"reports-{number:08d}.jsonl")
         self._began = None
         for old in sorted([*rotated, number])[: -self._rotation.keep]:

@@ -81,6 +81,7 @@ class SnapshotCycle:
         self.in_progress = False
         """Whether a snapshot is between its copy and the disk."""
         self._has_published = False
+        self._before = before
         self._source = source
         self._publisher = publisher
         self._counters = counters
@@ -88,7 +89,7 @@ class SnapshotCycle:
             policy.root,
             sign=policy.signing.sign if policy.signing else None,
             check=publisher.check,
-            before=before,
+            before=self._sync_what_is_before,
         )
 
     @property
@@ -176,6 +177,10 @@ class SnapshotCycle:
         published = self._publisher.published()
         name = published.snapshot if published else self.parent
         return self.policy.root / name if name else None
+
+    def _sync_what_is_before(self) -> None:
+        self._before()
+        self._publisher.sync()
 
     def _publish(self, written: Written) -> bool:
         name = written.path.name
