@@ -335,6 +335,14 @@ def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
         publisher.published_manifest()
 
 
+def test_the_published_snapshot_is_found_in_a_directory_that_was_moved(tmp_path: Path) -> None:
+    path = write(tmp_path / "before", 1)
+    manifest = snapshot.verify(path)
+    Publisher(tmp_path / "before").publish(path, manifest)
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert Publisher(tmp_path / "after").published_manifest() == manifest
+
+
 def test_a_pointer_of_a_newer_version_is_never_replaced(tmp_path: Path) -> None:
     first, second = (write(tmp_path, sequence) for sequence in (1, 2))
     publisher = Publisher(tmp_path)

@@ -32,6 +32,7 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots import files, snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
+from stream_ctr.snapshots.pointer import pointer_for, write_pointer
 
 
 def write(root: Path, sequence: int = 1, tensors: Any = TENSORS, **changes: Any) -> Path:
@@ -516,6 +517,21 @@ def test_a_newer_format_behind_a_good_snapshot_does_not_matter(tmp_path: Path) -
     make_newer(write(tmp_path, 1) / "manifest.json")
     good = write(tmp_path, 2)
     assert snapshot.newest(tmp_path) == good
+
+
+def test_a_published_snapshot_with_another_manifest_than_was_published_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = tmp_path / "snapshots"
+    first, second = write(root, 1), write(root, 2)
+    write_pointer(tmp_path / "latest.json", pointer_for(second, snapshot.verify(second)))
+    assert snapshot.newest(root) == second
+    edit_manifest(second, lambda manifest: manifest.update(examples=7))
+    assert snapshot.verify(second).examples == 7
+    assert snapshot.newest(root) == first
+    assert "its pointer says" in caplog.text
+    (tmp_path / "latest.json").write_text("{}")
+    assert snapshot.newest(root) == second
 
 
 def test_it_is_an_error_if_no_snapshot_verifies_and_none_if_there_are_no_snapshots(

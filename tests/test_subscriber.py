@@ -465,7 +465,7 @@ def test_a_snapshot_is_tried_again_less_and_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(following.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("stream_ctr.snapshots.subscriber.time.monotonic", lambda: now[0])
     published = publish(write(tmp_path, 1))
     damage_tensors_of(published)
     subscriber = Subscriber(Queue([published]))

@@ -70,11 +70,12 @@ _LAST_RETRY_SECONDS = 60.0
 class Health:
     """Whether a subscriber follows, and what it could not load.
 
-    `following` is true while its thread runs. `snapshot` is the name of the loaded one, and
-    `loaded_seconds` how long ago it was loaded; `polled_seconds` is how long ago the source was
-    last read without an error. `awaited` is the name of a newer snapshot that could not be loaded
-    and is tried again, and `refusal` says why, or why the last pointer was ignored. `failures`
-    counts what went wrong, see `subscriber`; `refused` counts the pointers of other runs.
+    `following` is true until it is closed, and while its thread runs if it has one. `snapshot` is
+    the name of the loaded one, and `loaded_seconds` how long ago it was loaded; `polled_seconds` is
+    how long ago the source was last read without an error. `awaited` is the name of a newer
+    snapshot that could not be loaded and is tried again, and `refusal` says why, or why the last
+    pointer was ignored. `failures` counts what went wrong, see `subscriber`; `refused` counts the
+    pointers of other runs.
     """
 
     following: bool
@@ -187,7 +188,7 @@ class Subscriber:
         """The present state of following, for a health check or a metric."""
         now = time.monotonic()
         return Health(
-            following=bool(self._thread and self._thread.is_alive()) and not self.closing,
+            following=not self.closing and (self._thread is None or self._thread.is_alive()),
             snapshot=self.pointer.snapshot if self.pointer else None,
             loaded_seconds=now - self._loaded_at if self._loaded_at is not None else None,
             polled_seconds=now - self._polled_at if self._polled_at is not None else None,
