@@ -1086,7 +1086,9 @@ def test_a_run_whose_baseline_is_frozen_still_ends_with_a_snapshot_that_has_its_
     stopped = finish(trainer(tmp_path / "parts", BaselineStopped(values), **RIVER))
     assert stopped["kind"] == "stopped"
     resumed = trainer(tmp_path / "parts", Partitions(values), **RIVER)
-    resumed.restore(snapshot.newest(tmp_path / "parts" / "snapshots"))
+    newest = snapshot.newest(tmp_path / "parts" / "snapshots")
+    assert newest
+    resumed.restore(newest)
     assert finish(resumed)["examples"] > stopped["examples"] > 0
     assert_equal_states(tmp_path / "whole", tmp_path / "parts")
     outcome("woken after 5 s; the run ends with a snapshot, resumed, ledger and all state equal")

@@ -72,9 +72,9 @@ class _Group(click.Group):
             voice.say_error(str(error))
             ctx.exit(error.exit_code)
         except click.ClickException as error:
-            _hide_extra_arguments(error)
+            error = _without_extra_arguments(error)
             if not voice.speaks_json():
-                raise
+                raise error from None
             voice.say_error(error.format_message())
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `stream-ctr ... | head`
@@ -82,14 +82,16 @@ class _Group(click.Group):
             ctx.exit(0)
 
 
-def _hide_extra_arguments(error: click.ClickException) -> None:
-    """Leave out of a message what may be the value of a -X that was written as two words."""
+def _without_extra_arguments(error: click.ClickException) -> click.ClickException:
+    """Return the error without what may be the value of a -X that was written as two words."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     if context and context.params.get("extra") and "unexpected extra argument" in error.message:
-        error.message = (
+        return click.UsageError(
             "Got unexpected extra arguments (not shown: beside -X they may hold a password; "
-            "-X takes KEY=VALUE as one word)"
+            "-X takes KEY=VALUE as one word)",
+            context,
         )
+    return error
 
 
 @click.group(

@@ -298,7 +298,7 @@ def load_config(
 
 def key_values(pairs: Sequence[str]) -> list[tuple[str, str]]:
     """Split -X pairs. Raises a usage error for one without "="."""
-    split = []
+    split: list[tuple[str, str]] = []
     for pair in pairs:
         name, equals, value = pair.partition("=")
         if not equals:

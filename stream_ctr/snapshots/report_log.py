@@ -144,7 +144,7 @@ def _rotated(directory: Path) -> dict[int, Path]:
 
 def _first_time(path: Path) -> float | None:
     """Return the time of the first report in a file that has one, in epoch seconds."""
-    with open(path, "rb", opener=state_files.open_file) as file:
+    with os.fdopen(state_files.open_file(path, os.O_RDONLY), "rb") as file:
         for line in file.read(_LOOKED_AT_BYTES).splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 return datetime.fromisoformat(json.loads(line)["time"]).timestamp()

@@ -116,6 +116,9 @@ class Partitions:
     def leader_epochs(self) -> dict[int, int]:
         return {}
 
+    def expect_epochs(self, leader_epochs: Mapping[int, int]) -> None:
+        pass
+
     def topic_ids(self) -> dict[str, str | None]:
         return {}
 
