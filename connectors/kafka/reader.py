@@ -127,8 +127,9 @@ def log_truncated(partition: tuple[str, int], end: int, epoch: int) -> Failure:
     topic, number = partition
     ends = f"of leader epoch {epoch} it holds the offsets before {end} alone"
     reason = (
-        f"partition {number} of topic {topic!r} lost records that were read already, by an unclean "
-        f"leader election or with a broker's disk: {ends if end >= 0 else 'its log begins anew'}"
+        f"partition {number} of topic {topic!r} lost records that were read already: by an unclean "
+        "leader election, with a broker's disk, or because the topic was created again "
+        f"({ends if end >= 0 else 'its log begins anew'})"
     )
     return Failure(FailureKind.LOG_TRUNCATED, reason)
 
