@@ -55,8 +55,9 @@ from stream_ctr.train.source import Source
 from stream_ctr.train.state import TrainingState
 from stream_ctr.train.trainer import Surroundings, Trainer
 
-FTRL, FTRL_SCALED, FTRL_PAIRS = EXPERTS
+FTRL, FTRL_SCALED, FTRL_PAIRS, FTRL_PAIRS_SLOW = EXPERTS
 SCALED_ALPHA = 3.0
+SLOW_BETA = 0.1
 """The rate of a logistic regression, times its number of columns."""
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 """The sections of the configuration that a state directory keeps for later runs."""
@@ -329,8 +330,12 @@ def _experts(
     scaled = replace(common, model="lr", ftrl=FtrlRates(alpha=SCALED_ALPHA / common.fields))
     experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
     if len(pairs.columns) > common.fields:
-        rates = FtrlRates(alpha=SCALED_ALPHA / len(pairs.columns))
-        experts[FTRL_PAIRS] = replace(common, model="lr", ftrl=rates, pairs=pairs)
+        share = 1 / len(pairs.columns)
+        for name, rates in (
+            (FTRL_PAIRS, FtrlRates(alpha=SCALED_ALPHA * share)),
+            (FTRL_PAIRS_SLOW, FtrlRates(alpha=share, beta=SLOW_BETA)),
+        ):
+            experts[name] = replace(common, model="lr", ftrl=rates, pairs=pairs)
     return experts
 
 
