@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick coverage docs schemas lineage transcripts faults bench card systems quality lint fmt demo
+.PHONY: help install test quick long coverage docs schemas lineage transcripts faults bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -15,11 +15,14 @@ install: ## install the package, editable, with all development tools in the tes
 	$(BIN)/python -m pip install --upgrade pip
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 
-test: ## run every test and docstring example, in three processes because many tests wait for a broker
+test: ## run the tests and docstring examples but the long ones, in three processes because many tests wait for a broker
 	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
 quick: ## run the tests that are not slow, in two processes, under two minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
+
+long: ## run the tests that `test` leaves out, because they take minutes or are much like others
+	$(BIN)/python -m pytest --long -m long $(ARGS)
 
 coverage: ## run the quick tests and fail below the coverage floor of pyproject.toml
 	$(MAKE) quick ARGS="$(COVERAGE)"
@@ -39,7 +42,7 @@ bench: ## benchmark every case next to its peers, half an hour; writes docs/perf
 
 card: ## run what to measure first on a machine with a GPU; needs compute-sanitizer and nsys
 	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python -m pytest -n 0 -m "not slow" tests/test_triton_kernels.py
-	$(BIN)/python -m pytest -n 0 tests/test_triton_kernels.py tests/test_gpu_step.py
+	$(BIN)/python -m pytest -n 0 --long tests/test_triton_kernels.py tests/test_gpu_step.py
 	$(BIN)/python tests/bench/card.py repeat aligned rows copy
 	nsys profile --stats=true --cuda-graph-trace=node -o card $(BIN)/python tests/bench/card.py steps
 	$(MAKE) bench CASES=gpu

@@ -41,6 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="PAGE",
         help="run the long tests too, and write the results of the marked tests into PAGE",
     )
+    parser.addoption("--long", action="store_true", help="run the long tests too")
     parser.addoption(
         "--fault-rows",
         metavar="N,N",
@@ -67,8 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--faults"):
         for item in items:
-            if item.get_closest_marker("long"):
-                item.add_marker(pytest.mark.skip(reason="long: make faults runs it"))
+            if item.get_closest_marker("long") and not config.getoption("--long"):
+                item.add_marker(pytest.mark.skip(reason="long: make long and make faults run it"))
     elif config.getoption("--fault-rows"):
         rows = set(_rows(config))
         selected = [

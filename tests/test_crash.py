@@ -274,7 +274,7 @@ def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(
 )
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("partitions", [1, 4])
+@pytest.mark.parametrize("partitions", [1, pytest.param(4, marks=pytest.mark.long)])
 def test_kill_9_at_random_moments_while_a_producer_goes_on(
     kafka_broker, kafka_version, topic, tmp_path, partitions, full, outcome
 ):

@@ -230,6 +230,7 @@ def test_a_broker_that_is_killed_costs_nothing(
 
 
 @pytest.mark.fault(6, injected="SIGSTOP to the broker for 60 s (quick: 12 s), SIGCONT")
+@pytest.mark.long
 def test_a_frozen_broker_raises_an_alarm_and_costs_nothing(
     apache: ApacheBroker, topic: str, tmp_path: Path, full: bool, outcome: Outcome, described: str
 ) -> None:
@@ -302,6 +303,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     injected="three brokers, kill -9 of the leader; "
     "then (not in the quick run) SIGTERM to the next one",
 )
+@pytest.mark.long
 def test_a_leader_that_moves_costs_nothing(
     cluster: Cluster, topic: str, tmp_path: Path, full: bool, outcome: Outcome
 ) -> None:
@@ -322,6 +324,7 @@ def test_a_leader_that_moves_costs_nothing(
 
 
 @pytest.mark.fault(11, injected="a batch that takes 8 s; there is no group to fall out of")
+@pytest.mark.long
 def test_a_step_that_takes_long_teaches_nothing_twice(
     apache: ApacheBroker, topic: str, tmp_path: Path, outcome: Outcome, described: str
 ) -> None:

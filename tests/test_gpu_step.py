@@ -75,16 +75,17 @@ def feed_of(made: NetworkLearner) -> Any:
     return made._step._feed
 
 
-# The nine systems but LR, in each phase that they have, and each option of a step.
+# The nine systems but LR, in each phase that they have, and each option of a step. Those that have
+# no part of their own are long.
 SYSTEMS = [
     pytest.param({}, id="deepfm"),
-    pytest.param({"model": "fm"}, id="fm"),
+    pytest.param({"model": "fm"}, id="fm", marks=pytest.mark.long),
     pytest.param({"model": "fnn", "pretrain_examples": 16}, id="fnn"),
     pytest.param({"model": "ipnn"}, id="ipnn"),
-    pytest.param({"model": "opnn"}, id="opnn"),
-    pytest.param({"model": "pnn"}, id="pnn"),
-    pytest.param({"model": "lr_dnn", "crosses": 2}, id="lr_dnn"),
-    pytest.param({"model": "fm_dnn"}, id="fm_dnn"),
+    pytest.param({"model": "opnn"}, id="opnn", marks=pytest.mark.long),
+    pytest.param({"model": "pnn"}, id="pnn", marks=pytest.mark.long),
+    pytest.param({"model": "lr_dnn", "crosses": 2}, id="lr_dnn", marks=pytest.mark.long),
+    pytest.param({"model": "fm_dnn"}, id="fm_dnn", marks=pytest.mark.long),
     pytest.param({"value_fields": [0, 2], "dense_weight_decay": 0.1}, id="values and decay"),
     pytest.param({"precision": "bf16"}, id="bf16"),
     pytest.param(

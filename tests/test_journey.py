@@ -78,7 +78,11 @@ def as_folder(folder: Path, rows: range) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [(as_file, as_folder), (as_folder, as_file)])
+@pytest.mark.parametrize(
+    "order",
+    [(as_file, as_folder), pytest.param((as_folder, as_file), marks=pytest.mark.long)],
+    ids=["file first", "folder first"],
+)
 def test_a_file_a_folder_and_a_topic_that_init_never_saw_teach_one_model(
     order: tuple[Any, Any], broker: str, topic: str, tmp_path: Path
 ) -> None:

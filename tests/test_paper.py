@@ -227,7 +227,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outcomes", [0, 4, 12])
+@pytest.mark.parametrize("outcomes", [0, pytest.param(4, marks=pytest.mark.long), 12])
 def test_a_killed_command_resumes_and_reports_what_an_undisturbed_one_does(
     outcomes: int, tmp_path: Path, undisturbed: Path
 ) -> None:

@@ -66,7 +66,7 @@ SEVERAL: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("partitions", "model"),
-    [(3, SMALL["model"]), (2, SEVERAL)],
+    [pytest.param(3, SMALL["model"], marks=pytest.mark.long), (2, SEVERAL)],
 )
 @pytest.mark.slow
 def test_a_run_stopped_and_resumed_equals_one_that_went_through_bit_for_bit(
