@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, UnsetType, UnsetType
 from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
@@ -330,9 +330,11 @@ def _experts(
     logs need and others do not. One whose twin is among `specs` is left out.
     """
 
-    def expert(columns: int, alpha: float, beta: float = 1.0, **of: Any) -> LearnerSpec:
+    def expert(
+        columns: int, alpha: float, beta: float = 1.0, pairs: Pairs | UnsetType = UNSET
+    ) -> LearnerSpec:
         rates = FtrlRates(alpha=alpha / columns, beta=beta)
-        return replace(common, model="lr", ftrl=rates, **of)
+        return replace(common, model="lr", ftrl=rates, pairs=pairs)
 
     scaled = expert(common.fields, SCALED_ALPHA)
     experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
