@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from msgspec import UNSET, UnsetType, UnsetType
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
