@@ -111,8 +111,9 @@ def test_a_larger_table_changes_only_what_pairs_of_fields_knew(
     path = stopped(built)
     for model in ("deepfm", "ftrl", "ftrl_scaled"):
         assert np.array_equal(predicted(path, model), predicted(blended, model))
-    assert [each for each in said if each.startswith("ftrl_pairs: begins anew")]
-    assert "blend: new, with the weight 0: ftrl_pairs" in said
+    for name in ("ftrl_pairs", "ftrl_pairs_slow"):
+        assert [each for each in said if each.startswith(f"{name}: begins anew")]
+    assert "blend: new, with the weight 0: ftrl_pairs, ftrl_pairs_slow" in said
 
 
 def test_fields_come_and_go(blended: Path, tmp_path: Path, stream: pa.LargeBinaryArray) -> None:

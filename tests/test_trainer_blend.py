@@ -29,7 +29,8 @@ BLEND: Sections = {
     "model": {**SMALL["model"], "name": "blend"},
     "learn": {"batch_size": 512, "threads": 2},
 }
-MEMBERS = ["deepfm", "ftrl", "ftrl_scaled", "ftrl_pairs"]
+PAIRS = ["ftrl_pairs", "ftrl_pairs_slow"]
+MEMBERS = ["deepfm", "ftrl", "ftrl_scaled", *PAIRS]
 ROWS: list[dict[str, object]] = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}, {"os": "o1"}]
 
 
@@ -114,8 +115,8 @@ def test_the_hash_of_the_published_weights_depends_on_each_member(straight: Any)
 @pytest.mark.parametrize(
     ("sections", "members"),
     [
-        ({"ftrl": {"enabled": False}}, ["deepfm", "ftrl_scaled", "ftrl_pairs"]),
-        ({"ftrl": {"alpha": 3 / 14}}, ["deepfm", "ftrl", "ftrl_pairs"]),
+        ({"ftrl": {"enabled": False}}, ["deepfm", "ftrl_scaled", *PAIRS]),
+        ({"ftrl": {"alpha": 3 / 14}}, ["deepfm", "ftrl", *PAIRS]),
         ({"model": {**BLEND["model"], "beside": ("fm", "lr")}}, ["fm", "lr", *MEMBERS[2:]]),
     ],
     ids=["without ftrl", "two of one rate", "other models"],
@@ -186,7 +187,7 @@ def test_a_run_ends_when_no_member_of_its_blend_is_left(
 ) -> None:
     sections: Sections = {**BLEND, "ftrl": {"enabled": False}}
     built = trainer(tmp_path, Partitions([stream]), **sections)
-    for name in ("ftrl_scaled", "ftrl_pairs"):
+    for name in ("ftrl_scaled", *PAIRS):
         guard = built.state.guards[name]
         guard.leave_out(DataError("left out by a test"))
     spoil(built, "deepfm", after=10)
@@ -203,7 +204,8 @@ def test_a_last_step_that_spoils_the_blend_keeps_its_snapshot_from_subscribers(
     assert built.state.check_last_step() == ()
     assert built.state.blend
     built.state.blend._u[-1] = 50.0  # the stack is sure of a click
-    built.state.blend._omega[:] = [0, 0, 0, 0, 1]
+    built.state.blend._omega[:] = 0
+    built.state.blend._omega[-1] = 1
     built._settle(wait=True)
     built.cut()
     built._settle(wait=True)

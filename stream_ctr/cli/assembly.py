@@ -55,9 +55,11 @@ from stream_ctr.train.source import Source
 from stream_ctr.train.state import TrainingState
 from stream_ctr.train.trainer import Surroundings, Trainer
 
-FTRL, FTRL_SCALED, FTRL_PAIRS = EXPERTS
+FTRL, FTRL_SCALED, FTRL_PAIRS, FTRL_PAIRS_SLOW = EXPERTS
 SCALED_ALPHA = 3.0
-"""The rate of a logistic regression, times its number of columns."""
+SLOW_ALPHA = 1.0
+"""The rates of logistic regressions, times the number of their columns."""
+SLOW_BETA = 0.1
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 """The sections of the configuration that a state directory keeps for later runs."""
 
@@ -323,14 +325,23 @@ def _experts(
 ) -> dict[str, LearnerSpec]:
     """Return the logistic regressions that a blend has beside `specs`.
 
-    Their rate is the one at which all columns together move a logit three units at most. One whose
-    twin is among `specs` is left out.
+    The scaled rate is the one at which all columns together move a logit three units at most. Over
+    pairs there are two: the slow one takes larger first steps and smaller later ones, which some
+    logs need and others do not. One whose twin is among `specs` is left out.
     """
-    scaled = replace(common, model="lr", ftrl=FtrlRates(alpha=SCALED_ALPHA / common.fields))
+
+    def expert(
+        columns: int, alpha: float, beta: float = 1.0, pairs: Pairs | UnsetType = UNSET
+    ) -> LearnerSpec:
+        rates = FtrlRates(alpha=alpha / columns, beta=beta)
+        return replace(common, model="lr", ftrl=rates, pairs=pairs)
+
+    scaled = expert(common.fields, SCALED_ALPHA)
     experts = {} if scaled in specs.values() else {FTRL_SCALED: scaled}
-    if len(pairs.columns) > common.fields:
-        rates = FtrlRates(alpha=SCALED_ALPHA / len(pairs.columns))
-        experts[FTRL_PAIRS] = replace(common, model="lr", ftrl=rates, pairs=pairs)
+    columns = len(pairs.columns)
+    if columns > common.fields:
+        experts[FTRL_PAIRS] = expert(columns, SCALED_ALPHA, pairs=pairs)
+        experts[FTRL_PAIRS_SLOW] = expert(columns, SLOW_ALPHA, SLOW_BETA, pairs=pairs)
     return experts
 
 

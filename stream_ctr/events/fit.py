@@ -153,18 +153,22 @@ def _counted(events: Events, most: int, window_ms: int | None) -> npt.NDArray[np
     )
     order = np.lexsort((within, row))
     if window_ms is not None and len(order):
-        ends_ms = time[order[0]] + window_ms
-        later = [
-            (int(place[0]), int(place[1]))
-            for part in events.kinds
-            if (late := part.time >= ends_ms).any()
-            for place in [min(zip(part.row[late], part.within[late], strict=True))]
-        ]
-        if later:
-            end = min(later)
+        end = _first_at(events, time[order[0]] + window_ms)
+        if end:
             before = (row < end[0]) | ((row == end[0]) & (within < end[1]))
             order = order[before[order]]
     return order[:most]
+
+
+def _first_at(events: Events, time_ms: int) -> tuple[int, int] | None:
+    """Return (row, within) of the first event at or after this time, None if there is none."""
+    places = []
+    for part in events.kinds:
+        late = np.flatnonzero(part.time >= time_ms)
+        if len(late):
+            first = late[np.lexsort((part.within[late], part.row[late]))[0]]
+            places.append((int(part.row[first]), int(part.within[first])))
+    return min(places, default=None)
 
 
 def _first(events: Events, name: str, counted: npt.NDArray[np.int64]) -> pa.DoubleArray:

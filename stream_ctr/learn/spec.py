@@ -32,7 +32,7 @@ ModelName = Annotated[
 BLEND = "blend"
 """The name of the mixture of the models of a run."""
 
-EXPERTS = ("ftrl", "ftrl_scaled", "ftrl_pairs")
+EXPERTS = ("ftrl", "ftrl_scaled", "ftrl_pairs", "ftrl_pairs_slow")
 """The names of the logistic regressions that learn beside other models."""
 
 TableOptimizer = Literal["online", "adagrad", "adam"]

@@ -110,7 +110,7 @@ def find_columns(table: Table, layout: Layout, shape: Shape | None = None) -> Co
 
 
 def _present(named: ColumnNames, table: Table) -> ColumnNames:
-    """Return the names of columns that the table has."""
+    """Return the named columns without those that the table lacks."""
     roles = {role: getattr(named, role) for role in named.__slots__}
     return ColumnNames(**{role: name for role, name in roles.items() if name in table.types})
 

@@ -45,7 +45,10 @@ from stream_ctr.models.layers import Tape
 from stream_ctr.models.products import pairwise_inner_products
 from stream_ctr.models.terms import Terms
 
-RESERVED = ("blend", "ftrl", "ftrl_scaled", "ftrl_pairs", "river_ftrl", *MODELS)
+RESERVED = (
+    *("blend", "ftrl", "ftrl_scaled", "ftrl_pairs", "ftrl_pairs_slow", "river_ftrl"),
+    *MODELS,
+)
 """Names that reports and files use for other models."""
 
 _OPTIONS = ("fields", "embedding_dim", "hidden", "activation", "dropout")

@@ -639,7 +639,7 @@ def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
     """
     results = {each["contender"]: each for each in (*earlier["results"], *found["results"])}
     order = [*(each.name for each in ours()), *results]
-    first = sorted(results, key=order.index)
+    names = sorted(results, key=order.index)
     busy = bool(earlier.get("busy") or found.get("busy"))
     records = [
         *earlier.get("earlier", []),
@@ -648,7 +648,7 @@ def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
     return {
         **found,
         "earlier": records,
-        "results": [results[name] for name in first],
+        "results": [results[name] for name in names],
         "busy": busy,
     }
 
