@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from click.testing import CliRunner
 from support import forks
 from support.commands import command, own_topics, read_headers, read_records, succeed
 from support.lineage import QUICK, SMALL, reports
@@ -1016,3 +1017,13 @@ def committed(servers: str, topic: str) -> dict[int, int]:
 
 def read_all(servers: str, topic: str) -> list[tuple[bytes, bytes]]:
     return [(record.key or b"", record.value or b"") for record in read_records(servers, topic)]
+
+
+@pytest.mark.parametrize("command", ["score", "snapshots ls", "snapshots verify"])
+def test_a_path_that_the_system_refuses_is_a_message(command: str, tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 300)
+    options = ["--snapshot", str(path), "-"] if command == "score" else [str(path)]
+    result = CliRunner().invoke(main, [*command.split(), *options], input="{}")
+    assert result.exit_code in (5, 6), result.output
+    assert "File name too long" in result.output
+    assert len(result.output) < 400

@@ -164,5 +164,5 @@ def test_a_crash_at_any_step_of_publishing_leaves_the_old_pointer_or_the_new_one
     def inspect() -> None:
         assert read_pointer(latest) in (first, second)
 
-    assert crash_at_each_step(lambda: write_pointer(latest, second), inspect) == 3
+    assert crash_at_each_step(lambda: write_pointer(latest, second), inspect) == 4
     assert read_pointer(latest) == second

@@ -370,6 +370,7 @@ class Client:
         self.subscriptions.assign_from_user(assigned)
         for partition in assigned:
             self.subscriptions.seek(partition, 0)
+        self._subscription = self.subscriptions
         client: Any = SimpleNamespace(_manager=SimpleNamespace(_net=None))
         self._fetcher = Fetcher(client, self.subscriptions, isolation_level="read_committed")
         self.columns = Columns(most_records, full_bytes=full_bytes, most_value_bytes=1 << 20)

@@ -38,6 +38,7 @@ from stream_ctr.connectors import Records
 from stream_ctr.errors import ConfigError, DataError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.events import features
 from stream_ctr.events.arrow_events import pack
 from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.events.field import Field
@@ -435,7 +436,10 @@ def test_a_additional_model_goes_back_to_no_snapshot_that_the_key_did_not_sign(t
         built.snapshots.last_good("deepfm")
 
 
-def test_an_example_that_a_additional_model_cannot_learn_is_skipped_by_it_alone(tmp_path, stream):
+def test_an_example_that_an_additional_model_cannot_learn_is_skipped_by_it_alone(
+    tmp_path, stream, monkeypatch
+):
+    monkeypatch.setattr(features, "LARGEST_UNSCALED_MULTIPLIER", np.inf)
     documents = [json.loads(value) for value in stream.to_pylist()]
     numeric = next(field.name for field in Simulation(1, seed=0).fields if field.kind == "numeric")
     huge = 0

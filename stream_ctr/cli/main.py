@@ -46,7 +46,7 @@ from stream_ctr.cli.paper import paper
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
-from stream_ctr.messages import nearest
+from stream_ctr.messages import nearest, one_line
 
 if TYPE_CHECKING:
     from stream_ctr.logs.simulate import Drift
@@ -80,6 +80,13 @@ class _Group(click.Group):
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             ctx.exit(0)
+        except OSError as error:
+            # A path that the system refuses, which no part of the command expected: too long a
+            # name, a loop of links, a disk that fails.
+            if error.filename is None:
+                raise
+            voice.say_error(f"cannot use {one_line(error.filename)}: {error.strerror}")
+            ctx.exit(DataError.exit_code)
 
 
 def _without_extra_arguments(error: click.ClickException) -> click.ClickException:
