@@ -14,6 +14,7 @@ from stream_ctr.cli.assembly import build_trainer
 from stream_ctr.config import load
 from stream_ctr.connectors import Records
 from stream_ctr.events.field import Field
+from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.publisher import Publisher
@@ -147,6 +148,7 @@ def trainer(
     keep_open: bool = False,
     predictions: Path | None = None,
     sink: Any = None,
+    fitted: Fitted = NOTHING,
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -162,6 +164,7 @@ def trainer(
         in_event_time=in_event_time,
         keep_open=keep_open,
         predictions=predictions,
+        fitted=fitted,
     )
     source.trainer = built
     return built
