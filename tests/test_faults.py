@@ -1078,6 +1078,33 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
     )
 
 
+@pytest.mark.fault(
+    25, injected="one of two partitions an hour behind the other, join.max_memory = 4MB"
+)
+@pytest.mark.long
+def test_a_partition_that_is_an_hour_behind_costs_no_example_within_the_bound(tmp_path, outcome):
+    ahead, behind = (
+        documents(pa.concat_arrays([batch.value for batch in log.batches()]))
+        for log in (Simulation(30_000, seed=4), Simulation(30_000, seed=5))
+    )
+    for event in behind:
+        event["time"] -= 3_600_000
+    values = [encoded(ahead), encoded(behind)]
+    join = {"duplicate_horizon": "1s", "idle_timeout": "1h"}
+    plain = finish(trainer(tmp_path / "plain", Partitions(values), join=join))
+    bounded = {**join, "max_memory": "4MB"}
+    report = finish(trainer(tmp_path / "bounded", Partitions(values, seed=1), join=bounded))
+    counters = report["counters"]
+    assert report["examples"] == 60_000
+    assert (counters["impressions_late"], counters["impressions_evicted"]) == (0, 0)
+    assert report["ledger"] == plain["ledger"]
+    assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
+    outcome(
+        f"{counters['impressions_spilled']:,} impressions to disk and back; none late, none given "
+        "up; ledger and weights equal"
+    )
+
+
 @pytest.mark.fault(25, injected="the same with over_memory = evict")
 @pytest.mark.slow
 def test_a_run_that_may_not_spill_gives_up_a_uniform_share_and_counts_it(tmp_path, outcome):

@@ -6,12 +6,15 @@ whose private members have other names, and through confluent-kafka.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import logging
 import random
 import re
 import signal
+import socketserver
+import ssl
 import subprocess
 import sys
 import threading
@@ -1229,6 +1232,31 @@ def test_tls_with_a_scram_login_carries_records_and_a_refusal_names_its_cause(
     ):
         error = refusal(servers, good | options, expected)
         assert SASL_PASSWORD not in f"{error!r} {error.__cause__!r}"
+
+
+@connects
+@pytest.mark.security(
+    "TLS and login are checked", how="a listener whose certificate expired an hour ago"
+)
+def test_an_expired_certificate_is_named(
+    refusal: Callable[[str, dict[str, str], str], KafkaRefused], tmp_path: Path
+) -> None:
+    """The handshake refuses it, so nothing behind it has to be a broker."""
+    make_certificates(tmp_path, days=-1 / 24)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(tmp_path / "server.pem")
+
+    class Refused(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with contextlib.suppress(OSError), context.wrap_socket(self.request, server_side=True):
+                pass
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Refused) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers = f"localhost:{server.server_address[1]}"
+        options = {"security.protocol": "SSL", "ssl.ca.location": str(tmp_path / "ca.pem")}
+        refusal(servers, options, "expired")
+        server.shutdown()
 
 
 def tls_login(apache: ApacheBroker) -> dict[str, str]:

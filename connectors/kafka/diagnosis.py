@@ -112,8 +112,8 @@ _REFUSAL_HINTS = (
     ),
     ("certificate has expired", "the certificate of the broker has expired"),
     (
-        "broker certificate could not be verified",  # librdkafka's one message for both causes
-        f"{_AUTHORITY_HINT} Or it is another host's",
+        "broker certificate could not be verified",  # librdkafka's one message for all causes
+        f"{_AUTHORITY_HINT} Or it is another host's, or has expired",
     ),
     ("certificate verify failed", _AUTHORITY_HINT),
     (

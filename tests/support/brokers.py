@@ -401,9 +401,11 @@ class Cluster:
 
 
 class _Authority:
-    """A new authority that signs certificates."""
+    """A new authority, whose certificates are valid for `days`; below 0, they have expired."""
 
-    def __init__(self) -> None:
+    def __init__(self, days: float) -> None:
+        self._now = datetime.datetime.now(datetime.UTC)
+        self._end = self._now + datetime.timedelta(days=days)
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "tests")])
 
@@ -425,15 +427,14 @@ class _Authority:
     def _sign(
         self, subject: x509.Name, key: ec.EllipticCurvePublicKey, *extensions: x509.ExtensionType
     ) -> bytes:
-        now = datetime.datetime.now(datetime.UTC)
         builder = (
             x509.CertificateBuilder()
             .subject_name(subject)
             .issuer_name(self._name)
             .public_key(key)
             .serial_number(x509.random_serial_number())
-            .not_valid_before(now)
-            .not_valid_after(now + datetime.timedelta(days=2))
+            .not_valid_before(min(self._now, self._end - datetime.timedelta(days=1)))
+            .not_valid_after(self._end)
         )
         for extension in extensions:
             critical = isinstance(extension, x509.BasicConstraints)
@@ -442,12 +443,13 @@ class _Authority:
         return signed.public_bytes(serialization.Encoding.PEM)
 
 
-def make_certificates(directory: Path) -> None:
+def make_certificates(directory: Path, *, days: float = 2) -> None:
     """Write `ca.pem`, the certificate of a new authority, and `server.pem`.
 
-    `server.pem` holds a key and its certificate, for localhost and not for 127.0.0.1.
+    `server.pem` holds a key and its certificate, for localhost and not for 127.0.0.1. Both are
+    valid for `days`; below 0, they have expired.
     """
-    authority = _Authority()
+    authority = _Authority(days)
     ca = authority.own_certificate()
     server = ec.generate_private_key(ec.SECP256R1())
     key = server.private_bytes(
