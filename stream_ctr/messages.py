@@ -24,6 +24,19 @@ def one_line(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
     return shown if len(shown) <= longest else f"{shown[:longest]}..."
 
 
+def is_utf8(text: str) -> bool:
+    r"""Return whether a text that the system gave, such as a path, is UTF-8.
+
+    >>> is_utf8("caf\xe9"), is_utf8("caf\udce9")  # Python's text for the byte 0xe9 in a path
+    (True, False)
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def printable(data: bytes | str, longest: int = _SHOWN_CHARACTERS) -> str:
     r"""Return `data` on one line for a terminal, with escapes for control characters.
 

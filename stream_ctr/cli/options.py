@@ -5,6 +5,7 @@ Only what `--help` needs is imported at the top; a command imports what it runs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ import click
 
 from stream_ctr.cli import voice
 from stream_ctr.errors import ConfigError
-from stream_ctr.messages import nearest
+from stream_ctr.messages import is_utf8, nearest, one_line
 
 if TYPE_CHECKING:
     from stream_ctr.config import Config
@@ -26,7 +27,10 @@ Command = Callable[..., Any]
 
 
 class GivenPath(click.Path):
-    """A path; the empty text is none, although Python takes it for the working directory."""
+    """A path in UTF-8, which Arrow's files need.
+
+    The empty text is none, although Python takes it for the working directory.
+    """
 
     def __init__(self, **options: Any) -> None:
         super().__init__(path_type=Path, **options)
@@ -34,6 +38,8 @@ class GivenPath(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("the path is empty; the working directory is '.'", param, ctx)
+        if not is_utf8(os.fspath(value)):
+            self.fail(f"the path {one_line(value)} is not UTF-8", param, ctx)
         return super().convert(value, param, ctx)
 
 

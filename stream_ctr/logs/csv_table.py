@@ -63,7 +63,9 @@ class CsvTable(Table):
     ) -> None:
         first = text_head(path)
         self.delimiter = delimiter or guess_delimiter(first)
-        first_row = next(sample_rows(first, self.delimiter, 1))
+        first_row = next(sample_rows(first, self.delimiter, 1), None)
+        if first_row is None:
+            raise DataError(f"{name or path} begins with lines that have no cell, so it is no CSV")
         names = column_names or tuple(cell.strip() for cell in first_row)
         self.has_header = list(names) == [cell.strip() for cell in first_row]
         super().__init__(path, [(name, pa.string()) for name in names], name=name)
@@ -135,7 +137,7 @@ def guess_delimiter(first: bytes) -> str:
     best = (0.0, 0, DELIMITERS[0])
     for delimiter in DELIMITERS:
         widths = [len(row) for row in sample_rows(first, delimiter, _SAMPLE_ROWS)]
-        width = max(set(widths), key=widths.count)
+        width = max(set(widths), key=widths.count, default=0)
         if width > 1:
             best = max(best, (widths.count(width) / len(widths), width, delimiter))
     return best[2]

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from stream_ctr.errors import DataError
-from stream_ctr.messages import nearest, one_line
+from stream_ctr.messages import is_utf8, nearest, one_line
 
 STANDARD_INPUT = "-"
 _PATTERN = "*?["
@@ -55,6 +55,8 @@ def _files_of(source: str) -> Sequence[LogFile]:
         return [_standard_input()]
     if not source:
         raise DataError("the name of a log is empty")
+    if not is_utf8(source):
+        raise DataError(f"the name of the log is not UTF-8: {one_line(source)}")
     path = Path(source)
     try:
         is_directory = path.is_dir()

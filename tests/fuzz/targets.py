@@ -40,6 +40,7 @@ from stream_ctr.events.decoder import Decoder, Events, Rejections
 from stream_ctr.events.features import Hasher, hash_ids
 from stream_ctr.events.infer import feature_names, impression_counts
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.contract import seal
 from stream_ctr.snapshots.pointer import decode_pointer, encode_pointer, pointer_for
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.subscriber import Subscriber
@@ -214,6 +215,14 @@ def refusal(read: Callable[[], object]) -> str:
     return "loaded"
 
 
+_SEAL = re.compile(rb',\s*"sha256":\s*"[0-9a-f]*"\s*\}\s*$')
+
+
+def sealed(data: bytes) -> bytes:
+    """Return a document as it is or, for every other one, with the seal of its bytes."""
+    return seal(_SEAL.sub(b"}", data)) if zlib.crc32(data) % 2 else data
+
+
 def predict(path: Path) -> None:
     assert np.isfinite(Scorer(path, on_invalid="score").predict(ROWS)).all()
 
@@ -223,7 +232,7 @@ def manifests(root: Path) -> Callable[[bytes], str]:
     path = write_served(root / "snapshots")
 
     def check(data: bytes) -> str:
-        (path / "manifest.json").write_bytes(data)
+        (path / "manifest.json").write_bytes(sealed(data))
         return " ".join(
             refusal(read)
             for read in (
@@ -248,6 +257,7 @@ def pointers(root: Path) -> Callable[[bytes], str]:
     write_served(root / "snapshots")
 
     def check(data: bytes) -> str:
+        data = sealed(data)
         outcome = refusal(lambda: decode_pointer(data))
         (root / "latest.json").write_bytes(data)
         Subscriber(root).next(0.0)  # loads the snapshot, or logs a warning
