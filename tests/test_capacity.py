@@ -21,6 +21,7 @@ from support.joins import (
 )
 from support.reliability import Outcome
 
+from stream_ctr.config import load, size
 from stream_ctr.events.features import mix64
 from stream_ctr.join.capacity import Capacity, OverBound
 from stream_ctr.join.examples import Examples
@@ -190,3 +191,11 @@ def test_impressions_far_over_the_bound_stay_within_it_and_are_all_counted(
     assert (counts["impressions_spilled"] > 0) == (over_bound == "spill")
     assert list(tmp_path.glob("*/*")) == []
     outcome(f"{over_bound}: never over the bound; each impression trained or counted as evicted")
+
+
+def test_the_default_bound_has_room_for_eight_million_pending_impressions() -> None:
+    """As docs/reliability.md says."""
+    bound = size(load(environ={}).join.max_memory)
+    capacity = Capacity.of(bound, columns=14, feature_bytes=60, over_bound="spill")
+    assert bound == 1_000_000_000
+    assert 8_000_000 < capacity.pending < 9_000_000

@@ -163,7 +163,9 @@ def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(
     assert written == reports(tmp_path)
     key, pointer = read_all(broker, f"{topic}.snapshots")[-1]
     assert key == b"default"
-    assert json.loads(pointer) == json.loads((tmp_path / "latest.json").read_text())
+    # Each is sealed over its own spaces.
+    sent, kept = (json.loads(text) for text in (pointer, (tmp_path / "latest.json").read_bytes()))
+    assert sent | {"sha256": ""} == kept | {"sha256": ""}
 
 
 @pytest.mark.slow

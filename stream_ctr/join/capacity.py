@@ -46,7 +46,7 @@ class Capacity:
         rest = max_bytes - clicks * WaitingClicks.ROW_BYTES
         if over_bound == "spill":  # the features of most pending impressions may be on disk
             id_bytes = IdIndex.ENTRY_BYTES + _PENDING_BYTES // 2
-            index = _power_of_two_below(max_bytes * 3 // 4 // id_bytes)
+            index = _power_of_two_below(max_bytes * 4 // 5 // id_bytes)
             pending = index // 2
             rest -= index * IdIndex.ENTRY_BYTES + pending * _PENDING_BYTES
             return cls(index, pending, rest // feature_bytes, clicks)
