@@ -1079,7 +1079,7 @@ def test_a_run_that_spills_equals_one_that_does_not_also_when_it_is_resumed(tmp_
 
 
 @pytest.mark.fault(
-    25, injected="one of two partitions an hour behind the other, join.max_memory = 4MB"
+    36, injected="one of two partitions an hour behind the other, join.max_memory = 4MB"
 )
 @pytest.mark.long
 def test_a_partition_that_is_an_hour_behind_costs_no_example_within_the_bound(tmp_path, outcome):

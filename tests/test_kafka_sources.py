@@ -322,7 +322,7 @@ def test_committed_offsets_are_written_and_never_read(
         assert count(all_rows(source)) == 20
 
 
-@pytest.mark.fault(41, injected="offsets are committed while another thread polls a quiet topic")
+@pytest.mark.fault(32, injected="offsets are committed while another thread polls a quiet topic")
 def test_a_commit_does_not_wait_for_records(
     open_source: OpenSource, broker: str, topic: str, outcome: Outcome
 ) -> None:
@@ -601,7 +601,7 @@ def losses(apache: ApacheBroker) -> Iterator[tuple[BeforeTheLoss, BeforeTheLoss]
 @pytest.mark.parametrize("client_name", [KAFKA_PYTHON, CONFLUENT])
 @pytest.mark.parametrize("state", ["stopped", "running"])
 @pytest.mark.fault(
-    42,
+    33,
     injected="20 of 40 records, which were read, are cut off a log that then grows past the "
     "position, while the reader is stopped, and while it reads",
 )

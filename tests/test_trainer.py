@@ -1071,7 +1071,7 @@ class BaselineStopped(Partitions):
         return super().poll(timeout_seconds)
 
 
-@pytest.mark.fault(51, injected="SIGSTOP of the baseline's process, then SIGTERM to the run")
+@pytest.mark.fault(34, injected="SIGSTOP of the baseline's process, then SIGTERM to the run")
 @pytest.mark.slow
 def test_a_run_whose_baseline_is_frozen_still_ends_with_a_snapshot_that_has_its_state(
     tmp_path: Path,

@@ -56,10 +56,11 @@ MATRIX = {
     29: "pointer topic: withdrawn, old epoch, reordered",
     30: "process busy at schedule time",
     31: "aborted transaction in the input",
-    41: "offsets committed while nothing arrives",
-    42: "log truncated after it was read",
-    51: "the baseline's process is frozen",
-    52: "power loss",
+    32: "offsets committed while nothing arrives",
+    33: "log truncated after it was read",
+    34: "the baseline's process is frozen",
+    35: "power loss",
+    36: "a partition far behind the others",
 }
 
 
