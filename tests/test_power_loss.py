@@ -158,7 +158,7 @@ def junk_before(manifest: Manifest) -> set[int]:
 
 
 @pytest.mark.fault(
-    52, injected="all that was not synced lost, or any part of it, before every system call"
+    35, injected="all that was not synced lost, or any part of it, before every system call"
 )
 @pytest.mark.slow
 def test_a_power_loss_at_any_moment_of_a_run_leaves_what_a_run_goes_on_from(
