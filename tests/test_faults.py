@@ -1090,18 +1090,26 @@ def test_a_partition_that_is_an_hour_behind_costs_no_example_within_the_bound(tm
     for event in behind:
         event["time"] -= 3_600_000
     values = [encoded(ahead), encoded(behind)]
+    paused: set[frozenset[int]] = set()
+
+    class Watched(Partitions):
+        def pause(self, partitions: frozenset[int]) -> None:
+            paused.add(partitions)
+            super().pause(partitions)
+
     join = {"duplicate_horizon": "1s", "idle_timeout": "1h"}
     plain = finish(trainer(tmp_path / "plain", Partitions(values), join=join))
     bounded = {**join, "max_memory": "4MB"}
-    report = finish(trainer(tmp_path / "bounded", Partitions(values, seed=1), join=bounded))
+    report = finish(trainer(tmp_path / "bounded", Watched(values, seed=1), join=bounded))
     counters = report["counters"]
     assert report["examples"] == 60_000
     assert (counters["impressions_late"], counters["impressions_evicted"]) == (0, 0)
     assert report["ledger"] == plain["ledger"]
     assert taken(tmp_path / "bounded").weights_sha256 == taken(tmp_path / "plain").weights_sha256
+    assert paused == {frozenset(), frozenset({0})}
     outcome(
-        f"{counters['impressions_spilled']:,} impressions to disk and back; none late, none given "
-        "up; ledger and weights equal"
+        "the one ahead is paused until the other is as far; no impression late or given up; ledger "
+        "and weights equal"
     )
 
 
