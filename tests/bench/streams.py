@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
@@ -30,7 +31,8 @@ from stream_ctr.logs.simulate import Simulation
 
 PARTITIONS = 2
 _BLOCK = 8192
-_CLICK_SHARE = 0.05
+_CLICK_LOGIT = -3.0
+_CLICK_EFFECT = 0.25
 _CLICK_MEDIAN_SECONDS = 20.0
 _CLICK_SIGMA = 1.462
 _MOST_TEXTS = 1 << 18  # distinct values of a field
@@ -43,7 +45,8 @@ class WideLog(Log):
     """Simulated impressions with 13 numbers and 26 short texts, about 620 bytes of JSON each.
 
     The fields have the cardinalities of `zipf`. There are `rate` impressions a second of event
-    time. One in twenty is clicked, after 20 s in the median.
+    time. About one in twenty is clicked, after 20 s in the median. Which ones depends on their
+    categories, so that there is something to learn.
     """
 
     format = "wide"
@@ -67,19 +70,30 @@ class WideLog(Log):
             time = DEFAULT_START_MS + (row * (1000 / self.rate)).astype(np.int64)
             number = pa.array(row).cast(pa.string())
             identity = pc.binary_join_element_wise(f"wide{self.seed}-", number, "")
-            click_time = delays.click_time(time, rng.random(len(row)) < _CLICK_SHARE)
-            yield impression_batch(identity, time, click_time, self._features(rng, len(row)))
+            features, odd = self._features(rng, len(row))
+            click_time = delays.click_time(time, rng.random(len(row)) < _click_shares(odd))
+            yield impression_batch(identity, time, click_time, features)
 
-    def _features(self, rng: np.random.Generator, n: int) -> dict[str, pa.Array]:
+    def _features(
+        self, rng: np.random.Generator, n: int
+    ) -> tuple[dict[str, pa.Array], npt.NDArray[np.int64]]:
+        """Return the fields of `n` impressions, and how many of their categories are odd."""
         features: dict[str, pa.Array] = {}
+        odd = np.zeros(n, np.int64)
         for i, size in enumerate(zipf.CATEGORICAL):
             ranks = zipf.ranks(rng, min(size, _MOST_TEXTS), n)
+            odd += ranks % 2
             texts = [f"{(rank * _KNUTH + i) & _MASK32:08x}" for rank in ranks.tolist()]
             features[f"C{i + 1}"] = pa.array(texts)
         for i in range(len(zipf.NUMERIC)):
             numbers = np.floor(np.exp(3 * rng.random(n) ** 2 * (1 + i % 3)))
             features[f"I{i + 1}"] = pa.array(numbers, pa.int64())
-        return features
+        return features, odd
+
+
+def _click_shares(odd: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    """Return click probabilities: each odd category multiplies the odds by the same factor."""
+    return 1 / (1 + np.exp(-(_CLICK_LOGIT + _CLICK_EFFECT * (odd - len(zipf.CATEGORICAL) / 2))))
 
 
 STREAMS: dict[str, Callable[[int], Log]] = {"simulated": Simulation, "wide": WideLog}
