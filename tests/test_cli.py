@@ -113,7 +113,11 @@ def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
 
 
 @pytest.mark.parametrize(
-    ("partitions", "wire"), [(1, "json"), (3, "json"), (1, "arrow"), (3, "arrow")]
+    ("partitions", "wire"),
+    [
+        *((1, "json"), (3, "arrow")),
+        *(pytest.param(*each, marks=pytest.mark.long) for each in ((3, "json"), (1, "arrow"))),
+    ],
 )
 @pytest.mark.slow
 def test_replay_then_run_learns_all_that_was_in_the_topic_and_what_a_file_gives(

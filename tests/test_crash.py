@@ -218,12 +218,16 @@ def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp
 @pytest.mark.parametrize(
     "failpoint",
     [
-        "announce.before:2",
-        "announce.before:4",
-        "announce.after:2",
-        "commit.before:2",
-        "commit.after:2",
-        "pointer.after:2",
+        *("announce.before:4", "commit.after:2"),
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in (
+                "announce.before:2",
+                "announce.after:2",
+                "commit.before:2",
+                "pointer.after:2",
+            )
+        ),
     ],
 )
 def test_the_same_with_a_broker_to_commit_to_and_to_announce_to(

@@ -768,7 +768,16 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
     injected="a byte flipped, a file cut, two files swapped, a bit of a position flipped, a key "
     "of the manifest removed, in the newest snapshot; then in all",
 )
-@pytest.mark.parametrize("harm", ["flip", "cut", "swap", "torn manifest", "position", "key"])
+@pytest.mark.parametrize(
+    "harm",
+    [
+        *("cut", "position"),
+        *(
+            pytest.param(each, marks=pytest.mark.long)
+            for each in ("flip", "swap", "torn manifest", "key")
+        ),
+    ],
+)
 @pytest.mark.slow
 def test_a_damaged_snapshot_is_passed_over_for_the_one_before_and_none_left_is_exit_6(
     log, clean, tmp_path, harm, outcome
