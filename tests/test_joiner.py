@@ -25,6 +25,7 @@ from support.joins import (
     logs,
     logs_with_polls,
     push,
+    push_clicks,
     push_impressions,
     release,
     restarted,
@@ -35,6 +36,7 @@ from support.reliability import Outcome
 
 from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.join.examples import Examples
+from stream_ctr.join.join_state import EMPTY, MOST_WAITING_OF_AN_ID
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 
@@ -205,6 +207,34 @@ def test_the_earliest_of_several_waiting_clicks_joins_also_after_a_restart() -> 
         assert counts["clicks_joined"] == 1
         assert counts["clicks_early"] == 1
         assert counts["clicks_duplicate"] == 1
+
+
+def test_of_the_clicks_that_wait_for_an_id_the_earliest_are_kept_and_the_rest_counted() -> None:
+    target = joiner()
+    times = np.random.default_rng(0).permutation(np.arange(600 - EARLY, 600 + WINDOW))
+    for block in np.array_split(times, 7):
+        push_clicks(target, np.full(len(block), 7), block)
+    push_clicks(target, np.array([8]), 600)
+    assert target.counts()["clicks_evicted"] == EARLY + WINDOW - MOST_WAITING_OF_AN_ID
+    push_impressions(target, np.array([7, 8]), 600)
+    assert target.counts()["clicks_joined"] == 2
+    assert target.counts()["clicks_duplicate"] == MOST_WAITING_OF_AN_ID - 1
+    assert sorted(target.state_dict()["pending.delay"].tolist()) == [-EARLY, 0]
+
+
+def test_clicks_that_wait_no_longer_stand_in_nobodys_way() -> None:
+    target = joiner()
+    for at in range(1000, 20_000, 10):
+        push_clicks(target, np.array([7]), at)
+        target.advance(at, at_most=10)  # drops those that no impression can want any more
+    waiting = target._clicks.arrays
+    row = waiting.head.max()  # the one chain that has clicks
+    length = 0
+    while row != EMPTY:
+        length += 1
+        row = waiting.next[row]
+    assert waiting.sizes[0] > 100  # they would all be in the chain
+    assert target._clicks.count <= length < 50
 
 
 def test_a_second_click_and_a_second_impression_are_dropped_and_counted() -> None:

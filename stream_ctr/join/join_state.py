@@ -34,7 +34,9 @@ Fates of a click, by the state of its impression. A window at t is [t - early, t
 A waiting click joins when its impression arrives, or is counted as late if it is after that
 impression's window. It is counted as unmatched once no impression can want it any more, which may
 be so when it arrives, and as evicted when it is dropped to keep within the memory bound. A joined
-click is also early when it precedes its impression.
+click is also early when it precedes its impression. Of one id, the 32 earliest clicks wait and
+others are evicted: an impression looks at all that wait for it, and a producer could send any
+number of both.
 
 These rules make the examples a function of the log, however polls interleave the partitions:
 
@@ -147,6 +149,7 @@ PACKED_BYTES = 3
 PACKED_BITS = 8 * PACKED_BYTES
 _BYTE = 0xFF
 
+MOST_WAITING_OF_AN_ID = 32
 # An impression draws one of these lots by its id; the least lots are evicted first.
 _LOT_BITS = 12
 _LOTS = 1 << _LOT_BITS
@@ -449,6 +452,49 @@ def _wait(key, time, limit, waiting):  # type: ignore[no-untyped-def]
     waiting.sizes[ALIVE] += 1
 
 
+@numba.njit(cache=True, inline="always")
+def _pass(chain, before, row, waiting):  # type: ignore[no-untyped-def]
+    """Go on from a row of a chain, which loses the row if its click waits no longer.
+
+    Returns the last row that is still in the chain. Otherwise each click of an id would be passed
+    again by all that follow.
+    """
+    if waiting.alive[row]:
+        return row
+    if before == EMPTY:
+        waiting.head[chain] = waiting.next[row]
+    else:
+        waiting.next[before] = waiting.next[row]
+    return before
+
+
+@numba.njit(cache=True)
+def _wait_among_few(key, time, limit, waiting):  # type: ignore[no-untyped-def]
+    """Let a click wait, among the earliest of its id. Return whether one was dropped for that."""
+    count = 0
+    last = EMPTY
+    chain = _spread(key, len(waiting.head) - 1, waiting.secret)
+    before = EMPTY
+    row = waiting.head[chain]
+    while row != EMPTY:
+        if waiting.alive[row] and waiting.key[row] == key:
+            count += 1
+            if last == EMPTY or (waiting.time[row], waiting.limit[row]) > (
+                waiting.time[last],
+                waiting.limit[last],
+            ):
+                last = row
+        before = _pass(chain, before, row, waiting)
+        row = waiting.next[row]
+    if count < MOST_WAITING_OF_AN_ID:
+        _wait(key, time, limit, waiting)
+        return False
+    if (time, limit) < (waiting.time[last], waiting.limit[last]):
+        waiting.time[last] = time
+        waiting.limit[last] = limit
+    return True
+
+
 @numba.njit(cache=True)
 def wait_all(key, time, limit, waiting):  # type: ignore[no-untyped-def]
     """Add n waiting clicks."""
@@ -532,7 +578,9 @@ def _join_waiting(  # type: ignore[no-untyped-def]
     inside = 0
     first = NEVER
     least_end = NEVER
-    row = waiting.head[_spread(key, len(waiting.head) - 1, waiting.secret)]
+    chain = _spread(key, len(waiting.head) - 1, waiting.secret)
+    before = EMPTY
+    row = waiting.head[chain]
     while row != EMPTY:
         click_time = waiting.time[row]
         # A click beyond the horizon knows nothing of the impression, whichever arrived first.
@@ -552,6 +600,7 @@ def _join_waiting(  # type: ignore[no-untyped-def]
                 inside += 1
                 first = min(first, click_time)
                 least_end = min(least_end, arrived)
+        before = _pass(chain, before, row, waiting)
         row = waiting.next[row]
     if inside > 0:
         _join_click(slot, first - time, least_end, pending, counts)
@@ -717,8 +766,8 @@ def push_clicks(  # type: ignore[no-untyped-def]
         if slot == EMPTY or forgotten or time < impression_time - windows.early_ms:
             if time < watermark - windows.label_ms - windows.early_ms:
                 counters[CLICKS_UNMATCHED] += 1
-            else:
-                _wait(key, time, limit, waiting)
+            elif _wait_among_few(key, time, limit, waiting):
+                counters[CLICKS_EVICTED] += 1
         elif slot == EVICTED:
             counters[CLICKS_EVICTED] += 1
         elif slot == LEFT or time > end or limit > end:
