@@ -16,7 +16,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-_APPENDED_TO = ("reports.jsonl", "dead_letters.jsonl", "latest.lock")
+_APPENDED_TO = ("reports.jsonl", "dead_letters.jsonl", "dead_letters.sent", "latest.lock")
 _FOLDERS = ("snapshots", "spill")
 _NOT_FOLLOWED = "it is a symbolic link, which a run does not follow in its state directory"
 _NOT_REGULAR = "it is not a regular file"

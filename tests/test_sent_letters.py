@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,17 @@ def test_a_full_disk_is_said_once_and_stops_nothing(
     sent.add([LETTER])
     assert caplog.text.count("dead letters may be sent twice after a restart") == 1
     assert Position("clicks", 2, 5, None) not in sent
+
+
+def test_a_link_or_a_pipe_in_their_place_is_neither_followed_nor_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "target"
+    target.write_text("")
+    (tmp_path / "dead_letters.sent").symlink_to(target)
+    SentLetters(tmp_path).add([LETTER])
+    assert target.read_text() == ""
+    assert "symbolic link" in caplog.text
+    os.mkfifo(tmp_path / "dead_letters.sent.1")
+    assert known(tmp_path, ("clicks", 2, 5, None)) == [False]
+    assert "not a regular file" in caplog.text

@@ -222,7 +222,7 @@ def _decode(column: pa.Array) -> Array:
 
 def _verify(path: Path, sha256: str) -> None:
     try:
-        with path.open("rb") as file:
+        with open(state_files.open_file(path, os.O_RDONLY), "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"segment {path} cannot be read: {error.strerror}") from error

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,8 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta, Struct
+
+from stream_ctr import state_files
 
 _log = logging.getLogger(__name__)
 _NAMES = ("dead_letters.sent", "dead_letters.sent.1", "dead_letters.sent.2")
@@ -83,7 +86,8 @@ class SentLetters:
         )
         lines = b"".join(msgspec.json.encode(fields) + b"\n" for fields in named)
         try:
-            with (self._directory / _NAMES[0]).open("ab") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+            with open(state_files.open_file(self._directory / _NAMES[0], flags), "ab") as file:
                 file.write(lines)
         except OSError as error:
             if not self._unwritten:
@@ -119,7 +123,7 @@ def _positions(path: Path) -> Iterator[Position]:
     """Yield the positions in a file, and pass over lines that are none, such as half a line."""
     decoder = msgspec.json.Decoder(_Line)
     try:
-        with path.open("rb") as file:
+        with open(state_files.open_file(path, os.O_RDONLY), "rb") as file:
             for text in file:
                 with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
                     line = decoder.decode(text)
