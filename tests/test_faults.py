@@ -39,7 +39,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.pointer import encode_pointer, pointer_for, read_pointer, write_pointer
 from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.snapshots.subscriber import Subscriber
-from stream_ctr.train.trainer import Surroundings, Trainer
+from stream_ctr.train.trainer import Surroundings
 
 ROOT = Path(__file__).parents[1]
 IMPRESSIONS = 6000
@@ -531,7 +531,7 @@ def test_numbers_beyond_all_bounds_are_cut_and_all_examples_are_learned(tmp_path
     events = documents(stream)
     numbers = [field.name for field in SIMULATED_FIELDS if field.kind == "numeric"]
 
-    def run(directory: Path) -> tuple[Trainer, dict[str, Any]]:
+    def run(directory):
         built = trainer(
             directory,
             Partitions([encoded(events)]),
