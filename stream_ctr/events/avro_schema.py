@@ -167,8 +167,8 @@ class Types:
             if not isinstance(schema, dict):
                 break
             kind = schema.get("type")
-            complex_kind = kind in _NAMED or kind in ("array", "map") or kind in _PRIMITIVES
-            if isinstance(kind, str) and complex_kind:
+            # JSON may have a list or an object in the place of a name.
+            if isinstance(kind, str) and (kind in _PRIMITIVES or kind in (*_NAMED, "array", "map")):
                 return schema, namespace
             schema = kind
         raise UnusableSchema(f"no Avro type: {schema!r:.80}")
