@@ -54,6 +54,7 @@ from stream_ctr.events.parsed_events import (
     Rejection,
 )
 from stream_ctr.events.times import DETECTED, EARLIEST_MS, LATEST_MS, TimeFormat
+from stream_ctr.messages import one_line
 
 # Every bad event of an Arrow record becomes a dead letter of its own. A record with more of them,
 # or whose dead letters would take more than 16 times its bytes (64 KiB at least), is rejected.
@@ -62,6 +63,7 @@ _DEAD_LETTER_FACTOR = 16
 _LEAST_DEAD_LETTER_BYTES = 1 << 16
 
 _NO_LIMIT = np.iinfo(np.int64).max
+_LONGEST_MESSAGE = 280  # of a rejection; a path within nested JSON may be as long as the record
 _GOOD = -1
 _RECORD_REJECTED = -2
 
@@ -152,7 +154,7 @@ class Rejections:
             row=np.array([rejection.row for rejection in ordered], np.int64),
             within=np.array([rejection.within for rejection in ordered], np.int64),
             reason=[rejection.reason for rejection in ordered],
-            message=[rejection.message for rejection in ordered],
+            message=[one_line(rejection.message, _LONGEST_MESSAGE) for rejection in ordered],
             value=[rejection.value for rejection in ordered],
         )
 

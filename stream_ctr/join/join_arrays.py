@@ -47,8 +47,8 @@ _SAMPLE = 1 << 16
 
 def new_secret() -> Secret:
     """Return a secret from the operating system."""
-    number, factor, other = (np.uint64(secrets.randbits(64)) for _ in range(3))
-    return number, factor | np.uint64(1), other | np.uint64(1)
+    secret = np.frombuffer(secrets.token_bytes(24), np.uint64)
+    return secret | np.array([0, 1, 1], np.uint64)
 
 
 def pending_pool() -> RowPool[PendingArrays]:

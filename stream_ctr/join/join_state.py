@@ -156,8 +156,9 @@ _LOTS = 1 << _LOT_BITS
 _BINS = 1 << 12
 
 
-# A number and two odd factors (see `_spread`), as scalars: they cost no load in a loop.
-Secret = tuple[np.uint64, np.uint64, np.uint64]
+# A number and two odd factors [3], see `_spread`. Not a tuple of scalars, whose type numba takes
+# milliseconds to find at a call.
+Secret = npt.NDArray[np.uint64]
 
 
 class Windows(NamedTuple):
@@ -330,6 +331,12 @@ def _unpack(packed):  # type: ignore[no-untyped-def]
 
 
 @numba.njit(cache=True, inline="always")
+def _scalars(secret):  # type: ignore[no-untyped-def]
+    """Return the numbers of a secret, which then cost no load in a loop."""
+    return secret[0], secret[1], secret[2]
+
+
+@numba.njit(cache=True, inline="always")
 def _spread(key, mask, secret):  # type: ignore[no-untyped-def]
     """Return a position from 0 to `mask` that nobody can foresee who does not know `secret`.
 
@@ -354,7 +361,7 @@ def _find(key, keys, slots, secret):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True)
 def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
     """Insert n entries, or overwrite those with the same keys."""
-    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
+    keys, times, slots, secret = index.key, index.time, index.slot, _scalars(index.secret)
     for i in range(len(key)):
         position = _find(key[i], keys, slots, secret)
         if slots[position] == EMPTY:
@@ -367,7 +374,7 @@ def insert_all(key, time, slot, index):  # type: ignore[no-untyped-def]
 @numba.njit(cache=True)
 def mark_all(key, slot, state, index):  # type: ignore[no-untyped-def]
     """Set n entries to `state`, LEFT or EVICTED, where they still point to `slot` [n]."""
-    keys, slots, secret = index.key, index.slot, index.secret
+    keys, slots, secret = index.key, index.slot, _scalars(index.secret)
     for i in range(len(key)):
         position = _find(key[i], keys, slots, secret)
         if slots[position] == slot[i]:
@@ -385,7 +392,7 @@ def rehash(index, before):  # type: ignore[no-untyped-def]
     entries. In a table that has just grown, whose new half is empty, some entries are put further
     on instead; they stay there when the pass reaches them.
     """
-    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
+    keys, times, slots, secret = index.key, index.time, index.slot, _scalars(index.secret)
     mask = len(keys) - 1
     start = 0
     while slots[(start - 1) & mask] != EMPTY:
@@ -630,7 +637,7 @@ def push_impressions(  # type: ignore[no-untyped-def]
 ):
     """Add n impressions, `events` and `features`, for each of which all arrays must have room."""
     counters = counts.counters
-    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
+    keys, times, slots, secret = index.key, index.time, index.slot, _scalars(index.secret)
     event_key, event_time, event_limit = events.id_hash, events.time, events.limit
     event_partition, event_place = events.partition, events.place
     ids, values, true_probability = features.ids, features.values, features.true_probability
@@ -700,7 +707,7 @@ def push_labelled(  # type: ignore[no-untyped-def]
     `events.id_hash` holds their keys.
     """
     counters = counts.counters
-    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
+    keys, times, slots, secret = index.key, index.time, index.slot, _scalars(index.secret)
     for i in range(len(events.time)):
         key = events.id_hash[i]
         released = max(events.time[i], events.limit[i])
@@ -752,7 +759,7 @@ def push_clicks(  # type: ignore[no-untyped-def]
 ):
     """Add n clicks, for each of which `waiting` must have room. `watermark` is the overall one."""
     counters = counts.counters
-    keys, times, slots, secret = index.key, index.time, index.slot, index.secret
+    keys, times, slots, secret = index.key, index.time, index.slot, _scalars(index.secret)
     for i in range(len(events.time)):
         key = events.id_hash[i]
         time = events.time[i]
