@@ -259,7 +259,8 @@ def test_a_table_has_means_over_the_seeds_and_between_which_bounds_they_lie() ->
 
 
 def test_a_busy_machine_measures_quality_and_no_speed() -> None:
-    quiet, busy = example_case(0), {**example_case(1, half=0.31), "busy": True}
+    quiet, busy = example_case(0), example_case(1, half=0.31)
+    busy["results"] = [{**each, "busy": True} for each in busy["results"]]
     (group,) = groups([quiet, busy])
     assert group.speed("defaults") == groups([quiet])[0].speed("defaults")
     assert group.mean("defaults", "last_half", "logloss") == pytest.approx(0.3)
@@ -269,13 +270,12 @@ def test_a_busy_machine_measures_quality_and_no_speed() -> None:
 
 
 def test_contenders_that_are_measured_later_join_those_of_the_case() -> None:
-    later = {**example_case(0), "command": "another", "busy": True}
+    later = {**example_case(0), "command": "another"}
     later["results"] = [result("Vowpal Wabbit", 1.0, 0.2), result("batch 64", 2.0, 0.3)]
     case = frontier.merged(example_case(0), later)
     figures = {each["contender"]: each.get("events_per_second") for each in case["results"]}
     assert list(figures)[:2] == ["defaults", "batch 64"]
     assert (figures["batch 64"], figures["Vowpal Wabbit"], figures["defaults"]) == (2.0, 1.0, 1000)
-    assert case["busy"]
     text = frontier_page.block([case], None, None)
     assert "a machine: `a command`" in text
     assert "a machine: `another`" in text

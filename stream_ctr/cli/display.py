@@ -69,8 +69,8 @@ class _Metric(NamedTuple):
 _METRICS = (
     _Metric("logloss", "logloss", "{:.5f}"),
     _Metric("AUC", "auc", "{:.4f}"),
-    _Metric("NE", "ne", "{:.4f}"),
     _Metric("pred/\nactual", "pred_over_actual", "{:.3f}"),
+    _Metric("NE", "ne", "{:.4f}"),
     _Metric("count", "count", "{:,}"),
     _Metric("CTR", "ctr", "{:.4f}"),
 )

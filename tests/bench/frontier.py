@@ -499,10 +499,9 @@ def case(stream: Stream, seed: int, bench: Bench) -> dict[str, Any]:
             "log": stream.name,
             "seed": seed,
             "quick": bench.quick,
-            "busy": bench.busy,
             "default_batch": configuration.load(environ={}).learn.batch_size,
             **_facts(reference.learned),
-            "results": results,
+            "results": [{**each, "busy": True} if bench.busy else each for each in results],
         }
     )
 
@@ -640,7 +639,6 @@ def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
     results = {each["contender"]: each for each in (*earlier["results"], *found["results"])}
     order = [*(each.name for each in ours()), *results]
     names = sorted(results, key=order.index)
-    busy = bool(earlier.get("busy") or found.get("busy"))
     records = [
         *earlier.get("earlier", []),
         {name: earlier[name] for name in ("machine", "command")},
@@ -649,7 +647,6 @@ def merged(earlier: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, An
         **found,
         "earlier": records,
         "results": [results[name] for name in names],
-        "busy": busy,
     }
 
 

@@ -80,10 +80,10 @@ class Group:
     def speed(self, contender: str) -> float | None:
         """Return the median of the events/s over the seeds, or None.
 
-        Cases that were measured on a busy machine do not count.
+        Those that were measured on a busy machine do not count.
         """
-        quiet = Group(self.log, [case for case in self.cases if not case.get("busy")])
-        values = [result["events_per_second"] for result in quiet.results(contender)]
+        quiet = [result for result in self.results(contender) if not result.get("busy")]
+        values = [result["events_per_second"] for result in quiet]
         return statistics.median(values) if values else None
 
     def fact(self, part: str, score: str) -> float | None:
