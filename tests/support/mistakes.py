@@ -29,6 +29,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.lease import Lease
 from support.keys import write_keys
 from support.lineage import QUICK
+from support.manifests import make_newer
 
 PAGE = Path(__file__).parents[2] / "docs" / "mistakes.md"
 _SERVER = "localhost:9092"
@@ -148,9 +149,8 @@ def _newer_state(folder: Path) -> None:
     _state(folder)
     newest = snapshot.newest(folder / "state" / "snapshots")
     assert newest
-    path = newest / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "format": manifest["format"] + 1}))
+    make_newer(newest / "manifest.json")
+    make_newer(folder / "state" / "latest.json")
 
 
 def _state_and_key(folder: Path) -> None:
