@@ -33,6 +33,7 @@ from stream_ctr.connectors.memory import BatchSource
 from stream_ctr.errors import DataError
 from stream_ctr.events.fit import Fitted
 from stream_ctr.failpoint import VARIABLE
+from stream_ctr.join.join_state import MOST_WAITING_OF_AN_ID
 from stream_ctr.logs.open import open_log
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
@@ -924,7 +925,9 @@ def test_one_hot_key_is_learned_like_any_other_and_costs_no_more_than_its_share(
     report = finish(trainer(tmp_path / "hot", Partitions([hot])))
     slower = (time.monotonic() - began) / even
     assert report["examples"] == IMPRESSIONS
-    assert report["counters"]["clicks_unmatched"] == 200_000
+    counters = report["counters"]
+    assert counters["clicks_unmatched"] == MOST_WAITING_OF_AN_ID
+    assert counters["clicks_evicted"] == 200_000 - MOST_WAITING_OF_AN_ID
     assert all(np.isfinite(score["logloss"]) for score in report["models"].values())
     outcome(
         f"all learned; the run took {slower:.1f} times as long as one over an even stream without "

@@ -245,17 +245,24 @@ class ConfluentReader:
         """Let brokers tell whether they have the record before the partition's offset.
 
         A seek asks them, and an assignment does not. It is refused as long as the assignment before
-        is being ended, which takes about a millisecond.
+        is being ended, which takes about a millisecond. Rarely the client never begins to fetch
+        after that; then it is given the partition once more.
         """
-        deadline = time.monotonic() + timeouts.ANSWER_SECONDS
+        deadline = time.monotonic() + _SEEKING_SECONDS
+        assigned = time.monotonic()
         while True:
             try:
                 self._consumer.seek(partition)
             except self._library.KafkaException as error:
-                if error.args[0].name() not in _ENDING or time.monotonic() > deadline:
+                now = time.monotonic()
+                if error.args[0].name() not in _ENDING or now > deadline:
                     raise KafkaReadFailed(
                         f"reading topic {partition.topic!r} failed: {error.args[0].str()}"
                     ) from error
+                if now > assigned + _ASSIGNED_AGAIN_SECONDS:
+                    self._consumer.incremental_unassign([partition])
+                    self._consumer.incremental_assign([partition])
+                    assigned = now
                 time.sleep(_BETWEEN_SEEKS_SECONDS)
             else:
                 return
@@ -589,6 +596,8 @@ class _Answers:
 
 
 _BETWEEN_SEEKS_SECONDS = 0.001
+_ASSIGNED_AGAIN_SECONDS = 1.0
+_SEEKING_SECONDS = 20.0
 _BETWEEN_QUESTIONS_SECONDS = 0.05  # when a broker has no answer yet
 _NEVER = np.iinfo(np.int64).max
 _POLL_RECORDS = 5000
