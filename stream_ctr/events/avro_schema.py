@@ -64,6 +64,7 @@ _PRIMITIVES = {
 }
 _UNITS: Mapping[str, TimeUnit] = {"millis": "ms", "micros": "us", "nanos": "ns"}
 _NAMED = ("record", "error", "enum", "fixed")
+_COMPLEX = (*_NAMED, "array", "map")
 
 
 class UnusableSchema(ValueError):
@@ -168,7 +169,7 @@ class Types:
                 break
             kind = schema.get("type")
             # JSON may have a list or an object in the place of a name.
-            if isinstance(kind, str) and (kind in _PRIMITIVES or kind in (*_NAMED, "array", "map")):
+            if isinstance(kind, str) and (kind in _PRIMITIVES or kind in _COMPLEX):
                 return schema, namespace
             schema = kind
         raise UnusableSchema(f"no Avro type: {schema!r:.80}")
@@ -389,7 +390,7 @@ def canonical_form(schema: Any, namespace: str = "") -> str:
     kind = schema.get("type")
     if isinstance(kind, dict | list) or kind in _PRIMITIVES:
         return canonical_form(kind, namespace)
-    if kind not in (*_NAMED, "array", "map"):
+    if kind not in _COMPLEX:
         return canonical_form(kind, namespace)
     parts = []
     if kind in _NAMED:

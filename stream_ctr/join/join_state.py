@@ -477,7 +477,7 @@ def _pass(chain, before, row, waiting):  # type: ignore[no-untyped-def]
 
 @numba.njit(cache=True)
 def _wait_among_few(key, time, limit, waiting):  # type: ignore[no-untyped-def]
-    """Let a click wait, among the earliest of its id. Return whether one was dropped for that."""
+    """Let a click wait if it is one of the earliest of its id. Return whether one was dropped."""
     count = 0
     last = EMPTY
     chain = _spread(key, len(waiting.head) - 1, waiting.secret)
