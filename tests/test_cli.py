@@ -24,6 +24,7 @@ from support import forks
 from support.commands import command, own_topics, read_headers, read_records, succeed
 from support.lineage import QUICK, SMALL, reports
 from support.lineage import newest as newest_snapshot
+from support.long import only_long
 from support.patience import PATIENCE_SECONDS, started, wait_until
 
 from stream_ctr import Scorer, Subscriber
@@ -116,7 +117,7 @@ def test_a_run_prints_its_profile_when_it_is_asked_to(log, tmp_path, asked):
     ("partitions", "wire"),
     [
         *((1, "json"), (3, "arrow")),
-        *(pytest.param(*each, marks=pytest.mark.long) for each in ((3, "json"), (1, "arrow"))),
+        *only_long(((3, "json"), (1, "arrow"))),
     ],
 )
 @pytest.mark.slow

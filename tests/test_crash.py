@@ -18,6 +18,7 @@ from click.testing import CliRunner, Result
 from faults.kill_rounds import HEADER, kill_rounds, rows
 from support import forks
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
+from support.long import only_long
 from support.patience import PATIENCE_SECONDS
 from support.record import formatted
 from support.trainers import RIVER, Partitions, assert_equal_states, finish, split, trainer
@@ -50,9 +51,8 @@ EVERYWHERE = [
     ),
     "snapshot.file:1",
     "snapshot.rename:1",
-    *(
-        pytest.param(text, marks=pytest.mark.long)
-        for text in (
+    *only_long(
+        (
             "learn.after:2",
             "learn.after:32",
             "snapshot.file:2",
@@ -219,9 +219,8 @@ def test_a_run_that_dies_again_and_again_equals_one_that_did_not(log, clean, tmp
     "failpoint",
     [
         *("announce.before:4", "commit.after:2"),
-        *(
-            pytest.param(each, marks=pytest.mark.long)
-            for each in (
+        *only_long(
+            (
                 "announce.before:2",
                 "announce.after:2",
                 "commit.before:2",

@@ -23,6 +23,7 @@ from msgspec import structs
 from support import forks
 from support.commands import own_topics
 from support.lineage import SMALL, Fingerprint, last_report, newest, published
+from support.long import only_long
 from support.patience import PATIENCE_SECONDS, catches, started, wait_until
 from support.reliability import Outcome
 from support.trainers import RIVER, SIMULATED_FIELDS, Partitions, finish, split, trainer
@@ -773,10 +774,7 @@ def test_a_full_disk_does_not_stop_learning_and_snapshots_go_on_when_there_is_ro
     "harm",
     [
         *("cut", "position"),
-        *(
-            pytest.param(each, marks=pytest.mark.long)
-            for each in ("flip", "swap", "torn manifest", "key")
-        ),
+        *only_long(("flip", "swap", "torn manifest", "key")),
     ],
 )
 @pytest.mark.slow
