@@ -408,11 +408,20 @@ def _state(
             gate=Gate(limits.gate_clicks, limits.gate_logloss, limits.gate_calibration),
             served=served.names if served else (),
             in_memory=bool(served and not served.of_snapshots),
+            baselines=_baselines(identity, models),
         ),
         batch_size=_batch_sizes(config),
         blend=blend,
         skips_before_rollback=config.learn.skips_before_rollback,
     )
+
+
+def _baselines(identity: RunIdentity, models: Sequence[str]) -> list[str]:
+    """Return the logistic regressions that a published network should beat."""
+    specs = identity.specs
+    if identity.published in specs and specs[identity.published].model == "lr":
+        return []
+    return [name for name in models[1:] if name not in specs or specs[name].model == "lr"]
 
 
 def _batch_sizes(config: Config) -> Callable[[int], int]:

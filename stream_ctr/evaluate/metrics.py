@@ -446,6 +446,16 @@ class Windows:
         spans = sorted(span for span in self.tallies if span[0] >= first)
         return self._summary(spans, start_ms=first, provisional=True)
 
+    def final_summary(self) -> WindowSummary | None:
+        """Return the newest `rolling` final windows as one, None before the first is final."""
+        first = self.final_before_ms - self.rolling * self.window_ms
+        spans = sorted(
+            span for span in self.tallies if span[0] >= first and span[1] <= self.final_before_ms
+        )
+        if not spans:
+            return None
+        return self._summary(spans, start_ms=spans[0][0], provisional=False)
+
     def _summary(
         self, spans: Sequence[_Span], *, start_ms: int, provisional: bool
     ) -> WindowSummary:

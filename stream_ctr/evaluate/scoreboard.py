@@ -25,7 +25,9 @@ from typing import Any
 import numpy.typing as npt
 
 from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.behind import Behind
 from stream_ctr.evaluate.gate import Gate, Judge, Verdict
+from stream_ctr.evaluate.summary import WindowSummary
 
 State = dict[str, npt.NDArray[Any]]
 PROGRESSIVE = "progressive"
@@ -46,7 +48,8 @@ class Scoreboard:
     `served` names the models that are scored as served too, the published one first. Their metrics
     stand beside those of the published model's progressive predictions of the same examples. With
     `in_memory`, what is served is published apart from snapshots on disk, and has a judge of its
-    own: its verdicts do not depend on when snapshots were taken.
+    own: its verdicts do not depend on when snapshots were taken. `baselines` names the models that
+    the published one should beat.
     """
 
     def __init__(
@@ -57,11 +60,13 @@ class Scoreboard:
         gate: Gate,
         served: Sequence[str] = (),
         in_memory: bool = False,
+        baselines: Sequence[str] = (),
     ) -> None:
         self.models = tuple(models)
         self.whole = metrics.WholeRun(models)
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
         self.judge = Judge(gate, models)
+        self.behind = Behind(models[0], baselines)
         self.served = metrics.WholeRun([*served, PROGRESSIVE]) if served else None
         self.served_judge = Judge(gate, models) if served and in_memory else None
 
@@ -71,6 +76,13 @@ class Scoreboard:
         self.windows.add(scored)
         for judge in self._judges():
             judge.add(scored)
+
+    def close_windows(self, before_ms: int) -> list[WindowSummary]:
+        """Return each window that ends at or before this event time, once."""
+        closed = self.windows.close(before_ms)
+        if closed:
+            self.behind.look_at(self.windows.final_summary())
+        return closed
 
     def add_served(self, scored: metrics.Scored) -> None:
         """Measure a batch by the predictions that were served."""
@@ -96,6 +108,7 @@ class Scoreboard:
             "whole": self.whole.state_dict(),
             "windows": self.windows.state_dict(),
             "judge": self.judge.state_dict(),
+            "behind": self.behind.state_dict(),
             **({"served": self.served.state_dict()} if self.served else {}),
             **({"served_judge": self.served_judge.state_dict()} if self.served_judge else {}),
         }
@@ -115,6 +128,8 @@ class Scoreboard:
         self.whole.load_state_dict(part(state, "whole."))
         self.windows.load_state_dict(part(state, "windows."))
         self.judge.load_state_dict(part(state, "judge."), verdict)
+        if behind := part(state, "behind."):  # snapshots used to be without it
+            self.behind.load_state_dict(behind, self.windows.final_summary())
         # A run without it may be resumed with it.
         if self.served and (served := part(state, "served.")):
             self.served.load_state_dict(served)

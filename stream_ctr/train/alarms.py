@@ -1,14 +1,32 @@
-"""Alarms: say once what keeps a run from going on, and once that it is over."""
+"""Alarms: say once what keeps a run from going on, and once that it is over.
+
+Reports list the alarms that hold, by name:
+
+    alarm             holds while
+    ---------------   ------------------------------------------------------------------------
+    silent            no broker has answered for some seconds
+    lost              records were deleted from the topic before they were read
+    stalled           clicks are overdue, so that learning pauses
+    evicted           impressions were dropped for lack of memory
+    baseline          learning is no faster than the baseline, whose queue is full
+    refused           the publish gate refuses the model
+    rolled_back       a model that went back to a snapshot has not recovered
+    left_out          an additional model no longer learns
+    snapshot          the last snapshot could not be written or published
+    behind_baseline   the published model is worse than a baseline
+"""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.errors import SnapshotError
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
@@ -17,6 +35,7 @@ from stream_ctr.snapshots.manifest import Input
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.inputs import input_name
 from stream_ctr.train.sampled_baseline import SampledBaseline
+from stream_ctr.train.state import TrainingState
 
 _log = logging.getLogger("stream_ctr.train")
 _SILENT_SECONDS = 5.0  # without an answer from any broker
@@ -25,44 +44,77 @@ _LONG_MS = 8 * 86_400_000
 _FEWEST_IMPRESSIONS = 100  # that tell something about a field at the end of the input
 
 
+class Raised(NamedTuple):
+    """An alarm that holds, since `since_ms` of the machine's clock (epoch milliseconds)."""
+
+    name: str
+    since_ms: int
+    text: str
+
+
 class Alarms:
     """Conditions by name, each logged when it begins and when it ends.
 
-    >>> alarms = Alarms()
+    `wall_clock` returns the machine's time in epoch seconds.
+
+    >>> alarms = Alarms(lambda: 12.5)
     >>> alarms.set("silent", True, "no broker answers", over="a broker answers again")
     >>> alarms.raised
-    ('silent',)
+    (Raised(name='silent', since_ms=12500, text='no broker answers'),)
     >>> alarms.set("silent", False, "", over="a broker answers again")
     >>> alarms.raised
     ()
     """
 
-    def __init__(self) -> None:
-        self._raised: set[str] = set()
+    def __init__(self, wall_clock: Callable[[], float]) -> None:
+        self._wall_clock = wall_clock
+        self._raised: dict[str, Raised] = {}
 
     @property
-    def raised(self) -> tuple[str, ...]:
-        """The names of the conditions that hold."""
-        return tuple(sorted(self._raised))
+    def raised(self) -> tuple[Raised, ...]:
+        """The conditions that hold, in the order in which they began."""
+        return tuple(self._raised.values())
 
-    def set(self, name: str, holds: bool, text: str, *, over: str = "") -> None:
-        """Log `text` if the condition begins to hold, and `over` if it ceases to."""
-        if holds and name not in self._raised:
-            self._raised.add(name)
-            _log.warning("%s", text)
-        elif not holds and name in self._raised:
-            self._raised.remove(name)
-            _log.warning("%s", over)
+    def set(self, name: str, holds: bool, text: str, *, over: str = "", log: bool = True) -> None:
+        """Log `text` if the condition begins to hold, and `over` if it ceases to.
+
+        Without `log` the log has it from elsewhere. While the condition holds, `text` replaces the
+        text that reports have.
+        """
+        known = self._raised.get(name)
+        if holds and known is None:
+            self._raised[name] = Raised(name, int(self._wall_clock() * 1000), text)
+            if log:
+                _log.warning("%s", text)
+        elif holds and known:
+            self._raised[name] = known._replace(text=text)
+        elif known:
+            del self._raised[name]
+            if log and over:
+                _log.warning("%s", over)
 
 
 class RunAlarms:
-    """The alarms of a run over these partitions; lost records are counted in `counters`."""
+    """The alarms of a run over these partitions; lost records are counted in `counters`.
 
-    def __init__(self, partitions: Sequence[tuple[str, int]], counters: Counter[str]) -> None:
-        self._alarms = Alarms()
+    `wall_clock` returns the machine's time in epoch seconds.
+    """
+
+    def __init__(
+        self,
+        partitions: Sequence[tuple[str, int]],
+        counters: Counter[str],
+        wall_clock: Callable[[], float],
+    ) -> None:
+        self._alarms = Alarms(wall_clock)
         self._partitions = partitions
         self._counters = counters
         self._lost = 0
+
+    @property
+    def raised(self) -> tuple[Raised, ...]:
+        """The alarms that hold, in the order in which they began."""
+        return self._alarms.raised
 
     def check(self, status: SourceStatus, joiner: LabelJoiner, stalled: Sequence[str]) -> None:
         """Look at the status after a poll. `stalled` names partitions whose clicks are overdue."""
@@ -71,6 +123,12 @@ class RunAlarms:
             _log.error("%d records are lost: the topic does not hold them any more", lost)
             self._counters["records_lost"] += lost
             self._lost = status.lost
+            self._alarms.set(
+                "lost",
+                True,
+                f"{self._lost:,} records are lost: the topic does not hold them any more",
+                log=False,
+            )
         self._alarms.set(
             "silent",
             status.silent_seconds >= _SILENT_SECONDS,
@@ -91,6 +149,32 @@ class RunAlarms:
                 True,
                 f"{evicted:,} impressions evicted so far: join.max_memory has no room for more",
             )
+
+    def check_models(self, state: TrainingState, failure: SnapshotError | None) -> None:
+        """Look at the models and their verdicts; `failure` is that of the last snapshot."""
+        board = state.scoreboard
+        refused = board.judge.refused
+        left_out = [f"{name}: {reason}" for name, reason in state.left_out.items()]
+        recovering = [name for name, guard in state.guards.items() if guard.recovering]
+        behind = board.behind.found
+        quiet = (
+            ("refused", f"snapshots are not published: {'; '.join(refused)}", bool(refused)),
+            ("left_out", f"no longer learned: {'; '.join(left_out)}", bool(left_out)),
+            (
+                "rolled_back",
+                f"{' and '.join(recovering)} went back to a snapshot and has not recovered",
+                bool(recovering),
+            ),
+            ("snapshot", str(failure), failure is not None),
+        )
+        for name, text, holds in quiet:
+            self._alarms.set(name, holds, text, log=False)
+        self._alarms.set(
+            "behind_baseline",
+            behind is not None,
+            behind.words() if behind else "",
+            over=f"{board.models[0]} is no worse than its baselines again",
+        )
 
     def baseline_full(self, baseline: SampledBaseline) -> None:
         """Say that learning waits for the baseline from now on."""

@@ -239,6 +239,11 @@ class Guard:
 
     # -- state -----------------------------------------------------------------------------------
 
+    @property
+    def recovering(self) -> bool:
+        """True from a rollback until the model has recovered."""
+        return self._rollbacks > 0 and not self.left_out
+
     def state(self) -> GuardState:
         """Return the counts of a published model's guard, for a manifest."""
         return GuardState(skipped=self._skipped, learned=self._learned, rollbacks=self._rollbacks)

@@ -27,7 +27,7 @@ from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.learn.blend import BlendReport
 from stream_ctr.snapshots.contract import RunId
 from stream_ctr.snapshots.manifest import LedgerEntry
-from stream_ctr.train.alarms import partition_words, stalled_partitions
+from stream_ctr.train.alarms import Raised, partition_words, stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.sampled_baseline import SampledBaseline
@@ -119,6 +119,17 @@ class CurvePoint(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     lost_share: float
 
 
+class Alarm(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """An alarm that holds since the time `since` of the machine's clock.
+
+    There is at most one of each `name`. `text` is for people, and has the present figures.
+    """
+
+    name: str
+    since: Moment
+    text: str
+
+
 class Waiting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a run that has learned no example waits for.
 
@@ -143,7 +154,8 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     wait for their clicks, `lag` records are unread. `snapshot` is the last one on disk. `stalled`
     names partitions whose clicks are overdue, `refused` says why the model is not published,
     `left_out` why an additional model ended. `withheld` says why no snapshot of this run is
-    published; it is empty once one is. `click_coverage` is the share of the clicks with a known
+    published; it is empty once one is. `alarms` lists the alarms that hold, in the order in which
+    they began. `click_coverage` is the share of the clicks with a known
     fate that found their impression in time. `window_curve` is the share of them that other label
     windows would lose.
 
@@ -171,6 +183,7 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     refused: list[str]
     withheld: list[str]
     left_out: dict[str, str]
+    alarms: list[Alarm]
     counters: dict[str, Count]
     clicks_late: Count
     click_coverage: float | None
@@ -209,6 +222,7 @@ def build_report(
     events_read: int,
     profile: Mapping[str, Any],
     notes: Sequence[str],
+    alarms: Sequence[Raised],
     now_ms: int,
 ) -> Report:
     """Build the report of a run from its state and from the status of its source."""
@@ -235,6 +249,10 @@ def build_report(
         "refused": board.judge.refused,
         "withheld": list(withheld),
         "left_out": state.left_out,
+        "alarms": [
+            {"name": alarm.name, "since": rfc3339(alarm.since_ms), "text": alarm.text}
+            for alarm in alarms
+        ],
         "counters": {
             **counts,
             **dict(sorted(state.counters.items())),

@@ -115,7 +115,7 @@ class ScoringQueue:
     def close_windows(self, before_ms: int) -> None:
         """Report the windows that end at or before this event time, once each."""
         with self._timer("report"):
-            for window in self._scoreboard.windows.close(before_ms):
+            for window in self._scoreboard.close_windows(before_ms):
                 self._report(window)
 
     def _answer(

@@ -127,7 +127,7 @@ class Trainer:
         self._bad_records = BadRecords(
             self.source.partitions, publisher, state, max_bad_share=max_bad_share
         )
-        self._alarms = RunAlarms(self.source.partitions, state.counters)
+        self._alarms = RunAlarms(self.source.partitions, state.counters, self._around.wall_clock)
         self._fields = FieldWatch(
             [field.name for field in identity.schema.fields],
             value_fields=identity.schema.value_fields,
@@ -450,6 +450,7 @@ class Trainer:
             if not len(self._unscored) and not len(self.state.batches):
                 # Everything whose label window is closed is scored, even if nothing follows.
                 self._unscored.close_windows(joiner.watermark - joiner.label_window_ms)
+            self._alarms.check_models(self.state, self.snapshots.failure)
             report = build_report(
                 kind,
                 run=self.publisher.run,
@@ -467,6 +468,7 @@ class Trainer:
                     events=self._events_read,
                 ),
                 notes=self._around.notes(),
+                alarms=self._alarms.raised,
                 now_ms=int(self._around.wall_clock() * 1000),
             )
             self.publisher.report(to_json_object(report))
@@ -527,6 +529,7 @@ class Trainer:
         if self.predictions:
             self.predictions.seal(taken.manifest.sequence)
         self.state.scoreboard.judge.judge(self._published_evidence, cut.clicks(taken))
+        self._alarms.check_models(self.state, self.snapshots.failure)
         now_ms = int(self._around.wall_clock() * 1000)
         parent = self.snapshots.parent
         self.snapshots.begin(
