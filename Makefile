@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick long coverage docs schemas lineage transcripts faults fuzz bench card systems quality lint fmt demo
+.PHONY: help install test quick long coverage docs schemas vectors lineage transcripts faults fuzz bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,9 @@ systems: ## compare the nine systems with FuxiCTR and DeepCTR-Torch, a quarter o
 
 quality: ## measure logloss against events/s beside Vowpal Wabbit and River, hours; writes docs/results.md (LOGS="criteo drift-20k": only these; ARGS=--missing: the rest; QUICK=1: minutes, writes nothing)
 	$(BIN)/python tests/bench/frontier.py $(LOGS) $(ARGS) $(if $(QUICK),--quick,--json docs/quality.json --page docs/results.md --figure docs/quality.svg)
+
+vectors: ## write docs/vectors.json, test vectors of the published hash
+	$(BIN)/python docs/vectors.py
 
 schemas: ## write docs/schemas, the JSON Schemas of pointer, manifest and report
 	$(BIN)/python docs/schemas/generate.py
