@@ -14,6 +14,7 @@ from typing import NamedTuple
 import pytest
 
 from stream_ctr.config import examples
+from stream_ctr.monitor.page import FILES, FOLDER
 
 pytestmark = pytest.mark.slow
 
@@ -93,6 +94,14 @@ def test_the_wheel_has_the_examples_and_the_marker_of_types(built: Built) -> Non
     assert "stream_ctr/py.typed" in names
     for path in (ROOT / "configs").glob("*.toml"):
         assert names[f"stream_ctr/configs/{path.name}"] == path.read_bytes()
+
+
+def test_the_wheel_has_the_files_of_the_live_page(built: Built) -> None:
+    names = contents(built.wheel)
+    for name in FILES:
+        assert names[f"stream_ctr/monitor/page/{name}"] == (FOLDER / name).read_bytes()
+    served = {path.name for path in FOLDER.iterdir() if path.is_file() and path.suffix != ".py"}
+    assert served == set(FILES)
 
 
 def test_the_source_distribution_has_the_files_around_the_package(built: Built) -> None:

@@ -1,0 +1,1 @@
+"""A run, watched: what its port answers, and the live page."""
