@@ -25,10 +25,18 @@ FILES: Mapping[str, str] = {
 }
 """The files of the page with their media types; `index.html` is the page itself."""
 
-# Plotly adds a <style> element, whose rules change with its releases, so no hash would last. Without
-# it the charts are drawn, but their hover boxes are misplaced. Scripts need no exception.
-CONTENT_SECURITY_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+# Plotly adds a <style> element, whose rules change with its releases, so no hash would last.
+# Without it the charts are drawn, but their hover boxes are misplaced. Scripts need no exception.
+CONTENT_SECURITY_POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data:",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
 )
 """The header under which the page works, and nothing from elsewhere is loaded."""
