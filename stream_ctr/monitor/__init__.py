@@ -1,1 +1,1 @@
-"""A run, watched: what its port answers, and the live page."""
+"""What can be seen of a run from outside: its newest reports, for pages, probes and Prometheus."""
