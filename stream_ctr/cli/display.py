@@ -106,7 +106,9 @@ STATE_LOOKS = {
     "ended": ("■", "default"),
     "stopped": ("■", "default"),
 }
-_ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-", "●": "*", "◐": "o", "▲": "!", "■": "#"})
+_ASCII = str.maketrans(
+    {"–": "-", "·": "|", "±": "+-", "●": "*", "◐": "o", "▲": "!", "■": "#", "✕": "x"}
+)
 
 
 class _Scope(NamedTuple):
@@ -135,7 +137,7 @@ class _View:
             *_served_words(report),
             Text(),
             *comparison_lines(report, console, options),
-            *flow(_counts(report), width),
+            *flow(counter_words(report), width),
         ]
         yield from plain_signs(console.render(Group(*parts), options), options)
 
@@ -155,12 +157,11 @@ def plain_signs(segments: Iterable[Segment], options: ConsoleOptions) -> Iterabl
 
 def state_lines(answer: Answer) -> Iterator[Text]:
     """Yield the state of a run that goes on, and what keeps it from learning or publishing."""
-    state = overview.state(answer)
-    alarms = overview.alarms(answer)
-    if answer.now.get("kind") == "report" and state.words not in {alarm.text for alarm in alarms}:
+    if answer.now.get("kind") == "report":
+        state = overview.headline(answer)
         sign, style = STATE_LOOKS[state.name]
         yield Text.assemble((f"{sign} {state.name}", f"bold {style}"), "  ", state.words)
-    for alarm in alarms:
+    for alarm in overview.alarms(answer):
         since = f" (since {overview.seconds_only(alarm.since.isoformat())})" if alarm.since else ""
         yield Text.assemble((f"▲ {alarm.text}", "red"), (since, "dim"))
 
@@ -345,7 +346,8 @@ def _progress(report: Report, answer: Answer) -> Iterator[Text]:
         yield Text.assemble(("snapshot ", "dim"), str(report["snapshot"]))
 
 
-def _counts(report: Report) -> Iterator[Text]:
+def counter_words(report: Report) -> Iterator[Text]:
+    """Yield the counters that say something, the coverage of clicks, and the error of the AUC."""
     counters = mapping(report, "counters")
     for key in counters:
         if counters[key] or key not in _SELDOM:

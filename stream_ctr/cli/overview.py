@@ -173,8 +173,16 @@ def _waiting_words(report: Report) -> str:
         return "no example yet"
 
 
-def freshness(report: Report) -> Freshness:
-    """Return the age of the published model, from the event time of its last example.
+def loaded_snapshot(answer: Answer) -> Report:
+    """Return the snapshot that subscribers load, of the list or of the newest report."""
+    named = mapping(answer.now, "published")
+    return next((each for each in answer.snapshots if each.get("loaded") is True), named)
+
+
+def freshness(report: Report, published: Report | None = None) -> Freshness:
+    """Return the age of the `published` snapshot, from the event time of its last example.
+
+    Without one it is that of the report.
 
     On a live stream it is the time until the model was published. The event time of a replay says
     nothing about the clock, so there it is how far, in event time, the learner is ahead.
@@ -184,7 +192,7 @@ def freshness(report: Report) -> Freshness:
     ...                          "written": "2025-01-01T00:05:40Z"}})
     Freshness(seconds=40.0, words='event time to published')
     """
-    published = mapping(report, "published")
+    published = published or mapping(report, "published")
     event, written = moment(published.get("event_time")), moment(published.get("written"))
     reached, now = moment(report.get("event_time")), moment(report.get("time"))
     if event is None:
@@ -223,8 +231,7 @@ def dead_letters(report: Report) -> dict[str, int]:
 
 def published_words(answer: Answer, now: datetime) -> tuple[str, bool]:
     """Return which snapshot subscribers load and the verdict on the newest, and if it is good."""
-    named = mapping(answer.now, "published")
-    loaded: Report = next((each for each in answer.snapshots if each.get("loaded") is True), named)
+    loaded = loaded_snapshot(answer)
     name = loaded.get("name") or loaded.get("snapshot")
     parts = [f"published {name}" if name else "nothing is published"]
     if written := moment(loaded.get("written")):

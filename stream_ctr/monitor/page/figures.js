@@ -108,11 +108,15 @@ const STATES = {
   starting: "starting",
 };
 
-/** The state as {name, label, words}. */
+/** The state as {name, label, words}. Where an alarm says why, the words are those of progress. */
 export function state(known) {
   const [name, words] = stateWords(known);
-  return { name, label: STATES[name], words };
+  const isSaid = alarms(known).some((alarm) => alarm.name === name);
+  return { name, label: STATES[name], words: isSaid ? progress(known.now) : words };
 }
+
+const progress = (now) =>
+  `${count(now.examples)} examples learned, event time ${clock(now.event_time)}.`;
 
 function stateWords(known) {
   const { now } = known;
@@ -137,7 +141,7 @@ function stateWords(known) {
     return ["stalled", `Learning waits: the clicks of ${list(now.stalled).join(", ")} are overdue.`];
   }
   if (Object.keys(object(now.waiting)).length) return ["waiting", waitingWords(now)];
-  return ["learning", `${examples}, event time ${clock(now.event_time)}.`];
+  return ["learning", progress(now)];
 }
 
 function waitingWords(now) {
@@ -225,13 +229,14 @@ export function rate(report, before) {
 }
 
 /**
- * How old the published model is: {seconds, words}, from the event time of its last example.
+ * How old the published snapshot is: {seconds, words}, from the event time of its last example.
+ * It is that of the report unless another one is given.
  *
  * On a live stream it is the time from that event to its publication. A replay's event time says
  * nothing about the clock, so there it is how far, in event time, the learner is ahead.
  */
-export function freshness(report) {
-  const published = object(report?.published);
+export function freshness(report, snapshot = null) {
+  const published = object(snapshot ?? report?.published);
   const event = moment(published.event_time);
   const reached = moment(report?.event_time);
   if (event === null) return { seconds: null, words: "nothing is published" };
@@ -282,7 +287,7 @@ export function tiles(known, serverNow) {
   const now = known.now ?? {};
   const before = known.reports[known.reports.length - 2];
   const counters = object(now.counters);
-  const fresh = freshness(now);
+  const fresh = freshness(now, published(known));
   const records = number(counters.records) ?? number(now.events);
   const rejected = number(counters.rejected);
   const failed = number(counters.publications_failed) ?? 0;
@@ -302,7 +307,8 @@ export function tiles(known, serverNow) {
       about: records ? `${share(rejected / records, 3)} of records` : "malformed records" },
     { key: "coverage", title: "Clicks joined", value: share(now.click_coverage),
       about: `${count(now.clicks_late)} clicks too late` },
-    { key: "published", title: "Published snapshot", isWide: true, isBad: failed > 0,
+    { key: "published", title: "Published snapshot", isWide: true,
+      isBad: failed > 0 || newest?.verdict === "refused",
       value: loaded ? String(loaded.name) : "none",
       about: publishedWords(loaded, newest, serverNow, failed) },
   ];
