@@ -21,12 +21,13 @@ def at(seconds: float) -> str:
     return (NOON + timedelta(seconds=seconds)).isoformat().replace("+00:00", "Z")
 
 
-def report(seconds: float = 0.0, **fields: Any) -> dict[str, Any]:
+def report(after: float = 0.0, **fields: Any) -> dict[str, Any]:
+    """A report so many seconds after noon, of events that are a minute old."""
     return {
         "kind": "report",
-        "time": at(seconds),
+        "time": at(after),
         "examples": 1200,
-        "event_time": at(seconds - 60),
+        "event_time": at(after - 60),
         "stalled": [],
         "refused": [],
         "left_out": {},

@@ -90,9 +90,25 @@ def state(answer: Answer) -> State:
         return State("stalled", stalled)
     if waiting := _waiting_words(now):
         return State("waiting", waiting)
-    return State(
-        "learning", f"{examples} learned, event time {seconds_only(now.get('event_time'))}"
-    )
+    return State("learning", progress(now))
+
+
+def headline(answer: Answer) -> State:
+    """Return the state, with the progress as its words where an alarm says the rest."""
+    known = state(answer)
+    if known.name in {alarm.name for alarm in alarms(answer)}:
+        return State(known.name, progress(answer.now))
+    return known
+
+
+def progress(report: Report) -> str:
+    """Return how far a run has come.
+
+    >>> progress({"examples": 1200, "event_time": "2025-01-01T00:10:00.046Z"})
+    '1,200 examples learned, event time 2025-01-01 00:10:00'
+    """
+    examples = _counted(report.get("examples"), "examples")
+    return f"{examples} learned, event time {seconds_only(report.get('event_time'))}"
 
 
 def alarms(answer: Answer) -> list[Alarm]:
