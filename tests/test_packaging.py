@@ -23,6 +23,7 @@ SOURCES = (
     *("stream_ctr", "connectors", "configs", "deploy"),
 )
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+PAGE = ROOT / "stream_ctr" / "monitor" / "page"
 GENERATED = shutil.ignore_patterns("__pycache__", "*.egg-info")
 
 
@@ -93,6 +94,14 @@ def test_the_wheel_has_the_examples_and_the_marker_of_types(built: Built) -> Non
     assert "stream_ctr/py.typed" in names
     for path in (ROOT / "configs").glob("*.toml"):
         assert names[f"stream_ctr/configs/{path.name}"] == path.read_bytes()
+
+
+def test_the_wheel_has_the_files_of_the_live_page(built: Built) -> None:
+    names = contents(built.wheel)
+    files = {path.name: path.read_bytes() for path in PAGE.iterdir()}
+    assert {"index.html", "page.css", "page.js"} <= files.keys()
+    for name, data in files.items():
+        assert names[f"stream_ctr/monitor/page/{name}"] == data
 
 
 def test_the_source_distribution_has_the_files_around_the_package(built: Built) -> None:

@@ -1,19 +1,17 @@
 """The report as a table on a terminal: redrawn in place during a run, and printed once at the end.
 
-It has a row for each model, then two lines that put a logloss in perspective: a constant, and the
-best possible, which a simulated stream knows. It draws the JSON object of a report, so that it
-draws reports of other versions too: a missing figure is a dash, or is left out.
+What a person on call needs comes first: the state and the alarms, then lag, rate and freshness.
+The table has a row for each model, then two lines that put a logloss in perspective: a constant,
+and the best possible, which a simulated stream knows. It draws the JSON object of a report, so that
+it draws reports of other versions too: a missing figure is a dash, or is left out.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-import msgspec
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.live import Live
 from rich.padding import Padding
@@ -21,10 +19,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from stream_ctr.cli.report_line import waiting_words
-from stream_ctr.train.report import Waiting
-
-Report = Mapping[str, Any]
+from stream_ctr.cli import overview
+from stream_ctr.cli.overview import Answer, Report, mapping, number
 
 
 class LiveTable:
@@ -37,9 +33,13 @@ class LiveTable:
     def __init__(self, console: Console | None = None) -> None:
         # Transient, so that a file never gets the last table either.
         self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._before: Report | None = None
 
     def update(self, report: Report) -> None:
-        self._live.update(_View(report), refresh=True)
+        """Draw a report; its rate is that since the report before."""
+        reports = [report] if self._before is None else [self._before, report]
+        self._live.update(_View(report, Answer(reports=reports)), refresh=True)
+        self._before = report
 
     def __enter__(self) -> Self:
         self._live.start()
@@ -56,7 +56,7 @@ class LiveTable:
 
 def final_table(report: Report) -> RenderableType:
     """Return the table of a run that is over: the last half beside the whole run."""
-    return _View(report)
+    return _View(report, Answer(reports=[report]))
 
 
 class _Metric(NamedTuple):
@@ -96,8 +96,19 @@ _SELDOM = {
     "labelled_duplicate",
     "labelled_evicted",
 }
-_SILENT_SECONDS = 5.0  # without an answer from any broker, before it is shown
-_ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
+# How a state is drawn: its sign and its style.
+STATE_LOOKS = {
+    "learning": ("●", "green"),
+    "waiting": ("◐", "cyan"),
+    "starting": ("◐", "cyan"),
+    "stalled": ("▲", "red"),
+    "silent": ("▲", "red"),
+    "ended": ("■", "default"),
+    "stopped": ("■", "default"),
+}
+_ASCII = str.maketrans(
+    {"–": "-", "·": "|", "±": "+-", "●": "*", "◐": "o", "▲": "!", "■": "#", "✕": "x"}
+)
 
 
 class _Scope(NamedTuple):
@@ -112,41 +123,68 @@ class _Scope(NamedTuple):
 class _View:
     """A report that draws itself as wide as there is room."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Report, answer: Answer) -> None:
         self._report = report
+        self._answer = answer
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         report, width = self._report, options.max_width
-        parts: list[RenderableType] = [
-            *_flow(_progress(report), width),
+        parts = [
+            *state_lines(self._answer),
+            *flow(_progress(report, self._answer), width),
             Text(),
-            _widest_table(report, console, options),
+            widest_table(report, console, options),
             *_served_words(report),
             Text(),
+            *comparison_lines(report, console, options),
+            *flow(counter_words(report), width),
         ]
-        verdicts = (
-            _verdicts(report)
-            if len(_measured(report).pairs) <= _MOST_VERDICTS
-            else [_widest_comparison(report, console, options)]
-        )
-        segments = console.render(
-            Group(*parts, *_alarms(report), *verdicts, *_flow(_counts(report), width)), options
-        )
-        # A terminal that is not UTF-8 would end the program with an encoding error.
-        yield from (
-            (Segment(text.translate(_ASCII), style, control) for text, style, control in segments)
-            if options.ascii_only
-            else segments
-        )
+        yield from plain_signs(console.render(Group(*parts), options), options)
 
 
-def _widest_table(report: Report, console: Console, options: ConsoleOptions) -> Table:
-    """Return the table with as many metrics as fit."""
+def plain_signs(segments: Iterable[Segment], options: ConsoleOptions) -> Iterable[Segment]:
+    """Return segments that the terminal can show: one that is not UTF-8 gets ASCII signs.
+
+    Without this the program would end with an encoding error.
+    """
+    if not options.ascii_only:
+        return segments
+    return (
+        Segment(text.translate(_ASCII).encode("ascii", "replace").decode(), style, control)
+        for text, style, control in segments
+    )
+
+
+def state_lines(answer: Answer) -> Iterator[Text]:
+    """Yield the state of a run that goes on, and what keeps it from learning or publishing."""
+    if answer.now.get("kind") == "report":
+        state = overview.headline(answer)
+        sign, style = STATE_LOOKS[state.name]
+        yield Text.assemble((f"{sign} {state.name}", f"bold {style}"), "  ", state.words)
+    for alarm in overview.alarms(answer):
+        since = f" (since {overview.seconds_only(alarm.since.isoformat())})" if alarm.since else ""
+        yield Text.assemble((f"▲ {alarm.text}", "red"), (since, "dim"))
+
+
+def widest_table(
+    report: Report, console: Console, options: ConsoleOptions, *, with_served: bool = True
+) -> Table:
+    """Return the table of models with as many metrics as fit."""
+    scopes = [scope if with_served else scope._replace(served={}) for scope in _scopes(report)]
     return _first_that_fits(
-        [_table(_scopes(report), _METRICS[:count]) for count in range(len(_METRICS), 0, -1)],
+        [_table(scopes, _METRICS[:count]) for count in range(len(_METRICS), 0, -1)],
         console,
         options,
     )
+
+
+def comparison_lines(
+    report: Report, console: Console, options: ConsoleOptions
+) -> Iterable[RenderableType]:
+    """Return what is known of the models against the first: sentences, or for many a table."""
+    if len(_measured(report).pairs) <= _MOST_VERDICTS:
+        return _verdicts(report)
+    return [_widest_comparison(report, console, options)]
 
 
 def _widest_comparison(report: Report, console: Console, options: ConsoleOptions) -> Table:
@@ -173,19 +211,19 @@ def _scopes(report: Report) -> list[_Scope]:
     scopes = [_Scope("whole run", "", report, _served(report, "as_served"))]
     if "last_half" in report:
         served = _served(report, "as_served_last_half")
-        return [_Scope("last half", "cyan", _mapping(report, "last_half"), served), *scopes]
+        return [_Scope("last half", "cyan", mapping(report, "last_half"), served), *scopes]
     if "rolling" in report:
-        return [_Scope("rolling window", "cyan", _mapping(report, "rolling"), {}), *scopes]
+        return [_Scope("rolling window", "cyan", mapping(report, "rolling"), {}), *scopes]
     return scopes
 
 
 def _served(report: Report, key: str) -> Report:
     """Return the metrics of what was served, by the name of their row."""
-    models = _mapping(_mapping(report, key), "models")
+    models = mapping(mapping(report, key), "models")
     return {
-        f"{name} {_AS_SERVED}": _mapping(models, name)
+        f"{name} {_AS_SERVED}": mapping(models, name)
         for name in models
-        if name != _PROGRESSIVE and _mapping(models, name).get("count")
+        if name != _PROGRESSIVE and mapping(models, name).get("count")
     }
 
 
@@ -195,10 +233,10 @@ def _served_words(report: Report) -> Iterator[Text]:
         return
     yield Text(_AS_SERVED_WORDS, "dim")
     part = "last half" if _served(report, "as_served_last_half") else "whole run"
-    known = _mapping(report, "as_served_last_half" if part == "last half" else "as_served")
-    pair = _mapping(_mapping(known, "pairs"), _PROGRESSIVE)
-    difference = _number(pair.get("logloss_difference"))
-    low, high = (_number(pair.get(key)) for key in ("low", "high"))
+    known = mapping(report, "as_served_last_half" if part == "last half" else "as_served")
+    pair = mapping(mapping(known, "pairs"), _PROGRESSIVE)
+    difference = number(pair.get("logloss_difference"))
+    low, high = (number(pair.get(key)) for key in ("low", "high"))
     if difference is not None:
         interval = "" if low is None else f", 95 % interval {low:+.5f} to {high:+.5f}"
         yield Text(
@@ -211,15 +249,13 @@ def _served_words(report: Report) -> Iterator[Text]:
 def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
     """Return the names and a table for each scope, side by side, so that each scope has a title."""
     models = list(
-        dict.fromkeys(
-            name for scope in reversed(scopes) for name in _mapping(scope.known, "models")
-        )
+        dict.fromkeys(name for scope in reversed(scopes) for name in mapping(scope.known, "models"))
     )
     models += dict.fromkeys(name for scope in scopes for name in scope.served)
     references = [
         label
         for label, key in _REFERENCES.items()
-        if any(_number(scope.known.get(key)) is not None for scope in scopes)
+        if any(number(scope.known.get(key)) is not None for scope in scopes)
     ]
     names = _columns(
         "", "", ["model"], [[name] for name in models], [[label] for label in references], "left"
@@ -242,9 +278,9 @@ def _table(scopes: Sequence[_Scope], metrics: Sequence[_Metric]) -> Table:
 def _scope_table(
     scope: _Scope, metrics: Sequence[_Metric], models: Sequence[str], references: Sequence[str]
 ) -> Table:
-    known = {**_mapping(scope.known, "models"), **scope.served}
+    known = {**mapping(scope.known, "models"), **scope.served}
     rows = [
-        [_cell(metric, _mapping(known, name).get(metric.key)) for metric in metrics]
+        [_cell(metric, mapping(known, name).get(metric.key)) for metric in metrics]
         for name in models
     ]
     lines = [
@@ -285,37 +321,41 @@ def _columns(
 
 
 def _cell(metric: _Metric, value: object, missing: str = _DASH) -> str:
-    number = _number(value)
-    return missing if number is None else metric.form.format(number)
+    known = number(value)
+    return missing if known is None else metric.form.format(known)
 
 
-def _progress(report: Report) -> Iterator[Text]:
-    yield from _count(report, "examples")
-    if (rate := _number(report.get("events_per_second"))) is not None:
+def _progress(report: Report, answer: Answer) -> Iterator[Text]:
+    yield from _count(report, "lag")
+    if (rate := overview.rate(answer)) is not None:
         yield Text.assemble(f"{rate:,.0f}", (" events/s", "dim"))
+    if report.get("published"):
+        fresh = overview.freshness(report)
+        yield Text.assemble(overview.duration(fresh.seconds), (f" {fresh.words}", "dim"))
+    yield from _count(report, "pending")
+    yield from _count(report, "examples")
     if event_time := report.get("event_time"):
         yield Text.assemble(("event time ", "dim"), str(event_time))
-    rolling = _mapping(report, "rolling")
+    rolling = mapping(report, "rolling")
     if "last_half" not in report and rolling.get("start") and rolling.get("end"):
         provisional = " (provisional)" if rolling.get("provisional") else ""
         yield Text.assemble(
             ("window ", "dim"), f"{rolling['start']} to {rolling['end']}{provisional}"
         )
-    yield from _count(report, "pending")
-    yield from _count(report, "lag")
     if report.get("snapshot"):
         yield Text.assemble(("snapshot ", "dim"), str(report["snapshot"]))
 
 
-def _counts(report: Report) -> Iterator[Text]:
-    counters = _mapping(report, "counters")
+def counter_words(report: Report) -> Iterator[Text]:
+    """Yield the counters that say something, the coverage of clicks, and the error of the AUC."""
+    counters = mapping(report, "counters")
     for key in counters:
         if counters[key] or key not in _SELDOM:
             yield from _count(counters, key)
-    if (coverage := _number(report.get("click_coverage"))) is not None:
+    if (coverage := number(report.get("click_coverage"))) is not None:
         yield Text.assemble(f"{coverage:.2%}", (" of clicks joined", "dim"))
     bounds = (
-        _number(_mapping(scope.known, "models")[name].get("auc_error_bound"))
+        number(mapping(scope.known, "models")[name].get("auc_error_bound"))
         for scope in _scopes(report)
         for name in _models(scope)
     )
@@ -324,31 +364,13 @@ def _counts(report: Report) -> Iterator[Text]:
 
 
 def _count(known: Report, key: str) -> Iterator[Text]:
-    if (count := _number(known.get(key))) is not None:
+    if (count := number(known.get(key))) is not None:
         yield Text.assemble(f"{count:,.0f}", (f" {key.replace('_', ' ')}", "dim"))
 
 
 def _models(scope: _Scope) -> list[str]:
-    models = _mapping(scope.known, "models")
+    models = mapping(scope.known, "models")
     return [name for name in models if isinstance(models[name], Mapping)]
-
-
-def _alarms(report: Report) -> Iterator[Text]:
-    """Yield what keeps the run from learning or from publishing."""
-    if waiting := _mapping(report, "waiting"):
-        with contextlib.suppress(msgspec.ValidationError):  # of another version
-            known = msgspec.convert(waiting, Waiting)
-            yield Text(waiting_words(known, int(_number(report.get("pending")) or 0)), "yellow")
-    if (silent := _number(report.get("silent_seconds"))) is not None and silent >= _SILENT_SECONDS:
-        yield Text(f"no broker has answered for {silent:.0f} s", "red")
-    if stalled := report.get("stalled"):
-        yield Text(
-            f"learning waits: the clicks of {', '.join(map(str, stalled))} are overdue", "red"
-        )
-    for reason in report.get("refused") or ():
-        yield Text(f"snapshots are not published: {reason}", "red")
-    for name in _mapping(report, "left_out"):
-        yield Text(f"{name} diverged and is left out; the others go on", "red")
 
 
 class _Pair(NamedTuple):
@@ -373,12 +395,12 @@ class _Measured(NamedTuple):
 
 
 def _measured(report: Report) -> _Measured:
-    half = _mapping(report, "last_half")
+    half = mapping(report, "last_half")
     scope = _Scope("last half" if half else "whole run", "", half or report, {})
-    pairs, known = {}, _mapping(scope.known, "pairs")
+    pairs, known = {}, mapping(scope.known, "pairs")
     for name in known:
         numbers = [
-            _number(_mapping(known, name).get(key)) for key in ("logloss_difference", "low", "high")
+            number(mapping(known, name).get(key)) for key in ("logloss_difference", "low", "high")
         ]
         if all(number is not None for number in numbers):
             pairs[name] = _Pair(*(float(number) for number in numbers if number is not None))
@@ -446,12 +468,11 @@ def _paired_words(first: str, second: str, pair: _Pair, scope: str) -> Text:
 
 def _shares_of_gap(scope: _Scope) -> dict[str, float]:
     """Return the share of the gap between the constant and the best possible that is closed."""
-    constant, best = (_number(scope.known.get(key)) for key in _REFERENCES.values())
+    constant, best = (number(scope.known.get(key)) for key in _REFERENCES.values())
     if constant is None or best is None or not constant > best:
         return {}
     known = {
-        name: _number(_mapping(scope.known, "models")[name].get("logloss"))
-        for name in _models(scope)
+        name: number(mapping(scope.known, "models")[name].get("logloss")) for name in _models(scope)
     }
     return {
         name: (constant - logloss) / (constant - best)
@@ -460,7 +481,7 @@ def _shares_of_gap(scope: _Scope) -> dict[str, float]:
     }
 
 
-def _flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:
+def flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:
     """Yield lines of the pieces with a dot between two; a line breaks only between pieces."""
     line = Text()
     for piece in pieces:
@@ -470,14 +491,3 @@ def _flow(pieces: Iterable[Text], width: int) -> Iterator[Text]:
         line = Text.assemble(line, (" · ", "dim"), piece) if line else piece
     if line:
         yield line
-
-
-def _mapping(known: Report, key: str) -> Report:
-    value = known.get(key)
-    return value if isinstance(value, Mapping) else {}
-
-
-def _number(value: object) -> int | float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return value

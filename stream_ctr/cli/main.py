@@ -46,6 +46,7 @@ from stream_ctr.cli.options import (
 from stream_ctr.cli.paper import paper
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
+from stream_ctr.cli.top import top
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
 from stream_ctr.messages import nearest, one_line
 
@@ -128,6 +129,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     stream-ctr init log.csv > my.toml                 a configuration for a log of your own
     stream-ctr run --topic clicks                     learn from Kafka
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
+    stream-ctr top --state state                      watch a run
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
 
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
@@ -653,5 +655,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, score, dashboard, paper, snapshots, dlq):
+for _command in (init, subscribe, score, dashboard, top, paper, snapshots, dlq):
     main.add_command(_command)
