@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from support import forks
+from support.long import only_long
 from support.paper_data import write_criteo_log
 from support.patience import PATIENCE_SECONDS, started
 from support.sample_logs import shared_data
@@ -227,7 +228,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("outcomes", [0, pytest.param(4, marks=pytest.mark.long), 12])
+@pytest.mark.parametrize("outcomes", [0, *only_long([4, 12])])
 def test_a_killed_command_resumes_and_reports_what_an_undisturbed_one_does(
     outcomes: int, tmp_path: Path, undisturbed: Path
 ) -> None:
