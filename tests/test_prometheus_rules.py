@@ -6,22 +6,18 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from support.prometheus import DASHBOARD, DEPLOY, RULES, expressions_of, metrics_of
 
 from stream_ctr.monitor.prometheus import sample_names
 
-DEPLOY = Path(__file__).parent.parent / "deploy"
-RULES = DEPLOY / "prometheus-rules.yaml"
-DASHBOARD = DEPLOY / "grafana-dashboard.json"
 SELF = 'job="stream-ctr", instance="trainer:9100"'
 RUNS = {"stream_ctr_ended": "0x600"}
 OTHERS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}
@@ -268,23 +264,6 @@ def test_a_run_that_works_raises_no_alert(tmp_path: Path) -> None:
 
 
 # -- the metrics exist ---------------------------------------------------------------------------
-
-
-def metrics_of(expression: str) -> set[str]:
-    return set(re.findall(r"\b(?:stream_ctr|process)_\w+|\bup\b", expression))
-
-
-def expressions_of(node: object) -> Iterator[str]:
-    """Yield every query of a dashboard, those of its variables too."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            if key in ("expr", "query", "definition") and isinstance(value, str):
-                yield value
-            else:
-                yield from expressions_of(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from expressions_of(value)
 
 
 def test_every_metric_of_the_rules_is_exported() -> None:
