@@ -34,26 +34,21 @@ class View:
     """The newest reports, the oldest first.
 
     `reports` are those about the run, `windows` those about final windows, ordered by their start.
-    `latest` is the last of `reports` as an object, and nobody changes it. `version` grows with
-    every change.
+    `latest` is the last of `reports` as an object, and nobody changes it. `ended` is true if it is
+    the last one of a run that did not go on.
     """
 
     run: str = ""
     latest: Mapping[str, Any] | None = None
     reports: tuple[Kept, ...] = ()
     windows: tuple[Kept, ...] = ()
-    version: int = 0
+    ended: bool = False
 
     @property
     def model(self) -> str:
         """The name of the published model, which comes first in a report, or ""."""
         models = self.latest.get("models") if self.latest else None
         return next(iter(models), "") if isinstance(models, Mapping) else ""
-
-    @property
-    def ended(self) -> bool:
-        """Whether the newest report is the last one of a run."""
-        return self.latest is not None and self.latest.get("kind") in _ENDS
 
 
 class RecentReports:
@@ -88,7 +83,7 @@ class RecentReports:
             start_ms = report.get("start_ms")
             if isinstance(start_ms, int):
                 windows = _with_window(view.windows, Kept(start_ms, msgspec.json.encode(report)))
-                self._view = replace(view, windows=windows, version=view.version + 1)
+                self._view = replace(view, windows=windows)
         elif kind in _KINDS:
             run = report.get("run")
             self._view = replace(
@@ -96,13 +91,17 @@ class RecentReports:
                 run=run if isinstance(run, str) else view.run,
                 latest=report,
                 reports=(*view.reports, Kept(0, msgspec.json.encode(report)))[-MOST_REPORTS:],
-                version=view.version + 1,
+                ended=kind in _ENDS,
             )
 
     def add_all(self, reports: Iterable[Mapping[str, Any]]) -> None:
         """Add reports of earlier, the oldest first."""
         for report in reports:
             self.add(report)
+
+    def go_on(self) -> None:
+        """Note that the run goes on after the reports up to now."""
+        self._view = replace(self._view, ended=False)
 
     def beat(self) -> None:
         """Note that the loop goes round."""

@@ -163,11 +163,11 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     example, `watermark` the event time before which nothing more is expected. `pending` impressions
     wait for their clicks, and the join has allocated `pending_bytes` of memory for them; `lag`
     records are unread. `snapshot` is the last one on disk, `published` the one that `latest.json`
-    names, which a rollback may have chosen. `stalled` names partitions whose clicks are overdue, `refused` says why the model is not published,
-    `left_out` why an additional model ended. `withheld` says why no snapshot of this run is
-    published; it is empty once one is. `click_coverage` is the share of the clicks with a known
-    fate that found their impression in time. `window_curve` is the share of them that other label
-    windows would lose.
+    names, which a rollback may have chosen. `stalled` names partitions whose clicks are overdue,
+    `refused` says why the model is not published, `left_out` why an additional model ended.
+    `withheld` says why no snapshot of this run is published; it is empty once one is.
+    `click_coverage` is the share of the clicks with a known fate that found their impression in
+    time. `window_curve` is the share of them that other label windows would lose.
 
     The metrics of `models` are progressive: each example is predicted just before it is learned,
     after its label window. Those of `as_served` are of the snapshot that was published when the
