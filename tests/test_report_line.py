@@ -13,7 +13,8 @@ from msgspec.structs import replace
 from support.commands import succeed
 from support.lineage import QUICK, reports
 
-from stream_ctr.cli.report_line import ReportLines, waiting_words
+from stream_ctr.cli.report_line import ReportLines
+from stream_ctr.cli.waiting import waiting_words
 from stream_ctr.train.report import Report, Waiting
 
 WAITING = Waiting(

@@ -16,8 +16,7 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from stream_ctr.cli.report_line import waiting_words
-from stream_ctr.train.report import Waiting
+from stream_ctr.cli.waiting import waiting_words
 
 Report = Mapping[str, Any]
 StateName = Literal["learning", "waiting", "stalled", "silent", "ended", "stopped", "starting"]
@@ -46,6 +45,15 @@ class Answer:
     def ended(self) -> bool:
         """Whether the newest report is the last one of a run."""
         return self.now.get("kind") in ("final", "stopped")
+
+
+class Waiting(msgspec.Struct, frozen=True):
+    """What a run without an example waits for, as a report has it."""
+
+    until: str | None
+    reached: str | None
+    held_by: list[str]
+    ready: int
 
 
 class State(NamedTuple):

@@ -9,17 +9,12 @@ Before the first example the line says what the run waits for, and how fast that
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
 
 import msgspec
 
+from stream_ctr.cli.waiting import moment, seconds_only, waiting_words
 from stream_ctr.evaluate.summary import ModelScore
 from stream_ctr.train.report import Report, Waiting, Window
-
-_MOST_NAMED = 3
-_MINUTE = 60
-_HOUR = 60 * _MINUTE
-_DAY = 24 * _HOUR
 
 
 class ReportLines:
@@ -57,42 +52,6 @@ def figures(report: Report, before: Report | None = None) -> dict[str, object]:
     return known
 
 
-def waiting_words(waiting: Waiting, pending: int, speed: float | None = None) -> str:
-    """Return what a run without an example waits for; `speed` is in seconds of event time a second.
-
-    >>> waiting = Waiting(until="2025-01-01T10:10:30.000Z", reached="2025-01-01T10:08:30.000Z",
-    ...                   held_by=[], ready=0)
-    >>> waiting_words(waiting, 1200, speed=2.0)
-    'no example yet: 1,200 impressions wait for their clicks; the first are learned when event \
-time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:08:30Z, 2m to go, at 2.0 s a second in about 1m'
-    """
-    if waiting.ready:
-        return f"no example yet: {waiting.ready:,} wait for a full batch (learn.batch_size)"
-    if waiting.until is None:
-        return "no example yet: waiting for the first impression"
-    words = (
-        f"no example yet: {pending:,} impressions wait for their clicks; "
-        f"the first are learned when event time is {_seconds_only(waiting.until)}"
-    )
-    if waiting.held_by:
-        named = ", ".join(waiting.held_by[:_MOST_NAMED])
-        others = len(waiting.held_by) - _MOST_NAMED
-        named += f" and {others} others" if others > 0 else ""
-        return (
-            f"{words} in every partition; {named} brought no event yet, and no longer "
-            "counts after join.idle_timeout without one"
-        )
-    if waiting.reached is None:
-        return words
-    remaining = (_moment(waiting.until) - _moment(waiting.reached)).total_seconds()
-    words += f"; it is {_seconds_only(waiting.reached)}, {_length(remaining)} to go"
-    if speed is None:
-        return words
-    if speed <= 0:
-        return f"{words}, and it stands still"
-    return f"{words}, at {speed:,.1f} s a second in about {_length(remaining / speed)}"
-
-
 def _parts(report: Report, before: Report | None) -> Iterator[str]:
     progress = [
         f"{report.examples:,} examples",
@@ -100,7 +59,7 @@ def _parts(report: Report, before: Report | None) -> Iterator[str]:
         f"lag {report.lag:,}",
     ]
     if report.event_time:
-        progress.append(f"event time {_seconds_only(report.event_time)}")
+        progress.append(f"event time {seconds_only(report.event_time)}")
     yield ", ".join(progress)
     if isinstance(report.waiting, Waiting):
         yield waiting_words(report.waiting, report.pending, _speed(report, before))
@@ -147,31 +106,5 @@ def _speed(report: Report, before: Report | None) -> float | None:
         return None
     if now.reached is None or then.reached is None or report.seconds <= before.seconds:
         return None
-    moved = (_moment(now.reached) - _moment(then.reached)).total_seconds()
+    moved = (moment(now.reached) - moment(then.reached)).total_seconds()
     return moved / (report.seconds - before.seconds)
-
-
-def _moment(text: str) -> datetime:
-    return datetime.fromisoformat(text)
-
-
-def _seconds_only(text: str) -> str:
-    """Return a moment without its milliseconds."""
-    return text.partition(".")[0] + "Z"
-
-
-def _length(seconds: float) -> str:
-    """Return a length of time in its two largest units.
-
-    >>> _length(75.2), _length(3720), _length(0.2)
-    ('1m15s', '1h2m', '1s')
-    """
-    whole = max(1, round(seconds))
-    units = (("d", _DAY), ("h", _HOUR), ("m", _MINUTE), ("s", 1))
-    for place, (name, size) in enumerate(units):
-        if whole >= size:
-            text = f"{whole // size}{name}"
-            if place + 1 < len(units) and (rest := whole % size // units[place + 1][1]):
-                text += f"{rest}{units[place + 1][0]}"
-            return text
-    return "0s"
