@@ -162,12 +162,12 @@ def test_a_model_that_ignores_crosses_learns_the_same_with_them_bit_for_bit(
     states = {
         name: final_state(tmp_path / name) for name in ("deepfm0", "deepfm3", "lr_dnn0", "lr_dnn3")
     }
-    # The states of the joiner and of examples hold the ids.
-    for stem in states["deepfm0"].keys() - {"joiner", "examples"}:
+    # The states of the joiner, of examples and of fields hold the ids.
+    for stem in states["deepfm0"].keys() - {"joiner", "examples", "fields"}:
         for name, tensor in states["deepfm0"][stem].items():
             assert np.array_equal(tensor, states["deepfm3"][stem][name]), f"{stem} {name}"
     # LR & DNN itself reads crosses; FTRL and River, which learn from the same examples, do not.
-    own = {"joiner", "examples", "metrics", "model", "optimizer"}
+    own = {"joiner", "examples", "fields", "metrics", "model", "optimizer"}
     for stem in states["lr_dnn0"].keys() - own:
         for name, tensor in states["lr_dnn0"][stem].items():
             assert np.array_equal(tensor, states["lr_dnn3"][stem][name]), f"{stem} {name}"

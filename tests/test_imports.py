@@ -35,7 +35,7 @@ CONNECTED = {"cli"}
 
 # Each library is imported in one place, whose docstring says why that library.
 HOME = {
-    "river": ["stream_ctr/learn/river_ftrl.py"],
+    "river": ["stream_ctr/evaluate/drift.py", "stream_ctr/learn/river_ftrl.py"],
     "apscheduler": ["stream_ctr/train/schedule.py"],
     "kafka": [
         "connectors/kafka/admin.py",
@@ -71,8 +71,9 @@ HOME = {
     "prometheus_client": ["stream_ctr/monitor/prometheus.py", "stream_ctr/serve/metrics.py"],
 }
 
-# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, and the
-# web server away from runs without a port; elsewhere they hide what a module needs.
+# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, pandas,
+# which River loads, away from all but runs, and the web server away from runs without a port;
+# elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/dashboard.py",
@@ -87,6 +88,7 @@ LAZY = {
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
     "stream_ctr/cli/top.py",
+    "stream_ctr/evaluate/drift.py",
     "stream_ctr/learn/network_learner.py",
 }
 
@@ -262,7 +264,7 @@ CONNECTOR = "connectors/kafka/client.py"
         (CONNECTOR, "import stream_ctr", "connectors knows nothing of the rest"),
         (TRAINER, "import stream_ctr", "stream_ctr is not in the picture"),
         ("stream_ctr/helpers.py", "", "helpers is not in the picture; give it a place"),
-        (TRAINER, "from river import x", "imported in stream_ctr/learn/river_ftrl.py only"),
+        (TRAINER, "from river import x", "imported in stream_ctr/evaluate/drift.py and"),
         (TRAINER, "import apscheduler.x", "imported in stream_ctr/train/schedule.py only"),
         (
             "connectors/memory.py",

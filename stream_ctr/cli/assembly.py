@@ -6,11 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
 from stream_ctr.errors import ConfigError
+from stream_ctr.evaluate.field_health import Columns, FieldHealth
 from stream_ctr.evaluate.gate import Gate
 from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard
 from stream_ctr.events.avro_events import Schemas
@@ -124,7 +127,8 @@ def build_trainer(
     joiner = _joiner(config, identity, directory)
     baseline = _baseline(identity) if config.baseline.enabled else None
     served = _as_served(config, identity, in_event_time=in_event_time)
-    state = _state(config, identity, joiner, source, baseline, served)
+    fields_measured = _field_health(config, hasher) if config.metrics.field_health else None
+    state = _state(config, identity, joiner, source, baseline, served, fields_measured)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest,
         state=state,
@@ -384,6 +388,7 @@ def _state(
     source: Source,
     baseline: SampledBaseline | None,
     served: AsServed | None,
+    fields: FieldHealth | None,
 ) -> TrainingState:
     specs = identity.specs
     blend = Blend(identity.blend) if identity.blend else None
@@ -412,7 +417,32 @@ def _state(
         ),
         batch_size=_batch_sizes(config),
         blend=blend,
+        fields=fields,
         skips_before_rollback=config.learn.skips_before_rollback,
+    )
+
+
+def _field_health(config: Config, hasher: Hasher) -> FieldHealth:
+    """Return what measures the columns of ids, those of cross products by "a*b"."""
+    absent = {
+        field.name: pa.nulls(1, pa.float64() if field.kind == "numeric" else pa.string())
+        for field in hasher.fields
+    }
+    names = [field.name for field in hasher.fields]
+    names += ["*".join(cross) for cross in hasher.crosses]
+    value_columns = np.full(len(names), -1)
+    value_columns[hasher.value_fields] = np.arange(len(hasher.value_fields))
+    columns = Columns(
+        names=tuple(names),
+        missing_ids=hasher.rows(absent)[0][0, : len(hasher.fields)],
+        value_columns=value_columns,
+        table_bits=hasher.table_bits,
+    )
+    return FieldHealth(
+        columns,
+        window_ms=in_milliseconds(config.metrics.window),
+        rolling=config.metrics.rolling_windows,
+        share=config.metrics.field_share,
     )
 
 

@@ -26,12 +26,22 @@ import numpy.typing as npt
 
 from stream_ctr.evaluate import metrics
 from stream_ctr.evaluate.behind import Behind
+from stream_ctr.evaluate.drift import Drift, DriftWatch, Kind
 from stream_ctr.evaluate.gate import Gate, Judge, Verdict
 from stream_ctr.evaluate.summary import WindowSummary
 
 State = dict[str, npt.NDArray[Any]]
 PROGRESSIVE = "progressive"
 """The name of the published model's progressive predictions among those that were served."""
+
+
+_ENTROPY = "normalised entropy"
+_CALIBRATION = "calibration"
+_MODEL_SERIES = {
+    _ENTROPY: Kind(unit=0.01, rises_only=True),
+    _CALIBRATION: Kind(unit=0.03),
+}
+_FEWEST_CLICKS = 50  # of a window whose figures are part of a series
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +77,10 @@ class Scoreboard:
         self.windows = metrics.Windows(models, window_ms=windows.window_ms, rolling=windows.rolling)
         self.judge = Judge(gate, models)
         self.behind = Behind(models[0], baselines)
+        self._drift = DriftWatch(
+            {f"{name} of {models[0]}": kind for name, kind in _MODEL_SERIES.items()},
+            hold=windows.rolling,
+        )
         self.served = metrics.WholeRun([*served, PROGRESSIVE]) if served else None
         self.served_judge = Judge(gate, models) if served and in_memory else None
 
@@ -82,7 +96,26 @@ class Scoreboard:
         closed = self.windows.close(before_ms)
         if closed:
             self.behind.look_at(self.windows.final_summary())
+        for window in closed:
+            self._watch(window)
         return closed
+
+    @property
+    def drifts(self) -> list[Drift]:
+        """The figures of the published model whose level has changed in the last windows.
+
+        These are its normalised entropy, which is its logloss relative to a constant, and its
+        calibration.
+        """
+        return self._drift.found
+
+    def _watch(self, window: WindowSummary) -> None:
+        score = window.models[self.models[0]]
+        clicks = round((score.ctr or 0.0) * score.count)
+        if clicks < _FEWEST_CLICKS or score.ne is None or score.pred_over_actual is None:
+            return
+        for name, value in ((_ENTROPY, score.ne), (_CALIBRATION, score.pred_over_actual)):
+            self._drift.add(f"{name} of {self.models[0]}", window.start_ms, value)
 
     def add_served(self, scored: metrics.Scored) -> None:
         """Measure a batch by the predictions that were served."""
@@ -109,6 +142,7 @@ class Scoreboard:
             "windows": self.windows.state_dict(),
             "judge": self.judge.state_dict(),
             "behind": self.behind.state_dict(),
+            "drift": self._drift.state_dict(),
             **({"served": self.served.state_dict()} if self.served else {}),
             **({"served_judge": self.served_judge.state_dict()} if self.served_judge else {}),
         }
@@ -130,6 +164,8 @@ class Scoreboard:
         self.judge.load_state_dict(part(state, "judge."), verdict)
         if behind := part(state, "behind."):  # snapshots used to be without it
             self.behind.load_state_dict(behind, self.windows.final_summary())
+        if drift := part(state, "drift."):
+            self._drift.load_state_dict(drift)
         # A run without it may be resumed with it.
         if self.served and (served := part(state, "served.")):
             self.served.load_state_dict(served)

@@ -97,3 +97,46 @@ class WindowSummary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     paired: Paired
     pairs: dict[str, Difference]
     provisional: bool
+
+
+class FieldFigures(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The health of one field, or of one cross product, which has no `missing_rate`.
+
+    `missing_rate` and `unseen_rate` are shares of recent examples: those without the field, and
+    those whose table row had never been learned. `psi` is the population stability index of recent
+    values against those before, None while there are too few. `distinct` estimates the number of
+    values so far, `occupancy` the share of the table's rows that they use, and `collision_rate` the
+    share of them that share a row with another value of the field.
+    """
+
+    missing_rate: float | None
+    unseen_rate: float | None
+    distinct: Count
+    occupancy: float
+    collision_rate: float
+    psi: float | None
+
+
+class TableFigures(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The use of the `rows` that features are hashed to.
+
+    `occupancy` is the share of them that was learned, and `collision_rate` an estimate of the share
+    of all values that share a row with another value of any field.
+    """
+
+    rows: Count
+    occupancy: float
+    collision_rate: float
+
+
+class FieldSummary(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The health of all fields and of the table.
+
+    Recent are `count` sampled examples with an event time from `start_ms` to before `end_ms`.
+    """
+
+    start_ms: int
+    end_ms: int
+    count: Count
+    fields: dict[str, FieldFigures]
+    table: TableFigures

@@ -14,6 +14,7 @@ Reports list the alarms that hold, by name:
     left_out          an additional model no longer learns
     snapshot          the last snapshot could not be written or published
     behind_baseline   the published model is worse than a baseline
+    drift             the level of a figure of the model or of a field has changed lately
 """
 
 from __future__ import annotations
@@ -174,6 +175,13 @@ class RunAlarms:
             behind is not None,
             behind.words() if behind else "",
             over=f"{board.models[0]} is no worse than its baselines again",
+        )
+        drifts = [*board.drifts, *(state.fields.drifts if state.fields else [])]
+        self._alarms.set(
+            "drift",
+            bool(drifts),
+            f"drift: {'; '.join(drift.words() for drift in drifts)}",
+            over="no figure has drifted lately",
         )
 
     def baseline_full(self, baseline: SampledBaseline) -> None:

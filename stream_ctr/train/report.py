@@ -16,9 +16,12 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from stream_ctr.evaluate.summary import (
     Count,
     Difference,
+    FieldFigures,
+    FieldSummary,
     ModelScore,
     Paired,
     Summary,
+    TableFigures,
     WindowSummary,
 )
 from stream_ctr.join.watermark import NOT_YET
@@ -131,6 +134,16 @@ class Alarm(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     text: str
 
 
+class FieldsWindow(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The stretch of event time, and the number of sampled examples, of recent `fields`."""
+
+    start: Moment
+    end: Moment
+    start_ms: int
+    end_ms: int
+    count: Count
+
+
 class Waiting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """What a run that has learned no example waits for.
 
@@ -185,6 +198,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     after its label window. Those of `as_served` are of the snapshot that was published when the
     impression arrived, so they are what a subscriber would have seen; `progressive` among them is
     the published model's progressive prediction of the same impressions.
+
+    `fields` has the health of each field and cross product, in the `fields_window` where it is that
+    of recent examples, and `table` the use of the table's rows.
     """
 
     format: Count = FORMAT
@@ -223,6 +239,9 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     blend: BlendReport | UnsetType = UNSET
     baseline: BaselineNote | UnsetType = UNSET
     rolling: Window | UnsetType = UNSET
+    fields: dict[str, FieldFigures] | UnsetType = UNSET
+    fields_window: FieldsWindow | UnsetType = UNSET
+    table: TableFigures | UnsetType = UNSET
     stalls: Count | UnsetType = UNSET
     last_half: Tail | UnsetType = UNSET
     last_quarter: Tail | UnsetType = UNSET
@@ -304,12 +323,25 @@ def build_report(
             fields["as_served_last_half"] = msgspec.to_builtins(tail)
     if rolling:
         fields["rolling"] = readable_window(rolling)
+    if state.fields and (health := state.fields.summary()):
+        fields |= _field_health(health)
     if ends:
         fields["stalls"] = state.watermarks.stalls
         fields |= {name: _tail(board.whole.summary(last=share)) for name, share in _TAILS.items()}
         fields["window_curve"] = joiner.window_curve()
         fields["notes"] = list(notes)
     return msgspec.convert(fields, Report)
+
+
+def _field_health(health: FieldSummary) -> dict[str, Any]:
+    figures = msgspec.to_builtins(health)
+    window = {name: figures[name] for name in ("start_ms", "end_ms", "count")}
+    bounds = {"start": rfc3339(health.start_ms), "end": rfc3339(health.end_ms)}
+    return {
+        "fields": figures["fields"],
+        "fields_window": {**bounds, **window},
+        "table": figures["table"],
+    }
 
 
 def _waiting(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError
+from stream_ctr.evaluate.field_health import FieldHealth
 from stream_ctr.evaluate.scoreboard import Scoreboard, part
 from stream_ctr.join.examples import Examples, Ledger
 from stream_ctr.join.joiner import LabelJoiner
@@ -71,7 +72,7 @@ class TrainingState:
 
     All `learners` learn the same examples, each with a guard of its own. The published model is the
     `blend` of some of them or, without one, the first of them. `batch_size` returns the size of the
-    batch that follows so many examples.
+    batch that follows so many examples. `fields` measures the fields of what is learned.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class TrainingState:
         scoreboard: Scoreboard,
         batch_size: Callable[[int], int],
         blend: Blend | None = None,
+        fields: FieldHealth | None = None,
         skips_before_rollback: int = 8,
     ) -> None:
         self.joiner = joiner
@@ -92,6 +94,7 @@ class TrainingState:
         self.counters: Counter[str] = Counter()
         self.bad_records = 0.0
         """The sum of the shares of the records that were rejected."""
+        self.fields = fields
         self.blend = blend
         self.published = BLEND if blend else next(iter(learners))
         """The name of the published model."""
@@ -229,6 +232,7 @@ class TrainingState:
             **self._model_tensors(),
             "joiner": {**self.joiner.state_dict(), **watermarks},
             "examples": self.batches.state_dict(),
+            **({"fields": self.fields.state_dict()} if self.fields else {}),
         }
 
     def _model_tensors(self) -> Tensors:
@@ -285,6 +289,8 @@ class TrainingState:
             raise SnapshotError(f"snapshot {path.name} cannot be resumed from: {error}") from None
         self.scoreboard.load_state_dict(tensors["metrics"], manifest.gate, manifest.served_verdict)
         self.batches.load_state_dict(tensors["examples"])
+        if self.fields and "fields" in tensors:  # a run without them may be resumed with them
+            self.fields.load_state_dict(tensors["fields"])
         self.ledger = Ledger(manifest.ledger.count, manifest.ledger.sum)
         self.counters.clear()
         self.counters.update(manifest.counters)

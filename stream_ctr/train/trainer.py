@@ -337,6 +337,9 @@ class Trainer:
             self._restore_model(name, reason)
         if step.batch is None:
             return
+        if self.state.fields:
+            with self.timer("fields"):
+                self.state.fields.add(step.batch)
         if self.baseline:
             chosen = self.baseline.submit(step.batch)
             if chosen is not None:
