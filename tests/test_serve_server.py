@@ -62,9 +62,9 @@ def test_requests_in_flight_are_answered_at_the_end_and_new_ones_refused(state: 
     server = PredictionServer(subscriber, ANY_PORT, policy=PATIENT)
     url = f"http://{server.address}"
     with running(server) as thread, ThreadPoolExecutor(4) as pool:
-        assert subscriber.wait(PATIENCE_SECONDS)
-        held = Held(subscriber.scorer)
         clients = [httpx.Client(base_url=url, timeout=PATIENCE_SECONDS) for _ in range(3)]
+        wait_until(lambda: clients[0].get("/readyz").status_code == 200)
+        held = Held(subscriber.scorer)
         asked = [pool.submit(ask, clients[0], [ROW])]
         assert held.entered.wait(PATIENCE_SECONDS)
         asked += [pool.submit(ask, client, [ROW] * 2) for client in clients[1:]]
@@ -157,7 +157,7 @@ def test_no_request_fails_while_a_trainer_publishes_is_killed_and_resumes(tmp_pa
     log = tmp_path / "sim.jsonl"
     Simulation(60_000, seed=3).write_jsonl(log)
     state = tmp_path / "state"
-    arguments = ["run", "--source", log, "--state", state, *TINY, "-X", "snapshots.keep=3"]
+    arguments = ["run", "--source", log, "--state", state, *TINY, "-X", "baseline.enabled=false"]
     stopped = threading.Event()
     seen: dict[str, int] = {}
 
@@ -175,12 +175,12 @@ def test_no_request_fails_while_a_trainer_publishes_is_killed_and_resumes(tmp_pa
         wait_until(lambda: client.get("/readyz").status_code == 200)
         asked = [pool.submit(ask_on, client) for _ in range(4)]
         try:
-            wait_for_swaps(seen, 3)
+            wait_for_swaps(seen, 3, trainer)
             trainer.kill()
             assert trainer.wait(PATIENCE_SECONDS) == -signal.SIGKILL
             before = len(seen)
             trainer = run_command(tmp_path, *arguments)
-            wait_for_swaps(seen, before + 3)
+            wait_for_swaps(seen, before + 3, trainer)
         finally:
             stopped.set()
         assert sum(each.result() for each in asked) > 0
@@ -188,5 +188,6 @@ def test_no_request_fails_while_a_trainer_publishes_is_killed_and_resumes(tmp_pa
     trainer.kill()
 
 
-def wait_for_swaps(seen: dict[str, int], swaps: int) -> None:
-    wait_until(lambda: len(seen) >= swaps, explain=lambda: seen)
+def wait_for_swaps(seen: dict[str, int], swaps: int, trainer: subprocess.Popen[str]) -> None:
+    """Wait until that many snapshots have answered."""
+    wait_until(lambda: len(seen) >= swaps, explain=lambda: (seen, trainer.poll()))
