@@ -150,3 +150,18 @@ def test_a_claimed_size_takes_no_memory_before_it_is_checked(tmp_path: Path) -> 
     path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=3, learner=learner))
     with pytest.raises(SnapshotError, match="does not describe .* a batch of 1048577"):
         Scorer(path)
+
+
+def test_ids_and_predictions_of_them_are_the_two_halves_of_a_prediction(served: Path) -> None:
+    scorer = Scorer(served)
+    expected = scorer.predict(ROWS).tolist()
+    for rows in (ROWS, pa.table({name: [row.get(name) for row in ROWS] for name in ROWS[0]})):
+        ids, values = scorer.ids(rows)
+        assert (ids.shape, values.shape) == ((4, 4), (4, 1))
+        assert scorer.predict_ids(ids, values).tolist() == expected
+    for empty in ([], pa.table({})):
+        ids, values = scorer.ids(empty)
+        assert (ids.shape, values.shape) == ((0, 4), (0, 1))
+        assert scorer.predict_ids(ids, values).shape == (0,)
+    long = pa.table({"app": ["maps", "mail"] * 40_000})
+    assert len(set(scorer.predict_ids(*scorer.ids(long)).tolist())) == 2

@@ -206,4 +206,4 @@ def _hash_together(
     ids, values = scorer.ids(joined)
     ends = np.cumsum([len(rows[request]) for request in requests])[:-1]
     parts = zip(requests, np.split(ids, ends), np.split(values, ends), strict=True)
-    return [_Hashed(request, *part) for request, *part in parts]
+    return [_Hashed(request, own_ids, own_values) for request, own_ids, own_values in parts]

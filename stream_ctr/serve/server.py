@@ -66,11 +66,12 @@ class PredictionServer:
         policy: Policy = Policy(),  # noqa: B008 - frozen
     ) -> None:
         self._subscriber = subscriber
-        waiting = WaitingRequests(policy.waiting)
-        metrics = Metrics(subscriber, waiting, lambda: self._scoring.ready)
-        predict = Predict(waiting, policy.limits, policy.timeout_seconds, metrics.answered)
+        self.waiting = WaitingRequests(policy.waiting)
+        """The requests that wait for the model."""
+        metrics = Metrics(subscriber, self.waiting, lambda: self._scoring.ready)
+        predict = Predict(self.waiting, policy.limits, policy.timeout_seconds, metrics.answered)
         self._scoring = Scoring(
-            waiting,
+            self.waiting,
             lambda: subscriber.scorer if subscriber.pointer else None,
             predict.deliver,
             model=model,

@@ -110,11 +110,11 @@ class Scorer:
 
         They are what `predict_ids` takes. `rows` and errors are those of `predict`.
         """
-        blocks = [self.hasher.rows(columns) for columns in self._rows.columns(rows)]
+        columns = list(self._rows.columns(rows)) or list(self._rows.columns([]))
+        blocks = [self.hasher.rows(each) for each in columns]
         if len(blocks) == 1:
             return blocks[0]
-        none = {field.name: pa.nulls(0) for field in self.fields}
-        ids, values = zip(*(blocks or [self.hasher.rows(none)]), strict=True)
+        ids, values = zip(*blocks, strict=True)
         return np.concatenate(ids), np.concatenate(values)
 
     def predict_ids(
