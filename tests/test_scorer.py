@@ -12,7 +12,7 @@ import pytest
 from msgspec import structs
 from safetensors.numpy import load, save
 from support.manifests import LEARNER, MANIFEST, edit_manifest, manifest, replace_file
-from support.served import write_served
+from support.served import ROWS, write_served
 
 from stream_ctr.errors import InvalidFeatures, SnapshotError
 from stream_ctr.evaluate.metrics import probabilities
@@ -24,18 +24,11 @@ from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.scorer import Scorer
 
-ROWS: list[dict[str, object]] = [
-    {"app": "maps", "age": 31, "os": "a"},
-    {"app": "mail"},
-    {"app": None, "age": 1.5},
-    {"os": "b"},
-]
-
 
 @pytest.mark.parametrize("model", [None, "deepfm", "ftrl"])
 def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: str | None) -> None:
     described, tensors = snapshot.load(served)
-    learner = make_learner(described.specs[model or "deepfm"], device="cpu", serving=True)
+    learner = make_learner(described.specs[model or "deepfm"], device="cpu")
     learner.load_weights(tensors["ftrl.model" if model == "ftrl" else "model"])
     hasher = Hasher(**structs.asdict(described.schema))
     columns = {

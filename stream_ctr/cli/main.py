@@ -26,6 +26,7 @@ import msgspec
 from stream_ctr import __version__
 from stream_ctr.cli import voice
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.export import export
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
@@ -251,6 +252,7 @@ def run(
     """
     from stream_ctr.cli import assembly, beginning, runs
     from stream_ctr.cli.client import connector_errors
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.train import stage_timer
 
     if sources and (topic or click_topic):
@@ -282,7 +284,7 @@ def run(
         client = settings.client(config, properties)
         registry = settings.registry(properties)
         if sources:
-            logs = log_format.open_all(sources, span=span, layout=assembly.log_layout(config))
+            logs = log_format.open_all(sources, span=span, layout=log_layout(config))
             notes = [note for log in logs for note in log.notes]
             print_notes(notes)
             report = runs.train_on_logs(
@@ -389,8 +391,8 @@ def replay(
     stream-ctr replay events.jsonl --speed 60
     stream-ctr replay events.parquet --wire arrow
     """
-    from stream_ctr.cli.assembly import log_layout
     from stream_ctr.cli.client import connector_errors
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.cli.replay import produce
     from stream_ctr.connectors import kafka
 
@@ -643,5 +645,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, score, paper, snapshots, dlq):
+for _command in (init, subscribe, score, export, paper, snapshots, dlq):
     main.add_command(_command)

@@ -23,7 +23,9 @@ from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
     CONFIG_OPTION,
     JSON_OPTION,
+    MODEL_OPTION,
     PUBLIC_KEY_OPTION,
+    RUNTIME_OPTION,
     GivenPath,
     LogFormat,
     Settings,
@@ -36,15 +38,12 @@ from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
     from stream_ctr.events.feature_rows import OnInvalid
+    from stream_ctr.learn.runtimes import Runtime
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _PATH = "{path}"
-
-_MODEL_OPTION = click.option(
-    "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
-)
 
 
 @click.command()
@@ -66,7 +65,7 @@ _MODEL_OPTION = click.option(
     show_default=True,
     help="The run's snapshots.model_name, the key of its pointers on the topic.",
 )
-@_MODEL_OPTION
+@MODEL_OPTION
 @ALLOW_MODEL_OPTION
 @click.option("--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]")
 @click.option(
@@ -81,6 +80,7 @@ _MODEL_OPTION = click.option(
     show_default=True,
     help="Whether to change to a run that was told to replace the followed one.",
 )
+@RUNTIME_OPTION
 @click.option(
     "--once",
     is_flag=True,
@@ -112,6 +112,7 @@ def subscribe(
     run: str | None,
     run_file: Path | None,
     follow: Follow,
+    runtime: Runtime | None,
     once: bool,
     timeout: float,
     as_json: bool,
@@ -127,8 +128,8 @@ def subscribe(
     stream-ctr subscribe --bootstrap-servers localhost:9092 --run-file served.run
     stream-ctr subscribe --bootstrap-servers localhost:9092 --snapshots /mnt/state/snapshots
     """
-    from stream_ctr.cli import runs
     from stream_ctr.cli.client import connector_errors
+    from stream_ctr.cli.interrupts import signals
     from stream_ctr.snapshots.pointer_sources import TopicPointers
     from stream_ctr.snapshots.signing import verifier
     from stream_ctr.snapshots.subscriber import Subscriber
@@ -162,9 +163,10 @@ def subscribe(
             run=run,
             run_file=run_file,
             follow=follow,
+            runtime=runtime,
             public_key=public_key,
         )
-        stack.enter_context(runs.signals(subscriber.close))
+        stack.enter_context(signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
 
@@ -243,9 +245,10 @@ def _run_hook(hook: Sequence[str], pointer: Pointer, path: str) -> None:
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )
-@_MODEL_OPTION
+@MODEL_OPTION
 @ALLOW_MODEL_OPTION
 @PUBLIC_KEY_OPTION
+@RUNTIME_OPTION
 @click.option(
     "--on-invalid",
     type=click.Choice(["error", "score"]),
@@ -263,6 +266,7 @@ def score(
     path: Path,
     model: str | None,
     public_key: Path | None,
+    runtime: Runtime | None,
     on_invalid: OnInvalid,
     as_json: bool,
     config_path: Path | None,
@@ -278,22 +282,20 @@ def score(
     stream-ctr score --snapshot state --config my.toml new.csv
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
     """
-    from stream_ctr.cli.assembly import log_layout
+    from stream_ctr.cli.export import chosen_snapshot
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.cli.scores import Scores
-    from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.signing import verifier
 
     signature = verifier(public_key)
-    if path.is_dir() and not (path / "manifest.json").exists():
-        newest = snapshot.newest(path / "snapshots", signature=signature)
-        if newest is None:
-            raise SnapshotError(
-                f"{path} is not a snapshot, because it has no manifest.json, "
-                "and no run has left one in it"
-            )
-        path = newest
-    scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
+    scorer = Scorer(
+        chosen_snapshot(path, signature),
+        model=model,
+        signature=signature,
+        runtime=runtime,
+        on_invalid=on_invalid,
+    )
     config, _ = load_config(config_path, ())
     layout = replace(log_layout(config), fields=scorer.fields, only_scored=True)
     scores = Scores(scorer)
