@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +63,20 @@ def test_the_exported_folder_must_be_new(tmp_path: Path) -> None:
     assert not [*(tmp_path / "served").iterdir()]
 
 
-def test_weights_that_do_not_fit_are_not_exported(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weights: weights.pop("dense.deep.layers.0.weight"),
+        lambda weights: weights.update({"dense.deep.layers.0.weight": np.ones((2, 2), np.float32)}),
+    ],
+    ids=["missing", "shape"],
+)
+def test_weights_that_do_not_fit_are_not_exported(
+    tmp_path: Path, change: Callable[[Any], object]
+) -> None:
     path = write_served(tmp_path / "snapshots")
     tensors = snapshot.load(path)[1]
-    del tensors["model"]["dense.deep.layers.0.weight"]
+    change(tensors["model"])
     other = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2))
     for write, build in ((export_snapshot, build_graph), (export_programs, build_program)):
         with pytest.raises(SnapshotError, match="does not describe a model .*layers.0.weight"):

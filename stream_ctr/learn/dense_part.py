@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from stream_ctr.errors import ConfigError
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.table_kernels import row_floats
 from stream_ctr.learn.tensors import Tensors
@@ -83,11 +84,26 @@ PARTS: Mapping[str, DensePart] = {
 _STARTS_AS_FM = DensePart(linear=True, pairs=True, network=False, bias="dense.fm.bias")
 
 
-def part_of(spec: LearnerSpec, weights: Tensors) -> DensePart:
-    """Return the dense part of a model with these weights; an FNN starts as an FM."""
-    if PHASE in weights and not weights[PHASE]:
-        return _STARTS_AS_FM
+def find_part(spec: LearnerSpec) -> DensePart:
+    """Return the dense part of the model that `spec` names.
+
+    Raises `ConfigError` for a model of another package, whose module only torch can run.
+    """
+    if spec.model not in PARTS:
+        raise ConfigError(
+            f"the model {spec.model!r:.80} has no ONNX graph: only the paper's systems have one; "
+            "serve it with torch"
+        )
     return PARTS[spec.model]
+
+
+def part_of(spec: LearnerSpec, weights: Tensors) -> DensePart:
+    """Return the dense part of a model with these weights; an FNN starts as an FM.
+
+    Raises `ConfigError` as `find_part` does.
+    """
+    part = find_part(spec)
+    return _STARTS_AS_FM if PHASE in weights and not weights[PHASE] else part
 
 
 def layers(spec: LearnerSpec) -> list[tuple[str, int, int]]:
@@ -106,8 +122,11 @@ def layers(spec: LearnerSpec) -> list[tuple[str, int, int]]:
 
 
 def expected_shapes(spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights that `spec` describes, by name."""
-    part = PARTS[spec.model]
+    """Return the shapes of the weights that `spec` describes, by name.
+
+    Raises `ConfigError` as `find_part` does.
+    """
+    part = find_part(spec)
     floats = row_floats(
         spec.embedding_dim, embeddings=part.embeddings, optimizer=spec.table_optimizer
     )

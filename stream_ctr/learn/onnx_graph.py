@@ -29,7 +29,6 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from stream_ctr.errors import ConfigError
 from stream_ctr.learn.dense_part import PARTS, DensePart, layers, part_of
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import Tensors
@@ -48,11 +47,6 @@ def build_graph(spec: LearnerSpec, weights: Tensors) -> bytes:
     Raises `ConfigError` for a model of another package, whose module only torch can run, and
     `KeyError` if a weight is missing.
     """
-    if spec.model not in PARTS:
-        raise ConfigError(
-            f"the model {spec.model!r:.80} has no ONNX graph: only the paper's systems have one; "
-            "serve it with torch"
-        )
     graph = _Graph(spec, weights, part_of(spec, weights))
     model = helper.make_model(
         helper.make_graph(

@@ -51,9 +51,9 @@ def onnx_predictor(
     Raises `ConfigError` for a model of another package, and `ValueError` if weights or graph are
     not those of the model.
     """
+    require_weights(spec, weights)
     if graph is None:
         graph = build_graph(spec, weights)
     else:
-        require_weights(spec, weights)
         require_graph(graph, spec, weights)
     return ServedNetwork(spec, weights, OnnxDense(graph, threads=threads))

@@ -31,12 +31,10 @@ _ROWS = 1024
 class ServedNetwork:
     """Predicts with the table among `weights` and a `dense` part.
 
-    Raises `ValueError`, before any memory is taken, unless `weights` are those of the model that
-    `spec` describes: names, shapes and types, and all values finite.
+    The weights must be those of the model that `spec` describes (see `require_weights`).
     """
 
     def __init__(self, spec: LearnerSpec, weights: Tensors, dense: Dense) -> None:
-        require_weights(spec, weights)
         part = PARTS[spec.model]
         self._columns = part.columns(spec)
         self._width = part.width(spec)
@@ -69,6 +67,8 @@ class ServedNetwork:
 
 def require_weights(spec: LearnerSpec, weights: Tensors) -> None:
     """Raise `ValueError` unless `weights` are the tensors that `spec` describes, all finite.
+
+    It takes no memory for a model, and raises `ConfigError` for a model of another package.
 
     >>> spec = LearnerSpec(model="fm", fields=2, table_bits=8)
     >>> require_weights(spec, {"table": np.zeros((16, 16), np.float32)})

@@ -10,6 +10,7 @@ LR has neither graph nor program: it is predicted from its table alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError
+from stream_ctr.learn.dense_part import PARTS
+from stream_ctr.learn.served_network import require_weights
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import Tensors
 from stream_ctr.messages import one_line
@@ -110,9 +113,15 @@ def _load(
     )
 
 
+def _checked(build: Build, spec: LearnerSpec, weights: Tensors) -> bytes:
+    if spec.model in PARTS:
+        require_weights(spec, weights)
+    return build(spec, weights)
+
+
 def _built(path: Path, manifest: Manifest, tensors: Named, build: Build) -> dict[str, bytes]:
     try:
-        return graphs_of(manifest, tensors, build)
+        return graphs_of(manifest, tensors, partial(_checked, build))
     except (KeyError, ValueError, RuntimeError) as error:
         raise SnapshotError(
             f"snapshot {path} does not describe a model that this version can build: "
