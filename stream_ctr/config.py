@@ -658,6 +658,8 @@ class Snapshots(Section):
     Snapshots are signed with it, and a run resumes only from a snapshot with its signature. Empty:
     snapshots are not signed.
     """
+    onnx: bool = False
+    """Whether snapshots hold an ONNX graph of each network, for servers without torch."""
     gate_clicks: int = key(1000, ge=0)
     """The number of clicks since the last verdict that a new verdict needs.
 

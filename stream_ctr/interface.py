@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from stream_ctr.cli import runs
-from stream_ctr.cli.assembly import log_layout, register_named_models, signing_key
+from stream_ctr.cli.assembly import register_named_models, signing_key
 from stream_ctr.cli.beginning import Beginning, find_beginning
 from stream_ctr.cli.client import client_options, connector_errors
 from stream_ctr.cli.client import topic_pointers as client_pointers
+from stream_ctr.cli.layout import log_layout
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.runs import Caller, StopRequest
 from stream_ctr.config import Config, load

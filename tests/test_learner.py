@@ -18,7 +18,7 @@ from support.learners import (
 
 from stream_ctr.config import Model
 from stream_ctr.learn.learner import require_shapes
-from stream_ctr.learn.linear_learner import LinearLearner, ServedLinear
+from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.models import MODELS
@@ -39,7 +39,6 @@ def spec(name: str, **changes: Any) -> LearnerSpec:
 
 def test_lr_is_made_by_name_like_the_others() -> None:
     assert type(small_learner("lr")) is LinearLearner
-    assert type(small_learner("lr", serving=True)) is ServedLinear
     assert {type(small_learner(name)) for name in MODULES} == {NetworkLearner}
 
 

@@ -1,23 +1,25 @@
-"""LR as a learner: its state, the weights it accepts, and LR that is only served."""
+"""LR as a learner: its state, and the weights that it accepts."""
 
 from __future__ import annotations
 
 import itertools
-import resource
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 from support.learners import (
-    PLANTED_FIELDS,
     assert_equal_states,
     planted_batches,
     planted_stream,
+    served_lr,
     small_learner,
     state_of,
 )
+
+from stream_ctr.learn.linear_model import LinearModel
 
 LR_WEIGHTS = {
     "rows": np.array([3, 7], np.int32),
@@ -132,11 +134,13 @@ def test_the_rates_of_ftrl_are_used_by_lr_alone() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("serving", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: small_learner("lr"), served_lr], ids=["learner", "served"]
+)
 def test_weights_that_are_not_those_of_lr_are_refused_and_change_nothing(
-    serving: bool, changed: dict[str, Any], message: str
+    make: Callable[[], LinearModel], changed: dict[str, Any], message: str
 ) -> None:
-    learner = small_learner("lr", serving=serving)
+    learner = make()
     learner.load_weights(LR_WEIGHTS)
     with pytest.raises(ValueError, match=message):
         learner.load_weights({**LR_WEIGHTS, **changed})
@@ -150,50 +154,7 @@ def test_the_weights_of_lr_must_all_be_there(name: str) -> None:
         small_learner("lr").load_weights(others)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 3])
-def test_served_lr_predicts_the_same_bits_also_for_rows_it_never_saw(steps: int) -> None:
-    there = small_learner("lr", value_fields=[1], table_bits=20)
-    ids, labels = planted_stream(300, seed=0)
-    ids *= 1000  # with rows between those that are learned
-    values = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
-    for _ in range(steps):
-        there.learn(ids[:200], labels[:200], values[:200])
-    here = small_learner("lr", value_fields=[1], table_bits=20, serving=True)
-    here.load_weights(there.weights())
-    ids[::3, 0] = 0
-    ids[1::3, 2] = 2**20 - 1
-    ids[2::3, 3] = 7777
-    assert np.array_equal(here.predict(ids, values), there.predict(ids, values))
-    assert_equal_states(here.weights(), there.weights())
-    with pytest.raises(TypeError, match="does not learn"):
-        here.learn(ids, labels, values)
-
-
-def test_served_lr_takes_memory_for_its_weights_whatever_its_table_bits() -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    learner = small_learner("lr", serving=True, table_bits=31)
-    rows = np.arange(0, 2**31, 2**16, dtype=np.int64).astype(np.int32)  # each on its own page
-    learner.load_weights({"rows": rows, "pairs": np.ones((len(rows), 2)), "intercept": np.zeros(2)})
-    last = learner.predict(np.full((1, PLANTED_FIELDS), rows[-1]))
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 32 << 10  # KiB
-    assert last != 0.0 == learner.predict(np.full((1, PLANTED_FIELDS), rows[-1] + 1))
-
-
 def test_lr_that_has_learned_nothing_has_weights_too() -> None:
     learner = small_learner("lr")
     learner.load_weights(small_learner("lr").weights())
     assert learner.predict(planted_stream(3, seed=0)[0]).tolist() == [0.0, 0.0, 0.0]
-
-
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 8])
-def test_the_table_of_served_lr_has_an_untouched_row_for_unknown_ids(count: int) -> None:
-    learner = small_learner("lr", serving=True)
-    rows = np.arange(count, dtype=np.int32)
-    weights = {"rows": rows, "pairs": np.full((count, 2), 2.0), "intercept": np.array([-1.0, 1.0])}
-    learner.load_weights(weights)
-    # The compiled loops do not check bounds, so the row must exist.
-    assert len(learner._ftrl._table) > count
-    only_intercept = small_learner("lr")
-    only_intercept.load_weights({**weights, "rows": rows[:0], "pairs": weights["pairs"][:0]})
-    unknown = np.full((1, PLANTED_FIELDS), 200, np.int32)
-    assert learner.predict(unknown).tolist() == only_intercept.predict(unknown).tolist()

@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pyarrow as pa
 import pytest
 from msgspec import structs
 from safetensors.numpy import load, save
 from support.manifests import LEARNER, MANIFEST, edit_manifest, manifest, replace_file
-from support.served import write_served
+from support.served import ROWS, write_served
 
 from stream_ctr.errors import InvalidFeatures, SnapshotError
 from stream_ctr.evaluate.metrics import probabilities
 from stream_ctr.events.features import Hasher
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
+from stream_ctr.learn.onnx_graph import build_graph
+from stream_ctr.learn.runtimes import RUNTIMES
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.manifest import FORMAT
 from stream_ctr.snapshots.scorer import Scorer
 
-ROWS: list[dict[str, object]] = [
-    {"app": "maps", "age": 31, "os": "a"},
-    {"app": "mail"},
-    {"app": None, "age": 1.5},
-    {"os": "b"},
-]
-
 
 @pytest.mark.parametrize("model", [None, "deepfm", "ftrl"])
 def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: str | None) -> None:
     described, tensors = snapshot.load(served)
-    learner = make_learner(described.specs[model or "deepfm"], device="cpu", serving=True)
+    learner = make_learner(described.specs[model or "deepfm"], device="cpu")
     learner.load_weights(tensors["ftrl.model" if model == "ftrl" else "model"])
     hasher = Hasher(**structs.asdict(described.schema))
     columns = {
@@ -165,3 +162,94 @@ def test_ids_and_predictions_of_them_are_the_two_halves_of_a_prediction(served: 
         assert scorer.predict_ids(ids, values).shape == (0,)
     long = pa.table({"app": ["maps", "mail"] * 40_000})
     assert len(set(scorer.predict_ids(*scorer.ids(long)).tolist())) == 2
+
+
+# -- runtimes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [None, "ftrl"])
+def test_onnx_serves_a_snapshot_without_graphs(served: Path, model: str | None) -> None:
+    there, here = (Scorer(served, model=model, runtime=name) for name in RUNTIMES)
+    assert (there.runtime, here.runtime, Scorer(served).runtime) == ("torch", "onnx", "torch")
+    assert here.predict(ROWS) == pytest.approx(there.predict(ROWS), abs=1e-6)
+
+
+def with_graph(path: Path, change: Callable[[Any], object] = lambda model: None) -> bytes:
+    """Put the graph of the published model, changed, into the snapshot at `path`."""
+    manifest, tensors = snapshot.load(path)
+    model = onnx.load_model_from_string(build_graph(manifest.specs["deepfm"], tensors["model"]))
+    change(model)
+    graph = bytes(model.SerializeToString())
+    replace_file(path, "model.onnx", graph)
+    return graph
+
+
+def external(model: Any) -> None:
+    tensor = model.graph.initializer[0]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="/etc/passwd")
+
+
+def test_onnx_runs_the_graph_that_a_snapshot_holds(served: Path) -> None:
+    def negate(model: Any) -> None:
+        node = model.graph.node[-1]  # the output
+        node.op_type = "Sub"
+        node.input.append(node.input[0])
+
+    expected = Scorer(served).predict(ROWS)
+    with_graph(served)
+    assert Scorer(served, runtime="onnx").predict(ROWS) == pytest.approx(expected, abs=1e-6)
+    with_graph(served, negate)
+    assert Scorer(served, runtime="onnx").predict(ROWS).tolist() == [0.5] * 4
+    assert Scorer(served, runtime="torch").predict(ROWS).tolist() == expected.tolist()
+
+
+@pytest.mark.security(
+    "a graph of a stranger reads no file and runs no code",
+    how="graphs with external data, other operators and domains, and damaged ones, in snapshots",
+)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (external, "is in another file"),
+        (lambda model: setattr(model.graph.node[0], "op_type", "Loop"), "the operator 'Loop'"),
+        (lambda model: setattr(model.graph.node[0], "domain", "evil"), "of the domain 'evil'"),
+        (lambda model: model.graph.output[0].ClearField("name"), "the one output 'logits'"),
+    ],
+)
+def test_a_graph_that_is_not_that_of_the_model_is_refused(
+    served: Path, change: Callable[[Any], object], reason: str
+) -> None:
+    with_graph(served, change)
+    with pytest.raises(SnapshotError, match=f"does not describe a model .*{reason}"):
+        Scorer(served, runtime="onnx")
+
+
+def test_a_graph_whose_bytes_changed_is_refused_by_every_reader(served: Path) -> None:
+    graph = with_graph(served)
+    (served / "model.onnx").write_bytes(graph[:-1] + b"\0")
+    with pytest.raises(SnapshotError, match=r"model\.onnx has SHA-256"):
+        Scorer(served, runtime="onnx")
+    with pytest.raises(SnapshotError, match=r"model\.onnx has SHA-256"):
+        snapshot.verify(served)
+    (served / "model.onnx").write_bytes(graph[:-1])
+    with pytest.raises(SnapshotError, match=r"model\.onnx has \d+ bytes"):
+        Scorer(served, runtime="torch")
+
+
+def test_a_graph_that_cannot_be_read_is_refused(served: Path) -> None:
+    replace_file(served, "model.onnx", b"\xff" * 100)
+    with pytest.raises(SnapshotError, match="the graph cannot be read"):
+        Scorer(served, runtime="onnx")
+
+
+def test_a_claimed_size_takes_no_memory_with_onnx_either(tmp_path: Path) -> None:
+    tensors = snapshot.load(write_served(tmp_path))[1]
+    huge = {
+        "schema": structs.replace(MANIFEST.schema, table_bits=31),
+        "learner": structs.replace(LEARNER, table_bits=31, hidden=(16384,) * 64),
+        "beside": {},
+    }
+    path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2, **huge))
+    with pytest.raises(SnapshotError, match="does not describe a model .*tensor"):
+        Scorer(path, runtime="onnx")

@@ -226,7 +226,7 @@ def add_entry(name: str) -> Callable[[Path], None]:
         ),
         (add_entry("../../etc/x.safetensors"), r"'\.\./\.\./etc/x\.safetensors' is not a plain"),
         (add_entry("/x.safetensors"), r"'/x\.safetensors' is not a plain name"),
-        (add_entry("model.pt"), r"'model\.pt' is not named \*\.safetensors or \*\.arrow"),
+        (add_entry("model.pt"), r"'model\.pt' is not named \*\.safetensors, \*\.arrow or"),
         (
             lambda path: edit_manifest(
                 path, lambda m: m["files"]["model.safetensors"].pop("sha256")

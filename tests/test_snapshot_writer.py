@@ -12,6 +12,7 @@ from support.manifests import manifest
 
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 
 GOOD = {"table": np.ones(3, np.float32)}
@@ -91,6 +92,22 @@ def test_an_additional_model_that_the_cut_lacks_is_no_error(tmp_path: Path) -> N
     del without.tensors["ftrl.model"], without.tensors["ftrl.optimizer"]
     writer.begin(without)
     assert wait(writer).not_finite == ()
+    writer.close()
+
+
+def test_graphs_are_made_of_the_models_that_are_written(tmp_path: Path) -> None:
+    made: list[set[str]] = []
+
+    def graphs(identity: RunIdentity, tensors: Any) -> dict[str, bytes]:
+        made.append({*tensors})
+        return {"model": identity.published.encode()}
+
+    writer = SnapshotWriter(tmp_path, graphs=graphs)
+    writer.begin(cut(bad="ftrl.model"))
+    path = wait(writer).path
+    assert made == [{"model", "optimizer"}]
+    assert (path / "model.onnx").read_bytes() == b"deepfm"
+    assert snapshot.verify(path).files["model.onnx"].bytes == 6
     writer.close()
 
 

@@ -27,6 +27,7 @@ from support.snapshots import flip_bit
 from stream_ctr.cli.main import main
 from stream_ctr.connectors.errors import KafkaReadFailed
 from stream_ctr.errors import ConfigError, InvalidFeatures, SnapshotError
+from stream_ctr.learn.runtimes import RUNTIMES
 from stream_ctr.snapshots import pointer as pointers
 from stream_ctr.snapshots import subscriber as following
 from stream_ctr.snapshots.contract import NewerFormat
@@ -105,6 +106,21 @@ def test_an_additional_model_can_be_served(tmp_path: Path) -> None:
     assert additional.predict(ROWS).tolist() != published.predict(ROWS).tolist()
     with pytest.raises(ConfigError, match="there is no model 'deepfn'; did you mean 'deepfm'"):
         Subscriber(tmp_path, model="deepfn")
+
+
+def test_a_subscriber_serves_with_the_runtime_that_it_is_given(tmp_path: Path) -> None:
+    publish(write_served(tmp_path / "snapshots"))
+    probabilities = []
+    for runtime in RUNTIMES:
+        model = Subscriber(tmp_path, runtime=runtime)
+        assert model.next(10)
+        assert (model.runtime, model.scorer.runtime) == (runtime, runtime)
+        probabilities.append(model.predict({"app": "maps", "age": 31}))
+    assert probabilities[0] == pytest.approx(probabilities[1], abs=1e-6)
+    with pytest.raises(ConfigError, match="a runtime is torch or onnx, got 'numpy'"):
+        Subscriber(tmp_path, runtime="numpy")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="predicts on the CPU"):
+        Subscriber(tmp_path, runtime="onnx", device="cuda")
 
 
 def test_what_was_scored_as_missing_is_counted_over_all_snapshots(tmp_path: Path) -> None:

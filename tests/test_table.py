@@ -9,7 +9,8 @@ import torch
 
 from stream_ctr.errors import ConfigError
 from stream_ctr.learn import table as table_module
-from stream_ctr.learn.table import Rates, Table, row_floats
+from stream_ctr.learn.table import Rates, Table
+from stream_ctr.learn.table_kernels import row_floats
 
 
 def test_a_row_is_a_whole_number_of_cache_lines() -> None:

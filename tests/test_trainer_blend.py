@@ -20,6 +20,7 @@ from support.trainers import (
 
 from stream_ctr.errors import DataError
 from stream_ctr.evaluate import metrics
+from stream_ctr.learn.runtimes import RUNTIMES
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.train.trainer import Trainer
@@ -100,6 +101,30 @@ def test_a_scorer_serves_the_blend_of_the_last_state(straight: Any) -> None:
     assert np.allclose(served.predict(ROWS), omega[:-1] @ p + omega[-1] * q, rtol=1e-6)
     assert np.array_equal(Scorer(newest, model="blend").predict(ROWS), served.predict(ROWS))
     assert len(set(served.predict(ROWS).tolist())) == 3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_snapshots_with_graphs_serve_the_same_blend_without_torch(
+    straight: Any, tmp_path: Path, stream: pa.LargeBinaryArray, precision: str
+) -> None:
+    sections = {**BLEND, "learn": {**BLEND["learn"], "precision": precision}}
+    finish(trainer(tmp_path, Partitions([stream]), **sections, snapshots={"onnx": True}))
+    newest = snapshot.newest(tmp_path / "snapshots")
+    assert newest
+    manifest = snapshot.verify(newest)
+    assert [name for name in manifest.files if name.endswith(".onnx")] == ["deepfm.model.onnx"]
+    for model in ("blend", *MEMBERS):
+        there, here = (Scorer(newest, model=model, runtime=runtime) for runtime in RUNTIMES)
+        bound = 1e-6 if precision == "fp32" else 2e-3
+        assert np.abs(there.predict(ROWS) - here.predict(ROWS)).max() < bound
+    if precision == "fp32":  # graphs change nothing else
+        assert manifest.weights_sha256 == weights_sha256(straight[0])
+
+
+def weights_sha256(directory: Path) -> str:
+    newest = snapshot.newest(directory / "snapshots")
+    assert newest
+    return snapshot.read_manifest(newest).weights_sha256
 
 
 def test_the_hash_of_the_published_weights_depends_on_each_member(straight: Any) -> None:

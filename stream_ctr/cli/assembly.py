@@ -31,10 +31,12 @@ from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.pairs import choose_columns, columns_after
+from stream_ctr.learn.runtimes import graph_builder
 from stream_ctr.learn.spec import (
     BLEND,
     EXPERTS,
     LARGEST_PAIR_BITS,
+    SYSTEMS,
     FtrlRates,
     LearnerSpec,
     Pairs,
@@ -42,12 +44,13 @@ from stream_ctr.learn.spec import (
 )
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
-from stream_ctr.logs.layout import ColumnNames, Layout
 from stream_ctr.models.registered import follows_online_rule, register_model
+from stream_ctr.snapshots.export import graphs_of
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.report_log import Rotation
 from stream_ctr.snapshots.signing import SigningKey
+from stream_ctr.snapshots.snapshot_writer import Graphs
 from stream_ctr.train.as_served import AsServed
 from stream_ctr.train.ingest import Ingest
 from stream_ctr.train.predictions import PredictionLog
@@ -139,6 +142,7 @@ def build_trainer(
             every_examples=config.schedule.snapshot_examples,
             keep=config.snapshots.keep,
             signing=signing_key(config),
+            graphs=_graphs(identity) if config.snapshots.onnx else None,
         ),
         baseline=baseline,
         served=served,
@@ -149,16 +153,18 @@ def build_trainer(
     )
 
 
-def log_layout(config: Config) -> Layout:
-    """Return what the configuration says about the columns and times of logs."""
-    inputs = config.input
-    return Layout(
-        columns=ColumnNames(**inputs.columns.model_dump()),
-        fields=config.features.fields(),
-        times=TimeFormat(inputs.time_unit, inputs.time_zone),
-        delimiter=inputs.delimiter,
-        column_names=inputs.column_names,
-    )
+def _graphs(identity: RunIdentity) -> Graphs:
+    """Return the function that makes the ONNX graphs of a snapshot's networks.
+
+    Raises `ConfigError` if a model of the run can have none, or if onnx is not installed.
+    """
+    for name, spec in identity.specs.items():
+        if spec.model not in SYSTEMS:
+            raise ConfigError(
+                f"snapshots.onnx = true: the model {name!r:.80} has no ONNX graph, only the "
+                "paper's systems have one; leave the key out, and serve with torch"
+            )
+    return partial(graphs_of, build=graph_builder())
 
 
 def signing_key(config: Config) -> SigningKey | None:

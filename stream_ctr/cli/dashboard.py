@@ -52,7 +52,8 @@ def dashboard(*, state: Path, http_address: str, http_token_file: Path | None) -
     stream-ctr dashboard --state state
     stream-ctr dashboard --state state --http 0.0.0.0:9100 --http-token-file token
     """
-    from stream_ctr.cli import port, runs
+    from stream_ctr.cli import port
+    from stream_ctr.cli.interrupts import signals
     from stream_ctr.monitor.followed_reports import FollowedReports
     from stream_ctr.monitor.recent_reports import RecentReports
 
@@ -64,7 +65,7 @@ def dashboard(*, state: Path, http_address: str, http_token_file: Path | None) -
     recent.add_all(followed.read())
     token_file = str(http_token_file) if http_token_file else ""
     with (
-        runs.signals(stop.set),
+        signals(stop.set),
         port.answering(state, recent, address=http_address, token_file=token_file),
     ):
         port.follow(followed, recent, stop)

@@ -48,7 +48,7 @@ def init(*, file: str, format_name: str | None, extra: tuple[str, ...]) -> None:
     stream-ctr init labelled.csv > my.toml
     stream-ctr init 'logs/*.parquet' -X input.columns.label=bought > my.toml
     """
-    from stream_ctr.cli.assembly import log_layout
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.logs.facts import read_sample
     from stream_ctr.logs.files import find_files
     from stream_ctr.logs.guess import guess_layout

@@ -27,6 +27,7 @@ from stream_ctr import __version__
 from stream_ctr.cli import voice
 from stream_ctr.cli.dashboard import HTTP_OPTION, TOKEN_OPTION, dashboard
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.export import export
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
@@ -261,6 +262,7 @@ def run(
     """
     from stream_ctr.cli import assembly, beginning, runs
     from stream_ctr.cli.client import connector_errors
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.train import stage_timer
 
     if sources and (topic or click_topic):
@@ -296,7 +298,7 @@ def run(
         client = settings.client(config, properties)
         registry = settings.registry(properties)
         if sources:
-            logs = log_format.open_all(sources, span=span, layout=assembly.log_layout(config))
+            logs = log_format.open_all(sources, span=span, layout=log_layout(config))
             notes = [note for log in logs for note in log.notes]
             print_notes(notes)
             report = runs.train_on_logs(
@@ -403,8 +405,8 @@ def replay(
     stream-ctr replay events.jsonl --speed 60
     stream-ctr replay events.parquet --wire arrow
     """
-    from stream_ctr.cli.assembly import log_layout
     from stream_ctr.cli.client import connector_errors
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.cli.replay import produce
     from stream_ctr.connectors import kafka
 
@@ -598,7 +600,8 @@ def broker(*, port: int) -> None:
 
     It is Tansu, and holds its records in memory.
     """
-    from stream_ctr.cli import runs
+    from stream_ctr.cli.interrupts import signals
+    from stream_ctr.cli.runs import StopRequest
     from stream_ctr.connectors.embedded import EmbeddedBroker
     from stream_ctr.connectors.errors import EmbeddedUnavailable
 
@@ -607,8 +610,8 @@ def broker(*, port: int) -> None:
             voice.say(
                 f"listening on {embedded.bootstrap_servers}; its records are gone when it stops"
             )
-            stop = runs.StopRequest()
-            with runs.signals(stop):
+            stop = StopRequest()
+            with signals(stop):
                 while not stop.requested:
                     time.sleep(0.2)
                     if not embedded.alive:
@@ -657,5 +660,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, serve, score, dashboard, top, paper, snapshots, dlq):
+for _command in (init, subscribe, serve, score, export, dashboard, top, paper, snapshots, dlq):
     main.add_command(_command)

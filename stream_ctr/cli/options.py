@@ -67,6 +67,17 @@ REPLACE_RUN_OPTION = click.option(
 )
 
 
+MODEL_OPTION = click.option(
+    "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
+)
+RUNTIME_OPTION = click.option(
+    "--runtime",
+    type=click.Choice(["torch", "onnx"]),
+    help="The library that computes the network.  [default: torch where it is installed, else "
+    "onnx]",
+)
+
+
 def _run_id(text: str | None) -> str | None:
     from stream_ctr.snapshots.lineage import require_run_id
 

@@ -6,9 +6,7 @@ The command line is the only place where the trainer meets `connectors`.
 from __future__ import annotations
 
 import contextlib
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from stream_ctr.cli.compiling import announcing_compilation
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.features_file import write_features
 from stream_ctr.cli.inference import first_records, inferred_fields
+from stream_ctr.cli.interrupts import signals
 from stream_ctr.cli.port import observed
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
@@ -517,29 +516,6 @@ class Caller:
     on_report: Callable[[Report], None]
     stop: StopRequest
     sink: Sink | None = None
-
-
-@contextlib.contextmanager
-def signals(stop: Callable[[], None]) -> Iterator[None]:
-    """Make SIGTERM and Ctrl-C call `stop`; a second one ends the process at once.
-
-    Only the main thread can do this. In another one, signals stay as they are.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: object) -> None:
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

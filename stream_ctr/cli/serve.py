@@ -100,7 +100,7 @@ def serve(
     stream-ctr serve --state state --http 0.0.0.0:9200 --http-token-file token
     curl -d '{"rows": [{"app": "maps"}]}' -H 'Content-Type: application/json' localhost:9200/predict
     """
-    from stream_ctr.cli import runs
+    from stream_ctr.cli.interrupts import signals
     from stream_ctr.http.access import read_token
     from stream_ctr.http.address import Address
     from stream_ctr.serve.bodies import Limits
@@ -113,7 +113,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         subscriber = following.subscriber(settings, stack, on_invalid=on_invalid)
         server = PredictionServer(subscriber, at, token=token, model=following.model, policy=policy)
-        stack.enter_context(runs.signals(server.stop))
+        stack.enter_context(signals(server.stop))
         click.echo(f"serving at http://{server.address}")
         sys.stdout.flush()
         server.run()

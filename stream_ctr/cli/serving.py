@@ -25,7 +25,9 @@ from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
     CONFIG_OPTION,
     JSON_OPTION,
+    MODEL_OPTION,
     PUBLIC_KEY_OPTION,
+    RUNTIME_OPTION,
     Command,
     GivenPath,
     LogFormat,
@@ -40,15 +42,12 @@ from stream_ctr.messages import printable
 
 if TYPE_CHECKING:
     from stream_ctr.events.feature_rows import OnInvalid
+    from stream_ctr.learn.runtimes import Runtime
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _PATH = "{path}"
-
-_MODEL_OPTION = click.option(
-    "--model", metavar="NAME", help="An additional model of the run.  [default: the published one]"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +62,7 @@ class Following:
     run: str | None
     run_file: Path | None
     follow: Follow
+    runtime: Runtime | None
     public_key: Path | None
 
     def require_one_source(self) -> None:
@@ -86,6 +86,7 @@ class Following:
             run=self.run,
             run_file=self.run_file,
             follow=self.follow,
+            runtime=self.runtime,
             public_key=self.public_key,
             **options,
         )
@@ -132,7 +133,7 @@ def following_options(command: Command) -> Command:
             show_default=True,
             help="The run's snapshots.model_name, the key of its pointers on the topic.",
         ),
-        _MODEL_OPTION,
+        MODEL_OPTION,
         ALLOW_MODEL_OPTION,
         click.option(
             "--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]"
@@ -149,6 +150,7 @@ def following_options(command: Command) -> Command:
             show_default=True,
             help="Whether to change to a run that was told to replace the followed one.",
         ),
+        RUNTIME_OPTION,
         PUBLIC_KEY_OPTION,
     )
     names = [field.name for field in dataclasses.fields(Following)]
@@ -200,13 +202,13 @@ def subscribe(
     stream-ctr subscribe --bootstrap-servers localhost:9092 --run-file served.run
     stream-ctr subscribe --bootstrap-servers localhost:9092 --snapshots /mnt/state/snapshots
     """
-    from stream_ctr.cli import runs
+    from stream_ctr.cli.interrupts import signals
 
     hook = _hook(command)
     following.require_one_source()
     with contextlib.ExitStack() as stack:
         subscriber = following.subscriber(settings, stack)
-        stack.enter_context(runs.signals(subscriber.close))
+        stack.enter_context(signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
 
@@ -285,9 +287,10 @@ def _run_hook(hook: Sequence[str], pointer: Pointer, path: str) -> None:
     required=True,
     help="A snapshot directory, or a state directory for its newest.",
 )
-@_MODEL_OPTION
+@MODEL_OPTION
 @ALLOW_MODEL_OPTION
 @PUBLIC_KEY_OPTION
+@RUNTIME_OPTION
 @click.option(
     "--on-invalid",
     type=click.Choice(["error", "score"]),
@@ -305,6 +308,7 @@ def score(
     path: Path,
     model: str | None,
     public_key: Path | None,
+    runtime: Runtime | None,
     on_invalid: OnInvalid,
     as_json: bool,
     config_path: Path | None,
@@ -320,22 +324,20 @@ def score(
     stream-ctr score --snapshot state --config my.toml new.csv
     stream-ctr score --snapshot state/snapshots/00000003-20250101T101500Z events.jsonl
     """
-    from stream_ctr.cli.assembly import log_layout
+    from stream_ctr.cli.export import chosen_snapshot
+    from stream_ctr.cli.layout import log_layout
     from stream_ctr.cli.scores import Scores
-    from stream_ctr.snapshots import snapshot
     from stream_ctr.snapshots.scorer import Scorer
     from stream_ctr.snapshots.signing import verifier
 
     signature = verifier(public_key)
-    if path.is_dir() and not (path / "manifest.json").exists():
-        newest = snapshot.newest(path / "snapshots", signature=signature)
-        if newest is None:
-            raise SnapshotError(
-                f"{path} is not a snapshot, because it has no manifest.json, "
-                "and no run has left one in it"
-            )
-        path = newest
-    scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
+    scorer = Scorer(
+        chosen_snapshot(path, signature),
+        model=model,
+        signature=signature,
+        runtime=runtime,
+        on_invalid=on_invalid,
+    )
     config, _ = load_config(config_path, ())
     layout = dataclasses.replace(log_layout(config), fields=scorer.fields, only_scored=True)
     scores = Scores(scorer)

@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from stream_ctr.learn.learner import Learner
+from stream_ctr.learn.predictor import Predictor
 from stream_ctr.learn.step import Ids, Values
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 
@@ -177,16 +177,16 @@ class Blend:
 class BlendPredictor:
     """A blend that serves: its members predict, and the blend mixes their probabilities.
 
-    `learners` are those of the members, by name; a member that is absent was left out of the run.
+    `members` are its models by name; a member that is absent was left out of the run.
     """
 
-    def __init__(self, blend: Blend, learners: Mapping[str, Learner]) -> None:
+    def __init__(self, blend: Blend, members: Mapping[str, Predictor]) -> None:
         self._blend = blend
-        self._learners = learners
+        self._members = members
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        logits = {name: made.predict(ids, values) for name, made in self._learners.items()}
+        logits = {name: made.predict(ids, values) for name, made in self._members.items()}
         return self._blend.predict(self._blend.stack(logits, len(ids)))
 
 

@@ -22,15 +22,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numba
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.step import Ids, Labels, Values
 from stream_ctr.learn.table_kernels import prefetch
+
+if TYPE_CHECKING:
+    from stream_ctr.learn.changes import Changes  # its threads need torch, and serving does not
 
 Floats = npt.NDArray[np.float64]
 State = dict[str, npt.NDArray[Any]]

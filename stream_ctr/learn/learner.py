@@ -21,14 +21,13 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from msgspec import UNSET
 from torch import Tensor
 
-from stream_ctr.learn.linear_learner import LinearLearner, ServedLinear
+from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.network_learner import NetworkLearner, module_of
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
-from stream_ctr.learn.table import row_floats
+from stream_ctr.learn.table_kernels import row_floats
 from stream_ctr.learn.tensors import State, Tensors
 from stream_ctr.models.registered import system
 
@@ -119,8 +118,7 @@ def make_learner(
 ) -> Learner:
     """Make the learner that `spec` describes.
 
-    With `serving`, the learner loads weights and predicts: LR then takes no more memory than its
-    weights do, and a network predicts few examples in less time. The other arguments are those of
+    With `serving` a network predicts few examples in less time. The other arguments are those of
     `NetworkLearner`.
 
     >>> learner = make_learner(LearnerSpec(model="lr", fields=2, table_bits=8))
@@ -128,8 +126,7 @@ def make_learner(
     [0.0]
     """
     if system(spec.model).module is None:
-        compact = serving and spec.pairs is UNSET  # a table of pairs is never large
-        return (ServedLinear if compact else LinearLearner)(spec)
+        return LinearLearner(spec)
     return NetworkLearner(
         spec, device=device, threads=threads, progressive=progressive, serving=serving
     )
@@ -147,7 +144,7 @@ def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
     """
     described = system(spec.model)
     if described.module is None:
-        return  # when served, LR takes the memory of its weights
+        return  # LR is checked when it is loaded
     with torch.device("meta"):
         dense = module_of(spec).state_dict()
     floats = row_floats(

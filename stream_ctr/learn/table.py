@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, LINE, StepRates, floats_in_use
+from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, StepRates, row_floats
 
 FLOAT_BYTES = 4
 
@@ -35,15 +35,6 @@ _OWN_RATES = {
     "adagrad": (1.0, 3.0, 2.0, 1.0),
     "adam": (0.001, EPSILON, 0.001, EPSILON),
 }
-
-
-def row_floats(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "adagrad") -> int:
-    """Return the number of floats in a row.
-
-    >>> row_floats(10), row_floats(10, embeddings=2), row_floats(10, optimizer="adam")
-    (16, 32, 48)
-    """
-    return -(-floats_in_use(embedding_dim, embeddings, optimizer) // LINE) * LINE
 
 
 @dataclass(frozen=True, slots=True)

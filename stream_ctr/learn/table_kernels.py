@@ -59,6 +59,15 @@ def floats_in_use(k: int, embeddings: int, optimizer: str) -> int:
     return weights + (2 * weights if optimizer == "adam" else embeddings + 1)
 
 
+def row_floats(embedding_dim: int, *, embeddings: int = 1, optimizer: str = "adagrad") -> int:
+    """Return the number of floats in a row.
+
+    >>> row_floats(10), row_floats(10, embeddings=2), row_floats(10, optimizer="adam")
+    (16, 32, 48)
+    """
+    return -(-floats_in_use(embedding_dim, embeddings, optimizer) // LINE) * LINE
+
+
 @intrinsic
 def prefetch(_typing, array, index):  # type: ignore[no-untyped-def]
     """Prefetch the cache line at the start of array[index]."""

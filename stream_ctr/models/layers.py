@@ -88,6 +88,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "n
 
     Neither need be contiguous.
     """
+    if torch.compiler.is_exporting():  # operators that every build of torch has
+        return _ACTIVATE[activation](F.linear(x, weight, bias))
     if (
         _ONEDNN is not None
         and x.device.type == "cpu"

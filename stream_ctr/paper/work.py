@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from stream_ctr import __version__
 from stream_ctr.config import Config
 from stream_ctr.errors import DataError
-from stream_ctr.learn.table import row_floats
+from stream_ctr.learn.table_kernels import row_floats
 from stream_ctr.models import MODELS
 from stream_ctr.paper import dataset
 from stream_ctr.paper.dataset import TEST, TRAINING, write_json

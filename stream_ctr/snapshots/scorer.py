@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, overload
+from typing import overload
 
 import msgspec
 import numpy as np
@@ -17,14 +17,13 @@ from stream_ctr.evaluate import metrics
 from stream_ctr.events.feature_rows import FeatureRows, OnInvalid, Table
 from stream_ctr.events.features import Hasher
 from stream_ctr.learn.blend import Blend, BlendPredictor
-from stream_ctr.learn.learner import Learner, make_learner, require_shapes
-from stream_ctr.learn.spec import BLEND, LearnerSpec
+from stream_ctr.learn.predictor import Predictor
+from stream_ctr.learn.runtimes import Runtime, choose_runtime, make_predictor
+from stream_ctr.learn.spec import BLEND
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
-
-_LARGEST_BATCH = 1 << 20
 
 
 class Scorer:
@@ -32,10 +31,12 @@ class Scorer:
 
     With `on_invalid="error"`, features that are not what the model learned from raise
     `InvalidFeatures`. With "score" they count as missing, and `invalid` counts them by reason (see
-    `events.feature_rows`); a Counter that is given here is used for that.
+    `events.feature_rows`); a Counter that is given here is used for that. `runtime` names the
+    library that computes the network, by default torch where it is installed, else onnx (see
+    `learn.runtimes`).
 
-    Raises `SnapshotError` if the snapshot does not verify, or if its tensors do not fit its
-    manifest.
+    Raises `ConfigError` if the runtime is not installed, and `SnapshotError` if the snapshot does
+    not verify, or if its tensors do not fit its manifest.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Scorer:
         manifest_sha256: str | None = None,
         signature: Verify | None = None,
         device: str = "cpu",
+        runtime: Runtime | None = None,
         on_invalid: OnInvalid = "error",
         invalid: Counter[str] | None = None,
     ) -> None:
+        self.runtime = choose_runtime(runtime, device=device)
         self.manifest, tensors = snapshot.load(
             path,
-            stems=lambda manifest: _stems(manifest, model),
+            stems=lambda manifest: served_stems(manifest, model),
             manifest_sha256=manifest_sha256,
             signature=signature,
             any_name=True,
@@ -60,8 +63,17 @@ class Scorer:
         self._rows = FeatureRows(self.fields, on_invalid=on_invalid, invalid=invalid)
         try:
             self.hasher = Hasher(**msgspec.structs.asdict(self.manifest.schema))
-            self.model = build_predictor(self.manifest, tensors, model, device=device)
-        except ConfigError as error:  # a model of another package
+            self.model = build_predictor(
+                self.manifest,
+                tensors,
+                model,
+                runtime=self.runtime,
+                device=device,
+                graphs=(
+                    snapshot.graphs(path, self.manifest, tensors) if self.runtime == "onnx" else {}
+                ),
+            )
+        except ConfigError as error:  # a model of another package, or one that needs torch
             raise SnapshotError(
                 f"snapshot {path} cannot be served: {one_line(error, 500)}"
             ) from None
@@ -124,59 +136,46 @@ class Scorer:
         return metrics.probabilities(self.model.predict(ids, values).astype(np.float64))
 
 
-class Predictor(Protocol):
-    """A model that predicts."""
-
-    def predict(
-        self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32] | None = None
-    ) -> npt.NDArray[np.floating]:
-        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        ...
-
-
 def build_predictor(
     identity: RunIdentity,
     tensors: Mapping[str, Mapping[str, npt.NDArray[np.generic]]],
     model: str | None = None,
     *,
+    runtime: Runtime,
     device: str = "cpu",
+    graphs: Mapping[str, bytes],
 ) -> Predictor:
     """Return the published model of a run, or the additional `model`.
 
-    `tensors` maps file stems to the arrays of weights. Members of a blend without a file were left
-    out of the run. Raises `ValueError` or `RuntimeError` if the arrays do not fit, before any
-    memory is taken for the model.
+    `tensors` maps file stems to the arrays of weights, and `graphs` those that have one to their
+    ONNX graphs. Members of a blend without a file were left out of the run. Raises `ValueError` or
+    `RuntimeError` if the arrays do not fit, before any memory is taken for the model.
     """
+
+    def made(name: str, stem: str) -> Predictor:
+        return make_predictor(
+            identity.specs[name],
+            tensors[stem],
+            runtime=runtime,
+            device=device,
+            graph=graphs.get(stem),
+        )
+
     if (model or identity.published) != BLEND:
         name = model or identity.published
-        weights = tensors[snapshot.stems(None if name == identity.published else name)[0]]
-        return _learner(identity.specs[name], weights, device)
+        return made(name, snapshot.stems(None if name == identity.published else name)[0])
     blend = Blend(identity.blend)
     blend.load_weights(tensors[snapshot.stems()[0]])
     stems = {name: snapshot.stems(name)[0] for name in identity.blend}
-    members = {
-        name: _learner(identity.specs[name], tensors[stem], device)
-        for name, stem in stems.items()
-        if stem in tensors
-    }
+    members = {name: made(name, stem) for name, stem in stems.items() if stem in tensors}
     return BlendPredictor(blend, members)
 
 
-def _learner(
-    spec: LearnerSpec, weights: Mapping[str, npt.NDArray[np.generic]], device: str
-) -> Learner:
-    _require_bounds(weights, spec)
-    learner = make_learner(spec, device=device, serving=True)
-    learner.load_weights(weights)
-    if device != "cpu":
-        # A GPU's first prediction compiles and records, and no request should wait for that.
-        values = np.zeros((1, len(spec.value_fields)), np.float32)
-        learner.predict(np.zeros((1, spec.fields + spec.crosses), np.int32), values)
-    return learner
+def served_stems(manifest: Manifest, model: str | None) -> list[str]:
+    """Return the stems of the files with the weights of `model`, by default the published one.
 
-
-def _stems(manifest: Manifest, model: str | None) -> list[str]:
-    """Return the stems of the files with the weights of `model`."""
+    Raises `SnapshotError` if the snapshot does not hold it.
+    """
     published = manifest.published
     if model is None or model == published:
         members = [snapshot.stems(name)[0] for name in manifest.blend]
@@ -193,16 +192,3 @@ def _stems(manifest: Manifest, model: str | None) -> list[str]:
             f"the snapshot was taken without the model {model!r:.80}, which had diverged"
         )
     return [stem]
-
-
-def _require_bounds(weights: Mapping[str, npt.NDArray[np.generic]], spec: LearnerSpec) -> None:
-    """Raise `ValueError` for a specification that its weights contradict, or that is too large.
-
-    This comes before any memory is allocated for the model.
-    """
-    if spec.batch_size > _LARGEST_BATCH:
-        raise ValueError(f"a batch of {spec.batch_size}")
-    try:
-        require_shapes(weights, spec)
-    except KeyError as missing:
-        raise ValueError(f"tensor {missing} is missing") from None

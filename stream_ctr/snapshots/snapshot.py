@@ -1,6 +1,7 @@
 """Snapshots: a directory each, with safetensors files, spilled impressions, and a manifest.
 
     snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig
+                                        model.onnx, ...    graphs, if they are asked for
 
 The manifest holds the size and the SHA-256 of every file; `manifest.sig` is there if snapshots are
 signed. A snapshot becomes visible by one rename after everything in it is on disk: a crash leaves
@@ -56,6 +57,7 @@ Segments = Mapping[str, tuple[Path, str, int]]
 _SIGNATURE = "manifest.sig"
 _SUFFIX = ".safetensors"
 SEGMENT_SUFFIX = ".arrow"
+GRAPH_SUFFIX = ".onnx"
 
 OWN = f"{os.getpid()}-{secrets.token_hex(4)}"
 """Unique to this process, also where every process is the first of its container."""
@@ -95,6 +97,15 @@ def file_name(stem: str) -> str:
     return f"{stem}{_SUFFIX}"
 
 
+def graph_name(stem: str) -> str:
+    """Return the name of the file that holds the ONNX graph of the model with this stem.
+
+    >>> graph_name("fm.model")
+    'fm.model.onnx'
+    """
+    return f"{stem}{GRAPH_SUFFIX}"
+
+
 def snapshot_ids(root: Path) -> list[str]:
     """Return the names of the snapshots in `root`, oldest first, whether they verify or not."""
     if not root.is_dir():
@@ -129,21 +140,25 @@ def write(
     tensors: Mapping[str, Mapping[str, Array]],
     manifest: Manifest,
     segments: Segments | None = None,
+    graphs: Mapping[str, bytes] | None = None,
     sign: Sign | None = None,
     check: Callable[[], None] = lambda: None,
+    name: str | None = None,
 ) -> Path:
-    """Write a snapshot, and return its path `root / manifest.snapshot`.
+    """Write a snapshot, and return its path `root / name`; the name is that in the manifest.
 
     `tensors` maps file stem -> name -> array; arrays of any layout are accepted, of the types in
-    `DTYPES`. Staged `segments` are moved in (see `stage`). The manifest is written with the digests
-    of these files. `check` is called before the snapshot becomes visible and may raise. Everything
-    is on disk when this returns.
+    `DTYPES`. Staged `segments` are moved in (see `stage`). `graphs` maps file stems to ONNX graphs.
+    Another `name` than the manifest's is for a copy that is only served (see `export`). The
+    manifest is written with the digests of these files. `check` is called before the snapshot
+    becomes visible and may raise. Everything is on disk when this returns.
 
     Raises `SnapshotError`, with nothing left behind, if something cannot be stored or the disk is
     full.
     """
     segments = segments or {}
-    name = snapshot_name(manifest.snapshot)
+    graphs = graphs or {}
+    name = snapshot_name(name or manifest.snapshot)
     for stem, named in tensors.items():
         _require_storable(stem, named)
     _encode(manifest)  # refuse one that could not be read again before anything is written
@@ -153,7 +168,10 @@ def write(
     try:
         state_files.make_folder(root)
         _require_space(
-            root, name, (array for named in tensors.values() for array in named.values())
+            root,
+            name,
+            sum(array.nbytes for named in tensors.values() for array in named.values())
+            + sum(map(len, graphs.values())),
         )
         if final.exists():
             raise SnapshotError(
@@ -161,7 +179,7 @@ def write(
             )
         files.remove(temporary)
         temporary.mkdir()
-        entries = _fill(temporary, tensors, segments)
+        entries = _fill(temporary, tensors, segments, graphs)
         failpoint("snapshot.files")
         data = _encode(msgspec.structs.replace(manifest, files=entries))
         if sign:
@@ -186,7 +204,10 @@ def write(
 
 
 def _fill(
-    folder: Path, tensors: Mapping[str, Mapping[str, Array]], segments: Segments
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Array]],
+    segments: Segments,
+    graphs: Mapping[str, bytes],
 ) -> dict[str, FileEntry]:
     """Write every file of a snapshot but the manifest."""
     entries = {
@@ -196,6 +217,10 @@ def _fill(
     for name, (staged, digest, size) in segments.items():
         os.rename(staged, folder / plain_name(name, "segment"))
         entries[name] = FileEntry(digest, size)
+    for stem, graph in graphs.items():
+        name = graph_name(plain_name(stem, "file stem"))
+        files.write_durably(folder / name, graph)
+        entries[name] = FileEntry(hashlib.sha256(graph).hexdigest(), len(graph))
     return entries
 
 
@@ -241,8 +266,7 @@ def _require_storable(stem: str, named: Mapping[str, Array]) -> None:
             )
 
 
-def _require_space(root: Path, name: str, arrays: Iterable[Array]) -> None:
-    needed = sum(array.nbytes for array in arrays)
+def _require_space(root: Path, name: str, needed: int) -> None:
     if (free := shutil.disk_usage(root).free) < needed:
         raise SnapshotError(
             f"snapshot {name} needs {files.mebibytes(needed)}, {root} has {files.mebibytes(free)} "
@@ -370,6 +394,18 @@ def read_manifest(
     return load(path, stems=(), signature=signature, any_name=any_name)[0]
 
 
+def graphs(path: Path, manifest: Manifest, stems: Iterable[str]) -> dict[str, bytes]:
+    """Return the ONNX graphs of the models with these stems, of those that have one, by stem.
+
+    Raises `SnapshotError` as `load` does.
+    """
+    return {
+        stem: _read_file(path / graph_name(stem), manifest.files[graph_name(stem)])
+        for stem in stems
+        if graph_name(stem) in manifest.files
+    }
+
+
 def segments(path: Path, manifest: Manifest) -> dict[str, tuple[Path, str]]:
     """Return the segment files of the snapshot at `path`: name -> path and expected SHA-256."""
     return {
@@ -474,10 +510,10 @@ def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> Non
 
 def _require_entries(path: Path, entries: Iterable[str]) -> None:
     for name in entries:
-        if not name.endswith((_SUFFIX, SEGMENT_SUFFIX)):
+        if not name.endswith((_SUFFIX, SEGMENT_SUFFIX, GRAPH_SUFFIX)):
             raise SnapshotError(
-                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX} or "
-                f"*{SEGMENT_SUFFIX}"
+                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX}, "
+                f"*{SEGMENT_SUFFIX} or *{GRAPH_SUFFIX}"
             )
         plain_name(name, f"{path / MANIFEST}: file")
 
@@ -506,12 +542,18 @@ def _compare(path: Path, size: int, sha256: str | None, entry: FileEntry) -> Non
         )
 
 
-def _read_tensors(path: Path, entry: FileEntry) -> dict[str, Array]:
+def _read_file(path: Path, entry: FileEntry) -> bytes:
+    """Return the contents of a file whose size and digest are those in the manifest."""
     with files.opened(path) as fd:
         # Compare the size first: a file that has grown is not read into memory.
         _compare(path, os.fstat(fd).st_size, None, entry)
         data = files.read_all(fd)
     _compare(path, len(data), hashlib.sha256(data).hexdigest(), entry)
+    return data
+
+
+def _read_tensors(path: Path, entry: FileEntry) -> dict[str, Array]:
+    data = _read_file(path, entry)
     try:
         return cast(dict[str, Array], safetensors.numpy.load(data))
     except (SafetensorError, ValueError) as reason:

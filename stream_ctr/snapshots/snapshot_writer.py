@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
@@ -15,9 +15,10 @@ import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError, StreamCtrError
 from stream_ctr.snapshots import snapshot
-from stream_ctr.snapshots.manifest import Manifest
+from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 
 _log = logging.getLogger(__name__)
+Graphs: TypeAlias = Callable[[RunIdentity, Mapping[str, Mapping[str, Any]]], Mapping[str, bytes]]
 
 
 class NotFinite(SnapshotError):
@@ -47,19 +48,22 @@ class Written:
 class SnapshotWriter:
     """Write one snapshot at a time, in a thread.
 
-    `check` is called before a snapshot becomes visible and may raise. `sign` signs the bytes of
-    the manifest. `before` is called first, and may raise `SnapshotError`.
+    `graphs` returns the ONNX graphs of the models, by file stem, where snapshots hold them. `check`
+    is called before a snapshot becomes visible and may raise. `sign` signs the bytes of the
+    manifest. `before` is called first, and may raise `SnapshotError`.
     """
 
     def __init__(
         self,
         root: Path,
         *,
+        graphs: Graphs | None = None,
         sign: Callable[[bytes], bytes] | None = None,
         check: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
         self._before = before
+        self._graphs = graphs
         self._root = root
         self._sign = sign
         self._check = check
@@ -112,11 +116,13 @@ class SnapshotWriter:
                 snapshot.published_weights(cut.manifest, cut.tensors)
             ),
         )
+        tensors = {stem: named for stem, named in cut.tensors.items() if stem not in omitted}
         path = snapshot.write(
             self._root,
-            tensors={stem: named for stem, named in cut.tensors.items() if stem not in omitted},
+            tensors=tensors,
             manifest=manifest,
             segments=cut.segments,
+            graphs=self._graphs(manifest, tensors) if self._graphs else None,
             sign=self._sign,
             check=self._check,
         )

@@ -46,9 +46,9 @@ import numpy.typing as npt
 from stream_ctr import extensions
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.events.feature_rows import OnInvalid, Table
-from stream_ctr.learn.spec import BLEND, EXPERTS
+from stream_ctr.learn.runtimes import Runtime, choose_runtime
+from stream_ctr.learn.spec import BLEND, EXPERTS, SYSTEMS
 from stream_ctr.messages import nearest, one_line
-from stream_ctr.models import MODELS
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.lineage import require_run_id
@@ -60,7 +60,7 @@ from stream_ctr.snapshots.signing import verifier
 _log = logging.getLogger(__name__)
 Follow = Literal["never", "replace"]
 _FOLLOWS: tuple[str, ...] = get_args(Follow)
-_NAMES = (BLEND, *MODELS, *EXPERTS)
+_NAMES = (BLEND, *SYSTEMS, *EXPERTS)
 _SOURCE_RETRY_SECONDS = 1.0
 _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 60.0
@@ -111,11 +111,11 @@ class Subscriber:
     replace the followed one is followed from then on; by default its pointers are refused. With
     `model`, an additional model serves instead of the published one, and snapshots without it are
     ignored with a warning. With `public_key`, a PEM file, snapshots without a signature by its
-    private key are ignored. `on_invalid` is that of `Scorer`. `predict` raises `SnapshotError`
-    before the first snapshot.
+    private key are ignored. `device`, `runtime` and `on_invalid` are those of `Scorer`. `predict`
+    raises `SnapshotError` before the first snapshot.
 
     Raises `ConfigError` for a `model` that no run can have, for a `run` or `run_file` that names no
-    run, and if the file cannot be read.
+    run, if the file cannot be read, and if the runtime is not installed.
     """
 
     def __init__(
@@ -127,6 +127,7 @@ class Subscriber:
         run_file: str | Path | None = None,
         follow: Follow = "never",
         device: str = "cpu",
+        runtime: Runtime | None = None,
         public_key: str | Path | None = None,
         on_snapshot: Callable[[Pointer], None] | None = None,
         on_invalid: OnInvalid = "error",
@@ -149,6 +150,8 @@ class Subscriber:
         )
         self._model = model
         self._device = device
+        self.runtime = choose_runtime(runtime, device=device)
+        """The library that computes the network of a loaded model."""
         self._on_snapshot = on_snapshot
         self._on_invalid: OnInvalid = on_invalid
         self.invalid: Counter[str] = Counter()
@@ -269,6 +272,7 @@ class Subscriber:
                 manifest_sha256=pointer.manifest_sha256,
                 signature=self._signature,
                 device=self._device,
+                runtime=self.runtime,
                 on_invalid=self._on_invalid,
                 invalid=self.invalid,
             )

@@ -22,7 +22,7 @@ from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
-from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
+from stream_ctr.snapshots.snapshot_writer import Cut, Graphs, NotFinite, SnapshotWriter, Written
 from stream_ctr.train.guard import Diverged
 from stream_ctr.train.source import Source
 
@@ -36,13 +36,14 @@ class SnapshotPolicy:
 
     A snapshot is due each time `every_examples` were learned (0: by the schedule only), and the
     `keep` newest are kept. With `signing`, snapshots are signed, and none is resumed from without
-    its signature.
+    its signature. With `graphs`, they hold the ONNX graphs that it returns.
     """
 
     directory: Path
     every_examples: int = 0
     keep: int = 3
     signing: SigningKey | None = None
+    graphs: Graphs | None = None
 
     @property
     def root(self) -> Path:
@@ -87,6 +88,7 @@ class SnapshotCycle:
         self._counters = counters
         self._writer = SnapshotWriter(
             policy.root,
+            graphs=policy.graphs,
             sign=policy.signing.sign if policy.signing else None,
             check=publisher.check,
             before=self._sync_what_is_before,

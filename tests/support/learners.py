@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.learn.learner import Learner, make_learner
+from stream_ctr.learn.linear_model import LinearModel, served_linear
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import State
@@ -29,7 +30,6 @@ def learner(
     device: str = "cpu",
     threads: int = 0,
     progressive: bool = True,
-    serving: bool = False,
     **options: object,
 ) -> Learner:
     """Return a learner made by `make_learner`; `options` are those of `LearnerSpec`."""
@@ -38,7 +38,6 @@ def learner(
         device=device,
         threads=threads,
         progressive=progressive,
-        serving=serving,
     )
 
 
@@ -67,19 +66,24 @@ def random_batch(
 
 
 PLANTED_FIELDS = 4
+_SMALL = {
+    "fields": PLANTED_FIELDS,
+    "embedding_dim": 4,
+    "hidden": [16, 16],
+    "table_bits": 8,
+    "batch_size": 128,
+    "initial_scale": 0.05,
+}
 
 
 def small_learner(model: str, **changes: Any) -> Any:
     """Return a learner for `planted_stream`, with batches of 128."""
-    options = {
-        "fields": PLANTED_FIELDS,
-        "embedding_dim": 4,
-        "hidden": [16, 16],
-        "table_bits": 8,
-        "batch_size": 128,
-        "initial_scale": 0.05,
-    }
-    return learner(model, **{**options, **changes})
+    return learner(model, **{**_SMALL, **changes})
+
+
+def served_lr(**changes: Any) -> LinearModel:
+    """Return an LR that serves what `small_learner("lr")` learns."""
+    return served_linear(learner_spec("lr", **{**_SMALL, **changes}))
 
 
 def planted_stream(examples: int, *, seed: int, crosses: int = 0) -> tuple[Ids, Labels]:

@@ -16,6 +16,14 @@ from stream_ctr.snapshots.contract import Sign
 from stream_ctr.snapshots.pointer import Pointer, pointer_for, write_pointer
 from support.manifests import LEARNER, MANIFEST, manifest
 
+ROWS: list[dict[str, object]] = [
+    {"app": "maps", "age": 31, "os": "a"},
+    {"app": "mail"},
+    {"app": None, "age": 1.5},
+    {"os": "b"},
+]
+"""Impressions with the fields of these snapshots."""
+
 
 def write_served(root: Path, *, seed: int = 0, sign: Sign | None = None, **changes: Any) -> Path:
     """Write a snapshot of `deepfm`, whose weights depend on the seed, and of `ftrl`."""
@@ -25,6 +33,32 @@ def write_served(root: Path, *, seed: int = 0, sign: Sign | None = None, **chang
     ftrl.learn(ids, np.array([1, 0], np.uint8), np.ones((2, 1), np.float32))
     tensors = {"model": published.weights(), "ftrl.model": ftrl.weights()}
     return snapshot.write(root, tensors=tensors, manifest=manifest(**changes), sign=sign)
+
+
+def write_blend(root: Path) -> Path:
+    """Write a snapshot of the blend of a DeepFM, an FNN and an LR, and an FM beside it."""
+    specs = {
+        "deepfm": LEARNER,
+        "fnn": structs.replace(LEARNER, model="fnn", pretrain_examples=100),
+        "ftrl": structs.replace(LEARNER, model="lr"),
+        "fm": structs.replace(LEARNER, model="fm"),
+    }
+    ids = np.arange(128, dtype=np.int32).reshape(32, 4) % 64
+    tensors: snapshot.Tensors = {}
+    for name, spec in specs.items():
+        learner = make_learner(spec, device="cpu")
+        for rows in (slice(0, 8), slice(8, 16), slice(16, 24)):
+            learner.learn(ids[rows], np.arange(8).astype(np.uint8) % 2, np.ones((8, 1), np.float32))
+        tensors[f"{name}.model"] = learner.weights()
+    tensors["model"] = {"omega": np.array([0.4, 0.3, 0.2, 0.1]), "u": np.array([1, 0, 0, -0.5])}
+    tensors["joiner"] = {"counters": np.zeros(3, np.int64)}
+    described = structs.replace(
+        manifest(),
+        learner=__import__("msgspec").UNSET,
+        blend=("deepfm", "fnn", "ftrl"),
+        beside=specs,
+    )
+    return snapshot.write(root, tensors=tensors, manifest=described)
 
 
 def publish(path: Path, **changes: Any) -> Pointer:

@@ -1,0 +1,59 @@
+"""The dense part of a model, computed by onnxruntime.
+
+onnxruntime runs ONNX graphs on every platform and needs no torch: its wheel is a few tens of
+megabytes.
+"""
+
+from __future__ import annotations
+
+import onnxruntime
+
+from stream_ctr.learn.onnx_check import require_graph
+from stream_ctr.learn.onnx_graph import LOGITS, build_graph
+from stream_ctr.learn.served_network import Floats, ServedNetwork, require_weights
+from stream_ctr.learn.spec import LearnerSpec
+from stream_ctr.learn.tensors import Tensors
+from stream_ctr.messages import one_line
+
+_ONLY_FATAL = 4
+
+
+class OnnxDense:
+    """The dense part in a serialised graph: `w` [n, F + C], `v` [n, F + C, width] -> logits [n].
+
+    `threads` share an operation. With one, a server's own threads do not wait for each other; a
+    call releases the interpreter's lock. Raises `ValueError` if onnxruntime refuses the graph.
+    """
+
+    def __init__(self, graph: bytes, *, threads: int = 1) -> None:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ONLY_FATAL  # errors are raised
+        try:
+            self._session = onnxruntime.InferenceSession(
+                graph, options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # noqa: BLE001 - its errors have no base of their own
+            raise ValueError(f"onnxruntime refuses the graph: {one_line(error)}") from None
+
+    def __call__(self, w: Floats, v: Floats) -> Floats:
+        logits: Floats = self._session.run([LOGITS], {"w": w, "v": v})[0]
+        return logits
+
+
+def onnx_predictor(
+    spec: LearnerSpec, weights: Tensors, *, graph: bytes | None = None, threads: int = 1
+) -> ServedNetwork:
+    """Return the network that `spec` describes, with its `graph` or one that is made here.
+
+    A graph that is given may come from a stranger, and is checked first (see `onnx_check`).
+    Raises `ConfigError` for a model of another package, and `ValueError` if weights or graph are
+    not those of the model.
+    """
+    require_weights(spec, weights)
+    if graph is None:
+        graph = build_graph(spec, weights)
+    else:
+        require_graph(graph, spec, weights)
+    return ServedNetwork(spec, weights, OnnxDense(graph, threads=threads))
