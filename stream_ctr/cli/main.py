@@ -25,6 +25,7 @@ import msgspec
 
 from stream_ctr import __version__
 from stream_ctr.cli import voice
+from stream_ctr.cli.dashboard import HTTP_OPTION, TOKEN_OPTION, dashboard
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
@@ -211,6 +212,8 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     callback=lambda context, option, name: _device(name),
     help="Where the table and the network live.  [default: auto]",
 )
+@HTTP_OPTION
+@TOKEN_OPTION
 @click.option(
     "--predictions",
     type=GivenPath(file_okay=False),
@@ -238,6 +241,8 @@ def run(
     take_over: bool,
     replace_run: str | None,
     device: str | None,
+    http_address: str | None,
+    http_token_file: Path | None,
     predictions: Path | None,
     profile: bool,
 ) -> None:
@@ -250,6 +255,7 @@ def run(
     stream-ctr run --source mon.jsonl --source tue.jsonl --keep-open --state state
     stream-ctr run --topic clicks --model deepfm --model fm --model lr
     stream-ctr run --topic clicks --from state --state larger -X model.table_bits=22
+    stream-ctr run --topic clicks --http 127.0.0.1:9100
     """
     from stream_ctr.cli import assembly, beginning, runs
     from stream_ctr.cli.client import connector_errors
@@ -262,6 +268,10 @@ def run(
         extra += [f"model.name={models[0]}", f"model.beside={','.join(models[1:])}"]
     if device:
         extra.append(f"learn.device={device}")
+    if http_address is not None:
+        extra.append(f"http.address={http_address}")
+    if http_token_file:
+        extra.append(f"http.token_file={http_token_file}")
     if replace_run and sources:
         raise click.UsageError("--replace-run is for the snapshot topic, and a --source has none")
     begin = None
@@ -645,5 +655,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, serve, score, paper, snapshots, dlq):
+for _command in (init, subscribe, serve, score, dashboard, paper, snapshots, dlq):
     main.add_command(_command)

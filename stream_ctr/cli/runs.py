@@ -26,6 +26,7 @@ from stream_ctr.cli.compiling import announcing_compilation
 from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.features_file import write_features
 from stream_ctr.cli.inference import first_records, inferred_fields
+from stream_ctr.cli.port import observed
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
 from stream_ctr.cli.report_line import ReportLines, figures
@@ -283,10 +284,6 @@ def _train(
     schemas = open_schemas(config, registry)
     stop = caller.stop if caller else StopRequest()
 
-    def stopped() -> bool:
-        publisher.check()
-        return stop.requested
-
     schedule = Schedule(
         {
             "report": config.schedule.report_every.total_seconds(),
@@ -297,6 +294,20 @@ def _train(
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
         stack.enter_context(announcing_compilation())
+        recent = stack.enter_context(
+            observed(
+                state,
+                address=config.http.address,
+                token_file=config.http.token_file,
+                run=publisher.run,
+            )
+        )
+
+        def stopped() -> bool:
+            publisher.check()
+            recent.beat()
+            return stop.requested
+
         newest, inputs = _inputs(sources, config, state)
         encoding = _encoding(
             inputs.sources[0],  # it alone decides, whatever else the command names
@@ -327,6 +338,8 @@ def _train(
                 flags=schedule,
                 show=show,
                 notes=notes,
+                written=recent.add if config.http.address else _ignore,
+                beat=recent.beat,
             ),
             in_event_time=in_event_time,
             keep_open=keep_open,
@@ -352,6 +365,10 @@ def _train(
     line = summary(report, state, kept_open=waiting if keep_open else None)
     say_report(line, figures(report))
     return report
+
+
+def _ignore(report: object) -> None:
+    """Take a report that nobody can ask for."""
 
 
 @contextlib.contextmanager

@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 # How long to wait for another process that is publishing. Threads of this one take turns.
 _PATIENCE_SECONDS = 5.0
 _FLUSH_SECONDS = 10.0
+_LATEST = "latest.json"
 _LOCK = "latest.lock"
 # Brokers take messages of up to a megabyte by default.
 _LARGEST_LETTER_BYTES = 900_000
@@ -99,6 +100,8 @@ class Publisher:
         self._letter_bytes = 0
         self._letters_kept = 0
         self._sent_letters = SentLetters(directory)
+        self._latest: tuple[int, ...] | None = None  # the file that `_latest_pointer` is from
+        self._latest_pointer: Pointer | None = None
 
     @property
     def epoch(self) -> int:
@@ -259,7 +262,7 @@ class Publisher:
         replaces = self._snapshot_topic.replaces if self._snapshot_topic else ()
         sign = self._signing.sign if self._signing else None
         pointer = pointer_for(path, manifest, epoch=epoch, replaces=replaces, sign=sign)
-        write_pointer(self._directory / "latest.json", pointer)
+        write_pointer(self._directory / _LATEST, pointer)
         return pointer
 
     def retain(self, keep: int, protect: Collection[str]) -> None:
@@ -279,7 +282,7 @@ class Publisher:
         version, which this version must not replace.
         """
         try:
-            pointer = read_pointer(self._directory / "latest.json")
+            pointer = read_pointer(self._directory / _LATEST)
             if pointer and self._signing:
                 require_signature(pointer, self._signing.verify)
             return pointer
@@ -288,6 +291,16 @@ class Publisher:
         except SnapshotError as error:
             _log.warning("the published snapshot is unknown: %s", error)
             return None
+
+    def last_published(self) -> Pointer | None:
+        """Return what `published` returns, without reading `latest.json` again if it is the same.
+
+        A report asks this, and a damaged pointer is then logged once.
+        """
+        found = _identity(self._directory / _LATEST)
+        if found != self._latest:
+            self._latest, self._latest_pointer = found, self.published()
+        return self._latest_pointer
 
     def published_manifest(self) -> Manifest | None:
         """Return the manifest of the published snapshot, or None if there is none.
@@ -409,3 +422,12 @@ class Publisher:
                 self._keep_letter(fields, value)
             self._letters_kept += len(self._letters)
             self._forget_letters()
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what differs between two files that stood at `path`, or None for none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

@@ -19,13 +19,13 @@ from stream_ctr.join.join_state import COUNTERS
 from stream_ctr.join.joiner import click_fates
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import Marker
+from stream_ctr.messages import rfc3339
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut
 from stream_ctr.train.as_served import Copy
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.inputs import Inputs
-from stream_ctr.train.report import rfc3339
 from stream_ctr.train.state import TrainingState
 
 

@@ -7,7 +7,6 @@ Schema. `format` grows if a key changes its meaning or goes away.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -25,8 +24,10 @@ from stream_ctr.evaluate.summary import (
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import DEVIATIONS
 from stream_ctr.learn.blend import BlendReport
+from stream_ctr.messages import rfc3339
 from stream_ctr.snapshots.contract import RunId
 from stream_ctr.snapshots.manifest import LedgerEntry
+from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.train.alarms import partition_words, stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
 from stream_ctr.train.ingest import SourceStatus
@@ -133,6 +134,26 @@ class Waiting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     ready: Count
 
 
+class Published(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The published snapshot, the event time of its newest example, and when it was written.
+
+    The age of `event_time` is how old what subscribers know is.
+    """
+
+    snapshot: str
+    event_time: Moment | None
+    written: Moment | None
+
+    @classmethod
+    def of(cls, pointer: Pointer) -> Published:
+        """Return what a report says of the snapshot that a pointer names."""
+        return cls(
+            snapshot=pointer.snapshot,
+            event_time=rfc3339(pointer.event_time_ms),
+            written=rfc3339(pointer.created_ms),
+        )
+
+
 class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """The state of a run. `final` and `stopped` reports end a run and hold more.
 
@@ -140,12 +161,13 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     the machine's clock. `waiting` is there until an example was learned. `seconds` is the age of
     the run, `events_per_second` counts the events that it read. `event_time` is that of the last
     example, `watermark` the event time before which nothing more is expected. `pending` impressions
-    wait for their clicks, `lag` records are unread. `snapshot` is the last one on disk. `stalled`
-    names partitions whose clicks are overdue, `refused` says why the model is not published,
-    `left_out` why an additional model ended. `withheld` says why no snapshot of this run is
-    published; it is empty once one is. `click_coverage` is the share of the clicks with a known
-    fate that found their impression in time. `window_curve` is the share of them that other label
-    windows would lose.
+    wait for their clicks, and the join has allocated `pending_bytes` of memory for them; `lag`
+    records are unread. `snapshot` is the last one on disk, `published` the one that `latest.json`
+    names, which a rollback may have chosen. `stalled` names partitions whose clicks are overdue,
+    `refused` says why the model is not published, `left_out` why an additional model ended.
+    `withheld` says why no snapshot of this run is published; it is empty once one is.
+    `click_coverage` is the share of the clicks with a known fate that found their impression in
+    time. `window_curve` is the share of them that other label windows would lose.
 
     The metrics of `models` are progressive: each example is predicted just before it is learned,
     after its label window. Those of `as_served` are of the snapshot that was published when the
@@ -164,8 +186,10 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     event_time: Moment | None
     watermark: Moment | None
     pending: Count
+    pending_bytes: Count
     lag: Count
     snapshot: str | None
+    published: Published | None
     stalled: list[str]
     silent_seconds: float
     refused: list[str]
@@ -204,6 +228,7 @@ def build_report(
     partitions: Sequence[tuple[str, int]],
     baseline: SampledBaseline | None,
     snapshot: str | None,
+    published: Pointer | None,
     withheld: Sequence[str],
     seconds: float,
     events_read: int,
@@ -228,8 +253,10 @@ def build_report(
         "event_time": rfc3339(state.last_event_ms),
         "watermark": rfc3339(joiner.watermark if joiner.watermark > NOT_YET else None),
         "pending": joiner.pending,
+        "pending_bytes": joiner.nbytes,
         "lag": status.lag,
         "snapshot": snapshot,
+        "published": Published.of(published) if published else None,
         "stalled": stalled_partitions(state.watermarks, partitions),
         "silent_seconds": round(status.silent_seconds, 1),
         "refused": board.judge.refused,
@@ -302,18 +329,6 @@ def readable_window(summary: WindowSummary) -> dict[str, Any]:
         "end": rfc3339(summary.end_ms),
         **msgspec.to_builtins(summary),
     }
-
-
-def rfc3339(milliseconds: int | None) -> str | None:
-    """Format an event time, or return None for none.
-
-    >>> rfc3339(1_735_689_600_046)
-    '2025-01-01T00:00:00.046Z'
-    """
-    if milliseconds is None:
-        return None
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _tail(summary: Summary) -> dict[str, Any]:

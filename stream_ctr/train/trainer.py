@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +49,14 @@ from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
 from stream_ctr.train.inputs import input_name
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
-from stream_ctr.train.report import Kind, Report, build_report, to_json_object, window_report
+from stream_ctr.train.report import (
+    Kind,
+    Report,
+    WindowReport,
+    build_report,
+    to_json_object,
+    window_report,
+)
 from stream_ctr.train.resume import require_run, require_same_run
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
@@ -73,10 +80,16 @@ class Flags(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """The outside of a run: a schedule, a display, notes for the last report, two clocks."""
+    """The outside of a run: a schedule, a display, notes for the last report, two clocks.
+
+    `written` gets each report as the object that was written, those of windows too, and `beat` is
+    called between two batches and after each poll. Both are called by the loop, and must not wait.
+    """
 
     flags: Flags | None = None
     show: Callable[[Report], None] = lambda report: None
+    written: Callable[[dict[str, Any]], None] = lambda report: None
+    beat: Callable[[], None] = lambda: None
     notes: Callable[[], Sequence[str]] = tuple
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
@@ -138,9 +151,7 @@ class Trainer:
             baseline,
             alarms=self._alarms,
             timer=self.timer,
-            report=lambda window: publisher.report(
-                to_json_object(window_report(window, publisher.run))
-            ),
+            report=lambda window: self._put(window_report(window, publisher.run)),
             keep=predictions.add if predictions else lambda learned: None,
         )
         self._cut_copies: Sequence[Copy] = ()  # those that the snapshot in progress holds
@@ -434,6 +445,7 @@ class Trainer:
                 self.served.decide_all(published=published)
 
     def _serve_flags(self) -> None:
+        self._around.beat()
         flags = self._around.flags
         if flags and flags.due("report"):
             self._report("report")
@@ -458,6 +470,7 @@ class Trainer:
                 partitions=self.source.partitions,
                 baseline=self.baseline,
                 snapshot=self.snapshots.parent,
+                published=self.publisher.last_published(),
                 withheld=self.snapshots.withheld,
                 seconds=max(self._around.clock() - self._started, 1e-9),
                 events_read=self._events_read,
@@ -469,9 +482,15 @@ class Trainer:
                 notes=self._around.notes(),
                 now_ms=int(self._around.wall_clock() * 1000),
             )
-            self.publisher.report(to_json_object(report))
+            self._put(report)
             self._around.show(report)
         return report
+
+    def _put(self, report: Report | WindowReport) -> None:
+        """Write a report, and show what was written."""
+        written = to_json_object(report)
+        self.publisher.report(written)
+        self._around.written(written)
 
     def cut(self) -> None:
         """Copy all state as it is between two batches.
