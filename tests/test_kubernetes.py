@@ -173,7 +173,7 @@ def test_a_trainer_has_time_for_its_last_snapshot_on_a_slow_disk() -> None:
     assert grace > seconds_for_a_snapshot()
     [claim] = workload("trainer")["spec"]["volumeClaimTemplates"]
     assert claim["spec"]["resources"]["requests"]["storage"] == "20Gi"
-    assert 10 * snapshot_bytes() < 20 << 30
+    assert (Config().snapshots.keep + 1) * snapshot_bytes() < 20 << 30
 
 
 @pytest.mark.parametrize("name", NAMES)
