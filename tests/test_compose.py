@@ -34,11 +34,11 @@ from support.patience import PATIENCE_SECONDS, started, wait_until
 from stream_ctr.config import Config, duration
 from stream_ctr.connectors.embedded import (
     EmbeddedBroker,
-    EmbeddedUnavailable,
     answers_metadata,
     dies_with_parent,
     free_port,
 )
+from stream_ctr.connectors.errors import EmbeddedUnavailable
 from stream_ctr.logs.simulate import Simulation
 
 SERVICES = compose()["services"]
@@ -168,7 +168,7 @@ def test_prometheus_scrapes_both_services_with_the_token() -> None:
     configuration = yaml.safe_load((DEPLOY / inside[path]).read_text())
     for rules in configuration["rule_files"]:
         assert str(Path(path).parent / rules) in inside
-    targets = set()
+    targets: set[str] = set()
     for job in configuration["scrape_configs"]:
         if job.get("job_name") == "prometheus":
             continue
