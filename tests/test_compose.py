@@ -102,7 +102,6 @@ def test_secrets_are_files_that_git_ignores() -> None:
         assert (path.parent / ".gitignore").read_text().split() == ["*", "!.gitignore"]
 
 
-@pytest.mark.xfail(reason="the Prometheus and Grafana files are merged later")
 def test_files_that_are_mounted_exist() -> None:
     files = [
         source
@@ -159,7 +158,6 @@ def test_a_trainer_has_time_for_its_last_snapshot_on_a_slow_disk() -> None:
 # -- Prometheus and Grafana ----------------------------------------------------------------------
 
 
-@pytest.mark.xfail(reason="the Prometheus and Grafana files are merged later")
 def test_prometheus_scrapes_both_services_with_the_token() -> None:
     service = SERVICES["prometheus"]
     inside = {place: source for place, source in mounts(service).items() if "yaml" in place}

@@ -97,9 +97,9 @@ def test_what_is_built_selects_the_pods_that_it_makes() -> None:
             selector = each["spec"]["selector"]
             selector = selector.get("matchLabels", selector)
             assert sum(selector.items() <= labels.items() for labels in pods) == 1, each
-    [monitor] = yaml.safe_load_all(built(FOLDER / "monitoring"))
-    selector = monitor["spec"]["selector"]["matchLabels"]
-    assert all(selector.items() <= labels.items() for labels in pods)
+    for monitor in yaml.safe_load_all(built(FOLDER / "monitoring")):
+        selector = monitor["spec"]["selector"]["matchLabels"]
+        assert sum(selector.items() <= labels.items() for labels in pods) == 1, monitor
 
 
 # -- without them --------------------------------------------------------------------------------
@@ -196,9 +196,17 @@ def test_pods_have_no_rights_that_they_do_not_need(name: str) -> None:
     assert set(places(name).values()) <= named
 
 
-def test_the_monitor_uses_the_port_and_the_secret_of_the_pods() -> None:
-    monitor = yaml.safe_load((FOLDER / "monitoring" / "pod-monitor.yaml").read_text())
-    [endpoint] = monitor["spec"]["podMetricsEndpoints"]
-    assert endpoint["port"] == "http"
-    assert endpoint["path"] == "/metrics"
-    assert endpoint["authorization"]["credentials"] == {"name": "stream-ctr", "key": "http-token"}
+def test_monitors_use_the_port_the_secret_and_the_jobs_of_the_alerts() -> None:
+    path = FOLDER / "monitoring" / "pod-monitor.yaml"
+    scraped = yaml.safe_load((DEPLOY / "prometheus.yaml").read_text())["scrape_configs"]
+    jobs = {job["job_name"] for job in scraped}
+    for monitor in yaml.safe_load_all(path.read_text()):
+        [endpoint] = monitor["spec"]["podMetricsEndpoints"]
+        assert endpoint["port"] == "http"
+        assert endpoint["path"] == "/metrics"
+        secret = {"name": "stream-ctr", "key": "http-token"}
+        assert endpoint["authorization"]["credentials"] == secret
+        [relabeling] = endpoint["relabelings"]
+        assert relabeling["targetLabel"] == "job"
+        jobs.remove(relabeling["replacement"])
+    assert jobs == set()
