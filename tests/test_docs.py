@@ -48,11 +48,6 @@ NOT_RUN = {
     "stream-ctr paper --simulate 1000000 --out report": "takes an hour",
     "docker compose -f deploy/compose.yaml up": "needs Docker",
     "docker compose -f deploy/compose.yaml up --build": "needs Docker",
-    "docker compose -f deploy/compose.yaml exec trainer"
-    " stream-ctr subscribe --state /state --once": "needs Docker",
-    "docker build -f deploy/Dockerfile -t stream-ctr .": "needs Docker",
-    "docker run --gpus all -v stream-ctr-state:/state stream-ctr run --topic clicks"
-    " --bootstrap-servers HOST:PORT --state /state": "needs Docker and a GPU",
     "python tests/bits.py record before.json --checkout ../before": "takes minutes",
     "python tests/bits.py record after.json": "takes minutes",
     "python tests/bits.py compare before.json after.json": "needs two records",

@@ -11,6 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ class Server:
         return text in self._log.read_text()
 
 
+def serves(server: Server, path: Path) -> bool:
+    return server.snapshot() == path.name
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while not condition():
@@ -93,8 +98,8 @@ def serving(state: Path, log: Path, *options: object) -> Iterator[Server]:
             stderr=errors,
             text=True,
         )
+    assert process.stdout
     try:
-        assert process.stdout
         url = process.stdout.readline().strip()
         assert url, log.read_text()
         yield Server(url, log)
@@ -192,25 +197,25 @@ def test_a_newer_snapshot_is_served_and_a_damaged_one_is_not(tmp_path: Path) -> 
         wait_for(lambda: server.snapshot() == first.name)
         for path in (first, write(tmp_path, 2)):
             publish(path)
-            wait_for(lambda path=path: server.snapshot() == path.name)
+            wait_for(partial(serves, server, path))
             status, answer = server.ask("/predict", ROWS)
             assert status == 200
             assert answer["snapshot"] == path.name
             assert answer["model"] == "deepfm"
             expected = Scorer(path).predict(ROWS)
             assert np.abs(np.array(answer["probabilities"]) - expected).max() <= BOUND
-        damaged = write(tmp_path, 3)
-        publish(damaged)
-        wait_for(lambda: server.snapshot() == damaged.name)
-        newest = write(tmp_path, 4)
-        pointer = pointer_for(newest, snapshot.verify(newest))
-        weights = newest / "model.safetensors"
+        newer = write(tmp_path, 3)
+        publish(newer)
+        wait_for(partial(serves, server, newer))
+        damaged = write(tmp_path, 4)
+        pointer = pointer_for(damaged, snapshot.verify(damaged))
+        weights = damaged / "model.safetensors"
         data = bytearray(weights.read_bytes())
         data[-1] ^= 1
         weights.write_bytes(data)
         write_pointer(tmp_path / "latest.json", pointer)
         wait_for(lambda: server.said("was changed after it was written"))
-        assert server.ask("/predict", ROWS)[1]["snapshot"] == damaged.name
+        assert server.ask("/predict", ROWS)[1]["snapshot"] == newer.name
 
 
 def test_a_pointer_of_another_run_and_an_older_one_are_passed_over(tmp_path: Path) -> None:
