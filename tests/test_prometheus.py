@@ -190,6 +190,14 @@ def test_a_metric_has_a_bounded_number_of_series(tmp_path: Path) -> None:
     assert len(labels_of(samples, "field_psi")) == 2000
 
 
+def test_the_page_of_metrics_lists_every_metric() -> None:
+    page = Path(__file__).parents[1].joinpath("docs", "metrics.md").read_text()
+    listed = re.findall(r"^\| `(stream_ctr_\w+)` \| ([^|]*) \| ([^|]+) \|$", page, re.MULTILINE)
+    assert listed == [
+        (family.sample_name, ", ".join(family.labels), family.help) for family in FAMILIES
+    ]
+
+
 # -- what is not always there --------------------------------------------------------------------
 
 

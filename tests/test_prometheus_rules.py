@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -187,6 +188,12 @@ def test_every_alert_has_a_case_and_a_severity() -> None:
     assert {rule["labels"]["severity"] for rule in rules()} == {"page", "warning"}
     for rule in rules():
         assert set(rule["annotations"]) == {"summary", "description"}
+
+
+def test_the_page_of_alerts_says_what_to_do_about_each() -> None:
+    page = DEPLOY.parent.joinpath("docs", "metrics.md").read_text()
+    listed = re.findall(r"^\| `(StreamCtr\w+)` \| (\w+) \| .+ \|$", page, re.MULTILINE)
+    assert listed == [(rule["alert"], rule["labels"]["severity"]) for rule in rules()]
 
 
 def own_labels(name: str) -> str:
