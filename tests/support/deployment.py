@@ -18,7 +18,8 @@ import yaml
 from stream_ctr.cli.main import main
 from stream_ctr.config import Config, size
 from stream_ctr.learn.spec import EXPERTS, LearnerSpec, Pairs
-from stream_ctr.learn.table import FLOAT_BYTES, row_floats
+from stream_ctr.learn.table import FLOAT_BYTES
+from stream_ctr.learn.table_kernels import row_floats
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
