@@ -97,6 +97,9 @@ def test_a_request_without_the_token_is_refused(guarded: httpx.Client, header: s
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
+@pytest.mark.security(
+    "the port answers only those who may ask", how="Authorization headers of any bytes"
+)
 @given(shown=st.binary(max_size=60))
 def test_no_header_of_any_bytes_is_answered(with_token: str, shown: bytes) -> None:
     header = b"Bearer " + bytes(byte for byte in shown if byte not in b"\r\n\0")
@@ -174,6 +177,10 @@ def test_a_body_of_too_many_fields_is_refused(guarded: httpx.Client) -> None:
     assert is_refused(guarded.post("/login", content=f"a=&b=&c=&d=&e=&token={SECRET}"))
 
 
+@pytest.mark.security(
+    "the port answers only those who may ask",
+    how="cookies of another token, and the token itself as a cookie",
+)
 def test_the_cookie_of_another_token_is_refused(guarded: httpx.Client) -> None:
     mine, other = Token(SECRET), Token("another-token-of-another-run")
     assert mine.cookie != other.cookie  # two ports of one host share their cookies
@@ -223,6 +230,10 @@ def test_a_foreign_name_that_leads_to_this_machine_is_refused(
     assert "--http-token-file" in answer.text
 
 
+@pytest.mark.security(
+    "the port answers only those who may ask",
+    how="an address that other machines reach, without a token",
+)
 def test_an_address_that_others_reach_needs_a_token(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--http-token-file"):
         read_token(OTHERS, None)

@@ -137,6 +137,7 @@ class Trainer:
         )
         self._keep_open = keep_open
         self._around = surroundings or Surroundings()
+        self._put = put = _reporter(publisher, self._around)
         self._bad_records = BadRecords(
             self.source.partitions, publisher, state, max_bad_share=max_bad_share
         )
@@ -151,7 +152,7 @@ class Trainer:
             baseline,
             alarms=self._alarms,
             timer=self.timer,
-            report=lambda window: self._put(window_report(window, publisher.run)),
+            report=lambda window: put(window_report(window, publisher.run)),
             keep=predictions.add if predictions else lambda learned: None,
         )
         self._cut_copies: Sequence[Copy] = ()  # those that the snapshot in progress holds
@@ -486,12 +487,6 @@ class Trainer:
             self._around.show(report)
         return report
 
-    def _put(self, report: Report | WindowReport) -> None:
-        """Write a report, and show what was written."""
-        written = to_json_object(report)
-        self.publisher.report(written)
-        self._around.written(written)
-
     def cut(self) -> None:
         """Copy all state as it is between two batches.
 
@@ -625,3 +620,19 @@ class Trainer:
             self.state.ledger.count,
             manifest.positions,
         )
+
+
+def _reporter(
+    publisher: Publisher, around: Surroundings
+) -> Callable[[Report | WindowReport], None]:
+    """Return a function that writes a report, and hands on what was written.
+
+    It does not hold the trainer: a cycle would keep the threads of its learners for a while.
+    """
+
+    def put(report: Report | WindowReport) -> None:
+        written = to_json_object(report)
+        publisher.report(written)
+        around.written(written)
+
+    return put
