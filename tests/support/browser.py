@@ -12,6 +12,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,6 +39,14 @@ _FLAGS = (
     "--no-first-run",
     "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
 )
+# Moves the pipes to the two descriptors that the browser looks at.
+_MOVE_PIPES = """
+import fcntl, os, sys
+commands, answers = (fcntl.fcntl(int(each), fcntl.F_DUPFD, 10) for each in sys.argv[1:3])
+os.dup2(commands, 3)
+os.dup2(answers, 4)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 _KEYS = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27, "ArrowDown": 40}
 
 
@@ -54,9 +63,8 @@ class Browser:
         self._answers, answers = os.pipe()
         flags = [*_FLAGS, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         command = [CHROMIUM, *flags, f"--user-data-dir={profile}", "about:blank"]
-        # A shell moves the pipes to the two descriptors that the browser looks at.
         self._process = subprocess.Popen(
-            ["sh", "-c", f'exec "$@" 3<&{commands} 4>&{answers}', "sh", *command],
+            [sys.executable, "-c", _MOVE_PIPES, str(commands), str(answers), *command],
             pass_fds=(commands, answers),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

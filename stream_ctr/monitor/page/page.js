@@ -71,14 +71,15 @@ async function take(answer) {
     ? 0
     : served - Date.now();
   page.answeredAt = Date.now();
-  page.tag = answer.headers.get("etag");
   if (known !== null) {
-    Object.assign(page, { known, body });
+    page.known = known;
     try {
       draw();
     } catch (error) {
       throw new Unwelcome(`This page cannot draw the answer (${error}).`, { cause: error });
     }
+    page.tag = answer.headers.get("etag");
+    page.body = body; // of an answer that was drawn: another one is drawn again
   }
 }
 
@@ -233,7 +234,7 @@ function drawLegend() {
   const focused = [...legend.children].findIndex((button) => button === document.activeElement);
   legend.dataset.key = key;
   legend.replaceChildren(...wanted.map(([id, name, style]) => legendButton(id, name, style)));
-  if (focused >= 0) legend.children[Math.min(focused, legend.children.length - 1)].focus();
+  if (focused >= 0) legend.children[Math.min(focused, legend.children.length - 1)]?.focus();
 }
 
 function legendButton(id, name, style) {
