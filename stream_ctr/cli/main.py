@@ -26,6 +26,7 @@ import msgspec
 from stream_ctr import __version__
 from stream_ctr.cli import voice
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.doctor import doctor
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
     ALLOW_MODEL_OPTION,
@@ -643,5 +644,5 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, score, paper, snapshots, dlq):
+for _command in (init, doctor, subscribe, score, paper, snapshots, dlq):
     main.add_command(_command)
