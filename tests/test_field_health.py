@@ -36,8 +36,8 @@ def examples(
         ids[rng.random(n) < share, field] = MISSING[field]
     time = from_ms + np.sort(rng.integers(0, to_ms - from_ms, n))
     values = rng.normal(0, 1, (n, 1)).astype(np.float32)
-    label = np.zeros(n, np.uint8)
-    return Examples(rng.integers(0, 1 << 63, n).astype(np.uint64), time, ids, values, label, label)
+    id_hash = rng.integers(0, 1 << 63, n).astype(np.uint64)
+    return Examples(id_hash, time, ids, values, np.zeros(n, np.uint8), np.full(n, np.nan))
 
 
 def summary(measured: FieldHealth) -> FieldSummary:
@@ -169,7 +169,8 @@ def test_a_sample_is_chosen_by_the_id_and_distinct_rows_are_those_of_all() -> No
 
 def test_examples_that_came_with_their_label_close_no_window_too_early() -> None:
     stream = examples(1000, to_ms=3 * MINUTE)
-    mixed = stream[np.random.default_rng(0).permutation(1000)]
+    order = np.random.default_rng(0).permutation(1000)
+    mixed = Examples(*(column[order] for column in stream.arrays().values()))
     one, other = health(), health()
     one.add(stream)
     other.add(mixed)

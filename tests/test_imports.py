@@ -42,6 +42,7 @@ HOME = {
         "connectors/kafka/client.py",
         "connectors/kafka/columns_reader.py",
         "connectors/kafka/consumer_reader.py",
+        "connectors/kafka/inspection.py",
         "connectors/kafka/pointers.py",
         "connectors/kafka/public_reader.py",
         "connectors/kafka/sink.py",
@@ -50,7 +51,7 @@ HOME = {
     "click": [
         f"stream_ctr/cli/{name}.py"
         for name in (
-            *("main", "options", "init", "dashboard", "top"),
+            *("main", "options", "init", "doctor", "dashboard", "top"),
             *("serve", "serving", "export", "paper", "snapshots", "dlq"),
         )
     ],
@@ -81,6 +82,7 @@ LAZY = {
     "stream_ctr/cli/dashboard.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",
+    "stream_ctr/cli/doctor.py",
     "stream_ctr/cli/export.py",
     "stream_ctr/cli/init.py",
     "stream_ctr/cli/options.py",

@@ -20,12 +20,20 @@ from stream_ctr.connectors.errors import (
     TopicChanged,
 )
 from stream_ctr.connectors.kafka.admin import ensure_topic, topic_partitions
+from stream_ctr.connectors.kafka.inspection import (
+    ClusterFacts,
+    Sample,
+    TopicFacts,
+    newest_records,
+    survey,
+)
 from stream_ctr.connectors.kafka.options import client_options, parse_properties, read_properties
 from stream_ctr.connectors.kafka.pointers import PointerReader, StoredRecord, stored_records
 from stream_ctr.connectors.kafka.sink import KafkaSink
 from stream_ctr.connectors.kafka.source import KafkaSource
 
 __all__ = [
+    "ClusterFacts",
     "KafkaCodecMissing",
     "KafkaDeliveryFailed",
     "KafkaFailure",
@@ -39,12 +47,16 @@ __all__ = [
     "LogTruncated",
     "PointerReader",
     "PositionLost",
+    "Sample",
     "StoredRecord",
     "TopicChanged",
+    "TopicFacts",
     "client_options",
     "ensure_topic",
+    "newest_records",
     "parse_properties",
     "read_properties",
     "stored_records",
+    "survey",
     "topic_partitions",
 ]

@@ -396,6 +396,33 @@ def bound_batches(consumer: Any, codecs: Codecs) -> None:
     fetcher.PartitionRecords = parse_bounded  # the fetcher looks it up by name each time
 
 
+def note_codecs(consumer: Any) -> set[int]:
+    """Make a consumer note the codec of each batch that it reads, in the set that is returned."""
+    fetcher = consumer._fetcher
+    parse = fetcher.PartitionRecords
+    noted: set[int] = set()
+
+    def parse_noting(offset: int, partition: Partition, records: Any, **options: Any) -> Any:
+        return parse(offset, partition, _NotingRecords(records, noted), **options)
+
+    fetcher.PartitionRecords = parse_noting
+    return noted
+
+
+class _NotingRecords:
+    """The fetched batches of a partition, whose codecs are noted as the parser takes them."""
+
+    def __init__(self, records: Any, noted: set[int]) -> None:
+        self._records = records
+        self._noted = noted
+
+    def next_batch(self) -> Any:
+        batch = self._records.next_batch()
+        if batch is not None:
+            self._noted.add(batch.compression_type)
+        return batch
+
+
 class _BoundedRecords:
     """The fetched batches of a partition, as the client's parser takes them one by one."""
 

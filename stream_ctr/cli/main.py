@@ -27,6 +27,7 @@ from stream_ctr import __version__
 from stream_ctr.cli import voice
 from stream_ctr.cli.dashboard import HTTP_OPTION, TOKEN_OPTION, dashboard
 from stream_ctr.cli.dlq import dlq
+from stream_ctr.cli.doctor import doctor
 from stream_ctr.cli.export import export
 from stream_ctr.cli.init import init
 from stream_ctr.cli.options import (
@@ -660,5 +661,6 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-for _command in (init, subscribe, serve, score, export, dashboard, top, paper, snapshots, dlq):
+_COMMANDS = (init, doctor, subscribe, serve, score, export, dashboard, top, paper, snapshots, dlq)
+for _command in _COMMANDS:
     main.add_command(_command)

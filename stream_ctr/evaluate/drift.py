@@ -29,6 +29,7 @@ missing rate 50 0.02 0.3
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,10 +47,14 @@ _NORMAL = 1.4826  # standard deviations of a normal law in its median absolute d
 
 
 class Kind(NamedTuple):
-    """The smallest standard deviation of a series, and whether only a rise is an alarm."""
+    """The smallest standard deviation of a series, and which changes are no alarm.
+
+    With `rises_only` a fall is none, and no change is from a level of more than `most_before`.
+    """
 
     unit: float
     rises_only: bool = False
+    most_before: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ class _Series:
         after = float(np.mean(self.values[cut:]))
         change = after - before
         worth = change if self._kind.rises_only else abs(change)
-        if worth >= 2 * self._kind.unit:
+        if worth >= 2 * self._kind.unit and before <= self._kind.most_before:
             self.holds = self._hold
             self.since_ms = self.times[cut]
             self.levels = [before, after]

@@ -40,7 +40,7 @@ import numpy.typing as npt
 
 from stream_ctr.evaluate import sketch
 from stream_ctr.evaluate.drift import Drift, DriftWatch, Kind
-from stream_ctr.evaluate.psi import psi
+from stream_ctr.evaluate.psi import SHIFTED_MUCH_FROM, psi
 from stream_ctr.evaluate.scoreboard import part
 from stream_ctr.evaluate.summary import FieldFigures, FieldSummary, TableFigures
 from stream_ctr.events.features import mix64
@@ -57,7 +57,8 @@ _FULLEST = 0.98  # of the rows: beyond it, their number says little about that o
 _DRIFT_KINDS = {
     "missing rate": Kind(unit=0.005),
     "unseen rate": Kind(unit=0.01, rises_only=True),
-    "PSI": Kind(unit=0.02, rises_only=True),
+    # The PSI of an hour or a weekday is always high: it says nothing new when it rises.
+    "PSI": Kind(unit=0.02, rises_only=True, most_before=SHIFTED_MUCH_FROM),
 }
 
 

@@ -57,6 +57,11 @@ class HyperLogLog:
         return np.array([_estimate(registers) for registers in self.registers])
 
 
+def cache_folder() -> str:
+    """Return the folder in which numba keeps the compiled loops of this package."""
+    return str(_add.stats.cache_path)
+
+
 def _estimate(registers: npt.NDArray[np.uint8]) -> float:
     counts = np.bincount(registers, minlength=_RANK_BITS + 2).tolist()
     if counts[0] == REGISTERS:
