@@ -18,6 +18,8 @@ Cases
              up to the join, River on its share
   served     Kafka -> learned and measured, a snapshot every five seconds, with and without
              scoring a share of the impressions as they were served
+  health     Kafka -> learned and measured, with and without the health of fields, and with that
+             of all impressions instead of a share
   ftrl       exact FTRL-Proximal, ids in memory, one core: ours, Vowpal Wabbit, River
   join       watermarks, lateness and the join alone, a million impressions pending, one core
   memory     resident memory with a million impressions pending, compared with none
@@ -299,6 +301,33 @@ def served(bench: Bench) -> Iterator[Comparison]:
         yield bench.compare("served", title, "events/s", contenders, goal, peer=without.name)
 
 
+def health(bench: Bench) -> Iterator[Comparison]:
+    batch = bench.size(4096, 256)
+    learning = ["-X", f"learn.batch_size={batch}", "-X", "baseline.sample_rate=0.0625", *JOIN]
+    learning += ["-X", "metrics.window=10s"]
+    if bench.quick:
+        learning += ["-X", "model.hidden=16"]
+    for stream, topic, _ in each_topic(bench, simulated=bench.size(1_200_000, 20_000)):
+        arguments = [*topic.options, "--", *learning, *topic.run_options]
+        without = Program(
+            "ours, without field health",
+            "stream_run",
+            [*arguments, "-X", "metrics.field_health=false"],
+        )
+        contenders = [
+            Program("ours", "stream_run", arguments),
+            Program(
+                "ours, all impressions",
+                "stream_run",
+                [*arguments, "-X", "metrics.field_share=1"],
+            ),
+            without,
+        ]
+        title = f"Kafka -> learned and measured, the health of fields: {described(topic, stream)}"
+        goal = Goal("ours", least=0.98, times=without.name)
+        yield bench.compare("health", title, "events/s", contenders, goal, peer=without.name)
+
+
 def ftrl(bench: Bench) -> Iterator[Comparison]:
     bits = bench.size(20, 14)
     count = bench.size(1 << 19, 1 << 13)
@@ -399,6 +428,7 @@ CASES: dict[str, Case] = {
     "ingest": ingest,
     "pipeline": pipeline,
     "served": served,
+    "health": health,
     "ftrl": ftrl,
     "join": join,
     "memory": memory,
