@@ -74,7 +74,6 @@ def test_the_base_image_is_one_release_and_the_same_for_all_stages() -> None:
     assert bases == {"python:${PYTHON}"}
 
 
-@pytest.mark.xfail(reason="deploy/requirements-serve.txt are merged later")
 def test_every_file_that_the_image_copies_exists_and_is_sent_to_the_builder() -> None:
     ignored = (DEPLOY / "Dockerfile.dockerignore").read_text().split()
     sent = {line[1:] for line in ignored if line.startswith("!")}
