@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
 
 .DEFAULT_GOAL = help
-.PHONY: help install test quick long coverage docs schemas vectors lineage transcripts faults fuzz bench card systems quality lint fmt demo
+.PHONY: help install test quick long coverage docs schemas vectors lineage transcripts screenshots faults fuzz bench card systems quality lint fmt demo
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -32,6 +32,9 @@ docs: ## build the documentation site in site/, failing on any warning
 
 transcripts: ## run the commands whose output the pages show and renew it (NAMES=demo: only this one)
 	$(BIN)/python tests/transcripts.py $(NAMES)
+
+screenshots: ## learn a simulated stream, and write the pictures of the live page and of top into docs/images; needs Chromium
+	$(BIN)/python tests/screenshots.py
 
 faults: ## inject every fault and bad input, up to an hour; writes docs/reliability.md (ROWS=4,19: only these)
 	$(BIN)/python -m pytest -m "fault or bad_input or security or figure" --faults=docs/reliability.md --fault-rows=$(ROWS)

@@ -62,7 +62,7 @@ def test_each_state_has_its_words(fields: dict[str, Any], name: str, words: str)
 
 
 def test_a_silent_broker_is_said_before_overdue_clicks_and_the_end_before_both() -> None:
-    both = {"silent_seconds": 60.0, "stalled": ["c:0"]}
+    both: dict[str, Any] = {"silent_seconds": 60.0, "stalled": ["c:0"]}
     assert overview.state(Answer(reports=[report(**both)])).name == "silent"
     assert overview.state(Answer(reports=[report(kind="final", **both)])).name == "ended"
 
@@ -127,9 +127,11 @@ def test_freshness_is_unknown_until_something_is_published() -> None:
     assert overview.freshness(answer.now, overview.loaded_snapshot(answer)).seconds == 685.0
 
 
-def test_the_rate_is_that_since_the_report_before_and_at_the_end_that_of_the_run() -> None:
+def test_the_rate_is_that_of_the_last_ten_seconds_and_at_the_end_that_of_the_run() -> None:
     before = report(seconds=10.0, events=1000, events_per_second=100.0)
     now = report(seconds=12.0, events=4000, events_per_second=333.3)
+    older = [report(seconds=0.5, events=0), report(seconds=1.5, events=500)]
+    assert overview.rate(Answer(reports=[*older, before, now])) == 3500 / 10.5
     assert overview.rate(Answer(reports=[before, now])) == 1500.0
     assert overview.rate(Answer(reports=[before, {**now, "kind": "final"}])) == 333.3
     resumed = {**now, "seconds": 2.0, "events_per_second": 7.0}

@@ -63,7 +63,7 @@ class OnCall:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         height = options.height or console.height
         options = options.update(height=None)
-        head = [
+        head: list[RenderableType] = [
             *self._state(options.max_width),
             *self._problems(),
             *_alarms(self._answer, self._now),
@@ -173,7 +173,7 @@ def _tiles(answer: Answer, width: int) -> Table:
     across = len(tiles) if width >= 110 else 3
     table = Table.grid(padding=(0, 2, 0, 0), expand=True)
     for _ in range(across):
-        table.add_column(ratio=1)
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     for first in range(0, len(tiles), across):
         row = tiles[first : first + across]
         table.add_row(

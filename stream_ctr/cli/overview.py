@@ -23,6 +23,7 @@ StateName = Literal["learning", "waiting", "stalled", "silent", "ended", "stoppe
 
 SILENT_SECONDS = 5.0  # without an answer from any broker, before it is an alarm
 _REPLAY_SECONDS = 86400.0  # event time this far behind the clock: the clock tells no age
+_RATE_SECONDS = 10.0  # the least that a rate of now is taken over
 _OVERDUE_SECONDS = 60.0  # the least age of a report that is overdue
 _OVERDUE_GAPS = 5  # and the least, in usual gaps between two reports
 
@@ -228,14 +229,35 @@ def freshness(report: Report, published: Report | None = None) -> Freshness:
 
 
 def rate(answer: Answer) -> float | None:
-    """Return the events a second since the report before; over the run if it has ended."""
+    """Return the events a second over the newest reports that span some seconds.
+
+    If the run has ended, it is the rate of the run.
+
+    >>> beats = [{"seconds": seconds, "events": 100 * seconds} for seconds in (1.0, 9.0, 12.0)]
+    >>> rate(Answer(reports=beats))
+    100.0
+    """
     now = answer.now
-    before: Report = answer.reports[-2] if len(answer.reports) > 1 else {}
-    seconds, earlier = number(now.get("seconds")), number(before.get("seconds"))
-    if answer.ended or seconds is None or earlier is None or seconds <= earlier:
+    before = None if answer.ended else _some_seconds_before(answer.reports)
+    if before is None:
         return number(now.get("events_per_second"))
     events = (number(now.get("events")) or 0) - (number(before.get("events")) or 0)
-    return max(0.0, events / (seconds - earlier))
+    return max(0.0, events / (now["seconds"] - before["seconds"]))
+
+
+def _some_seconds_before(reports: Sequence[Report]) -> Report | None:
+    """Return the newest report of the same process that is some seconds older, or its oldest."""
+    if not reports or (end := number(reports[-1].get("seconds"))) is None:
+        return None
+    later, found = end, None
+    for report in reversed(reports[:-1]):
+        seconds = number(report.get("seconds"))
+        if seconds is None or seconds >= later:
+            break
+        later, found = seconds, report
+        if end - seconds >= _RATE_SECONDS:
+            break
+    return found
 
 
 def dead_letters(report: Report) -> dict[str, int]:
@@ -342,7 +364,7 @@ def duration(seconds: float | None) -> str:
     if abs(seconds) < 10 and seconds != round(seconds):
         return f"{seconds:.1f} s"
     rest = round(abs(seconds))
-    parts = []
+    parts: list[tuple[int, str]] = []
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
         units, rest = divmod(rest, size)
         if units or parts:

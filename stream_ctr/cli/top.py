@@ -17,7 +17,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -187,8 +187,8 @@ _KINDS = ("report", "final", "stopped")
 def _answer(
     run: object,
     model: object,
-    reports: list[Mapping[str, Any]],
-    snapshots: list[dict[str, Any]],
+    reports: Sequence[Mapping[str, Any]],
+    snapshots: Sequence[Mapping[str, Any]],
 ) -> Answer:
     """Return an answer in which no text holds a control character."""
     from stream_ctr.cli.overview import Answer

@@ -191,7 +191,7 @@ export class Chart {
   draw() {
     if (this.plot.hidden || typeof Plotly === "undefined") return;
     Plotly.react(this.plot, this.traces, this.plotLayout(), {
-      displayModeBar: false, responsive: true, doubleClick: "reset", showTips: false,
+      displayModeBar: false, responsive: true, doubleClick: "reset+autosize", showTips: false,
       scrollZoom: false,
     });
   }

@@ -4,6 +4,8 @@
 
 export const DASH = "–";
 const MINUS = "−";
+const NO_BREAK = "\u00a0";
+const RATE_SECONDS = 10; // the least that a rate of now is taken over
 const SILENT_SECONDS = 5; // without an answer from any broker, before it is an alarm
 const REPLAY_SECONDS = 86400; // event time this far behind the clock: "now" is no measure of age
 
@@ -39,7 +41,7 @@ export function bytes(value) {
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (value >= 1024 && unit < units.length - 1) [value, unit] = [value / 1024, unit + 1];
-  return `${unit === 0 ? whole.format(value) : value.toFixed(1)} ${units[unit]}`;
+  return `${unit === 0 ? whole.format(value) : value.toFixed(1)}${NO_BREAK}${units[unit]}`;
 }
 
 export function duration(seconds) {
@@ -282,10 +284,23 @@ export function deadLetters(known) {
     .sort((one, other) => other[1] - one[1]);
 }
 
+/** Events a second over the newest reports that span some seconds; over the run if it has ended. */
+export function newestRate(known) {
+  const now = known.now ?? {};
+  if (known.isEnded) return number(now.events_per_second);
+  let before = null;
+  for (let place = known.reports.length - 2; place >= 0; place -= 1) {
+    const seconds = number(known.reports[place].seconds);
+    if (seconds === null || seconds >= number((before ?? now).seconds)) break;
+    before = known.reports[place];
+    if (now.seconds - seconds >= RATE_SECONDS) break;
+  }
+  return rate(now, before);
+}
+
 /** The tiles at the top: {key, title, value, about, isBad}. */
 export function tiles(known, serverNow) {
   const now = known.now ?? {};
-  const before = known.reports[known.reports.length - 2];
   const counters = object(now.counters);
   const fresh = freshness(now, published(known));
   const records = number(counters.records) ?? number(now.events);
@@ -297,7 +312,7 @@ export function tiles(known, serverNow) {
     { key: "lag", title: "Lag", value: count(now.lag), about: "records unread" },
     { key: "freshness", title: "Freshness", value: duration(fresh.seconds), about: fresh.words },
     { key: "throughput", title: "Throughput",
-      value: count(known.isEnded ? now.events_per_second : rate(now, before)),
+      value: count(newestRate(known)),
       about: `events/s${known.isEnded ? " over the run" : ""}; ${count(now.events)} read` },
     { key: "pending", title: "Pending", value: count(now.pending),
       about: number(now.pending_bytes) === null

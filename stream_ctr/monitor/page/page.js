@@ -271,7 +271,8 @@ const FLOWS = [
     about: "from event time to published; of a replay, event time behind the learner",
     form: figures.duration, of: (report) => figures.freshness(report).seconds },
 ];
-const BEYOND = "; early values are beyond the axis, double-click to see them";
+const SERVED = "the run up to each report, on a share of the impressions";
+const BEYOND = "; early values are beyond the axis";
 const NO_WINDOW = "No window of event time has been scored yet.";
 
 const all = {};
@@ -287,7 +288,7 @@ function makeCharts() {
   });
   all.served = new charts.Chart(grid, {
     id: "served", title: "Logloss as served", unit: "nats per impression",
-    about: "the run up to each report, on a share of the impressions",
+    about: SERVED,
     empty: "No impression has been scored as served yet.",
   });
   for (const each of FLOWS) {
@@ -328,7 +329,7 @@ function drawCharts() {
   const points = page.points === "windows" ? figures.windowPoints(known) : figures.rollingPoints(known);
   const about = pointWords(points);
   for (const each of METRICS) drawMetric(each, points, about);
-  drawDifference(points, about);
+  drawDifference(points);
   drawServed();
   for (const each of FLOWS) drawFlow(each);
   drawCurve();
@@ -400,7 +401,7 @@ const escaped = (name) =>
   name.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;")
     .replaceAll("%{", "% {");
 
-function drawDifference(points, about) {
+function drawDifference(points) {
   const names = figures.modelNames(page.known);
   const chart = all.difference;
   const others = names.slice(1);
@@ -414,7 +415,7 @@ function drawDifference(points, about) {
   const name = page.pair === null ? "" : `${names[0]} minus ${page.pair}`;
   const colour = charts.look(0, isDark).colour;
   const range = charts.focusedRange([{ series }], 0);
-  setText(chart.about, name && `${name}: below 0 ${names[0]} is better; band: 95 % interval; ${about}` +
+  setText(chart.about, name && `${name}, 95 % band; below 0 ${names[0]} is better` +
     (range ? BEYOND : ""));
   chart.update({
     traces: [
@@ -468,12 +469,15 @@ function drawServed() {
     lines.push({ name: `${published} progressive`, series: progressive, style });
   }
   const form = figures.fixed(5);
+  const range = charts.focusedRange(lines);
+  setText(all.served.about, SERVED + (range ? BEYOND : ""));
   const moments = [...new Set(lines.flatMap(({ series }) => series.map((point) => point.time)))].sort();
   const byTime = lines.map(({ series }) => new Map(series.map((point) => [point.time, point.value])));
   all.served.update({
     traces: lines.flatMap(({ name, series, style }) =>
       charts.lineTraces(series, { ...style, name: escaped(name), card,
         hover: `${escaped(name)} %{y:.5f}<extra></extra>` })),
+    layout: { yaxis: range ? { range } : {} },
     table: {
       heads: ["event time", ...lines.map(({ name }) => name)],
       rows: moments.map((time) =>
