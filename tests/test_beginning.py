@@ -208,6 +208,15 @@ def test_without_a_valid_snapshot_nothing_begins(
     assert not (tmp_path / "state").exists()
 
 
+def test_nothing_begins_with_what_was_exported_for_serving(
+    log: Path, old: Path, tmp_path: Path
+) -> None:
+    succeed("export", old, tmp_path / "served")
+    result = begin(log, tmp_path / "new", tmp_path / "served")
+    assert result.exit_code == 6
+    assert "served was exported for serving and has no optimizer" in result.output
+
+
 def test_the_signature_is_verified_first(log: Path, old: Path, tmp_path: Path) -> None:
     private, _ = write_keys(tmp_path, "own")
     other, _ = write_keys(tmp_path, "other")

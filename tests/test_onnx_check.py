@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from support.dense import dense_spec, learned
+from support.dense import dense_spec, examples, learned
 
 from stream_ctr.learn.dense_part import PARTS
 from stream_ctr.learn.onnx_check import require_graph
 from stream_ctr.learn.onnx_graph import build_graph
-from stream_ctr.learn.onnx_predictor import OnnxDense
+from stream_ctr.learn.onnx_predictor import OnnxDense, onnx_predictor
 from stream_ctr.learn.tensors import State
 
 SPEC = dense_spec("deepfm")
@@ -35,8 +35,8 @@ def changed(change: Change) -> bytes:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("model", PARTS)
 def test_the_graph_of_every_system_is_accepted(model: str, precision: str) -> None:
-    for examples in (0, 1000):
-        spec = dense_spec(model, precision=precision, pretrain_examples=examples)
+    for pretrained in (0, 1000):
+        spec = dense_spec(model, precision=precision, pretrain_examples=pretrained)
         weights = learned(spec)[1]
         require_graph(build_graph(spec, weights), spec, weights)
 
@@ -93,9 +93,11 @@ def other_weight(model: Any) -> None:
     tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
-def claimed_size(model: Any) -> None:
-    tensor = next(each for each in model.graph.initializer if each.name.endswith("0.weight"))
-    tensor.dims[:] = [1 << 40, 1 << 20]
+def claimed(*dims: int) -> Change:
+    def change(model: Any) -> None:
+        model.graph.initializer[0].dims[:] = dims
+
+    return change
 
 
 def odd_type(model: Any) -> None:
@@ -144,7 +146,9 @@ REFUSED: list[tuple[Change, str]] = [
     (grow, "'grown_.*' of the graph has the shape"),
     (many, "more than 1,024 operators"),
     (other_weight, r"'dense.deep.layers.0.weight' of the graph is not the tensor of that name"),
-    (claimed_size, r"'dense.deep.layers.0.weight' of the graph is not the tensor of that name"),
+    (claimed(1 << 40, 1 << 20), "initializer 'at_1' of the graph has an odd shape"),
+    (claimed(-1), "initializer 'at_1' of the graph has an odd shape"),
+    (claimed(7), "initializer 'at_1' of the graph has an odd shape"),
     (odd_type, "is not of float32 or int64"),
     (wide_input, r"has the inputs w \['B', 99\].*, expected w \['B', 6\]"),
     (another_input, "has the inputs w .*x"),
@@ -168,7 +172,7 @@ def test_a_graph_that_is_larger_than_its_weights_is_refused_before_it_is_read() 
 
 def test_the_graph_of_another_system_or_size_is_refused() -> None:
     for other in (dense_spec("pnn"), dense_spec("deepfm", hidden=[32, 16])):
-        with pytest.raises(ValueError, match="is not the tensor of that name"):
+        with pytest.raises(ValueError, match="is not the tensor of that name|has an odd shape"):
             require_graph(build_graph(other, learned(other)[1]), SPEC, WEIGHTS)
 
 
@@ -178,18 +182,37 @@ def test_bytes_that_are_no_graph_are_refused(data: bytes) -> None:
         require_graph(data, SPEC, WEIGHTS)
 
 
+def test_names_that_are_not_text_are_refused() -> None:
+    """The library returns such names as bytes."""
+    damaged = GRAPH.replace(b"dense.deep.layers.0.weight", b"dense.deep.layers.0.weigh\xff")
+    with pytest.raises(ValueError, match="names that are not UTF-8"):
+        require_graph(damaged, SPEC, WEIGHTS)
+
+
 @settings(max_examples=150, deadline=None)
 @given(at=st.integers(0, len(GRAPH) - 1), bit=st.integers(0, 7))
 def test_a_flipped_bit_is_refused_or_leaves_a_graph_that_runs(at: int, bit: int) -> None:
     damaged = bytearray(GRAPH)
     damaged[at] ^= 1 << bit
     try:
-        require_graph(bytes(damaged), SPEC, WEIGHTS)
-        dense = OnnxDense(bytes(damaged))
+        network = onnx_predictor(SPEC, WEIGHTS, graph=bytes(damaged))
     except ValueError:
         return
-    w, v = np.ones((2, 6), np.float32), np.ones((2, 6, 5), np.float32)
-    assert dense(w, v).shape == (2,)
+    assert network.predict(*examples(SPEC, 5)).shape == (5,)
+
+
+def test_a_graph_that_only_fails_when_it_runs_is_refused_too() -> None:
+    def gather_beyond(model: Any) -> None:
+        axes = next(each for each in model.graph.node if each.op_type == "ReduceSum")
+        beyond = helper.make_node("Gather", ["w", "at_9"], ["odd"], axis=1)
+        model.graph.initializer.append(numpy_helper.from_array(np.array([9]), "at_9"))
+        model.graph.node.insert(0, beyond)
+        axes.input[0] = "odd"
+
+    graph = changed(gather_beyond)
+    require_graph(graph, SPEC, WEIGHTS)
+    with pytest.raises(ValueError, match="onnxruntime cannot run the graph"):
+        onnx_predictor(SPEC, WEIGHTS, graph=graph)
 
 
 def test_onnxruntime_itself_would_read_the_other_file(tmp_path: Path) -> None:

@@ -256,6 +256,15 @@ def test_models_lists_what_was_allowed_in_the_terms_of_table_1() -> None:
     assert lines[GATED]["high_order"]
 
 
+def test_graphs_are_for_the_papers_systems_alone(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    Simulation(500, seed=3).write_jsonl(log)
+    options = ("--source", log, "--state", tmp_path / "state", "--model", OWN_DEEPFM)
+    refused = command("run", *options, "-X", "snapshots.onnx=true")
+    assert refused.exit_code == 3
+    assert f"snapshots.onnx = true: the model '{OWN_DEEPFM}' has no ONNX graph" in refused.output
+
+
 # -- a snapshot never causes an import -----------------------------------------------------------
 
 

@@ -78,6 +78,11 @@ def find_beginning(path: Path, state: Path, signature: Verify | None = None) -> 
         return None
     found = _newest_or_itself(path, signature)
     manifest = snapshot.verify(found, signature=signature, any_name=True)
+    if snapshot.file_name(snapshot.stems()[1]) not in manifest.files:
+        raise SnapshotError(
+            f"{found} was exported for serving and has no optimizer: "
+            "--from takes the snapshot that it was made of"
+        )
     return Beginning(found, manifest, _origin(found, manifest))
 
 

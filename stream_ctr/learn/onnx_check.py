@@ -20,9 +20,11 @@ ValueError: initializer 'dense.bias' of the graph is not the tensor of that name
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper, shape_inference
 
@@ -58,14 +60,16 @@ def require_graph(data: bytes, spec: LearnerSpec, weights: Tensors) -> None:
         model = onnx.load_model_from_string(data)
     except Exception:  # noqa: BLE001 - that of the library which onnx is generated with
         raise ValueError("the graph cannot be read: it is cut short, or is not ONNX") from None
+    if not all(isinstance(text, str) for text in _texts(model)):
+        raise ValueError("the graph has names that are not UTF-8")
     _require_version(model)
     _require_nodes(model.graph.node)
-    _require_initializers(model.graph, weights)
+    _require_initializers(model.graph, weights, largest)
     _require_interface(model.graph, spec)
     _require_sizes(model, largest)
 
 
-def _dense(weights: Tensors) -> Iterable[np.ndarray]:
+def _dense(weights: Tensors) -> Iterable[npt.NDArray[np.generic]]:
     return (array for name, array in weights.items() if name.startswith(DENSE))
 
 
@@ -76,6 +80,18 @@ def _largest_values(spec: LearnerSpec, weights: Tensors) -> int:
     inputs = part.network_inputs(spec) if part.network else 0
     sizes = [columns * max(columns, part.width(spec) + 1), inputs, *spec.hidden]
     return max(*sizes, *(array.size for array in _dense(weights)))
+
+
+def _texts(message: Any) -> Iterator[str | bytes]:
+    """Yield every text of a message; one that is not UTF-8 is bytes."""
+    for field, value in message.ListFields():
+        single = isinstance(value, str | bytes) or hasattr(value, "ListFields")
+        values = [value] if single else value
+        if field.type == field.TYPE_STRING:
+            yield from values
+        elif field.type == field.TYPE_MESSAGE:
+            for each in values:
+                yield from _texts(each)
 
 
 def _require_version(model: onnx.ModelProto) -> None:
@@ -109,23 +125,28 @@ def _require_nodes(nodes: Iterable[onnx.NodeProto]) -> None:
             raise ValueError(f"an operator {node.op_type!r} of the graph has an odd attribute")
 
 
-def _require_initializers(graph: onnx.GraphProto, weights: Tensors) -> None:
+def _require_initializers(graph: onnx.GraphProto, weights: Tensors, largest: int) -> None:
     for tensor in graph.initializer:
         name = one_line(tensor.name, 80)
         if tensor.data_location != TensorProto.DEFAULT or tensor.external_data:
             raise ValueError(f"initializer {name!r} of the graph is in another file")
         if tensor.data_type not in _NUMBERS:
             raise ValueError(f"initializer {name!r} of the graph is not of float32 or int64")
-        if tensor.name.startswith(DENSE) and not _is_equal(tensor, weights):
+        # A claimed shape takes no memory before it is compared.
+        if any(size < 0 for size in tensor.dims) or math.prod(tensor.dims) > largest:
+            raise ValueError(f"initializer {name!r} of the graph has an odd shape")
+        try:
+            found = numpy_helper.to_array(tensor)
+        except ValueError:
+            raise ValueError(f"initializer {name!r} of the graph has an odd shape") from None
+        if tensor.name.startswith(DENSE) and not _is_equal(found, weights.get(tensor.name)):
             raise ValueError(f"initializer {name!r} of the graph is not the tensor of that name")
 
 
-def _is_equal(tensor: onnx.TensorProto, weights: Tensors) -> bool:
-    expected = weights.get(tensor.name)
-    # Comparing shapes first: a claimed shape takes no memory.
-    if expected is None or tuple(tensor.dims) != expected.shape:
+def _is_equal(found: npt.NDArray[np.generic], expected: npt.NDArray[np.generic] | None) -> bool:
+    if expected is None or found.dtype != expected.dtype:
         return False
-    return np.array_equal(numpy_helper.to_array(tensor), expected)
+    return np.array_equal(found, expected)
 
 
 def _require_interface(graph: onnx.GraphProto, spec: LearnerSpec) -> None:

@@ -6,8 +6,10 @@ megabytes.
 
 from __future__ import annotations
 
+import numpy as np
 import onnxruntime
 
+from stream_ctr.learn.dense_part import PARTS
 from stream_ctr.learn.onnx_check import require_graph
 from stream_ctr.learn.onnx_graph import LOGITS, build_graph
 from stream_ctr.learn.served_network import Floats, ServedNetwork, require_weights
@@ -16,6 +18,7 @@ from stream_ctr.learn.tensors import Tensors
 from stream_ctr.messages import one_line
 
 _ONLY_FATAL = 4
+_EXAMPLES = 3
 
 
 class OnnxDense:
@@ -32,7 +35,7 @@ class OnnxDense:
         options.log_severity_level = _ONLY_FATAL  # errors are raised
         try:
             self._session = onnxruntime.InferenceSession(
-                graph, options, providers=["CPUExecutionProvider"]
+                graph, options, providers=["CPUExecutionProvider"], enable_fallback=0
             )
         except Exception as error:  # noqa: BLE001 - its errors have no base of their own
             raise ValueError(f"onnxruntime refuses the graph: {one_line(error)}") from None
@@ -56,4 +59,19 @@ def onnx_predictor(
         graph = build_graph(spec, weights)
     else:
         require_graph(graph, spec, weights)
-    return ServedNetwork(spec, weights, OnnxDense(graph, threads=threads))
+    dense = OnnxDense(graph, threads=threads)
+    _require_logits(dense, spec)
+    return ServedNetwork(spec, weights, dense)
+
+
+def _require_logits(dense: OnnxDense, spec: LearnerSpec) -> None:
+    """Raise `ValueError` unless the dense part gives a logit for each of a few examples."""
+    part = PARTS[spec.model]
+    w = np.zeros((_EXAMPLES, part.columns(spec)), np.float32)
+    v = np.zeros((*w.shape, part.width(spec)), np.float32)
+    try:
+        shape = dense(w, v).shape
+    except Exception as error:  # noqa: BLE001 - its errors have no base of their own
+        raise ValueError(f"onnxruntime cannot run the graph: {one_line(error)}") from None
+    if shape != (_EXAMPLES,):
+        raise ValueError(f"the graph gives {list(shape)} for {_EXAMPLES} examples, not logits")
