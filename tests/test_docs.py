@@ -43,6 +43,11 @@ NOT_RUN = {
     "python3 -m venv .venv && .venv/bin/pip install -c constraints.txt -e '.[dev]'"
     " && .venv/bin/python -m pytest -n 3 --dist loadfile": ".ci/run does this",
     "stream-ctr broker": "runs until Ctrl-C; every page test starts the same broker",
+    "stream-ctr serve --state state": "runs until Ctrl-C; test_serve_server.py does this",
+    "stream-ctr serve --topic stream-ctr.snapshots --bootstrap-servers broker:9092"
+    " --http 127.0.0.1:9200 --run-file served.run": "runs until Ctrl-C",
+    "python tests/bench/serve.py --json docs/performance-serve.json"
+    " --page docs/serving-performance.md": "a benchmark",
     "stream-ctr paper --data train.txt --format criteo --out report --quick": "needs a Criteo log",
     "stream-ctr paper --data train.txt --format criteo --out report": "needs a Criteo log",
     "stream-ctr paper --simulate 1000000 --out report": "takes an hour",

@@ -70,9 +70,9 @@ def _shortened(part: slice, n: int) -> slice:
     """Return the part with no more padding behind row `n` than the next power of two needs.
 
     >>> _shortened(slice(256, 512), 257), _shortened(slice(0, 256), 33)
-    (slice(256, 272, None), slice(0, 64, None))
+    (slice(256, 257, None), slice(0, 64, None))
     """
-    rows = max(ROW_MULTIPLE, 1 << (n - part.start - 1).bit_length())
+    rows = 1 << (n - part.start - 1).bit_length()
     return slice(part.start, min(part.start + rows, part.stop))
 
 
@@ -163,7 +163,7 @@ class CpuStep:
         return w.requires_grad_(), v.requires_grad_()
 
     def _score(self, part: slice) -> None:
-        with torch.no_grad():
+        with torch.inference_mode() if self._options.serving else torch.no_grad():
             self._logits[part] = self._model(*self._gathered(part))
 
     def _seeded_generator(self, index: int, steps: int) -> torch.Generator | None:

@@ -39,13 +39,14 @@ class Policy:
     """What the server accepts.
 
     `limits` bound a request. `waiting` requests may wait for the model, each for `timeout_seconds`
-    at most, and `connections` may be open.
+    at most, and `connections` may be open. Up to `together` requests are predicted at once.
     """
 
     limits: Limits = Limits()
     waiting: int = 128
     timeout_seconds: float = 1.0
     connections: int = 1000
+    together: int = 64
 
 
 class PredictionServer:
@@ -66,7 +67,7 @@ class PredictionServer:
         policy: Policy = Policy(),  # noqa: B008 - frozen
     ) -> None:
         self._subscriber = subscriber
-        self.waiting = WaitingRequests(policy.waiting)
+        self.waiting = WaitingRequests(policy.waiting, together=policy.together)
         """The requests that wait for the model."""
         metrics = Metrics(subscriber, self.waiting, lambda: self._scoring.ready)
         predict = Predict(self.waiting, policy.limits, policy.timeout_seconds, metrics.answered)

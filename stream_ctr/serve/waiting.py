@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 
 from stream_ctr.serve.answers import Answer
 
-_MOST_TOGETHER = 64  # requests
 _TOGETHER_BYTES = 1 << 17
 
 
@@ -36,7 +35,7 @@ class Request:
 
 
 class WaitingRequests:
-    """A queue of at most `most` requests.
+    """A queue of at most `most` requests, of which up to `together` are taken at once.
 
     >>> waiting = WaitingRequests(1)
     >>> one, other = (Request(b"{}", False, 0.0, print) for _ in range(2))
@@ -46,8 +45,9 @@ class WaitingRequests:
     (True, 0)
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, *, together: int = 64) -> None:
         self.most = most
+        self._together = together
         self._requests: deque[Request] = deque()
         self._changed = threading.Condition()
         self.closed = False
@@ -79,7 +79,7 @@ class WaitingRequests:
             self._changed.wait_for(lambda: self._requests or self.closed, timeout_seconds)
             taken: list[Request] = []
             size = 0
-            while self._requests and len(taken) < _MOST_TOGETHER:
+            while self._requests and len(taken) < self._together:
                 size += len(self._requests[0].body)
                 if taken and size > _TOGETHER_BYTES:
                     break
