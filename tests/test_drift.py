@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.trainers import Partitions, finish, trainer
 
 from stream_ctr.evaluate.drift import Drift, DriftWatch, Kind
+from stream_ctr.evaluate.summary import WindowSummary
+from stream_ctr.logs.simulate import START_MS, Simulation
+from stream_ctr.logs.simulate import Drift as Drifting
 
 KINDS = {"rate": Kind(unit=0.01), "risen": Kind(unit=0.01, rises_only=True)}
 MINUTE = 60_000
@@ -107,3 +114,53 @@ def test_the_state_is_bounded_and_exact_where_it_is_cut() -> None:
     assert whole.state_dict()["lengths"].max() < 512
     for name, array in whole.state_dict().items():
         np.testing.assert_array_equal(resumed.state_dict()[name], array)
+
+
+# -- in a run --------------------------------------------------------------------------------------
+
+
+def drifts_of_a_run(directory: Path, seed: int, drift: Drifting) -> list[tuple[int, Drift]]:
+    """Return each drift that a run finds, with the seconds of event time at which it does."""
+    simulation = Simulation(250_000, seed=seed, drift=drift)
+    stream = pa.concat_arrays([batch.value for batch in simulation.batches()])
+    built = trainer(
+        directory,
+        Partitions([stream], largest=4000),
+        model={"name": "lr", "table_bits": 16},
+        learn={"batch_size": 512, "threads": 1},
+        ftrl={"enabled": False, "alpha": 0.2},
+        metrics={"window": "300s", "field_share": 1.0},
+    )
+    board, fields = built.state.scoreboard, built.state.fields
+    assert fields
+    found: dict[str, tuple[int, Drift]] = {}
+    close = board.close_windows
+
+    def watched(before_ms: int) -> list[WindowSummary]:
+        closed = close(before_ms)
+        for each in (*board.drifts, *fields.drifts):
+            found.setdefault(each.name, ((before_ms - START_MS) // 1000, each))
+        return closed
+
+    board.close_windows = watched  # type: ignore[method-assign]
+    finish(built)
+    return list(found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [2, pytest.param(1, marks=pytest.mark.long)])
+def test_a_stream_whose_click_probabilities_change_raises_the_entropy(
+    tmp_path: Path, seed: int
+) -> None:
+    ((at, drift),) = drifts_of_a_run(tmp_path, seed, "weights")
+    assert drift.name == "normalised entropy of lr"
+    assert drift.after > drift.before + 0.02
+    middle = 10_800  # seconds, about
+    assert middle < at < middle + 10 * 300
+    assert abs(drift.since_ms - START_MS - 1000 * middle) < 4 * 300_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, pytest.param(3, marks=pytest.mark.long)])
+def test_a_stream_without_a_drift_raises_nothing(tmp_path: Path, seed: int) -> None:
+    assert drifts_of_a_run(tmp_path, seed, "none") == []

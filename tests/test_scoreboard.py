@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stream_ctr.evaluate import metrics
+from stream_ctr.evaluate.drift import Drift
 from stream_ctr.evaluate.gate import Gate
 from stream_ctr.evaluate.scoreboard import MetricWindows, Scoreboard, part
 
@@ -58,6 +59,32 @@ def test_a_scoreboard_goes_on_from_its_state() -> None:
     assert second.state_dict().keys() == first.state_dict().keys()
     for name, array in first.state_dict().items():
         np.testing.assert_array_equal(second.state_dict()[name], array)
+
+
+def test_a_calibration_that_jumps_is_found_as_drift_and_goes_on_from_the_state() -> None:
+    board, resumed = scoreboard(), scoreboard()
+    rng = np.random.default_rng(0)
+    found: list[Drift] = []
+    for second in range(40):
+        true = rng.normal(-1.0, 1.0, 600)
+        labels = (rng.random(600) < metrics.probabilities(true)).astype(np.uint8)
+        shift = 0.0 if second < 34 else 0.8
+        time = 1000 * second + np.sort(rng.integers(0, 1000, 600))
+        logits = {"deepfm": true + shift, "river_ftrl": true}
+        scored = metrics.Scored(time, labels, metrics.probabilities(true), logits, {})
+        if second == 30:
+            resumed.load_state_dict(board.state_dict(), board.judge.verdict())
+        for each in (board, resumed) if second >= 30 else (board,):
+            each.add(scored)
+            each.close_windows(1000 * (second + 1))
+        if second < 34:
+            assert board.drifts == []
+        else:
+            found += [each for each in board.drifts if each.name == "calibration of deepfm"]
+            assert resumed.drifts == board.drifts
+    assert found[0].since_ms == 34_000
+    assert found[0].before == pytest.approx(1.0, abs=0.1)
+    assert found[0].after > 1.3
 
 
 @pytest.mark.parametrize("name", ["whole", "windows", "judge"])
