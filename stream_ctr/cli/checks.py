@@ -35,7 +35,8 @@ from stream_ctr.events.infer import feature_names, infer_fields
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.learn.table import FLOAT_BYTES, row_floats
+from stream_ctr.learn.table import FLOAT_BYTES
+from stream_ctr.learn.table_kernels import row_floats
 from stream_ctr.messages import nearest_word, one_line
 from stream_ctr.models.registered import system
 from stream_ctr.snapshots import snapshot

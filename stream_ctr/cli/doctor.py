@@ -182,10 +182,10 @@ def _read_log(config: Config, source: Path, records: int, log_format: LogFormat)
     import numpy as np
     import pyarrow as pa
 
-    from stream_ctr.cli import assembly
     from stream_ctr.cli.checks import Records
+    from stream_ctr.cli.layout import log_layout
 
-    log = log_format.open(source, layout=assembly.log_layout(config))
+    log = log_format.open(source, layout=log_layout(config))
     parts: list[pa.LargeBinaryArray] = [pa.array([], pa.large_binary())]
     for batch in log.batches():
         parts.append(batch.value)

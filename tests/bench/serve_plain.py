@@ -37,10 +37,11 @@ class PlainDeepFM(nn.Module):
         self, table: Tensor, width: int, layers: list[nn.Module], intercept: float
     ) -> None:
         super().__init__()
+        vectors = table[:, :width].clone()
         self.linear = nn.EmbeddingBag.from_pretrained(
             table[:, width : width + 1].clone(), mode="sum"
         )
-        self.embeddings = nn.Embedding.from_pretrained(table[:, :width].clone())
+        self.embeddings = nn.Embedding(*vectors.shape, _weight=vectors)
         self.network = nn.Sequential(*layers)
         self.intercept = intercept
 
