@@ -41,7 +41,7 @@ class PlainDeepFM(nn.Module):
         self.linear = nn.EmbeddingBag.from_pretrained(
             table[:, width : width + 1].clone(), mode="sum"
         )
-        self.embeddings = nn.Embedding(*vectors.shape, _weight=vectors)
+        self.embeddings = nn.Embedding(len(vectors), width, _weight=vectors)
         self.network = nn.Sequential(*layers)
         self.intercept = intercept
 
