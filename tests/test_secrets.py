@@ -40,7 +40,7 @@ COMMANDS = {
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
 PROPERTIES_FILE = "client.properties"
-WITHOUT_PASSWORD = {"demo", "broker", "init", "models", "paper"}
+WITHOUT_PASSWORD = {"demo", "broker", "dashboard", "init", "models", "paper"}
 
 
 def test_every_command_is_tried() -> None:
