@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
 from support import forks
 from support.brokers import SASL_PASSWORD, SASL_USER, ApacheBroker
 from support.commands import command
 from support.lineage import SMALL
-from support.patience import PATIENCE_SECONDS
+from support.patience import PATIENCE_SECONDS, wait_until
 from support.reliability import Outcome
 
 from stream_ctr.cli.main import main
@@ -35,12 +37,14 @@ COMMANDS = {
     "dlq ls": ["dlq", "ls", "--topic", "{topic}", "{login}"],
     "dlq show": ["dlq", "show", "--topic", "{topic}", "{login}"],
     "dlq replay": ["dlq", "replay", "--topic", "{topic}", "--all", "{login}"],
+    "doctor": ["doctor", "--topic", "{topic}", "--state", "{state}", "{login}"],
+    "serve": ["serve", "--topic", "{topic}.snapshots", "--http", "127.0.0.1:0", "{login}"],
     "score": ["score", "{log}", "--snapshot", "{state}"],
     "config": ["config", "{login}"],
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
 PROPERTIES_FILE = "client.properties"
-WITHOUT_PASSWORD = {"demo", "broker", "export", "init", "models", "paper"}
+WITHOUT_PASSWORD = {"broker", "dashboard", "demo", "export", "init", "models", "paper", "top"}
 
 
 def test_every_command_is_tried() -> None:
@@ -79,7 +83,8 @@ def test_a_password_is_found_nowhere(
             "out": tmp_path / "out.jsonl",
         }
         arguments = filled(template, login, places)
-        output += output_of([*arguments, *topics] if name == "run" else arguments)
+        arguments += topics if name in ("run", "doctor") else []
+        output += (output_of_server if name == "serve" else output_of)(arguments)
     assert b"DEBUG" in output
     assert SASL_PASSWORD.encode() not in output
     written = [
@@ -124,6 +129,21 @@ def output_of(arguments: list[str]) -> bytes:
     done = forks.run("-vv", *arguments, timeout=PATIENCE_SECONDS)
     assert done.returncode == 0, (arguments[:2], done.stderr[-2000:])
     return (done.stdout + done.stderr).encode()
+
+
+def output_of_server(arguments: list[str]) -> bytes:
+    """Run a server at -vv until it has a model, and return what it wrote."""
+    pipe, merged = subprocess.PIPE, subprocess.STDOUT
+    with forks.start("-vv", *arguments, stdout=pipe, stderr=merged, text=True) as process:
+        output = ""
+        while not output.endswith("\n") or "serving at" not in output:
+            output += process.stdout.readline()
+        url = output.split()[-1]
+        wait_until(lambda: httpx.get(f"{url}/readyz").status_code == httpx.codes.OK)
+        process.terminate()
+        output += process.stdout.read()
+    assert process.returncode == 0, output
+    return output.encode()
 
 
 # -- what is given in a wrong way ----------------------------------------------------------------
