@@ -7,7 +7,8 @@ import * as figures from "./figures.js";
 const MOST_ROWS = 500; // of a table, the newest
 const MOST_MARKERS = 14; // on a line
 
-// Okabe and Ito's colours, which colour-blind people can tell apart, by contrast with the ground.
+// Okabe and Ito's colours, which colour-blind people can tell apart. Those that would be faint on the
+// ground are darker or lighter than in the original.
 const COLOURS = {
   light: ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9", "#8a7a00"],
   dark: ["#56B4E9", "#E69F00", "#00b886", "#CC79A7", "#ffffff", "#F0E442", "#e8743b", "#3f97d6"],
@@ -274,14 +275,14 @@ export function swatch({ colour, swatchDash, swatchMarker, width }) {
   const drawing = document.createElementNS(SVG, "svg");
   const set = (node, attributes) =>
     Object.entries(attributes).forEach(([name, value]) => node.setAttribute(name, value));
-  set(drawing, { width: 30, height: 12, viewBox: "0 0 30 12", "aria-hidden": "true" });
+  set(drawing, { width: 26, height: 12, viewBox: "0 0 26 12", "aria-hidden": "true" });
   const line = document.createElementNS(SVG, "line");
-  set(line, { x1: 1, x2: 29, y1: 6, y2: 6, stroke: colour, "stroke-width": width });
+  set(line, { x1: 0, x2: 26, y1: 6, y2: 6, stroke: colour, "stroke-width": width });
   if (swatchDash) line.setAttribute("stroke-dasharray", swatchDash);
   drawing.append(line);
   if (swatchMarker) {
     const marker = document.createElementNS(SVG, "text");
-    set(marker, { x: 15, y: 9.6, "font-size": 10, "text-anchor": "middle", fill: colour });
+    set(marker, { x: 13, y: 9.6, "font-size": 10, "text-anchor": "middle", fill: colour });
     marker.textContent = swatchMarker;
     drawing.append(marker);
   }
