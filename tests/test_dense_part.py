@@ -1,4 +1,4 @@
-"""What a server knows of a dense part without torch is what the module says."""
+"""A server knows of a dense part, without torch, what the module says."""
 
 from __future__ import annotations
 

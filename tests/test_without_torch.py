@@ -22,7 +22,7 @@ from stream_ctr.snapshots.scorer import Scorer
 ROOT = Path(__file__).parents[1]
 REQUIREMENTS = ROOT / "deploy" / "requirements-serve.txt"
 
-# What a server does not need: the trainer, its baseline and its pages.
+# These belong to the trainer, its baseline and its pages.
 BLOCKED = ("torch", "river", "scipy", "apscheduler", "plotly", "matplotlib", "triton", "pandas")
 BLOCK = f"""
 import sys

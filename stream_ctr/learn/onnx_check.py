@@ -29,7 +29,7 @@ import onnx
 from onnx import TensorProto, numpy_helper, shape_inference
 
 from stream_ctr.learn.dense_part import DENSE, PARTS
-from stream_ctr.learn.onnx_graph import IR_VERSION, LOGITS, OPSET, inputs_of
+from stream_ctr.learn.onnx_graph import BATCH, IR_VERSION, LOGITS, OPSET, inputs_of
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import Tensors
 from stream_ctr.messages import one_line
@@ -150,19 +150,19 @@ def _is_equal(found: npt.NDArray[np.generic], expected: npt.NDArray[np.generic] 
 
 
 def _require_interface(graph: onnx.GraphProto, spec: LearnerSpec) -> None:
-    expected = {each.name: _shape(each)[1:] for each in inputs_of(spec)}
-    found = {each.name: _shape(each)[1:] for each in graph.input}
+    expected = {each.name: _shape(each) for each in inputs_of(spec)}
+    found = {each.name: _shape(each) for each in graph.input}
     if found != expected:
         raise ValueError(f"the graph has the inputs {_shown(found)}, expected {_shown(expected)}")
-    outputs = {each.name: len(_shape(each)) for each in graph.output}
-    if outputs != {LOGITS: 1}:
-        raise ValueError(f"the graph does not have the one output {LOGITS!r} [B]")
+    if {each.name: _shape(each) for each in graph.output} != {LOGITS: [BATCH]}:
+        raise ValueError(f"the graph does not have the one output {LOGITS!r} [{BATCH}]")
     if any(_type(each) != TensorProto.FLOAT for each in (*graph.input, *graph.output)):
         raise ValueError("the graph has an input or an output that is not float32")
 
 
 def _require_sizes(model: onnx.ModelProto, largest: int) -> None:
     """Refuse a graph whose shapes contradict each other, or of which one is too large."""
+    del model.graph.value_info[:]  # what a stranger says of shapes in between
     try:
         inferred = shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
     except Exception as error:  # noqa: BLE001 - its errors have no base of their own
@@ -170,24 +170,34 @@ def _require_sizes(model: onnx.ModelProto, largest: int) -> None:
     known = {each.name: each for each in (*inferred.graph.value_info, *inferred.graph.output)}
     for node in inferred.graph.node:
         for name in node.output:
-            shape = _shape(known[name]) if name in known else None
-            # Only the batch, the first dimension, is open.
-            if shape is None or any(size <= 0 for size in shape[1:]):
-                raise ValueError(f"the shape of {one_line(name, 80)!r} of the graph is not known")
-            if math.prod(shape[1:]) > largest or (shape and shape[0] > largest):
-                raise ValueError(f"{one_line(name, 80)!r} of the graph has the shape {shape}")
+            shown = one_line(name, 80)
+            size = _values_of_an_example(known[name]) if name in known else None
+            if size is None:
+                raise ValueError(f"the shape of {shown!r} of the graph is not known")
+            if size > largest:
+                raise ValueError(f"{shown!r} of the graph has {size:,} values for an example")
 
 
-def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    """Return the shape of a value, 0 for a dimension that is not known."""
-    return tuple(each.dim_value for each in value.type.tensor_type.shape.dim)
+def _values_of_an_example(value: onnx.ValueInfoProto) -> int | None:
+    """Return the number of values for an example, or None if it is not known.
+
+    Only the first dimension may be open, and then it is the number of examples.
+    """
+    dims = value.type.tensor_type.shape.dim
+    sizes = [each.dim_value for each in dims]
+    if dims and dims[0].dim_param == BATCH:
+        sizes[0] = 1
+    return math.prod(sizes) if all(size > 0 for size in sizes) else None
+
+
+def _shape(value: onnx.ValueInfoProto) -> list[str | int]:
+    """Return the shape of a value, with the names of dimensions that are open."""
+    return [each.dim_param or each.dim_value for each in value.type.tensor_type.shape.dim]
 
 
 def _type(value: onnx.ValueInfoProto) -> int:
     return int(value.type.tensor_type.elem_type)
 
 
-def _shown(shapes: dict[str, tuple[int, ...]]) -> str:
-    return ", ".join(
-        f"{one_line(name, 40)} {['B', *shape]}" for name, shape in list(shapes.items())[:4]
-    )
+def _shown(shapes: dict[str, list[str | int]]) -> str:
+    return one_line(", ".join(f"{name} {shape}" for name, shape in shapes.items()))
