@@ -290,8 +290,9 @@ class Bench:
 @contextlib.contextmanager
 def training(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run a trainer, which is killed at the end."""
-    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    trainer = subprocess.Popen(command, cwd=ROOT, **silent)
+    trainer = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
+    )
     try:
         yield trainer
     finally:
