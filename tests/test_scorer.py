@@ -159,7 +159,6 @@ def test_ids_and_predictions_of_them_are_the_two_halves_of_a_prediction(served: 
         ids, values = scorer.ids(rows)
         assert (ids.shape, values.shape) == ((4, 4), (4, 1))
         assert scorer.predict_ids(ids, values).tolist() == expected
-    empty: Any
     for empty in ([], pa.table({})):
         ids, values = scorer.ids(empty)
         assert (ids.shape, values.shape) == ((0, 4), (0, 1))

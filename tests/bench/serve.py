@@ -290,9 +290,8 @@ class Bench:
 @contextlib.contextmanager
 def training(command: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
     """Run a trainer, which is killed at the end."""
-    trainer = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT
-    )
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    trainer = subprocess.Popen(command, cwd=ROOT, **silent)
     try:
         yield trainer
     finally:

@@ -40,7 +40,7 @@ class PlainDeepFM(nn.Module):
         self.linear = nn.EmbeddingBag.from_pretrained(
             table[:, width : width + 1].clone(), mode="sum"
         )
-        self.embeddings = nn.Embedding(len(table), width, _weight=table[:, :width].clone())
+        self.embeddings = nn.Embedding.from_pretrained(table[:, :width].clone())
         self.network = nn.Sequential(*layers)
         self.intercept = intercept
 
