@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -26,6 +27,7 @@ from support.commands import command
 from support.learners import learner
 
 from stream_ctr.cli import checks
+from stream_ctr.cli.assembly import run_identity
 from stream_ctr.config import load
 from stream_ctr.connectors.embedded import free_port
 from stream_ctr.connectors.kafka import client_options, ensure_topic
@@ -339,7 +341,7 @@ def test_a_table_that_has_no_room_in_memory_is_found_before_it_is_allocated(
 
 def test_the_bytes_of_tables_are_those_that_learners_allocate(tmp_path: Path) -> None:
     config = load(environ={}, overrides={"model": {"name": "deepfm", "table_bits": 12}})
-    specs = checks.run_identity(config, (Field("app", "categorical"),)).specs
+    specs = run_identity(config, (Field("app", "categorical"),)).specs
     made = learner("deepfm", fields=1, table_bits=12)
     assert checks.table_bytes(specs["deepfm"]) == made.weights()["table"].nbytes
 
@@ -363,8 +365,8 @@ def test_a_disk_without_room_for_a_snapshot_is_found(
 ) -> None:
     found = machine(tmp_path, model={"table_bits": 12})
     assert found["disk"].level == "ok"
-    usage = checks.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=300 << 20))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=300 << 20))
     assert machine(tmp_path, model={"table_bits": 20})["disk"].level == "warning"
     assert machine(tmp_path, model={"table_bits": 22})["disk"].level == "error"
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_ctr.cli.report_line import waiting_words
+from stream_ctr.messages import one_line
 from stream_ctr.train.report import Waiting
 
 Report = Mapping[str, Any]
@@ -96,6 +97,8 @@ _SELDOM = {
     "labelled_duplicate",
     "labelled_evicted",
 }
+# The alarms that no other part of a report tells.
+_FURTHER_ALARMS = {"lost", "evicted", "rolled_back", "snapshot", "behind_baseline", "drift"}
 _SILENT_SECONDS = 5.0  # without an answer from any broker, before it is shown
 _ASCII = str.maketrans({"–": "-", "·": "|", "±": "+-"})
 
@@ -349,6 +352,9 @@ def _alarms(report: Report) -> Iterator[Text]:
         yield Text(f"snapshots are not published: {reason}", "red")
     for name in _mapping(report, "left_out"):
         yield Text(f"{name} diverged and is left out; the others go on", "red")
+    for alarm in report.get("alarms") or ():
+        if isinstance(alarm, Mapping) and alarm.get("name") in _FURTHER_ALARMS:
+            yield Text(one_line(str(alarm.get("text")), 300), "yellow")
 
 
 class _Pair(NamedTuple):
