@@ -409,6 +409,10 @@ def test_what_keeps_a_run_from_learning_or_publishing_stands_in_the_table_and_on
     assert "fm diverged and is left out" in "\n".join(
         drawn({**REPORT, "left_out": {"fm": "the model fm diverged"}})
     )
+    since = "2025-01-01T00:00:00.000Z"
+    alarm = {"name": "drift", "since": since, "text": "drift: missing rate of app"}
+    shown = "\n".join(drawn({**REPORT, "alarms": [alarm]}))
+    assert "missing rate of app (since 2025-01-01 00:00:00)" in shown
 
 
 def test_what_seldom_happens_is_counted_in_the_table_once_it_has_happened() -> None:

@@ -63,6 +63,15 @@ def test_an_alarm_holds_for_some_windows() -> None:
     assert sum(map(bool, found)) == 5
 
 
+def test_a_second_change_far_from_the_first_values_is_found_too() -> None:
+    values = [*noise(1, 40), *noise(2, 40, level=5.0), *noise(3, 10, level=9.0)]
+    found = play(DriftWatch(KINDS, hold=10), "rate", values)
+    assert any(found[40:50])
+    assert found[-1]
+    assert found[-1][0].since_ms == 80 * MINUTE
+    assert found[-1][0].after == pytest.approx(9.0, abs=0.1)
+
+
 def test_a_fall_is_no_alarm_where_only_a_rise_is() -> None:
     fall = noise(1, 50) + noise(2, 20, level=0.1)
     rise = noise(1, 50) + noise(2, 20, level=0.5)
