@@ -135,6 +135,7 @@ def output_of_server(arguments: list[str]) -> bytes:
     """Run a server at -vv until it has a model, and return what it wrote."""
     pipe, merged = subprocess.PIPE, subprocess.STDOUT
     with forks.start("-vv", *arguments, stdout=pipe, stderr=merged, text=True) as process:
+        assert process.stdout
         output = ""
         while not output.endswith("\n") or "serving at" not in output:
             output += process.stdout.readline()
