@@ -613,7 +613,7 @@ class Metrics(Section):
     These are scored by the snapshot that was published when they arrived. 0: none.
     """
     field_health: bool = True
-    """Whether missing and unseen values, shifts and collisions are measured by field."""
+    """Measure missing and unseen values, shifts and collisions by field."""
     field_share: float = key(0.125, gt=0, le=1)
     """The share of impressions, chosen by a hash of their id, whose fields are measured.
 

@@ -3,7 +3,7 @@
     PSI = sum over cells of (p - q) ln(p / q)
 
 p and q are the shares of a cell in the window and in the reference; a cell holds the values whose
-hash it has. By convention a field is stable below 0.1, has shifted from 0.1 on, and has shifted
+hash it has. A field is stable below 0.1 by convention, has shifted from 0.1 on, and has shifted
 much from 0.25 on.
 
 Chance alone makes PSI positive: two samples of n and m values of one law in k cells have an
