@@ -12,6 +12,7 @@ import httpx
 import pytest
 from support.observed import last_of, observed_run, recent_reports  # noqa: F401 - a fixture
 
+from stream_ctr import monitor
 from stream_ctr.http.access import protect
 from stream_ctr.http.address import Address
 from stream_ctr.http.server import HttpServer
@@ -278,3 +279,10 @@ def test_the_json_is_valid_while_nothing_is_known(empty: httpx.Client) -> None:
         "windows": [],
         "snapshots": [],
     }
+
+
+def test_the_thread_of_the_port_knows_nothing_of_the_trainer() -> None:
+    sources = Path(monitor.__file__).parent.glob("*.py")
+    names = re.compile(r"^from stream_ctr(?:\.| import )(\w+)", re.MULTILINE)
+    used = {name for source in sources for name in names.findall(source.read_text())}
+    assert used == {"__version__", "errors", "messages", "monitor", "snapshots", "state_files"}

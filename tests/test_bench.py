@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench import systems, zipf
+from bench import port, systems, zipf
 from bench.card import CASES, Card
 from bench.comparison import Comparison, Goal, table
 from bench.contest import Absent, Call, Contender, Program, Result, compare, ratio
 from bench.environments import NotRun, Peer
 from bench.streams import WideLog
+from support.lineage import QUICK
 
+from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 
 SPEED = Path(__file__).parent / "bench" / "speed.py"
@@ -348,3 +350,18 @@ def test_what_to_measure_on_a_card_runs_at_small_sizes_without_one() -> None:
     assert {each["inputs"] for each in found["aligned"]} == {390, 392}
     assert [each["memory"] for each in found["copy"]] == ["pinned", "other"]
     assert all(each["seconds"] > 0 for each in (*found["rows"], *found["steps"]))
+
+
+@pytest.mark.slow
+def test_a_client_asks_a_run_for_its_metrics_and_reports_until_it_has_ended(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "log.jsonl"
+    Simulation(1500, seed=1).write_jsonl(log)
+    without = port.learn(log, QUICK, every=None)
+    with_port = port.learn(log, QUICK, every=0.1)
+    assert (without.asked, without.bytes) == (0, 0)
+    assert with_port.asked > 0
+    assert with_port.bytes > 100 * with_port.asked
+    assert with_port.weights_sha256 == without.weights_sha256
+    assert min(with_port.events_per_second, without.events_per_second) > 0

@@ -215,6 +215,7 @@ def test_a_wrong_option_is_a_configuration_error(
     assert problem in result.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_a_port_loads_no_web_server() -> None:
     code = "import sys, stream_ctr.cli.runs; print(*sys.modules)"
     loaded = subprocess.run(

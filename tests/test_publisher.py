@@ -319,6 +319,38 @@ def test_a_damaged_pointer_is_replaced_with_a_warning(
     assert publisher.published_manifest() == snapshot.verify(path)
 
 
+def test_the_last_published_snapshot_is_read_again_only_when_the_pointer_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publisher = Publisher(tmp_path)
+    assert publisher.last_published() is None
+    path = write_snapshot(tmp_path / "snapshots", sequence=1)
+    publisher.publish(path, snapshot.read_manifest(path))
+    first = publisher.last_published()
+    assert first == publisher.published()
+    read: list[Path] = []
+    monkeypatch.setattr(publishing, "read_pointer", read.append)
+    assert publisher.last_published() is first
+    assert read == []
+    monkeypatch.undo()
+    other = write_snapshot(tmp_path / "snapshots", sequence=2)
+    Publisher(tmp_path).publish(other, snapshot.read_manifest(other))  # another process
+    found = publisher.last_published()
+    assert found
+    assert found.snapshot == other.name
+    (tmp_path / "latest.json").unlink()
+    assert publisher.last_published() is None
+
+
+def test_a_damaged_pointer_is_logged_once_for_all_reports(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "latest.json").write_text("junk")
+    publisher = Publisher(tmp_path)
+    assert [publisher.last_published() for _ in range(3)] == [None] * 3
+    assert caplog.text.count("the published snapshot is unknown") == 1
+
+
 def test_a_published_snapshot_that_cannot_be_read_counts_as_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

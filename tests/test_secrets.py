@@ -35,6 +35,7 @@ COMMANDS = {
     "dlq ls": ["dlq", "ls", "--topic", "{topic}", "{login}"],
     "dlq show": ["dlq", "show", "--topic", "{topic}", "{login}"],
     "dlq replay": ["dlq", "replay", "--topic", "{topic}", "--all", "{login}"],
+    "dashboard": ["dashboard", "--state", "{out}.none"],  # ends at once: no run has used it
     "score": ["score", "{log}", "--snapshot", "{state}"],
     "config": ["config", "{login}"],
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],

@@ -53,6 +53,33 @@ from stream_ctr.train.alarms import FieldWatch
 from stream_ctr.train.trainer import Surroundings, Trainer
 
 
+def test_everything_that_is_reported_is_handed_on_as_it_was_written(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    written: list[dict[str, Any]] = []
+    beats: list[int] = []
+    around = Surroundings(written=written.append, beat=lambda: beats.append(len(written)))
+    finish(trainer(tmp_path, Partitions([stream]), surroundings=around))
+    lines = (tmp_path / "reports.jsonl").read_text().splitlines()
+    assert written == [json.loads(line) for line in lines]
+    assert {report["kind"] for report in written} == {"window", "final"}
+    assert len(beats) > written[-1]["examples"] / SMALL["learn"]["batch_size"] / 2
+
+
+def test_a_report_names_the_published_snapshot_and_the_memory_of_the_join(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    report = finish(trainer(tmp_path, Partitions([stream])))
+    pointer = read_pointer(tmp_path / "latest.json")
+    assert pointer
+    moment = datetime.fromisoformat(report["published"].pop("event_time"))
+    assert moment == datetime.fromtimestamp(pointer.event_time_ms / 1000, UTC)
+    moment = datetime.fromisoformat(report["published"].pop("written"))
+    assert moment == datetime.fromtimestamp(pointer.created_ms / 1000, UTC)
+    assert report["published"] == {"snapshot": pointer.snapshot}
+    assert report["pending_bytes"] > 0
+
+
 def test_the_model_does_not_depend_on_how_polls_fell(tmp_path, stream):
     reports = []
     for seed in (1, 2):
