@@ -494,6 +494,28 @@ def test_alarms_say_what_holds_and_since_when(tab: Tab, port: Port, truth: dict[
     assert tab.text("#contact").startswith("live · report ")
 
 
+def test_the_health_of_fields_is_a_table(tab: Tab, port: Port, truth: dict[str, Any]) -> None:
+    field = {
+        "missing_rate": 0.0125,
+        "unseen_rate": None,
+        "distinct": 12345,
+        "occupancy": 0.031,
+        "collision_rate": 0.0004,
+        "psi": 0.0213,
+        "of_later": 1.5,
+    }
+    sizes = {"rows": 1048576, "occupancy": 0.0625, "collision_rate": 0.01}
+    show(tab, port, live(truth, fields={"app_id": field, "os": {"distinct": 3}}, table=sizes))
+    assert table(tab, "#fields") == [
+        ["app_id", "1.25 %", "–", "12,345", "3.10 %", "0.04 %", "0.021", "1.500"],
+        ["os", "–", "–", "3", "–", "–", "–", "–"],
+    ]
+    assert tab.texts("#fields thead th")[-1] == "of later"
+    assert "table of 1,048,576 rows, 6.25 % learned, 1.00 % collisions" in tab.text(
+        "#fields .about"
+    )
+
+
 def test_a_run_that_waits_says_for_what(tab: Tab, port: Port, truth: dict[str, Any]) -> None:
     waiting = {
         "until": "2025-01-01T00:10:30.000Z",

@@ -66,6 +66,16 @@ def test_one_frame_of_a_state_directory_is_plain_text(state: Path) -> None:
     assert "\x1b" not in printed
 
 
+def test_a_frame_needs_none_of_the_libraries_that_learn(state: Path) -> None:
+    program = (
+        "import sys; from stream_ctr.cli.main import main\n"
+        f"main(['top', '--once', '--state', {str(state)!r}], standalone_mode=False)\n"
+        "print([name for name in ('torch', 'river', 'kafka', 'starlette') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
 def test_a_directory_without_reports_is_a_run_that_starts(tmp_path: Path) -> None:
     assert succeed("top", "--state", tmp_path, "--once").stdout.startswith("◐ starting")
 

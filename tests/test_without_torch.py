@@ -11,8 +11,10 @@ import venv
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
+from support.patience import wait_until
 from support.served import ROWS, publish, write_blend
 
 from stream_ctr.learn.onnx_graph import build_graph
@@ -97,6 +99,25 @@ def test_the_commands_that_serve_run_without_torch(state: Path, tmp_path: Path) 
     assert name == "i1"
     expected = Scorer(out, runtime="torch").predict(ROWS[0])
     assert float(probability) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_a_server_answers_without_torch(state: Path) -> None:
+    arguments = ["serve", "--state", str(state), "--http", "127.0.0.1:0"]
+    command = [sys.executable, "-c", BLOCK + COMMAND, *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout
+            url = process.stdout.readline().split()[-1]
+            wait_until(lambda: httpx.get(f"{url}/readyz").status_code == httpx.codes.OK)
+            answer = httpx.post(f"{url}/predict", json={"rows": ROWS}).json()
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    (path,) = (state / "snapshots").iterdir()
+    expected = Scorer(path, runtime="torch").predict(ROWS)
+    assert answer["snapshot"] == path.name
+    assert np.abs(np.array(answer["probabilities"]) - expected).max() < 1e-6
 
 
 @pytest.mark.slow

@@ -635,7 +635,12 @@ function fieldCard(known) {
   const rows = names.map((name) => [
     name, ...columns.map(([key, , form]) => form(figures.number(figures.object(fields[name])[key]))),
   ]);
-  return tableCard("fields", "Fields", "health of the features",
+  const table = figures.object(known.now?.table);
+  const about = figures.number(table.rows) === null
+    ? "health of the features"
+    : `health of the features; table of ${figures.count(table.rows)} rows, ` +
+      `${figures.share(table.occupancy)} learned, ${figures.share(table.collision_rate)} collisions`;
+  return tableCard("fields", "Fields", about,
     ["field", ...columns.map(([, head]) => head)], rows);
 }
 
