@@ -146,6 +146,7 @@ def test_staged_segments_outlive_their_originals_and_move_into_the_snapshot(
     original[0].unlink()
     path = snapshot.write(root, tensors=TENSORS, manifest=manifest(), segments=staged)
     assert (path / "7.arrow").read_bytes() == b"rows"
+    assert list(root.iterdir()) == [path]
     found = snapshot.verify(path)
     assert snapshot.segments(path, found) == {"7.arrow": (path / "7.arrow", original[1])}
     assert set(snapshot.load(path)[1]) == set(TENSORS)

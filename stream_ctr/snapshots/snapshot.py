@@ -217,6 +217,8 @@ def _fill(
     for name, (staged, digest, size) in segments.items():
         os.rename(staged, folder / plain_name(name, "segment"))
         entries[name] = FileEntry(digest, size)
+    for place in {staged.parent for staged, _, _ in segments.values()}:
+        place.rmdir()
     for stem, graph in graphs.items():
         name = graph_name(plain_name(stem, "file stem"))
         files.write_durably(folder / name, graph)
