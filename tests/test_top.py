@@ -255,10 +255,11 @@ class Terminal:
 
     def end(self, number: signal.Signals) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(PATIENCE_SECONDS)
+        # A terminal that nobody reads blocks the command in the middle of a frame.
+        wait_until(lambda: self._read() is not None and self.process.poll() is not None)
         self._read()
         os.close(self._screen)
-        return code
+        return self.process.returncode
 
     def _read(self) -> str:
         while select.select([self._screen], [], [], 0.05)[0]:
