@@ -119,10 +119,8 @@ def test_a_server_scores_with_the_crosses_that_the_snapshot_names(
     columns = impressions(stream)
     ids, values = built.ingest.hasher.rows(columns)
     logits = built.state.learners["lr_dnn"].predict(ids, values)
-    assert scorer.model.predict(*scorer.hasher.rows(columns)).tolist() == logits.tolist()
-    assert scorer.predict_columns(columns) == pytest.approx(
-        1 / (1 + np.exp(-logits.astype(float))), rel=1e-12
-    )
+    expected = 1 / (1 + np.exp(-logits.astype(float)))
+    assert scorer.predict_columns(columns) == pytest.approx(expected, abs=1e-6)
     # The model does read the crosses.
     shuffled = ids.copy()
     shuffled[:, 14:] = ids[::-1, 14:]

@@ -39,13 +39,12 @@ COMMANDS = {
     "dlq replay": ["dlq", "replay", "--topic", "{topic}", "--all", "{login}"],
     "doctor": ["doctor", "--topic", "{topic}", "--state", "{state}", "{login}"],
     "serve": ["serve", "--topic", "{topic}.snapshots", "--http", "127.0.0.1:0", "{login}"],
-    "dashboard": ["dashboard", "--state", "{out}.none"],  # ends at once: no run has used it
     "score": ["score", "{log}", "--snapshot", "{state}"],
     "config": ["config", "{login}"],
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
 PROPERTIES_FILE = "client.properties"
-WITHOUT_PASSWORD = {"broker", "demo", "export", "init", "models", "paper", "top"}
+WITHOUT_PASSWORD = {"broker", "dashboard", "demo", "export", "init", "models", "paper", "top"}
 
 
 def test_every_command_is_tried() -> None:

@@ -612,7 +612,8 @@ def test_every_system_is_served_with_the_default_network(tmp_path, stream, name)
         .predict(*scorer.hasher.rows(_columns(scorer.fields, rows)))
         .astype(np.float64)
     )
-    assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
+    # Few rows are predicted by another routine than a batch of training.
+    assert scorer.predict(rows) == pytest.approx(metrics.probabilities(expected), abs=1e-6)
 
 
 @pytest.mark.parametrize(
