@@ -25,7 +25,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from support.commands import command, succeed
-from support.patience import PATIENCE_SECONDS, started, wait_until
+from support.patience import started, wait_until
 
 from stream_ctr.cli.top import Port
 from stream_ctr.http.address import Address
