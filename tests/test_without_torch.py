@@ -146,6 +146,7 @@ def test_the_requirements_of_a_server_are_pinned_as_the_tests_are() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_environment_of_the_requirements_alone_serves(state: Path, tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=True)
     executable = str(tmp_path / "env" / "bin" / "python")
