@@ -32,7 +32,12 @@ def run_demo(
 
     The result goes to standard output. Without the embedded broker the stream is read directly, and
     the output says so. Without `keep` the caller removes `state`, and the output says that.
+
+    Impressions are not scored as served: hours of event time pass in seconds here, so that the age
+    of what is served would depend on the machine.
     """
+    metrics = config.metrics.model_copy(update={"served_share": 0.0})
+    config = config.model_copy(update={"metrics": metrics})
     simulation = Simulation(impressions, seed=seed)
     delays: list[float] = []
 
