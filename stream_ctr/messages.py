@@ -78,6 +78,15 @@ def rfc3339(milliseconds: int | None) -> str | None:
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def utc_minute(milliseconds: int) -> str:
+    """Format epoch milliseconds to the minute.
+
+    >>> utc_minute(1_735_689_600_046)
+    '2025-01-01T00:00Z'
+    """
+    return f"{datetime.fromtimestamp(milliseconds / 1000, UTC):%Y-%m-%dT%H:%MZ}"
+
+
 def nearest(word: str, words: Iterable[str], *, cutoff: float = 0.6) -> str:
     """Return a suggestion of the most similar word for the end of a message, or "".
 

@@ -1,6 +1,5 @@
 """The table: what it says, that it fits, and that it is silent when nobody watches."""
 
-import copy
 import io
 import re
 import subprocess
@@ -12,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.odd_reports import altered
 from support.patience import PATIENCE_SECONDS
 
 from stream_ctr.cli.display import LiveTable, final_table
@@ -299,16 +299,7 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 def test_no_missing_or_odd_value_stops_the_drawing(
     lost: list[tuple[str, ...]], put: object, width: int
 ) -> None:
-    report = copy.deepcopy(REPORT)
-    for path in lost:
-        *parents, last = path
-        where: Any = report
-        for key in parents:
-            where = where.get(key) if isinstance(where, dict) else None
-        if isinstance(where, dict) and put == "absent":
-            where.pop(last, None)
-        elif isinstance(where, dict):
-            where[last] = put
+    report = altered(REPORT, lost, put)
     assert max(map(len, drawn(report, width)), default=0) <= width
 
 

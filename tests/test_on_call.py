@@ -1,6 +1,5 @@
 """A frame of `top`: what stands first, that it fits, and that odd reports are drawn."""
 
-import copy
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from support.odd_reports import altered
 
 from stream_ctr.cli.on_call import OnCall
 from stream_ctr.cli.overview import Answer
@@ -157,16 +157,7 @@ def paths(value: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 def test_no_missing_or_odd_value_stops_a_frame(
     lost: list[tuple[str, ...]], put: object, width: int, height: int
 ) -> None:
-    report = copy.deepcopy(REPORT)
-    for path in lost:
-        *parents, last = path
-        where: Any = report
-        for key in parents:
-            where = where.get(key) if isinstance(where, dict) else None
-        if isinstance(where, dict) and put == "absent":
-            where.pop(last, None)
-        elif isinstance(where, dict):
-            where[last] = put
+    report = altered(REPORT, lost, put)
     lines = frame(Answer(reports=[report]), width, height)
     assert len(lines) <= height
     assert max(map(len, lines), default=0) <= width

@@ -132,15 +132,19 @@ def test_tensors_that_contradict_the_manifest_are_refused(
         Scorer(served)
 
 
-def test_a_claimed_size_takes_no_memory_before_it_is_checked(tmp_path: Path) -> None:
-    """A table of 2^31 rows would take a hundred gigabytes."""
-    tensors = snapshot.load(write_served(tmp_path))[1]
+def write_huge(root: Path, tensors: Any) -> Path:
+    """Write a snapshot whose manifest claims a table of 2^31 rows, a hundred gigabytes."""
     huge = {
         "schema": structs.replace(MANIFEST.schema, table_bits=31),
         "learner": structs.replace(LEARNER, table_bits=31, hidden=(16384,) * 64),
         "beside": {},
     }
-    path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2, **huge))
+    return snapshot.write(root, tensors=tensors, manifest=manifest(sequence=2, **huge))
+
+
+def test_a_claimed_size_takes_no_memory_before_it_is_checked(tmp_path: Path) -> None:
+    tensors = snapshot.load(write_served(tmp_path))[1]
+    path = write_huge(tmp_path, tensors)
     with pytest.raises(SnapshotError, match="does not describe a model"):
         Scorer(path)
     learner = structs.replace(LEARNER, batch_size=(1 << 20) + 1)
@@ -245,12 +249,6 @@ def test_a_graph_that_cannot_be_read_is_refused(served: Path) -> None:
 
 
 def test_a_claimed_size_takes_no_memory_with_onnx_either(tmp_path: Path) -> None:
-    tensors = snapshot.load(write_served(tmp_path))[1]
-    huge = {
-        "schema": structs.replace(MANIFEST.schema, table_bits=31),
-        "learner": structs.replace(LEARNER, table_bits=31, hidden=(16384,) * 64),
-        "beside": {},
-    }
-    path = snapshot.write(tmp_path, tensors=tensors, manifest=manifest(sequence=2, **huge))
+    path = write_huge(tmp_path, snapshot.load(write_served(tmp_path))[1])
     with pytest.raises(SnapshotError, match="does not describe a model .*tensor"):
         Scorer(path, runtime="onnx")

@@ -53,7 +53,7 @@ _CLOCK_WARNING_MS = 5_000
 _PROCESS_BYTES = 1 << 30  # of the libraries and all that does not grow with a table
 _FTRL_FLOATS = 4  # z and n of a row, in float64
 _MOST_NAMED = 12
-_BUSY_RIGHTS = {"READ": "read", "WRITE": "write to", "DESCRIBE": "describe"}
+_RIGHTS_IN_WORDS = {"READ": "read", "WRITE": "write to", "DESCRIBE": "describe"}
 
 
 class Finding(NamedTuple):
@@ -178,9 +178,9 @@ def _check_rights(topic: str, rights: frozenset[str] | None, wanted: str) -> Ite
         yield ok(check, "not known: the broker does not list them")
     elif not may(rights, wanted):
         fix = f"grant {wanted} on topic {topic} to the principal of this client"
-        yield error(check, f"this client may not {_BUSY_RIGHTS[wanted]} it", fix, BrokerError)
+        yield error(check, f"this client may not {_RIGHTS_IN_WORDS[wanted]} it", fix, BrokerError)
     else:
-        yield ok(check, f"this client may {_BUSY_RIGHTS[wanted]} it")
+        yield ok(check, f"this client may {_RIGHTS_IN_WORDS[wanted]} it")
 
 
 def _check_written(topic: str, facts: kafka.ClusterFacts, *, compacted: bool) -> Iterator[Finding]:
@@ -285,12 +285,14 @@ def _check_malformed(
     n: int, rows: Array, reasons: Sequence[str], messages: Sequence[str], config: Config
 ) -> Finding:
     share = len(np.unique(rows)) / n
-    text = f"{share:.1%} of {n:,} records are malformed, or hold malformed events"
     if not len(rows):
         return ok("records", f"{n:,} records are well formed")
     (reason, _), *_ = Counter(reasons).most_common(1)
     first = one_line(messages[list(reasons).index(reason)])
-    text = f"{text.replace('%', ' %')}; most often {reason}: {first}"
+    text = (
+        f"{100 * share:.1f} % of {n:,} records are malformed, or hold malformed events; "
+        f"most often {reason}: {first}"
+    )
     if share > config.input.max_bad_share:
         fix = "a run ends with exit code 5: mend the producer, or input.time_unit, input.format"
         return error("records", text, fix, DataError)

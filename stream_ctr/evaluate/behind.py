@@ -19,12 +19,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.evaluate.summary import WindowSummary
+from stream_ctr.messages import utc_minute
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class Found:
         return (
             f"{self.model} no longer beats {self.baseline}: its logloss is {self.difference:.4f} "
             f"higher{interval} on {self.count:,} examples with {self.clicks:,} clicks from "
-            f"{_minute(self.start_ms)} to {_minute(self.end_ms)}"
+            f"{utc_minute(self.start_ms)} to {utc_minute(self.end_ms)}"
         )
 
 
@@ -118,8 +118,3 @@ class Behind:
         worst = self._worst(window) if window and state["holds"][0] else None
         if worst and worst.difference > 0:
             self.found = worst
-
-
-def _minute(milliseconds: int) -> str:
-    moment = datetime.fromtimestamp(milliseconds / 1000, UTC)
-    return moment.strftime("%Y-%m-%dT%H:%MZ")

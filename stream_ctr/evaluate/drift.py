@@ -32,11 +32,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from stream_ctr.messages import utc_minute
 
 DELTA = 0.002
 """The probability of a false alarm in ADWIN's bound."""
@@ -75,8 +76,7 @@ class Drift:
         >>> Drift("missing rate of app", 0, 0.02, 0.31).words()
         'missing rate of app: 0.31 since 1970-01-01T00:00Z, 0.02 before'
         """
-        moment = datetime.fromtimestamp(self.since_ms / 1000, UTC)
-        since = f"{moment:%Y-%m-%dT%H:%MZ}"
+        since = utc_minute(self.since_ms)
         return f"{self.name}: {self.after:.3g} since {since}, {self.before:.3g} before"
 
 

@@ -20,6 +20,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -128,23 +129,23 @@ class Body:
         return self._compressed
 
     async def answer_async(self, request: Request) -> Response:
-        """Return the body of a file that does not change."""
+        """Return the body, as a route calls it."""
         return self.answer(request)
 
 
-class File(Body):
+class File:
     """A file of the page, which is read when it is first asked for."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._read = False
 
-    def answer(self, request: Request) -> Response:
+    async def answer_async(self, request: Request) -> Response:
         """Return the contents of the file."""
-        if not self._read:
-            super().__init__(self._path.read_bytes(), _MEDIA_TYPES[self._path.suffix])
-            self._read = True
-        return super().answer(request)
+        return self._body.answer(request)
+
+    @cached_property
+    def _body(self) -> Body:
+        return Body(self._path.read_bytes(), _MEDIA_TYPES[self._path.suffix])
 
 
 @dataclass(frozen=True, slots=True)

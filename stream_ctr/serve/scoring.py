@@ -1,7 +1,7 @@
 """The thread that predicts: requests that wait together are scored together, by one model.
 
-A prediction for one row takes a twentieth of the time of one for 256, so those that came while the
-last ones were computed are joined:
+A prediction takes time that does not depend on its number of rows, so the requests that came while
+the last ones were computed are joined (docs/serving-performance.md has the effect):
 
     bodies -> rows of each request -> ids of all rows -> one prediction -> answers
 
