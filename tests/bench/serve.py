@@ -8,8 +8,9 @@ r"""The speed, the swaps and the memory of `stream-ctr serve`; docs/serving-perf
 
 Cases
   speed      requests/s and latency at 1, 32 and 512 rows a request, in JSON and in Arrow, by 1 and
-             by 8 connections: ours with the blend, the default; ours with its DeepFM alone; the
-             same DeepFM in plain torch behind the same server (see serve_plain.py)
+             by 8 connections: ours with the blend, the default; the same with onnxruntime in place
+             of torch; ours with its DeepFM alone; the same DeepFM in plain torch behind the same
+             server (see serve_plain.py)
   together   one row a request by 32 connections: waiting requests are predicted together, or alone
   swaps      clients ask without a pause while a real `stream-ctr run` publishes about once a
              second, is killed with SIGKILL, and resumes; until 10 swaps were seen before
@@ -190,7 +191,7 @@ class Bench:
         impressions = 5_000 if options.quick else 200_000
         Simulation(impressions, seed=1).write_jsonl(self.log)
         self.rows = features(self.log, 20_000)
-        self.learn(self.state, "--until-end")
+        self.learn(self.state, "--until-end", "-X", "snapshots.onnx=true")
 
     def learn(self, state: Path, *options: str) -> None:
         command = [*STREAM_CTR, "run", "--source", str(self.log), "--state", str(state), *options]
@@ -217,6 +218,7 @@ class Bench:
         with contextlib.ExitStack() as stack:
             servers = [
                 stack.enter_context(ours("blend", self.state)),
+                stack.enter_context(ours("blend in onnxruntime", self.state, "--runtime", "onnx")),
                 stack.enter_context(ours("deepfm", self.state, "--model", "deepfm")),
                 stack.enter_context(contender("deepfm in plain torch", self.state, "plain")),
             ]

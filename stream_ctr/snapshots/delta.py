@@ -1,0 +1,235 @@
+"""A delta: the rows that learning has touched since the last one, on their way to servers.
+
+    00000003-00000012.json          the header: what it is and what it follows, signed
+    00000003-00000012.safetensors   the payload: rows and their values
+
+A payload holds absolute values, so a delta that is applied twice does no harm. Its tensors are
+named after the file stem of their model and what they are:
+
+    deepfm.model/rows      uint32 [n], ascending
+    deepfm.model/values    float32 [n, width + 1]: the embeddings of each row, then w
+    deepfm.model/dense.*   float32: all parameters of the dense part
+    deepfm.model/intercept float32 [1]: w_0 of the online rule
+    ftrl.model/rows        uint32 [n], ascending
+    ftrl.model/values      float32 [n]: the weights
+    ftrl.model/intercept   float64 [1]: the weight of the intercept
+    model/omega, model/u   float64 [M + 1]: the mixture of a blend
+
+With the precision "bf16" the values of rows are the upper halves of float32 numbers, rounded to the
+nearest, as uint16.
+
+Deltas form a chain. `parent` is the SHA-256 of the header before it, or that of the manifest of the
+snapshot with which the chain begins:
+
+    snapshot A <- 1 <- 2 <- 3 <- 4 <- 5 ...
+                       ^
+                       snapshot B was taken here: its manifest has the rank and the digest of 2
+
+A server that has loaded A and 1 to 5 need not load B, and one that begins with B goes on with 3. A
+chain ends with its run's process, and when the weights of a model go back; the next snapshot that
+is published begins another.
+
+>>> payload = encode_payload({"model": {"omega": np.array([0.5, 0.5])}}, "fp32")
+>>> decode_payload(payload, "fp32")["model"]["omega"].tolist()
+[0.5, 0.5]
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeAlias
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import safetensors.numpy
+from msgspec import Meta, Struct
+from msgspec.structs import replace
+from safetensors import SafetensorError
+
+from stream_ctr.errors import SnapshotError
+from stream_ctr.evaluate.gate import Verdict
+from stream_ctr.evaluate.summary import Count
+from stream_ctr.messages import one_line
+from stream_ctr.snapshots.contract import Epoch, RunId, Sha256, Sign, Verify, decode, encode
+
+FORMAT = 1
+Precision = Literal["fp32", "bf16"]
+Array: TypeAlias = npt.NDArray[Any]
+Changes: TypeAlias = Mapping[str, Mapping[str, Array]]
+"""File stem of a model -> name -> array, as a payload holds them, values as float32."""
+
+ROWS = "rows"
+VALUES = "values"
+# No manifest and no pointer begins like this, so no signature of one is that of a delta.
+_SIGNED = b"stream-ctr delta\n"
+_BETWEEN = "/"
+
+
+class DeltaRank(Struct, frozen=True, forbid_unknown_fields=True, order=True):
+    """The place of a delta among those of its run: by the epoch of the process, then in order."""
+
+    epoch: Epoch
+    sequence: Count
+
+    @property
+    def name(self) -> str:
+        """The name of its files, without the suffix.
+
+        >>> DeltaRank(3, 12).name
+        '00000003-00000012'
+        """
+        return f"{self.epoch:08d}-{self.sequence:08d}"
+
+
+class DeltaPosition(Struct, frozen=True, forbid_unknown_fields=True):
+    """A link of a chain: the rank of a delta, and the SHA-256 of its header."""
+
+    rank: DeltaRank
+    sha256: Sha256
+
+
+class Closed(Struct, frozen=True, forbid_unknown_fields=True):
+    """So many examples whose label windows closed at this time of the trainer's clock."""
+
+    at_ms: Count
+    examples: Count
+
+
+class DeltaHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The header of a delta. Times are epoch milliseconds.
+
+    `base` is the snapshot with which the chain begins, `parent` the SHA-256 of the header before
+    this one, or of the base's manifest. `identity_sha256` is the digest of the fields and the
+    models of the run (see `identity_sha256`). `examples` counts those that the run has learned,
+    `newest_event_ms` and `oldest_event_ms` bound the event times of those that are new in this
+    delta. `closed` says when their label windows closed, and `learned_ms` when the last of them was
+    learned; `created_ms` is the time of the copy. `rows` counts the rows of each model. `signature`
+    is that of a pointer.
+    """
+
+    format: Count = FORMAT
+    run: RunId
+    model: str
+    rank: DeltaRank
+    base: str
+    base_sha256: Sha256
+    parent: Sha256
+    identity_sha256: Sha256
+    precision: Precision
+    verdict: Verdict
+    examples: Count
+    oldest_event_ms: Count
+    newest_event_ms: Count
+    watermark_ms: int
+    positions: dict[str, Count]
+    closed: tuple[Closed, ...]
+    learned_ms: Count
+    created_ms: Count
+    rows: dict[str, Count]
+    payload_sha256: Sha256
+    payload_bytes: Count
+    signature: Annotated[str, Meta(pattern="^([0-9a-f]{128})?$", max_length=128)] = ""
+
+
+def encode_header(header: DeltaHeader, sign: Sign | None = None) -> bytes:
+    """Return the header as one line of JSON with its seal, signed if `sign` is given."""
+    signature = sign(_signed_bytes(header)).hex() if sign else ""
+    data = encode(replace(header, signature=signature), indent=None)
+    decode_header(data)  # a frozen type does not check the values that it is made with
+    return data
+
+
+def decode_header(
+    data: bytes, *, name: str = "delta", signature: Verify | None = None
+) -> DeltaHeader:
+    """Decode a header, and check its signature if `signature` is given.
+
+    Raises `NewerFormat`, `OlderFormat`, or `SnapshotError` that names the delta.
+    """
+    header = decode(data, DeltaHeader, newest=FORMAT, name=name)
+    if signature is None:
+        return header
+    if not header.signature:
+        raise SnapshotError(f"{name} is not signed, and a signature is required")
+    try:
+        signature(_signed_bytes(header), bytes.fromhex(header.signature))
+    except SnapshotError as reason:
+        raise SnapshotError(f"{name}: {reason}") from None
+    return header
+
+
+def _signed_bytes(header: DeltaHeader) -> bytes:
+    return _SIGNED + msgspec.json.encode(replace(header, signature=""))
+
+
+def header_sha256(data: bytes) -> str:
+    """Return the digest of a header's bytes, which is the parent of the delta that follows."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def identity_sha256(identity: Any) -> str:
+    """Return the digest of the fields and the models of a run (see `manifest.RunIdentity`).
+
+    Rows of one run fit the tables of another only if these are equal.
+    """
+    parts = ("schema", "learner", "blend", "beside")
+    described = {
+        name: value for name in parts if (value := getattr(identity, name)) is not msgspec.UNSET
+    }
+    return hashlib.sha256(msgspec.json.encode(described, order="deterministic")).hexdigest()
+
+
+def encode_payload(changes: Changes, precision: Precision) -> bytes:
+    """Return the payload of these changes."""
+    tensors = {
+        f"{stem}{_BETWEEN}{name}": _stored(
+            rounded_bf16(array) if name == VALUES and precision == "bf16" else array
+        )
+        for stem, named in changes.items()
+        for name, array in named.items()
+    }
+    return safetensors.numpy.save(tensors)
+
+
+def decode_payload(data: bytes, precision: Precision, name: str = "delta") -> Changes:
+    """Return the changes in a payload, whose digest was compared before.
+
+    Raises `SnapshotError` if it is no payload. That the arrays fit a model is for the model to say.
+    """
+    try:
+        tensors = safetensors.numpy.load(data)
+    except (SafetensorError, ValueError, KeyError) as reason:
+        raise SnapshotError(f"{name} is not a payload: {one_line(reason, 300)}") from None
+    changes: dict[str, dict[str, Array]] = {}
+    for full_name, array in tensors.items():
+        stem, between, tensor = full_name.partition(_BETWEEN)
+        if not (stem and between and tensor):
+            raise SnapshotError(f"{name} holds a tensor {one_line(full_name, 80)!r} of no model")
+        if tensor == VALUES and precision == "bf16":
+            if array.dtype != np.uint16:
+                raise SnapshotError(f"{name}: {one_line(full_name, 80)!r} does not hold bfloat16")
+            array = widened_bf16(array)
+        changes.setdefault(stem, {})[tensor] = array
+    return changes
+
+
+def rounded_bf16(values: Array) -> npt.NDArray[np.uint16]:
+    """Return float32 values rounded to bfloat16, ties to even, as the upper halves of their bits.
+
+    >>> widened_bf16(rounded_bf16(np.array([1.0, 0.1], np.float32))).tolist()
+    [1.0, 0.10009765625]
+    """
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    odd = (bits >> 16) & 1
+    return ((bits + np.uint32(0x7FFF) + odd) >> 16).astype(np.uint16)
+
+
+def widened_bf16(halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """Return bfloat16 numbers, the upper halves of float32 numbers, as float32."""
+    return (halves.astype(np.uint32) << 16).view(np.float32)
+
+
+def _stored(array: Array) -> Array:
+    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
