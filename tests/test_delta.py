@@ -324,8 +324,9 @@ def nearest_bf16(value: float) -> int:
     below = bits >> 16
     if below & 0x7F80 == 0x7F80 or (below + 1) & 0x7F80 == 0x7F80:
         return int(rounded_bf16(np.array([value], np.float32))[0])  # to infinity: see below
-    lower, upper = (Fraction(float(widened_bf16(np.array([half], np.uint16))[0])) for half in
-                    (below, below + 1))
+    lower, upper = (
+        Fraction(float(widened_bf16(np.array([half], np.uint16))[0])) for half in (below, below + 1)
+    )
     exact = Fraction(float(np.float32(value)))
     if abs(exact - lower) != abs(exact - upper):
         return below if abs(exact - lower) < abs(exact - upper) else below + 1

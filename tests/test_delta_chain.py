@@ -137,7 +137,11 @@ def test_the_deltas_of_an_earlier_chain_are_stale_and_no_gap() -> None:
 @pytest.mark.parametrize(
     ("changes", "reason", "text"),
     [
-        ({"run": OTHER_RUN}, "run", f"delta 00000003-00000001 is of run {OTHER_RUN}, and run {RUN}"),
+        (
+            {"run": OTHER_RUN},
+            "run",
+            f"delta 00000003-00000001 is of run {OTHER_RUN}, and run {RUN}",
+        ),
         ({"model": "x\ny"}, "model", r"is of model 'x\\ny', and 'default' is loaded"),
         ({"identity_sha256": sha256("x")}, "schema", "is of other fields or models"),
     ],
@@ -330,9 +334,7 @@ def test_what_is_applied_is_always_a_path_of_the_true_chain(
         assert ranks == sorted({*ranks}), "no delta twice, none after a later one"
 
 
-def subscriber(
-    followed: Chain, true: History, deliver: Callable[[], Iterator[Made]]
-) -> list[Made]:
+def subscriber(followed: Chain, true: History, deliver: Callable[[], Iterator[Made]]) -> list[Made]:
     """Follow as a subscriber does until a delivery brings nothing new; return what was applied.
 
     On a gap it loads the newest snapshot that leads on, and reads again.

@@ -278,7 +278,9 @@ class Assembler:
     def _too_large(self, name: _Name, index: int, value: bytes) -> str | None:
         """Return why a record is too large, or None if it is not."""
         if name.payload_bytes > self._most_bytes:
-            return f"its payload has {name.payload_bytes:,} bytes, and {self._most_bytes:,} are read"
+            return (
+                f"its payload has {name.payload_bytes:,} bytes, and {self._most_bytes:,} are read"
+            )
         if index == name.count:
             if len(value) > LARGEST_HEADER_BYTES:
                 return f"its header has {len(value):,} bytes, and {LARGEST_HEADER_BYTES:,} are read"
@@ -301,7 +303,9 @@ class Assembler:
             return [error]
         earlier = [each for each in self._open if each.run == name.run and each.rank < name.rank]
         errors = [
-            self._give_up(each, "incomplete", f"{self._open[each].missing(each.count)} did not come")
+            self._give_up(
+                each, "incomplete", f"{self._open[each].missing(each.count)} did not come"
+            )
             for each in sorted(earlier)
         ]
         return [*errors, found]
