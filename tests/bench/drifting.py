@@ -60,9 +60,11 @@ class Change:
         [0.0, 1.57, 1.57, 0.0]
         """
         if self.turn_hours:
-            return 2 * np.pi * (time - START_MS) / (self.turn_hours * _HOUR_MS)
+            turned: Floats = 2 * np.pi * (time - START_MS) / (self.turn_hours * _HOUR_MS)
+            return turned
         passed = np.searchsorted(np.array(self.at_ms, np.int64), time, side="right")
-        return np.pi / 2 * (passed % 2)
+        jumped: Floats = np.pi / 2 * (passed % 2)
+        return jumped
 
 
 class DriftingStream(Simulation):
