@@ -115,7 +115,6 @@ class Following:
             signature=verifier(self.public_key),
         )
 
-
     def _delta_topic(self, settings: Settings, stack: contextlib.ExitStack) -> DeltaSource | bool:
         """Return the deltas on the topic that the configuration names, False without one."""
         from stream_ctr.connectors import kafka
@@ -133,9 +132,7 @@ class Following:
             voice.say(f"there is no topic {topic}: only snapshots are followed")
             return False
         stack.callback(reader.close)
-        return TopicDeltas(
-            reader, model_name=self.model_name, signature=verifier(self.public_key)
-        )
+        return TopicDeltas(reader, model_name=self.model_name, signature=verifier(self.public_key))
 
 
 def following_options(command: Command) -> Command:
