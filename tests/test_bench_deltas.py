@@ -13,7 +13,6 @@ import pytest
 from bench import delta_lag, delta_sizes, deltas
 from bench.delta_chain_writer import ChainWriter
 
-
 SCRIPT = Path(__file__).parent / "bench" / "deltas.py"
 PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"
 
