@@ -161,7 +161,7 @@ class Scorer:
         scorer.delta = header
         return scorer
 
-    def _updated_model(self, changes: Changes) -> Predictor:
+    def _updated_model(self, changes: Changes) -> Predictor | BlendPredictor:
         for stem in self._stems.values():
             if stem not in changes:
                 raise ValueError(f"the delta has nothing of {snapshot.file_name(stem)}")
@@ -191,9 +191,9 @@ class Scorer:
         Two scorers of one run with equal digests make equal predictions. A snapshot's manifest has
         the digests of its models.
         """
-        parts: Mapping[str, Predictor] = {MIXTURE: self.model}
+        parts: dict[str, Predictor | BlendPredictor] = {MIXTURE: self.model}
         if isinstance(self.model, BlendPredictor):
-            parts = {**self.model.members, **parts}
+            parts |= self.model.members
         return {stem: serving_sha256(parts[name].served()) for name, stem in self._stems.items()}
 
 

@@ -118,9 +118,7 @@ class DeltaRun:
             labels = self._random.integers(0, 2, 8).astype(np.uint8)
             values = self._random.random((8, 1)).astype(np.float32)
             logits = {
-                name: np.asarray(
-                    self._learners[_stem(self._identity, name)].learn(ids, labels, values)
-                )
+                name: np.asarray(self._learner(name).learn(ids, labels, values))
                 for name in self._identity.specs
             }
             if self._blend:
@@ -209,12 +207,12 @@ class DeltaRun:
             found["model"] = serving_sha256(self._blend.weights())
         return found
 
-    def _spec(self, stem: str) -> Any:
-        return next(
-            spec
-            for name, spec in self._identity.specs.items()
-            if _stem(self._identity, name) == stem
-        )
+    def _learner(self, name: str) -> Learner:
+        return self._learners[_stem(self._identity, name)]
+
+    def _spec(self, stem: str) -> LearnerSpec:
+        specs = self._identity.specs
+        return next(specs[name] for name in specs if _stem(self._identity, name) == stem)
 
     def _header(self, made: dict[str, State], payload: bytes) -> DeltaHeader:
         assert self._base
