@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from msgspec import structs
+from safetensors.numpy import save
 from support.deltas import HEADER, SMALL_PAYLOAD, header, made
 from support.keys import write_keys
 from support.manifests import MANIFEST, sealed
 
 from stream_ctr.errors import SnapshotError
-from stream_ctr.snapshots import delta
 from stream_ctr.snapshots.contract import NewerFormat, OlderFormat
 from stream_ctr.snapshots.delta import (
     FORMAT,
@@ -303,7 +303,7 @@ def test_arrays_of_any_layout_are_encoded_as_what_they_hold() -> None:
 def test_tensors_that_no_delta_has_are_refused(
     tensors: dict[str, Any], precision: Precision, reason: str
 ) -> None:
-    data = delta.safetensors.numpy.save(tensors)
+    data = save(tensors)
     with pytest.raises(SnapshotError, match=f"delta 7.*{reason}"):
         decode_payload(data, precision, name="delta 7")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -147,7 +148,7 @@ def test_the_deltas_of_an_earlier_chain_are_stale_and_no_gap() -> None:
     ],
 )
 def test_a_delta_of_another_run_model_or_schema_is_refused(
-    at_base: Chain, changes: dict[str, str], reason: str, text: str
+    at_base: Chain, changes: dict[str, Any], reason: str, text: str
 ) -> None:
     verdict = judge(at_base, made(**changes))
     assert isinstance(verdict, Refused)
