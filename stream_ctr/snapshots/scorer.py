@@ -144,7 +144,7 @@ def build_predictor(
     runtime: Runtime,
     device: str = "cpu",
     graphs: Mapping[str, bytes],
-) -> Predictor:
+) -> Predictor | BlendPredictor:
     """Return the published model of a run, or the additional `model`.
 
     `tensors` maps file stems to the arrays of weights, and `graphs` those that have one to their
