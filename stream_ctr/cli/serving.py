@@ -43,6 +43,8 @@ from stream_ctr.messages import printable
 if TYPE_CHECKING:
     from stream_ctr.events.feature_rows import OnInvalid
     from stream_ctr.learn.runtimes import Runtime
+    from stream_ctr.snapshots.delta_sources import DeltaSource
+    from stream_ctr.snapshots.followed_deltas import AppliedDelta
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
@@ -64,6 +66,7 @@ class Following:
     follow: Follow
     runtime: Runtime | None
     public_key: Path | None
+    deltas: bool
 
     def require_one_source(self) -> None:
         """Raise a usage error for options that contradict each other."""
@@ -77,11 +80,14 @@ class Following:
     def subscriber(
         self, settings: Settings, stack: contextlib.ExitStack, **options: Any
     ) -> Subscriber:
-        """Return the subscriber; leaving `stack` closes the client that it reads a topic with."""
+        """Return the subscriber; leaving `stack` closes the clients that it reads topics with."""
         from stream_ctr.snapshots.subscriber import Subscriber
 
+        pointers = self.state or self._topic(settings, stack)
+        deltas = options.pop("deltas", True) and self.deltas
         return Subscriber(
-            self.state or self._topic(settings, stack),
+            pointers,
+            deltas=deltas if self.state else deltas and self._delta_topic(settings, stack),
             model=self.model,
             run=self.run,
             run_file=self.run_file,
@@ -108,6 +114,25 @@ class Following:
             snapshots=self.snapshots,
             signature=verifier(self.public_key),
         )
+
+    def _delta_topic(self, settings: Settings, stack: contextlib.ExitStack) -> DeltaSource | bool:
+        """Return the deltas on the topic that the configuration names, False without one."""
+        from stream_ctr.connectors import kafka
+        from stream_ctr.connectors.errors import KafkaTopicMissing
+        from stream_ctr.snapshots.delta_sources import TopicDeltas
+        from stream_ctr.snapshots.signing import verifier
+
+        config, properties = settings.load()
+        topic = config.snapshots.delta_topic
+        if not topic:
+            return False
+        try:
+            reader = kafka.RecordFollower(settings.client(config, properties), topic)
+        except KafkaTopicMissing:
+            voice.say(f"there is no topic {topic}: only snapshots are followed")
+            return False
+        stack.callback(reader.close)
+        return TopicDeltas(reader, model_name=self.model_name, signature=verifier(self.public_key))
 
 
 def following_options(command: Command) -> Command:
@@ -152,6 +177,12 @@ def following_options(command: Command) -> Command:
         ),
         RUNTIME_OPTION,
         PUBLIC_KEY_OPTION,
+        click.option(
+            "--deltas/--no-deltas",
+            default=True,
+            show_default=True,
+            help="Follow the deltas between snapshots, where the run writes them.",
+        ),
     )
     names = [field.name for field in dataclasses.fields(Following)]
 
@@ -182,7 +213,8 @@ def following_options(command: Command) -> Command:
     "--exec",
     "command",
     metavar="COMMAND",
-    help="Run this for each snapshot, without a shell; the word {path} stands for its directory.",
+    help="Run this for each snapshot, without a shell; the word {path} stands for its directory. "
+    "Each snapshot is then loaded, and no deltas are followed.",
 )
 @settings_options()
 def subscribe(
@@ -194,7 +226,11 @@ def subscribe(
     command: str | None,
     settings: Settings,
 ) -> None:
-    """Follow published snapshots: verify and load each, and print a line.
+    """Follow published snapshots and the deltas between them: verify and load, and print a line.
+
+    A line of --json has the kind "snapshot" or "delta", and under "freshness" the seconds from the
+    newest event, from the end of the label windows, from learning, and from the copy, until the
+    model had it.
 
     \b
     stream-ctr subscribe --state state
@@ -207,7 +243,12 @@ def subscribe(
     hook = _hook(command)
     following.require_one_source()
     with contextlib.ExitStack() as stack:
-        subscriber = following.subscriber(settings, stack)
+        subscriber = following.subscriber(
+            settings,
+            stack,
+            deltas=not hook and not once,
+            on_delta=lambda applied: _print(_delta_line(applied, as_json=as_json)),
+        )
         stack.enter_context(signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
@@ -239,8 +280,7 @@ def _follow(
         pointer = subscriber.next(timeout if once else 1.0)
         if pointer:
             path = str(subscriber.path)
-            click.echo(_pointer_line(pointer, path, as_json=as_json))
-            sys.stdout.flush()
+            _print(_snapshot_line(pointer, subscriber, as_json=as_json))
             if hook:
                 _run_hook(hook, pointer, path)
         if once:
@@ -250,14 +290,59 @@ def _follow(
             return
 
 
-def _pointer_line(pointer: Pointer, path: str, *, as_json: bool) -> str:
+def _print(line: str) -> None:
+    click.echo(line)
+    sys.stdout.flush()
+
+
+def _snapshot_line(pointer: Pointer, subscriber: Subscriber, *, as_json: bool) -> str:
+    path, adopted = str(subscriber.path), subscriber.adopted
     delay = round(time.time() - pointer.created_ms / 1000, 3)
     if as_json:
-        fields = msgspec.to_builtins(pointer)
-        return json.dumps({**fields, "path": path, "verified": True, "delay_seconds": delay})
+        document = {
+            "kind": "snapshot",
+            **msgspec.to_builtins(pointer),
+            "path": path,
+            "verified": not adopted,
+            "adopted": adopted,
+            "delay_seconds": delay,
+            "freshness": msgspec.to_builtins(subscriber.delays),
+        }
+        return json.dumps(document)
+    if adopted:
+        return (
+            f"{pointer.snapshot}  {pointer.examples:,} examples  "
+            "not loaded, because deltas have led past it"
+        )
     return (
         f"{pointer.snapshot}  {pointer.examples:,} examples  "
         f"loaded {delay:.2f} s after it was taken  {printable(path, 1000)}"
+    )
+
+
+def _delta_line(applied: AppliedDelta, *, as_json: bool) -> str:
+    header, delays = applied.header, applied.delays
+    rows = sum(header.rows.values())
+    if as_json:
+        document = {
+            "kind": "delta",
+            "run": header.run,
+            "rank": msgspec.to_builtins(header.rank),
+            "base": header.base,
+            "rows": rows,
+            "bytes": header.payload_bytes,
+            "examples": header.examples,
+            "apply_seconds": round(applied.seconds, 4),
+            "freshness": msgspec.to_builtins(delays),
+        }
+        return json.dumps(document)
+    if delays.closed_seconds is None:
+        age = f"{delays.copied_seconds:.2f} s after it was taken"
+    else:
+        age = f"{delays.closed_seconds:.2f} s after its label windows closed"
+    return (
+        f"{header.rank.name}  {header.examples:,} examples  {rows:,} rows, "
+        f"{header.payload_bytes / 1e6:.1f} MB  applied {age}"
     )
 
 
