@@ -62,7 +62,7 @@ quality: ## measure logloss against events/s beside Vowpal Wabbit and River, hou
 vectors: ## write docs/vectors.json, test vectors of the published hash
 	$(BIN)/python docs/vectors.py
 
-schemas: ## write docs/schemas, the JSON Schemas of pointer, manifest and report
+schemas: ## write docs/schemas, the JSON Schemas of pointer, manifest, delta and report
 	$(BIN)/python docs/schemas/generate.py
 
 lineage: ## run every order in which two runs may start, and write what subscribers serve into docs/serving.md

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _APPENDED_TO = ("reports.jsonl", "dead_letters.jsonl", "dead_letters.sent", "latest.lock")
-_FOLDERS = ("snapshots", "spill")
+_FOLDERS = ("snapshots", "deltas", "spill")
 _NOT_FOLLOWED = "it is a symbolic link, which a run does not follow in its state directory"
 _NOT_REGULAR = "it is not a regular file"
 

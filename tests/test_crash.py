@@ -58,7 +58,8 @@ EVERYWHERE = [
     *(
         once(name)
         for name in FAILPOINTS
-        if not name.startswith(("announce.", "seam."))  # see test_history for the seam
+        # See test_history for the seam, and test_delta_store for deltas.
+        if not name.startswith(("announce.", "seam.", "delta."))
         and name not in NEAR_ANOTHER
     ),
     "snapshot.rename:1",

@@ -18,7 +18,7 @@ from stream_ctr.logs.simulate import Simulation
 PROMISE = "a run changes nothing outside its state directory"
 FILES = ("lock", "latest.lock", "reports.jsonl", "dead_letters.jsonl")
 REPLACED = ("latest.json", "run.json", "tmp-latest.json", "tmp-run.json")
-FOLDERS = ("snapshots", "spill")
+FOLDERS = ("snapshots", "deltas", "spill")
 
 
 @pytest.fixture(scope="module")

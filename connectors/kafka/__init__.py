@@ -28,7 +28,12 @@ from stream_ctr.connectors.kafka.inspection import (
     survey,
 )
 from stream_ctr.connectors.kafka.options import client_options, parse_properties, read_properties
-from stream_ctr.connectors.kafka.pointers import PointerReader, StoredRecord, stored_records
+from stream_ctr.connectors.kafka.pointers import (
+    PointerReader,
+    RecordFollower,
+    StoredRecord,
+    stored_records,
+)
 from stream_ctr.connectors.kafka.sink import KafkaSink
 from stream_ctr.connectors.kafka.source import KafkaSource
 
@@ -47,6 +52,7 @@ __all__ = [
     "LogTruncated",
     "PointerReader",
     "PositionLost",
+    "RecordFollower",
     "Sample",
     "StoredRecord",
     "TopicChanged",

@@ -20,17 +20,23 @@ from stream_ctr.connectors.kafka.diagnosis import how_to_create, servers
 
 
 def ensure_topic(
-    client: Mapping[str, object], topic: str, *, partitions: int = 1, compacted: bool = False
+    client: Mapping[str, object],
+    topic: str,
+    *,
+    partitions: int = 1,
+    compacted: bool = False,
+    retention_ms: int | None = None,
 ) -> bool:
     """Create the topic if it is missing, and return whether it was created.
 
-    Its replication is the broker's default. A topic that exists needs no right but to describe it.
-    Raises `KafkaUnreachable` and `KafkaFailure`.
+    Its replication is the broker's default, and so is its retention without `retention_ms`. A topic
+    that exists stays as it is, and needs no right but to describe it. Raises `KafkaUnreachable` and
+    `KafkaFailure`.
     """
-    settings: dict[str, object] = {
-        "num_partitions": partitions,
-        "configs": {"cleanup.policy": "compact"} if compacted else {},
-    }
+    configs = {"cleanup.policy": "compact"} if compacted else {}
+    if retention_ms is not None:
+        configs |= {"cleanup.policy": "delete", "retention.ms": str(retention_ms)}
+    settings: dict[str, object] = {"num_partitions": partitions, "configs": configs}
     wait = {
         "timeout_ms": timeouts.milliseconds(timeouts.ANSWER_SECONDS),
         "wait_for_metadata": True,

@@ -1,6 +1,7 @@
-"""Whole records of small topics: pointers in a compacted topic, and all records that a topic holds.
+"""Whole records with keys and headers, as the client parses them.
 
-The client parses these records by itself, with their keys and headers.
+`PointerReader` follows pointers in a compacted topic, `RecordFollower` the records of a topic that
+retention shortens, and `stored_records` returns all records that a topic holds.
 """
 
 from __future__ import annotations
@@ -8,19 +9,28 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from kafka.errors import KafkaError, RetriableError
+from kafka.errors import (
+    CorruptRecordError,
+    KafkaError,
+    LogTruncationError,
+    OffsetOutOfRangeError,
+    RetriableError,
+)
 
-from stream_ctr.connectors.errors import KafkaReadFailed, KafkaUnreachable
+from stream_ctr.connectors.errors import KafkaReadFailed, KafkaTopicMissing, KafkaUnreachable
 from stream_ctr.connectors.kafka import timeouts
-from stream_ctr.connectors.kafka.client import open_consumer
+from stream_ctr.connectors.kafka.client import in_background, open_consumer
 from stream_ctr.connectors.kafka.codecs import check_codecs
 from stream_ctr.connectors.kafka.consumer_reader import assign_all, find_ends, leaders_silent
 from stream_ctr.connectors.kafka.record_batches import DamagedBatch
 
 _POLL_MS = 250
+_RENEW_SECONDS = 30.0
 
 
 class PointerReader:
@@ -124,6 +134,167 @@ class StoredRecord:
     key: bytes | None
     value: bytes | None
     headers: tuple[tuple[str, bytes], ...]
+
+
+class RecordFollower:
+    """Follows all records of a topic from its beginning, whatever happens to it.
+
+    Where the next record is not there any more, because retention removed it or the topic was
+    deleted and created again, reading goes on with the oldest record that is there. A batch that
+    cannot be read is passed over. `take_losses` reports both. A consumer that reads nothing for
+    `_RENEW_SECONDS` is replaced: it may only know leaders of long ago, or a deleted topic.
+
+    Only one thread uses it. Raises `KafkaUnreachable`, `KafkaTopicMissing` and `KafkaCodecMissing`.
+    """
+
+    def __init__(self, client: Mapping[str, object], topic: str) -> None:
+        check_codecs()
+        self._client = client
+        self._topic = topic
+        self._next_offset: dict[Any, int] = {}  # a partition without one is read from its beginning
+        self._losses: list[str] = []
+        self._heard_at = time.monotonic()
+        self._opening: Future[tuple[Any, list[Any]]] | None = None
+        self._consumer: Any = None
+        self._assigned: list[Any] = []
+        self._use(*self._connect())
+
+    def poll(self, timeout_seconds: float) -> list[StoredRecord]:
+        """Return the next records, in order within each partition.
+
+        Raises `KafkaUnreachable` when there is no consumer and no broker answers,
+        `KafkaTopicMissing` once the topic is gone, and `KafkaReadFailed` for what a broker refuses.
+        The next call tries again.
+        """
+        if not self._renewed(timeout_seconds):
+            return []
+        try:
+            polled = self._consumer.poll(timeout_ms=timeouts.milliseconds(timeout_seconds))
+        except RetriableError:
+            return []
+        except (LogTruncationError, OffsetOutOfRangeError) as error:
+            self._begin_anew(error)
+            return []
+        except (KafkaError, DamagedBatch) as error:
+            self._pass_over(error)
+            return []
+        found = []
+        for partition, records in polled.items():
+            self._next_offset[partition] = records[-1].offset + 1
+            self._heard_at = time.monotonic()
+            found += map(_stored, records)
+        return found
+
+    def take_losses(self) -> list[str]:
+        """Return in words what was lost since the last call."""
+        losses = self._losses
+        self._losses = []
+        return losses
+
+    def seek_to_beginning(self) -> None:
+        """Let all records that the topic holds come again."""
+        self._next_offset.clear()
+        if self._consumer is not None:
+            self._consumer.seek_to_beginning()
+
+    def close(self) -> None:
+        """Close the connection."""
+        if self._opening:
+            self._opening.add_done_callback(_close_opened)
+        self._opening = None
+        self._drop_consumer()
+
+    def _connect(self) -> tuple[Any, list[Any]]:
+        """Return a consumer of all partitions, which is nowhere yet, and the partitions."""
+        consumer = open_consumer(self._client)
+        try:
+            return consumer, assign_all(consumer, [self._topic], self._client)
+        except BaseException:
+            consumer.close()
+            raise
+
+    def _use(self, consumer: Any, assigned: list[Any]) -> None:
+        self._drop_consumer()
+        self._consumer = consumer
+        self._assigned = assigned
+        self._heard_at = time.monotonic()
+        for partition in assigned:
+            if partition in self._next_offset:
+                consumer.seek(partition, self._next_offset[partition])
+            else:
+                consumer.seek_to_beginning(partition)
+
+    def _renewed(self, timeout_seconds: float) -> bool:
+        """Replace the consumer where that is due; return whether there is one.
+
+        Brokers that are away do not stop a poll: a thread connects.
+        """
+        idle_seconds = time.monotonic() - self._heard_at
+        if self._opening is None and (self._consumer is None or idle_seconds > _RENEW_SECONDS):
+            self._opening = in_background(self._connect)
+        if self._opening is None or (self._consumer is not None and not self._opening.done()):
+            return True
+        try:
+            opened = self._opening.result(timeout_seconds)
+        except TimeoutError:
+            return False
+        except KafkaTopicMissing:
+            self._opening = None
+            self._forget_topic()
+            raise
+        except Exception:
+            self._opening = None
+            self._heard_at = time.monotonic()
+            raise
+        self._opening = None
+        self._use(*opened)
+        return True
+
+    def _forget_topic(self) -> None:
+        if self._consumer is not None:
+            self._losses.append(f"topic {self._topic!r} was deleted while it was followed")
+        self._next_offset.clear()
+        self._drop_consumer()
+
+    def _begin_anew(self, error: KafkaError) -> None:
+        """Read the partitions that an error names from their beginnings, with a new consumer."""
+        lost = error.divergent_offsets if isinstance(error, LogTruncationError) else error.args[0]
+        for partition in lost if isinstance(lost, Mapping) else self._assigned:
+            offset = self._next_offset.pop(partition, 0)
+            self._losses.append(
+                f"partition {partition.partition} of topic {self._topic!r} does not hold offset "
+                f"{offset} any more: retention removed it, or the topic was created again"
+            )
+        self._drop_consumer()
+
+    def _pass_over(self, error: Exception) -> None:
+        """Go on after the next offset of the only partition, or raise `KafkaReadFailed`."""
+        failed = KafkaReadFailed(f"reading topic {self._topic!r} failed: {error}")
+        if len(self._assigned) > 1 or not isinstance(error, CorruptRecordError | DamagedBatch):
+            self._drop_consumer()
+            raise failed from error
+        (partition,) = self._assigned
+        offset = self._next_offset.get(partition)
+        if offset is None:
+            with suppress(KafkaError):
+                offset = self._consumer.position(partition, timeout_ms=0)
+        self._next_offset[partition] = (offset or 0) + 1
+        self._losses.append(
+            f"offset {offset} of partition {partition.partition} of topic {self._topic!r} cannot "
+            f"be read: {error}"
+        )
+        self._drop_consumer()
+
+    def _drop_consumer(self) -> None:
+        consumer = self._consumer
+        self._consumer = None
+        if consumer is not None:
+            consumer.close()
+
+
+def _close_opened(opening: Future[tuple[Any, list[Any]]]) -> None:
+    if opening.exception() is None:
+        opening.result()[0].close()
 
 
 def stored_records(client: Mapping[str, object], topic: str) -> Iterator[StoredRecord]:

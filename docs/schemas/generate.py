@@ -1,4 +1,4 @@
-"""Write the JSON Schemas of pointer, manifest and report from the types that stream-ctr uses.
+"""Write the JSON Schemas of pointer, manifest, delta and report from the types of stream-ctr.
 
     python docs/schemas/generate.py
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from stream_ctr.snapshots import manifest, pointer
+from stream_ctr.snapshots import delta, delta_store, manifest, pointer
 from stream_ctr.train import report
 
 FOLDER = Path(__file__).parent
@@ -29,6 +29,8 @@ def schemas() -> dict[str, dict[str, Any]]:
     return {
         "pointer.schema.json": document(pointer.Pointer, newest=pointer.FORMAT),
         "manifest.schema.json": document(manifest.Manifest, newest=manifest.FORMAT),
+        "delta.schema.json": document(delta.DeltaHeader, newest=delta.FORMAT),
+        "deltas.schema.json": document(delta_store.DeltaIndex, newest=delta_store.FORMAT),
         "report.schema.json": reports(),
     }
 

@@ -38,7 +38,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import msgspec
 import numpy as np
@@ -55,6 +55,12 @@ from stream_ctr.messages import one_line
 from stream_ctr.snapshots.contract import Epoch, RunId, Sha256, Sign, Verify, decode, encode
 
 FORMAT = 1
+LARGEST_HEADER_BYTES = 1 << 19
+"""A header is one record of a topic, with room to spare below the megabyte of brokers."""
+LARGEST_PAYLOAD_BYTES = 1 << 30
+"""The largest payload that is read: 22 million rows of an embedding of 10 numbers."""
+MOST_CLOSED = 64
+"""The most entries of `DeltaHeader.closed`."""
 Precision = Literal["fp32", "bf16"]
 Array: TypeAlias = npt.NDArray[Any]
 Changes: TypeAlias = Mapping[str, Mapping[str, Array]]
@@ -65,6 +71,7 @@ VALUES = "values"
 # No manifest and no pointer begins like this, so no signature of one is that of a delta.
 _SIGNED = b"stream-ctr delta\n"
 _BETWEEN = "/"
+_NAN = 0x7FC0  # the quiet NaN of bfloat16
 
 
 class DeltaRank(Struct, frozen=True, forbid_unknown_fields=True, order=True):
@@ -104,9 +111,9 @@ class DeltaHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     this one, or of the base's manifest. `identity_sha256` is the digest of the fields and the
     models of the run (see `identity_sha256`). `examples` counts those that the run has learned,
     `newest_event_ms` and `oldest_event_ms` bound the event times of those that are new in this
-    delta. `closed` says when their label windows closed, and `learned_ms` when the last of them was
-    learned; `created_ms` is the time of the copy. `rows` counts the rows of each model. `signature`
-    is that of a pointer.
+    delta. `closed` says when their label windows closed, in `MOST_CLOSED` entries at most, and
+    `learned_ms` when the last of them was learned; `created_ms` is the time of the copy. `rows`
+    counts the rows of each model. `signature` is that of a pointer.
     """
 
     format: Count = FORMAT
@@ -124,17 +131,32 @@ class DeltaHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     newest_event_ms: Count
     watermark_ms: int
     positions: dict[str, Count]
-    closed: tuple[Closed, ...]
+    closed: Annotated[tuple[Closed, ...], Meta(max_length=MOST_CLOSED)]
     learned_ms: Count
     created_ms: Count
     rows: dict[str, Count]
     payload_sha256: Sha256
-    payload_bytes: Count
+    payload_bytes: Annotated[int, Meta(ge=0, le=LARGEST_PAYLOAD_BYTES)]
     signature: Annotated[str, Meta(pattern="^([0-9a-f]{128})?$", max_length=128)] = ""
 
 
+class Unsigned(SnapshotError):
+    """A header has no signature, or not that of the expected key."""
+
+
+class Delta(NamedTuple):
+    """A header, the SHA-256 of its bytes, and the payload whose digest it gives."""
+
+    header: DeltaHeader
+    sha256: str
+    payload: bytes
+
+
 def encode_header(header: DeltaHeader, sign: Sign | None = None) -> bytes:
-    """Return the header as one line of JSON with its seal, signed if `sign` is given."""
+    """Return the header as one line of JSON with its seal, signed if `sign` is given.
+
+    Raises `SnapshotError` for a header that `decode_header` would refuse.
+    """
     signature = sign(_signed_bytes(header)).hex() if sign else ""
     data = encode(replace(header, signature=signature), indent=None)
     decode_header(data)  # a frozen type does not check the values that it is made with
@@ -146,22 +168,48 @@ def decode_header(
 ) -> DeltaHeader:
     """Decode a header, and check its signature if `signature` is given.
 
-    Raises `NewerFormat`, `OlderFormat`, or `SnapshotError` that names the delta.
+    Raises `NewerFormat`, `OlderFormat`, `Unsigned`, or another `SnapshotError` that names the delta.
     """
+    if len(data) > LARGEST_HEADER_BYTES:
+        raise SnapshotError(
+            f"the header of {name} has {len(data):,} bytes, and the largest that is read has "
+            f"{LARGEST_HEADER_BYTES:,}"
+        )
     header = decode(data, DeltaHeader, newest=FORMAT, name=name)
     if signature is None:
         return header
     if not header.signature:
-        raise SnapshotError(f"{name} is not signed, and a signature is required")
+        raise Unsigned(f"{name} is not signed, and a signature is required")
     try:
         signature(_signed_bytes(header), bytes.fromhex(header.signature))
     except SnapshotError as reason:
-        raise SnapshotError(f"{name}: {reason}") from None
+        raise Unsigned(f"{name}: {reason}") from None
     return header
 
 
 def _signed_bytes(header: DeltaHeader) -> bytes:
     return _SIGNED + msgspec.json.encode(replace(header, signature=""))
+
+
+def verified(
+    header: bytes, payload: bytes, *, name: str = "delta", signature: Verify | None = None
+) -> Delta:
+    """Return the delta of these bytes, with the checks of `decode_header`.
+
+    Raises `SnapshotError` too if the payload is not the one that the header describes.
+    """
+    decoded = decode_header(header, name=name, signature=signature)
+    if len(payload) != decoded.payload_bytes:
+        raise SnapshotError(
+            f"the payload of {name} has {len(payload):,} bytes, its header says "
+            f"{decoded.payload_bytes:,}"
+        )
+    digest = hashlib.sha256(payload).hexdigest()
+    if digest != decoded.payload_sha256:
+        raise SnapshotError(
+            f"the payload of {name} has SHA-256 {digest}, its header says {decoded.payload_sha256}"
+        )
+    return Delta(decoded, header_sha256(header), payload)
 
 
 def header_sha256(data: bytes) -> str:
@@ -218,12 +266,18 @@ def decode_payload(data: bytes, precision: Precision, name: str = "delta") -> Ch
 def rounded_bf16(values: Array) -> npt.NDArray[np.uint16]:
     """Return float32 values rounded to bfloat16, ties to even, as the upper halves of their bits.
 
-    >>> widened_bf16(rounded_bf16(np.array([1.0, 0.1], np.float32))).tolist()
-    [1.0, 0.10009765625]
+    NaN stays NaN.
+
+    >>> widened_bf16(rounded_bf16(np.array([1.0, 0.1, np.nan], np.float32))).tolist()
+    [1.0, 0.10009765625, nan]
     """
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    values = np.ascontiguousarray(values, np.float32)
+    bits = values.view(np.uint32)
     odd = (bits >> 16) & 1
-    return ((bits + np.uint32(0x7FFF) + odd) >> 16).astype(np.uint16)
+    halves = ((bits + np.uint32(0x7FFF) + odd) >> 16).astype(np.uint16)
+    # The sum carries a NaN with few bits to infinity, and one with many to zero.
+    halves[np.isnan(values)] = _NAN
+    return halves
 
 
 def widened_bf16(halves: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
