@@ -207,8 +207,8 @@ def test_a_claimed_size_takes_no_memory(tmp_path: Path) -> None:
         )
         for index in range(100)
     ]
+    place = TopicPlace(topic.scan, TOPIC, pointer)
     with pytest.raises(SnapshotError, match="is larger than 10,000,000 bytes"):
-        place = TopicPlace(topic.scan, TOPIC, pointer)
         place.read(f"snapshots/{pointer.snapshot}/manifest.json", 10_000_000)
 
 

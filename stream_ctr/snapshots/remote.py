@@ -28,7 +28,7 @@ from stream_ctr.snapshots.delta import (
     header_sha256,
     verified,
 )
-from stream_ctr.snapshots.delta_sources import POLL_BYTES
+from stream_ctr.snapshots.delta_sources import POLL_BYTES, NotReadable
 from stream_ctr.snapshots.delta_store import (
     FOLDER,
     INDEX,
@@ -190,12 +190,14 @@ class PlaceDeltas:
         except Unreachable as error:
             self._paused_until = time.monotonic() + _RETRY_SECONDS
             if str(error) != self._away:
-                found.append(self._refusal("away", error))
+                self.counts["away"] += 1
+                found.append(NotReadable(f"deltas cannot be read now: {error}"))
             self._away = str(error)
         except SnapshotError as error:
             if self._named.get(INDEX) != str(error):
                 self._named[INDEX] = str(error)
-                found.append(self._refusal("index", error))
+                self.counts["index"] += 1
+                found.append(NotReadable(f"no deltas are read: {error}"))
         else:
             self._away = ""
         return found
@@ -234,7 +236,8 @@ class PlaceDeltas:
                 self._due[entry.sha256] = time.monotonic() + _RETRY_SECONDS
                 if self._named.get(entry.sha256) != str(error):
                     self._named[entry.sha256] = str(error)
-                    yield self._refusal("damaged", error)
+                    self.counts["damaged"] += 1
+                    yield error
                 continue
             self._returned.add(entry.sha256)
             size += entry.bytes
@@ -259,7 +262,3 @@ class PlaceDeltas:
         size = decode_header(header, name=name, signature=self._signature).payload_bytes
         payload = self._place.read(f"{FOLDER}/{payload_name(entry.rank)}", size)
         return verified(header, payload, name=name)
-
-    def _refusal(self, count: str, error: SnapshotError) -> SnapshotError:
-        self.counts[count] += 1
-        return error
