@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given
@@ -240,6 +240,20 @@ def test_a_later_epoch_ends_the_one_before(at_base: Chain) -> None:
     assert at_base.awaited == BASE_SHA256
     begin(at_base, BASE_SNAPSHOT)
     assert follow(at_base, *links, *resumed) == [Stale] * 3 + [Apply] * 2
+
+
+def test_a_rollback_makes_the_deltas_after_its_snapshot_void(at_base: Chain) -> None:
+    """The base or a snapshot on the chain is published again, under a later epoch."""
+    links = chain(3)
+    for snapshot in (BASE_SNAPSHOT, Snapshot(sha256("B"), links[0].position, 3, 1100)):
+        begin(at_base, replace(snapshot, epoch=5))
+        assert follow(at_base, *links) == [Stale] * 3
+    assert judge(at_base, links[2]) == Stale(
+        "delta 00000003-00000003 is superseded by those of epoch 5"
+    )
+    begin(at_base, Snapshot(sha256("D"), None, 5, 1400))
+    later = chain(2, epoch=5, parent=sha256("D"), base_sha256=sha256("D"))
+    assert follow(at_base, *links, *later) == [Stale] * 3 + [Apply] * 2
 
 
 def test_the_epochs_of_another_run_say_nothing_about_this_one(at_base: Chain) -> None:

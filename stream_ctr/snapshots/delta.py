@@ -168,7 +168,7 @@ def decode_header(
 ) -> DeltaHeader:
     """Decode a header, and check its signature if `signature` is given.
 
-    Raises `NewerFormat`, `OlderFormat`, `Unsigned`, or another `SnapshotError` that names the delta.
+    Raises `NewerFormat`, `OlderFormat`, `Unsigned`, or `SnapshotError` that names the delta.
     """
     if len(data) > LARGEST_HEADER_BYTES:
         raise SnapshotError(

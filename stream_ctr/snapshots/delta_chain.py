@@ -15,15 +15,17 @@ The first row that fits judges a delta:
     the delta                                                       verdict
     -------------------------------------------------------------   ---------
     is of another run, model name or schema                         `Refused`
-    is of an epoch below one that was seen                          `Stale`
+    is of an epoch below one that was seen, or of the pointer       `Stale`
     has a rank that is not above the last rank                      `Stale`
     has a parent among the heads                                    `Apply`
     no rank is known, and the snapshot has learned its examples     `Stale`
     any other                                                       `Gap`
 
-A run that is resumed begins a chain on a snapshot from which the chain of the killed process goes
-on too. So an epoch ends all earlier ones as soon as one of its deltas is seen: otherwise a reader
-that begins with that snapshot follows the dead branch again and again.
+A chain has the epoch of the pointer to its base, or a later one. A rollback publishes a snapshot
+under a later epoch, which makes the deltas that led on from it void. A run that is resumed begins a
+chain on a snapshot from which the chain of the killed process goes on too. So an epoch ends all
+earlier ones as soon as one of its deltas is seen: otherwise a reader that begins with that snapshot
+follows the dead branch again and again.
 """
 
 from __future__ import annotations
@@ -99,11 +101,10 @@ class Chain:
     ) -> None:
         """Begin at a snapshot that was loaded.
 
-        `position`, `run`, `model`, `epoch` and `examples` are those of its manifest, and
-        `identity_sha256` is that of `delta.identity_sha256`.
+        `position`, `run`, `model` and `examples` are those of its manifest, `epoch` is that of its
+        pointer, and `identity_sha256` is that of `delta.identity_sha256`.
         """
-        if run != self._run:
-            self._newest_epoch = 0
+        self._newest_epoch = epoch if run != self._run else max(epoch, self._newest_epoch)
         self._run = run
         self._model = model
         self._identity = identity_sha256
@@ -204,9 +205,10 @@ class Chain:
             if self._links.get(header.rank) == sha256:
                 return "is loaded already"
             return f"comes before {self.rank.name}, which is loaded"
-        learned = (header.rank.epoch, header.examples) <= self._begun_at
+        epoch, examples = self._begun_at
+        learned = header.rank.epoch == epoch and header.examples <= examples
         if self.rank is None and learned and header.parent not in self._heads:
-            return f"is older than the loaded snapshot, of {self._begun_at[1]:,} examples"
+            return f"is older than the loaded snapshot, of {examples:,} examples"
         return None
 
     @property
