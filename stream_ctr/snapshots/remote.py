@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.learn.runtimes import Runtime
+from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files, snapshot
+from stream_ctr.snapshots.base_topic import Scan, TopicPlace, topic_of
 from stream_ctr.snapshots.cache import Needed, SnapshotCache
 from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.delta import (
@@ -40,7 +43,7 @@ from stream_ctr.snapshots.delta_store import (
     payload_name,
 )
 from stream_ctr.snapshots.manifest import Manifest
-from stream_ctr.snapshots.places import Place, Unreachable
+from stream_ctr.snapshots.places import Place, Unreachable, open_place
 from stream_ctr.snapshots.pointer import Pointer, decode_pointer
 from stream_ctr.snapshots.scorer import served_stems
 
@@ -67,6 +70,47 @@ def served_files(model: str | None, runtime: Runtime) -> Needed:
         ]
 
     return needed
+
+
+class Downloads:
+    """Snapshots that are not on this machine, downloaded to a cache.
+
+    They are at `url`, or where their pointers say. `scan` opens a consumer of a topic, for pointers
+    to one.
+    """
+
+    def __init__(
+        self,
+        cache: SnapshotCache,
+        *,
+        url: str | None = None,
+        scan: Callable[[str], Scan] | None = None,
+    ) -> None:
+        self._cache = cache
+        self._url = url
+        self._scan = scan
+        self._places: dict[str, Place] = {}
+
+    def __call__(self, pointer: Pointer) -> Path:
+        """Return the folder of a snapshot in the cache.
+
+        Raises `SnapshotError` as `SnapshotCache.fetch` does, and if the pointer names no URL, and
+        `ConfigError` if the URL cannot be opened here.
+        """
+        return self._cache.fetch(self._place(self._url or pointer.url, pointer), pointer)
+
+    def _place(self, url: str, pointer: Pointer) -> Place:
+        if not url:
+            raise SnapshotError(
+                f"snapshot {pointer.snapshot} is not on this machine: there is no "
+                f"{one_line(pointer.path, 300)}, and its pointer names no URL (snapshots.url of "
+                "the run)"
+            )
+        if (topic := topic_of(url)) and self._scan:
+            return TopicPlace(partial(self._scan, topic), topic, pointer)
+        if url not in self._places:
+            self._places = {url: open_place(url)}
+        return self._places[url]
 
 
 class UrlPointers:
