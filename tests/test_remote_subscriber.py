@@ -1,4 +1,4 @@
-"""A subscriber on another machine serves what the run has published, bit for bit, or what it had."""
+"""A subscriber on another machine serves what the run published, bit for bit, or what it had."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from support.served import ROWS, publish, write_served
 from support.web_servers import FaultyServer, web_server
 
 from stream_ctr.cli.main import main
-from stream_ctr.errors import ConfigError
 from stream_ctr.connectors import kafka
+from stream_ctr.errors import ConfigError
 from stream_ctr.snapshots import base_topic, delta_topic, places, remote
 from stream_ctr.snapshots.cache import SnapshotCache
 from stream_ctr.snapshots.mirror import TopicMirror, mirror_at
