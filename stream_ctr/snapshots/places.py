@@ -144,12 +144,11 @@ http, https, s3, s3a, gs, gcs, az, abfs, abfss, sftp, hdfs, memory; did you mean
     stream_ctr.errors.ConfigError: http://host/run can only be read: write to the directory that \
 the web server serves, or to an object store
     """
-    if not is_url(url):
-        return LocalPlace(Path(url))
+    directory = local_directory(url)
+    if directory is not None:
+        return LocalPlace(directory)
     address = str(url)
     scheme = address.partition("://")[0].lower()
-    if scheme == _LOCAL:
-        return LocalPlace(_local_path(address))
     known = (_LOCAL, *_SCHEMES)
     if scheme not in _SCHEMES or "::" in address:
         raise ConfigError(
@@ -164,10 +163,21 @@ the web server serves, or to an object store
     return RemotePlace(address)
 
 
-def _local_path(url: str) -> Path:
-    parts = urlsplit(url)
+def local_directory(source: str | os.PathLike[str]) -> Path | None:
+    """Return the directory that a path or a file URL names, None for another URL.
+
+    Raises `ConfigError` for a file URL that names none.
+
+    >>> local_directory("file:///srv/a%20b"), local_directory("s3://bucket/run")
+    (PosixPath('/srv/a b'), None)
+    """
+    if not is_url(source):
+        return Path(source)
+    parts = urlsplit(str(source))
+    if parts.scheme.lower() != _LOCAL:
+        return None
     if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
-        raise ConfigError(f"{one_line(url)} is not of the form file:///absolute/path")
+        raise ConfigError(f"{one_line(source)} is not of the form file:///absolute/path")
     return Path(unquote(parts.path))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -86,6 +86,16 @@ class FilePointers:
         return [pointer] if pointer else []
 
 
+class Download(Protocol):
+    """Returns the directory of a snapshot that is not on this machine, by its pointer.
+
+    `close` ends what is on its way.
+    """
+
+    def __call__(self, pointer: Pointer) -> Path: ...
+    def close(self) -> None: ...
+
+
 class TopicPointers:
     """The pointers of one name on the snapshot topic.
 
@@ -102,7 +112,7 @@ class TopicPointers:
         *,
         model_name: str = "default",
         snapshots: Path | None = None,
-        download: Callable[[Pointer], Path] | None = None,
+        download: Download | None = None,
         signature: Verify | None = None,
     ) -> None:
         self._reader = reader
@@ -148,6 +158,11 @@ class TopicPointers:
         if self._download and not files.is_directory(path):
             return self._download(pointer)
         return path
+
+    def close(self) -> None:
+        """End a download. The reader stays open."""
+        if self._download:
+            self._download.close()
 
     def _take(self, key: str, value: bytes | None) -> None:
         if value is None:

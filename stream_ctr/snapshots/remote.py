@@ -75,7 +75,7 @@ def served_files(model: str | None, runtime: Runtime) -> Needed:
 class Downloads:
     """Snapshots that are not on this machine, downloaded to a cache.
 
-    They are at `url`, or where their pointers say. `scan` opens a consumer of a topic, for pointers
+    They are at `place`, or where their pointers say. `scan` opens a consumer of a topic, for pointers
     to one.
     """
 
@@ -83,11 +83,11 @@ class Downloads:
         self,
         cache: SnapshotCache,
         *,
-        url: str | None = None,
+        place: Place | None = None,
         scan: Callable[[str], Scan] | None = None,
     ) -> None:
         self._cache = cache
-        self._url = url
+        self._given = place
         self._scan = scan
         self._places: dict[str, Place] = {}
 
@@ -97,9 +97,14 @@ class Downloads:
         Raises `SnapshotError` as `SnapshotCache.fetch` does, and if the pointer names no URL, and
         `ConfigError` if the URL cannot be opened here.
         """
-        return self._cache.fetch(self._place(self._url or pointer.url, pointer), pointer)
+        return self._cache.fetch(self._given or self._place(pointer), pointer)
 
-    def _place(self, url: str, pointer: Pointer) -> Place:
+    def close(self) -> None:
+        """End a download."""
+        self._cache.close()
+
+    def _place(self, pointer: Pointer) -> Place:
+        url = pointer.url
         if not url:
             raise SnapshotError(
                 f"snapshot {pointer.snapshot} is not on this machine: there is no "
