@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import command, succeed
 from support.deltas import chain
 from support.keys import write_keys
 from support.manifests import RUN, edit_json, make_newer
@@ -378,6 +379,18 @@ def test_a_place_that_hangs_holds_nobody_up(
         run()
     released.set()
     assert time.monotonic() - began < 30
+
+
+def test_the_command_copies_once(state: Path, copy: Path) -> None:
+    assert command("snapshots", "mirror", state, copy.as_uri()).exit_code == 6
+    pointer = write(state)
+    assert command("snapshots", "mirror", state).exit_code == 3
+    link = chain(1)[0]
+    DeltaStore(state).write(link.header_bytes, link.header, link.payload)
+    result = succeed("snapshots", "mirror", state, copy.as_uri())
+    assert pointer.snapshot in result.output
+    assert read_pointer(copy / "latest.json") == pointer
+    assert len(list((copy / "deltas").iterdir())) == 3
 
 
 def test_a_url_that_cannot_be_written_to_is_refused_at_the_start(state: Path) -> None:

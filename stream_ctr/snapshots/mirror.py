@@ -50,7 +50,7 @@ from stream_ctr.snapshots.pointer import Pointer, decode_pointer
 from stream_ctr.snapshots.remote import POINTER
 
 _log = logging.getLogger(__name__)
-_SNAPSHOT_SECONDS = 0.5
+SNAPSHOT_SECONDS = 0.5
 _DELTA_SECONDS = 0.1
 _FIRST_RETRY_SECONDS = 1.0
 _LAST_RETRY_SECONDS = 60.0
@@ -97,12 +97,20 @@ def mirror_at(
     # A file system of its own: not all of them may be used by two threads.
     for_deltas = open_place(url, writing=True)
     works = {
-        "snapshots": Work(
-            SnapshotMirror(directory, place, run=run, check=check), _SNAPSHOT_SECONDS
-        ),
+        "snapshots": Work(SnapshotMirror(directory, place, run=run, check=check), SNAPSHOT_SECONDS),
         "deltas": Work(DeltaMirror(directory, for_deltas, run=run, check=check), _DELTA_SECONDS),
     }
     return Mirror(place.url, directory, works, patience_seconds=patience_seconds)
+
+
+def mirror_once(url: str, directory: Path, pointer: Pointer) -> None:
+    """Send what the place at a URL lacks of a state directory, whose published pointer is given.
+
+    Raises `SnapshotError` if something cannot be sent, and `ConfigError` as `mirror_at` does.
+    """
+    place = open_place(url, writing=True)
+    SnapshotMirror(directory, place, run=pointer.run)()
+    DeltaMirror(directory, place, run=pointer.run)()
 
 
 class Mirror:
@@ -177,7 +185,12 @@ class SnapshotMirror:
     """Calls make a place equal to a directory: the published snapshot, and its pointer."""
 
     def __init__(
-        self, directory: Path, place: Place, *, run: str, check: Callable[[], None]
+        self,
+        directory: Path,
+        place: Place,
+        *,
+        run: str,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._directory = directory
         self._place = place
@@ -286,7 +299,12 @@ class DeltaMirror:
     """Calls make a place equal to a directory: the deltas that its index lists."""
 
     def __init__(
-        self, directory: Path, place: Place, *, run: str, check: Callable[[], None]
+        self,
+        directory: Path,
+        place: Place,
+        *,
+        run: str,
+        check: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = directory / FOLDER
         self._place = place

@@ -75,8 +75,8 @@ def served_files(model: str | None, runtime: Runtime) -> Needed:
 class Downloads:
     """Snapshots that are not on this machine, downloaded to a cache.
 
-    They are at `place`, or where their pointers say. `scan` opens a consumer of a topic, for pointers
-    to one.
+    They are at `place`, or where their pointers say. `scan` opens a consumer of a topic, for
+    pointers to one.
     """
 
     def __init__(
