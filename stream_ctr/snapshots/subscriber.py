@@ -131,10 +131,10 @@ class Subscriber:
     `source` is a state directory, a URL (see `places`) or a `PointerSource`. What is at a URL is
     downloaded to the folder `cache`, by default one in the user's cache directory.
 
-    `run` is the id of the run to follow; by default it is the first that is loaded. With `run_file`, that run is kept in this file, and a
-    later subscriber with the same file follows it. With `follow="replace"` a run that was told to
-    replace the followed one is followed from then on; by default its pointers are refused. With
-    `model`, an additional model serves instead of the published one, and snapshots without it are
+    `run` is the id of the run to follow; by default it is the first that is loaded. With
+    `run_file`, that run is kept in this file, and a later subscriber with the same file follows it.
+    With `follow="replace"` a run that was told to replace the followed one is followed from then
+    on; by default its pointers are refused. With `model`, an additional model serves instead of the published one, and snapshots without it are
     ignored with a warning. With `public_key`, a PEM file, snapshots without a signature by its
     private key are ignored. `device`, `runtime` and `on_invalid` are those of `Scorer`. `predict`
     raises `SnapshotError` before the first snapshot.
