@@ -134,10 +134,10 @@ class Subscriber:
     `run` is the id of the run to follow; by default it is the first that is loaded. With
     `run_file`, that run is kept in this file, and a later subscriber with the same file follows it.
     With `follow="replace"` a run that was told to replace the followed one is followed from then
-    on; by default its pointers are refused. With `model`, an additional model serves instead of the published one, and snapshots without it are
-    ignored with a warning. With `public_key`, a PEM file, snapshots without a signature by its
-    private key are ignored. `device`, `runtime` and `on_invalid` are those of `Scorer`. `predict`
-    raises `SnapshotError` before the first snapshot.
+    on; by default its pointers are refused. With `model`, an additional model serves instead of the
+    published one, and snapshots without it are ignored with a warning. With `public_key`, a PEM
+    file, snapshots without a signature by its private key are ignored. `device`, `runtime` and
+    `on_invalid` are those of `Scorer`. `predict` raises `SnapshotError` before the first snapshot.
 
     `deltas` are followed between snapshots: by default those of the directory or URL, with False
     none. With another `source` they are followed where they are given. A model on a GPU follows
