@@ -221,7 +221,7 @@ def test_deltas_without_the_signature_are_refused(state: Path, tmp_path: Path) -
     assert polled(source) == [signed.delta]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(data=st.data())
 def test_every_delta_comes_in_the_end_and_none_is_another(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

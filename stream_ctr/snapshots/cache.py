@@ -32,6 +32,7 @@ from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.manifest import FileEntry, Manifest
 from stream_ctr.snapshots.places import Place, download, require_space
 from stream_ctr.snapshots.pointer import Pointer
+from stream_ctr.snapshots.snapshot import OWN
 
 Needed = Callable[[Manifest], Collection[str]]
 """Returns the names of the files that are needed of a snapshot."""
@@ -80,7 +81,7 @@ class SnapshotCache:
             with self._locked(entry):
                 path = self._complete(place, entry, pointer)
             os.utime(entry / "used")
-            self._remove_old()
+            self._remove_old(entry)
         return path
 
     def close(self) -> None:
@@ -150,11 +151,14 @@ class SnapshotCache:
             return
         while True:
             state_files.make_directories(entry)
-            fd = state_files.open_file(entry / "used", os.O_RDWR | os.O_CREAT)
+            try:
+                fd = state_files.open_file(entry / "used", os.O_RDWR | os.O_CREAT)
+            except FileNotFoundError:  # it was removed meanwhile
+                continue
             fcntl.flock(fd, fcntl.LOCK_SH)
             if _is_open(fd, entry / "used"):
                 break
-            os.close(fd)  # it was removed meanwhile
+            os.close(fd)  # the same
         self._release()
         self._held = entry.name, fd
 
@@ -180,22 +184,23 @@ class SnapshotCache:
         finally:
             os.close(fd)
 
-    def _remove_old(self) -> None:
+    def _remove_old(self, newest: Path) -> None:
         """Remove all but the `keep` snapshots that were used last, unless they are in use."""
         found = [path for path in self._directory.iterdir() if _ENTRY.fullmatch(path.name)]
-        for entry in sorted(found, key=_used_at, reverse=True)[self._keep :]:
+        found.sort(key=lambda path: (path.name == newest.name, _used_at(path)), reverse=True)
+        for entry in found[self._keep :]:
             with contextlib.suppress(OSError):  # another process removes it, too
-                _remove_unused(entry)
+                _hide_unused(entry)
+        with contextlib.suppress(OSError):
+            state_files.remove_all(self._directory, files.TEMPORARY)
 
 
-def _remove_unused(entry: Path) -> None:
+def _hide_unused(entry: Path) -> None:
+    """Rename an entry that no process uses, to be removed."""
     fd = state_files.open_file(entry / "used", os.O_RDWR | os.O_CREAT)
     try:
-        if _try_lock(fd):
-            doomed = entry.with_name(f"{files.TEMPORARY}{entry.name}")
-            files.remove(doomed)
-            os.rename(entry, doomed)
-            files.remove(doomed)
+        if _try_lock(fd) and _is_open(fd, entry / "used"):
+            os.rename(entry, entry.with_name(f"{files.TEMPORARY}{OWN}-{entry.name}"))
     finally:
         os.close(fd)
 

@@ -242,6 +242,7 @@ class LocalPlace:
             else:
                 files.write_durably(temporary, data)
             os.replace(temporary, path)
+            temporary.unlink(missing_ok=True)  # it stays where both are names of one file
             files.sync_directory(path.parent)
 
     def remove(self, name: str) -> None:
