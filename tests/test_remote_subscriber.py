@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -74,6 +75,7 @@ def follow(subscriber: Subscriber, truth: Truth) -> None:
 # -- snapshots at a URL --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_snapshots_of_pythons_web_server_are_loaded_in_turn(state: Path, tmp_path: Path) -> None:
     run = DeltaRun(state, described=blend_manifest)
     run.learn()
@@ -90,6 +92,7 @@ def test_snapshots_of_pythons_web_server_are_loaded_in_turn(state: Path, tmp_pat
     assert (tmp_path / "cache") in subscriber.path.parents
 
 
+@pytest.mark.slow
 def test_the_model_serves_on_while_the_place_hangs_and_closing_takes_no_longer(
     state: Path, server: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,9 +159,10 @@ def test_signatures_are_required_at_a_url(
     assert unsigned.next(0.0) is None
     assert "is not signed" in str(unsigned.refusal)
     assert not any(path.startswith("/snapshots") for path in server.asked)
+    shutil.rmtree(state / "snapshots")
     run = DeltaRun(state, sign=SigningKey(private).sign)
     run.learn()
-    pointer = run.snapshot(sequence=5)
+    pointer = run.snapshot()
     assert unsigned.next(PATIENCE_SECONDS) == pointer
 
 
@@ -208,8 +212,9 @@ def test_a_pointer_of_a_topic_leads_to_its_url_where_its_path_does_not_exist(
 
 
 def test_a_pointer_without_a_url_says_what_is_missing(state: Path, tmp_path: Path) -> None:
-    pointer = publish(write_served(state / "snapshots"), path="/nowhere/x", snapshot="x")
-    subscriber = Subscriber(TopicPointers(topic_of(pointer).reader(), download=downloads(tmp_path)))
+    pointer = publish(write_served(state / "snapshots"))
+    far = structs.replace(pointer, path=f"/nowhere/{pointer.snapshot}")
+    subscriber = Subscriber(TopicPointers(topic_of(far).reader(), download=downloads(tmp_path)))
     assert subscriber.next(0.0) is None
     assert "its pointer names no URL (snapshots.url of the run)" in str(subscriber.refusal)
 
@@ -227,6 +232,7 @@ def test_a_given_url_replaces_that_of_the_pointer(
 # -- deltas --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("described", [None, blend_manifest], ids=["network", "blend"])
 def test_base_and_deltas_of_a_mirror_serve_what_the_run_has_learned(
     state: Path, tmp_path: Path, described: Any
@@ -255,6 +261,7 @@ def test_base_and_deltas_of_a_mirror_serve_what_the_run_has_learned(
     assert subscriber.deltas.applied == 6
 
 
+@pytest.mark.slow
 def test_deltas_damaged_at_a_url_are_never_served(
     state: Path, server: FaultyServer, tmp_path: Path
 ) -> None:
