@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,6 @@ from support.web_servers import FaultyServer
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.snapshots import cache as caches
-from stream_ctr.snapshots import places
 from stream_ctr.snapshots.cache import SnapshotCache, default_cache
 from stream_ctr.snapshots.places import LocalPlace, open_place
 from stream_ctr.snapshots.pointer import Pointer
@@ -157,7 +157,7 @@ def test_a_disk_without_room_is_an_error_before_the_download(
 ) -> None:
     pointer = write(state)
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SnapshotError, match="0.0 MiB free, and .* needed: make room"):
         cache_in(tmp_path).fetch(open_place(faulty.url), pointer)
     assert not any(path.endswith("safetensors") for path in faulty.asked)
