@@ -100,6 +100,7 @@ LAZY = {
     "stream_ctr/cli/top.py",
     "stream_ctr/evaluate/drift.py",
     "stream_ctr/learn/network_learner.py",
+    "stream_ctr/learn/network_shape.py",
     "stream_ctr/learn/runtimes.py",
     "stream_ctr/snapshots/places.py",
 }

@@ -135,7 +135,7 @@ def test_the_page_of_serving_lists_every_metric_of_a_server(run: DeltaRun) -> No
     learn_delta(run)
     subscriber.next(0.0)
     text = Metrics(subscriber, WaitingRequests(1), lambda: True).text().decode()
-    served = {name for name in re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE)}
+    served = set(re.findall(r"^# TYPE (\w+) ", text, re.MULTILINE))
     page = Path(__file__).parents[1].joinpath("docs", "serving.md").read_text()
     listed = set(re.findall(rf"`({PREFIX}_\w+)(?:{{\w+}})?`", page))
     own = {name for name in served if name.startswith(PREFIX) and not name.endswith("_created")}

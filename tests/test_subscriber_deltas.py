@@ -114,7 +114,8 @@ def test_each_delta_brings_the_state_that_the_run_had(
     run.snapshot()
     subscriber = Subscriber(tmp_path, runtime=runtime)
     assert subscriber.next(0.0)
-    for delta in learn_deltas(run, 8):
+    for _ in range(8):
+        (delta,) = learn_deltas(run, 1)
         assert subscriber.next(0.0) is None
         rank = delta.header.rank
         assert subscriber.deltas.rank == rank
@@ -383,7 +384,9 @@ def no_payload(delta: Delta) -> Delta:
 
 def changed(change: Callable[[dict[str, Any]], object]) -> Callable[[Delta], Delta]:
     def alter(delta: Delta) -> Delta:
-        changes = {stem: dict(named) for stem, named in decode_payload(delta.payload, "fp32").items()}
+        changes = {
+            stem: dict(named) for stem, named in decode_payload(delta.payload, "fp32").items()
+        }
         change(changes)
         return delta._replace(payload=encode_payload(changes, "fp32"))
 
@@ -538,8 +541,9 @@ def arrivals(draw: st.DrawFn) -> list[tuple[str, int]]:
     events: list[tuple[float, str, int]] = []
     at_pointer = {1: 3, 2: 8}  # a snapshot is published after so many deltas
     for index in range(10):
-        for _ in range(draw(st.sampled_from([0, 1, 1, 1, 1, 2]))):
-            events.append((index + draw(st.sampled_from([0, 0, 0, 0.5, 2, -2])), "delta", index))
+        times = draw(st.sampled_from([0, 1, 1, 1, 1, 2]))
+        moved = [draw(st.sampled_from([0, 0, 0, 0.5, 2, -2])) for _ in range(times)]
+        events += [(index + each, "delta", index) for each in moved]
     for index, after in at_pointer.items():
         if draw(st.booleans()):
             events.append((after - 0.5 + draw(st.sampled_from([0, 0, 1, 3])), "pointer", index))
@@ -660,9 +664,7 @@ def test_predictions_of_other_threads_are_those_of_the_state_that_they_name(run:
 # -- freshness and the command -------------------------------------------------------------------
 
 
-def test_a_delta_says_how_old_its_rows_are(
-    run: DeltaRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_delta_says_how_old_its_rows_are(run: DeltaRun, monkeypatch: pytest.MonkeyPatch) -> None:
     applied: list[AppliedDelta] = []
     subscriber, _, deltas = following_by_hand(run, on_delta=applied.append)
     (delta,) = learn_deltas(run, 1)
@@ -689,7 +691,12 @@ def test_a_delta_says_how_old_its_rows_are(
 def test_health_tells_of_deltas(run: DeltaRun) -> None:
     subscriber, _, deltas = following_by_hand(run)
     health = subscriber.health
-    assert (health.delta, health.deltas, health.delta_seconds, health.behind) == (None, 0, None, None)
+    assert (health.delta, health.deltas, health.delta_seconds, health.behind) == (
+        None,
+        0,
+        None,
+        None,
+    )
     deltas.arrive(*learn_deltas(run, 2))
     follow(subscriber)
     health = subscriber.health
@@ -704,9 +711,7 @@ def test_subscribe_prints_a_line_for_each_snapshot_and_delta(run: DeltaRun) -> N
     learn_deltas(run, 2)
     arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(run.state)]
     for flags, check in ((["--json"], check_json), ([], check_text)):
-        process = started(
-            subprocess.Popen([*arguments, *flags], stdout=subprocess.PIPE, text=True)
-        )
+        process = started(subprocess.Popen([*arguments, *flags], stdout=subprocess.PIPE, text=True))
         assert process.stdout
         lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
         process.terminate()

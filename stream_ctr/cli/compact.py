@@ -31,9 +31,7 @@ from stream_ctr.cli.options import PUBLIC_KEY_OPTION, GivenPath
     type=GivenPath(),
     help="Sign the new snapshot with this private key, for servers with --public-key.",
 )
-def compact(
-    *, directory: Path, out: Path, public_key: Path | None, key_path: Path | None
-) -> None:
+def compact(*, directory: Path, out: Path, public_key: Path | None, key_path: Path | None) -> None:
     """Write the published snapshot, with all deltas after it, as one snapshot.
 
     The new snapshot holds what serving needs of each model, as that of `export` does, and its

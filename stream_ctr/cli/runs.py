@@ -9,6 +9,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,17 @@ from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import DataError, StreamCtrError
+from stream_ctr.errors import DataError, SnapshotError, StreamCtrError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import delta_topic, snapshot
 from stream_ctr.snapshots.contract import Verify
+from stream_ctr.snapshots.delta import DeltaHeader
+from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.lease import Lease
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
@@ -53,6 +56,9 @@ from stream_ctr.train.resume import continued, what_follows
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
 from stream_ctr.train.trainer import Surroundings, Trainer
+
+_LEAST_RETENTION = timedelta(hours=1)
+"""The least time that a topic of deltas which is created here keeps them."""
 
 
 @contextlib.contextmanager
@@ -161,6 +167,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
         model_name=config.snapshots.model_name,
         rotation=rotation(config),
         signing=signing_key(config),
+        url=config.snapshots.url,
     )
 
 
@@ -234,8 +241,14 @@ def train_on_kafka(
             model_name=config.snapshots.model_name,
             rotation=rotation(config),
             signing=signing_key(config),
+            url=config.snapshots.url,
         )
         publisher.require_name(take_over=take_over)
+        outlets = []
+        if config.snapshots.delta_every and config.snapshots.delta_topic:
+            delta_sink = kafka.KafkaSink(client)  # for the thread that writes deltas
+            stack.callback(_close, delta_sink)
+            outlets.append(_delta_outlet(delta_sink, config))
         return _train(
             [source],
             publisher,
@@ -247,6 +260,7 @@ def train_on_kafka(
             predictions=predictions,
             caller=caller,
             registry=registry,
+            delta_outlets=outlets,
         )
 
 
@@ -257,6 +271,23 @@ def _ensure_topics(client: dict[str, object], config: Config, topics: Sequence[s
         kafka.ensure_topic(client, config.metrics.topic)
     if config.snapshots.topic:
         kafka.ensure_topic(client, config.snapshots.topic, compacted=True)
+    if config.snapshots.delta_every and config.snapshots.delta_topic:
+        kept = max(_LEAST_RETENTION, config.snapshots.keep * config.schedule.snapshot_every)
+        kafka.ensure_topic(client, config.snapshots.delta_topic, retention_ms=in_milliseconds(kept))
+
+
+def _delta_outlet(sink: kafka.KafkaSink, config: Config) -> Outlet:
+    """Return a function that sends a delta to the topic of the configuration."""
+    topic = config.snapshots.delta_topic
+    key = config.snapshots.model_name.encode()
+
+    def send(header_bytes: bytes, header: DeltaHeader, payload: bytes) -> None:
+        try:
+            delta_topic.send(sink, topic, key, header_bytes, header, payload)
+        except kafka.KafkaFailure as error:
+            raise SnapshotError(f"topic {topic!r}: {error}") from None
+
+    return send
 
 
 def _close(sink: kafka.KafkaSink) -> None:
@@ -278,17 +309,13 @@ def _train(
     predictions: Path | None = None,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    delta_outlets: Sequence[Outlet] = (),
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
     stop = caller.stop if caller else StopRequest()
 
-    schedule = Schedule(
-        {
-            "report": config.schedule.report_every.total_seconds(),
-            "snapshot": config.schedule.snapshot_every.total_seconds(),
-        }
-    )
+    schedule = Schedule(_intervals(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
@@ -339,11 +366,13 @@ def _train(
                 notes=notes,
                 written=recent.add if config.http.address else _ignore,
                 beat=recent.beat,
+                past_events=in_event_time,
             ),
             in_event_time=in_event_time,
             keep_open=keep_open,
             predictions=predictions,
             schemas=schemas,
+            delta_outlets=delta_outlets,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
@@ -364,6 +393,17 @@ def _train(
     line = summary(report, state, kept_open=waiting if keep_open else None)
     say_report(line, figures(report))
     return report
+
+
+def _intervals(config: Config) -> dict[str, float]:
+    """Return the seconds between two reports, snapshots and, if there are any, deltas."""
+    intervals = {
+        "report": config.schedule.report_every.total_seconds(),
+        "snapshot": config.schedule.snapshot_every.total_seconds(),
+    }
+    if every := config.snapshots.delta_every.total_seconds():
+        intervals["delta"] = every
+    return intervals
 
 
 def _ignore(report: object) -> None:

@@ -55,6 +55,9 @@ Floats = npt.NDArray[np.float64]
 STACK = "stack"
 """The name of the stack among the weights."""
 
+MIXTURE = ""
+"""The name of the mixture itself among the changes of a blend."""
+
 _CLIP = 12.0
 _RIDGE = 50.0  # h
 _FORGET = 1.0 / 20_000  # 1 - gamma
@@ -182,12 +185,39 @@ class BlendPredictor:
 
     def __init__(self, blend: Blend, members: Mapping[str, Predictor]) -> None:
         self._blend = blend
-        self._members = members
+        self.members = members
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        logits = {name: made.predict(ids, values) for name, made in self._members.items()}
+        logits = {name: made.predict(ids, values) for name, made in self.members.items()}
         return self._blend.predict(self._blend.stack(logits, len(ids)))
+
+    def updated(self, changes: Mapping[str, Tensors]) -> BlendPredictor:
+        """Return the blend after `changes`, by the name of a member; `MIXTURE` is the blend itself.
+
+        A member without changes stays as it is. Raises `ValueError`, with nothing changed, if a
+        name is not that of a member, and as `Predictor.updated` does.
+        """
+        if odd := sorted({*changes} - {MIXTURE, *self.members}):
+            raise ValueError(f"the blend has no member {odd[0]!r:.80} that serves")
+        blend = self._blend
+        if MIXTURE in changes:
+            blend = Blend(blend.members)
+            blend.load_weights(changes[MIXTURE])
+        members = {
+            name: made.updated(changes[name]) if name in changes else made
+            for name, made in self.members.items()
+        }
+        return BlendPredictor(blend, members)
+
+    def absorb(self) -> bool:
+        """Let each member absorb its changes; return True once all have."""
+        absorbed = [made.absorb() for made in self.members.values()]
+        return all(absorbed)
+
+    def served(self) -> State:
+        """Return the weights of the mixture, `omega` and `u`; members have their own `served`."""
+        return self._blend.weights()
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 import msgspec
-import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError

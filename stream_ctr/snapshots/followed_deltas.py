@@ -200,11 +200,11 @@ class FollowedDeltas:
             self.stop(str(error))
         except SnapshotError as error:
             self._refuse("delta_damaged", str(error))
-            self.behind = str(error)
+            self.behind = self.behind or str(error)
         except Exception as error:  # noqa: BLE001 - tensors of strangers
             text = f"{name} does not fit the loaded model: {_described(error)}"
             self._refuse("delta_not_fitting", text)
-            self.behind = text
+            self.behind = self.behind or text
         return None
 
     def _go_on(self, delta: Delta, seconds: float) -> AppliedDelta:
@@ -236,7 +236,7 @@ class FollowedDeltas:
             self._refuse(f"delta_other_{judgement.reason}", judgement.text)
         elif isinstance(judgement, Gap):
             self._refuse("delta_gap", judgement.text)
-            self.behind = judgement.text
+            self.behind = self.behind or judgement.text
             self._skipped = True
             self._catching_up = False
         elif not self._catching_up and not isinstance(judgement, Apply):

@@ -162,7 +162,7 @@ class Scorer:
         scorer.delta = header
         return scorer
 
-    def _updated_model(self, changes: Changes) -> Predictor:
+    def _updated_model(self, changes: Changes) -> Predictor | BlendPredictor:
         for stem in self._stems.values():
             if stem not in changes:
                 raise ValueError(f"the delta has nothing of {snapshot.file_name(stem)}")
@@ -192,9 +192,9 @@ class Scorer:
         Two scorers of one run with equal digests make equal predictions. A snapshot's manifest has
         the digests of its models.
         """
-        parts: Mapping[str, Predictor] = {MIXTURE: self.model}
+        parts: dict[str, Predictor | BlendPredictor] = {MIXTURE: self.model}
         if isinstance(self.model, BlendPredictor):
-            parts = {**self.model.members, **parts}
+            parts |= self.model.members
         return {stem: serving_sha256(parts[name].served()) for name, stem in self._stems.items()}
 
 
@@ -206,7 +206,7 @@ def build_predictor(
     runtime: Runtime,
     device: str = "cpu",
     graphs: Mapping[str, bytes],
-) -> Predictor:
+) -> Predictor | BlendPredictor:
     """Return the published model of a run, or the additional `model`.
 
     `tensors` maps file stems to the arrays of weights, and `graphs` those that have one to their

@@ -18,9 +18,9 @@ from msgspec import UNSET, structs
 
 from stream_ctr.errors import SnapshotError
 from stream_ctr.learn.blend import Blend
-from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.learner import Learner, make_learner
 from stream_ctr.learn.served_weights import served_weights, serving_sha256
-from stream_ctr.learn.spec import FtrlRates
+from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.learn.tensors import State
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import Sign
@@ -118,7 +118,7 @@ class DeltaRun:
             labels = self._random.integers(0, 2, 8).astype(np.uint8)
             values = self._random.random((8, 1)).astype(np.float32)
             logits = {
-                name: np.asarray(self._learners[_stem(self._identity, name)].learn(ids, labels, values))
+                name: np.asarray(self._learner(name).learn(ids, labels, values))
                 for name in self._identity.specs
             }
             if self._blend:
@@ -207,10 +207,12 @@ class DeltaRun:
             found["model"] = serving_sha256(self._blend.weights())
         return found
 
-    def _spec(self, stem: str) -> Any:
-        return next(
-            spec for name, spec in self._identity.specs.items() if _stem(self._identity, name) == stem
-        )
+    def _learner(self, name: str) -> Learner:
+        return self._learners[_stem(self._identity, name)]
+
+    def _spec(self, stem: str) -> LearnerSpec:
+        specs = self._identity.specs
+        return next(specs[name] for name in specs if _stem(self._identity, name) == stem)
 
     def _header(self, made: dict[str, State], payload: bytes) -> DeltaHeader:
         assert self._base
