@@ -23,6 +23,7 @@ import logging
 import re
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -131,6 +132,7 @@ class Mirror:
         """The address for messages."""
         self._directory = directory
         self._patience_seconds = patience_seconds
+        self._taken = 0
         self._lanes = {name: _Lane(f"{name} to {url}", work) for name, work in works.items()}
 
     @property
@@ -138,8 +140,14 @@ class Mirror:
         """The number of attempts that failed: those to send `snapshots`, and `deltas`."""
         return {name: lane.failures for name, lane in self._lanes.items()}
 
-    def wake(self) -> None:
-        """Look at the directory now. Any thread may call this."""
+    def take_failures(self) -> Counter[str]:
+        """Return the failures since the last call, as a run counts them."""
+        total = sum(self.failures.values())
+        taken, self._taken = self._taken, total
+        return Counter({"mirror_failed": total - taken} if total > taken else {})
+
+    def wake(self, *_: object) -> None:
+        """Look at the directory now. Any thread may call this, also as an outlet of deltas."""
         for lane in self._lanes.values():
             lane.wake()
 
