@@ -64,6 +64,7 @@ ENVIRONMENT_OTHERS = {
 
 _EXAMPLE_SUFFIX = ".toml"
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SHORTEST_DELTA = timedelta(milliseconds=100)
 # Event times plus a few durations of this length are far below 2^63 milliseconds.
 _LONGEST_SECONDS = 36500 * 86400.0
 _UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -658,6 +659,24 @@ class Snapshots(Section):
     Snapshots are signed with it, and a run resumes only from a snapshot with its signature. Empty:
     snapshots are not signed.
     """
+    delta_every: Duration = timedelta(0)
+    """The time between two deltas, which bring what was learned between snapshots to servers.
+
+    0s: none. Otherwise at least 100ms.
+    """
+    delta_precision: Literal["fp32", "bf16"] = "fp32"
+    """The numbers of rows in deltas. `bf16` halves their bytes and rounds them."""
+    delta_topic: str = "stream-ctr.deltas"
+    """The topic of the deltas when the input is Kafka. Empty: none.
+
+    The state directory has them in any case.
+    """
+    url: str = ""
+    """The place from which other machines load snapshots and deltas, as s3://bucket/folder.
+
+    Any file system of fsspec may hold it. A run copies what servers need to it. A login goes into
+    the environment, never into the URL. Empty: none.
+    """
     onnx: bool = False
     """Whether snapshots hold an ONNX graph of each network, for servers without torch."""
     gate_clicks: int = key(1000, ge=0)
@@ -684,6 +703,25 @@ class Snapshots(Section):
         if "\n" in path or "-----" in path:
             raise ValueError(f"must be the name of a PEM file, not the key itself ({_NOT_SHOWN})")
         return path
+
+    @field_validator("delta_every")
+    @classmethod
+    def _not_too_often(cls, length: timedelta) -> timedelta:
+        if length and length < _SHORTEST_DELTA:
+            raise ValueError(f"must be 0s or at least 100ms, got {format_duration(length)!r}")
+        return length
+
+    @field_validator("url")
+    @classmethod
+    def _plain_url(cls, url: str) -> str:
+        if "@" in url.rpartition("://")[2].partition("/")[0]:
+            raise ValueError(f"must have no login in it ({_NOT_SHOWN})")
+        if url and not re.fullmatch(r"[a-z][a-z0-9+.-]*://\S+", url):
+            raise ValueError(
+                f"must be a URL with a scheme, such as s3://bucket/folder or file:///folder, "
+                f"got {url!r:.200}"
+            )
+        return url
 
 
 class Http(Section):

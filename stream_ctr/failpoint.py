@@ -35,6 +35,7 @@ FAILPOINTS = {
     "learn.after": "the models in this process have learned a batch, the baseline may not have",
     "cut.before": "a snapshot is due, no state is copied",
     "cut.after": "the state is copied, none of it is on disk",
+    "delta.copied": "what changed since the last delta is copied, none of it is on disk",
     "predictions.before": "a part of the predictions is on disk under a temporary name",
     "predictions.after": "the part is visible, its snapshot is not written",
     "snapshot.file": "one more tensor file of an unfinished snapshot is on disk",

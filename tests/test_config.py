@@ -125,6 +125,15 @@ WRONG = {
         ),
         ("[join]\nmax_memory='100'", "join.max_memory: a size needs a unit (KB, MB, GB, KiB"),
         ("[join]\nmax_memory='0GB'", "a size must be at least one byte, got '0GB'"),
+        (
+            "[snapshots]\ndelta_every='50ms'",
+            "snapshots.delta_every: must be 0s or at least 100ms, got '50ms'",
+        ),
+        ("[snapshots]\ndelta_precision='fp16'", "snapshots.delta_precision: "),
+        (
+            "[snapshots]\nurl='bucket/folder'",
+            "snapshots.url: must be a URL with a scheme, such as s3://bucket/folder",
+        ),
         ("[model]\ntable_bits=40", "model.table_bits: must be at most 31, got 40"),
         ("[baseline]\nsample_rate=0", "baseline.sample_rate: must be greater than 0, got 0"),
         ("[baseline]\nalpha=nan", "baseline.alpha"),
@@ -175,6 +184,15 @@ def test_a_login_among_the_servers_is_refused_and_not_shown(
             load(**layer)
         assert "5ecret" not in str(caught.value)
     outcome("refused; the value is not shown")
+
+
+def test_a_login_in_the_url_of_a_mirror_is_refused_and_not_shown() -> None:
+    for url in ("https://user:marker-5ecret@host/folder", "user:marker-5ecret@host/folder"):
+        with pytest.raises(ConfigError, match=r"url: must have no login in it") as caught:
+            load(environ={}, overrides={"snapshots": {"url": url}})
+        assert "5ecret" not in str(caught.value)
+    at = "https://host/folder@2"
+    assert load(environ={}, overrides={"snapshots": {"url": at}}).snapshots.url == at
 
 
 @pytest.mark.parametrize("layer", ["base", "overrides"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +17,6 @@ from support.learners import (
     small_learner,
     state_of,
 )
-
-from stream_ctr.learn.linear_model import LinearModel
 
 LR_WEIGHTS = {
     "rows": np.array([3, 7], np.int32),
@@ -134,17 +131,16 @@ def test_the_rates_of_ftrl_are_used_by_lr_alone() -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize(
-    "make", [lambda: small_learner("lr"), served_lr], ids=["learner", "served"]
-)
 def test_weights_that_are_not_those_of_lr_are_refused_and_change_nothing(
-    make: Callable[[], LinearModel], changed: dict[str, Any], message: str
+    changed: dict[str, Any], message: str
 ) -> None:
-    learner = make()
+    learner = small_learner("lr")
     learner.load_weights(LR_WEIGHTS)
     with pytest.raises(ValueError, match=message):
         learner.load_weights({**LR_WEIGHTS, **changed})
     assert_equal_states(learner.weights(), LR_WEIGHTS)
+    with pytest.raises(ValueError, match=message):
+        served_lr({**LR_WEIGHTS, **changed})
 
 
 @pytest.mark.parametrize("name", LR_WEIGHTS)

@@ -16,7 +16,12 @@ from support.reliability import Outcome
 from stream_ctr.errors import SnapshotError
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.snapshots.contract import decode
+from stream_ctr.snapshots.delta import DeltaPosition, DeltaRank
 from stream_ctr.snapshots.manifest import FORMAT, LedgerEntry, Manifest
+
+WHOLE = manifest(
+    delta=DeltaPosition(DeltaRank(3, 12), "a" * 64), serving_sha256={"model": "0" * 64}
+)
 
 
 def read(document: dict[str, Any]) -> Manifest:
@@ -24,12 +29,13 @@ def read(document: dict[str, Any]) -> Manifest:
 
 
 def document(**changes: Any) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(manifest()))
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(WHOLE))
     return {**plain, **changes}
 
 
 def test_a_manifest_decodes_to_the_one_that_was_encoded() -> None:
-    assert read(document()) == manifest()
+    assert read(document()) == WHOLE
+    assert read(document(delta=None)).delta is None
 
 
 def test_the_specification_of_each_model_is_found_by_its_name() -> None:
@@ -77,7 +83,8 @@ def test_a_ledgers_sum_of_more_than_64_bits_is_damage(total: int) -> None:
 def keys(tree: Any, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
     """Return the path of every key that a manifest's types name."""
     free: set[tuple[str, ...]] = {
-        (name,) for name in ("config", "beside", "positions", "topic_ids", "counters")
+        (name,)
+        for name in ("config", "beside", "positions", "topic_ids", "counters", "serving_sha256")
     }
     free |= {("metrics", "models"), ("metrics", "pairs")}
     if not isinstance(tree, dict) or path in free:
@@ -114,7 +121,7 @@ def test_every_key_is_required_and_has_one_type(path: tuple[str, ...]) -> None:
             with pytest.raises(SnapshotError, match="manifest.json is damaged: Expected"):
                 read(damaged)
     owner[path[-1]] = value
-    assert read(damaged) == manifest()
+    assert read(damaged) == WHOLE
 
 
 @pytest.mark.parametrize(

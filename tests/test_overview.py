@@ -113,6 +113,15 @@ def test_freshness_of_a_live_stream_is_event_time_to_publication() -> None:
     assert fresh == (685.0, "event time to published")
 
 
+def test_freshness_is_the_median_age_of_recent_examples_if_the_report_has_it() -> None:
+    published = {"snapshot": "s", "event_time": at(-700), "written": at(-15)}
+    ages = {"event_to_published": {"p50": 64.5, "p90": 66.0, "p99": 70.0, "examples": 12}}
+    fresh = overview.freshness(report(published=published, freshness=ages))
+    assert fresh == (64.5, "event time to published, median")
+    odd = report(published=published, freshness={"event_to_published": None})
+    assert overview.freshness(odd) == (685.0, "event time to published")
+
+
 def test_freshness_of_a_replay_is_measured_in_event_time() -> None:
     published = {"event_time": "2020-05-01T00:00:00Z", "written": at(-15)}
     replayed = report(event_time="2020-05-01T00:20:00Z", published=published)

@@ -24,7 +24,7 @@ from stream_ctr.snapshots.pointer import (
 )
 
 GOOD: dict[str, Any] = {
-    "format": 3,
+    "format": 4,
     "snapshot": "1",
     "path": "/snapshots/1",
     "manifest_sha256": "0" * 64,
@@ -36,6 +36,8 @@ GOOD: dict[str, Any] = {
     "examples": 1000,
     "event_time_ms": 1_735_726_500_000,
     "created_ms": 1_735_726_501_000,
+    "delta": None,
+    "url": "",
     "signature": "",
 }
 
@@ -146,7 +148,7 @@ def test_a_pointer_file_of_a_newer_version_is_an_error_of_its_own(tmp_path: Path
     latest = tmp_path / "latest.json"
     write_pointer(latest, pointer_for(path, manifest()))
     make_newer(latest)
-    with pytest.raises(NewerFormat, match=r"latest\.json has format 4.*install the version that"):
+    with pytest.raises(NewerFormat, match=r"latest\.json has format 5.*install the version that"):
         read_pointer(latest)
 
 

@@ -13,9 +13,10 @@ from support.dense import dense_spec, examples, learned
 from stream_ctr.errors import ConfigError
 from stream_ctr.learn import runtimes
 from stream_ctr.learn.learner import make_learner
-from stream_ctr.learn.network_learner import NetworkLearner
+from stream_ctr.learn.onnx_predictor import OnnxEngine
 from stream_ctr.learn.runtimes import choose_runtime, graph_builder, make_predictor
 from stream_ctr.learn.served_network import ServedNetwork
+from stream_ctr.learn.torch_predictor import TorchEngine
 
 Without = Callable[..., None]
 
@@ -78,8 +79,10 @@ def test_each_runtime_makes_its_own_predictor() -> None:
     ids, values = examples(spec, 40)
     torch = make_predictor(spec, weights, runtime="torch")
     onnx = make_predictor(spec, weights, runtime="onnx")
-    assert isinstance(torch, NetworkLearner)
+    assert isinstance(torch, ServedNetwork)
+    assert isinstance(torch._engine, TorchEngine)
     assert isinstance(onnx, ServedNetwork)
+    assert isinstance(onnx._engine, OnnxEngine)
     assert torch.predict(ids, values) == pytest.approx(learner.predict(ids, values), abs=4e-6)
     assert onnx.predict(ids, values) == pytest.approx(torch.predict(ids, values), abs=4e-6)
 
@@ -89,9 +92,12 @@ def test_lr_is_the_same_in_both() -> None:
     learner = make_learner(spec)
     ids, values = examples(spec, 40)
     learner.learn(ids, np.arange(40).astype(np.uint8) % 2, values)
-    for runtime in runtimes.RUNTIMES:
-        made = make_predictor(spec, learner.weights(), runtime=runtime)
-        assert made.predict(ids, values).tolist() == learner.predict(ids, values).tolist()
+    torch, onnx = (
+        make_predictor(spec, learner.weights(), runtime=runtime).predict(ids, values)
+        for runtime in runtimes.RUNTIMES
+    )
+    assert torch.tolist() == onnx.tolist()
+    assert torch == pytest.approx(learner.predict(ids, values), abs=1e-6)
 
 
 def test_a_model_of_another_package_is_refused_by_onnx() -> None:

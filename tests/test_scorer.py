@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pyarrow as pa
 import pytest
+import torch
 from msgspec import structs
 from safetensors.numpy import load, save
 from support.manifests import LEARNER, MANIFEST, edit_manifest, manifest, replace_file
@@ -44,11 +45,13 @@ def test_a_scorer_predicts_with_the_weights_of_its_model(served: Path, model: st
     scorer = Scorer(served, model=model)
     assert scorer.manifest == described
     assert scorer.fields == described.schema.fields
-    assert scorer.predict(ROWS).tolist() == expected.tolist()
-    assert scorer.predict_columns(columns).tolist() == expected.tolist()
+    found = scorer.predict(ROWS)
+    # A served LR has weights in single precision.
+    assert found == pytest.approx(expected, abs=1e-7 if model == "ftrl" else 0)
+    assert scorer.predict_columns(columns).tolist() == found.tolist()
     assert scorer.predict([]).shape == (0,)
-    assert scorer.predict(ROWS[0]) == expected[0]
-    assert scorer.predict(pa.Table.from_pylist(ROWS)).tolist() == expected.tolist()
+    assert scorer.predict(ROWS[0]) == found[0]
+    assert scorer.predict(pa.Table.from_pylist(ROWS)).tolist() == found.tolist()
     assert len(set(expected.tolist())) >= 3
 
 
@@ -65,7 +68,7 @@ def test_on_a_gpu_a_scorer_has_made_its_first_prediction_when_it_is_ready(
 
     monkeypatch.setattr(NetworkLearner, "predict", counted)
     Scorer(served, model="deepfm", device=device)
-    assert predicted == ([] if device == "cpu" else [1])
+    assert predicted == ([1] if device == "auto" and torch.cuda.is_available() else [])
 
 
 def test_features_that_the_model_does_not_know_are_an_error_or_are_counted(served: Path) -> None:

@@ -45,6 +45,7 @@ from stream_ctr.learn.spec import (
 from stream_ctr.learn.step import batch_size_after
 from stream_ctr.learn.thread_pool import set_up_process
 from stream_ctr.models.registered import follows_online_rule, register_model
+from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.export import graphs_of
 from stream_ctr.snapshots.manifest import BaselineSpec, JoinSpec, Origin, RunIdentity
 from stream_ctr.snapshots.publisher import Publisher
@@ -52,6 +53,7 @@ from stream_ctr.snapshots.report_log import Rotation
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_writer import Graphs
 from stream_ctr.train.as_served import AsServed
+from stream_ctr.train.delta_cycle import DeltaPolicy
 from stream_ctr.train.ingest import Ingest
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
@@ -85,6 +87,7 @@ def build_trainer(
     keep_open: bool = False,
     predictions: Path | None = None,
     schemas: Schemas | None = None,
+    delta_outlets: Sequence[Outlet] = (),
 ) -> Trainer:
     """Build everything that `run` runs.
 
@@ -92,7 +95,7 @@ def build_trainer(
     published by event time. With `keep_open`, the end of the source closes nothing. Predictions go
     to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
     `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
-    weights it began with. `schemas` has those of Avro records.
+    weights it began with. `schemas` has those of Avro records. Deltas go to `delta_outlets` too.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
@@ -143,6 +146,7 @@ def build_trainer(
             keep=config.snapshots.keep,
             signing=signing_key(config),
             graphs=_graphs(identity) if config.snapshots.onnx else None,
+            deltas=_deltas(config, delta_outlets),
         ),
         baseline=baseline,
         served=served,
@@ -151,6 +155,12 @@ def build_trainer(
         keep_open=keep_open,
         surroundings=surroundings,
     )
+
+
+def _deltas(config: Config, outlets: Sequence[Outlet]) -> DeltaPolicy | None:
+    if not config.snapshots.delta_every:
+        return None
+    return DeltaPolicy(precision=config.snapshots.delta_precision, outlets=tuple(outlets))
 
 
 def _graphs(identity: RunIdentity) -> Graphs:

@@ -205,12 +205,12 @@ def loaded_snapshot(answer: Answer) -> Report:
 
 
 def freshness(report: Report, published: Report | None = None) -> Freshness:
-    """Return the age of the `published` snapshot, from the event time of its last example.
+    """Return how long recent examples took from the event until a model with them was published.
 
-    Without one it is that of the report.
-
-    On a live stream it is the time until the model was published. The event time of a replay says
-    nothing about the clock, so there it is how far, in event time, the learner is ahead.
+    It is the median that the report has. Without it, it is the time from the event of the last
+    example of the `published` snapshot, by default that of the report, until it was written. The
+    event time of a replay says nothing about the clock, so there it is how far, in event time, the
+    learner is ahead.
 
     >>> freshness({"time": "2025-01-01T00:09:00Z", "event_time": "2025-01-01T00:08:00Z",
     ...            "published": {"event_time": "2025-01-01T00:05:00Z",
@@ -224,6 +224,9 @@ def freshness(report: Report, published: Report | None = None) -> Freshness:
         return Freshness(None, "nothing published")
     if reached and now and abs((now - reached).total_seconds()) > _REPLAY_SECONDS:
         return Freshness((reached - event).total_seconds(), "event time behind learner")
+    median = number(mapping(mapping(report, "freshness"), "event_to_published").get("p50"))
+    if median is not None:
+        return Freshness(median, "event time to published, median")
     seconds = (written - event).total_seconds() if written else None
     return Freshness(seconds, "event time to published")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.features_file import write_features
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.interrupts import signals
+from stream_ctr.cli.mirroring import mirrored
 from stream_ctr.cli.port import observed
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
@@ -35,16 +38,19 @@ from stream_ctr.config import Config, in_milliseconds
 from stream_ctr.connectors import kafka
 from stream_ctr.connectors.kafka.confluent import ConfluentSource
 from stream_ctr.connectors.memory import BatchSource
-from stream_ctr.errors import DataError, StreamCtrError
+from stream_ctr.errors import DataError, SnapshotError, StreamCtrError
 from stream_ctr.events.decoder import Decoder
 from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
 from stream_ctr.messages import one_line
-from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots import delta_topic, snapshot
 from stream_ctr.snapshots.contract import Verify
+from stream_ctr.snapshots.delta import DeltaHeader
+from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.lease import Lease
+from stream_ctr.snapshots.mirror import Mirror
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
 from stream_ctr.train.inputs import Inputs
@@ -53,6 +59,9 @@ from stream_ctr.train.resume import continued, what_follows
 from stream_ctr.train.schedule import Schedule
 from stream_ctr.train.source import Source
 from stream_ctr.train.trainer import Surroundings, Trainer
+
+_LEAST_RETENTION = timedelta(hours=1)
+"""The least time that a topic of deltas which is created here keeps them."""
 
 
 @contextlib.contextmanager
@@ -101,6 +110,7 @@ def train_on_logs(
             config,
             lease.directory,
             config.features.fields() or logs[0].fields,
+            mirrored(config, lease),
             notes=lambda: [note for log in logs for note in log.notes],
             in_event_time=True,
             keep_open=keep_open,
@@ -132,6 +142,7 @@ def train_on_source(
             config,
             lease.directory,
             config.features.fields() or None,
+            mirrored(config, lease),
             beginning=beginning,
             predictions=predictions,
             caller=caller,
@@ -161,6 +172,7 @@ def _publisher(config: Config, lease: Lease, caller: Caller | None) -> Publisher
         model_name=config.snapshots.model_name,
         rotation=rotation(config),
         signing=signing_key(config),
+        url=config.snapshots.url,
     )
 
 
@@ -234,19 +246,27 @@ def train_on_kafka(
             model_name=config.snapshots.model_name,
             rotation=rotation(config),
             signing=signing_key(config),
+            url=config.snapshots.url,
         )
         publisher.require_name(take_over=take_over)
+        outlets = []
+        if config.snapshots.delta_every and config.snapshots.delta_topic:
+            delta_sink = kafka.KafkaSink(client)  # for the thread that writes deltas
+            stack.callback(_close, delta_sink)
+            outlets.append(_delta_outlet(delta_sink, config))
         return _train(
             [source],
             publisher,
             config,
             lease.directory,
             config.features.fields() or fields,
+            mirrored(config, lease, client),
             keep_open=keep_open,
             beginning=beginning,
             predictions=predictions,
             caller=caller,
             registry=registry,
+            delta_outlets=outlets,
         )
 
 
@@ -257,6 +277,23 @@ def _ensure_topics(client: dict[str, object], config: Config, topics: Sequence[s
         kafka.ensure_topic(client, config.metrics.topic)
     if config.snapshots.topic:
         kafka.ensure_topic(client, config.snapshots.topic, compacted=True)
+    if config.snapshots.delta_every and config.snapshots.delta_topic:
+        kept = max(_LEAST_RETENTION, config.snapshots.keep * config.schedule.snapshot_every)
+        kafka.ensure_topic(client, config.snapshots.delta_topic, retention_ms=in_milliseconds(kept))
+
+
+def _delta_outlet(sink: kafka.KafkaSink, config: Config) -> Outlet:
+    """Return a function that sends a delta to the topic of the configuration."""
+    topic = config.snapshots.delta_topic
+    key = config.snapshots.model_name.encode()
+
+    def send(header_bytes: bytes, header: DeltaHeader, payload: bytes) -> None:
+        try:
+            delta_topic.send(sink, topic, key, header_bytes, header, payload)
+        except kafka.KafkaFailure as error:
+            raise SnapshotError(f"topic {topic!r}: {error}") from None
+
+    return send
 
 
 def _close(sink: kafka.KafkaSink) -> None:
@@ -270,6 +307,7 @@ def _train(
     config: Config,
     state: Path,
     fields: tuple[Field, ...] | None,
+    mirror: AbstractContextManager[Mirror | None],
     *,
     notes: Callable[[], Sequence[str]] = tuple,
     in_event_time: bool = False,
@@ -278,21 +316,18 @@ def _train(
     predictions: Path | None = None,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    delta_outlets: Sequence[Outlet] = (),
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
     stop = caller.stop if caller else StopRequest()
 
-    schedule = Schedule(
-        {
-            "report": config.schedule.report_every.total_seconds(),
-            "snapshot": config.schedule.snapshot_every.total_seconds(),
-        }
-    )
+    schedule = Schedule(_intervals(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
         stack.enter_context(announcing_compilation())
+        copy = stack.enter_context(mirror)
         recent = stack.enter_context(
             observed(
                 state,
@@ -324,6 +359,12 @@ def _train(
         fields, fitted = encoding
         kept = kept_manifest(state)
         show = caller.on_report if caller else stack.enter_context(_shown())
+
+        def beat() -> None:
+            recent.beat()
+            if copy:
+                trainer.state.counters.update(copy.take_failures())
+
         trainer = build_trainer(
             config,
             fields=fields,
@@ -338,12 +379,14 @@ def _train(
                 show=show,
                 notes=notes,
                 written=recent.add if config.http.address else _ignore,
-                beat=recent.beat,
+                beat=beat,
+                past_events=in_event_time,
             ),
             in_event_time=in_event_time,
             keep_open=keep_open,
             predictions=predictions,
             schemas=schemas,
+            delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
@@ -364,6 +407,17 @@ def _train(
     line = summary(report, state, kept_open=waiting if keep_open else None)
     say_report(line, figures(report))
     return report
+
+
+def _intervals(config: Config) -> dict[str, float]:
+    """Return the seconds between two reports, snapshots and, if there are any, deltas."""
+    intervals = {
+        "report": config.schedule.report_every.total_seconds(),
+        "snapshot": config.schedule.snapshot_every.total_seconds(),
+    }
+    if every := config.snapshots.delta_every.total_seconds():
+        intervals["delta"] = every
+    return intervals
 
 
 def _ignore(report: object) -> None:

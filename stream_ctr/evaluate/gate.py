@@ -236,6 +236,15 @@ class Judge:
         """The reasons not to publish: those of the last verdict, and of missing clicks."""
         return (*self._missing_clicks, *self._refused)
 
+    @property
+    def standing(self) -> tuple[str, ...]:
+        """The refusal of the last verdict, while there are too few clicks for another verdict."""
+        return () if self._enough else self._refused
+
+    @property
+    def _enough(self) -> bool:
+        return bool(self._gate.clicks) and self._recent.clicks >= self._gate.clicks
+
     def add(self, scored: metrics.Scored) -> None:
         """Add a batch to the evidence."""
         self._recent.add(scored)
@@ -251,7 +260,7 @@ class Judge:
         """
         clicks = clicks or Clicks()
         self._missing_clicks = tuple(self._lacks_clicks(clicks))
-        if self._gate.clicks and self._recent.clicks >= self._gate.clicks:
+        if self._enough:
             self._evidence = self._measured()
             self._refused = tuple(self._gate.refusals(self._evidence, published()))
             self._clear()

@@ -21,24 +21,18 @@ _BLOCK = 64  # floats; a piece is a whole number of blocks
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class FlatAdam:
-    """Adam over the parameters of `model`, which become views of one float32 vector [P].
+class FlatParameters:
+    """The parameters of `model`, which become views of one float32 vector [P].
 
-    With `low`, `Dense` layers except output neurons get copies of their parameters in bfloat16,
-    which every step renews. The columns of these weights are filled up with zeros to a multiple of
-    `align`: a GPU multiplies matrices faster whose rows begin at multiples of 16 bytes. Then a step
-    must be made in one piece.
+    With `low`, `Dense` layers except output neurons get copies of their parameters in bfloat16. The
+    columns of these weights are filled up with zeros to a multiple of `align`: a GPU multiplies
+    matrices faster whose rows begin at multiples of 16 bytes.
 
-    >>> model = nn.Linear(2, 1)
-    >>> FlatAdam(model, learning_rate=0.001).vector.shape
+    >>> FlatParameters(nn.Linear(2, 1)).vector.shape
     torch.Size([3])
     """
 
-    def __init__(
-        self, model: nn.Module, *, learning_rate: float, low: bool = False, align: int = 1
-    ) -> None:
-        self.learning_rate = learning_rate
-        self.weight_decay = 0.0
+    def __init__(self, model: nn.Module, *, low: bool = False, align: int = 1) -> None:
         named = dict(model.named_parameters())
         self._shapes = {name: parameter.shape for name, parameter in named.items()}
         self.vector = (
@@ -46,7 +40,6 @@ class FlatAdam:
         )
         for parameter, view in zip(named.values(), self.views(self.vector).values(), strict=True):
             parameter.data = view
-        self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
         self.low = torch.empty_like(self.vector, dtype=torch.bfloat16) if low else None
         self._widened: list[tuple[Tensor, Tensor]] = []  # copy, original
         if self.low is not None:
@@ -78,6 +71,35 @@ class FlatAdam:
             name: part.view(shape)
             for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
+
+    def refresh(self) -> None:
+        """Renew the bfloat16 copies after the parameters were set from outside."""
+        if self.low is not None:
+            self.low.copy_(self.vector)
+        self._renew_widened()
+
+    def _renew_widened(self) -> None:
+        for copy, original in self._widened:
+            copy.copy_(original)
+
+
+class FlatAdam(FlatParameters):
+    """Adam over the parameters of `model`; every step renews the copies in bfloat16.
+
+    Where a weight is filled up with zeros, a step must be made in one piece.
+
+    >>> model = nn.Linear(2, 1)
+    >>> FlatAdam(model, learning_rate=0.001).vector.shape
+    torch.Size([3])
+    """
+
+    def __init__(
+        self, model: nn.Module, *, learning_rate: float, low: bool = False, align: int = 1
+    ) -> None:
+        super().__init__(model, low=low, align=align)
+        self.learning_rate = learning_rate
+        self.weight_decay = 0.0
+        self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
 
     def pieces(self, count: int) -> Iterator[slice]:
         """Yield `count` slices of the vector, of about one size.
@@ -131,16 +153,6 @@ class FlatAdam:
         """Clear the moments and keep the parameters."""
         for moment in self.moments:
             moment.zero_()
-
-    def refresh(self) -> None:
-        """Renew the bfloat16 copies after the parameters were set from outside."""
-        if self.low is not None:
-            self.low.copy_(self.vector)
-        self._renew_widened()
-
-    def _renew_widened(self) -> None:
-        for copy, original in self._widened:
-            copy.copy_(original)
 
     def state_dict(self) -> dict[str, npt.NDArray[np.generic]]:
         """Return the moments of each parameter by its name, copied to the host."""

@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from stream_ctr.learn.predictor import Predictor
+from stream_ctr.learn.predictor import Predictor, Predicts
 from stream_ctr.learn.step import Ids, Values
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 
@@ -54,6 +54,9 @@ Floats = npt.NDArray[np.float64]
 
 STACK = "stack"
 """The name of the stack among the weights."""
+
+MIXTURE = ""
+"""The name of the mixture itself among the changes of a blend."""
 
 _CLIP = 12.0
 _RIDGE = 50.0  # h
@@ -133,6 +136,13 @@ class Blend:
         _predict(np.ascontiguousarray(logits, np.float64), self._omega, self._u, blended)
         return blended
 
+    def predict_with(
+        self, members: Mapping[str, Predicts], ids: Ids, values: Values | None = None
+    ) -> Floats:
+        """Return the logits [n] of examples that these `members` predict; others are absent."""
+        logits = {name: made.predict(ids, values) for name, made in members.items()}
+        return self.predict(self.stack(logits, len(ids)))
+
     def report(self) -> BlendReport:
         """Return the weights and the regret."""
         names = (*self.members, STACK)
@@ -182,12 +192,38 @@ class BlendPredictor:
 
     def __init__(self, blend: Blend, members: Mapping[str, Predictor]) -> None:
         self._blend = blend
-        self._members = members
+        self.members = members
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        logits = {name: made.predict(ids, values) for name, made in self._members.items()}
-        return self._blend.predict(self._blend.stack(logits, len(ids)))
+        return self._blend.predict_with(self.members, ids, values)
+
+    def updated(self, changes: Mapping[str, Tensors]) -> BlendPredictor:
+        """Return the blend after `changes`, by the name of a member; `MIXTURE` is the blend itself.
+
+        A member without changes stays as it is. Raises `ValueError`, with nothing changed, if a
+        name is not that of a member, and as `Predictor.updated` does.
+        """
+        if odd := sorted({*changes} - {MIXTURE, *self.members}):
+            raise ValueError(f"the blend has no member {odd[0]!r:.80} that serves")
+        blend = self._blend
+        if MIXTURE in changes:
+            blend = Blend(blend.members)
+            blend.load_weights(changes[MIXTURE])
+        members = {
+            name: made.updated(changes[name]) if name in changes else made
+            for name, made in self.members.items()
+        }
+        return BlendPredictor(blend, members)
+
+    def absorb(self) -> bool:
+        """Let each member absorb its changes; return True once all have."""
+        absorbed = [made.absorb() for made in self.members.values()]
+        return all(absorbed)
+
+    def served(self) -> State:
+        """Return the weights of the mixture, `omega` and `u`; members have their own `served`."""
+        return self._blend.weights()
 
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")

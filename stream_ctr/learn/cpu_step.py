@@ -66,14 +66,20 @@ def parts_of(batch_size: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, rows * count, rows)]
 
 
-def _shortened(part: slice, n: int) -> slice:
-    """Return the part with no more padding behind row `n` than the next power of two needs.
+def predicted_parts(batch_size: int, *, online: bool) -> list[slice]:
+    """Return the parts in which up to `batch_size` examples are predicted.
 
-    >>> _shortened(slice(256, 512), 257), _shortened(slice(0, 256), 33)
-    (slice(256, 257, None), slice(0, 64, None))
+    Under the `online` rule, batches grow, and parts of a prediction have a size of their own.
+
+    >>> predicted_parts(512, online=True) == parts_of(512)
+    True
+    >>> len(predicted_parts(4096, online=True)), len(predicted_parts(4096, online=False))
+    (16, 4)
     """
-    rows = 1 << (n - part.start - 1).bit_length()
-    return slice(part.start, min(part.start + rows, part.stop))
+    if not online:
+        return parts_of(batch_size)
+    rows = min(PREDICTED_ROWS, -(-batch_size // ROW_MULTIPLE) * ROW_MULTIPLE)
+    return [slice(start, start + rows) for start in range(0, batch_size, rows)]
 
 
 class CpuStep:
@@ -126,8 +132,6 @@ class CpuStep:
         n = len(ids)
         self._load(ids, values)
         parts = [part for part in self._predicted_parts if part.start < n]
-        if self._options.serving and parts:
-            parts[-1] = _shortened(parts[-1], n)
         with one_torch_thread():
             self._pool.run([partial(self._score, part) for part in parts])
         return self._logits[:n].numpy() + np.float32(self._intercept[0])
@@ -163,7 +167,7 @@ class CpuStep:
         return w.requires_grad_(), v.requires_grad_()
 
     def _score(self, part: slice) -> None:
-        with torch.inference_mode() if self._options.serving else torch.no_grad():
+        with torch.no_grad():
             self._logits[part] = self._model(*self._gathered(part))
 
     def _seeded_generator(self, index: int, steps: int) -> torch.Generator | None:

@@ -28,11 +28,14 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.learn.bit_kernels import Rows, rank_of
+from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.learn.step import Ids, Labels, Values
 from stream_ctr.learn.table_kernels import prefetch
 
 if TYPE_CHECKING:
     from stream_ctr.learn.changes import Changes  # its threads need torch, and serving does not
+    from stream_ctr.learn.shared_rows import Overlay
 
 Floats = npt.NDArray[np.float64]
 State = dict[str, npt.NDArray[Any]]
@@ -40,6 +43,7 @@ State = dict[str, npt.NDArray[Any]]
 # Accumulators of the sum over the fields. A fixed number gives the same sum on every processor,
 # whatever the width of its vector registers.
 _ACCUMULATORS = 8
+_AHEAD = 16  # rows that are prefetched
 
 
 class _Rates(NamedTuple):
@@ -137,6 +141,17 @@ class FTRL:
         self._table[state["rows"]] = state["pairs"]
         self._intercept[:] = state["intercept"]
 
+    def weights_of(self, rows: Rows) -> npt.NDArray[np.float32]:
+        """Return the weights of `rows` uint32 [n]."""
+        weights = np.empty(len(rows), np.float32)
+        _weights_of(self._table, rows, self._rates, weights)
+        return weights
+
+    @property
+    def intercept_weight(self) -> float:
+        """The weight of the intercept."""
+        return float(_intercept_weight(self._intercept, self._rates))
+
     def copy_to(self, other: FTRL, changes: Changes | None, *, since: int) -> int:
         """Make the state of `other` equal to this one; see `Changes.copy`.
 
@@ -193,6 +208,43 @@ class RiverSemantics:
         return logits
 
 
+def served_values(
+    spec: LearnerSpec, pairs: Floats, intercept: Floats
+) -> tuple[npt.NDArray[np.float32], float]:
+    """Return what serving reads of `pairs` [m, 2], their weights [m], and that of the intercept.
+
+    >>> spec = LearnerSpec(model="lr", fields=2, ftrl=FtrlRates(l2=0.0))
+    >>> weights, intercept = served_values(spec, np.array([[-3.0, 4.0]]), np.array([0.0, 1.0]))
+    >>> weights.tolist(), intercept == 0.0
+    ([0.10000000149011612], True)
+    """
+    given = spec.ftrl or FtrlRates()
+    rates = _Rates(1.0 / given.alpha, given.beta, given.l1, given.l2)
+    weights = np.empty(len(pairs), np.float32)
+    _weights_of(pairs, np.arange(len(pairs), dtype=np.uint32), rates, weights)
+    return weights, float(_intercept_weight(intercept, rates))
+
+
+def predict_served(
+    ids: Ids,
+    values: Values | None,
+    weights: npt.NDArray[np.float32],
+    overlay: Overlay,
+    intercept: float,
+    value_fields: npt.NDArray[np.int64],
+) -> Floats:
+    """Return the logits [n] of `ids` [n, F] by the weights [N] of rows under an overlay.
+
+    The sums are in double precision. A logit that is not finite is NaN, as in `FTRL.predict`.
+    """
+    logits = np.empty(len(ids))
+    _predict_served(
+        ids, _array_of(values, len(ids)), weights, overlay.values, overlay.words, overlay.ranks,
+        intercept, value_fields, logits,
+    )  # fmt: skip
+    return logits
+
+
 def _array_of(values: Values | None, n: int) -> Values:
     return np.empty((n, 0), np.float32) if values is None else values
 
@@ -233,7 +285,7 @@ def _predict(ids, values, table, intercept, value_fields, rates, logits):  # typ
     examples, fields = ids.shape
     z, n, w, root, x = _scratch(fields)
     sums = np.empty(_ACCUMULATORS)
-    w0 = -intercept[0] / ((rates.beta + math.sqrt(intercept[1])) * rates.rate)
+    w0 = _intercept_weight(intercept, rates)
     for e in range(examples):
         if e + 1 < examples:
             for i in range(fields):
@@ -332,12 +384,54 @@ def _scatter(ids, table, z, n):  # type: ignore[no-untyped-def]
 def _weights(z, n, w, root, rates):  # type: ignore[no-untyped-def]
     for i in range(len(z)):
         root[i] = math.sqrt(n[i])
-        beyond = abs(z[i]) - rates.l1
-        w[i] = (
-            -math.copysign(beyond, z[i]) / ((rates.beta + root[i]) * rates.rate + rates.l2)
-            if beyond > 0.0
-            else 0.0
-        )
+        w[i] = _weight(z[i], root[i], rates)
+
+
+@numba.njit(inline="always")
+def _weight(z, root, rates):  # type: ignore[no-untyped-def]
+    beyond = abs(z) - rates.l1
+    return (
+        -math.copysign(beyond, z) / ((rates.beta + root) * rates.rate + rates.l2)
+        if beyond > 0.0
+        else 0.0
+    )
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _intercept_weight(intercept, rates):  # type: ignore[no-untyped-def]
+    return -intercept[0] / ((rates.beta + math.sqrt(intercept[1])) * rates.rate)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _weights_of(table, rows, rates, weights):  # type: ignore[no-untyped-def]
+    count = len(rows)
+    for i in range(count):
+        prefetch(table, np.int64(rows[min(i + _AHEAD, count - 1)]))
+        row = np.int64(rows[i])
+        weights[i] = _weight(table[row, 0], math.sqrt(table[row, 1]), rates)
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _predict_served(  # type: ignore[no-untyped-def]
+    ids, values, weights, changed, words, ranks, intercept, value_fields, logits
+):
+    examples, fields = ids.shape
+    w, _, _, _, x = _scratch(fields)
+    sums = np.empty(_ACCUMULATORS)
+    for e in range(examples):
+        if e + 1 < examples:
+            for i in range(fields):
+                prefetch(weights, ids[e + 1, i])
+                if len(words):
+                    prefetch(words, ids[e + 1, i] >> 6)
+        for v in range(len(value_fields)):
+            x[value_fields[v]] = values[e, v]
+        for i in range(fields):
+            row = ids[e, i]
+            rank = rank_of(words, ranks, row) if len(words) else -1
+            w[i] = changed[rank] if rank >= 0 else weights[row]
+        logit = _dot(w, x, sums) + intercept
+        logits[e] = logit if math.isfinite(logit) else np.nan
 
 
 @numba.njit(cache=True, nogil=True)

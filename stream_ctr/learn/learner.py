@@ -16,6 +16,7 @@ False
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,11 +25,12 @@ import torch
 from torch import Tensor
 
 from stream_ctr.learn.linear_learner import LinearLearner
-from stream_ctr.learn.network_learner import NetworkLearner, module_of
+from stream_ctr.learn.network_learner import NetworkLearner, columns_of, module_of
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.table_kernels import row_floats
 from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.learn.touched import Touched
 from stream_ctr.models.registered import system
 
 
@@ -38,6 +40,10 @@ class Learner(Protocol):
     batch_size: int
     steps: int
     """The number of batches that were learned."""
+    restored: int
+    """The number of calls of `load_weights`, each of which ends what was learned before."""
+    touched: Touched | None
+    """The rows that were learned since they were last taken, after `track_touched`."""
 
     @property
     def pretraining(self) -> bool:
@@ -91,6 +97,20 @@ class Learner(Protocol):
         """
         ...
 
+    def track_touched(self) -> None:
+        """Note from now on which rows of the table are learned, for `take_changes`."""
+        ...
+
+    def take_changes(self) -> State:
+        """Return what serving reads of the touched rows, and everything else that it reads.
+
+        The arrays are those of `served_weights`, copied to the host, with the touched rows: `rows`
+        uint32 [n], ascending, and `values`. No row is touched after it. If they do not reach a
+        server, `touched.put_back(rows)` has the next call return their newest values. Raises
+        `ValueError` before `track_touched`.
+        """
+        ...
+
     def track_changes(self) -> None:
         """Note from now on which rows of the table change, for `copy_weights_to`."""
         ...
@@ -114,12 +134,8 @@ def make_learner(
     device: str = "auto",
     threads: int = 0,
     progressive: bool = True,
-    serving: bool = False,
 ) -> Learner:
-    """Make the learner that `spec` describes.
-
-    With `serving` a network predicts few examples in less time. The other arguments are those of
-    `NetworkLearner`.
+    """Make the learner that `spec` describes. The arguments are those of `NetworkLearner`.
 
     >>> learner = make_learner(LearnerSpec(model="lr", fields=2, table_bits=8))
     >>> learner.predict(np.array([[1, 2]], np.int32)).tolist()
@@ -127,9 +143,7 @@ def make_learner(
     """
     if system(spec.model).module is None:
         return LinearLearner(spec)
-    return NetworkLearner(
-        spec, device=device, threads=threads, progressive=progressive, serving=serving
-    )
+    return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
 
 
 def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
@@ -142,19 +156,37 @@ def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
     Traceback (most recent call last):
     ValueError: tensor 'table' has shape (16, 16), expected (256, 16)
     """
-    described = system(spec.model)
-    if described.module is None:
+    if system(spec.model).module is None:
         return  # LR is checked when it is loaded
-    with torch.device("meta"):
-        dense = module_of(spec).state_dict()
-    floats = row_floats(
-        spec.embedding_dim, embeddings=described.embeddings, optimizer=spec.table_optimizer
-    )
-    expected = {
-        "table": (1 << spec.table_bits, floats),
-        **{f"dense.{name}": tuple(tensor.shape) for name, tensor in dense.items()},
-        **({"intercept": (2,)} if spec.table_optimizer == "online" else {}),
-    }
-    for name, shape in expected.items():
+    for name, shape in weight_shapes(spec).items():
         if (found := weights[name].shape) != shape:
             raise ValueError(f"tensor {name!r} has shape {found}, expected {shape}")
+
+
+def weight_shapes(spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the weights of the network that `spec` describes, by name.
+
+    >>> weight_shapes(LearnerSpec(model="fm", fields=2, table_bits=8))
+    {'table': (256, 16), 'dense.bias': (), 'intercept': (2,)}
+    """
+    floats = row_floats(
+        spec.embedding_dim,
+        embeddings=system(spec.model).embeddings,
+        optimizer=spec.table_optimizer,
+    )
+    return {
+        "table": (1 << spec.table_bits, floats),
+        **described_network(spec)[2],
+        **({"intercept": (2,)} if spec.table_optimizer == "online" else {}),
+    }
+
+
+def described_network(spec: LearnerSpec) -> tuple[int, int, Mapping[str, tuple[int, ...]]]:
+    """Return the columns, the width and the dense shapes of a network (see `NetworkShape`)."""
+    with torch.device("meta"):
+        dense = module_of(spec).state_dict()
+    return (
+        columns_of(spec),
+        system(spec.model).embeddings * spec.embedding_dim,
+        {f"dense.{name}": tuple(tensor.shape) for name, tensor in dense.items()},
+    )

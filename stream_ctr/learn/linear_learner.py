@@ -10,18 +10,23 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from stream_ctr.learn.changes import Changes
-from stream_ctr.learn.linear_model import LinearModel, require_linear
+from stream_ctr.learn.linear_model import Coordinates, ftrl_of, require_linear
+from stream_ctr.learn.served_weights import INTERCEPT, ROWS, VALUES
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.learn.touched import Touched, require_touched
 
 
-class LinearLearner(LinearModel):
+class LinearLearner:
     """LR by FTRL-Proximal, which learns one example at a time.
 
     With `spec.pairs` it reads pairs of fields too, in a table of their own. Batches are only the
@@ -31,9 +36,13 @@ class LinearLearner(LinearModel):
     pretraining = False
 
     def __init__(self, spec: LearnerSpec) -> None:
-        super().__init__(spec)
         self.batch_size = spec.batch_size
         self.steps = 0
+        self.restored = 0
+        self.touched: Touched | None = None
+        self._coordinates = Coordinates(spec)
+        self._lock = threading.Lock()  # the rows of an example are marked while it is learned
+        self._ftrl = ftrl_of(spec, self._coordinates.bits)
         self._changes: Changes | None = None
         # By the changes of the learner that is copied to this one. Both begin with a table of
         # zeros, which takes memory only where it is written.
@@ -52,23 +61,49 @@ class LinearLearner(LinearModel):
             coordinates = self._coordinates(ids)
             if self._changes:
                 self._changes.mark(coordinates)
+            if self.touched is not None:
+                self.touched.mark(coordinates)
             logits = self._ftrl.learn(coordinates, labels, values)
             self.steps += 1
         return torch.from_numpy(logits)
+
+    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
+        with self._lock:
+            return self._ftrl.predict(self._coordinates(ids), values)
+
+    def weights(self, *, reuse: bool = False) -> State:
+        """Return the pairs (z, n), which are weights and optimiser in one."""
+        with self._lock:
+            return self._ftrl.state_dict(reuse=reuse)
 
     def optimizer_state(self) -> State:
         return {"steps": np.array([self.steps])}
 
     def load_weights(self, weights: Tensors) -> None:
-        require_linear(weights, self._bits)
+        require_linear(weights, self._coordinates.bits)
         with self._lock:
+            self.restored += 1
             self._equal_since = 0
             if self._changes:
                 self._changes.mark_all()
             self._ftrl.load_state_dict(weights)
 
+    def track_touched(self) -> None:
+        self.touched = Touched(1 << self._coordinates.bits)
+        self.take_changes()  # compile now rather than while learning waits for the first ones
+
+    def take_changes(self) -> State:
+        """Return the weights of the touched rows, of fields or of pairs, and of the intercept."""
+        with self._lock:
+            rows = require_touched(self.touched).take()
+            return {
+                ROWS: rows,
+                VALUES: self._ftrl.weights_of(rows),
+                INTERCEPT: np.array([self._ftrl.intercept_weight]),
+            }
+
     def track_changes(self) -> None:
-        self._changes = Changes(1 << self._bits)
+        self._changes = Changes(1 << self._coordinates.bits)
 
     def copy_weights_to(self, other: LinearLearner) -> None:
         with self._lock, other._lock:

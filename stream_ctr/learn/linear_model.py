@@ -1,36 +1,55 @@
-"""LR that predicts: its table, the coordinates of an example, and the checks of its weights.
+"""LR that serves: its weights by row, the coordinates of an example, and the checks of its weights.
 
-`LinearLearner` adds learning, which needs torch. This module does without it.
+A served LR holds a weight of float32 for each row, a quarter of the memory of the pairs (z, n) that
+learning needs (see `ftrl`), and takes no root. Its sums are in double precision. This module needs
+no torch; `LinearLearner` learns.
 
 >>> from stream_ctr.learn.spec import LearnerSpec
->>> model = served_linear(LearnerSpec(model="lr", fields=2, table_bits=8))
+>>> spec = LearnerSpec(model="lr", fields=2, table_bits=8)
 >>> weights = {"rows": np.array([1], np.int32), "pairs": np.array([[-3.0, 4.0]])}
->>> model.load_weights({**weights, "intercept": np.zeros(2)})
+>>> model = ServedLinear(spec, {**weights, "intercept": np.zeros(2)})
 >>> model.predict(np.array([[1, 2], [2, 2]], np.int32)).round(4).tolist()
 [0.0968, 0.0]
 """
 
 from __future__ import annotations
 
-import threading
+import copy
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from msgspec import UNSET, structs
+from msgspec import UNSET
 
-from stream_ctr.learn.ftrl import FTRL
+from stream_ctr.learn.bit_kernels import Rows
+from stream_ctr.learn.ftrl import FTRL, predict_served
+from stream_ctr.learn.large_arrays import zeros
 from stream_ctr.learn.pairs import PairHasher
+from stream_ctr.learn.served_weights import (
+    INTERCEPT,
+    ROWS,
+    VALUES,
+    linear_weights,
+    require_changes,
+    served_linear_weights,
+)
+from stream_ctr.learn.shared_rows import Floats, Version
 from stream_ctr.learn.spec import FtrlRates, LearnerSpec
 from stream_ctr.learn.step import Ids, Values
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 
+_PAGE_BYTES = 4096
+_WEIGHT_BYTES = 4
 
-class LinearModel:
-    """LR over the rows of fields or, with `spec.pairs`, of fields and pairs of fields."""
+
+class Coordinates:
+    """The rows that an example reads: those of its fields or, with `spec.pairs`, of their pairs.
+
+    `bits` is the number of bits of such a row.
+    """
 
     def __init__(self, spec: LearnerSpec) -> None:
-        self.fields = spec.fields
+        self._fields = spec.fields
         self._pairs = (
             None
             if spec.pairs is UNSET
@@ -40,75 +59,68 @@ class LinearModel:
                 numbers=spec.pairs.numbers or None,
             )
         )
-        self._bits = spec.table_bits if spec.pairs is UNSET else spec.pairs.table_bits
-        self._lock = threading.Lock()  # the rows of an example are marked while it is learned
-        self._ftrl = _ftrl(spec, self._bits)
+        self.bits = spec.table_bits if spec.pairs is UNSET else spec.pairs.table_bits
 
-    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
-        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        with self._lock:
-            return self._ftrl.predict(self._coordinates(ids), values)
-
-    def weights(self, *, reuse: bool = False) -> State:
-        """Return the pairs (z, n), which are weights and optimiser in one."""
-        with self._lock:
-            return self._ftrl.state_dict(reuse=reuse)
-
-    def load_weights(self, weights: Tensors) -> None:
-        """Load `weights`. Raises `ValueError`, with nothing loaded, if they are not those of LR."""
-        require_linear(weights, self._bits)
-        with self._lock:
-            self._ftrl.load_state_dict(weights)
-
-    def _coordinates(self, ids: Ids) -> Ids:
-        """Return the ids of the fields, without those of cross products, or of the pairs."""
-        fields = np.ascontiguousarray(ids[:, : self.fields])
+    def __call__(self, ids: Ids) -> Ids:
+        """Return the rows [n, columns] of examples with `ids` [n, F + C]."""
+        fields = np.ascontiguousarray(ids[:, : self._fields])
         return fields if self._pairs is None else self._pairs.rows(fields)
 
 
-class ServedLinear(LinearModel):
-    """LR over fields that was learned elsewhere.
+class ServedLinear:
+    """LR that predicts with the `weights` of a snapshot, pairs or what serving reads of them.
 
-    Its table holds only the rows that were learned, and one for all others. The number of rows that
-    a manifest claims therefore costs no memory.
+    Rows that were not learned take no memory, so a number of rows that a manifest claims costs
+    nothing. Those that were take at most a page of 4 KiB each. Raises `ValueError` if the weights
+    are not those of the model, before any memory is taken for it.
     """
 
-    def __init__(self, spec: LearnerSpec) -> None:
-        super().__init__(structs.replace(spec, table_bits=0))
+    def __init__(self, spec: LearnerSpec, weights: Tensors) -> None:
+        self._coordinates = Coordinates(spec)
+        if VALUES in weights:
+            require_changes(spec, weights)
+        else:
+            require_linear(weights, self._coordinates.bits)
+        rows, values, self._intercept = linear_weights(spec, cast(State, weights))
+        size = 1 << self._coordinates.bits
+        sparse = len(values) * _PAGE_BYTES < size * _WEIGHT_BYTES
+        table = zeros(size, sparse=sparse)
+        table[rows] = values
+        self._rows = Version(table)
         self._spec = spec
-        self._bits = spec.table_bits
-        self._rows = np.empty(0, np.int32)
+        self._value_fields = np.array(spec.value_fields, np.int64)
 
-    def load_weights(self, weights: Tensors) -> None:
-        require_linear(weights, self._bits)
-        count = len(weights["rows"])
-        ftrl = _ftrl(self._spec, count.bit_length())
-        ftrl.load_state_dict({**weights, "rows": np.arange(count)})
-        with self._lock:
-            self._rows = weights["rows"].astype(np.int32)
-            self._ftrl = ftrl
+    def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.float64]:
+        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V].
 
-    def weights(self, *, reuse: bool = False) -> State:
-        with self._lock:
-            state = self._ftrl.state_dict(reuse=reuse)
-            return {**state, "rows": self._rows[state["rows"]]}
+        Several threads may call it.
+        """
+        coordinates = self._coordinates(ids)
+        table, overlay = self._rows.read()
+        return predict_served(
+            coordinates, values, table, overlay, self._intercept, self._value_fields
+        )
 
-    def _coordinates(self, ids: Ids) -> Ids:
-        """Return the index of each id among the learned rows, or their number where it is none."""
-        ids = ids[:, : self.fields]
-        count = len(self._rows)
-        indices = np.searchsorted(self._rows, ids)
-        if count:
-            indices[self._rows[np.minimum(indices, count - 1)] != ids] = count
-        return indices.astype(np.int32)
+    def updated(self, changes: Tensors) -> ServedLinear:
+        """Return this model after `changes` (see `Predictor.updated`)."""
+        require_changes(self._spec, changes)
+        made = copy.copy(self)
+        made._intercept = float(cast(State, changes)[INTERCEPT][0])
+        made._rows = self._rows.updated(cast(Rows, changes[ROWS]), cast(Floats, changes[VALUES]))
+        return made
+
+    def absorb(self) -> bool:
+        """Write what changed into the table, unless an older version is alive."""
+        return self._rows.absorb()
+
+    def served(self) -> State:
+        """Return the served weights, copied (see `served_weights`)."""
+        rows, values = self._rows.numbers()
+        return served_linear_weights(rows, values, self._intercept)
 
 
-def served_linear(spec: LearnerSpec) -> LinearModel:
-    """Return an LR that takes no more memory than its weights do; a table of pairs is not large."""
-    return ServedLinear(spec) if spec.pairs is UNSET else LinearModel(spec)
-
-
-def _ftrl(spec: LearnerSpec, table_bits: int) -> FTRL:
+def ftrl_of(spec: LearnerSpec, table_bits: int) -> FTRL:
+    """Return an FTRL-Proximal with the rates of `spec` over 2 ** `table_bits` coordinates."""
     rates = spec.ftrl or FtrlRates()
     return FTRL(
         table_bits=table_bits,

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,15 +22,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from stream_ctr.learn import table_kernels
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.cpu_step import BatchStep, one_torch_thread
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.online_step import OnlineStep
+from stream_ctr.learn.served_weights import INTERCEPT, ROWS, VALUES
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
+from stream_ctr.learn.thread_pool import ThreadPool
+from stream_ctr.learn.touched import Touched, require_touched
 from stream_ctr.models import MODELS, registered
 from stream_ctr.models.layers import Dropout
 
@@ -61,9 +66,7 @@ class NetworkLearner:
 
     `threads` is the number of threads on a CPU; 0 is one for each processor. Without `progressive`,
     `learn` returns the logits of the step itself, in which dropout dropped units. This saves a
-    forward pass for callers that do not evaluate these logits. With `serving`, the last part of a
-    prediction is shorter where fewer rows are left, which may change the last bits of a logit: one
-    row takes a fourth of the time.
+    forward pass for callers that do not evaluate these logits.
     """
 
     def __init__(
@@ -73,30 +76,19 @@ class NetworkLearner:
         device: str = "auto",
         threads: int = 0,
         progressive: bool = True,
-        serving: bool = False,
     ) -> None:
-        system = registered.system(spec.model)
         self.device = choose_device(device)
-        self.columns = spec.fields + (spec.crosses if system.crosses else 0)
+        self.columns = columns_of(spec)
         self.fields = spec.fields
         self.value_fields = list(spec.value_fields)
         self.batch_size = spec.batch_size
         self.steps = 0
+        self.restored = 0
+        self.touched: Touched | None = None
         self._first_step = 0  # the steps before the present optimisers started
         self._examples = 0
         self._pretrain_examples = spec.pretrain_examples
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(spec.seed)
-            module = module_of(spec)
-            if spec.model not in MODELS:
-                registered.check(
-                    spec.model,
-                    module,
-                    columns=self.columns,
-                    embedding_dim=spec.embedding_dim,
-                    embeddings=system.embeddings,
-                )
-            self.model = module.to(self.device)
+        self.model = new_module(spec).to(self.device)
         self.table = _table_of(spec, self.columns, self.device)
         self.online = spec.table_optimizer == "online"
         self.intercept = np.zeros(2)
@@ -118,9 +110,10 @@ class NetworkLearner:
             value_fields=spec.value_fields,
             seed=spec.seed,
             progressive=progressive,
-            serving=serving,
         )
-        self._make_step = self._step_maker(threads or os.cpu_count() or 1)
+        self._threads = threads or os.cpu_count() or 1
+        self._copying = ThreadPool(self._threads)
+        self._make_step = self._step_maker(self._threads)
         self._step = self._prepared_step()
         if self.pretraining and not self._pretrain_examples:
             self.end_pretraining()
@@ -186,6 +179,8 @@ class NetworkLearner:
                 ids[:, : self.columns], labels, values, self.steps - self._first_step, following
             )
             if logits is not None:
+                if self.touched is not None:  # a GPU takes the step meanwhile
+                    self.touched.mark(ids[:, : self.columns])
                 self.steps += 1
                 self._examples += len(ids)
                 if self.pretraining and self._examples >= self._pretrain_examples:
@@ -243,6 +238,7 @@ class NetworkLearner:
             require_tensor("intercept", weights["intercept"], np.float64, self.intercept.shape)
         with self._lock:
             pretraining = self.pretraining
+            self.restored += 1
             self._equal_since = 0
             if self._changes:
                 self._changes.mark_all()
@@ -255,6 +251,33 @@ class NetworkLearner:
                 self.intercept[:] = weights["intercept"]
             if self.pretraining != pretraining:
                 self._step = self._prepared_step()
+
+    def track_touched(self) -> None:
+        self.touched = Touched(len(self.table.rows))
+        self.take_changes()  # compile now rather than while learning waits for the first ones
+
+    def take_changes(self) -> State:
+        with self._lock:
+            rows = require_touched(self.touched).take()
+            dense = {
+                f"{_DENSE}{name}": _host(tensor) for name, tensor in self.model.state_dict().items()
+            }
+            constant = {INTERCEPT: self.intercept[:1].astype(np.float32)} if self.online else {}
+            return {ROWS: rows, VALUES: self._values_of(rows), **dense, **constant}
+
+    def _values_of(self, rows: npt.NDArray[np.uint32]) -> npt.NDArray[np.float32]:
+        """Return V and w of these rows [n, width + 1], on the host."""
+        floats = self.table.width + 1
+        if self.device.type != "cpu":
+            places = torch.from_numpy(rows.astype(np.int64)).to(self.device)
+            return _host(self.table.rows[:, :floats].index_select(0, places))
+        values = np.empty((len(rows), floats), np.float32)
+        copy, table = table_kernels.copy_rows(floats), self.table.rows.numpy()
+        edges = np.linspace(0, len(rows), self._threads + 1).astype(int).tolist()
+        self._copying.run(
+            [partial(copy, table, rows, first, last, values) for first, last in pairwise(edges)]
+        )
+        return values
 
     def track_changes(self) -> None:
         if self.device.type == "cpu":
@@ -294,6 +317,30 @@ def module_of(spec: LearnerSpec) -> nn.Module:
         activation=system.activation if spec.activation == "paper" else spec.activation,
         dropout=spec.dropout,
     )
+
+
+def new_module(spec: LearnerSpec) -> nn.Module:
+    """Return `module_of` with parameters that depend on the seed alone.
+
+    Raises `ConfigError` for a module of another package that a learner cannot train.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        module = module_of(spec)
+        if spec.model not in MODELS:
+            registered.check(
+                spec.model,
+                module,
+                columns=columns_of(spec),
+                embedding_dim=spec.embedding_dim,
+                embeddings=registered.system(spec.model).embeddings,
+            )
+    return module
+
+
+def columns_of(spec: LearnerSpec) -> int:
+    """Return the number of ids of an example that the model reads: fields and cross products."""
+    return spec.fields + (spec.crosses if registered.system(spec.model).crosses else 0)
 
 
 def _table_of(spec: LearnerSpec, columns: int, device: torch.device) -> Table:

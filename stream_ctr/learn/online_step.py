@@ -50,11 +50,11 @@ from torch import Tensor, nn
 from stream_ctr.learn import online_kernels
 from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.cpu_step import (
-    PREDICTED_ROWS,
     ROW_MULTIPLE,
     CpuStep,
     one_torch_thread,
     parts_of,
+    predicted_parts,
 )
 from stream_ctr.learn.online_kernels import Groups, OnlineRates
 from stream_ctr.learn.step import (
@@ -93,10 +93,7 @@ class OnlineStep(CpuStep):
         threads: int,
     ) -> None:
         super().__init__(model, table, adam, intercept, options, threads=threads)
-        rows = min(PREDICTED_ROWS, -(-options.batch_size // ROW_MULTIPLE) * ROW_MULTIPLE)
-        self._predicted_parts = [
-            slice(start, start + rows) for start in range(0, options.batch_size, rows)
-        ]
+        self._predicted_parts = predicted_parts(options.batch_size, online=True)
         self._terms = cast(Terms, model.terms)
         self._plain = torch.zeros(len(self._logits)) if self._options.dropout else None
         kernel = table.embedding_dim, table.embeddings, self._terms

@@ -6,19 +6,24 @@ megabytes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import onnxruntime
 
 from stream_ctr.learn.dense_part import PARTS
 from stream_ctr.learn.onnx_check import require_graph
 from stream_ctr.learn.onnx_graph import LOGITS, build_graph
-from stream_ctr.learn.served_network import Floats, ServedNetwork, require_weights
+from stream_ctr.learn.served_network import Dense, Part, ServedNetwork, require_weights
+from stream_ctr.learn.shared_rows import Floats
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import Tensors
 from stream_ctr.messages import one_line
 
 _ONLY_FATAL = 4
 _EXAMPLES = 3
+_ROWS = 1024
+"""The rows that are computed at once, which bounds the memory of a large request."""
 
 
 class OnnxDense:
@@ -45,6 +50,35 @@ class OnnxDense:
         return logits
 
 
+class OnnxEngine:
+    """Computes the dense part of the model that `spec` describes by a graph that is made of it.
+
+    `threads` are those of `OnnxDense`.
+    """
+
+    def __init__(self, spec: LearnerSpec, *, threads: int = 1) -> None:
+        self._spec = spec
+        self._threads = threads
+
+    def dense(self, parameters: Tensors) -> Dense:
+        """Return the dense part with these parameters."""
+        return OnnxDense(build_graph(self._spec, parameters), threads=self._threads)
+
+    def parts(self, n: int) -> Sequence[Part]:
+        """Return parts of 1,024 examples, and one of those that are left.
+
+        >>> OnnxEngine(LearnerSpec(fields=2)).parts(1500)
+        [Part(start=0, stop=1024, rows=1024), Part(start=1024, stop=1500, rows=476)]
+        """
+        stops = ((start, min(start + _ROWS, n)) for start in range(0, n, _ROWS))
+        return [Part(start, stop, stop - start) for start, stop in stops]
+
+    def run(self, tasks: Sequence[Callable[[], object]]) -> None:
+        """Run the tasks one after another, in the caller's thread."""
+        for task in tasks:
+            task()
+
+
 def onnx_predictor(
     spec: LearnerSpec, weights: Tensors, *, graph: bytes | None = None, threads: int = 1
 ) -> ServedNetwork:
@@ -55,16 +89,17 @@ def onnx_predictor(
     not those of the model.
     """
     require_weights(spec, weights)
+    engine = OnnxEngine(spec, threads=threads)
     if graph is None:
-        graph = build_graph(spec, weights)
+        dense = engine.dense(weights)
     else:
         require_graph(graph, spec, weights)
-    dense = OnnxDense(graph, threads=threads)
+        dense = OnnxDense(graph, threads=threads)
     _require_logits(dense, spec)
-    return ServedNetwork(spec, weights, dense)
+    return ServedNetwork(spec, weights, engine, dense=dense)
 
 
-def _require_logits(dense: OnnxDense, spec: LearnerSpec) -> None:
+def _require_logits(dense: Dense, spec: LearnerSpec) -> None:
     """Raise `ValueError` unless the dense part gives a logit for each of a few examples."""
     part = PARTS[spec.model]
     w = np.zeros((_EXAMPLES, part.columns(spec)), np.float32)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn.linear_model import served_linear
+from stream_ctr.learn.linear_model import ServedLinear
 from stream_ctr.learn.predictor import Predictor
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import Tensors
@@ -103,9 +103,7 @@ def make_predictor(
     runtime cannot serve it.
     """
     if spec.model == "lr":
-        linear = served_linear(spec)
-        linear.load_weights(weights)
-        return linear
+        return ServedLinear(spec, weights)
     if runtime == "torch":
         from stream_ctr.learn.torch_predictor import torch_predictor
 

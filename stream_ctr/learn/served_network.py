@@ -4,65 +4,189 @@
 
 The gather is the compiled loop that training uses, so its numbers are the same. Nothing here needs
 torch.
+
+A row of the table keeps V and w in as few cache lines as they need, 64 bytes for K up to 15. Rows
+of width + 1 numbers would take less memory, 44 bytes for K = 10, but six in ten of them would lie
+in two lines, and a gather waits for lines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
-import numpy.typing as npt
 
 from stream_ctr.learn import table_kernels
-from stream_ctr.learn.dense_part import PARTS, expected_shapes
+from stream_ctr.learn.bit_kernels import Rows
+from stream_ctr.learn.dense_part import expected_shapes
+from stream_ctr.learn.large_arrays import zeros
+from stream_ctr.learn.network_shape import network_shape
+from stream_ctr.learn.overlay_kernels import gather_overlaid
+from stream_ctr.learn.served_weights import (
+    INTERCEPT,
+    ROWS,
+    VALUES,
+    require_changes,
+    served_parameters,
+)
+from stream_ctr.learn.shared_rows import Floats, Overlay, Version
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Ids, Values
-from stream_ctr.learn.tensors import Tensors, require_names, require_tensor
+from stream_ctr.learn.table_kernels import LINE
+from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 
-Floats: TypeAlias = npt.NDArray[np.float32]
 Dense: TypeAlias = Callable[[Floats, Floats], Floats]
-"""(w [n, F + C], v [n, F + C, width]) -> logits [n]. Several threads may call it."""
+"""(w [B, F + C], v [B, F + C, width]) -> logits [B]. Several threads may call it."""
 
-_ROWS = 1024
-"""The rows that are computed at once, which bounds the memory of a large request."""
+
+class Part(NamedTuple):
+    """The examples from `start` to before `stop`, computed as `rows` examples, some of zeros."""
+
+    start: int
+    stop: int
+    rows: int
+
+
+class Engine(Protocol):
+    """A library that computes dense parts. Several threads may use it."""
+
+    def dense(self, parameters: Tensors) -> Dense:
+        """Return the dense part with these parameters (see `served_parameters`)."""
+        ...
+
+    def parts(self, n: int) -> Sequence[Part]:
+        """Return the parts in which `n` examples are computed."""
+        ...
+
+    def run(self, tasks: Sequence[Callable[[], object]]) -> None:
+        """Run the tasks, one for each part."""
+        ...
 
 
 class ServedNetwork:
-    """Predicts with the table among `weights` and a `dense` part.
+    """Predicts with the table among `weights`, and a dense part that `engine` computes.
 
-    The weights must be those of the model that `spec` describes (see `require_weights`).
+    The weights must be those of the model that `spec` describes (see `require_weights`). `dense` is
+    the dense part, if it was made already. A model never changes: `updated` returns another one,
+    with which it shares its table (see `shared_rows`).
     """
 
-    def __init__(self, spec: LearnerSpec, weights: Tensors, dense: Dense) -> None:
-        part = PARTS[spec.model]
-        self._columns = part.columns(spec)
-        self._width = part.width(spec)
+    def __init__(
+        self, spec: LearnerSpec, weights: Tensors, engine: Engine, *, dense: Dense | None = None
+    ) -> None:
+        shape = network_shape(spec)
+        self._spec = spec
+        self._columns = shape.columns
+        self._width = shape.width
         self._value_fields = list(spec.value_fields)
-        self._rows = np.ascontiguousarray(weights["table"], np.float32)
+        self._engine = engine
+        self._parameters = _copies(served_parameters(weights))
+        self._dense = dense or engine.dense(self._parameters)
+        self._rows = Version(
+            _table_of(cast(Floats, weights["table"]), self._width + 1), width=self._width + 1
+        )
         self._gather = table_kernels.gather(self._width)
-        self._dense = dense
+        self._gather_overlaid = gather_overlaid(self._width)
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
-        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
+        """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V].
+
+        Several threads may call it.
+        """
         if self._value_fields and values is None:
             raise ValueError(f"the values of {len(self._value_fields)} fields are missing")
-        parts = [
-            self._dense(*self._gathered(ids[rows], None if values is None else values[rows]))
-            for rows in (slice(start, start + _ROWS) for start in range(0, len(ids), _ROWS))
-        ]
-        return np.concatenate(parts) if parts else np.empty(0, np.float32)
+        ids = np.ascontiguousarray(ids[:, : self._columns])
+        rows = self._rows.read()  # once, so that all parts read the same
+        logits = np.empty(len(ids), np.float32)
+        self._engine.run(
+            [
+                partial(self._predict_part, part, ids, values, rows, logits)
+                for part in self._engine.parts(len(ids))
+            ]
+        )
+        return logits
 
-    def _gathered(self, ids: Ids, values: Values | None) -> tuple[Floats, Floats]:
-        """Return the rows of up to 1,024 examples, multiplied by their values."""
+    def updated(self, changes: Tensors) -> ServedNetwork:
+        """Return this model after `changes` (see `Predictor.updated`)."""
+        require_changes(self._spec, changes)
+        made = copy.copy(self)
+        made._parameters = _copies(
+            {name: changes[name] for name in changes if name not in (ROWS, VALUES)}
+        )
+        made._dense = self._engine.dense(made._parameters)
+        made._rows = self._rows.updated(cast(Rows, changes[ROWS]), cast(Floats, changes[VALUES]))
+        made._predict_once()
+        return made
+
+    def absorb(self) -> bool:
+        """Write the rows that changed into the table, unless an older version is alive."""
+        return self._rows.absorb()
+
+    def served(self) -> State:
+        """Return the served weights, copied (see `served_weights`)."""
+        return {VALUES: self._rows.values(), **_copies(self._parameters)}
+
+    def _predict_once(self) -> None:
+        """Predict an example: what is compiled and prepared then, no request waits for."""
+        ids = np.zeros((1, self._columns), np.int32)
+        self.predict(ids, np.zeros((1, len(self._value_fields)), np.float32))
+
+    def _predict_part(
+        self,
+        part: Part,
+        ids: Ids,
+        values: Values | None,
+        rows: tuple[Floats, Overlay],
+        logits: Floats,
+    ) -> None:
+        taken = slice(part.start, part.stop)
+        part_values = None if values is None else values[taken]
+        w, v = self._gathered(part.rows, ids[taken], part_values, *rows)
+        logits[taken] = self._dense(w, v)[: part.stop - part.start]
+
+    def _gathered(
+        self, size: int, ids: Ids, values: Values | None, table: Floats, overlay: Overlay
+    ) -> tuple[Floats, Floats]:
+        """Return `size` examples: the rows of those with `ids`, times their values, then zeros."""
         n = len(ids)
-        w = np.empty((n, self._columns), np.float32)
-        v = np.empty((n, self._columns, self._width), np.float32)
+        w = _aligned(size, self._columns)
+        v = _aligned(size, self._columns, self._width)
+        w[n:] = 0.0
+        v[n:] = 0.0
         scale = np.ones((n, self._columns) if self._value_fields else (0, 0), np.float32)
         if self._value_fields:
             scale[:, self._value_fields] = values
-        self._gather(self._rows, np.ascontiguousarray(ids[:, : self._columns]), scale, w, v)
+        if len(overlay.rows):
+            changed = overlay.values, overlay.words, overlay.ranks
+            self._gather_overlaid(table, *changed, ids, scale, w[:n], v[:n])
+        else:
+            self._gather(table, ids, scale, w[:n], v[:n])
         return w, v
+
+
+def _table_of(table: Floats, floats: int) -> Floats:
+    """Return the first `floats` numbers of each row, in rows of whole cache lines."""
+    rows = zeros(len(table), -(-floats // LINE) * LINE)
+    rows[:, :floats] = table[:, :floats]
+    return rows
+
+
+def _aligned(*shape: int) -> Floats:
+    """Return memory for float32 numbers at the start of a cache line, as torch gives it.
+
+    Where an array begins may decide how a library adds up, and so the last bits of a logit.
+    """
+    size = int(np.prod(shape))
+    memory = np.empty(size + LINE, np.float32)
+    start = -(memory.ctypes.data // memory.itemsize) % LINE
+    return memory[start : start + size].reshape(shape)
+
+
+def _copies(arrays: Tensors) -> State:
+    return {name: array.copy() for name, array in arrays.items()}
 
 
 def require_weights(spec: LearnerSpec, weights: Tensors) -> None:
@@ -75,8 +199,12 @@ def require_weights(spec: LearnerSpec, weights: Tensors) -> None:
     Traceback (most recent call last):
     ValueError: tensor 'dense.bias' is missing
     """
-    expected = expected_shapes(spec)
-    require_names(weights, expected)
-    for name, shape in expected.items():
-        dtype = np.float64 if name == "intercept" else np.float32
+    require_network(expected_shapes(spec), weights)
+
+
+def require_network(shapes: Mapping[str, tuple[int, ...]], weights: Tensors) -> None:
+    """Raise `ValueError` unless `weights` are those of a network with these shapes, all finite."""
+    require_names(weights, shapes)
+    for name, shape in shapes.items():
+        dtype = np.float64 if name == INTERCEPT else np.float32
         require_tensor(name, weights[name], dtype, shape)

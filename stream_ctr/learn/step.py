@@ -57,9 +57,7 @@ class StepOptions:
     `columns` is the number of ids of an example: its fields and, where the model takes them, its
     cross products. `value_fields` are the indices of the fields that carry a multiplier. With
     `dropout` the step draws dropped units, seeded by `seed` and the number of the step. Then
-    `progressive` adds a forward pass without dropout, whose logits the step returns. With `serving`
-    few examples are predicted in less time than many, and their logits may differ in the last bits
-    by how many are predicted together.
+    `progressive` adds a forward pass without dropout, whose logits the step returns.
     """
 
     columns: int
@@ -68,7 +66,6 @@ class StepOptions:
     seed: int = 0
     dropout: bool = False
     progressive: bool = True
-    serving: bool = False
 
 
 def dropout_seed(*numbers: int) -> int:

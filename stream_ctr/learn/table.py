@@ -15,16 +15,14 @@ and the optimiser reads and writes those rows alone.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from stream_ctr.errors import ConfigError
+from stream_ctr.learn.large_arrays import zeros
 from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, StepRates, row_floats
 
 FLOAT_BYTES = 4
@@ -165,12 +163,12 @@ class Table:
         self.rates = rates
         floats = row_floats(embedding_dim, embeddings=embeddings, optimizer=rates.optimizer)
         try:
-            rows = _zeros(1 << bits, floats)
+            rows = torch.from_numpy(zeros(1 << bits, floats))
             if initial_scale:
                 generator = torch.Generator().manual_seed(seed)
                 rows[:, : self.width].normal_(0.0, initial_scale, generator=generator)
             self.rows = rows.to(device)
-        except (OSError, RuntimeError):
+        except (MemoryError, RuntimeError):
             raise ConfigError(
                 f"no memory for a table of 2^{bits} rows of {FLOAT_BYTES * floats} bytes; "
                 "lower model.table_bits"
@@ -184,16 +182,3 @@ class Table:
     def reset_optimizer(self) -> None:
         """Clear the optimiser's state and keep the weights."""
         self.rows[:, self.width + 1 :] = 0.0
-
-
-def _zeros(rows: int, width: int) -> Tensor:
-    """Return zeros [rows, width], in large pages where the system has them.
-
-    Rows are read at random, and a processor caches the addresses of few small pages.
-    """
-    # Shared memory would get small pages.
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, FLOAT_BYTES * rows * width, flags=flags)
-    with contextlib.suppress(AttributeError, OSError):  # not every system has large pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.float32).view(rows, width)

@@ -248,3 +248,48 @@ def _sort(ids, passes, keys, order, spare_keys, spare_order):  # type: ignore[no
             to_keys[to] = from_keys[i]
             to_order[to] = from_order[i]
         from_keys, from_order, to_keys, to_order = to_keys, to_order, from_keys, from_order
+
+
+@cache
+def copy_rows(floats: int) -> Callable[..., None]:
+    """Return the compiled copy of the first `floats` numbers of rows at random places.
+
+    It reads `rows` [N, stride] at `places` [n], from `first` to before `last`, and writes `values`
+    [n, floats].
+    """
+    lines = -(-floats // LINE)
+
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, places, first, last, values):  # type: ignore[no-untyped-def]
+        all_lines = rows.reshape(-1, LINE)
+        lines_per_row = rows.shape[1] // LINE
+        for i in range(first, last):
+            ahead = np.int64(places[min(i + _AHEAD, last - 1)]) * lines_per_row
+            for line in range(lines):
+                prefetch(all_lines, ahead + line)
+            row = np.int64(places[i])
+            for j in range(floats):
+                values[i, j] = rows[row, j]
+
+    return compiled
+
+
+@cache
+def write_rows(floats: int) -> Callable[..., None]:
+    """Return the compiled inverse of `copy_rows`: it writes `values` into `rows`."""
+    lines = -(-floats // LINE)
+
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, places, values):  # type: ignore[no-untyped-def]
+        all_lines = rows.reshape(-1, LINE)
+        lines_per_row = rows.shape[1] // LINE
+        n = len(places)
+        for i in range(n):
+            ahead = np.int64(places[min(i + _AHEAD, n - 1)]) * lines_per_row
+            for line in range(lines):
+                prefetch(all_lines, ahead + line)
+            row = np.int64(places[i])
+            for j in range(floats):
+                rows[row, j] = values[i, j]
+
+    return compiled

@@ -48,10 +48,14 @@ def set_up_process() -> None:
 
 
 class ThreadPool:
-    """`threads` threads, of which the caller's is one. The others end with this object."""
+    """`threads` threads, of which the caller's is one. The others end with this object.
+
+    Several threads may call `run`; they share the others.
+    """
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
+        self._lock = threading.Lock()
         self._queues: list[queue.SimpleQueue[_Run | None]] = []
         weakref.finalize(self, _stop, self._queues)
 
@@ -65,16 +69,18 @@ class ThreadPool:
             waiting.put(run)
         run.work()
         run.done.wait()
+        run.tasks = ()  # a thread that wakes up late must not keep what they hold
         if run.errors:
             raise run.errors[0]
 
     def _helpers(self, wanted: int) -> list[queue.SimpleQueue[_Run | None]]:
         """Return the queues of up to `wanted` threads besides the caller's; start missing ones."""
-        while len(self._queues) < min(wanted, self.threads - 1):
-            self._queues.append(queue.SimpleQueue())
-            threading.Thread(
-                target=_serve, args=(self._queues[-1],), name="learner", daemon=True
-            ).start()
+        with self._lock:
+            while len(self._queues) < min(wanted, self.threads - 1):
+                self._queues.append(queue.SimpleQueue())
+                threading.Thread(
+                    target=_serve, args=(self._queues[-1],), name="learner", daemon=True
+                ).start()
         return self._queues[: max(wanted, 0)]
 
 
@@ -82,7 +88,7 @@ class _Run:
     """The tasks of one call of `run`."""
 
     def __init__(self, tasks: Sequence[Task]) -> None:
-        self._tasks = tasks
+        self.tasks = tasks
         self._next: Iterator[int] = itertools.count()
         self._unfinished = len(tasks)
         self._lock = threading.Lock()
@@ -93,9 +99,9 @@ class _Run:
 
     def work(self) -> None:
         """Run tasks until none is left to start."""
-        while (index := next(self._next)) < len(self._tasks):
+        while (index := next(self._next)) < len(self.tasks):
             try:
-                self._tasks[index]()
+                self.tasks[index]()
             except BaseException as error:  # noqa: BLE001 - raised again by `ThreadPool.run`
                 self.errors.append(error)
             with self._lock:

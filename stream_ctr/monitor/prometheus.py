@@ -61,6 +61,13 @@ COUNTERS = {
     "publications_failed": "Snapshots that were written and could not be published",
     "publications_passed_over": "Copies of the weights for which there was no room",
     "snapshots_failed": "Snapshots that could not be written",
+    "deltas_written": "Deltas that were published",
+    "deltas_refused": "Deltas that the gate withheld, whose rows wait for the next one",
+    "deltas_failed": "Deltas that could not be written",
+    "deltas_unsent": "Deltas on disk that a topic or mirror did not get at once",
+    "delta_rows": "Rows in deltas",
+    "delta_bytes": "Bytes of deltas",
+    "mirror_failed": "Attempts to copy a snapshot or deltas to snapshots.url that failed",
 }
 MODEL_COUNTERS = {
     "examples_skipped": "Examples that a model could not learn",
@@ -88,6 +95,7 @@ DIFFERENCES = {
     "low": ("logloss_difference_low", "lower end of its 95 % interval"),
     "high": ("logloss_difference_high", "upper end of its 95 % interval"),
 }
+_QUANTILES = {"0.5": "p50", "0.9": "p90", "0.99": "p99"}
 _SCOPES = {"whole": (), "rolling": ("rolling",), "as_served": ("as_served",)}
 
 
@@ -264,6 +272,15 @@ def _freshness(scrape: Scrape) -> Iterator[Sample]:
     """Yield the age of the newest example in the published snapshot."""
     if pointer := scrape.snapshots.pointer:
         yield (), max(0.0, scrape.now - pointer.event_time_ms / 1000)
+
+
+def _ages(scrape: Scrape) -> Iterator[Sample]:
+    """Yield the percentiles of the ages of recent examples at each stage."""
+    stages = mapping(scrape.report, "freshness")
+    for stage in stages:
+        for quantile, key in _QUANTILES.items():
+            if (age := number(mapping(stages, stage).get(key))) is not None:
+                yield (stage, quantile), age
 
 
 def _published(scrape: Scrape) -> Iterator[Sample]:
@@ -445,6 +462,13 @@ FAMILIES: tuple[Family, ...] = (
         "Age of the newest example in the published snapshot",
         (),
         _freshness,
+    ),
+    Family(
+        "example_age_seconds",
+        "gauge",
+        "Age of recent examples at a stage of their way",
+        ("stage", "quantile"),
+        _ages,
     ),
     Family(
         "published_timestamp_seconds",

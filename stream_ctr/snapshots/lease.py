@@ -179,8 +179,7 @@ class Lease:
 
     def _succeed(self, former: dict[str, Any], fd: int) -> None:
         """Write this holder into the lock, with the epoch of the former one, for now."""
-        epoch = former.get("epoch")
-        self.epoch = epoch if isinstance(epoch, int) and 0 < epoch <= LARGEST_EPOCH else 0
+        self.epoch = _epoch(former)
         self._write_holder(fd)
 
     def _write_holder(self, fd: int) -> None:
@@ -211,9 +210,10 @@ def next_epoch(directory: Path, found: Iterable[int]) -> int:
 
 
 def epochs(directory: Path) -> Iterator[int]:
-    """Yield the epoch of every snapshot in a state directory, and of the published pointer.
+    """Yield the epochs of all snapshots in a state directory, of the lock and of the pointer.
 
-    A damaged snapshot or pointer has none. Raises `NewerFormat` for one of a newer version.
+    The run that holds the lock may have written deltas of its epoch, and no snapshot yet. A damaged
+    snapshot or pointer has none. Raises `NewerFormat` for one of a newer version.
     """
     root = directory / "snapshots"
     for name in snapshot.snapshot_ids(root):
@@ -223,6 +223,8 @@ def epochs(directory: Path) -> Iterator[int]:
             raise
         except SnapshotError:
             continue  # no run ever resumed from it
+    with contextlib.suppress(OSError):
+        yield _epoch(_holder(directory / "lock"))
     try:
         if pointer := read_pointer(directory / "latest.json"):
             yield pointer.epoch
@@ -256,6 +258,12 @@ def _read_holder(fd: int) -> dict[str, Any]:
         if isinstance(holder, dict):
             return holder
     return {}
+
+
+def _epoch(holder: dict[str, Any]) -> int:
+    """Return the epoch of a holder, 0 if it has none."""
+    epoch = holder.get("epoch")
+    return epoch if isinstance(epoch, int) and 0 < epoch <= LARGEST_EPOCH else 0
 
 
 def _describe(holder: dict[str, Any]) -> str:

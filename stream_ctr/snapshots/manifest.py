@@ -15,8 +15,9 @@ from stream_ctr.evaluate.summary import Count, Summary
 from stream_ctr.events.field import Schema
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.snapshots.contract import Epoch, RunId, Sha256
+from stream_ctr.snapshots.delta import DeltaPosition
 
-FORMAT = 4
+FORMAT = 5
 _LARGEST_SUM = (1 << 64) - 1
 
 
@@ -179,7 +180,10 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     far, in their order; `leader_epochs` to the leader epoch of the record before it, where brokers
     have one. `bad_records` is the sum of the shares of the records that were rejected, by which
     `input.max_bad_share` is judged. `metrics` are those of the whole run. `weights_sha256` is equal
-    if every bit of the published weights is. `files` is filled in when the snapshot is written.
+    if every bit of the published weights is. `serving_sha256` maps the file stem of each model to
+    the digest of what serving reads of it (see `learn.served_weights`), which is equal after the
+    deltas that lead to a snapshot. `delta` is the delta at exactly this state, None if no chain of
+    deltas leads here. `files` is filled in when the snapshot is written.
     `served` lists the earlier weights that it holds, for the metrics of what was served;
     `served_verdict` is the last verdict on weights that were published in memory only, and
     `served_at` the number of examples when that was last done.
@@ -208,6 +212,8 @@ class Manifest(RunIdentity, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     gate: Verdict
     metrics: Summary
     weights_sha256: Sha256
+    serving_sha256: dict[str, Sha256] = {}
+    delta: DeltaPosition | None = None
     served: tuple[ServedCopy, ...] = ()
     served_at: Count = 0
     served_verdict: Verdict = Verdict()

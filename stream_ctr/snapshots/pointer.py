@@ -25,9 +25,10 @@ from stream_ctr.failpoint import failpoint
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import Epoch, RunId, Sha256, Sign, Verify, decode, encode
+from stream_ctr.snapshots.delta import DeltaPosition
 from stream_ctr.snapshots.manifest import Manifest
 
-FORMAT = 3
+FORMAT = 4
 
 # No manifest begins like this, so no signature of one is that of a pointer.
 _SIGNED = b"stream-ctr pointer\n"
@@ -43,7 +44,10 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     `manifest_sha256` is the digest of the bytes of its manifest. `epoch` grows with every run that
     holds the state directory and with every rollback; `sequence` grows with every snapshot of a
     state directory. Both order the pointers of one run, and say nothing about those of two.
-    `signature`, in hexadecimal digits, is empty if the run does not sign.
+    `delta` is that of the manifest: who has applied this delta has the weights of the snapshot. It
+    is None after a rollback, which no delta leads to. Deltas of an epoch below that of the pointer
+    are void. `url` is the place from which other machines load the snapshot, empty if there is
+    none. `signature`, in hexadecimal digits, is empty if the run does not sign.
 
     Raises `ValueError` if `path` does not lead to a directory named `snapshot`.
     """
@@ -60,6 +64,8 @@ class Pointer(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     examples: Count
     event_time_ms: Count
     created_ms: Count
+    delta: DeltaPosition | None = None
+    url: Annotated[str, Meta(max_length=2000)] = ""
     signature: Annotated[str, Meta(pattern="^([0-9a-f]{128})?$", max_length=128)] = ""
 
     def __post_init__(self) -> None:
@@ -86,11 +92,14 @@ def pointer_for(
     *,
     epoch: int | None = None,
     replaces: Sequence[str] = (),
+    url: str = "",
+    rollback: bool = False,
     sign: Sign | None = None,
 ) -> Pointer:
     """Return the pointer to the snapshot at `path`, whose run replaces the runs `replaces`.
 
     `epoch` replaces that of the manifest when a snapshot is published after one of a later epoch.
+    A `rollback` takes back what deltas have brought, so its pointer has no `delta`.
     Raises `SnapshotError` if the manifest cannot be read or its numbers do not fit a pointer.
     """
     described = Pointer(
@@ -105,6 +114,8 @@ def pointer_for(
         examples=manifest.examples,
         event_time_ms=manifest.event_time_ms,
         created_ms=manifest.created_ms,
+        delta=None if rollback else manifest.delta,
+        url=url,
     )
     # A frozen type does not check the values that it is made with, decoding does.
     return signed(decode_pointer(encode_pointer(described)), sign)

@@ -67,7 +67,8 @@ class Publisher:
     too. With `signing`, pointers are signed, and only a signed one counts as published. The sink
     raises the errors `unavailable` if it cannot reach the broker. A line that a full disk does not
     take is an error at the end (`flush`). `rotation` says when another file of
-    reports begins. With a `lease`, every method raises `TakenOver` once the lease is lost.
+    reports begins. Pointers name the `url` from which other machines load snapshots. With a
+    `lease`, every method raises `TakenOver` once the lease is lost.
     """
 
     def __init__(
@@ -82,8 +83,11 @@ class Publisher:
         model_name: str = "default",
         rotation: Rotation | None = None,
         signing: SigningKey | None = None,
+        url: str = "",
     ) -> None:
         self._signing = signing
+        self._url = url
+        self._epoch: int | None = None  # without a lease
         self._directory = directory
         self._lease = lease
         self._sink = sink
@@ -106,7 +110,11 @@ class Publisher:
     @property
     def epoch(self) -> int:
         """The epoch of this run, above those of all earlier runs in the directory."""
-        return self._lease.epoch if self._lease else self._next_epoch()
+        if self._lease:
+            return self._lease.epoch
+        if self._epoch is None:
+            self._epoch = self._next_epoch()
+        return self._epoch
 
     @property
     def run(self) -> str:
@@ -254,14 +262,26 @@ class Publisher:
         """
         self.require_name()
         with self._exclusive():
-            pointer = self._write_pointer(path, manifest, self._next_epoch())
+            if not self._url and (published := self.published()):
+                self._url = published.url
+            pointer = self._write_pointer(path, manifest, self._next_epoch(), rollback=True)
         self._announce(pointer)
         return pointer
 
-    def _write_pointer(self, path: Path, manifest: Manifest, epoch: int) -> Pointer:
+    def _write_pointer(
+        self, path: Path, manifest: Manifest, epoch: int, *, rollback: bool = False
+    ) -> Pointer:
         replaces = self._snapshot_topic.replaces if self._snapshot_topic else ()
         sign = self._signing.sign if self._signing else None
-        pointer = pointer_for(path, manifest, epoch=epoch, replaces=replaces, sign=sign)
+        pointer = pointer_for(
+            path,
+            manifest,
+            epoch=epoch,
+            replaces=replaces,
+            url=self._url,
+            rollback=rollback,
+            sign=sign,
+        )
         write_pointer(self._directory / _LATEST, pointer)
         return pointer
 

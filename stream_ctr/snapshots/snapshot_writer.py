@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError, StreamCtrError
+from stream_ctr.learn.served_weights import served_weights, serving_sha256
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.delta import DeltaPosition
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 
 _log = logging.getLogger(__name__)
@@ -33,6 +35,8 @@ class Cut:
     manifest: Manifest
     positions: dict[int, int]
     segments: snapshot.Segments
+    delta: Callable[[], DeltaPosition | None] = lambda: None
+    """Waits for the delta at exactly this state, and returns its position, None without one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +114,15 @@ class SnapshotWriter:
             if not _finite(cut.tensors.get(snapshot.stems(name)[0], {}))
         )
         omitted = {stem for name in not_finite for stem in snapshot.stems(name)}
+        tensors = {stem: named for stem, named in cut.tensors.items() if stem not in omitted}
         manifest = msgspec.structs.replace(
             cut.manifest,
             weights_sha256=snapshot.weights_sha256(
                 snapshot.published_weights(cut.manifest, cut.tensors)
             ),
+            serving_sha256=_serving_sha256(cut.manifest, tensors),
+            delta=cut.delta(),
         )
-        tensors = {stem: named for stem, named in cut.tensors.items() if stem not in omitted}
         path = snapshot.write(
             self._root,
             tensors=tensors,
@@ -133,6 +139,19 @@ class SnapshotWriter:
             work()
         except StreamCtrError as error:  # the next snapshot tries again
             _log.error("old snapshots are not removed: %s", error)
+
+
+def _serving_sha256(
+    identity: RunIdentity, tensors: Mapping[str, Mapping[str, npt.NDArray[Any]]]
+) -> dict[str, str]:
+    """Return the digest of what serving reads of each model that is there, by its stem."""
+    published = snapshot.stems()[0]
+    digests = {published: serving_sha256(dict(tensors[published]))} if identity.blend else {}
+    for name, spec in identity.specs.items():
+        stem = snapshot.stems(None if name == identity.published else name)[0]
+        if stem in tensors:
+            digests[stem] = serving_sha256(served_weights(spec, tensors[stem]))
+    return digests
 
 
 def _finite(tensors: Mapping[str, npt.NDArray[Any]]) -> bool:

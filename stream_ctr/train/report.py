@@ -13,6 +13,7 @@ import msgspec
 import numpy as np
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from stream_ctr.evaluate.freshness import Percentiles
 from stream_ctr.evaluate.summary import (
     Count,
     Difference,
@@ -33,6 +34,7 @@ from stream_ctr.snapshots.manifest import LedgerEntry
 from stream_ctr.snapshots.pointer import Pointer
 from stream_ctr.train.alarms import Raised, partition_words, stalled_partitions
 from stream_ctr.train.bad_records import rejected_count
+from stream_ctr.train.delta_cycle import DeltaFigures
 from stream_ctr.train.ingest import SourceStatus
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.state import TrainingState
@@ -201,6 +203,11 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     `fields` has the health of each field and cross product, in the `fields_window` where it is that
     of recent examples, and `table` the use of the table's rows.
+
+    `freshness` has the ages of recent examples at each stage of their way: from the event to the
+    end of the label window, from there until they were learned, and until a delta or a snapshot
+    with them was published. A replay of a log measures none since the event. `final` and `stopped`
+    reports cover all examples of the process. `deltas` is there if a run writes deltas.
     """
 
     format: Count = FORMAT
@@ -249,6 +256,8 @@ class Report(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     notes: list[str] | UnsetType = UNSET
     as_served: Summary | UnsetType = UNSET
     as_served_last_half: Summary | UnsetType = UNSET
+    freshness: dict[str, Percentiles] | UnsetType = UNSET
+    deltas: DeltaFigures | UnsetType = UNSET
 
 
 def build_report(
@@ -267,6 +276,8 @@ def build_report(
     profile: Mapping[str, Any],
     notes: Sequence[str],
     alarms: Sequence[Raised],
+    freshness: Mapping[str, Percentiles],
+    deltas: DeltaFigures | None,
     now_ms: int,
 ) -> Report:
     """Build the report of a run from its state and from the status of its source."""
@@ -321,6 +332,10 @@ def build_report(
         if ends:
             tail = board.served.summary(last=_TAILS["last_half"])
             fields["as_served_last_half"] = msgspec.to_builtins(tail)
+    if freshness:
+        fields["freshness"] = msgspec.to_builtins(freshness)
+    if deltas:
+        fields["deltas"] = msgspec.to_builtins(deltas)
     if rolling:
         fields["rolling"] = readable_window(rolling)
     if state.fields and (health := state.fields.summary()):

@@ -1,7 +1,7 @@
 """Scoring: learned batches wait until every model has predicted them, and are scored in order.
 
-The baseline answers from its own process, later than the models here. A snapshot waits in the same
-queue, so that it is written when every batch before it is scored.
+The baseline answers from its own process, later than the models here. A snapshot or a delta waits
+in the same queue, so that it is written when every batch before it is scored.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from stream_ctr.learn.baseline import Marker
 from stream_ctr.snapshots.snapshot_writer import Cut
 from stream_ctr.train.alarms import RunAlarms
 from stream_ctr.train.as_served import Copy
+from stream_ctr.train.delta_cycle import TakenDelta
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.stage_timer import StageTimer
 
@@ -69,7 +70,7 @@ class ScoringQueue:
         self._timer = timer
         self._report = report
         self._keep = keep
-        self._waiting: deque[LearnedBatch | Cut | Copy] = deque()
+        self._waiting: deque[LearnedBatch | Cut | Copy | TakenDelta] = deque()
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -84,18 +85,18 @@ class ScoringQueue:
         if self._baseline:
             self._baseline.process.mark()
 
-    def add_copy(self, copy: Copy) -> None:
-        """Append a candidate for publication that is in memory only."""
+    def add_copy(self, copy: Copy | TakenDelta) -> None:
+        """Append a candidate for publication that is in memory only, or a delta."""
         self._waiting.append(copy)
 
-    def score(self, *, wait: bool) -> Iterator[tuple[Cut | Copy, Marker | None]]:
+    def score(self, *, wait: bool) -> Iterator[tuple[Cut | Copy | TakenDelta, Marker | None]]:
         """Score the answered batches; yield each cut when all batches before it are scored.
 
         With `wait`, wait for every answer. A cut comes with the baseline's state, if there is one.
         """
         while self._waiting:
             first = self._waiting[0]
-            if isinstance(first, Copy):
+            if isinstance(first, Copy | TakenDelta):
                 self._waiting.popleft()
                 yield first, None
                 continue

@@ -23,6 +23,7 @@ from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_writer import Cut, Graphs, NotFinite, SnapshotWriter, Written
+from stream_ctr.train.delta_cycle import DeltaPolicy
 from stream_ctr.train.guard import Diverged
 from stream_ctr.train.source import Source
 
@@ -36,7 +37,8 @@ class SnapshotPolicy:
 
     A snapshot is due each time `every_examples` were learned (0: by the schedule only), and the
     `keep` newest are kept. With `signing`, snapshots are signed, and none is resumed from without
-    its signature. With `graphs`, they hold the ONNX graphs that it returns.
+    its signature. With `graphs`, they hold the ONNX graphs that it returns. With `deltas`, the rows
+    that learning touches are published between snapshots too (see `delta_cycle`).
     """
 
     directory: Path
@@ -44,6 +46,7 @@ class SnapshotPolicy:
     keep: int = 3
     signing: SigningKey | None = None
     graphs: Graphs | None = None
+    deltas: DeltaPolicy | None = None
 
     @property
     def root(self) -> Path:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import DataError, SnapshotError
+from stream_ctr.evaluate.freshness import Freshness, Unpublished
 from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.batch import EventBatch
 from stream_ctr.failpoint import failpoint
@@ -44,6 +45,7 @@ from stream_ctr.train.alarms import (
 from stream_ctr.train.alignment import Alignment
 from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
+from stream_ctr.train.delta_cycle import DeltaCycle, TakenDelta
 from stream_ctr.train.guard import Diverged
 from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
 from stream_ctr.train.inputs import input_name
@@ -84,6 +86,7 @@ class Surroundings:
 
     `written` gets each report as the object that was written, those of windows too, and `beat` is
     called between two batches and after each poll. Both are called by the loop, and must not wait.
+    With `past_events`, the events happened long before they are read, as those of a log.
     """
 
     flags: Flags | None = None
@@ -91,6 +94,7 @@ class Surroundings:
     written: Callable[[dict[str, Any]], None] = lambda report: None
     beat: Callable[[], None] = lambda: None
     notes: Callable[[], Sequence[str]] = tuple
+    past_events: bool = False
     clock: Callable[[], float] = time.monotonic
     wall_clock: Callable[[], float] = time.time
 
@@ -137,6 +141,9 @@ class Trainer:
         )
         self._keep_open = keep_open
         self._around = surroundings or Surroundings()
+        self._now_ms = _milliseconds(self._around.wall_clock)
+        self.freshness = Freshness(past_events=self._around.past_events)
+        self.deltas = self._delta_cycle()
         self._put = put = _reporter(publisher, self._around)
         self._bad_records = BadRecords(
             self.source.partitions, publisher, state, max_bad_share=max_bad_share
@@ -156,6 +163,8 @@ class Trainer:
             keep=predictions.add if predictions else lambda learned: None,
         )
         self._cut_copies: Sequence[Copy] = ()  # those that the snapshot in progress holds
+        self._cut_delta: TakenDelta | None = None  # that of the snapshot in progress
+        self._cut_news: Unpublished | None = None  # what it publishes if no delta does
         self._status = ingest.status()
         self._stopping = False
         self._started = self._around.clock()
@@ -169,6 +178,21 @@ class Trainer:
             learner.weights(reuse=True)
             if served and not served.of_snapshots:  # copies are frequent
                 learner.track_changes()
+
+    def _delta_cycle(self) -> DeltaCycle | None:
+        policy = self.snapshots.policy
+        if not policy.deltas:
+            return None
+        return DeltaCycle(
+            policy.deltas,
+            policy.directory,
+            state=self.state,
+            identity=self.identity,
+            publisher=self.publisher,
+            freshness=self.freshness,
+            signing=policy.signing,
+            now_ms=self._now_ms,
+        )
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -186,6 +210,8 @@ class Trainer:
             self.publisher.deliver_dead_letters()  # the next run need not send them again
             raise
         finally:
+            if self.deltas:
+                self.deltas.close()
             self.snapshots.close()
 
     def stop(self) -> None:
@@ -307,6 +333,7 @@ class Trainer:
             if not len(examples):
                 return
             self.state.batches.add(examples)
+            self.freshness.close(examples.time, self._now_ms())
             self._learn_ready()
 
     def _learn_ready(self, *, partial: bool = False) -> None:
@@ -333,6 +360,8 @@ class Trainer:
         if self.served and self.served.awaits_verdict(batch):
             self._settle(wait=True)
         step = self.state.learn(batch, self.timer)
+        learned = None if step.batch is None else step.batch.time
+        self.freshness.learn(len(batch), learned, self._now_ms())
         for name, reason in step.diverged.items():
             self._restore_model(name, reason)
         if step.batch is None:
@@ -434,8 +463,12 @@ class Trainer:
         for taken, marker in self._unscored.score(wait=wait):
             if isinstance(taken, Copy):
                 self._decide(taken)
+            elif isinstance(taken, TakenDelta):
+                self._judge_delta(taken)
             else:
                 self._write(taken, marker)
+        if self.deltas:
+            self.deltas.finish(wait=wait)
         with self.timer("snapshot"):
             finished = self.snapshots.take(wait=wait)
             published = False
@@ -444,9 +477,30 @@ class Trainer:
             elif finished:
                 for name in finished.not_finite:  # before the snapshot to go back to is removed
                     self._restore_model(name, _NOT_FINITE)
-                published = self.snapshots.commit_and_publish(finished)
-            if self.served and self.served.of_snapshots and not self.snapshots.in_progress:
-                self.served.decide_all(published=published)
+                published = self._publish(finished)
+            if not self.snapshots.in_progress:
+                self._decide_cut(published=published)
+
+    def _publish(self, written: Written) -> bool:
+        """Commit and publish a snapshot that is on disk; return whether it is published."""
+        if self.deltas:
+            self.deltas.settle_before_publication()
+        published = self.snapshots.commit_and_publish(written)
+        if self.deltas and published:
+            self.deltas.follow(written.manifest)
+        return published
+
+    def _decide_cut(self, *, published: bool) -> None:
+        """Enter whether the snapshot that was cut last is published."""
+        if self.served and self.served.of_snapshots:
+            self.served.decide_all(published=published)
+        if not self._cut_news:
+            return
+        if published:
+            self.freshness.publish(self._cut_news, self._now_ms())
+        else:
+            self.freshness.put_back(self._cut_news)
+        self._cut_news = None
 
     def _serve_flags(self) -> None:
         self._around.beat()
@@ -459,6 +513,30 @@ class Trainer:
         if counted or (flags and not self.snapshots.in_progress and flags.due("snapshot")):
             with self.timer("snapshot"):
                 self.cut()
+        elif self.deltas and flags and self.deltas.ready and flags.due("delta"):
+            with self.timer("delta"):
+                self._take_delta(self.deltas)
+
+    def _take_delta(self, deltas: DeltaCycle) -> None:
+        """Copy what changed since the last delta; it is judged when all batches are scored."""
+        reasons = self.state.scoreboard.judge.standing
+        if not reasons:
+            step = self.state.check_published_step(most=_CHECKED_EXAMPLES)
+            reasons = (step.reason,) if isinstance(step, Diverged) else step
+        taken = deltas.take(self._positions(), reasons=reasons)
+        if taken:
+            self._unscored.add_copy(taken)
+
+    def _judge_delta(self, taken: TakenDelta) -> None:
+        """Judge the model as it was when a delta was taken; every batch before it is scored."""
+        assert self.deltas
+        judge = self.state.scoreboard.judge
+        judge.judge(self._published_evidence, taken.clicks)
+        self._alarms.check_models(self.state, self.snapshots.failure)
+        self.deltas.decide(taken, judge.verdict())
+
+    def _positions(self) -> dict[str, int]:
+        return {self.source.names[index]: at for index, at in self._status.positions.items()}
 
     def _report(self, kind: Kind) -> Report:
         with self.timer("report"):
@@ -486,8 +564,11 @@ class Trainer:
                 ),
                 notes=self._around.notes(),
                 alarms=self._alarms.raised,
-                now_ms=int(self._around.wall_clock() * 1000),
+                freshness=self.freshness.percentiles(whole=kind != "report"),
+                deltas=self.deltas.report() if self.deltas else None,
+                now_ms=self._now_ms(),
             )
+            self.freshness.end_interval()
             self._put(report)
             self._around.show(report)
         return report
@@ -497,7 +578,9 @@ class Trainer:
 
         The snapshot is written when every batch before it is scored.
         """
-        if self.snapshots.in_progress:  # its copy is in the memory that this one needs
+        # The copy of a snapshot is in the memory that this one needs, and a delta that is refused
+        # leaves its rows to that of this snapshot.
+        if self.snapshots.in_progress or (self.deltas and self.deltas.busy):
             self._settle(wait=True)
         failpoint("cut.before")
         last_step: tuple[str, ...] = ()
@@ -522,6 +605,10 @@ class Trainer:
         if segments is None:
             return
         self._cut_copies = copies
+        self._cut_delta = None
+        if self.deltas:
+            self._cut_delta = self.deltas.cut(self._positions(), harmful=bool(last_step))
+        self._cut_news = None if self._cut_delta else self.freshness.take()
         self._unscored.add_cut(
             cut.take(
                 self.state,
@@ -534,7 +621,7 @@ class Trainer:
                 last_step=last_step,
                 segments=segments,
                 copies=held,
-                now_ms=int(self._around.wall_clock() * 1000),
+                now_ms=self._now_ms(),
             )
         )
         if self.served and self.served.of_snapshots:
@@ -547,18 +634,18 @@ class Trainer:
             self.predictions.seal(taken.manifest.sequence)
         self.state.scoreboard.judge.judge(self._published_evidence, cut.clicks(taken))
         self._alarms.check_models(self.state, self.snapshots.failure)
-        now_ms = int(self._around.wall_clock() * 1000)
-        parent = self.snapshots.parent
-        self.snapshots.begin(
-            cut.complete(
-                taken,
-                self.state.scoreboard,
-                marker,
-                copies=self._cut_copies,
-                parent=parent,
-                now_ms=now_ms,
-            )
+        complete = cut.complete(
+            taken,
+            self.state.scoreboard,
+            marker,
+            copies=self._cut_copies,
+            parent=self.snapshots.parent,
+            now_ms=self._now_ms(),
         )
+        if self.deltas and self._cut_delta:
+            position = self.deltas.decide(self._cut_delta, complete.manifest.gate)
+            complete = replace(complete, delta=position)
+        self.snapshots.begin(complete)
 
     def _published_evidence(self) -> Measured | None:
         manifest = self.publisher.published_manifest()
@@ -613,10 +700,13 @@ class Trainer:
             }
         )
         self._status = self.ingest.status()
+        self.freshness.resume(len(self.state.batches))
         if published is None or published.epoch <= manifest.epoch:
             # Not rolled back. The run that wrote it may have died before it published it.
             candidate = self._freeze() if self.served and self.served.of_snapshots else None
             done = self.snapshots.commit_and_publish(Written(path, manifest, positions))
+            if self.deltas and done and not missing:
+                self.deltas.resume(manifest)
             if self.served and candidate:
                 self.served.decide(candidate, published=done, evidence=None)
         self.snapshots.begin_run()
@@ -626,6 +716,10 @@ class Trainer:
             self.state.ledger.count,
             manifest.positions,
         )
+
+
+def _milliseconds(clock: Callable[[], float]) -> Callable[[], int]:
+    return lambda: int(clock() * 1000)
 
 
 def _reporter(

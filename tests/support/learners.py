@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.learn.learner import Learner, make_learner
-from stream_ctr.learn.linear_model import LinearModel, served_linear
+from stream_ctr.learn.linear_model import ServedLinear
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import State
@@ -81,9 +81,9 @@ def small_learner(model: str, **changes: Any) -> Any:
     return learner(model, **{**_SMALL, **changes})
 
 
-def served_lr(**changes: Any) -> LinearModel:
-    """Return an LR that serves what `small_learner("lr")` learns."""
-    return served_linear(learner_spec("lr", **{**_SMALL, **changes}))
+def served_lr(weights: State, **changes: Any) -> ServedLinear:
+    """Return an LR that serves the weights of a `small_learner("lr")` with these changes."""
+    return ServedLinear(learner_spec("lr", **{**_SMALL, **changes}), weights)
 
 
 def planted_stream(examples: int, *, seed: int, crosses: int = 0) -> tuple[Ids, Labels]:

@@ -17,6 +17,7 @@ from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.report import to_json_object
 from stream_ctr.train.trainer import Surroundings, Trainer
@@ -149,6 +150,7 @@ def trainer(
     predictions: Path | None = None,
     sink: Any = None,
     fitted: Fitted = NOTHING,
+    delta_outlets: Sequence[Outlet] = (),
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -165,6 +167,7 @@ def trainer(
         keep_open=keep_open,
         predictions=predictions,
         fitted=fitted,
+        delta_outlets=delta_outlets,
     )
     source.trainer = built
     return built

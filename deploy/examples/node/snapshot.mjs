@@ -12,8 +12,8 @@ import { join } from "node:path";
 
 import { ensure, parseSafetensors } from "./safetensors.mjs";
 
-const POINTER_FORMAT = 3;
-const MANIFEST_FORMAT = 4;
+const POINTER_FORMAT = 4;
+const MANIFEST_FORMAT = 5;
 const LARGEST_POINTER_BYTES = 1 << 20;
 const LARGEST_MANIFEST_BYTES = 64 << 20;
 const SIGNED = "stream-ctr pointer\n";

@@ -231,11 +231,13 @@ export function rate(report, before) {
 }
 
 /**
- * How old the published snapshot is: {seconds, words}, from the event time of its last example.
- * It is that of the report unless another one is given.
+ * How fresh what is published is: {seconds, words}.
  *
- * On a live stream it is the time from that event to its publication. A replay's event time says
- * nothing about the clock, so there it is how far, in event time, the learner is ahead.
+ * On a live stream it is how long recent examples took from the event until they were published,
+ * the median in the report. Without it, it is the time from the event of the last example of the
+ * published snapshot, of the report or the one that is given, until it was written. A replay's
+ * event time says nothing about the clock, so there it is how far, in event time, the learner is
+ * ahead.
  */
 export function freshness(report, snapshot = null) {
   const published = object(snapshot ?? report?.published);
@@ -246,6 +248,11 @@ export function freshness(report, snapshot = null) {
   if (reached !== null && Math.abs(age) > REPLAY_SECONDS) {
     const words = `event time behind the learner; replay, ${duration(age)} old`;
     return { seconds: (reached - event) / 1000, words };
+  }
+  const ages = object(object(report.freshness).event_to_published);
+  if (number(ages.p50) !== null) {
+    const slow = number(ages.p99) === null ? "" : `, 99 % within ${duration(ages.p99)}`;
+    return { seconds: ages.p50, words: `from event time to published, median${slow}` };
   }
   const written = moment(published.written);
   const words = "from event time to published";
