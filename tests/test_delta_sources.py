@@ -142,7 +142,9 @@ def test_a_poll_returns_no_more_than_it_has_to(
     assert [len(source.poll(0.0)) for _ in range(4)] == [2, 2, 1, 0]
 
 
-@pytest.mark.fault(20, injected="a byte of each file of a delta flipped, or the file cut or removed")
+@pytest.mark.fault(
+    20, injected="a byte of each file of a delta flipped, or the file cut or removed"
+)
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
 @pytest.mark.parametrize("damage", ["flipped", "cut", "grown", "removed", "a link"])
 def test_a_damaged_file_is_named_once_and_tried_again(
@@ -371,7 +373,13 @@ def test_whatever_happens_to_the_records_a_chain_applies_a_prefix_and_then_all(
                 records[at] = Stored(value[:-1] + end, records[at].headers)
     followed = Chain()
     followed.begin(
-        BASE_SHA256, None, run=RUN, model="default", identity_sha256=IDENTITY, epoch=3, examples=1000
+        BASE_SHA256,
+        None,
+        run=RUN,
+        model="default",
+        identity_sha256=IDENTITY,
+        epoch=3,
+        examples=1000,
     )
     reader = MemoryReader(records)
     source = TopicDeltas(reader)

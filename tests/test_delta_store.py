@@ -229,9 +229,7 @@ def test_every_flipped_bit_of_an_index_is_found(tmp_path: Path) -> None:
 
 
 def test_an_index_out_of_order_is_refused() -> None:
-    entries = tuple(
-        DeltaEntry(DeltaRank(3, number), "0" * 64, 1, BASE) for number in (2, 1)
-    )
+    entries = tuple(DeltaEntry(DeltaRank(3, number), "0" * 64, 1, BASE) for number in (2, 1))
     with pytest.raises(SnapshotError, match="not in the order of their ranks"):
         encode_index(DeltaIndex(run=RUN, deltas=entries))
 

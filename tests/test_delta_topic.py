@@ -30,7 +30,8 @@ def assembled(records: Iterable[Stored], assembler: Assembler | None = None) -> 
     found: list[Any] = []
     for record in records:
         found += [
-            str(each) if isinstance(each, SnapshotError) else each for each in assembler.take(record)
+            str(each) if isinstance(each, SnapshotError) else each
+            for each in assembler.take(record)
         ]
     return found
 

@@ -140,6 +140,10 @@ class DeltaHeader(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True)
     signature: Annotated[str, Meta(pattern="^([0-9a-f]{128})?$", max_length=128)] = ""
 
 
+class Unsigned(SnapshotError):
+    """A header has no signature, or not that of the expected key."""
+
+
 class Delta(NamedTuple):
     """A header, the SHA-256 of its bytes, and the payload whose digest it gives."""
 
@@ -164,7 +168,7 @@ def decode_header(
 ) -> DeltaHeader:
     """Decode a header, and check its signature if `signature` is given.
 
-    Raises `NewerFormat`, `OlderFormat`, or `SnapshotError` that names the delta.
+    Raises `NewerFormat`, `OlderFormat`, `Unsigned`, or `SnapshotError` that names the delta.
     """
     if len(data) > LARGEST_HEADER_BYTES:
         raise SnapshotError(
@@ -175,11 +179,11 @@ def decode_header(
     if signature is None:
         return header
     if not header.signature:
-        raise SnapshotError(f"{name} is not signed, and a signature is required")
+        raise Unsigned(f"{name} is not signed, and a signature is required")
     try:
         signature(_signed_bytes(header), bytes.fromhex(header.signature))
     except SnapshotError as reason:
-        raise SnapshotError(f"{name}: {reason}") from None
+        raise Unsigned(f"{name}: {reason}") from None
     return header
 
 

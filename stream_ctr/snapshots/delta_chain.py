@@ -15,15 +15,17 @@ The first row that fits judges a delta:
     the delta                                                       verdict
     -------------------------------------------------------------   ---------
     is of another run, model name or schema                         `Refused`
-    is of an epoch below one that was seen                          `Stale`
+    is of an epoch below one that was seen, or of the pointer       `Stale`
     has a rank that is not above the last rank                      `Stale`
     has a parent among the heads                                    `Apply`
     no rank is known, and the snapshot has learned its examples     `Stale`
     any other                                                       `Gap`
 
-A run that is resumed begins a chain on a snapshot from which the chain of the killed process goes
-on too. So an epoch ends all earlier ones as soon as one of its deltas is seen: otherwise a reader
-that begins with that snapshot follows the dead branch again and again.
+A chain has the epoch of the pointer to its base, or a later one. A rollback publishes a snapshot
+under a later epoch, which makes the deltas that led on from it void. A run that is resumed begins a
+chain on a snapshot from which the chain of the killed process goes on too. So an epoch ends all
+earlier ones as soon as one of its deltas is seen: otherwise a reader that begins with that snapshot
+follows the dead branch again and again.
 """
 
 from __future__ import annotations
@@ -73,14 +75,13 @@ class Chain:
         self.rank: DeltaRank | None = None
         """The rank of the last link, None if the loaded snapshot has no delta and none came."""
         self.awaited: str | None = None
-        """The digest of a manifest that must be loaded, though its rank may not be ahead.
+        """The digest of a manifest with which a chain of a later epoch begins, None without one.
 
-        A chain of a later epoch begins with that snapshot.
+        That snapshot must be loaded, though what is loaded may be ahead of it.
         """
         self._run = ""
         self._model = ""
         self._identity = ""
-        self._loaded = ""
         self._heads: frozenset[str] = frozenset()
         self._links: dict[DeltaRank, str] = {}
         self._begun_at: tuple[int, int] = (0, 0)
@@ -99,16 +100,14 @@ class Chain:
     ) -> None:
         """Begin at a snapshot that was loaded.
 
-        `position`, `run`, `model`, `epoch` and `examples` are those of its manifest, and
-        `identity_sha256` is that of `delta.identity_sha256`.
+        `position`, `run`, `model` and `examples` are those of its manifest, `epoch` is that of its
+        pointer, and `identity_sha256` is that of `delta.identity_sha256`.
         """
-        if run != self._run:
-            self._newest_epoch = 0
+        self._newest_epoch = epoch if run != self._run else max(epoch, self._newest_epoch)
         self._run = run
         self._model = model
         self._identity = identity_sha256
         self._begun_at = (epoch, examples)
-        self._loaded = manifest_sha256
         self._heads = frozenset({manifest_sha256, *([position.sha256] if position else [])})
         self._links = {position.rank: position.sha256} if position else {}
         self.rank = position.rank if position else None
@@ -166,18 +165,6 @@ class Chain:
             self._heads |= {manifest_sha256}
         return True
 
-    def leads_on(self, manifest_sha256: str, position: DeltaPosition | None) -> bool:
-        """Return whether loading a snapshot leads further than what is loaded.
-
-        It does if it is another one without a delta, if its delta comes after the last applied one,
-        or if a chain of a later epoch begins with it.
-        """
-        if manifest_sha256 == self.awaited:
-            return True
-        if position is None:
-            return manifest_sha256 != self._loaded
-        return self.rank is None or position.rank > self.rank
-
     def _refused(self, header: DeltaHeader) -> Refused | None:
         name = f"delta {header.rank.name}"
         if header.run != self._run:
@@ -204,9 +191,10 @@ class Chain:
             if self._links.get(header.rank) == sha256:
                 return "is loaded already"
             return f"comes before {self.rank.name}, which is loaded"
-        learned = (header.rank.epoch, header.examples) <= self._begun_at
+        epoch, examples = self._begun_at
+        learned = header.rank.epoch == epoch and header.examples <= examples
         if self.rank is None and learned and header.parent not in self._heads:
-            return f"is older than the loaded snapshot, of {self._begun_at[1]:,} examples"
+            return f"is older than the loaded snapshot, of {examples:,} examples"
         return None
 
     @property

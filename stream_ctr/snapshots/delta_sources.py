@@ -37,13 +37,17 @@ from stream_ctr.snapshots.delta_store import (
 )
 from stream_ctr.snapshots.delta_topic import Assembler, Record
 
-__all__ = ["Delta", "DeltaSource", "FileDeltas", "RecordReader", "TopicDeltas"]
+__all__ = ["Delta", "DeltaSource", "FileDeltas", "NotReadable", "RecordReader", "TopicDeltas"]
 
 POLL_BYTES = 64 << 20
 """A poll of files returns no further delta once it holds payloads of so many bytes."""
 
 _FILE_POLL_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
+
+
+class NotReadable(SnapshotError):
+    """The place of deltas cannot be read now, or lost some of them."""
 
 
 class DeltaSource(Protocol):
@@ -57,8 +61,8 @@ class DeltaSource(Protocol):
     def poll(self, timeout_seconds: float) -> Sequence[Delta | SnapshotError]:
         """Return the deltas that arrived, in that order, after at most `timeout_seconds`.
 
-        Something that is refused is the error that names it. A place that cannot be read now is one
-        such error for as long as it lasts; the next call tries again.
+        Something that is refused is the error that names it. A place that cannot be read now is
+        `NotReadable`, once for as long as it lasts; the next call tries again.
         """
         ...
 
@@ -129,7 +133,7 @@ class FileDeltas:
             if reason != self._index_error:
                 self._index_error = reason
                 self.counts["index"] += 1
-                yield SnapshotError(f"no deltas are read: {reason}")
+                yield NotReadable(f"no deltas are read: {reason}")
 
     def _forget(self) -> None:
         """Forget the deltas that the index does not list any more."""
@@ -296,11 +300,11 @@ class TopicDeltas:
             return []
         self._unreadable = reason
         self.counts["away"] += 1
-        return [SnapshotError(f"deltas cannot be read now: {reason}")]
+        return [NotReadable(f"deltas cannot be read now: {reason}")]
 
     def _losses(self) -> list[Delta | SnapshotError]:
         losses = self._reader.take_losses()
         if not losses:
             return []
         self.counts["lost"] += len(losses)
-        return [SnapshotError(f"deltas were lost: {'; '.join(losses)}")]
+        return [NotReadable(f"deltas were lost: {'; '.join(losses)}")]
