@@ -72,6 +72,8 @@ def test_rows_in_json_get_the_probabilities_of_the_snapshot(state: Path, server:
     assert document == {
         "probabilities": pytest.approx(expected, abs=1e-9),
         "snapshot": subscriber.pointer.snapshot,
+        "delta": None,
+        "epoch": 3,
         "run": RUN,
         "model": "deepfm",
     }
@@ -96,6 +98,7 @@ def test_an_arrow_stream_is_answered_with_an_arrow_stream(server: Served) -> Non
     )
     assert table.schema.metadata == {
         b"stream_ctr.snapshot": subscriber.pointer.snapshot.encode(),
+        b"stream_ctr.epoch": b"3",
         b"stream_ctr.run": RUN.encode(),
         b"stream_ctr.model": b"deepfm",
     }

@@ -25,6 +25,7 @@ import msgspec
 
 from stream_ctr import __version__
 from stream_ctr.cli import voice
+from stream_ctr.cli.compact import compact
 from stream_ctr.cli.dashboard import HTTP_OPTION, TOKEN_OPTION, dashboard
 from stream_ctr.cli.dlq import dlq
 from stream_ctr.cli.doctor import doctor
@@ -661,6 +662,9 @@ def demo(
         run_demo(config, impressions=impressions, seed=seed, state=Path(temporary), keep=False)
 
 
-_COMMANDS = (init, doctor, subscribe, serve, score, export, dashboard, top, paper, snapshots, dlq)
+_COMMANDS = (
+    *(init, doctor, subscribe, serve, score, export, compact, dashboard, top, paper, snapshots),
+    dlq,
+)
 for _command in _COMMANDS:
     main.add_command(_command)

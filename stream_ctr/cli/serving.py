@@ -30,6 +30,7 @@ from stream_ctr.cli.options import (
     RUNTIME_OPTION,
     Command,
     GivenPath,
+    GivenPlace,
     LogFormat,
     Settings,
     load_config,
@@ -43,8 +44,11 @@ from stream_ctr.messages import printable
 if TYPE_CHECKING:
     from stream_ctr.events.feature_rows import OnInvalid
     from stream_ctr.learn.runtimes import Runtime
+    from stream_ctr.snapshots.delta_sources import DeltaSource
+    from stream_ctr.snapshots.followed_deltas import AppliedDelta
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
+    from stream_ctr.snapshots.remote import Downloads
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _PATH = "{path}"
@@ -54,9 +58,9 @@ _PATH = "{path}"
 class Following:
     """What the options say about the pointers and the run that a subscriber follows."""
 
-    state: Path | None
+    state: Path | str | None
     topic: str | None
-    snapshots: Path | None
+    snapshots: Path | str | None
     model_name: str
     model: str | None
     run: str | None
@@ -64,6 +68,8 @@ class Following:
     follow: Follow
     runtime: Runtime | None
     public_key: Path | None
+    deltas: bool
+    cache: Path | None
 
     def require_one_source(self) -> None:
         """Raise a usage error for options that contradict each other."""
@@ -77,23 +83,28 @@ class Following:
     def subscriber(
         self, settings: Settings, stack: contextlib.ExitStack, **options: Any
     ) -> Subscriber:
-        """Return the subscriber; leaving `stack` closes the client that it reads a topic with."""
+        """Return the subscriber; leaving `stack` closes the clients that it reads topics with."""
         from stream_ctr.snapshots.subscriber import Subscriber
 
+        pointers = self.state or self._topic(settings, stack)
+        deltas = options.pop("deltas", True) and self.deltas
         return Subscriber(
-            self.state or self._topic(settings, stack),
+            pointers,
+            deltas=deltas if self.state else deltas and self._delta_topic(settings, stack),
             model=self.model,
             run=self.run,
             run_file=self.run_file,
             follow=self.follow,
             runtime=self.runtime,
             public_key=self.public_key,
+            cache=self.cache,
             **options,
         )
 
     def _topic(self, settings: Settings, stack: contextlib.ExitStack) -> PointerSource:
         from stream_ctr.cli.client import connector_errors
         from stream_ctr.connectors import kafka
+        from stream_ctr.snapshots.places import local_directory
         from stream_ctr.snapshots.pointer_sources import TopicPointers
         from stream_ctr.snapshots.signing import verifier
 
@@ -105,9 +116,48 @@ class Following:
         return TopicPointers(
             reader,
             model_name=self.model_name,
-            snapshots=self.snapshots,
+            snapshots=local_directory(self.snapshots) if self.snapshots else None,
+            download=self._downloads(client),
             signature=verifier(self.public_key),
         )
+
+    def _downloads(self, client: dict[str, object]) -> Downloads:
+        """Return what downloads the snapshots that pointers name and this machine does not have."""
+        from functools import partial
+
+        from stream_ctr.connectors import kafka
+        from stream_ctr.learn.runtimes import choose_runtime
+        from stream_ctr.snapshots.cache import SnapshotCache, default_cache
+        from stream_ctr.snapshots.places import open_place
+        from stream_ctr.snapshots.remote import Downloads, served_files
+        from stream_ctr.snapshots.signing import verifier
+
+        cache = SnapshotCache(
+            self.cache or default_cache(),
+            served_files(self.model, choose_runtime(self.runtime)),
+            signature=verifier(self.public_key),
+        )
+        place = open_place(self.snapshots) if self.snapshots else None
+        return Downloads(cache, place=place, scan=partial(kafka.TopicScan, client))
+
+    def _delta_topic(self, settings: Settings, stack: contextlib.ExitStack) -> DeltaSource | bool:
+        """Return the deltas on the topic that the configuration names, False without one."""
+        from stream_ctr.connectors import kafka
+        from stream_ctr.connectors.errors import KafkaTopicMissing
+        from stream_ctr.snapshots.delta_sources import TopicDeltas
+        from stream_ctr.snapshots.signing import verifier
+
+        config, properties = settings.load()
+        topic = config.snapshots.delta_topic
+        if not topic:
+            return False
+        try:
+            reader = kafka.RecordFollower(settings.client(config, properties), topic)
+        except KafkaTopicMissing:
+            voice.say(f"there is no topic {topic}: only snapshots are followed")
+            return False
+        stack.callback(reader.close)
+        return TopicDeltas(reader, model_name=self.model_name, signature=verifier(self.public_key))
 
 
 def following_options(command: Command) -> Command:
@@ -115,17 +165,17 @@ def following_options(command: Command) -> Command:
     options = stacked(
         click.option(
             "--state",
-            type=GivenPath(file_okay=False),
-            help="Follow the state directory of a run.",
+            type=GivenPlace(file_okay=False),
+            help="Follow the state directory of a run, or a copy of it at a URL.",
         ),
         click.option(
             "--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]"
         ),
         click.option(
             "--snapshots",
-            type=GivenPath(file_okay=False),
-            help="With --topic: the folder that holds the snapshots on this machine.  [default: "
-            "that of the pointer]",
+            type=GivenPlace(file_okay=False),
+            help="With --topic: the folder that holds the snapshots on this machine, or the URL of "
+            "a run's copy.  [default: those of the pointer]",
         ),
         click.option(
             "--model-name",
@@ -152,6 +202,19 @@ def following_options(command: Command) -> Command:
         ),
         RUNTIME_OPTION,
         PUBLIC_KEY_OPTION,
+        click.option(
+            "--deltas/--no-deltas",
+            default=True,
+            show_default=True,
+            help="Follow the deltas between snapshots, where the run writes them.",
+        ),
+        click.option(
+            "--cache",
+            type=GivenPath(file_okay=False),
+            metavar="DIR",
+            help="Keep downloaded snapshots here.  [default: stream-ctr/snapshots in the user's "
+            "cache directory]",
+        ),
     )
     names = [field.name for field in dataclasses.fields(Following)]
 
@@ -182,7 +245,8 @@ def following_options(command: Command) -> Command:
     "--exec",
     "command",
     metavar="COMMAND",
-    help="Run this for each snapshot, without a shell; the word {path} stands for its directory.",
+    help="Run this for each snapshot, without a shell; the word {path} stands for its directory. "
+    "Each snapshot is then loaded, and no deltas are followed.",
 )
 @settings_options()
 def subscribe(
@@ -194,7 +258,11 @@ def subscribe(
     command: str | None,
     settings: Settings,
 ) -> None:
-    """Follow published snapshots: verify and load each, and print a line.
+    """Follow published snapshots and the deltas between them: verify and load, and print a line.
+
+    A line of --json has the kind "snapshot" or "delta", and under "freshness" the seconds from the
+    newest event, from the end of the label windows, from learning, and from the copy, until the
+    model had it.
 
     \b
     stream-ctr subscribe --state state
@@ -207,7 +275,12 @@ def subscribe(
     hook = _hook(command)
     following.require_one_source()
     with contextlib.ExitStack() as stack:
-        subscriber = following.subscriber(settings, stack)
+        subscriber = following.subscriber(
+            settings,
+            stack,
+            deltas=not hook and not once,
+            on_delta=lambda applied: _print(_delta_line(applied, as_json=as_json)),
+        )
         stack.enter_context(signals(subscriber.close))
         _follow(subscriber, once=once, timeout=timeout, as_json=as_json, hook=hook)
 
@@ -239,8 +312,7 @@ def _follow(
         pointer = subscriber.next(timeout if once else 1.0)
         if pointer:
             path = str(subscriber.path)
-            click.echo(_pointer_line(pointer, path, as_json=as_json))
-            sys.stdout.flush()
+            _print(_snapshot_line(pointer, subscriber, as_json=as_json))
             if hook:
                 _run_hook(hook, pointer, path)
         if once:
@@ -250,14 +322,59 @@ def _follow(
             return
 
 
-def _pointer_line(pointer: Pointer, path: str, *, as_json: bool) -> str:
+def _print(line: str) -> None:
+    click.echo(line)
+    sys.stdout.flush()
+
+
+def _snapshot_line(pointer: Pointer, subscriber: Subscriber, *, as_json: bool) -> str:
+    path, adopted = str(subscriber.path), subscriber.adopted
     delay = round(time.time() - pointer.created_ms / 1000, 3)
     if as_json:
-        fields = msgspec.to_builtins(pointer)
-        return json.dumps({**fields, "path": path, "verified": True, "delay_seconds": delay})
+        document = {
+            "kind": "snapshot",
+            **msgspec.to_builtins(pointer),
+            "path": path,
+            "verified": not adopted,
+            "adopted": adopted,
+            "delay_seconds": delay,
+            "freshness": msgspec.to_builtins(subscriber.delays),
+        }
+        return json.dumps(document)
+    if adopted:
+        return (
+            f"{pointer.snapshot}  {pointer.examples:,} examples  "
+            "not loaded, because deltas have led past it"
+        )
     return (
         f"{pointer.snapshot}  {pointer.examples:,} examples  "
         f"loaded {delay:.2f} s after it was taken  {printable(path, 1000)}"
+    )
+
+
+def _delta_line(applied: AppliedDelta, *, as_json: bool) -> str:
+    header, delays = applied.header, applied.delays
+    rows = sum(header.rows.values())
+    if as_json:
+        document = {
+            "kind": "delta",
+            "run": header.run,
+            "rank": msgspec.to_builtins(header.rank),
+            "base": header.base,
+            "rows": rows,
+            "bytes": header.payload_bytes,
+            "examples": header.examples,
+            "apply_seconds": round(applied.seconds, 4),
+            "freshness": msgspec.to_builtins(delays),
+        }
+        return json.dumps(document)
+    if delays.closed_seconds is None:
+        age = f"{delays.copied_seconds:.2f} s after it was taken"
+    else:
+        age = f"{delays.closed_seconds:.2f} s after its label windows closed"
+    return (
+        f"{header.rank.name}  {header.examples:,} examples  {rows:,} rows, "
+        f"{header.payload_bytes / 1e6:.1f} MB  applied {age}"
     )
 
 

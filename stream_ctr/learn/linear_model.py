@@ -22,13 +22,14 @@ import numpy.typing as npt
 from msgspec import UNSET
 
 from stream_ctr.learn.bit_kernels import Rows
-from stream_ctr.learn.ftrl import FTRL, predict_served, served_values
+from stream_ctr.learn.ftrl import FTRL, predict_served
 from stream_ctr.learn.large_arrays import zeros
 from stream_ctr.learn.pairs import PairHasher
 from stream_ctr.learn.served_weights import (
     INTERCEPT,
     ROWS,
     VALUES,
+    linear_weights,
     require_changes,
     served_linear_weights,
 )
@@ -67,7 +68,7 @@ class Coordinates:
 
 
 class ServedLinear:
-    """LR that predicts with the `weights` of a snapshot.
+    """LR that predicts with the `weights` of a snapshot, pairs or what serving reads of them.
 
     Rows that were not learned take no memory, so a number of rows that a manifest claims costs
     nothing. Those that were take at most a page of 4 KiB each. Raises `ValueError` if the weights
@@ -76,13 +77,15 @@ class ServedLinear:
 
     def __init__(self, spec: LearnerSpec, weights: Tensors) -> None:
         self._coordinates = Coordinates(spec)
-        require_linear(weights, self._coordinates.bits)
-        found = cast(State, weights)
-        values, self._intercept = served_values(spec, found["pairs"], found[INTERCEPT])
+        if VALUES in weights:
+            require_changes(spec, weights)
+        else:
+            require_linear(weights, self._coordinates.bits)
+        rows, values, self._intercept = linear_weights(spec, cast(State, weights))
         size = 1 << self._coordinates.bits
         sparse = len(values) * _PAGE_BYTES < size * _WEIGHT_BYTES
         table = zeros(size, sparse=sparse)
-        table[found[ROWS]] = values
+        table[rows] = values
         self._rows = Version(table)
         self._spec = spec
         self._value_fields = np.array(spec.value_fields, np.int64)

@@ -50,10 +50,23 @@ def served_weights(spec: LearnerSpec, weights: Tensors) -> State:
     """
     found = cast(State, weights)
     if spec.model == "lr":
-        values, intercept = served_values(spec, found["pairs"], found[INTERCEPT])
-        return served_linear_weights(found[ROWS].astype(np.uint32), values, intercept)
+        return served_linear_weights(*linear_weights(spec, found))
     width = network_shape(spec).width
     return {VALUES: found["table"][:, : width + 1], **served_parameters(found)}
+
+
+def linear_weights(
+    spec: LearnerSpec, weights: State
+) -> tuple[Rows, npt.NDArray[np.float32], float]:
+    """Return the rows of LR in a snapshot, their weights, and that of the intercept.
+
+    Its `weights` there are the pairs (z, n) of each row, or, in a snapshot that only serves (see
+    `snapshots.compaction`), what serving reads of them.
+    """
+    if VALUES in weights:
+        return weights[ROWS], weights[VALUES], float(weights[INTERCEPT][0])
+    values, intercept = served_values(spec, weights["pairs"], weights[INTERCEPT])
+    return weights[ROWS].astype(np.uint32), values, intercept
 
 
 def served_linear_weights(rows: Rows, values: npt.NDArray[np.float32], intercept: float) -> State:

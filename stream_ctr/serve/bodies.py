@@ -41,6 +41,8 @@ class _Request(msgspec.Struct, forbid_unknown_fields=True):
 class _Predictions(msgspec.Struct, frozen=True):
     probabilities: list[float]
     snapshot: str
+    delta: int | None
+    epoch: int
     run: str
     model: str
 
@@ -73,11 +75,17 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The names of what predicts: the snapshot, its run, and the model in it."""
+    """The names of what predicts: the snapshot, its run, and the model in it.
+
+    `delta` is the sequence of the last delta that was applied to the snapshot, None without any,
+    and `epoch` that of the process that wrote it.
+    """
 
     snapshot: str
     run: str
     model: str
+    delta: int | None = None
+    epoch: int = 0
 
 
 def read_json(body: bytes, limits: Limits) -> Sequence[Mapping[str, object]]:
@@ -137,24 +145,38 @@ def _malformed(message: str) -> Refused:
 def json_answer(probabilities: Floats, served: Served) -> Answer:
     """Return probabilities [n] as JSON, null for one that is not a number.
 
-    >>> json_answer(np.array([0.25]), Served("s1", "r", "fm")).body
-    b'{"probabilities":[0.25],"snapshot":"s1","run":"r","model":"fm"}'
+    >>> json_answer(np.array([0.25]), Served("s1", "r", "fm", delta=7, epoch=3)).body
+    b'{"probabilities":[0.25],"snapshot":"s1","delta":7,"epoch":3,"run":"r","model":"fm"}'
     """
-    document = _Predictions(probabilities.tolist(), served.snapshot, served.run, served.model)
+    document = _Predictions(
+        probabilities.tolist(),
+        served.snapshot,
+        served.delta,
+        served.epoch,
+        served.run,
+        served.model,
+    )
     return Answer(HTTPStatus.OK, msgspec.json.encode(document), rows=len(probabilities))
 
 
 def arrow_answer(probabilities: Floats, served: Served) -> Answer:
     """Return probabilities [n] as an Arrow IPC stream with a column `probability`.
 
-    The metadata of its schema has `stream_ctr.snapshot`, `stream_ctr.run` and `stream_ctr.model`.
+    The metadata of its schema has `stream_ctr.snapshot`, `stream_ctr.epoch`, `stream_ctr.run` and
+    `stream_ctr.model`, and `stream_ctr.delta` if one was applied.
 
     >>> answer = arrow_answer(np.array([0.25]), Served("s1", "r", "fm"))
     >>> table = pa.ipc.open_stream(answer.body).read_all()
     >>> table.to_pydict(), table.schema.metadata[b"stream_ctr.snapshot"]
     ({'probability': [0.25]}, b's1')
     """
-    names = {"snapshot": served.snapshot, "run": served.run, "model": served.model}
+    names = {
+        "snapshot": served.snapshot,
+        **({} if served.delta is None else {"delta": str(served.delta)}),
+        "epoch": str(served.epoch),
+        "run": served.run,
+        "model": served.model,
+    }
     schema = pa.schema(
         [pa.field("probability", pa.float64(), nullable=False)],
         metadata={f"{_METADATA}{key}": name for key, name in names.items()},

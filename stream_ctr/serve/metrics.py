@@ -9,12 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.process_collector import ProcessCollector
 
 from stream_ctr.serve.answers import Answer
 from stream_ctr.serve.waiting import WaitingRequests
+from stream_ctr.snapshots.delays import DelayHistogram
+from stream_ctr.snapshots.followed_deltas import REFUSALS
 from stream_ctr.snapshots.subscriber import Subscriber
 
 _PREFIX = "stream_ctr_serve"
@@ -24,6 +31,7 @@ _SECONDS = (
 )
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _MILLISECONDS = 1000
+_CONCERNED = ("source", "pointer", "snapshot", "on_snapshot", "delta_source", "on_delta")
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -104,6 +112,7 @@ class _State:
         yield _gauge("ready", "1 once a model is loaded.", self._is_ready())
         yield from self._of_subscriber()
         yield from self._of_snapshot()
+        yield from self._of_deltas()
 
     def _of_subscriber(self) -> Iterator[Metric]:
         health = self._subscriber.health
@@ -120,7 +129,7 @@ class _State:
             "Errors while following, by what they concern.",
             labels=["concerned"],
         )
-        for concerned in ("source", "pointer", "snapshot", "on_snapshot"):
+        for concerned in _CONCERNED:
             failures.add_metric([concerned], health.failures.get(concerned, 0))
         yield failures
         yield CounterMetricFamily(
@@ -142,23 +151,73 @@ class _State:
         if pointer is None:
             return
         loaded = self._subscriber.health.loaded_seconds or 0.0
-        yield _gauge("snapshot_sequence", "Number of the loaded snapshot.", pointer.sequence)
-        yield _gauge("snapshot_epoch", "Epoch of the loaded snapshot.", pointer.epoch)
+        yield _gauge("snapshot_sequence", "Number of the served snapshot.", pointer.sequence)
+        yield _gauge("snapshot_epoch", "Epoch of the served snapshot.", pointer.epoch)
         yield _gauge(
-            "snapshot_examples", "Examples that the loaded model has learned.", pointer.examples
+            "snapshot_examples", "Examples that the served snapshot has learned.", pointer.examples
         )
         yield _gauge(
             "snapshot_event_timestamp_seconds",
-            "Event time up to which the loaded model has learned.",
+            "Event time up to which the served snapshot has learned.",
             pointer.event_time_ms / _MILLISECONDS,
         )
         yield _gauge(
             "snapshot_created_timestamp_seconds",
-            "Time at which the loaded snapshot was taken.",
+            "Time at which the served snapshot was taken.",
             pointer.created_ms / _MILLISECONDS,
         )
-        yield _gauge("snapshot_age_seconds", "Seconds since it was loaded.", loaded)
+        yield _gauge("snapshot_age_seconds", "Seconds since it was loaded or adopted.", loaded)
+
+    def _of_deltas(self) -> Iterator[Metric]:
+        deltas, health = self._subscriber.deltas, self._subscriber.health
+        outcomes = CounterMetricFamily(
+            f"{_PREFIX}_deltas", "Deltas that came, by what became of them.", labels=["outcome"]
+        )
+        outcomes.add_metric(["applied"], health.deltas)
+        for kind in REFUSALS:
+            outcomes.add_metric([kind.removeprefix("delta_")], health.failures.get(kind, 0))
+        yield outcomes
+        yield CounterMetricFamily(
+            f"{_PREFIX}_delta_rows", "Rows of the deltas that were applied.", value=deltas.rows
+        )
+        behind = bool(deltas.behind)
+        yield _gauge("deltas_behind", "1 if the deltas that come cannot be applied.", behind)
+        yield _histogram(
+            "delta_closed_to_loaded_seconds",
+            "Seconds from the end of an example's label window until it was served, by example.",
+            deltas.closed_delays,
+        )
+        yield _histogram(
+            "delta_event_to_loaded_seconds",
+            "Seconds from the newest event of a delta until it was served.",
+            deltas.event_delays,
+        )
+        yield from self._of_last_delta()
+
+    def _of_last_delta(self) -> Iterator[Metric]:
+        scorer = self._subscriber.scorer if self._subscriber.pointer else None
+        header = scorer.delta if scorer else None
+        if header is None:
+            return
+        yield _gauge("delta_sequence", "Number of the last applied delta.", header.rank.sequence)
+        yield _gauge("delta_epoch", "Epoch of the last applied delta.", header.rank.epoch)
+        yield _gauge(
+            "delta_event_timestamp_seconds",
+            "Event time up to which the served model has learned.",
+            header.newest_event_ms / _MILLISECONDS,
+        )
+        yield _gauge(
+            "delta_created_timestamp_seconds",
+            "Time at which the last applied delta was taken.",
+            header.created_ms / _MILLISECONDS,
+        )
 
 
 def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(f"{_PREFIX}_{name}", help, value=float(value))
+
+
+def _histogram(name: str, help: str, histogram: DelayHistogram) -> HistogramMetricFamily:
+    family = HistogramMetricFamily(f"{_PREFIX}_{name}", help)
+    family.add_metric([], histogram.cumulative(), histogram.total_seconds)
+    return family

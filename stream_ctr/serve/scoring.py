@@ -156,8 +156,7 @@ class Scoring:
         values = np.concatenate([each.values for each in hashed])
         probabilities = scorer.predict_ids(ids, values)
         self._observe(len(ids), time.perf_counter() - started)
-        manifest = scorer.manifest
-        served = Served(manifest.snapshot, manifest.run, self._model or manifest.published)
+        served = _served(scorer, self._model)
         ends = np.cumsum([len(each.ids) for each in hashed])
         parts = np.split(probabilities, ends[:-1])
         return [
@@ -169,6 +168,18 @@ class Scoring:
             )
             for each, part in zip(hashed, parts, strict=True)
         ]
+
+
+def _served(scorer: Scorer, model: str | None) -> Served:
+    manifest = scorer.manifest
+    rank = scorer.delta.rank if scorer.delta else None
+    return Served(
+        snapshot=scorer.snapshot,
+        run=manifest.run,
+        model=model or manifest.published,
+        delta=rank.sequence if rank else None,
+        epoch=rank.epoch if rank else manifest.epoch,
+    )
 
 
 def _hash(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,18 +17,23 @@ from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.evaluate import metrics
 from stream_ctr.events.feature_rows import FeatureRows, OnInvalid, Table
 from stream_ctr.events.features import Hasher
-from stream_ctr.learn.blend import Blend, BlendPredictor
+from stream_ctr.learn.blend import MIXTURE, Blend, BlendPredictor
 from stream_ctr.learn.predictor import Predictor
 from stream_ctr.learn.runtimes import Runtime, choose_runtime, make_predictor
+from stream_ctr.learn.served_weights import serving_sha256
 from stream_ctr.learn.spec import BLEND
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.contract import Verify
+from stream_ctr.snapshots.delta import Changes, DeltaHeader
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
 
 
 class Scorer:
     """The model of one snapshot, ready to predict: the published one, or the additional `model`.
+
+    A scorer never changes what it predicts. `updated` returns another one, which has learned what a
+    delta says.
 
     With `on_invalid="error"`, features that are not what the model learned from raise
     `InvalidFeatures`. With "score" they count as missing, and `invalid` counts them by reason (see
@@ -58,6 +64,7 @@ class Scorer:
             manifest_sha256=manifest_sha256,
             signature=signature,
             any_name=True,
+            partial=True,
         )
         self.fields = self.manifest.schema.fields
         self._rows = FeatureRows(self.fields, on_invalid=on_invalid, invalid=invalid)
@@ -82,6 +89,11 @@ class Scorer:
                 f"snapshot {path} does not describe a model that this version can build: "
                 f"{one_line(error, 500)}"
             ) from None
+        self._stems = dict(zip(served_names(self.manifest, model), tensors, strict=True))
+        self.snapshot = self.manifest.snapshot
+        """The name of the snapshot that this model follows from, by the deltas up to `delta`."""
+        self.delta: DeltaHeader | None = None
+        """The header of the last delta that was applied, None for the model of the snapshot."""
 
     @property
     def invalid(self) -> Counter[str]:
@@ -135,6 +147,56 @@ class Scorer:
         """Return the click probabilities [n] of impressions with these `ids` and `values`."""
         return metrics.probabilities(self.model.predict(ids, values).astype(np.float64))
 
+    def updated(self, changes: Changes, header: DeltaHeader) -> Scorer:
+        """Return the scorer after a delta; this one predicts as before.
+
+        `changes` are those of `delta.decode_payload`, of which a scorer of an additional model
+        takes that model's. Both scorers share their rows (see `absorb`). The time depends on the
+        rows that changed, not on those of the table.
+
+        Raises `ValueError`, with nothing changed, if the changes are not those of this model, and
+        `ConfigError` for a model on a GPU.
+        """
+        scorer = copy.copy(self)
+        scorer.model = self._updated_model(changes)
+        scorer.delta = header
+        return scorer
+
+    def _updated_model(self, changes: Changes) -> Predictor | BlendPredictor:
+        for stem in self._stems.values():
+            if stem not in changes:
+                raise ValueError(f"the delta has nothing of {snapshot.file_name(stem)}")
+        if isinstance(self.model, BlendPredictor):
+            return self.model.updated({name: changes[stem] for name, stem in self._stems.items()})
+        (stem,) = self._stems.values()
+        return self.model.updated(changes[stem])
+
+    def absorb(self) -> bool:
+        """Write the rows of applied deltas into the table, if no older scorer can read it any more.
+
+        Return whether there is nothing left to write. Until then, a prediction reads these rows
+        beside the table. One thread at a time may call `updated` and `absorb`, while others
+        predict.
+        """
+        return self.model.absorb()
+
+    def following(self, snapshot_name: str) -> Scorer:
+        """Return this scorer as one that follows from another snapshot of the chain."""
+        scorer = copy.copy(self)
+        scorer.snapshot = snapshot_name
+        return scorer
+
+    def serving_sha256(self) -> dict[str, str]:
+        """Return the digest of what serving reads of each model, by its file stem.
+
+        Two scorers of one run with equal digests make equal predictions. A snapshot's manifest has
+        the digests of its models.
+        """
+        parts: dict[str, Predictor | BlendPredictor] = {MIXTURE: self.model}
+        if isinstance(self.model, BlendPredictor):
+            parts |= self.model.members
+        return {stem: serving_sha256(parts[name].served()) for name, stem in self._stems.items()}
+
 
 def build_predictor(
     identity: RunIdentity,
@@ -174,13 +236,12 @@ def build_predictor(
 def served_stems(manifest: Manifest, model: str | None) -> list[str]:
     """Return the stems of the files with the weights of `model`, by default the published one.
 
-    Raises `SnapshotError` if the snapshot does not hold it.
+    Those of a blend's members follow that of the blend. Raises `SnapshotError` if the snapshot does
+    not hold it.
     """
     published = manifest.published
     if model is None or model == published:
-        members = [snapshot.stems(name)[0] for name in manifest.blend]
-        present = [stem for stem in members if snapshot.file_name(stem) in manifest.files]
-        return [snapshot.stems()[0], *present]
+        return [snapshot.stems()[0], *(snapshot.stems(name)[0] for name in _present(manifest))]
     if model not in manifest.beside:
         models = ", ".join(
             one_line(name, 60) for name in dict.fromkeys([published, *manifest.beside])
@@ -192,3 +253,17 @@ def served_stems(manifest: Manifest, model: str | None) -> list[str]:
             f"the snapshot was taken without the model {model!r:.80}, which had diverged"
         )
     return [stem]
+
+
+def served_names(manifest: Manifest, model: str | None) -> list[str]:
+    """Return the names of the members with these files; that of the model itself is `MIXTURE`."""
+    return [MIXTURE, *(_present(manifest) if model is None or model == manifest.published else ())]
+
+
+def _present(manifest: Manifest) -> list[str]:
+    """Return the members of a blend that the snapshot holds."""
+    return [
+        name
+        for name in manifest.blend
+        if snapshot.file_name(snapshot.stems(name)[0]) in manifest.files
+    ]

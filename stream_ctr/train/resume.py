@@ -23,6 +23,7 @@ from typing import Any, Literal
 import msgspec
 
 from stream_ctr.errors import ConfigError, DataError
+from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import Input, Manifest, RunIdentity
 from stream_ctr.train.inputs import Inputs, input_name, partition_names
 from stream_ctr.train.source import Source
@@ -31,7 +32,15 @@ _log = logging.getLogger("stream_ctr.train")
 
 
 def require_run(manifest: Manifest, run: str, path: Path) -> None:
-    """Raise `ConfigError` unless the snapshot at `path` is of the run of the state directory."""
+    """Raise `ConfigError` unless a run may resume from the snapshot at `path`, and is this one.
+
+    `run` is that of the state directory.
+    """
+    if snapshot.file_name(snapshot.stems()[1]) not in manifest.files:
+        raise ConfigError(
+            f"snapshot {path.name} holds what serving needs and no more, as `export` and `compact` "
+            "write it: no run resumes from it. Move it out of the state directory"
+        )
     if manifest.run != run:
         raise ConfigError(
             f"snapshot {path.name} is of run {manifest.run}, and the state directory is that of "
