@@ -59,8 +59,7 @@ EVERYWHERE = [
         once(name)
         for name in FAILPOINTS
         # See test_history for the seam, and test_delta_store for deltas.
-        if not name.startswith(("announce.", "seam.", "delta."))
-        and name not in NEAR_ANOTHER
+        if not name.startswith(("announce.", "seam.", "delta.")) and name not in NEAR_ANOTHER
     ),
     "snapshot.rename:1",
     *only_long(

@@ -178,7 +178,7 @@ class RecordFollower:
         except (KafkaError, DamagedBatch) as error:
             self._pass_over(error)
             return []
-        found = []
+        found: list[StoredRecord] = []
         for partition, records in polled.items():
             self._next_offset[partition] = records[-1].offset + 1
             self._heard_at = time.monotonic()

@@ -75,14 +75,13 @@ class Chain:
         self.rank: DeltaRank | None = None
         """The rank of the last link, None if the loaded snapshot has no delta and none came."""
         self.awaited: str | None = None
-        """The digest of a manifest that must be loaded, though its rank may not be ahead.
+        """The digest of a manifest with which a chain of a later epoch begins, None without one.
 
-        A chain of a later epoch begins with that snapshot.
+        That snapshot must be loaded, though what is loaded may be ahead of it.
         """
         self._run = ""
         self._model = ""
         self._identity = ""
-        self._loaded = ""
         self._heads: frozenset[str] = frozenset()
         self._links: dict[DeltaRank, str] = {}
         self._begun_at: tuple[int, int] = (0, 0)
@@ -109,7 +108,6 @@ class Chain:
         self._model = model
         self._identity = identity_sha256
         self._begun_at = (epoch, examples)
-        self._loaded = manifest_sha256
         self._heads = frozenset({manifest_sha256, *([position.sha256] if position else [])})
         self._links = {position.rank: position.sha256} if position else {}
         self.rank = position.rank if position else None
@@ -166,18 +164,6 @@ class Chain:
         if position.rank == self.rank:
             self._heads |= {manifest_sha256}
         return True
-
-    def leads_on(self, manifest_sha256: str, position: DeltaPosition | None) -> bool:
-        """Return whether loading a snapshot leads further than what is loaded.
-
-        It does if it is another one without a delta, if its delta comes after the last applied one,
-        or if a chain of a later epoch begins with it.
-        """
-        if manifest_sha256 == self.awaited:
-            return True
-        if position is None:
-            return manifest_sha256 != self._loaded
-        return self.rank is None or position.rank > self.rank
 
     def _refused(self, header: DeltaHeader) -> Refused | None:
         name = f"delta {header.rank.name}"

@@ -146,7 +146,7 @@ def records(
 def decode_label(headers: Headers) -> Label:
     """Return what the headers of a record say. Raises `ValueError` if they are not those of one.
 
-    >>> decode_label([("__stream_ctr.delta.run", b"a")])
+    >>> decode_label([("__stream_ctr.delta.run", b"0" * 32)])
     Traceback (most recent call last):
     msgspec.ValidationError: Object missing required field `epoch`
     """
@@ -165,7 +165,7 @@ class _Name(NamedTuple):
     rank: DeltaRank
     payload_sha256: str
     payload_bytes: int
-    count: int
+    chunks: int
 
     @classmethod
     def of(cls, label: Label) -> _Name:
@@ -271,7 +271,7 @@ class Assembler:
             return []
         delta.add(index, value)
         self._held_bytes += len(value)
-        if len(delta.parts) == name.count + 1:
+        if len(delta.parts) == name.chunks + 1:
             return self._complete(name, delta)
         return self._make_room()
 
@@ -281,19 +281,19 @@ class Assembler:
             return (
                 f"its payload has {name.payload_bytes:,} bytes, and {self._most_bytes:,} are read"
             )
-        if index == name.count:
+        if index == name.chunks:
             if len(value) > LARGEST_HEADER_BYTES:
                 return f"its header has {len(value):,} bytes, and {LARGEST_HEADER_BYTES:,} are read"
             return None
         delta = self._open.get(name)
-        held_bytes = delta.chunk_bytes(name.count) if delta and index not in delta.parts else 0
+        held_bytes = delta.chunk_bytes(name.chunks) if delta and index not in delta.parts else 0
         if held_bytes + len(value) > name.payload_bytes:
             return f"chunk {index} goes beyond its payload of {name.payload_bytes:,} bytes"
         return None
 
     def _complete(self, name: _Name, delta: _Open) -> list[Delta | SnapshotError]:
-        header = delta.parts[name.count]
-        payload = b"".join(delta.parts[index] for index in range(name.count))
+        header = delta.parts[name.chunks]
+        payload = b"".join(delta.parts[index] for index in range(name.chunks))
         self._end(name)
         try:
             found = verified(header, payload, name=str(name), signature=self._signature)
@@ -304,7 +304,7 @@ class Assembler:
         earlier = [each for each in self._open if each.run == name.run and each.rank < name.rank]
         errors = [
             self._give_up(
-                each, "incomplete", f"{self._open[each].missing(each.count)} did not come"
+                each, "incomplete", f"{self._open[each].missing(each.chunks)} did not come"
             )
             for each in sorted(earlier)
         ]
@@ -329,14 +329,14 @@ class Assembler:
             len(self._open) > MOST_OPEN
         ):
             oldest = next(iter(self._open))
-            missing = self._open[oldest].missing(oldest.count)
+            missing = self._open[oldest].missing(oldest.chunks)
             reason = f"{missing} did not come before the records of others took its room"
             errors.append(self._give_up(oldest, "crowded", reason))
         return errors
 
-    def _give_up(self, name: _Name, count: str, reason: str) -> SnapshotError:
+    def _give_up(self, name: _Name, kind: str, reason: str) -> SnapshotError:
         self._end(name)
-        return self._refusal(count, f"{name} cannot be put together", reason)
+        return self._refusal(kind, f"{name} cannot be put together", reason)
 
     def _end(self, name: _Name) -> None:
         """Drop the records of a delta, and pass over those that still come."""
@@ -347,6 +347,6 @@ class Assembler:
         if len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
 
-    def _refusal(self, count: str, subject: str, reason: object) -> SnapshotError:
-        self.counts[count] += 1
+    def _refusal(self, kind: str, subject: str, reason: object) -> SnapshotError:
+        self.counts[kind] += 1
         return SnapshotError(f"{subject}: {one_line(reason, 300)}")
