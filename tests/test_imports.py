@@ -46,6 +46,7 @@ HOME = {
         "connectors/kafka/pointers.py",
         "connectors/kafka/public_reader.py",
         "connectors/kafka/sink.py",
+        "connectors/kafka/topic_scan.py",
     ],
     "confluent_kafka": ["connectors/kafka/confluent.py"],
     "click": [
@@ -71,12 +72,15 @@ HOME = {
     ],
     "prometheus_client": ["stream_ctr/monitor/prometheus.py", "stream_ctr/serve/metrics.py"],
     "onnx": ["stream_ctr/learn/onnx_check.py", "stream_ctr/learn/onnx_graph.py"],
+    "fsspec": ["stream_ctr/snapshots/places.py"],
+    "aiohttp": ["stream_ctr/snapshots/places.py"],
     "onnxruntime": ["stream_ctr/learn/onnx_predictor.py"],
 }
 
 # Imports inside functions keep `stream-ctr --help` quick, Triton away from runs on the CPU, torch
-# away from servers that do without, pandas, which River loads, away from all but runs, and the web
-# server away from runs without a port; elsewhere they hide what a module needs.
+# away from servers that do without, pandas, which River loads, away from all but runs, the web
+# server away from runs without a port, and fsspec away from what opens no URL; elsewhere they hide
+# what a module needs.
 LAZY = {
     "stream_ctr/__init__.py",
     "stream_ctr/cli/compact.py",
@@ -98,6 +102,7 @@ LAZY = {
     "stream_ctr/learn/network_learner.py",
     "stream_ctr/learn/network_shape.py",
     "stream_ctr/learn/runtimes.py",
+    "stream_ctr/snapshots/places.py",
 }
 
 # These run what they load.

@@ -36,6 +36,7 @@ from stream_ctr.connectors.kafka.pointers import (
 )
 from stream_ctr.connectors.kafka.sink import KafkaSink
 from stream_ctr.connectors.kafka.source import KafkaSource
+from stream_ctr.connectors.kafka.topic_scan import TopicScan
 
 __all__ = [
     "ClusterFacts",
@@ -57,6 +58,7 @@ __all__ = [
     "StoredRecord",
     "TopicChanged",
     "TopicFacts",
+    "TopicScan",
     "client_options",
     "ensure_topic",
     "newest_records",

@@ -43,6 +43,15 @@ class GivenPath(click.Path):
         return super().convert(value, param, ctx)
 
 
+class GivenPlace(GivenPath):
+    """A URL, which stays a text, or a path as of `GivenPath`."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, str) and "://" in value:
+            return value
+        return super().convert(value, param, ctx)
+
+
 # A name that resembles a key of the configuration this much is a misspelt key. No Kafka client
 # property does.
 MISSPELT = 0.75

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -26,6 +27,7 @@ from stream_ctr.cli.display import LiveTable, final_table
 from stream_ctr.cli.features_file import write_features
 from stream_ctr.cli.inference import first_records, inferred_fields
 from stream_ctr.cli.interrupts import signals
+from stream_ctr.cli.mirroring import mirrored
 from stream_ctr.cli.port import observed
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.cli.replay import Stream
@@ -48,6 +50,7 @@ from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.delta import DeltaHeader
 from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.lease import Lease
+from stream_ctr.snapshots.mirror import Mirror
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
 from stream_ctr.train.inputs import Inputs
@@ -107,6 +110,7 @@ def train_on_logs(
             config,
             lease.directory,
             config.features.fields() or logs[0].fields,
+            mirrored(config, lease),
             notes=lambda: [note for log in logs for note in log.notes],
             in_event_time=True,
             keep_open=keep_open,
@@ -138,6 +142,7 @@ def train_on_source(
             config,
             lease.directory,
             config.features.fields() or None,
+            mirrored(config, lease),
             beginning=beginning,
             predictions=predictions,
             caller=caller,
@@ -255,6 +260,7 @@ def train_on_kafka(
             config,
             lease.directory,
             config.features.fields() or fields,
+            mirrored(config, lease, client),
             keep_open=keep_open,
             beginning=beginning,
             predictions=predictions,
@@ -301,6 +307,7 @@ def _train(
     config: Config,
     state: Path,
     fields: tuple[Field, ...] | None,
+    mirror: AbstractContextManager[Mirror | None],
     *,
     notes: Callable[[], Sequence[str]] = tuple,
     in_event_time: bool = False,
@@ -320,6 +327,7 @@ def _train(
         stack.enter_context(signals(stop))
         stack.enter_context(_out_of_memory(state))
         stack.enter_context(announcing_compilation())
+        copy = stack.enter_context(mirror)
         recent = stack.enter_context(
             observed(
                 state,
@@ -351,6 +359,12 @@ def _train(
         fields, fitted = encoding
         kept = kept_manifest(state)
         show = caller.on_report if caller else stack.enter_context(_shown())
+
+        def beat() -> None:
+            recent.beat()
+            if copy:
+                trainer.state.counters.update(copy.take_failures())
+
         trainer = build_trainer(
             config,
             fields=fields,
@@ -365,14 +379,14 @@ def _train(
                 show=show,
                 notes=notes,
                 written=recent.add if config.http.address else _ignore,
-                beat=recent.beat,
+                beat=beat,
                 past_events=in_event_time,
             ),
             in_event_time=in_event_time,
             keep_open=keep_open,
             predictions=predictions,
             schemas=schemas,
-            delta_outlets=delta_outlets,
+            delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
         )
         if trainer.baseline:
             stack.callback(trainer.baseline.close)

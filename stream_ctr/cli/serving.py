@@ -30,6 +30,7 @@ from stream_ctr.cli.options import (
     RUNTIME_OPTION,
     Command,
     GivenPath,
+    GivenPlace,
     LogFormat,
     Settings,
     load_config,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from stream_ctr.snapshots.followed_deltas import AppliedDelta
     from stream_ctr.snapshots.pointer import Pointer
     from stream_ctr.snapshots.pointer_sources import PointerSource
+    from stream_ctr.snapshots.remote import Downloads
     from stream_ctr.snapshots.subscriber import Follow, Subscriber
 
 _PATH = "{path}"
@@ -56,9 +58,9 @@ _PATH = "{path}"
 class Following:
     """What the options say about the pointers and the run that a subscriber follows."""
 
-    state: Path | None
+    state: Path | str | None
     topic: str | None
-    snapshots: Path | None
+    snapshots: Path | str | None
     model_name: str
     model: str | None
     run: str | None
@@ -67,6 +69,7 @@ class Following:
     runtime: Runtime | None
     public_key: Path | None
     deltas: bool
+    cache: Path | None
 
     def require_one_source(self) -> None:
         """Raise a usage error for options that contradict each other."""
@@ -94,12 +97,14 @@ class Following:
             follow=self.follow,
             runtime=self.runtime,
             public_key=self.public_key,
+            cache=self.cache,
             **options,
         )
 
     def _topic(self, settings: Settings, stack: contextlib.ExitStack) -> PointerSource:
         from stream_ctr.cli.client import connector_errors
         from stream_ctr.connectors import kafka
+        from stream_ctr.snapshots.places import local_directory
         from stream_ctr.snapshots.pointer_sources import TopicPointers
         from stream_ctr.snapshots.signing import verifier
 
@@ -111,9 +116,29 @@ class Following:
         return TopicPointers(
             reader,
             model_name=self.model_name,
-            snapshots=self.snapshots,
+            snapshots=local_directory(self.snapshots) if self.snapshots else None,
+            download=self._downloads(client),
             signature=verifier(self.public_key),
         )
+
+    def _downloads(self, client: dict[str, object]) -> Downloads:
+        """Return what downloads the snapshots that pointers name and this machine does not have."""
+        from functools import partial
+
+        from stream_ctr.connectors import kafka
+        from stream_ctr.learn.runtimes import choose_runtime
+        from stream_ctr.snapshots.cache import SnapshotCache, default_cache
+        from stream_ctr.snapshots.places import open_place
+        from stream_ctr.snapshots.remote import Downloads, served_files
+        from stream_ctr.snapshots.signing import verifier
+
+        cache = SnapshotCache(
+            self.cache or default_cache(),
+            served_files(self.model, choose_runtime(self.runtime)),
+            signature=verifier(self.public_key),
+        )
+        place = open_place(self.snapshots) if self.snapshots else None
+        return Downloads(cache, place=place, scan=partial(kafka.TopicScan, client))
 
     def _delta_topic(self, settings: Settings, stack: contextlib.ExitStack) -> DeltaSource | bool:
         """Return the deltas on the topic that the configuration names, False without one."""
@@ -140,17 +165,17 @@ def following_options(command: Command) -> Command:
     options = stacked(
         click.option(
             "--state",
-            type=GivenPath(file_okay=False),
-            help="Follow the state directory of a run.",
+            type=GivenPlace(file_okay=False),
+            help="Follow the state directory of a run, or a copy of it at a URL.",
         ),
         click.option(
             "--topic", help="Follow a snapshot topic instead.  [default: stream-ctr.snapshots]"
         ),
         click.option(
             "--snapshots",
-            type=GivenPath(file_okay=False),
-            help="With --topic: the folder that holds the snapshots on this machine.  [default: "
-            "that of the pointer]",
+            type=GivenPlace(file_okay=False),
+            help="With --topic: the folder that holds the snapshots on this machine, or the URL of "
+            "a run's copy.  [default: those of the pointer]",
         ),
         click.option(
             "--model-name",
@@ -182,6 +207,13 @@ def following_options(command: Command) -> Command:
             default=True,
             show_default=True,
             help="Follow the deltas between snapshots, where the run writes them.",
+        ),
+        click.option(
+            "--cache",
+            type=GivenPath(file_okay=False),
+            metavar="DIR",
+            help="Keep downloaded snapshots here.  [default: stream-ctr/snapshots in the user's "
+            "cache directory]",
         ),
     )
     names = [field.name for field in dataclasses.fields(Following)]

@@ -1,4 +1,4 @@
-"""The commands `snapshots`: list, show and verify snapshots, and publish an older one."""
+"""The commands `snapshots`: list, show, verify and copy snapshots, and publish an older one."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def snapshots() -> None:
     stream-ctr snapshots ls state
     stream-ctr snapshots verify state
     stream-ctr snapshots rollback state 00000003-20250101T101500Z
+    stream-ctr snapshots mirror state s3://bucket/run
     """
 
 
@@ -377,6 +378,33 @@ def roll_back(
         f"{path.name} is published again, as epoch {pointer.epoch}, in {places}; "
         f"before: {before or 'none'}"
     )
+
+
+@snapshots.command("mirror")
+@click.argument("directory", metavar="DIR", type=GivenPath(file_okay=False))
+@click.argument("url", metavar="[URL]", required=False)
+def copy_to_mirror(*, directory: Path, url: str | None) -> None:
+    """Copy what servers need of the state directory DIR to URL, once.
+
+    By default it is the URL that the published pointer names. A run with snapshots.url does this
+    all the time; the command is for a directory without one, and for a rollback after its end.
+
+    \b
+    stream-ctr snapshots mirror state
+    stream-ctr snapshots mirror state s3://bucket/run
+    """
+    from stream_ctr.snapshots.mirror import mirror_once
+    from stream_ctr.snapshots.places import shown
+    from stream_ctr.snapshots.pointer import read_pointer
+
+    pointer = read_pointer(directory / "latest.json")
+    if pointer is None:
+        raise SnapshotError(f"nothing is published in {directory}: it has no latest.json")
+    target = url or pointer.url
+    if not target:
+        raise ConfigError(f"the pointer of {directory} names no URL: give one")
+    mirror_once(target, directory, pointer)
+    echo(f"{pointer.snapshot} is at {shown(target) if '://' in target else target}")
 
 
 def _is_signed(path: Path) -> bool:

@@ -67,6 +67,7 @@ COUNTERS = {
     "deltas_unsent": "Deltas on disk that a topic or mirror did not get at once",
     "delta_rows": "Rows in deltas",
     "delta_bytes": "Bytes of deltas",
+    "mirror_failed": "Attempts to copy a snapshot or deltas to snapshots.url that failed",
 }
 MODEL_COUNTERS = {
     "examples_skipped": "Examples that a model could not learn",

@@ -13,6 +13,7 @@ from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 TEMPORARY = "tmp-"
 """Names that begin like this are unfinished or half deleted."""
 

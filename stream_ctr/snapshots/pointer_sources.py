@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from stream_ctr.errors import SnapshotError
+from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat, Verify
 from stream_ctr.snapshots.pointer import Pointer, decode_pointer, read_pointer, require_signature
 from stream_ctr.snapshots.snapshot_topic import Holder
@@ -85,13 +86,24 @@ class FilePointers:
         return [pointer] if pointer else []
 
 
+class Download(Protocol):
+    """Returns the directory of a snapshot that is not on this machine, by its pointer.
+
+    `close` ends what is on its way.
+    """
+
+    def __call__(self, pointer: Pointer) -> Path: ...
+    def close(self) -> None: ...
+
+
 class TopicPointers:
     """The pointers of one name on the snapshot topic.
 
     `reader.poll(seconds)` returns (key, value) pairs of a compacted topic, and the value None
     withdraws a pointer. `reader.caught_up` is true once everything has been polled that was in the
-    topic at the start. The snapshots are where the run wrote them, or in the folder `snapshots`.
-    With `signature`, pointers that it refuses are errors, and hold no name.
+    topic at the start. The snapshots are where the run wrote them, or in the folder `snapshots`. A
+    snapshot that is not on this machine is one that `download` returns, by the URL that its pointer
+    names. With `signature`, pointers that it refuses are errors, and hold no name.
     """
 
     def __init__(
@@ -100,10 +112,12 @@ class TopicPointers:
         *,
         model_name: str = "default",
         snapshots: Path | None = None,
+        download: Download | None = None,
         signature: Verify | None = None,
     ) -> None:
         self._reader = reader
         self._snapshots = snapshots
+        self._download = download
         self._signature = signature
         self._model_name = model_name
         self._holder = Holder()
@@ -134,8 +148,21 @@ class TopicPointers:
         return self._ordered() if self._reader.caught_up else []
 
     def locate(self, pointer: Pointer) -> Path:
-        """Return the directory of the snapshot, in the folder that was given or the run's own."""
-        return self._snapshots / pointer.snapshot if self._snapshots else Path(pointer.path)
+        """Return the directory of the snapshot: where it was given, the run's own, or a copy of it.
+
+        Raises `SnapshotError` if it cannot be downloaded.
+        """
+        if self._snapshots:
+            return self._snapshots / pointer.snapshot
+        path = Path(pointer.path)
+        if self._download and not files.is_directory(path):
+            return self._download(pointer)
+        return path
+
+    def close(self) -> None:
+        """End a download. The reader stays open."""
+        if self._download:
+            self._download.close()
 
     def _take(self, key: str, value: bytes | None) -> None:
         if value is None:

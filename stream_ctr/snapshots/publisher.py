@@ -262,6 +262,8 @@ class Publisher:
         """
         self.require_name()
         with self._exclusive():
+            if not self._url and (published := self.published()):
+                self._url = published.url
             pointer = self._write_pointer(path, manifest, self._next_epoch(), rollback=True)
         self._announce(pointer)
         return pointer

@@ -64,6 +64,7 @@ class Scorer:
             manifest_sha256=manifest_sha256,
             signature=signature,
             any_name=True,
+            partial=True,
         )
         self.fields = self.manifest.schema.fields
         self._rows = FeatureRows(self.fields, on_invalid=on_invalid, invalid=invalid)

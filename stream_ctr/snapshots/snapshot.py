@@ -36,7 +36,7 @@ from stream_ctr.failpoint import failpoint
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat, Sign, Verify, decode, encode
-from stream_ctr.snapshots.files import MANIFEST, plain_name, snapshot_name
+from stream_ctr.snapshots.files import MANIFEST, SIGNATURE, plain_name, snapshot_name
 from stream_ctr.snapshots.manifest import FORMAT, FileEntry, Manifest, RunIdentity
 from stream_ctr.snapshots.pointer import read_pointer, require_signature
 
@@ -54,7 +54,6 @@ Tensors = dict[str, dict[str, Array]]
 Segments = Mapping[str, tuple[Path, str, int]]
 """Immutable files that hold no tensors, by name: path, SHA-256, size."""
 
-_SIGNATURE = "manifest.sig"
 _SUFFIX = ".safetensors"
 SEGMENT_SUFFIX = ".arrow"
 GRAPH_SUFFIX = ".onnx"
@@ -183,7 +182,7 @@ def write(
         failpoint("snapshot.files")
         data = _encode(msgspec.structs.replace(manifest, files=entries))
         if sign:
-            files.write_durably(temporary / _SIGNATURE, sign(data))
+            files.write_durably(temporary / SIGNATURE, sign(data))
         files.write_durably(temporary / MANIFEST, data)
         files.sync_directory(temporary)
         failpoint("snapshot.manifest")
@@ -367,15 +366,17 @@ def load(
     manifest_sha256: str | None = None,
     signature: Verify | None = None,
     any_name: bool = False,
+    partial: bool = False,
 ) -> tuple[Manifest, Tensors]:
     """Return the manifest and the arrays (file stem -> name -> array) of the snapshot at `path`.
 
     `stems` names the files to read, or is called with the manifest to name them; by default all
     are read. The presence and the size of every file are checked, and the SHA-256 of those that
-    are read. The arrays may be changed by the caller. `any_name` is that of `verify`, and
+    are read. With `partial`, files that are not read may be absent, as on a machine that only
+    serves. The arrays may be changed by the caller. `any_name` is that of `verify`, and
     `SnapshotError` is raised as there.
     """
-    manifest = _verified_manifest(path, manifest_sha256, signature, any_name)
+    manifest = _verified_manifest(path, manifest_sha256, signature, any_name, partial)
     present = [name.removesuffix(_SUFFIX) for name in manifest.files if name.endswith(_SUFFIX)]
     wanted = present if stems is None else list(stems(manifest) if callable(stems) else stems)
     if missing := sorted(set(wanted) - set(present)):
@@ -475,9 +476,16 @@ def newest_with_model(
 
 
 def _verified_manifest(
-    path: Path, expected_sha256: str | None, signature: Verify | None, any_name: bool
+    path: Path,
+    expected_sha256: str | None,
+    signature: Verify | None,
+    any_name: bool,
+    partial: bool = False,
 ) -> Manifest:
-    """Check signature, digest and form of a manifest, and that its files are there; return it."""
+    """Check signature, digest and form of a manifest, and that its files are there; return it.
+
+    With `partial`, those that are there are checked.
+    """
     if not files.is_directory(path):
         raise SnapshotError(f"there is no snapshot directory {str(path)!r:.300}")
     data = files.read_manifest(path)
@@ -495,13 +503,13 @@ def _verified_manifest(
             "rename it back"
         )
     _require_entries(path, manifest.files)
-    _require_files(path, manifest.files)
+    _require_files(path, manifest.files, partial=partial)
     return manifest
 
 
 def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> None:
     try:
-        found = files.read_document(path / _SIGNATURE)
+        found = files.read_document(path / SIGNATURE)
     except files.Missing:
         raise SnapshotError(f"snapshot {path} is not signed, and a signature is required") from None
     try:
@@ -520,13 +528,15 @@ def _require_entries(path: Path, entries: Iterable[str]) -> None:
         plain_name(name, f"{path / MANIFEST}: file")
 
 
-def _require_files(path: Path, entries: Mapping[str, FileEntry]) -> None:
+def _require_files(path: Path, entries: Mapping[str, FileEntry], *, partial: bool) -> None:
     with files.naming(path, "cannot list"):
         found = {entry.name: entry for entry in os.scandir(path)}
+        for name in sorted(set(found) - {MANIFEST, SIGNATURE, *entries}):
+            raise SnapshotError(f"{path / name} is not in the manifest")
+        if partial:
+            entries = {name: entry for name, entry in entries.items() if name in found}
         for name in sorted({MANIFEST, *entries} - set(found)):
             raise SnapshotError(f"{path / name} is missing, the manifest names it")
-        for name in sorted(set(found) - {MANIFEST, _SIGNATURE, *entries}):
-            raise SnapshotError(f"{path / name} is not in the manifest")
         for name, entry in entries.items():
             if not found[name].is_file(follow_symlinks=False):
                 raise SnapshotError(f"{path / name} is not a regular file")

@@ -56,13 +56,16 @@ from stream_ctr.learn.runtimes import Runtime, choose_runtime
 from stream_ctr.learn.spec import BLEND, EXPERTS, SYSTEMS
 from stream_ctr.messages import nearest, one_line
 from stream_ctr.snapshots import files
+from stream_ctr.snapshots.cache import SnapshotCache, default_cache
 from stream_ctr.snapshots.contract import NewerFormat
 from stream_ctr.snapshots.delays import Delays
 from stream_ctr.snapshots.delta_sources import DeltaSource, FileDeltas
 from stream_ctr.snapshots.followed_deltas import AppliedDelta, FollowedDeltas
 from stream_ctr.snapshots.lineage import require_run_id
+from stream_ctr.snapshots.places import local_directory, open_place
 from stream_ctr.snapshots.pointer import Pointer, require_description, require_signature
 from stream_ctr.snapshots.pointer_sources import FilePointers, PointerSource
+from stream_ctr.snapshots.remote import PlaceDeltas, UrlPointers, served_files
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import verifier
 
@@ -125,22 +128,25 @@ class _Awaited:
 class Subscriber:
     """Predict with the newest published snapshot, which is replaced while calls go on.
 
-    `source` is a state directory or a `PointerSource`. `run` is the id of the run to follow; by
-    default it is the first that is loaded. With `run_file`, that run is kept in this file, and a
-    later subscriber with the same file follows it. With `follow="replace"` a run that was told to
-    replace the followed one is followed from then on; by default its pointers are refused. With
-    `model`, an additional model serves instead of the published one, and snapshots without it are
-    ignored with a warning. With `public_key`, a PEM file, snapshots without a signature by its
-    private key are ignored. `device`, `runtime` and `on_invalid` are those of `Scorer`. `predict`
-    raises `SnapshotError` before the first snapshot.
+    `source` is a state directory, a URL (see `places`) or a `PointerSource`. What is at a URL is
+    downloaded to the folder `cache`, by default one in the user's cache directory.
 
-    `deltas` are followed between snapshots: by default those of the state directory, with False
+    `run` is the id of the run to follow; by default it is the first that is loaded. With
+    `run_file`, that run is kept in this file, and a later subscriber with the same file follows it.
+    With `follow="replace"` a run that was told to replace the followed one is followed from then
+    on; by default its pointers are refused. With `model`, an additional model serves instead of the
+    published one, and snapshots without it are ignored with a warning. With `public_key`, a PEM
+    file, snapshots without a signature by its private key are ignored. `device`, `runtime` and
+    `on_invalid` are those of `Scorer`. `predict` raises `SnapshotError` before the first snapshot.
+
+    `deltas` are followed between snapshots: by default those of the directory or URL, with False
     none. With another `source` they are followed where they are given. A model on a GPU follows
     snapshots only. `on_snapshot` is called for each snapshot that is loaded or adopted, `on_delta`
     for each delta that was applied, both by the thread that follows.
 
     Raises `ConfigError` for a `model` that no run can have, for a `run` or `run_file` that names no
-    run, if the file cannot be read, and if the runtime is not installed.
+    run, if the file cannot be read, if the runtime is not installed, and if the URL cannot be
+    opened.
     """
 
     def __init__(
@@ -158,6 +164,7 @@ class Subscriber:
         on_invalid: OnInvalid = "error",
         deltas: DeltaSource | bool = True,
         on_delta: Callable[[AppliedDelta], None] | None = None,
+        cache: str | Path | None = None,
     ) -> None:
         known = (*_NAMES, *extensions.names())
         if model is not None and model not in known and not extensions.is_import_path(model):
@@ -172,13 +179,11 @@ class Subscriber:
         """The number of pointers that were refused, by the run that they are of."""
         self._follow_replacements = follow == "replace"
         self._signature = verifier(public_key)
-        self._pointers: PointerSource = (
-            FilePointers(Path(source)) if isinstance(source, (str, Path)) else source
-        )
         self._model = model
         self._device = device
         self.runtime = choose_runtime(runtime, device=device)
         """The library that computes the network of a loaded model."""
+        self._pointers, deltas_there = self._sources(source, cache)
         self._on_snapshot = on_snapshot
         self._on_delta = on_delta
         self._on_invalid: OnInvalid = on_invalid
@@ -190,7 +195,8 @@ class Subscriber:
         """The directory of the loaded snapshot on this machine."""
         self.failures: Counter[str] = Counter()
         """What went wrong since the start, by what it concerned."""
-        self.deltas = FollowedDeltas(self._source_of_deltas(source, deltas), self.failures)
+        chosen = (deltas_there if deltas else None) if isinstance(deltas, bool) else deltas
+        self.deltas = FollowedDeltas(chosen, self.failures)
         """The deltas that are followed."""
         self.adopted = False
         """Whether the snapshot of `pointer` was adopted, not loaded."""
@@ -208,14 +214,22 @@ class Subscriber:
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def _source_of_deltas(
-        self, source: str | Path | PointerSource, deltas: DeltaSource | bool
-    ) -> DeltaSource | None:
-        if not isinstance(deltas, bool):
-            return deltas
-        if deltas and isinstance(source, (str, Path)):
-            return FileDeltas(Path(source), signature=self._signature)
-        return None
+    def _sources(
+        self, source: str | Path | PointerSource, cache: str | Path | None
+    ) -> tuple[PointerSource, DeltaSource | None]:
+        """Return the source of pointers, and that of the deltas beside them."""
+        if not isinstance(source, (str, Path)):
+            return source, None
+        directory = local_directory(source)
+        if directory is not None:
+            return FilePointers(directory), FileDeltas(directory, signature=self._signature)
+        kept = SnapshotCache(
+            Path(cache) if cache is not None else default_cache(),
+            served_files(self._model, self.runtime),
+            signature=self._signature,
+        )
+        place = open_place(source)
+        return UrlPointers(place, kept), PlaceDeltas(place, signature=self._signature)
 
     def next(self, timeout_seconds: float) -> Pointer | None:
         """Load the next newer snapshot; return its pointer, or None if none came in time.
@@ -514,8 +528,10 @@ class Subscriber:
         self.close()
 
     def close(self) -> None:
-        """Stop following."""
+        """Stop following, and end a download."""
         self._closing.set()
+        if close := getattr(self._pointers, "close", None):
+            close()
         if self._thread:
             self._thread.join()
             self.deltas.close()
