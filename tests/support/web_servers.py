@@ -55,6 +55,13 @@ def _answers(host: str, port: int) -> bool:
     return False
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that is gone."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 class FaultyServer:
     """A web server of a directory that knows ranges, in a thread.
 
@@ -78,7 +85,7 @@ class FaultyServer:
         self.no_length = False
         self.sent: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
