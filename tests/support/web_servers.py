@@ -55,6 +55,9 @@ def _answers(host: str, port: int) -> bool:
     return False
 
 
+_LINGER_SECONDS = 0.3
+
+
 class _Server(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Say nothing of a client that is gone."""
@@ -138,6 +141,8 @@ class FaultyServer:
         request.end_headers()
         self._send(request, path, data[start:], concerned=concerned)
         if concerned and (self.no_length or self.break_after is not None):
+            if self.break_after:
+                time.sleep(_LINGER_SECONDS)  # a client that is told of the end drops what it holds
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
 
