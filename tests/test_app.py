@@ -177,7 +177,7 @@ def test_a_loop_that_stands_still_is_not_healthy(
     assert client.get("/healthz").status_code == 200
     watch.now = STILL_SECONDS
     answer = client.get("/healthz")
-    assert (answer.status_code, answer.json()["status"]) == (503, "still")
+    assert (answer.status_code, answer.json()["status"]) == (503, "stalled")
 
 
 def test_a_run_that_has_ended_is_healthy(

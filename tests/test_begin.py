@@ -142,7 +142,7 @@ def test_fields_come_and_go(blended: Path, tmp_path: Path, stream: pa.LargeBinar
             table[found[:, [field.name for field in scorer.fields].index(name)]]
             for scorer, found, table in zip(scorers, ids, tables, strict=True)
         ]
-        assert np.array_equal(*rows)
+        assert np.array_equal(rows[0], rows[1])
 
 
 @pytest.mark.parametrize("name", ["deepfm", "ftrl"])

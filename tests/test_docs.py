@@ -48,6 +48,8 @@ NOT_RUN = {
     " --http 127.0.0.1:9200 --run-file served.run": "runs until Ctrl-C",
     "python tests/bench/serve.py --json docs/performance-serve.json"
     " --page docs/serving-performance.md": "a benchmark",
+    "python tests/bench/freshness.py --json docs/deltas.json --page docs/deltas.md": "a benchmark",
+    "python tests/bench/deltas.py --json docs/deltas.json --page docs/deltas.md": "a benchmark",
     "stream-ctr paper --data train.txt --format criteo --out report --quick": "needs a Criteo log",
     "stream-ctr paper --data train.txt --format criteo --out report": "needs a Criteo log",
     "stream-ctr paper --simulate 1000000 --out report": "takes an hour",

@@ -16,6 +16,7 @@ from support.manifests import manifest
 from stream_ctr.errors import DataError, SnapshotError
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.join.examples import Examples
+from stream_ctr.learn.touched import Touched
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import AdditionalGuardState, GuardState
 from stream_ctr.train.guard import Diverged, Guard, Learned, Skipped
@@ -37,6 +38,8 @@ class ScriptedLearner:
         self.script = list(script)
         self.weight = 0.0
         self.steps = 0
+        self.restored = 0
+        self.touched: Touched | None = None
         self.pretraining = False
         self.ends_pretraining_at = -1
         self.after: float | None = None  # the logit of every example after the last step
@@ -80,6 +83,12 @@ class ScriptedLearner:
         if weights.keys() != {"weight"}:
             raise ValueError("tensor 'weight' is missing")
         self.weight = float(weights["weight"][0])
+
+    def track_touched(self) -> None:
+        raise AssertionError("a guard takes no changes")
+
+    def take_changes(self) -> dict[str, npt.NDArray[Any]]:
+        raise AssertionError("a guard takes no changes")
 
     def track_changes(self) -> None:
         raise AssertionError("a guard copies no weights")

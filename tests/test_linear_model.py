@@ -50,8 +50,8 @@ def test_a_logit_that_is_not_finite_is_nan() -> None:
 def test_served_lr_takes_no_memory_for_rows_that_were_not_learned() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     rows = np.arange(0, 2**31, 2**19, dtype=np.int64).astype(np.int32)  # each on its own page
-    weights = {"rows": rows, "pairs": np.ones((len(rows), 2)), "intercept": np.zeros(2)}
-    served = served_lr(weights, table_bits=31)
+    pairs = np.ones((len(rows), 2))
+    served = served_lr({"rows": rows, "pairs": pairs, "intercept": np.zeros(2)}, table_bits=31)
     last = served.predict(np.full((1, PLANTED_FIELDS), rows[-1]))
     assert last != 0.0 == served.predict(np.full((1, PLANTED_FIELDS), rows[-1] + 1))
     assert served.predict(np.full((1, PLANTED_FIELDS), 2**31 - 1)) == 0.0
@@ -61,9 +61,9 @@ def test_served_lr_takes_no_memory_for_rows_that_were_not_learned() -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 255])
 def test_ids_of_rows_that_were_not_learned_have_the_weight_zero(count: int) -> None:
     rows = np.arange(count, dtype=np.int32)
-    weights = {"rows": rows, "pairs": np.full((count, 2), 2.0), "intercept": np.array([-1.0, 1.0])}
-    served = served_lr(weights)
-    only_intercept = served_lr({**weights, "rows": rows[:0], "pairs": weights["pairs"][:0]})
+    pairs, intercept = np.full((count, 2), 2.0), np.array([-1.0, 1.0])
+    served = served_lr({"rows": rows, "pairs": pairs, "intercept": intercept})
+    only_intercept = served_lr({"rows": rows[:0], "pairs": pairs[:0], "intercept": intercept})
     unknown = np.full((1, PLANTED_FIELDS), 255, np.int32)
     assert served.predict(unknown).tolist() == only_intercept.predict(unknown).tolist() != [0.0]
 

@@ -14,6 +14,7 @@ from stream_ctr.errors import ConfigError
 from stream_ctr.learn.learner import make_learner
 from stream_ctr.learn.served_weights import require_changes, served_weights, serving_sha256
 from stream_ctr.learn.spec import SYSTEMS
+from stream_ctr.learn.tensors import State
 from stream_ctr.snapshots.delta import decode_payload, encode_payload
 
 MODELS = (*SYSTEMS, "lr_pairs")
@@ -182,7 +183,7 @@ def test_changes_that_are_not_those_of_lr_are_refused(
 
 def test_rows_of_pairs_lie_in_the_table_of_pairs() -> None:
     rows = np.array([256, 511], np.uint32)
-    changes = {"rows": rows, "values": np.ones(2, np.float32), "intercept": np.zeros(1)}
+    changes: State = {"rows": rows, "values": np.ones(2, np.float32), "intercept": np.zeros(1)}
     require_changes(served_spec("lr_pairs"), changes)
     with pytest.raises(ValueError, match=r"outside a table of 2\^9 rows"):
         require_changes(served_spec("lr_pairs"), {**changes, "rows": rows + np.uint32(1)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,21 @@ import pytest
 from support.manifests import manifest
 
 from stream_ctr.errors import ConfigError, SnapshotError
+from stream_ctr.learn.served_weights import served_weights, serving_sha256
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.delta import DeltaPosition, DeltaRank
 from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 
-GOOD = {"table": np.ones(3, np.float32)}
-BAD = {"table": np.array([1, np.nan, 1], np.float32)}
+GOOD = {"table": np.ones((3, 16), np.float32)}
+GOOD_LINEAR = {"rows": np.array([5], np.int32), "pairs": np.ones((1, 2)), "intercept": np.ones(2)}
+TENSORS = {"model": GOOD, "optimizer": GOOD, "ftrl.model": GOOD_LINEAR, "ftrl.optimizer": GOOD}
+BAD = {"table": np.full((3, 16), np.nan, np.float32)}
 
 
 def cut(sequence: int = 1, *, bad: str = "") -> Cut:
     """Return a cut of two models. The arrays of the file stem `bad` are not finite."""
-    stems = ("model", "optimizer", "ftrl.model", "ftrl.optimizer")
-    tensors: dict[str, dict[str, Any]] = {stem: BAD if stem == bad else GOOD for stem in stems}
+    tensors: dict[str, dict[str, Any]] = {**TENSORS, **({bad: BAD} if bad else {})}
     return Cut(tensors, manifest(sequence=sequence, weights_sha256=""), {0: 1200}, {})
 
 
@@ -43,6 +47,45 @@ def test_a_cut_becomes_a_snapshot_with_the_digest_of_the_weights(tmp_path: Path)
     assert (written.positions, written.not_finite) == ({0: 1200}, ())
     found = snapshot.verify(written.path)
     assert found.weights_sha256 == written.manifest.weights_sha256 == snapshot.weights_sha256(GOOD)
+    writer.close()
+
+
+def test_a_manifest_has_the_digest_of_what_serving_reads_of_each_model(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path)
+    writer.begin(cut())
+    found = wait(writer).manifest.serving_sha256
+    learner, ftrl = manifest().specs.values()
+    assert found == {
+        "model": serving_sha256(served_weights(learner, GOOD)),
+        "ftrl.model": serving_sha256(served_weights(ftrl, GOOD_LINEAR)),
+    }
+    # The last 11 numbers of a row are those of the optimizer.
+    other = GOOD["table"].copy()
+    other[:, 5:] = 7
+    tensors = {**cut().tensors, "model": {"table": other}}
+    writer.begin(replace(cut(2), tensors=tensors))
+    assert wait(writer).manifest.serving_sha256 == found
+    other[1, 4] = 7
+    writer.begin(replace(cut(3), tensors=tensors))
+    assert wait(writer).manifest.serving_sha256["model"] != found["model"]
+    writer.close()
+
+
+def test_a_snapshot_waits_for_the_delta_at_its_state(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path)
+    written = threading.Event()
+    position = DeltaPosition(DeltaRank(3, 7), "a" * 64)
+
+    def delta() -> DeltaPosition:
+        assert written.wait(60)
+        return position
+
+    writer.begin(replace(cut(), delta=delta))
+    assert writer.take(wait=False) is None
+    written.set()
+    assert snapshot.verify(wait(writer).path).delta == position
+    writer.begin(cut(2))
+    assert wait(writer).manifest.delta is None
     writer.close()
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
 
 from stream_ctr.errors import ConfigError
-from stream_ctr.learn import table as table_module
 from stream_ctr.learn.table import Rates, Table
 from stream_ctr.learn.table_kernels import row_floats
 
@@ -45,10 +45,10 @@ def test_resetting_the_optimiser_keeps_the_weights() -> None:
 
 
 def test_a_table_without_memory_names_the_option_to_lower(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(rows: int, width: int) -> torch.Tensor:
+    def refuse(*arguments: object, **options: object) -> None:
         raise OSError("cannot allocate memory")
 
-    monkeypatch.setattr(table_module, "_zeros", refuse)
+    monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(ConfigError, match=r"2\^31 rows of 64 bytes; lower model.table_bits"):
         Table(bits=31, embedding_dim=10)
 

@@ -232,7 +232,8 @@ def test_a_blend_changes_all_of_its_members_or_none() -> None:
     blend = blend_of(weights, "torch")
     before = logits(blend, MEMBERS["deepfm"]).tolist()
     good = random_changes(MEMBERS["deepfm"], weights["deepfm"], seed=0)[0]
-    for odd in ({"lr": {}}, {"": {**MIXTURE, "omega": np.ones(4)}}):
+    odd_ones: list[dict[str, State]] = [{"lr": {}}, {"": {**MIXTURE, "omega": np.ones(4)}}]
+    for odd in odd_ones:
         with pytest.raises(ValueError, match="is missing|sum to 1"):
             blend.updated({"deepfm": good, **odd})
     assert logits(blend, MEMBERS["deepfm"]).tolist() == before

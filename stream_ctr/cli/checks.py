@@ -554,7 +554,7 @@ def check_cache() -> Finding:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as reason:
-        fix = "each start compiles for 20 s: set NUMBA_CACHE_DIR to a directory that can be written"
+        fix = "each start compiles anew: set NUMBA_CACHE_DIR to a directory that can be written"
         text = f"compiled loops cannot be kept in {folder}: {reason.strerror}"
         return warning("compiled loops", text, fix)
     return ok("compiled loops", f"kept in {folder}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from stream_ctr.cli.waiting import moment, seconds_only, waiting_words
+from stream_ctr.cli.waiting import moment, without_milliseconds, waiting_words
 from stream_ctr.evaluate.summary import ModelScore
 from stream_ctr.train.report import Report, Waiting, Window
 
@@ -59,7 +59,7 @@ def _parts(report: Report, before: Report | None) -> Iterator[str]:
         f"lag {report.lag:,}",
     ]
     if report.event_time:
-        progress.append(f"event time {seconds_only(report.event_time)}")
+        progress.append(f"event time {without_milliseconds(report.event_time)}")
     yield ", ".join(progress)
     if isinstance(report.waiting, Waiting):
         yield waiting_words(report.waiting, report.pending, _speed(report, before))

@@ -48,7 +48,7 @@ time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:08:30Z, 2m to go, at 2.0 s a s
         return "no example yet: waiting for the first impression"
     words = (
         f"no example yet: {pending:,} impressions wait for their clicks; "
-        f"the first are learned when event time is {seconds_only(waiting.until)}"
+        f"the first are learned when event time is {without_milliseconds(waiting.until)}"
     )
     if waiting.held_by:
         named = ", ".join(waiting.held_by[:_MOST_NAMED])
@@ -61,7 +61,7 @@ time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:08:30Z, 2m to go, at 2.0 s a s
     if waiting.reached is None:
         return words
     remaining = (moment(waiting.until) - moment(waiting.reached)).total_seconds()
-    words += f"; it is {seconds_only(waiting.reached)}, {_length(remaining)} to go"
+    words += f"; it is {without_milliseconds(waiting.reached)}, {_length(remaining)} to go"
     if speed is None:
         return words
     if speed <= 0:
@@ -74,7 +74,7 @@ def moment(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
-def seconds_only(text: str) -> str:
+def without_milliseconds(text: str) -> str:
     """Return a moment without its milliseconds."""
     return text.partition(".")[0] + "Z"
 

@@ -6,8 +6,7 @@ bound, and drops the older part. It was chosen over River's other detectors for 
 
 - It needs no reference. Its window is one, and both figures of an alarm are means of its parts.
 - Its bound follows from the probability of a false alarm, 0.002, and from the measured variance.
-  `PageHinkley` needs a threshold in units of the noise, and with noise of heavy tails it raised
-  tens of times as many false alarms.
+  `PageHinkley` needs a threshold in units of the noise, and noise of heavy tails exceeds it.
 - `KSWIN` compares with a random sample of its window, and needs about a hundred values.
 
 The bound supposes values of about unit range. So the values are divided by their standard

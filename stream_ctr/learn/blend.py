@@ -46,7 +46,7 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from stream_ctr.learn.predictor import Predictor
+from stream_ctr.learn.predictor import Predictor, Predicts
 from stream_ctr.learn.step import Ids, Values
 from stream_ctr.learn.tensors import State, Tensors, require_names, require_tensor
 
@@ -136,6 +136,13 @@ class Blend:
         _predict(np.ascontiguousarray(logits, np.float64), self._omega, self._u, blended)
         return blended
 
+    def predict_with(
+        self, members: Mapping[str, Predicts], ids: Ids, values: Values | None = None
+    ) -> Floats:
+        """Return the logits [n] of examples that these `members` predict; others are absent."""
+        logits = {name: made.predict(ids, values) for name, made in members.items()}
+        return self.predict(self.stack(logits, len(ids)))
+
     def report(self) -> BlendReport:
         """Return the weights and the regret."""
         names = (*self.members, STACK)
@@ -189,8 +196,7 @@ class BlendPredictor:
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V]."""
-        logits = {name: made.predict(ids, values) for name, made in self.members.items()}
-        return self._blend.predict(self._blend.stack(logits, len(ids)))
+        return self._blend.predict_with(self.members, ids, values)
 
     def updated(self, changes: Mapping[str, Tensors]) -> BlendPredictor:
         """Return the blend after `changes`, by the name of a member; `MIXTURE` is the blend itself.

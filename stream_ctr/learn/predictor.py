@@ -11,8 +11,8 @@ from stream_ctr.learn.step import Ids, Values
 from stream_ctr.learn.tensors import State, Tensors
 
 
-class Predictor(Protocol):
-    """A model that predicts, and never changes."""
+class Predicts(Protocol):
+    """A model that predicts, served or not."""
 
     def predict(self, ids: Ids, values: Values | None = None) -> npt.NDArray[np.floating]:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V].
@@ -20,6 +20,10 @@ class Predictor(Protocol):
         Several threads may call it.
         """
         ...
+
+
+class Predictor(Predicts, Protocol):
+    """A model that predicts, and never changes."""
 
     def updated(self, changes: Tensors) -> Predictor:
         """Return the model after `changes`, as `Learner.take_changes` returns them.

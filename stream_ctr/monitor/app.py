@@ -76,7 +76,7 @@ def monitor_app(recent: RecentReports, directory: Path, *, page: Path = PAGE) ->
     async def healthz(request: Request) -> Response:
         age = recent.beat_age
         alive = age is None or age < STILL_SECONDS or recent.view.ended
-        known = {"status": "alive" if alive else "still", "loop_beat_age_seconds": age}
+        known = {"status": "alive" if alive else "stalled", "loop_beat_age_seconds": age}
         return JSONResponse(known, 200 if alive else 503, headers=_HEADERS)
 
     async def readyz(request: Request) -> Response:

@@ -1,8 +1,8 @@
 """HTTP/1.1 for the prediction server: uvicorn on httptools, with bounds for the head of a request.
 
-httptools parses a request in a few microseconds; h11, which uvicorn uses without it, in more than
-a hundred. But httptools collects a request line and headers of any length, and uvicorn waits for
-them without end. So their bytes and seconds are limited here.
+httptools parses in C what h11, which uvicorn uses without it, parses in Python. But httptools
+collects a request line and headers of any length, and uvicorn waits for them without end. So their
+bytes and seconds are limited here.
 """
 
 from __future__ import annotations

@@ -188,7 +188,8 @@ def decode_header(
 
 
 def _signed_bytes(header: DeltaHeader) -> bytes:
-    return _SIGNED + msgspec.json.encode(replace(header, signature=""))
+    # As the file has it: no two libraries write all numbers alike.
+    return _SIGNED + encode(replace(header, signature=""), indent=None)
 
 
 def verified(

@@ -146,7 +146,7 @@ def records(
 def decode_label(headers: Headers) -> Label:
     """Return what the headers of a record say. Raises `ValueError` if they are not those of one.
 
-    >>> decode_label([("__stream_ctr.delta.run", b"a")])
+    >>> decode_label([("__stream_ctr.delta.run", b"0" * 32)])
     Traceback (most recent call last):
     msgspec.ValidationError: Object missing required field `epoch`
     """
@@ -334,9 +334,9 @@ class Assembler:
             errors.append(self._give_up(oldest, "crowded", reason))
         return errors
 
-    def _give_up(self, name: _Name, count: str, reason: str) -> SnapshotError:
+    def _give_up(self, name: _Name, kind: str, reason: str) -> SnapshotError:
         self._end(name)
-        return self._refusal(count, f"{name} cannot be put together", reason)
+        return self._refusal(kind, f"{name} cannot be put together", reason)
 
     def _end(self, name: _Name) -> None:
         """Drop the records of a delta, and pass over those that still come."""
@@ -347,6 +347,6 @@ class Assembler:
         if len(self._ended) > _REMEMBERED:
             del self._ended[next(iter(self._ended))]
 
-    def _refusal(self, count: str, subject: str, reason: object) -> SnapshotError:
-        self.counts[count] += 1
+    def _refusal(self, kind: str, subject: str, reason: object) -> SnapshotError:
+        self.counts[kind] += 1
         return SnapshotError(f"{subject}: {one_line(reason, 300)}")

@@ -22,7 +22,7 @@ from stream_ctr.evaluate.scoreboard import Scoreboard, part
 from stream_ctr.join.examples import Examples, Ledger
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
-from stream_ctr.learn.blend import Blend, BlendPredictor
+from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner
 from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.spec import BLEND
@@ -211,8 +211,7 @@ class TrainingState:
         if self._last is None or self.blend is None:
             return self._resumed_last_step
         examples, before = self._last[0][:most], self._last[1][:most]
-        predictor = BlendPredictor(self.blend, self.learning())
-        after = predictor.predict(examples.ids, examples.values)
+        after = self.blend.predict_with(self.learning(), examples.ids, examples.values)
         return worsened(before, after, examples.label)
 
     def _count(self, batch: Examples) -> None:

@@ -146,12 +146,12 @@ def filled_topic(
     The broker runs as long as the context. It is Apache Kafka if one is installed and `embedded` is
     false.
     """
-    with _broker(directory / "kafka", embedded=embedded) as (servers, broker):
+    with broker(directory / "kafka", embedded=embedded) as (servers, described):
         log = STREAMS[stream](round(events / _EVENTS_PER_IMPRESSION))
         path = directory / f"{stream}.jsonl"
         count = log.write_jsonl(path)
         assert log.fields is not None
-        topic = Topic(servers, broker, "events", count, log.fields, path)
+        topic = Topic(servers, described, "events", count, log.fields, path)
         topic.replay(topic.name)
         yield topic
 
@@ -177,7 +177,7 @@ def stream_ctr(*arguments: str) -> None:
 
 
 @contextmanager
-def _broker(directory: Path, *, embedded: bool) -> Iterator[tuple[str, str]]:
+def broker(directory: Path, *, embedded: bool) -> Iterator[tuple[str, str]]:
     """Run a broker and yield (bootstrap servers, its name and version)."""
     try:
         installation = None if embedded else find_kafka()

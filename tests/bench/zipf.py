@@ -89,3 +89,13 @@ def ranks(rng: np.random.Generator, size: int, n: int) -> npt.NDArray[np.int64]:
     """Draw n indices [n] below `size`; index r - 1 has P(r) ~ 1 / (r + shift)^exponent."""
     cumulative = np.cumsum(1 / (np.arange(1, size + 1) + _SHIFT) ** _EXPONENT)
     return np.searchsorted(cumulative[:-1], rng.random(n) * cumulative[-1], side="right")
+
+
+def shares(size: int) -> npt.NDArray[np.float64]:
+    """Return the probability of each index below `size` [size].
+
+    >>> shares(2).round(4).tolist()
+    [0.5749, 0.4251]
+    """
+    weight = 1 / (np.arange(1, size + 1) + _SHIFT) ** _EXPONENT
+    return weight / weight.sum()

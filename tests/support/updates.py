@@ -77,7 +77,7 @@ def _linear_changes(
     learned_rows = np.flatnonzero((table != 0).any(axis=1)).astype(np.int32)
     intercept = np.array([rng.normal(), 3.0])
     values, w0 = served_values(spec, pairs, intercept)
-    after = {"rows": learned_rows, "pairs": table[learned_rows], "intercept": intercept}
+    after: State = {"rows": learned_rows, "pairs": table[learned_rows], "intercept": intercept}
     return {"rows": rows, "values": values, "intercept": np.array([w0])}, after
 
 
