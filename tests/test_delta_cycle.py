@@ -23,6 +23,7 @@ from support.delta_chains import (
 from support.lineage import SMALL as SMALL_OPTIONS
 from support.lineage import last_report
 from support.patience import PATIENCE_SECONDS
+from support.reliability import Outcome
 from support.trainers import (
     RIVER,
     SMALL,
@@ -103,7 +104,9 @@ def test_base_and_deltas_of_a_blend_give_each_next_snapshot_bit_for_bit(blended:
     assert manifests[0].delta is None
     assert all(manifest.delta for manifest in manifests[1:])
     assert manifests[-1].delta == found[-1].position  # the last cut has the last delta
-    assert read_pointer(directory / "latest.json").delta == found[-1].position
+    pointer = read_pointer(directory / "latest.json")
+    assert pointer
+    assert pointer.delta == found[-1].position
     assert set(found[0].header.rows) == {
         f"{name}.model"
         for name in ("deepfm", "ftrl", "ftrl_scaled", "ftrl_pairs", "ftrl_pairs_slow")
@@ -149,7 +152,9 @@ def test_the_ages_of_all_examples_are_in_the_last_report(blended: Any) -> None:
         assert 0 <= stage["p50"] <= stage["p90"] <= stage["p99"]
 
 
-def test_deltas_change_nothing_that_is_learned(blended: Any, tmp_path, stream) -> None:
+def test_deltas_change_nothing_that_is_learned(
+    blended: Any, tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     directory, report = blended
     without = {"snapshots": {"keep": 50}}
     plain = finish(trainer(tmp_path, Partitions([stream]), **{**OFTEN, **without}, **BLEND))
@@ -163,7 +168,9 @@ def test_deltas_change_nothing_that_is_learned(blended: Any, tmp_path, stream) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_holds_for_each_system(tmp_path, stream, name) -> None:
+def test_the_same_holds_for_each_system(
+    tmp_path: Path, stream: pa.LargeBinaryArray, name: str
+) -> None:
     own = {**SMALL["model"], "name": name, "pretrain_examples": 700}
     sections = {
         "schedule": {"snapshot_examples": 400},
@@ -178,7 +185,9 @@ def test_the_same_holds_for_each_system(tmp_path, stream, name) -> None:
     assert len(links(tmp_path)) >= 2
 
 
-def test_deltas_of_fnn_wait_for_a_verdict_on_the_network_that_took_over(tmp_path, stream) -> None:
+def test_deltas_of_fnn_wait_for_a_verdict_on_the_network_that_took_over(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     own = {**SMALL["model"], "name": "fnn", "pretrain_examples": 2000}
     report = finish(with_deltas(tmp_path, Partitions([stream.slice(0, 4000)]), model=own))
     assert report["counters"]["deltas_refused"] >= 2
@@ -189,7 +198,7 @@ def test_deltas_of_fnn_wait_for_a_verdict_on_the_network_that_took_over(tmp_path
 
 
 @pytest.mark.slow
-def test_additional_models_are_in_deltas_too(tmp_path, stream) -> None:
+def test_additional_models_are_in_deltas_too(tmp_path: Path, stream: pa.LargeBinaryArray) -> None:
     several = {
         **SMALL["model"],
         "name": "deepfm",
@@ -202,7 +211,9 @@ def test_additional_models_are_in_deltas_too(tmp_path, stream) -> None:
     assert report["deltas"]["failed"] == 0
 
 
-def test_bfloat16_is_within_its_rounding_and_takes_half_of_the_bytes(tmp_path, stream) -> None:
+def test_bfloat16_is_within_its_rounding_and_takes_half_of_the_bytes(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     short = stream.slice(0, 3500)
     for precision in ("fp32", "bf16"):
         snapshots = {**OFTEN["snapshots"], "delta_precision": precision}
@@ -232,7 +243,7 @@ def _bytes_of_a_value(link: Any) -> float:
 
 
 def test_a_run_that_resumes_from_the_published_snapshot_begins_a_chain_on_it_at_once(
-    tmp_path, stream
+    tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:
     finish(with_deltas(tmp_path, Partitions([stream], stop_after=4000)))
     before = links(tmp_path)
@@ -248,7 +259,7 @@ def test_a_run_that_resumes_from_the_published_snapshot_begins_a_chain_on_it_at_
 
 
 def test_a_run_that_resumes_from_a_snapshot_that_an_operator_replaced_begins_no_chain_on_it(
-    tmp_path, stream
+    tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:
     finish(with_deltas(tmp_path, Partitions([stream], stop_after=4000)))
     first, *_, newest = snapshots_of(tmp_path)
@@ -267,7 +278,7 @@ def test_a_run_that_resumes_from_a_snapshot_that_an_operator_replaced_begins_no_
 
 
 def test_a_rollback_by_an_operator_ends_the_chain_and_the_next_snapshot_begins_another(
-    tmp_path, stream
+    tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:
     source = Steered([stream])
     rolled_back: list[int] = []
@@ -287,11 +298,13 @@ def test_a_rollback_by_an_operator_ends_the_chain_and_the_next_snapshot_begins_a
     for link in found:
         assert (link.header.rank.epoch >= rolled_back[0]) == (link.header.base == bases[1])
     assert snapshot.read_manifest(tmp_path / "snapshots" / bases[1]).delta is None
-    assert read_pointer(tmp_path / "latest.json").epoch == rolled_back[0]
+    latest = read_pointer(tmp_path / "latest.json")
+    assert latest
+    assert latest.epoch == rolled_back[0]
     assert assert_chains_hold(tmp_path) >= 2
 
 
-def test_a_model_that_goes_back_ends_the_chain(tmp_path, stream) -> None:
+def test_a_model_that_goes_back_ends_the_chain(tmp_path: Path, stream: pa.LargeBinaryArray) -> None:
     several = {**SMALL["model"], "name": "fm", "beside": ("deepfm", "lr")}
     source = Steered([stream])
     built = with_deltas(tmp_path, source, model=several)
@@ -311,7 +324,9 @@ def test_a_model_that_goes_back_ends_the_chain(tmp_path, stream) -> None:
     assert assert_chains_hold(tmp_path) >= 2
 
 
-def test_a_model_that_is_left_out_is_absent_from_then_on(tmp_path, stream) -> None:
+def test_a_model_that_is_left_out_is_absent_from_then_on(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     several = {**SMALL["model"], "name": "fm", "beside": ("deepfm", "lr")}
     source = Steered([stream])
     built = with_deltas(tmp_path, source, model=several)
@@ -330,7 +345,9 @@ def test_a_model_that_is_left_out_is_absent_from_then_on(tmp_path, stream) -> No
     assert assert_chains_hold(tmp_path) >= 1
 
 
-def test_a_delta_that_the_gate_refuses_leaves_its_rows_to_the_next_one(tmp_path, stream) -> None:
+def test_a_delta_that_the_gate_refuses_leaves_its_rows_to_the_next_one(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     source = Steered([stream])
     built = with_deltas(tmp_path, source)
     judge = built.state.scoreboard.judge
@@ -349,7 +366,9 @@ def test_a_delta_that_the_gate_refuses_leaves_its_rows_to_the_next_one(tmp_path,
     assert report["freshness"]["closed_to_published"]["examples"] == report["examples"]
 
 
-def test_a_last_step_that_did_harm_withholds_a_delta(tmp_path, stream) -> None:
+def test_a_last_step_that_did_harm_withholds_a_delta(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     built = with_deltas(tmp_path, Partitions([stream.slice(0, 3000)]))
     built.state.check_published_step = lambda *, most: ("its last step",)  # type: ignore[method-assign]
     report = finish(built)
@@ -361,7 +380,7 @@ def test_a_last_step_that_did_harm_withholds_a_delta(tmp_path, stream) -> None:
 
 
 def test_deltas_that_no_disk_takes_stop_neither_learning_nor_snapshots(
-    tmp_path, stream, caplog
+    tmp_path: Path, stream: pa.LargeBinaryArray, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = Steered([stream])
     built = with_deltas(tmp_path, source)
@@ -390,7 +409,9 @@ def test_deltas_that_no_disk_takes_stop_neither_learning_nor_snapshots(
     assert assert_chains_hold(tmp_path) >= 2
 
 
-def test_an_outlet_gets_every_delta_in_order_also_after_it_failed(tmp_path, stream) -> None:
+def test_an_outlet_gets_every_delta_in_order_also_after_it_failed(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
     sent: list[str] = []
     calls: list[int] = []
 
@@ -449,7 +470,7 @@ def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_a_run_that_died_with_a_delta_on_its_way_goes_on_with_another_chain(
-    log, clean, tmp_path, failpoint, outcome
+    log: Path, clean: Path, tmp_path: Path, failpoint: str, outcome: Outcome
 ) -> None:
     state = tmp_path / "state"
     environment = {**os.environ, VARIABLE: failpoint}
