@@ -219,6 +219,14 @@ def test_a_pointer_without_a_url_says_what_is_missing(state: Path, tmp_path: Pat
     assert "its pointer names no URL (snapshots.url of the run)" in str(subscriber.refusal)
 
 
+def test_a_url_that_cannot_be_opened_here_is_a_refusal(state: Path, tmp_path: Path) -> None:
+    pointer = publish(write_served(state / "snapshots"), url="ftp://host/run")
+    far = structs.replace(pointer, path=f"/nowhere/{pointer.snapshot}")
+    subscriber = Subscriber(TopicPointers(topic_of(far).reader(), download=downloads(tmp_path)))
+    assert subscriber.next(0.0) is None
+    assert str(subscriber.refusal).startswith("there is no place ftp://host/run")
+
+
 def test_a_given_url_replaces_that_of_the_pointer(
     state: Path, server: FaultyServer, tmp_path: Path
 ) -> None:

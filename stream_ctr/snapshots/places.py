@@ -64,6 +64,8 @@ _SCHEMES = {
     "hdfs": "pyarrow",
     "memory": "fsspec",
 }
+# No proxy may answer with an old pointer, and a size is that of the file.
+_HEADERS = {"Cache-Control": "no-cache", "Accept-Encoding": "identity"}
 _WITH_FOLDERS = ("sftp", "hdfs", "memory")
 _LOCAL = "file"
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -368,7 +370,7 @@ class RemotePlace:
 
     def _stream(self, name: str, start: int) -> Any:
         """Open one request for all that follows `start`. `block_size=0` reads it as it comes."""
-        headers = {**self._files.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+        headers = {**self._files.kwargs.get("headers", {}), **_HEADERS}
         if start:
             headers["Range"] = f"bytes={start}-"
         return self._files.open(self._path(name), "rb", block_size=0, size=1, headers=headers)

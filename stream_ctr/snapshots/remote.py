@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
-from stream_ctr.errors import SnapshotError
+from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.learn.runtimes import Runtime
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files, snapshot
@@ -94,8 +94,8 @@ class Downloads:
     def __call__(self, pointer: Pointer) -> Path:
         """Return the folder of a snapshot in the cache.
 
-        Raises `SnapshotError` as `SnapshotCache.fetch` does, and if the pointer names no URL, and
-        `ConfigError` if the URL cannot be opened here.
+        Raises `SnapshotError` as `SnapshotCache.fetch` does, and if the pointer names no URL, or
+        one that cannot be opened here.
         """
         return self._cache.fetch(self._given or self._place(pointer), pointer)
 
@@ -114,7 +114,10 @@ class Downloads:
         if (topic := topic_of(url)) and self._scan:
             return TopicPlace(partial(self._scan, topic), topic, pointer)
         if url not in self._places:
-            self._places = {url: open_place(url)}
+            try:
+                self._places = {url: open_place(url)}
+            except ConfigError as error:
+                raise SnapshotError(str(error)) from None
         return self._places[url]
 
 

@@ -55,6 +55,16 @@ def _answers(host: str, port: int) -> bool:
     return False
 
 
+_LINGER_SECONDS = 0.3
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing of a client that is gone."""
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handle_error(request, client_address)
+
+
 class FaultyServer:
     """A web server of a directory that knows ranges, in a thread.
 
@@ -78,7 +88,7 @@ class FaultyServer:
         self.no_length = False
         self.sent: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self._server = _Server(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
@@ -131,6 +141,8 @@ class FaultyServer:
         request.end_headers()
         self._send(request, path, data[start:], concerned=concerned)
         if concerned and (self.no_length or self.break_after is not None):
+            if self.break_after:
+                time.sleep(_LINGER_SECONDS)  # a client that is told of the end drops what it holds
             request.close_connection = True
             request.connection.shutdown(socket.SHUT_RDWR)
 
