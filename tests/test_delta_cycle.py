@@ -35,13 +35,14 @@ from support.trainers import (
 )
 
 from stream_ctr.cli.main import main
-from stream_ctr.connectors import Records
+from stream_ctr.connectors import Records, kafka
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.failpoint import EXIT_CODE, VARIABLE
 from stream_ctr.logs.simulate import Simulation
 from stream_ctr.models import MODELS
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.delta_sources import TopicDeltas
 from stream_ctr.snapshots.pointer import read_pointer
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.train.trainer import Surroundings, Trainer
@@ -519,3 +520,32 @@ def test_a_run_that_died_with_a_delta_on_its_way_goes_on_with_another_chain(
     assert following[0].header.base == newest.name
     assert not list((state / "deltas").glob("tmp-*"))
     outcome("every delta follows its parent, base and deltas give the next snapshot, weights equal")
+
+
+@pytest.mark.slow
+def test_a_run_on_kafka_sends_each_delta_to_the_topic_too(
+    kafka_broker: str, topic: str, tmp_path: Path
+) -> None:
+    client = kafka.client_options(kafka_broker, {})
+    kafka.ensure_topic(client, topic)
+    sink = kafka.KafkaSink(client)
+    for batch in Simulation(4000, seed=5).batches():
+        sink.send_batch(topic, batch.value)
+    sink.flush(PATIENCE_SECONDS)
+    sink.close()
+    names = {"metrics.topic": "metrics", "snapshots.topic": "snapshots"}
+    names |= {"snapshots.delta_topic": "deltas"}
+    own = [part for key, name in names.items() for part in ("-X", f"{key}={topic}.{name}")]
+    run = ["run", "--topic", topic, "--bootstrap-servers", kafka_broker, "--until-end"]
+    result = CliRunner().invoke(main, [*run, "--state", str(tmp_path), *OPTIONS, *own])
+    assert result.exit_code == 0, result.output
+    assert assert_chains_hold(tmp_path) >= 2
+    found = links(tmp_path)
+    source = TopicDeltas(kafka.RecordFollower(client, f"{topic}.deltas"), model_name="default")
+    received: list[Any] = []
+    while len(received) < len(found):
+        received += source.poll(1.0)
+    source.close()
+    assert [delta.sha256 for delta in received] == [link.sha256 for link in found]
+    assert [delta.payload for delta in received] == [link.payload for link in found]
+    assert last_report(tmp_path)["deltas"]["unsent"] == 0
