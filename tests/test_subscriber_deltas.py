@@ -448,6 +448,15 @@ def test_a_delta_that_is_wrong_changes_nothing_and_is_counted_by_name(
     assert served(subscriber) == run.truths[3, 2]
 
 
+def test_a_delta_without_a_model_that_serves_is_refused_by_its_name(run: DeltaRun) -> None:
+    scorer = Scorer(run.state / "snapshots" / published(run).snapshot)
+    (delta,) = learn_deltas(run, 1)
+    changes = decode_payload(delta.payload, "fp32")
+    with pytest.raises(ValueError, match=r"the delta has nothing of model\.safetensors"):
+        scorer.updated({"ftrl.model": changes["ftrl.model"]}, delta.header)
+    assert served(scorer) == run.truths[published(run).snapshot]
+
+
 def test_a_stale_delta_that_is_replayed_is_counted_and_changes_nothing(run: DeltaRun) -> None:
     subscriber, _, deltas = following_by_hand(run)
     made = learn_deltas(run, 3)
