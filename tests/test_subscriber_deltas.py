@@ -32,6 +32,7 @@ from support.manifests import RUN
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.served import ROWS
 
+from stream_ctr.cli.serving import _delta_line, _snapshot_line
 from stream_ctr.connectors import kafka
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.learn.runtimes import RUNTIMES
@@ -616,7 +617,7 @@ while True:
 def test_a_subscriber_that_is_killed_at_any_time_serves_true_states_after_its_restart(
     run: DeltaRun,
 ) -> None:
-    for lines in (1, 2, 5):
+    for lines in (1, 5):
         process = started(
             subprocess.Popen(
                 [sys.executable, "-c", FOLLOW, json.dumps(ROWS), json.dumps(str(run.state))],
@@ -726,13 +727,31 @@ def test_health_tells_of_deltas(run: DeltaRun) -> None:
 def test_subscribe_prints_a_line_for_each_snapshot_and_delta(run: DeltaRun) -> None:
     learn_deltas(run, 2)
     arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(run.state)]
-    for flags, check in ((["--json"], check_json), ([], check_text)):
-        process = started(subprocess.Popen([*arguments, *flags], stdout=subprocess.PIPE, text=True))
-        assert process.stdout
-        lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
-        check(run, lines)
+    process = started(subprocess.Popen([*arguments, "--json"], stdout=subprocess.PIPE, text=True))
+    assert process.stdout
+    lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
+    process.terminate()
+    assert process.wait(PATIENCE_SECONDS) == 0
+    check_json(run, lines)
+
+
+def test_the_lines_of_subscribe_for_people_name_the_delta_and_its_age(run: DeltaRun) -> None:
+    lines: list[str] = []
+    subscriber, pointers, deltas = following_by_hand(
+        run, on_delta=lambda applied: lines.append(_delta_line(applied, as_json=False))
+    )
+    run.learn()
+    pointer = run.snapshot()
+    deltas.arrive(*run.deltas, *learn_deltas(run, 1))
+    follow(subscriber)
+    pointers.arrived = [pointer]
+    assert subscriber.next(0.0) == pointer
+    for line, delta in zip(lines, run.deltas, strict=True):
+        assert line.startswith(delta.header.rank.name)
+        assert "after its label windows closed" in line
+    assert "not loaded" in _snapshot_line(pointer, subscriber, as_json=False)
+    document = json.loads(_snapshot_line(pointer, subscriber, as_json=True))
+    assert (document["verified"], document["adopted"]) == (False, True)
 
 
 def check_json(run: DeltaRun, lines: Sequence[str]) -> None:
@@ -747,13 +766,6 @@ def check_json(run: DeltaRun, lines: Sequence[str]) -> None:
         assert (line["base"], line["bytes"]) == (header.base, len(delta.payload))
         assert line["rows"] == sum(header.rows.values())
         assert line["freshness"]["closed_seconds"] > line["freshness"]["copied_seconds"]
-
-
-def check_text(run: DeltaRun, lines: Sequence[str]) -> None:
-    assert "loaded" in lines[0]
-    for line, delta in zip(lines[1:], run.deltas, strict=True):
-        assert line.startswith(delta.header.rank.name)
-        assert "after its label windows closed" in line
 
 
 @pytest.mark.slow
