@@ -224,9 +224,10 @@ def test_a_broker_that_is_away_is_an_error_that_says_so(tmp_path: Path) -> None:
 
 def test_a_topic_is_not_written_by_names(tmp_path: Path) -> None:
     place = TopicPlace(Topic().scan, TOPIC, write(tmp_path / "state"))
-    for action in (lambda: place.write("x", b""), lambda: place.remove("x")):
-        with pytest.raises(ConfigError, match="not written to by names"):
-            action()
+    with pytest.raises(ConfigError, match="not written to by names"):
+        place.write("x", b"")
+    with pytest.raises(ConfigError, match="not written to by names"):
+        place.remove("x")
     assert not place.exists("snapshots/another/manifest.json")
 
 
