@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from msgspec import structs
-from support.commands import command
+from support.commands import command, succeed
 from support.delta_runs import DeltaRun, blend_manifest, network_manifest, served
+from support.finished_runs import TINY, write_log
 from support.keys import write_keys
 from support.manifests import LEARNER
 from support.snapshots import flip_bit
@@ -22,9 +23,9 @@ from stream_ctr.learn.spec import Pairs
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.compaction import compact
 from stream_ctr.snapshots.delta import DeltaPosition
-from stream_ctr.snapshots.delta_store import payload_name
+from stream_ctr.snapshots.delta_store import DeltaStore, payload_name
 from stream_ctr.snapshots.manifest import Manifest
-from stream_ctr.snapshots.pointer import pointer_for
+from stream_ctr.snapshots.pointer import pointer_for, write_pointer
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.subscriber import Subscriber
@@ -49,6 +50,7 @@ def run_of(state: Path, described: Callable[..., Manifest] = network_manifest) -
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("described", [network_manifest, blend_manifest, pairs_manifest])
 def test_a_compacted_snapshot_serves_what_base_and_deltas_serve(
     tmp_path: Path, described: Callable[..., Manifest]
@@ -138,3 +140,52 @@ def test_a_compacted_snapshot_is_shown_and_exported_like_any_other(tmp_path: Pat
     expected = served(Scorer(done.path, model="ftrl"))
     assert served(Scorer(tmp_path / "again", model="ftrl")) == expected
     assert json.loads((done.path / "manifest.json").read_text())["delta"]["rank"]["sequence"] == 4
+
+
+@pytest.mark.slow
+def test_a_run_and_its_subscribers_agree_in_every_bit_and_none_resumes_from_what_only_serves(
+    tmp_path: Path,
+) -> None:
+    log, state = write_log(tmp_path), tmp_path / "state"
+    arguments = ["--source", log, *TINY, "-X", "baseline.enabled=false"]
+    deltas = ["-X", "snapshots.delta_every=100ms"]
+    succeed("run", *arguments, "--state", state, *deltas)
+    newest = snapshot.read_manifest(state / "snapshots" / snapshot_names(state)[-1])
+    ranks = {entry.rank for entry in DeltaStore(state).index.deltas}  # type: ignore[union-attr]
+    assert newest.delta
+    assert newest.delta.rank in ranks
+    # A server that has only an earlier snapshot comes to the last one by deltas.
+    bases = [
+        name
+        for name in snapshot_names(state)
+        if (position := snapshot.read_manifest(state / "snapshots" / name).delta)
+        and structs.replace(position.rank, sequence=position.rank.sequence + 1) in ranks
+    ]
+    assert bases
+    for name in bases:
+        path = state / "snapshots" / name
+        write_pointer(state / "latest.json", pointer_for(path, snapshot.read_manifest(path)))
+        subscriber = Subscriber(state)
+        assert subscriber.next(0.0)
+        subscriber.next(0.3)
+        assert subscriber.deltas.rank == newest.delta.rank
+        digests = subscriber.scorer.serving_sha256()
+        assert digests.items() <= newest.serving_sha256.items()
+        assert not subscriber.failures
+    # The compacted snapshot is that of the run, but for what only learning reads.
+    other = tmp_path / "other"
+    done = compact(state, other / "snapshots" / bases[0], build_graph)
+    assert snapshot.read_manifest(done.path).serving_sha256 == newest.serving_sha256
+    shutil.copy(state / "run.json", other)
+    refused = command("run", *arguments, "--state", other)
+    assert refused.exit_code == 3, refused.output
+    message = " ".join(refused.output.split())
+    assert "holds what serving needs and no more" in message
+    begun = command("run", *arguments, "--state", tmp_path / "begun", "--from", done.path)
+    assert begun.exit_code != 0
+    assert "--from takes the snapshot that it was made of" in " ".join(begun.output.split())
+
+
+def snapshot_names(state: Path) -> list[str]:
+    """Return the names of the snapshots of a state directory, oldest first."""
+    return snapshot.snapshot_ids(state / "snapshots")

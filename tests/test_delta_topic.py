@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.deltas import HEADER, SMALL_PAYLOAD, Stored, chain, large, made, stored
+from support.deltas import HEADER, SMALL_PAYLOAD, Made, Stored, chain, large, made, stored
 from support.keys import write_keys
 
 from stream_ctr.errors import SnapshotError
@@ -113,15 +113,17 @@ def test_a_payload_of_any_size_is_put_together_again(size: int) -> None:
 # -- order, repetition, loss -----------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delta_topic, "CHUNK_BYTES", 40)
+def in_small_chunks(link: Made, key: bytes = b"default") -> list[Stored]:
+    """Return the records of a delta whose chunks have 40 bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(delta_topic, "CHUNK_BYTES", 40)
+        return stored(link, key)
 
 
-def test_a_delta_is_none_before_its_last_record(small_chunks: None) -> None:
-    link = made()
-    records = stored(link)
-    assert len(records) > 3
+def test_a_delta_is_none_before_its_last_record() -> None:
+    link = made(bytes(100))
+    records = in_small_chunks(link)
+    assert len(records) == 4
     assembler = Assembler("default")
     assert assembled(records[:-1], assembler) == []
     assert assembled(records[-1:], assembler) == [link.delta]
@@ -132,8 +134,8 @@ def test_a_delta_is_none_before_its_last_record(small_chunks: None) -> None:
 def test_any_order_and_any_repetition_of_the_records_of_a_delta_make_it_once(
     data: st.DataObject,
 ) -> None:
-    link = made(large(4))
-    records = stored(link)
+    link = made(bytes(range(150)))
+    records = in_small_chunks(link)
     order = data.draw(st.permutations(records))
     again = data.draw(st.lists(st.sampled_from(records), max_size=6))
     assembler = Assembler("default")
@@ -147,13 +149,13 @@ def test_the_records_of_several_writers_mixed_make_the_deltas_of_each(
     data: st.DataObject,
 ) -> None:
     """Two runs under one name, and another model in the same partition."""
-    ours = chain(2, payloads=[large(2), large(3)])
-    theirs = chain(2, payloads=[large(3, 1), large(2, 1)], run=OTHER_RUN)
-    other = made(large(2), model="other")
+    ours = chain(2, payloads=[bytes(80), bytes(100)])
+    theirs = chain(2, payloads=[b"x" * 100, b"x" * 80], run=OTHER_RUN)
+    other = made(bytes(60), model="other")
     queues = [
-        [record for link in ours for record in stored(link)],
-        [record for link in theirs for record in stored(link)],
-        stored(other, key=b"other"),
+        [record for link in ours for record in in_small_chunks(link)],
+        [record for link in theirs for record in in_small_chunks(link)],
+        in_small_chunks(other, key=b"other"),
     ]
     mixed = []
     while any(queues):

@@ -46,6 +46,7 @@ def truth(run: DeltaRun, answer: Mapping[str, Any]) -> tuple[float, ...]:
     return run.truths[answer["epoch"], answer["delta"]]
 
 
+@pytest.mark.slow
 def test_no_request_fails_and_each_answer_is_that_of_its_state_over_fifty_deltas(
     run: DeltaRun,
 ) -> None:

@@ -104,6 +104,7 @@ def published(run: DeltaRun) -> Pointer:
 # -- one after another ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("described", [network_manifest, blend_manifest])
 def test_each_delta_brings_the_state_that_the_run_had(
@@ -550,6 +551,7 @@ def arrivals(draw: st.DrawFn) -> list[tuple[str, int]]:
     return [(kind, index) for _, kind, index in sorted(events)]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
@@ -627,6 +629,7 @@ def test_a_subscriber_that_is_killed_at_any_time_serves_true_states_after_its_re
         run.snapshot()
 
 
+@pytest.mark.slow
 def test_predictions_of_other_threads_are_those_of_the_state_that_they_name(run: DeltaRun) -> None:
     stopped = threading.Event()
     seen: list[tuple[Any, tuple[float, ...]]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -56,6 +57,37 @@ def test_the_first_error_is_raised_once_all_tasks_are_done() -> None:
     assert sorted(ran) == list(range(6))
     pool.run([task(0)])  # it goes on after an error
     assert ran[-1] == 0
+
+
+def test_a_run_that_is_over_keeps_nothing_of_its_tasks() -> None:
+    class Held:
+        def work(self) -> None: ...
+
+    pool = ThreadPool(3)
+    for _ in range(300):  # a thread may wake up late
+        held = Held()
+        pool.run([held.work] * 3)
+        gone = weakref.ref(held)
+        del held
+        assert gone() is None
+
+
+def test_several_threads_may_run_tasks_at_once() -> None:
+    pool = ThreadPool(4)
+    totals: list[int] = []
+
+    def run() -> None:
+        for _ in range(50):
+            ran: list[int] = []
+            pool.run([partial(ran.append, index) for index in range(5)])
+            totals.append(sum(ran))
+
+    callers = [threading.Thread(target=run) for _ in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert totals == [10] * 200
 
 
 def test_the_threads_end_with_the_pool() -> None:

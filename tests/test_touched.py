@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.learners import planted_batches, planted_stream, small_learner
@@ -108,6 +109,18 @@ def test_a_step_that_is_refused_touches_nothing() -> None:
     ids, labels = planted_stream(10, seed=0)
     assert learner.learn(ids, labels, np.full((10, 1), np.nan, np.float32)) is None
     assert len(learner.touched) == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_changes_come_from_a_gpu_too() -> None:
+    learner = small_learner("deepfm", device="cuda")
+    learner.track_touched()
+    ids, labels = planted_batches(1, seed=0)[0]
+    learner.learn(ids, labels)
+    changes, weights = learner.take_changes(), learner.weights()
+    assert changes["rows"].tolist() == np.unique(ids).tolist()
+    assert np.array_equal(changes["values"], weights["table"][changes["rows"], :5])
+    assert changes["intercept"].tolist() == [np.float32(weights["intercept"][0])]
 
 
 @pytest.mark.parametrize("model", ["fm", "lr"])

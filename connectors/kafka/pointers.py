@@ -31,6 +31,7 @@ from stream_ctr.connectors.kafka.record_batches import DamagedBatch
 
 _POLL_MS = 250
 _RENEW_SECONDS = 30.0
+_FETCH_BYTES = 16 << 20  # of a topic of large records; kafka-python waits between two fetches
 
 
 class PointerReader:
@@ -206,7 +207,7 @@ class RecordFollower:
 
     def _connect(self) -> tuple[Any, list[Any]]:
         """Return a consumer of all partitions, which is nowhere yet, and the partitions."""
-        consumer = open_consumer(self._client)
+        consumer = open_consumer({"max_partition_fetch_bytes": _FETCH_BYTES, **self._client})
         try:
             return consumer, assign_all(consumer, [self._topic], self._client)
         except BaseException:

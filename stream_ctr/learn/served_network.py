@@ -5,9 +5,9 @@
 The gather is the compiled loop that training uses, so its numbers are the same. Nothing here needs
 torch.
 
-A row of the table keeps V and w in as few cache lines as they need, 64 bytes for K up to 15. Rows
-of width + 1 numbers would take less memory, 44 bytes for K = 10, but six in ten of them would lie
-in two lines, and a gather waits for lines.
+A row of the table is V and w alone: 44 bytes for K = 10, where learning takes 64. Six in ten of
+these rows lie in two cache lines, which are next to each other, and a gather of random rows takes
+no longer than from rows of 64 bytes.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from typing import NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 
-from stream_ctr.learn import table_kernels
+from stream_ctr.learn import served_kernels
 from stream_ctr.learn.bit_kernels import Rows
 from stream_ctr.learn.dense_part import expected_shapes
 from stream_ctr.learn.large_arrays import zeros
 from stream_ctr.learn.network_shape import network_shape
-from stream_ctr.learn.overlay_kernels import gather_overlaid
 from stream_ctr.learn.served_weights import (
     INTERCEPT,
     ROWS,
@@ -85,11 +84,8 @@ class ServedNetwork:
         self._engine = engine
         self._parameters = _copies(served_parameters(weights))
         self._dense = dense or engine.dense(self._parameters)
-        self._rows = Version(
-            _table_of(cast(Floats, weights["table"]), self._width + 1), width=self._width + 1
-        )
-        self._gather = table_kernels.gather(self._width)
-        self._gather_overlaid = gather_overlaid(self._width)
+        self._rows = Version(_first_columns(cast(Floats, weights["table"]), self._width + 1))
+        self._gather = served_kernels.gather(self._width)
 
     def predict(self, ids: Ids, values: Values | None = None) -> Floats:
         """Return the logits [n] of examples with `ids` [n, F + C] and `values` [n, V].
@@ -159,19 +155,15 @@ class ServedNetwork:
         scale = np.ones((n, self._columns) if self._value_fields else (0, 0), np.float32)
         if self._value_fields:
             scale[:, self._value_fields] = values
-        if len(overlay.rows):
-            changed = overlay.values, overlay.words, overlay.ranks
-            self._gather_overlaid(table, *changed, ids, scale, w[:n], v[:n])
-        else:
-            self._gather(table, ids, scale, w[:n], v[:n])
+        changed = overlay.values, overlay.words, overlay.ranks
+        self._gather(table, *changed, ids, scale, w[:n], v[:n])
         return w, v
 
 
-def _table_of(table: Floats, floats: int) -> Floats:
-    """Return the first `floats` numbers of each row, in rows of whole cache lines."""
-    rows = zeros(len(table), -(-floats // LINE) * LINE)
-    rows[:, :floats] = table[:, :floats]
-    return rows
+def _first_columns(table: Floats, count: int) -> Floats:
+    columns = zeros(len(table), count)
+    columns[:] = table[:, :count]
+    return columns
 
 
 def _aligned(*shape: int) -> Floats:

@@ -31,9 +31,10 @@ import numpy.typing as npt
 
 from stream_ctr.learn import bit_kernels
 from stream_ctr.learn.bit_kernels import Rows, Words
-from stream_ctr.learn.table_kernels import write_rows
+from stream_ctr.learn.table_kernels import prefetch
 
 Floats: TypeAlias = npt.NDArray[np.float32]
+_AHEAD = 16  # rows that are prefetched
 
 
 class Overlay(NamedTuple):
@@ -60,15 +61,13 @@ class _Table:
 
 
 class Version:
-    """One version of a table [N, stride] of rows, or [N] of numbers.
+    """One version of a table [N, width] of rows, or [N] of numbers.
 
-    The array belongs to the versions from then on. Of its rows, `width` numbers are used; by
-    default all are.
+    The array belongs to the versions from then on.
     """
 
-    def __init__(self, array: Floats, *, width: int = 0) -> None:
-        self.width = width or (array.shape[1] if array.ndim == 2 else 0)
-        self._share(_Table(array), _no_overlay(self._values_of(0)))
+    def __init__(self, array: Floats) -> None:
+        self._share(_Table(array), _no_overlay(array))
 
     def _share(self, table: _Table, overlay: Overlay) -> None:
         self._table = table
@@ -95,10 +94,9 @@ class Version:
             overlay = self._overlay
             if len(rows):
                 if len(overlay.rows):
-                    rows, values = self._merged(overlay, rows, values)
+                    rows, values = _merged(overlay.rows, overlay.values, rows, values)
                 overlay = _overlay_of(len(self._table.array), rows, values)
             made = Version.__new__(Version)
-            made.width = self.width
             made._share(self._table, overlay)
         return made
 
@@ -112,14 +110,15 @@ class Version:
                 return True
             if any(version is not self for version in self._table.versions):
                 return False
-            self._write(self._overlay, self._table.array)
-            self._overlay = _no_overlay(self._values_of(0))
+            overlay, array = self._overlay, self._table.array
+            _write(_rows_of(array), overlay.rows, _rows_of(overlay.values))
+            self._overlay = _no_overlay(array)
             return True
 
     def values(self) -> Floats:
         """Return a copy of all rows [N, width], or numbers [N]."""
         array, overlay = self.read()
-        copied = (array[:, : self.width] if self.width else array).copy()
+        copied = array.copy()
         copied[overlay.rows] = overlay.values
         return copied
 
@@ -132,32 +131,30 @@ class Version:
         rows = np.flatnonzero(array).astype(np.uint32)
         if not len(overlay.rows):
             return rows, array[rows]
-        older = overlay._replace(rows=rows, values=array[rows])
-        return self._merged(older, overlay.rows, overlay.values)
-
-    def _values_of(self, n: int) -> Floats:
-        return np.empty((n, self.width) if self.width else n, np.float32)
-
-    def _merged(self, older: Overlay, rows: Rows, values: Floats) -> tuple[Rows, Floats]:
-        most = len(older.rows) + len(rows)
-        merged = np.empty(most, np.uint32)
-        merged_values = self._values_of(most)
-        columns = (-1, self.width or 1)
-        count = _merge(
-            older.rows, older.values.reshape(columns), rows, values.reshape(columns),
-            merged, merged_values.reshape(columns),
-        )  # fmt: skip
-        return merged[:count], merged_values[:count]
-
-    def _write(self, overlay: Overlay, array: Floats) -> None:
-        if array.ndim == 1:
-            _write_numbers(array, overlay.rows, overlay.values)
-        else:
-            write_rows(self.width)(array, overlay.rows, overlay.values)
+        return _merged(rows, array[rows], overlay.rows, overlay.values)
 
 
-def _no_overlay(values: Floats) -> Overlay:
-    return Overlay(np.empty(0, np.uint32), values, np.empty(0, np.uint64), np.empty(0, np.int32))
+def _rows_of(array: Floats) -> Floats:
+    """Return rows, also where each is one number."""
+    return array.reshape(len(array), -1) if len(array) else array.reshape(0, 1)
+
+
+def _merged(old: Rows, old_values: Floats, new: Rows, new_values: Floats) -> tuple[Rows, Floats]:
+    """Return the union of two lists of ascending rows, the new values where both have a row."""
+    most = len(old) + len(new)
+    rows = np.empty(most, np.uint32)
+    values = np.empty((most, *new_values.shape[1:]), np.float32)
+    count = _merge(old, _rows_of(old_values), new, _rows_of(new_values), rows, _rows_of(values))
+    return rows[:count], values[:count]
+
+
+def _no_overlay(array: Floats) -> Overlay:
+    return Overlay(
+        np.empty(0, np.uint32),
+        np.empty((0, *array.shape[1:]), np.float32),
+        np.empty(0, np.uint64),
+        np.empty(0, np.int32),
+    )
 
 
 def _overlay_of(table_rows: int, rows: Rows, values: Floats) -> Overlay:
@@ -170,23 +167,33 @@ def _overlay_of(table_rows: int, rows: Rows, values: Floats) -> Overlay:
 
 @numba.njit(cache=True, nogil=True)
 def _merge(old, old_values, new, new_values, rows, values):  # type: ignore[no-untyped-def]
-    """Write the union of two lists of ascending rows, the new values where both have a row."""
+    width = values.shape[1]
     i = j = count = 0
     while i < len(old) or j < len(new):
-        newer = j < len(new) and (i == len(old) or new[j] <= old[i])
-        row = new[j] if newer else old[i]
-        rows[count] = row
-        for column in range(values.shape[1]):
-            values[count, column] = new_values[j, column] if newer else old_values[i, column]
-        if i < len(old) and old[i] == row:
-            i += 1
-        if newer:
+        if j < len(new) and (i == len(old) or new[j] <= old[i]):
+            if i < len(old) and old[i] == new[j]:
+                i += 1
+            rows[count] = new[j]
+            for column in range(width):
+                values[count, column] = new_values[j, column]
             j += 1
+        else:
+            rows[count] = old[i]
+            for column in range(width):
+                values[count, column] = old_values[i, column]
+            i += 1
         count += 1
     return count
 
 
 @numba.njit(cache=True, nogil=True)
-def _write_numbers(table, rows, values):  # type: ignore[no-untyped-def]
-    for i in range(len(rows)):
-        table[rows[i]] = values[i]
+def _write(table, rows, values):  # type: ignore[no-untyped-def]
+    n, width = values.shape
+    numbers = table.reshape(-1)
+    for i in range(n):
+        ahead = np.int64(rows[min(i + _AHEAD, n - 1)]) * width
+        prefetch(numbers, ahead)
+        prefetch(numbers, ahead + width - 1)
+        row = np.int64(rows[i])
+        for column in range(width):
+            table[row, column] = values[i, column]

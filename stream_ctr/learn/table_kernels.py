@@ -272,24 +272,3 @@ def copy_rows(floats: int) -> Callable[..., None]:
                 values[i, j] = rows[row, j]
 
     return compiled
-
-
-@cache
-def write_rows(floats: int) -> Callable[..., None]:
-    """Return the compiled inverse of `copy_rows`: it writes `values` into `rows`."""
-    lines = -(-floats // LINE)
-
-    @numba.njit(cache=True, nogil=True)
-    def compiled(rows, places, values):  # type: ignore[no-untyped-def]
-        all_lines = rows.reshape(-1, LINE)
-        lines_per_row = rows.shape[1] // LINE
-        n = len(places)
-        for i in range(n):
-            ahead = np.int64(places[min(i + _AHEAD, n - 1)]) * lines_per_row
-            for line in range(lines):
-                prefetch(all_lines, ahead + line)
-            row = np.int64(places[i])
-            for j in range(floats):
-                rows[row, j] = values[i, j]
-
-    return compiled

@@ -42,7 +42,7 @@ FOLDER = "deltas"
 """The folder of a state directory that holds its deltas."""
 INDEX = "index.json"
 LARGEST_INDEX_BYTES = 8 << 20
-MOST_DELTAS = 1 << 14
+MOST_DELTAS = 1 << 12
 """The most deltas that are kept; an index of so many stays below `LARGEST_INDEX_BYTES`."""
 
 _OWN_NAMES = re.compile(r"\d{8,}-\d{8,}\.(?:json|safetensors)")

@@ -1,7 +1,8 @@
 """From the closing of a label window to the row that serves it, through a real broker.
 
     real       `stream-ctr run` learns a topic in real time, at --rate impressions a second, with
-               deltas every --every seconds, and `stream-ctr subscribe` follows its topics. Label
+               deltas every --every seconds, and `stream-ctr subscribe` follows its topics. Before
+               that it learns as much as it can, until its first snapshot is published. Label
                windows are five seconds long, and batches have 512 examples at most, so that one is
                full within a fraction of a second.
     emulated   100,000 examples a second, which this machine cannot learn: a process that holds a
@@ -12,8 +13,8 @@
                trainer that keeps up.
 
 Every example counts once: its lag is the time at which the subscriber prints the delta that has it,
-less the time at which its window closed. Both are times of one machine. The first delta of a chain
-is left out: it holds what was learned before the first snapshot was published.
+less the time at which its window closed. Both are times of one machine. Examples whose windows
+closed before the stream came in real time are left out.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from support.record import formatted
 from bench import delta_sizes
 from bench.delta_base import STEM, STREAM_CTR, now_ms, options_of, publish, published_learner
 from bench.delta_chain_writer import ChainWriter
+from bench.delta_cost import split
 from bench.drifting import Change, DriftingStream
 from bench.environments import ROOT
 from bench.streams import broker, replay
@@ -57,6 +59,7 @@ from stream_ctr.snapshots.delta_store import FOLDER, DeltaStore
 TOPIC = "clicks"
 DELTA_TOPIC = "stream-ctr.deltas"
 SNAPSHOT_TOPIC = "stream-ctr.snapshots"
+LEAST_DELTAS = 3
 GOAL_P50, GOAL_P99 = 6.0, 15.0
 LIVE = (
     *("join.label_window=5s", "join.allowed_lateness=1s", "join.idle_timeout=2s"),
@@ -149,22 +152,37 @@ def measure(options: argparse.Namespace) -> Result:
 def real_lag(servers: str, directory: Path, options: argparse.Namespace) -> Result:
     """Return the lags of a run that learns in real time."""
     directory.mkdir()
-    log, state = directory / "events.jsonl", directory / "state"
-    stream = DriftingStream(Change(), seconds=options.live_seconds, rate=options.rate, seed=1)
-    stream.write_jsonl(log)
+    state = directory / "state"
+    logs = [directory / name for name in ("first.jsonl", "second.jsonl")]
+    split(
+        DriftingStream(Change(), seconds=2 * options.live_seconds, rate=options.rate, seed=1), logs
+    )
     run = [*STREAM_CTR, "run", "--topic", TOPIC, "--bootstrap-servers", servers]
     run += ["--state", str(state), *options_of([*LIVE, *options.extra])]
     run += ["-X", f"snapshots.delta_every={options.every}s"]
     make_topics(servers)
-    trainer = subprocess.Popen(run, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        with subscribed(servers, state) as followed:
-            replay(log, servers, TOPIC, "--speed", "1")
-            time.sleep(3 * options.every)
-    finally:
-        trainer.terminate()
-        trainer.wait(_LAST_SECONDS)
-    return {"rate": options.rate, **lags(followed)}
+    with training(run, directory / "run.log"), subscribed(servers, state) as followed:
+        replay(logs[0], servers, TOPIC)
+        followed.wait_for(None, LOAD_SECONDS)
+        began_ms = now_ms()
+        replay(logs[1], servers, TOPIC, "--speed", "1")
+        time.sleep(3 * options.every)
+    if sum(bool(header.closed) for header in followed.headers.values()) < LEAST_DELTAS:
+        said = (directory / "run.log").read_text().splitlines()[-10:]
+        raise RuntimeError("\n".join(["too few deltas were loaded", *said]))
+    return {"rate": options.rate, **lags(followed, began_ms)}
+
+
+@contextlib.contextmanager
+def training(command: Sequence[str], log: Path) -> Iterator[None]:
+    """Run a trainer, which writes its messages to `log`, and stop it at the end."""
+    with log.open("w") as messages:
+        trainer = subprocess.Popen(command, cwd=ROOT, stdout=messages, stderr=messages)
+        try:
+            yield
+        finally:
+            trainer.terminate()
+            trainer.wait(_LAST_SECONDS)
 
 
 def emulated_lag(servers: str, directory: Path, options: argparse.Namespace) -> Result:
@@ -181,7 +199,7 @@ def emulated_lag(servers: str, directory: Path, options: argparse.Namespace) -> 
     assert learner.touched is not None
     chain = ChainWriter.on_published(state)
     store = DeltaStore(state)
-    sink = kafka.KafkaSink({"bootstrap.servers": servers})
+    sink = kafka.KafkaSink(kafka.client_options(servers, {}))
     with contextlib.closing(sink), subscribed(servers, state) as followed:
         followed.wait_for(None, LOAD_SECONDS)
         began = now_ms()
@@ -200,12 +218,12 @@ def emulated_lag(servers: str, directory: Path, options: argparse.Namespace) -> 
             store.write(link.data, link.header, payload)
             delta_topic.send(sink, DELTA_TOPIC, b"default", link.data, link.header, payload)
         followed.wait_for(link.header.rank.name, 60.0)
-    return {"rate": options.emulated_rate, "bits": bits, **lags(followed)}
+    return {"rate": options.emulated_rate, "bits": bits, **lags(followed, began)}
 
 
 def make_topics(servers: str) -> None:
     """Create what is followed: a subscriber that finds no topic of deltas follows none."""
-    client = {"bootstrap.servers": servers}
+    client = kafka.client_options(servers, {})
     kafka.ensure_topic(client, TOPIC)
     kafka.ensure_topic(client, DELTA_TOPIC)
     kafka.ensure_topic(client, SNAPSHOT_TOPIC, compacted=True)
@@ -240,20 +258,18 @@ def rows_of_intervals(bits: int, examples: int, count: int) -> list[npt.NDArray[
 # -- percentiles ---------------------------------------------------------------------------------
 
 
-def lags(followed: Followed) -> Result:
-    """Return the percentiles of the lags, in seconds, and the sizes of the deltas.
+def lags(followed: Followed, since_ms: int) -> Result:
+    """Return the percentiles of the lags in seconds, and the sizes of the deltas.
 
-    Raises `RuntimeError` if fewer than two deltas were loaded.
+    Those examples count whose windows closed after `since_ms`, of which there must be some.
     """
     at_ms, headers = followed.at_ms, followed.headers
-    names = sorted(headers)[1:]
-    if not names:
-        raise RuntimeError(f"the subscriber has loaded {len(headers)} deltas")
-    pairs = [
-        (at_ms[name] - closed.at_ms, closed.examples)
-        for name in names
-        for closed in headers[name].closed
-    ]
+    closed = {
+        name: [each for each in header.closed if each.at_ms > since_ms]
+        for name, header in headers.items()
+    }
+    names = sorted(name for name, found in closed.items() if found)
+    pairs = [(at_ms[name] - each.at_ms, each.examples) for name in names for each in closed[name]]
     stages = {
         "created": [(at_ms[name] - headers[name].created_ms) / 1000 for name in names],
         "learned": [(at_ms[name] - headers[name].learned_ms) / 1000 for name in names],
