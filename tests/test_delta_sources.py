@@ -467,9 +467,12 @@ def test_two_threads_send_with_a_sink_each(broker: str, topic: str, sink: KafkaS
 
 @pytest.mark.slow
 @pytest.mark.fault(5, injected="a broker killed while deltas are followed, and started again")
+@pytest.mark.parametrize("renew_seconds", [30.0, 0.3])
 def test_following_goes_on_when_a_killed_broker_comes_back(
-    apache: ApacheBroker, topic: str
+    apache: ApacheBroker, topic: str, monkeypatch: pytest.MonkeyPatch, renew_seconds: float
 ) -> None:
+    """The consumer finds the broker again, and so does one that takes its place meanwhile."""
+    monkeypatch.setattr(pointers, "_RENEW_SECONDS", renew_seconds)
     client = client_options(apache.bootstrap_servers, {})
     ensure_topic(client, topic)
     links = chain(2, payloads=[large(2), large(3)])

@@ -86,6 +86,8 @@ def test_a_snapshot_waits_for_the_delta_at_its_state(tmp_path: Path) -> None:
     assert snapshot.verify(wait(writer).path).delta == position
     writer.begin(cut(2))
     assert wait(writer).manifest.delta is None
+    writer.begin(replace(cut(3, bad="ftrl.model"), delta=lambda: position))
+    assert wait(writer).manifest.delta is None
     writer.close()
 
 

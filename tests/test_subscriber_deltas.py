@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -31,14 +32,16 @@ from support.manifests import RUN
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.served import ROWS
 
+from stream_ctr.connectors import kafka
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.learn.runtimes import RUNTIMES
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots import subscriber as following
 from stream_ctr.snapshots.delta import Delta, decode_payload, encode_payload
+from stream_ctr.snapshots.delta_topic import send
 from stream_ctr.snapshots.followed_deltas import REFUSALS, AppliedDelta
 from stream_ctr.snapshots.manifest import Manifest
-from stream_ctr.snapshots.pointer import Pointer, pointer_for, read_pointer
+from stream_ctr.snapshots.pointer import Pointer, encode_pointer, pointer_for, read_pointer
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.subscriber import Subscriber
@@ -176,9 +179,10 @@ def test_a_scorer_that_is_held_predicts_as_before_and_is_absorbed_when_it_is_gon
     assert len(set(truths)) == 5
     assert not subscriber.scorer.absorb()
     assert [served(scorer) for scorer in held] == truths
+    assert not subscriber._absorbed
     held.clear()
     follow(subscriber, 2)
-    assert subscriber.scorer.absorb()
+    assert subscriber._absorbed
     assert served(subscriber) == truths[-1]
 
 
@@ -442,6 +446,15 @@ def test_a_delta_that_is_wrong_changes_nothing_and_is_counted_by_name(
     deltas.arrive(second)
     follow(subscriber)
     assert served(subscriber) == run.truths[3, 2]
+
+
+def test_a_delta_without_a_model_that_serves_is_refused_by_its_name(run: DeltaRun) -> None:
+    scorer = Scorer(run.state / "snapshots" / published(run).snapshot)
+    (delta,) = learn_deltas(run, 1)
+    changes = decode_payload(delta.payload, "fp32")
+    with pytest.raises(ValueError, match=r"the delta has nothing of model\.safetensors"):
+        scorer.updated({"ftrl.model": changes["ftrl.model"]}, delta.header)
+    assert served(scorer) == run.truths[published(run).snapshot]
 
 
 def test_a_stale_delta_that_is_replayed_is_counted_and_changes_nothing(run: DeltaRun) -> None:
@@ -741,6 +754,35 @@ def check_text(run: DeltaRun, lines: Sequence[str]) -> None:
     for line, delta in zip(lines[1:], run.deltas, strict=True):
         assert line.startswith(delta.header.rank.name)
         assert "after its label windows closed" in line
+
+
+@pytest.mark.slow
+def test_subscribe_follows_the_topics_of_snapshots_and_of_deltas(
+    run: DeltaRun, embedded_broker: str, topic: str
+) -> None:
+    client = kafka.client_options(embedded_broker, {})
+    names = {name: f"{topic}.{name}" for name in ("snapshots", "deltas")}
+    kafka.ensure_topic(client, names["snapshots"], compacted=True)
+    arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--topic", names["snapshots"]]
+    arguments += ["--bootstrap-servers", embedded_broker]
+    arguments += ["--json", "-X", f"snapshots.delta_topic={names['deltas']}"]
+    with contextlib.closing(kafka.KafkaSink(client)) as sink:
+        sink.send(names["snapshots"], encode_pointer(published(run)), key=b"default")
+        sink.flush(PATIENCE_SECONDS)
+        kafka.ensure_topic(client, names["deltas"])
+        process = started(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        assert process.stdout
+        assert json.loads(process.stdout.readline())["kind"] == "snapshot"
+        for delta in learn_deltas(run, 3):
+            header = (run.state / "deltas" / f"{delta.header.rank.name}.json").read_bytes()
+            send(sink, names["deltas"], b"default", header, delta.header, delta.payload)
+            line = json.loads(process.stdout.readline())
+            assert (line["kind"], line["rank"]["sequence"]) == (
+                "delta",
+                delta.header.rank.sequence,
+            )
+    process.terminate()
+    assert process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_with_exec_each_snapshot_is_loaded_and_no_delta_followed(run: DeltaRun) -> None:
