@@ -95,7 +95,7 @@ def test_a_quick_run_of_a_case_fills_its_block(case: str, tmp_path: Path) -> Non
     assert deltas.TABLES[case](cases[case]["results"]) in page
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_quick_run_of_the_lag_goes_through_a_broker(tmp_path: Path) -> None:
     cases, page = quick("lag", tmp_path)
     results = cases["lag"]["results"]

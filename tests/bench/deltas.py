@@ -150,8 +150,9 @@ def quicken(options: argparse.Namespace) -> None:
     options.bits, options.rows, options.every = [16], 5000, 1.0
     options.repetitions, options.rounds, options.seconds = 2, 1, 3.0
     options.impressions = 15_000
-    options.rate, options.live_seconds = 300.0, 40.0
+    options.rate, options.live_seconds = 300.0, 15.0
     options.emulated_rate, options.deltas = 2000, 4
+    options.extra += ["model.hidden=16,16", "baseline.enabled=false"]
     options.seeds = options.seeds[:1]
 
 

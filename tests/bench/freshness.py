@@ -411,6 +411,8 @@ def checked(options: argparse.Namespace) -> argparse.Namespace:
         options.cases = options.cases or list(QUICK_CASES)
         options.seeds, options.share = options.seeds[:1], 1.0
         options.rate, options.warm_up, options.scored = 50.0, 11.0, 5.0
+    if options.warm_up * _MINUTE < max(INTERVALS.values()) + options.window + options.transfer:
+        parser().error("--warm-up is too short for a publication of every interval")
     return options
 
 
