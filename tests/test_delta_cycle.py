@@ -14,6 +14,7 @@ import safetensors.numpy
 from click.testing import CliRunner
 from support import forks
 from support.delta_chains import (
+    Link,
     apply,
     assert_chains_hold,
     digest_of,
@@ -309,6 +310,7 @@ def test_a_rollback_by_an_operator_ends_the_chain_and_the_next_snapshot_begins_a
     built = with_deltas(tmp_path, source)
     stretch = Stretch(built, 0)
     rolled_back: list[int] = []
+    before: list[Link] = []
 
     def roll_back(read: int) -> None:
         if stretch.begun(read) and not rolled_back:
@@ -316,12 +318,14 @@ def test_a_rollback_by_an_operator_ends_the_chain_and_the_next_snapshot_begins_a
             pointer = Publisher(tmp_path).roll_back(first, snapshot.verify(first))
             assert pointer.delta is None
             rolled_back.append(pointer.epoch)
+            before.extend(links(tmp_path))
 
     source.at = roll_back
     finish(built)
     found = links(tmp_path)
     bases = list(dict.fromkeys(link.header.base for link in found))
     assert len(bases) == 2
+    assert [link for link in found if link.header.base == bases[0]] == before
     for link in found:
         assert (link.header.rank.epoch >= rolled_back[0]) == (link.header.base == bases[1])
     latest = read_pointer(tmp_path / "latest.json")
@@ -431,6 +435,7 @@ def test_deltas_that_no_disk_takes_stop_neither_learning_nor_snapshots(
     assert report["counters"]["deltas_failed"] >= 2
     assert "snapshots_failed" not in report["counters"]
     assert caplog.text.count("deltas are not written") == 1
+    assert "chain of deltas ends: the delta of a snapshot could not be written" in caplog.text
     assert report["examples"] == 6000
     manifests = [snapshot.read_manifest(path) for path in snapshots_of(tmp_path)]
     assert [bool(manifest.delta) for manifest in manifests].count(

@@ -11,7 +11,7 @@ Without the simulation, so many rows are expected after n examples:
     R = N (1 - (1 - 1/N)^D)                                       of which some share a row
 
 >>> Law((3, 1)).expected_rows(rows=1 << 20, examples=1_000_000)
-4.0
+3.999994
 """
 
 from __future__ import annotations

@@ -60,11 +60,10 @@ class Change:
         [0.0, 1.57, 1.57, 0.0]
         """
         if self.turn_hours:
-            turned: Floats = 2 * np.pi * (time - START_MS) / (self.turn_hours * _HOUR_MS)
-            return turned
+            turns = (time - START_MS).astype(np.float64) / (self.turn_hours * _HOUR_MS)
+            return 2 * np.pi * turns
         passed = np.searchsorted(np.array(self.at_ms, np.int64), time, side="right")
-        jumped: Floats = np.pi / 2 * (passed % 2)
-        return jumped
+        return np.pi / 2 * (passed % 2).astype(np.float64)
 
 
 class DriftingStream(Simulation):
