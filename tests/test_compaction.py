@@ -131,6 +131,19 @@ def test_nothing_is_compacted_without_a_published_snapshot_or_its_signature(tmp_
     assert "exists already" in there.output
 
 
+def test_nothing_that_only_learning_reads_is_in_a_compacted_snapshot(tmp_path: Path) -> None:
+    run = run_of(tmp_path / "state")
+    done = compact(run.state, tmp_path / "served", build_graph)
+    manifest, tensors = snapshot.load(done.path, any_name=True)
+    assert set(manifest.files) == {"model.safetensors", "model.onnx", "ftrl.model.safetensors"}
+    width = LEARNER.embedding_dim + 1
+    assert tensors["model"]["table"][:, :width].any()
+    assert not tensors["model"]["table"][:, width:].any()
+    assert tensors["model"]["intercept"][0]
+    assert not tensors["model"]["intercept"][1]
+    assert set(tensors["ftrl.model"]) == {"rows", "values", "intercept"}
+
+
 def test_a_compacted_snapshot_is_shown_and_exported_like_any_other(tmp_path: Path) -> None:
     run = run_of(tmp_path / "state")
     done = compact(run.state, tmp_path / "served", build_graph)

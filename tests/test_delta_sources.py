@@ -146,7 +146,7 @@ def test_a_poll_returns_no_more_than_it_has_to(
     20, injected="a byte of each file of a delta flipped, or the file cut or removed"
 )
 @pytest.mark.parametrize("suffix", [".json", ".safetensors"])
-@pytest.mark.parametrize("damage", ["flipped", "cut", "grown", "removed", "a link"])
+@pytest.mark.parametrize("damage", ["flipped", "cut", "grown", "huge", "removed", "a link"])
 def test_a_damaged_file_is_named_once_and_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, damage: str
 ) -> None:
@@ -161,6 +161,8 @@ def test_a_damaged_file_is_named_once_and_tried_again(
         path.write_bytes(whole[:-1])
     elif damage == "grown":
         path.write_bytes(whole + b"\n")
+    elif damage == "huge":
+        os.truncate(path, 1 << 42)
     else:
         path.unlink()
     if damage == "a link":
@@ -268,6 +270,7 @@ class MemoryReader:
         self.polls = list(polls)
         self.read = 0
         self.losses: list[str] = []
+        self.sought: list[int | None] = []
         self.closed = False
 
     def poll(self, timeout_seconds: float) -> list[Stored]:
@@ -286,8 +289,9 @@ class MemoryReader:
         losses, self.losses = self.losses, []
         return losses
 
-    def seek_to_beginning(self) -> None:
+    def seek_to_beginning(self, since_ms: int | None = None) -> None:
         self.read = 0
+        self.sought.append(since_ms)
 
     def close(self) -> None:
         self.closed = True
@@ -309,6 +313,20 @@ def test_a_delta_comes_when_its_last_record_does() -> None:
     assert all_of(source) == [second.delta]
     source.close()
     assert reader.closed
+
+
+def test_reading_begins_at_the_time_of_a_snapshot_and_after_a_gap_with_the_oldest() -> None:
+    links = chain(2, payloads=[large(2), SMALL_PAYLOAD])
+    middle = [*stored(links[0])[1:], *stored(links[1])]
+    reader = MemoryReader(middle)
+    source = TopicDeltas(reader)
+    source.rewind(since_ms=100_000)
+    assert all_of(source) == [links[1].delta], "the first one, cut off, is no error"
+    source.rewind(since_ms=100_000)
+    assert "cannot be put together" in all_of(source)[0]
+    source.rewind(since_ms=30_000)
+    source.rewind()
+    assert reader.sought == [40_000, None, 0, None]
 
 
 def test_a_poll_goes_on_until_something_comes_or_the_time_is_over() -> None:
@@ -443,6 +461,32 @@ def test_deltas_of_many_chunks_travel_through_a_topic(
         assert not source.counts
 
 
+@pytest.mark.slow
+def test_reading_a_topic_begins_with_the_first_record_of_a_time(
+    kafka_broker: str, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tansu lists ends that are too low, and so more is read there."""
+    monkeypatch.setattr(delta_sources, "_CLOCKS_DIFFER_MS", 0)
+    client = client_options(kafka_broker, {})
+    ensure_topic(client, topic)
+    links = chain(3)
+    with closing(KafkaSink(client)) as sink, closing(opened(kafka_broker, topic)) as source:
+        publish(sink, topic, *links[:2])
+        time.sleep(0.1)
+        between_ms = int(1000 * time.time())
+        time.sleep(0.1)
+        source.rewind(since_ms=between_ms)
+        assert source.poll(0.5) == []
+        publish(sink, topic, links[2])
+        assert until(source, count(1)) == deltas(links[2:])
+        source.rewind(since_ms=between_ms - 1)
+        assert until(source, count(1)) == deltas(links[2:])
+        source.rewind(since_ms=between_ms - 1)
+        assert until(source, count(3)) == deltas(links)
+        source.rewind(since_ms=1000)
+        assert until(source, count(3)) == deltas(links)
+
+
 def test_two_threads_send_with_a_sink_each(broker: str, topic: str, sink: KafkaSink) -> None:
     """A run sends its reports with one sink and its deltas, in a thread, with another."""
     links = chain(4, payloads=[large(3, seed) for seed in range(4)])
@@ -467,9 +511,12 @@ def test_two_threads_send_with_a_sink_each(broker: str, topic: str, sink: KafkaS
 
 @pytest.mark.slow
 @pytest.mark.fault(5, injected="a broker killed while deltas are followed, and started again")
+@pytest.mark.parametrize("renew_seconds", [30.0, 0.3])
 def test_following_goes_on_when_a_killed_broker_comes_back(
-    apache: ApacheBroker, topic: str
+    apache: ApacheBroker, topic: str, monkeypatch: pytest.MonkeyPatch, renew_seconds: float
 ) -> None:
+    """The consumer finds the broker again, and so does one that takes its place meanwhile."""
+    monkeypatch.setattr(pointers, "_RENEW_SECONDS", renew_seconds)
     client = client_options(apache.bootstrap_servers, {})
     ensure_topic(client, topic)
     links = chain(2, payloads=[large(2), large(3)])

@@ -6,7 +6,15 @@ import resource
 
 import numpy as np
 import pytest
-from support.learners import PLANTED_FIELDS, planted_stream, served_lr, small_learner
+from support.learners import (
+    PLANTED_FIELDS,
+    learner_spec,
+    planted_stream,
+    served_lr,
+    small_learner,
+)
+
+from stream_ctr.learn.served_weights import served_weights, serving_sha256
 
 
 @pytest.mark.parametrize("steps", [0, 1, 3])
@@ -76,3 +84,26 @@ def test_served_lr_over_pairs_of_fields_predicts_as_the_learner() -> None:
     here = served_lr(there.weights(), pairs=pairs)
     assert here.predict(ids) == pytest.approx(there.predict(ids), abs=1e-6)
     assert len(set(here.predict(ids).tolist())) > 10
+
+
+def test_weights_that_only_serve_are_served_as_the_pairs_that_they_came_from() -> None:
+    there = small_learner("lr", value_fields=[1])
+    ids, labels = planted_stream(300, seed=0)
+    values = np.random.default_rng(0).normal(size=(300, 1)).astype(np.float32)
+    there.learn(ids, labels, values)
+    pairs = served_lr(there.weights(), value_fields=[1])
+    weights = pairs.served()
+    again = served_lr(weights, value_fields=[1])
+    assert again.predict(ids, values).tolist() == pairs.predict(ids, values).tolist()
+    spec = learner_spec("lr", fields=PLANTED_FIELDS, table_bits=8, value_fields=[1])
+    assert serving_sha256(served_weights(spec, weights)) == serving_sha256(
+        served_weights(spec, there.weights())
+    )
+    for change, message in (
+        ({"rows": weights["rows"][::-1]}, "does not ascend"),
+        ({"values": weights["values"].astype(np.float64)}, "is float64"),
+        ({"rows": weights["rows"] + 256}, "outside a table"),
+        ({"intercept": np.zeros(2)}, "expected float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            served_lr({**weights, **change}, value_fields=[1])

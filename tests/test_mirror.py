@@ -72,6 +72,7 @@ class Spy(LocalPlace):
     def __init__(self, directory: Path, fail_at: int = 1 << 30) -> None:
         super().__init__(directory)
         self.written: list[str] = []
+        self.removed: list[str] = []
         self.fail_at = fail_at
 
     def write(self, name: str, data: bytes | Path) -> None:
@@ -79,6 +80,10 @@ class Spy(LocalPlace):
             raise Unreachable(f"cannot write {name}: no answer")
         self.written.append(name)
         super().write(name, data)
+
+    def remove(self, name: str) -> None:
+        self.removed.append(name)
+        super().remove(name)
 
 
 # -- snapshots -----------------------------------------------------------------------------------
@@ -265,13 +270,21 @@ def test_expired_deltas_are_removed_after_the_index(state: Path, copy: Path) -> 
     assert len(stored(copy)) == 3
     link = chain(4)[-1]
     store.write(link.header_bytes, link.header, link.payload)
-    mirror = deltas_to(LocalPlace(copy), state)
+    place = Spy(copy)
+    mirror = deltas_to(place, state)
     mirror()
     store.retain({"another": None}, most_bytes=1)
     mirror()
+    removed = len(place.removed)
+    link = chain(5)[-1]
+    store.write(link.header_bytes, link.header, link.payload)
+    mirror()
+    assert len(place.removed) == removed == 2
+    store.retain({"another": None}, most_bytes=1)
+    mirror()
     assert stored(copy) == [
-        "deltas/00000003-00000004.json",
-        "deltas/00000003-00000004.safetensors",
+        "deltas/00000003-00000005.json",
+        "deltas/00000003-00000005.safetensors",
         "deltas/index.json",
     ]
 

@@ -41,6 +41,7 @@ def test_a_run_leaves_a_mirror_that_serves(events: Path, tmp_path: Path) -> None
     result = run(events, state, *options)
     assert result.exit_code == 0, result.output
     pointer = read_pointer(state / "latest.json")
+    assert pointer
     assert pointer == read_pointer(copy / "latest.json")
     assert pointer.url == url
     original, copied = (Scorer(each / "snapshots" / pointer.snapshot) for each in (state, copy))

@@ -335,18 +335,27 @@ def test_a_download_can_be_stopped(faulty: FaultyServer, tmp_path: Path) -> None
 
 
 def test_passwords_in_a_url_are_used_and_not_shown(
-    faulty: FaultyServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    faulty: FaultyServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = url_with(faulty.url, "me:hunter2", "sig=s3cret")
     place = open_place(url)
     assert place.read("large", len(LARGE)) == LARGE
     messages = [place.url, shown(url)]
+
+    def fails(*arguments: object, **options: object) -> None:
+        raise ValueError(f"not this one: {url}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place._files, "open", fails)  # type: ignore[attr-defined]
+        with pytest.raises(Unreachable, match="not this one: http") as caught:
+            place.read("large", 9)
+        messages.append(str(caught.value))
     faulty.status = 403
     dead = url_with(f"http://127.0.0.1:{free_port()}", "me:hunter2", "sig=s3cret")
     for each in (place, open_place(dead)):
-        with pytest.raises(SnapshotError) as caught:
+        with pytest.raises(SnapshotError) as failed:
             each.read("large", len(LARGE))
-        messages.append(str(caught.value))
+        messages.append(str(failed.value))
     with pytest.raises(ConfigError) as refused:
         open_place("ftp://me:hunter2@host/x?sig=s3cret")
     text = "".join([*messages, str(refused.value), caplog.text])

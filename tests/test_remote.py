@@ -179,6 +179,16 @@ def test_a_damaged_delta_is_named_once_and_those_after_it_come(
     assert polled(source, PATIENCE_SECONDS) == [links[1].delta]
 
 
+def test_another_delta_of_the_same_rank_is_refused(state: Path, server: FaultyServer) -> None:
+    link = chain(1)[0]
+    keep(state, [link])
+    other = chain(1, examples=7)[0]
+    (state / "deltas" / f"{link.header.rank.name}.json").write_bytes(other.header_bytes)
+    source = deltas_at(server.url)
+    (error,) = source.poll(0.0)
+    assert "the index says" in str(error)
+
+
 def test_a_place_that_is_away_is_said_once_and_read_again(
     state: Path, server: FaultyServer
 ) -> None:

@@ -18,8 +18,12 @@ from stream_ctr.snapshots.delta import DeltaPosition, DeltaRank
 from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
 
-GOOD = {"table": np.ones((3, 16), np.float32)}
-GOOD_LINEAR = {"rows": np.array([5], np.int32), "pairs": np.ones((1, 2)), "intercept": np.ones(2)}
+GOOD: dict[str, Any] = {"table": np.ones((3, 16), np.float32)}
+GOOD_LINEAR: dict[str, Any] = {
+    "rows": np.array([5], np.int32),
+    "pairs": np.ones((1, 2)),
+    "intercept": np.ones(2),
+}
 TENSORS = {"model": GOOD, "optimizer": GOOD, "ftrl.model": GOOD_LINEAR, "ftrl.optimizer": GOOD}
 BAD = {"table": np.full((3, 16), np.nan, np.float32)}
 
@@ -85,6 +89,8 @@ def test_a_snapshot_waits_for_the_delta_at_its_state(tmp_path: Path) -> None:
     written.set()
     assert snapshot.verify(wait(writer).path).delta == position
     writer.begin(cut(2))
+    assert wait(writer).manifest.delta is None
+    writer.begin(replace(cut(3, bad="ftrl.model"), delta=lambda: position))
     assert wait(writer).manifest.delta is None
     writer.close()
 

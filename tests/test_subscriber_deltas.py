@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import signal
@@ -31,14 +32,17 @@ from support.manifests import RUN
 from support.patience import PATIENCE_SECONDS, started, wait_until
 from support.served import ROWS
 
+from stream_ctr.cli.serving import _delta_line, _snapshot_line
+from stream_ctr.connectors import kafka
 from stream_ctr.errors import ConfigError, SnapshotError
 from stream_ctr.learn.runtimes import RUNTIMES
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots import subscriber as following
 from stream_ctr.snapshots.delta import Delta, decode_payload, encode_payload
+from stream_ctr.snapshots.delta_topic import send
 from stream_ctr.snapshots.followed_deltas import REFUSALS, AppliedDelta
 from stream_ctr.snapshots.manifest import Manifest
-from stream_ctr.snapshots.pointer import Pointer, pointer_for, read_pointer
+from stream_ctr.snapshots.pointer import Pointer, encode_pointer, pointer_for, read_pointer
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.subscriber import Subscriber
@@ -176,9 +180,10 @@ def test_a_scorer_that_is_held_predicts_as_before_and_is_absorbed_when_it_is_gon
     assert len(set(truths)) == 5
     assert not subscriber.scorer.absorb()
     assert [served(scorer) for scorer in held] == truths
+    assert not subscriber._absorbed
     held.clear()
     follow(subscriber, 2)
-    assert subscriber.scorer.absorb()
+    assert subscriber._absorbed
     assert served(subscriber) == truths[-1]
 
 
@@ -444,6 +449,15 @@ def test_a_delta_that_is_wrong_changes_nothing_and_is_counted_by_name(
     assert served(subscriber) == run.truths[3, 2]
 
 
+def test_a_delta_without_a_model_that_serves_is_refused_by_its_name(run: DeltaRun) -> None:
+    scorer = Scorer(run.state / "snapshots" / published(run).snapshot)
+    (delta,) = learn_deltas(run, 1)
+    changes = decode_payload(delta.payload, "fp32")
+    with pytest.raises(ValueError, match=r"the delta has nothing of model\.safetensors"):
+        scorer.updated({"ftrl.model": changes["ftrl.model"]}, delta.header)
+    assert served(scorer) == run.truths[published(run).snapshot]
+
+
 def test_a_stale_delta_that_is_replayed_is_counted_and_changes_nothing(run: DeltaRun) -> None:
     subscriber, _, deltas = following_by_hand(run)
     made = learn_deltas(run, 3)
@@ -603,7 +617,7 @@ while True:
 def test_a_subscriber_that_is_killed_at_any_time_serves_true_states_after_its_restart(
     run: DeltaRun,
 ) -> None:
-    for lines in (1, 2, 5):
+    for lines in (1, 5):
         process = started(
             subprocess.Popen(
                 [sys.executable, "-c", FOLLOW, json.dumps(ROWS), json.dumps(str(run.state))],
@@ -713,13 +727,31 @@ def test_health_tells_of_deltas(run: DeltaRun) -> None:
 def test_subscribe_prints_a_line_for_each_snapshot_and_delta(run: DeltaRun) -> None:
     learn_deltas(run, 2)
     arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(run.state)]
-    for flags, check in ((["--json"], check_json), ([], check_text)):
-        process = started(subprocess.Popen([*arguments, *flags], stdout=subprocess.PIPE, text=True))
-        assert process.stdout
-        lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
-        process.terminate()
-        process.wait(PATIENCE_SECONDS)
-        check(run, lines)
+    process = started(subprocess.Popen([*arguments, "--json"], stdout=subprocess.PIPE, text=True))
+    assert process.stdout
+    lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
+    process.terminate()
+    assert process.wait(PATIENCE_SECONDS) == 0
+    check_json(run, lines)
+
+
+def test_the_lines_of_subscribe_for_people_name_the_delta_and_its_age(run: DeltaRun) -> None:
+    lines: list[str] = []
+    subscriber, pointers, deltas = following_by_hand(
+        run, on_delta=lambda applied: lines.append(_delta_line(applied, as_json=False))
+    )
+    run.learn()
+    pointer = run.snapshot()
+    deltas.arrive(*run.deltas, *learn_deltas(run, 1))
+    follow(subscriber)
+    pointers.arrived = [pointer]
+    assert subscriber.next(0.0) == pointer
+    for line, delta in zip(lines, run.deltas, strict=True):
+        assert line.startswith(delta.header.rank.name)
+        assert "after its label windows closed" in line
+    assert "not loaded" in _snapshot_line(pointer, subscriber, as_json=False)
+    document = json.loads(_snapshot_line(pointer, subscriber, as_json=True))
+    assert (document["verified"], document["adopted"]) == (False, True)
 
 
 def check_json(run: DeltaRun, lines: Sequence[str]) -> None:
@@ -736,11 +768,33 @@ def check_json(run: DeltaRun, lines: Sequence[str]) -> None:
         assert line["freshness"]["closed_seconds"] > line["freshness"]["copied_seconds"]
 
 
-def check_text(run: DeltaRun, lines: Sequence[str]) -> None:
-    assert "loaded" in lines[0]
-    for line, delta in zip(lines[1:], run.deltas, strict=True):
-        assert line.startswith(delta.header.rank.name)
-        assert "after its label windows closed" in line
+@pytest.mark.slow
+def test_subscribe_follows_the_topics_of_snapshots_and_of_deltas(
+    run: DeltaRun, embedded_broker: str, topic: str
+) -> None:
+    client = kafka.client_options(embedded_broker, {})
+    names = {name: f"{topic}.{name}" for name in ("snapshots", "deltas")}
+    kafka.ensure_topic(client, names["snapshots"], compacted=True)
+    arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--topic", names["snapshots"]]
+    arguments += ["--bootstrap-servers", embedded_broker]
+    arguments += ["--json", "-X", f"snapshots.delta_topic={names['deltas']}"]
+    with contextlib.closing(kafka.KafkaSink(client)) as sink:
+        sink.send(names["snapshots"], encode_pointer(published(run)), key=b"default")
+        sink.flush(PATIENCE_SECONDS)
+        kafka.ensure_topic(client, names["deltas"])
+        process = started(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        assert process.stdout
+        assert json.loads(process.stdout.readline())["kind"] == "snapshot"
+        for delta in learn_deltas(run, 3):
+            header = (run.state / "deltas" / f"{delta.header.rank.name}.json").read_bytes()
+            send(sink, names["deltas"], b"default", header, delta.header, delta.payload)
+            line = json.loads(process.stdout.readline())
+            assert (line["kind"], line["rank"]["sequence"]) == (
+                "delta",
+                delta.header.rank.sequence,
+            )
+    process.terminate()
+    assert process.wait(PATIENCE_SECONDS) == 0
 
 
 def test_with_exec_each_snapshot_is_loaded_and_no_delta_followed(run: DeltaRun) -> None:

@@ -192,11 +192,21 @@ class RecordFollower:
         self._losses = []
         return losses
 
-    def seek_to_beginning(self) -> None:
-        """Let all records that the topic holds come again."""
+    def seek_to_beginning(self, since_ms: int | None = None) -> None:
+        """Let all records that the topic holds come again.
+
+        With `since_ms`, epoch milliseconds, reading may begin with the first record of that time or
+        a later one. Where brokers do not say which that is, it begins with the oldest.
+        """
         self._next_offset.clear()
-        if self._consumer is not None:
-            self._consumer.seek_to_beginning()
+        if self._consumer is None:
+            return
+        self._consumer.seek_to_beginning()
+        if since_ms is not None:
+            with suppress(KafkaError):
+                for partition, offset in self._offsets_since(since_ms).items():
+                    self._consumer.seek(partition, offset)
+                    self._next_offset[partition] = offset
 
     def close(self) -> None:
         """Close the connection."""
@@ -224,6 +234,18 @@ class RecordFollower:
                 consumer.seek(partition, self._next_offset[partition])
             else:
                 consumer.seek_to_beginning(partition)
+
+    def _offsets_since(self, since_ms: int) -> dict[Any, int]:
+        """Return the offset of the first record of a time in each partition, or else its end."""
+        answer_ms = timeouts.milliseconds(timeouts.ANSWER_SECONDS)
+        # The ends first: what is written between the two questions must not be passed over.
+        ends = self._consumer.end_offsets(self._assigned, timeout_ms=answer_ms)
+        asked = dict.fromkeys(self._assigned, since_ms)
+        found = self._consumer.offsets_for_times(asked, timeout_ms=answer_ms)
+        return {
+            partition: end if found.get(partition) is None else found[partition].offset
+            for partition, end in ends.items()
+        }
 
     def _renewed(self, timeout_seconds: float) -> bool:
         """Replace the consumer where that is due; return whether there is one.

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 
-from stream_ctr.cli.waiting import moment, without_milliseconds, waiting_words
+from stream_ctr.cli.waiting import moment, waiting_words, without_milliseconds
 from stream_ctr.evaluate.summary import ModelScore
 from stream_ctr.train.report import Report, Waiting, Window
 

@@ -363,7 +363,7 @@ def _train(
         def beat() -> None:
             recent.beat()
             if copy:
-                trainer.state.counters.update(copy.take_failures())
+                counters.update(copy.take_failures())
 
         trainer = build_trainer(
             config,
@@ -388,6 +388,7 @@ def _train(
             schemas=schemas,
             delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
         )
+        counters = trainer.state.counters  # a cycle would keep the threads of its learners
         if trainer.baseline:
             stack.callback(trainer.baseline.close)
         if not newest:

@@ -44,6 +44,7 @@ POLL_BYTES = 64 << 20
 
 _FILE_POLL_SECONDS = 0.1
 _RETRY_SECONDS = 1.0
+_CLOCKS_DIFFER_MS = 60_000
 
 
 class NotReadable(SnapshotError):
@@ -66,11 +67,14 @@ class DeltaSource(Protocol):
         """
         ...
 
-    def rewind(self, after: tuple[str, DeltaRank] | None = None) -> None:
+    def rewind(
+        self, after: tuple[str, DeltaRank] | None = None, *, since_ms: int | None = None
+    ) -> None:
         """Let everything that is kept come again, from the oldest.
 
         With `after`, a run and a rank, the deltas of that run up to this rank do not come: what a
-        loaded snapshot contains need not be read.
+        loaded snapshot contains need not be read. Nor need deltas that were sent before `since_ms`,
+        the epoch milliseconds at which it was taken.
         """
         ...
 
@@ -109,7 +113,9 @@ class FileDeltas:
                 return found
             time.sleep(max(0.0, min(_FILE_POLL_SECONDS, deadline - time.monotonic())))
 
-    def rewind(self, after: tuple[str, DeltaRank] | None = None) -> None:
+    def rewind(
+        self, after: tuple[str, DeltaRank] | None = None, *, since_ms: int | None = None
+    ) -> None:
         """Let all deltas come again, or those of a run after a rank."""
         self._returned.clear()
         self._due.clear()
@@ -232,7 +238,10 @@ class RecordReader(Protocol):
         """Return in words which records were lost since the last call."""
         ...
 
-    def seek_to_beginning(self) -> None: ...
+    def seek_to_beginning(self, since_ms: int | None = None) -> None:
+        """Go back to the oldest record, or to the oldest of `since_ms` or later."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -255,6 +264,7 @@ class TopicDeltas:
         self._reader = reader
         self._assembler = Assembler(model_name, signature=signature, most_bytes=most_bytes)
         self._unreadable = ""
+        self._since_ms: int | None = None
 
     @property
     def counts(self) -> Counter[str]:
@@ -269,10 +279,20 @@ class TopicDeltas:
             if found or time.monotonic() >= deadline:
                 return found
 
-    def rewind(self, after: tuple[str, DeltaRank] | None = None) -> None:
-        """Read the topic again from its beginning; see `DeltaSource.rewind`."""
-        self._assembler.begin(after)
-        self._reader.seek_to_beginning()
+    def rewind(
+        self, after: tuple[str, DeltaRank] | None = None, *, since_ms: int | None = None
+    ) -> None:
+        """Read the topic again; see `DeltaSource.rewind`.
+
+        With another `since_ms` than the last time, reading begins a minute before that, because
+        clocks differ. If that led to a gap, the next time begins with the oldest record.
+        """
+        begin_ms = None
+        if since_ms is not None and since_ms != self._since_ms:
+            begin_ms = max(0, since_ms - _CLOCKS_DIFFER_MS)
+        self._since_ms = since_ms
+        self._assembler.begin(after, in_middle=begin_ms is not None)
+        self._reader.seek_to_beginning(begin_ms)
 
     def close(self) -> None:
         """Close the connection."""

@@ -223,6 +223,7 @@ class Assembler:
         self._signature = signature
         self._most_bytes = most_bytes
         self._after: tuple[str, DeltaRank] | None = None
+        self._in_middle = False
         self._open: dict[_Name, _Open] = {}
         self._ended: dict[_Name, None] = {}
         self._held_bytes = 0
@@ -232,12 +233,14 @@ class Assembler:
         """The size of the records of deltas that are not complete."""
         return self._held_bytes
 
-    def begin(self, after: tuple[str, DeltaRank] | None = None) -> None:
+    def begin(self, after: tuple[str, DeltaRank] | None = None, *, in_middle: bool = False) -> None:
         """Forget all records: the topic is read again.
 
-        The deltas of a run up to a rank are passed over, if `after` is (run, rank).
+        The deltas of a run up to a rank are passed over, if `after` is (run, rank). With
+        `in_middle`, so is the delta in the midst of whose records reading begins.
         """
         self._after = after
+        self._in_middle = in_middle
         self._open.clear()
         self._ended.clear()
         self._held_bytes = 0
@@ -257,6 +260,9 @@ class Assembler:
         name = _Name.of(label)
         if self._after and self._after[0] == name.run and name.rank <= self._after[1]:
             return []
+        if self._in_middle and label.index > 0:
+            self._ended[name] = None
+        self._in_middle = False
         if name in self._ended:
             self.counts["repeated"] += 1
             return []

@@ -85,6 +85,7 @@ class FollowedDeltas:
         self._catching_up = True
         self._skipped = False
         self._run = ""
+        self._since_ms = 0
         self._said: set[str] = set()
         self.behind: str | None = None
         """Why the deltas that come are not applied now, None if they are."""
@@ -121,6 +122,7 @@ class FollowedDeltas:
         )
         self.rank = self._chain.rank
         self._run = manifest.run
+        self._since_ms = manifest.created_ms
         self._go_back()
         self._caught_up()
 
@@ -260,7 +262,8 @@ class FollowedDeltas:
         self._skipped = False
         self._catching_up = True
         if self._source:
-            self._source.rewind((self._run, self.rank) if self.rank else None)
+            after = (self._run, self.rank) if self.rank else None
+            self._source.rewind(after, since_ms=self._since_ms)
 
 
 def _kind(error: SnapshotError) -> str:

@@ -221,7 +221,9 @@ class PlaceDeltas:
                 return found
             time.sleep(min(_SLEEP_SECONDS, remaining_seconds))
 
-    def rewind(self, after: tuple[str, DeltaRank] | None = None) -> None:
+    def rewind(
+        self, after: tuple[str, DeltaRank] | None = None, *, since_ms: int | None = None
+    ) -> None:
         """Let all deltas come again, or those of a run after a rank."""
         self._returned.clear()
         self._due.clear()

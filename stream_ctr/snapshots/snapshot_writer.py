@@ -121,7 +121,7 @@ class SnapshotWriter:
                 snapshot.published_weights(cut.manifest, cut.tensors)
             ),
             serving_sha256=_serving_sha256(cut.manifest, tensors),
-            delta=cut.delta(),
+            delta=None if not_finite else cut.delta(),  # a delta has every model
         )
         path = snapshot.write(
             self._root,

@@ -298,7 +298,9 @@ class ListedDeltas:
     def poll(self, timeout_seconds: float) -> Sequence[Delta | SnapshotError]:
         return [self.arrived.popleft()] if self.arrived else []
 
-    def rewind(self, after: tuple[str, DeltaRank] | None = None) -> None:
+    def rewind(
+        self, after: tuple[str, DeltaRank] | None = None, *, since_ms: int | None = None
+    ) -> None:
         self.rewinds += 1
         self.arrived = deque(
             each
