@@ -6,6 +6,7 @@ which brokers were used.
 
 from __future__ import annotations
 
+import signal
 import sys
 import uuid
 from collections.abc import Generator, Iterator
@@ -53,6 +54,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_BROKERS_USED] = []
     config.stash[_REPORT] = Report()
+    # A shell starts what runs in the background with this signal ignored, and so would what the
+    # tests start. Once it is caught here, it is not ignored there.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.pluginmanager.has_plugin("_cov"):
         _compile_untraced()
     # Hypothesis draws the same examples in every run, and without deadlines; with --faults it draws

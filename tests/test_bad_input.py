@@ -821,7 +821,7 @@ def renamed(tensors: Tensors) -> Tensors:
 
 
 WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "a name": (renamed, "tensor 'table' is missing"),
+    "a name": (renamed, "tensor 'other' is not one of this model"),
     "one too few": (
         lambda tensors: {"table": tensors["table"]},
         r"tensor 'dense\..*' is missing",

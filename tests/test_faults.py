@@ -992,7 +992,7 @@ def test_a_snapshot_that_is_removed_while_it_is_loaded_leaves_the_one_in_use(log
     (tmp_path / "snapshots" / names[0] / "model.safetensors").unlink()
     assert subscriber.next(0.5) is None
     assert subscriber.scorer is before
-    assert "model.safetensors is missing" in caplog.text
+    assert "model.safetensors: No such file" in caplog.text
 
 
 @pytest.mark.fault(

@@ -34,6 +34,7 @@ COMMANDS = {
         "{topic}.snapshots",
         "{login}",
     ],
+    "snapshots mirror": ["snapshots", "mirror", "{state}", "{mirror}"],
     "dlq ls": ["dlq", "ls", "--topic", "{topic}", "{login}"],
     "dlq show": ["dlq", "show", "--topic", "{topic}", "{login}"],
     "dlq replay": ["dlq", "replay", "--topic", "{topic}", "--all", "{login}"],
@@ -44,7 +45,17 @@ COMMANDS = {
     "simulate": ["simulate", "--impressions", "10", "--out", "{out}"],
 }
 PROPERTIES_FILE = "client.properties"
-WITHOUT_PASSWORD = {"broker", "dashboard", "demo", "export", "init", "models", "paper", "top"}
+WITHOUT_PASSWORD = {
+    "broker",
+    "compact",
+    "dashboard",
+    "demo",
+    "export",
+    "init",
+    "models",
+    "paper",
+    "top",
+}
 
 
 def test_every_command_is_tried() -> None:
@@ -81,6 +92,7 @@ def test_a_password_is_found_nowhere(
             "state": state,
             "snapshot": oldest_snapshot(state),
             "out": tmp_path / "out.jsonl",
+            "mirror": tmp_path / "mirror",
         }
         arguments = filled(template, login, places)
         arguments += topics if name in ("run", "doctor") else []

@@ -288,7 +288,7 @@ def test_every_model_of_a_snapshot_scores_as_it_stood(tmp_path, stream, name, be
         expected = learner.predict(*scorer.hasher.rows(_columns(scorer.fields, rows))).astype(
             np.float64
         )
-        assert np.array_equal(scorer.predict(rows), metrics.probabilities(expected))
+        assert np.allclose(scorer.predict(rows), metrics.probabilities(expected), rtol=0, atol=1e-6)
     assert np.array_equal(Scorer(path).predict(rows), Scorer(path, model=name).predict(rows))
     with pytest.raises(SnapshotError, match=f"no model 'opnn'; it has {name}"):
         Scorer(path, model="opnn")

@@ -32,19 +32,20 @@ _log = logging.getLogger("stream_ctr.train")
 
 
 def require_run(manifest: Manifest, run: str, path: Path) -> None:
-    """Raise `ConfigError` unless a run may resume from the snapshot at `path`, and is this one.
-
-    `run` is that of the state directory.
-    """
-    if snapshot.file_name(snapshot.stems()[1]) not in manifest.files:
-        raise ConfigError(
-            f"snapshot {path.name} holds what serving needs and no more, as `export` and `compact` "
-            "write it: no run resumes from it. Move it out of the state directory"
-        )
+    """Raise `ConfigError` unless the snapshot at `path` is of this run, that of the directory."""
     if manifest.run != run:
         raise ConfigError(
             f"snapshot {path.name} is of run {manifest.run}, and the state directory is that of "
             f"run {run}: the snapshots of two runs were mixed. Move those of the other run away"
+        )
+
+
+def require_learning_state(manifest: Manifest, path: Path) -> None:
+    """Raise `ConfigError` unless the snapshot at `path` holds what learning goes on from."""
+    if snapshot.file_name(snapshot.stems()[1]) not in manifest.files:
+        raise ConfigError(
+            f"snapshot {path.name} holds what serving needs and no more, as `export` and `compact` "
+            "write it: no run resumes from it. Move it out of the state directory"
         )
 
 

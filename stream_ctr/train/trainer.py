@@ -59,7 +59,7 @@ from stream_ctr.train.report import (
     to_json_object,
     window_report,
 )
-from stream_ctr.train.resume import require_run, require_same_run
+from stream_ctr.train.resume import require_learning_state, require_run, require_same_run
 from stream_ctr.train.sampled_baseline import SampledBaseline
 from stream_ctr.train.scoring import LearnedBatch, ScoringQueue
 from stream_ctr.train.snapshot_cycle import SnapshotCycle, SnapshotPolicy
@@ -670,6 +670,7 @@ class Trainer:
         Raises `ConfigError` if it was made with another configuration.
         """
         manifest, tensors = snapshot.load(path, signature=self.snapshots.policy.signature)
+        require_learning_state(manifest, path)
         require_run(manifest, self.publisher.run, path)
         require_same_run(manifest, self.identity, self.source, path)
         missing = self.state.restore(path, manifest, tensors)
