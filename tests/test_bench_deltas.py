@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from bench import delta_lag, delta_sizes, deltas
 from bench.delta_chain_writer import ChainWriter
+from support.long import only_long
 
 SCRIPT = Path(__file__).parent / "bench" / "deltas.py"
 PAGE = Path(__file__).parents[1] / "docs" / "deltas.md"
@@ -88,7 +89,7 @@ def quick(case: str, tmp_path: Path) -> tuple[dict[str, Any], str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["sizes", "parts", "cost", "serving", "bf16"])
+@pytest.mark.parametrize("case", ["sizes", *only_long(["parts", "cost", "serving", "bf16"])])
 def test_a_quick_run_of_a_case_fills_its_block(case: str, tmp_path: Path) -> None:
     cases, page = quick(case, tmp_path)
     assert [*cases] == [case]
