@@ -1,4 +1,4 @@
-"""What serving reads, its digest, and the changes that a model refuses."""
+"""The weights that serving reads, their digest, and the changes that a model refuses."""
 
 from __future__ import annotations
 

@@ -386,7 +386,7 @@ def roll_back(
 def copy_to_mirror(*, directory: Path, url: str | None) -> None:
     """Copy what servers need of the state directory DIR to URL, once.
 
-    By default it is the URL that the published pointer names. A run with snapshots.url does this
+    The default is the URL that the published pointer names. A run with snapshots.url does this
     all the time; the command is for a directory without one, and for a rollback after its end.
 
     \b

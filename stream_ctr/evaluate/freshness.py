@@ -146,7 +146,7 @@ def _compressed(times: Times, counts: Times, most: int) -> tuple[Times, Times]:
 
 @dataclass(slots=True)
 class Unpublished:
-    """What was learned and is not published yet.
+    """The examples that were learned and are not published yet.
 
     `closed` are the times at which label windows closed, those that are known, and `events` the
     event times, from `oldest_event_ms` to `newest_event_ms`. The last example was learned at

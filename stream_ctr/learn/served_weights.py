@@ -1,4 +1,4 @@
-"""What serving reads of a model, its digest, and the checks of changes to it.
+"""The weights that serving reads of a model, their digest, and the checks of changes to it.
 
     a network    values [N, width + 1]    V and w of each row
                  dense.*                  the parameters of the dense part

@@ -52,7 +52,7 @@ class Overlay(NamedTuple):
 
 
 class _Table:
-    """What the versions share: the array, a lock for those who change it, and who is alive."""
+    """The part that versions share: the array, a lock for those who change it, and who is alive."""
 
     def __init__(self, array: Floats) -> None:
         self.array = array

@@ -1,4 +1,4 @@
-"""How old a state of the model is when a server has loaded it.
+"""The age of a state of the model when a server has loaded it.
 
     newest event -> its label window closes -> learned -> copied -> published -> loaded
     |------------------------------- event_seconds --------------------------------|

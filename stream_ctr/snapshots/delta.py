@@ -245,7 +245,7 @@ def encode_payload(changes: Changes, precision: Precision) -> bytes:
 def decode_payload(data: bytes, precision: Precision, name: str = "delta") -> Changes:
     """Return the changes in a payload, whose digest was compared before.
 
-    Raises `SnapshotError` if it is no payload. That the arrays fit a model is for the model to say.
+    Raises `SnapshotError` if it is no payload. The model itself checks that the arrays fit it.
     """
     try:
         tensors = safetensors.numpy.load(data)

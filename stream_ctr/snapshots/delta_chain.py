@@ -44,7 +44,7 @@ class Apply(NamedTuple):
 
 
 class Stale(NamedTuple):
-    """What the delta brings is loaded already, or is superseded. `text` says why."""
+    """The rows of the delta are loaded already, or are superseded. `text` says why."""
 
     text: str
 

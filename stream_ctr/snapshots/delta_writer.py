@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -33,6 +33,7 @@ from stream_ctr.snapshots.delta import (
     header_sha256,
 )
 from stream_ctr.snapshots.delta_store import DeltaStore
+from stream_ctr.snapshots.writing_thread import WritingThread
 
 Outlet: TypeAlias = Callable[[bytes, DeltaHeader, bytes], None]
 """(bytes of the header, header, payload): raises `SnapshotError` if it does not take the delta."""
@@ -62,7 +63,7 @@ class _Encoded:
     payload: bytes
 
 
-class DeltaWriter:
+class DeltaWriter(WritingThread[WrittenDelta]):
     """Write one delta at a time, in a thread.
 
     `sign` signs headers, `check` is called before a delta becomes visible and may raise, and
@@ -78,18 +79,12 @@ class DeltaWriter:
         check: Callable[[], None] = lambda: None,
         now_ms: Callable[[], int],
     ) -> None:
+        super().__init__("delta")
         self._store = store
         self._outlets = [_Backlog(outlet) for outlet in outlets]
         self._sign = sign
         self._check = check
         self._now_ms = now_ms
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="delta")
-        self._writing: Future[WrittenDelta] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """True from `begin` until `take` has returned the delta."""
-        return self._writing is not None
 
     def begin(self, changes: Changes, header: DeltaHeader) -> Callable[[], DeltaPosition | None]:
         """Begin to write a delta. The one before must have been taken.
@@ -97,28 +92,8 @@ class DeltaWriter:
         The digest and the size of the payload are filled in. Returns a function that waits for the
         delta, and returns its position, or None if it could not be written.
         """
-        assert self._writing is None
-        writing = self._writing = self._thread.submit(self._write, changes, header)
+        writing = self._begin(lambda: self._write(changes, header))
         return lambda: _position(writing)
-
-    def take(self, *, wait: bool) -> WrittenDelta | None:
-        """Return the delta that was begun if it is on disk, or None.
-
-        Raises `SnapshotError` if it could not be written, and what `check` raised.
-        """
-        if self._writing is None or not (wait or self._writing.done()):
-            return None
-        done = self._writing
-        self._writing = None
-        return done.result()
-
-    def after(self, work: Callable[[], object]) -> None:
-        """Run `work` after the delta that was begun. Its errors are logged."""
-        self._thread.submit(_attempt, work)
-
-    def close(self) -> None:
-        """Finish everything that was begun."""
-        self._thread.shutdown()
 
     def _write(self, changes: Changes, header: DeltaHeader) -> WrittenDelta:
         _require_finite(changes, header)
@@ -190,10 +165,3 @@ def _position(writing: Future[WrittenDelta]) -> DeltaPosition | None:
         return writing.result().position
     except (StreamCtrError, OSError):  # whoever takes the delta gets the error
         return None
-
-
-def _attempt(work: Callable[[], object]) -> None:
-    try:
-        work()
-    except StreamCtrError as error:  # the next time tries again
-        _log.error("old deltas are not removed: %s", error)

@@ -9,11 +9,11 @@ not wait while a snapshot of gigabytes is on its way. They read the directory an
 so what failed is sent the next time, what was superseded is not sent any more, and a rollback from
 another process reaches the mirror too. No other thread waits for them.
 
-What the directory removes is removed from the mirror. A mirror belongs to one run: one that holds
-another run's pointer is not touched.
+Files that the directory removes are removed from the mirror. A mirror belongs to one run: one that
+holds another run's pointer is not touched.
 
-What cannot be sent is counted, logged and tried again, less and less often, until something new is
-published. At the end of a run it is an error, as a snapshot is that did not fit on the disk.
+A file that cannot be sent is counted, logged and tried again, less and less often, until something
+new is published. At the end of a run it is an error, as a snapshot is that did not fit on the disk.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def mirrored_files(manifest: Manifest) -> list[str]:
 
 
 class Work(NamedTuple):
-    """What a thread of a mirror does again and again, after so many seconds at most.
+    """The work that a thread of a mirror does again and again, after so many seconds at most.
 
     It raises `SnapshotError` if something cannot be sent.
     """
@@ -444,7 +444,7 @@ def _require_run(
 ) -> None:
     """Raise `SnapshotError` if a document that is there is another run's, or a newer version's.
 
-    What cannot be read is replaced.
+    A document that cannot be read is replaced.
     """
     try:
         found = read(data, f"{place.url}: {name}").run if data else run

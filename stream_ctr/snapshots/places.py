@@ -16,7 +16,7 @@ It is imported when the first URL is opened: a server that reads a directory nee
 
 A place may be slow, or not answer at all. Each wait for it ends: a connection is made within 10
 seconds, the next bytes come within 15, and a transfer of less than a kilobyte a second is given
-up. Other stores have the limits of their packages. What is read is never more than was asked for.
+up. Other stores have the limits of their packages. A read never returns more than was asked for.
 
 Names in a place have the form `snapshots/NAME/FILE`. Nothing here is trusted: what is read is
 compared with digests by those who read it.

@@ -1,4 +1,4 @@
-"""What a run publishes, read at a place on another machine: pointers, snapshots and deltas.
+"""The files of a run, read at a place on another machine: pointers, snapshots and deltas.
 
     URL/latest.json              the pointer, read each second
     URL/snapshots/NAME/...       what serving needs of a snapshot, downloaded into a cache

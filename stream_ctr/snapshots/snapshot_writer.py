@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,13 +11,13 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_ctr.errors import SnapshotError, StreamCtrError
+from stream_ctr.errors import SnapshotError
 from stream_ctr.learn.served_weights import served_weights, serving_sha256
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.delta import DeltaPosition
 from stream_ctr.snapshots.manifest import Manifest, RunIdentity
+from stream_ctr.snapshots.writing_thread import WritingThread
 
-_log = logging.getLogger(__name__)
 Graphs: TypeAlias = Callable[[RunIdentity, Mapping[str, Mapping[str, Any]]], Mapping[str, bytes]]
 
 
@@ -49,7 +47,7 @@ class Written:
     not_finite: tuple[str, ...] = ()
 
 
-class SnapshotWriter:
+class SnapshotWriter(WritingThread[Written]):
     """Write one snapshot at a time, in a thread.
 
     `graphs` returns the ONNX graphs of the models, by file stem, where snapshots hold them. `check`
@@ -66,42 +64,16 @@ class SnapshotWriter:
         check: Callable[[], None] = lambda: None,
         before: Callable[[], None] = lambda: None,
     ) -> None:
+        super().__init__("snapshot")
         self._before = before
         self._graphs = graphs
         self._root = root
         self._sign = sign
         self._check = check
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
-        self._writing: Future[Written] | None = None
-
-    @property
-    def busy(self) -> bool:
-        """True from `begin` until `take` has returned the snapshot."""
-        return self._writing is not None
 
     def begin(self, cut: Cut) -> None:
         """Begin to write a snapshot. The one before must have been taken."""
-        assert self._writing is None
-        self._writing = self._thread.submit(self._write, cut)
-
-    def take(self, *, wait: bool) -> Written | None:
-        """Return the snapshot that was begun if it is on disk, or None.
-
-        Raises `SnapshotError` if it could not be written, and what `check` raised.
-        """
-        if self._writing is None or not (wait or self._writing.done()):
-            return None
-        done = self._writing
-        self._writing = None
-        return done.result()
-
-    def after(self, work: Callable[[], None]) -> None:
-        """Run `work` after the snapshot that was begun. Its errors are logged."""
-        self._thread.submit(self._attempt, work)
-
-    def close(self) -> None:
-        """Finish everything that was begun."""
-        self._thread.shutdown()
+        self._begin(lambda: self._write(cut))
 
     def _write(self, cut: Cut) -> Written:
         model = cut.tensors["model"]
@@ -133,12 +105,6 @@ class SnapshotWriter:
             check=self._check,
         )
         return Written(path, manifest, cut.positions, not_finite)
-
-    def _attempt(self, work: Callable[[], None]) -> None:
-        try:
-            work()
-        except StreamCtrError as error:  # the next snapshot tries again
-            _log.error("old snapshots are not removed: %s", error)
 
 
 def _serving_sha256(

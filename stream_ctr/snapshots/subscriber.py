@@ -128,7 +128,7 @@ class _Awaited:
 class Subscriber:
     """Predict with the newest published snapshot, which is replaced while calls go on.
 
-    `source` is a state directory, a URL (see `places`) or a `PointerSource`. What is at a URL is
+    `source` is a state directory, a URL (see `places`) or a `PointerSource`. Files at a URL are
     downloaded to the folder `cache`, by default one in the user's cache directory.
 
     `run` is the id of the run to follow; by default it is the first that is loaded. With

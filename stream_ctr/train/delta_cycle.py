@@ -77,7 +77,7 @@ Token = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class DeltaPolicy:
-    """How values are rounded, who gets a delta besides the state directory, and how many stay.
+    """The rounding of values, who gets a delta besides the state directory, and how many stay.
 
     The newest deltas of `most_bytes` together stay, as long as they lead on from a snapshot.
     """

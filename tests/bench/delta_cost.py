@@ -1,4 +1,4 @@
-"""What deltas cost the learner: a run with deltas beside one without, as in port.py.
+"""The cost of deltas to the learner: a run with deltas beside one without, as in port.py.
 
 A run learns a first log and ends. Then each round learns a second log three times, each time from a
 copy of that state, in an order that changes from round to round: *without* deltas, *with* them, and

@@ -1,4 +1,4 @@
-"""What freshness is worth: logloss as served when weights are published every 10 min, 1 min, 5 s.
+"""The worth of freshness: logloss as served when weights are published every 10 min, 1 min, 5 s.
 
     python tests/bench/freshness.py               # all cases and five seeds, an hour on two cores
     python tests/bench/freshness.py --quick       # small and once, to see that it runs
