@@ -21,7 +21,7 @@ from stream_ctr.cli.assembly import build_trainer
 from stream_ctr.cli.runs import state_directory
 from stream_ctr.config import load
 from stream_ctr.logs.simulate import Simulation
-from stream_ctr.snapshots import snapshot, snapshot_writer
+from stream_ctr.snapshots import snapshot, writing_thread
 from stream_ctr.snapshots.manifest import Manifest
 from stream_ctr.snapshots.pointer import read_pointer
 from stream_ctr.snapshots.publisher import Publisher
@@ -170,7 +170,7 @@ def test_a_power_loss_at_any_moment_of_a_run_leaves_what_a_run_goes_on_from(
     source = Promises(values)
     (tmp_path / "disk").mkdir()
     states = States(tmp_path / "states", source)
-    monkeypatch.setattr(snapshot_writer, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(writing_thread, "ThreadPoolExecutor", InTurn)
     with Disk(tmp_path / "disk", states).watched(monkeypatch):
         run(tmp_path / "disk" / "state", source)
     resumed = states.states if full else random.Random(1).sample(states.states, 3)
