@@ -36,6 +36,7 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 
 Event = dict[str, Any]
+START = 1_735_689_600_000
 
 
 def pairs(n: int, *, now_ms: int, clicks: bool = True) -> Iterator[tuple[str, Event]]:
@@ -160,6 +161,24 @@ def test_clicks_with_other_ids_than_impressions_are_found(
     found = doctor("--topic", topic, "--bootstrap-servers", embedded_broker, *at)
     assert faulty(found) == {"coverage": "warning"}
     assert found["coverage"]["text"].startswith("0 % of 50 clicks")
+
+
+def test_labelled_examples_that_come_far_behind_are_found(at: list[object], tmp_path: Path) -> None:
+    def example(number: int, label: int) -> str:
+        event = {"kind": "example", "impression_id": f"{number}.{label}", "label": label}
+        event |= {"time": START + 1000 * number, "features": {"app": f"a{number % 7}"}}
+        return json.dumps(event)
+
+    log = tmp_path / "examples.jsonl"
+    for behind, level in ((30, "ok"), (90, "warning")):
+        lines = [(n, example(n, 1)) for n in range(300)]
+        lines += [(n + behind, example(n, 0)) for n in range(300)]
+        log.write_text("".join(f"{line}\n" for _, line in sorted(lines)))
+        found = doctor("--source", log, *at)["delays"]
+        length = f"{behind}s"
+        assert found["level"] == level
+        assert found["text"].startswith(f"labelled examples come up to {length} behind the latest")
+        assert ("join.allowed_lateness = 90s" in found["fix"]) == (level == "warning")
 
 
 @pytest.mark.parametrize(("bad", "level", "code"), [(20, "warning", 0), (900, "error", 5)])
