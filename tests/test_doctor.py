@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -36,7 +37,6 @@ from stream_ctr.events.field import Field
 from stream_ctr.logs.simulate import Simulation
 
 Event = dict[str, Any]
-START = 1_735_689_600_000
 
 
 def pairs(n: int, *, now_ms: int, clicks: bool = True) -> Iterator[tuple[str, Event]]:
@@ -163,22 +163,23 @@ def test_clicks_with_other_ids_than_impressions_are_found(
     assert found["coverage"]["text"].startswith("0 % of 50 clicks")
 
 
-def test_labelled_examples_that_come_far_behind_are_found(at: list[object], tmp_path: Path) -> None:
-    def example(number: int, label: int) -> str:
+@pytest.mark.parametrize(("behind", "level"), [(30, "ok"), (90, "warning")])
+def test_labelled_examples_that_come_far_behind_are_found(
+    embedded_broker: str, topic: str, at: list[object], behind: int, level: str
+) -> None:
+    def example(number: int, label: int) -> tuple[str, Event]:
         event = {"kind": "example", "impression_id": f"{number}.{label}", "label": label}
-        event |= {"time": START + 1000 * number, "features": {"app": f"a{number % 7}"}}
-        return json.dumps(event)
+        times = {"time": now_ms() + 1000 * (number - 300), "features": {"app": f"a{number % 7}"}}
+        return f"i{number}", {**event, **times}
 
-    log = tmp_path / "examples.jsonl"
-    for behind, level in ((30, "ok"), (90, "warning")):
-        lines = [(n, example(n, 1)) for n in range(300)]
-        lines += [(n + behind, example(n, 0)) for n in range(300)]
-        log.write_text("".join(f"{line}\n" for _, line in sorted(lines)))
-        found = doctor("--source", log, *at)["delays"]
-        length = f"{behind}s"
-        assert found["level"] == level
-        assert found["text"].startswith(f"labelled examples come up to {length} behind the latest")
-        assert ("join.allowed_lateness = 90s" in found["fix"]) == (level == "warning")
+    came = [
+        (number + behind * (1 - label), number, label) for number in range(300) for label in (0, 1)
+    ]
+    produce(embedded_broker, topic, [example(number, label) for _, number, label in sorted(came)])
+    found = doctor("--topic", topic, "--bootstrap-servers", embedded_broker, *at)["delays"]
+    assert found["level"] == level
+    assert re.match(rf"labelled examples come up to ({behind - 1}|{behind})s behind", found["text"])
+    assert ("join.allowed_lateness = " in found["fix"]) == (level == "warning")
 
 
 @pytest.mark.parametrize(("bad", "level", "code"), [(20, "warning", 0), (900, "error", 5)])
