@@ -222,6 +222,9 @@ class NetworkLearner:
             )
         return self._host_rows.copy_(self.table.rows).numpy()
 
+    def shards(self) -> None:
+        return None
+
     def optimizer_state(self) -> State:
         return {
             "steps": np.array([self.steps, self._first_step, self._examples]),
