@@ -152,6 +152,9 @@ class NetworkLearner(Network):
             )
         return self._host_rows.copy_(self.table.rows).numpy()
 
+    def shards(self) -> None:
+        return None
+
     def optimizer_state(self) -> State:
         return {**self._counters(), **self.adam.state_dict()}
 
