@@ -251,11 +251,11 @@ class _Broken(ShardedOnlineStep):
 
     _batches = 0
 
-    def _step_in_turn(self, batch: Any, turns: Any) -> None:
+    def _step_sub_batches(self, batch: Any) -> None:
         self._batches += 1
         if self._batches == 2:
             raise ArithmeticError("broken")
-        super()._step_in_turn(batch, turns)
+        super()._step_sub_batches(batch)
 
 
 def _breaks(ranks: Ranks) -> None:
