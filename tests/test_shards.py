@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from support.delta_chains import assert_chains_hold
 from support.manifests import LEARNER, edit_manifest, manifest, write_snapshot
 from support.ranks import on_ranks
-from support.shards import HeldRows, HeldTable, make_one_rank, table
+from support.served import ROWS as IMPRESSIONS
+from support.served import publish, write_served
+from support.shards import HeldRows, HeldTable, in_shards, make_one_rank, table
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors, flip_bit
 from support.trainers import SMALL, Partitions, assert_equal_states, finish, trainer
 
@@ -32,9 +34,11 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.learn.onnx_graph import build_graph
 from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.cache import SnapshotCache
 from stream_ctr.snapshots.compaction import compact
 from stream_ctr.snapshots.export import export_snapshot
-from stream_ctr.snapshots.mirror import mirrored_files
+from stream_ctr.snapshots.mirror import mirror_once
+from stream_ctr.snapshots.places import LocalPlace
 from stream_ctr.snapshots.remote import served_files
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
@@ -390,10 +394,21 @@ def test_small_tables_have_a_shard_for_each_row(tmp_path: Path) -> None:
     assert np.array_equal(snapshot.load(path)[1]["model"]["table"], table(16))
 
 
-def test_servers_get_the_shards_too(tmp_path: Path) -> None:
-    found = snapshot.verify(Alone().write(tmp_path))
-    assert mirrored_files(found) == ["model.safetensors", *shard_names()]
-    assert served_files(None, "onnx")(found) == ["model.safetensors", *shard_names()]
+def test_servers_get_the_shards_from_a_mirror(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "snapshots"
+    whole = write_served(root)
+    path = in_shards(whole, 2)
+    pointer = publish(path)
+    mirror_once(f"file://{tmp_path / 'mirror'}", tmp_path / "state", pointer)
+    cache = SnapshotCache(tmp_path / "cache", served_files(None, "torch"))
+    fetched = cache.fetch(LocalPlace(tmp_path / "mirror"), pointer)
+    names = {"manifest.json", "model.safetensors", *shard_names()}
+    assert {file.name for file in fetched.iterdir()} == names
+    expected = Scorer(whole)
+    scorer = Scorer(fetched)
+    assert scorer.predict(IMPRESSIONS).tolist() == expected.predict(IMPRESSIONS).tolist()
+    assert scorer.serving_sha256() == expected.serving_sha256()
+    cache.close()
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
@@ -20,6 +21,7 @@ from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
 from stream_ctr.learn.shard_writer import Rows, ShardsWritten, ShardWriter, SharedCopy
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.snapshots import snapshot
 
 SERVED = 5  # floats of a row
 
@@ -95,6 +97,23 @@ class HeldTable:
         """Let something go wrong on a rank from now on, or right again everywhere."""
         self._team.announce(self._number, "spoil", rank=rank, how=how)
         self.own.spoil(rank=rank, how=how)
+
+
+def in_shards(path: Path, sequence: int) -> Path:
+    """Write the state of a snapshot once more, with its tables in shards."""
+    found, tensors = snapshot.load(path)
+    segments: dict[str, tuple[Path, str, int]] = {}
+    for stem, named in tensors.items():
+        if "table" in named:
+            folder = path.parent / f"tmp-{stem}"
+            folder.mkdir()
+            rows = named.pop("table")
+            writer = ShardWriter(Ranks.alone())
+            writer.begin(Rows(rows, 0, rows.shape, SERVED), folder, stem)
+            segments |= writer.written().files
+    name = snapshot.new_id(sequence, found.event_time_ms)
+    described = structs.replace(found, snapshot=name, sequence=sequence, files={})
+    return snapshot.write(path.parent, tensors=tensors, manifest=described, segments=segments)
 
 
 class OneRankLearner(NetworkLearner):
