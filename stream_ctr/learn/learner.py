@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from stream_ctr.learn.linear_learner import LinearLearner
-from stream_ctr.learn.network_learner import NetworkLearner, columns_of, module_of
+from stream_ctr.learn.network import columns_of, module_of
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
