@@ -162,9 +162,9 @@ def test_a_table_in_the_files_of_several_ranks_carries_over_as_it_is_or_not_at_a
     before, layer = schema_of(POOL), "dense.deep.layers.0.weight"
     old = model_state(made("deepfm", before), before)
     stored: Any = StoredTable(Path("snapshot"), "model", {}, old.weights["table"].shape)
-    old.weights["table"] = stored  # type: ignore[index]
+    old.weights["table"] = stored
     fresh = model_state(made("deepfm", before, seed=1), before)
-    del fresh.weights["table"]  # type: ignore[attr-defined]
+    del fresh.weights["table"]
     carried = carry_over(old, fresh)
     assert carried.weights["table"] is stored
     assert np.array_equal(carried.weights[layer], old.weights[layer])

@@ -67,7 +67,7 @@ class HeldRows:
         elif how == "nan":
             self.rows[-1, -1] = np.nan
         elif how == "killed":
-            shard_writer.write_tensors = _die  # type: ignore[assignment]
+            shard_writer.write_tensors = _die  # type: ignore[attr-defined]
 
 
 def _die(path: Path, named: object) -> None:
@@ -85,7 +85,7 @@ class HeldTable:
 
     def load(self, stored: StoredTable) -> None:
         assert stored.shape == self.own.shape
-        arguments = {
+        arguments: dict[str, Any] = {
             "folder": str(stored.folder),
             "stem": stored.stem,
             "files": dict(stored.files),
