@@ -18,8 +18,11 @@ import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.commands import command, succeed
 from support.delta_chains import assert_chains_hold
+from support.lineage import QUICK, last_report
 from support.manifests import LEARNER, edit_manifest, manifest, write_snapshot
+from support.rank_runs import RankRun, run_on_ranks
 from support.ranks import on_ranks
 from support.served import ROWS as IMPRESSIONS
 from support.served import publish, write_served
@@ -36,11 +39,13 @@ from support.trainers import (
 
 from stream_ctr.cli import assembly
 from stream_ctr.cli.main import main
-from stream_ctr.distributed.ranks import RankError, Ranks
+from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
 from stream_ctr.errors import SnapshotError
+from stream_ctr.failpoint import EXIT_CODE, RANK_VARIABLE, VARIABLE
 from stream_ctr.learn.onnx_graph import build_graph
 from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
+from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.cache import SnapshotCache
 from stream_ctr.snapshots.compaction import compact
@@ -50,7 +55,6 @@ from stream_ctr.snapshots.places import LocalPlace
 from stream_ctr.snapshots.remote import served_files
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
-from stream_ctr.train import as_served
 from stream_ctr.train.trainer import Surroundings, Trainer
 
 ROWS = 128
@@ -174,24 +178,11 @@ def _lead(team: Team, root: Path, plain: Path) -> dict[str, Any]:
     return found
 
 
-def _resumed(team: Team, root: Path, path: Path) -> Path:
-    held = HeldTable(team, rows=ROWS, seed=9)
-    table = snapshot.load(path, stems=["model"], stored=True)[1]["model"]["table"]
-    assert isinstance(table, StoredTable)
-    held.load(table)
-    writer = SnapshotWriter(root)
-    writer.begin(cut(6, held={"model": held}))
-    written = take(writer).path
-    writer.close()
-    return written
-
-
 @pytest.mark.slow
 @pytest.mark.fault(19, injected="a file size limit on one rank while all write a snapshot")
-def test_ranks_write_together_what_one_process_writes_and_go_on_with_any_number(
+def test_ranks_write_together_what_one_process_writes(
     tmp_path: Path,
 ) -> None:
-    """Plain, then 3 ranks, then 2, then plain: the same bits."""
     plain = written_by_one(tmp_path / "plain")
     root = tmp_path / "snapshots"
     root.mkdir()
@@ -214,28 +205,6 @@ def test_ranks_write_together_what_one_process_writes_and_go_on_with_any_number(
     mended[16 // 3 - 1, -1] = 0.0  # the last value of rank 0
     assert np.array_equal(snapshot.load(found["both"])[1]["fm.model"]["table"], mended)
     assert not [path for path in root.iterdir() if path.name.startswith("tmp-")]
-    again = on_ranks(2, _led, _resumed, root, found["written"])[0]
-    assert equal_tensors(snapshot.load(again)[1], snapshot.load(plain.path)[1])
-    assert snapshot.verify(again).weights_sha256 == plain.manifest.weights_sha256
-
-
-def _killed(team: Team, root: Path) -> None:
-    held = HeldTable(team, rows=ROWS)
-    held.spoil(1, "killed")
-    writer = SnapshotWriter(root)
-    (root / "error").write_text(_failure(writer, cut(2, held={"model": held}), RankError))
-
-
-@pytest.mark.slow
-@pytest.mark.fault(2, injected="death of a rank that writes its shards of a snapshot")
-def test_a_rank_that_is_killed_while_it_writes_leaves_the_snapshot_before(tmp_path: Path) -> None:
-    before = written_by_one(tmp_path)
-    with pytest.raises(Exception, match="terminated abruptly"):
-        on_ranks(2, _led, _killed, tmp_path)
-    assert snapshot.newest(tmp_path) == before.path
-    assert snapshot.snapshot_ids(tmp_path) == [before.path.name]
-    assert [name.split("-", 3)[-1] for name in snapshot.clean(tmp_path)] == ["model"]
-    assert not list(tmp_path.glob("tmp-*"))
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -490,8 +459,7 @@ def run(directory: Path, records: Any, *, sharded: bool, stop_after: int | None 
     """Go on with a run, in one process or with tables that are held in shards."""
     with pytest.MonkeyPatch.context() as patch:
         if sharded:
-            for module in (assembly, as_served):
-                patch.setattr(module, "make_learner", make_one_rank)
+            patch.setattr(assembly, "make_learner", make_one_rank)
         source = Partitions([records], stop_after=stop_after)
         built = trainer(directory, source, surroundings=Surroundings(flags=EveryThird()), **RUN)
         if before := snapshot.newest(directory / "snapshots"):
@@ -560,3 +528,76 @@ def predicted(path: Path) -> list[float]:
     rows = [{"rating": float(n % 5), "hour": str(n)} for n in range(50)]
     found: list[float] = Scorer(path, on_invalid="score").predict(rows).tolist()
     return found
+
+
+# -- runs on several ranks -------------------------------------------------------------------------
+
+OPTIONS = [
+    *(*QUICK, "-X", "model.name=fm"),
+    *("-X", "schedule.snapshot_examples=1024", "-X", "snapshots.delta_every=0.2s"),
+]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "sim.jsonl"
+    Simulation(4000, seed=5).write_jsonl(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of a run in one process."""
+    state = tmp_path_factory.mktemp("clean") / "state"
+    succeed("run", "--source", log, "--state", state, *OPTIONS)
+    return state
+
+
+@pytest.mark.slow
+@pytest.mark.fault(19, injected="a rank that cannot write a shard, once in a run")
+def test_a_run_on_ranks_goes_on_when_one_cannot_write_and_its_deltas_lead_to_its_snapshots(
+    log: Path, clean: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    cannot = {VARIABLE: "snapshot.file:40=out-of-memory", RANK_VARIABLE: "1"}
+    arguments = ["run", "--source", log, "--state", state, *OPTIONS]
+    ranks = run_on_ranks(tmp_path / "ranks", 2, *arguments, env=cannot)
+    assert re.search(
+        r"cannot write snapshot 00000002-\S+: rank 1: cannot write model\.shard-39-of-64\.safeten",
+        ranks.said(0),
+    )
+    assert not list((state / "snapshots").glob("tmp-*"))
+    ours, theirs = snapshot.read_manifest(newest(state)), snapshot.read_manifest(newest(clean))
+    assert last_report(state)["counters"]["snapshots_failed"] == 1
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.serving_sha256 == theirs.serving_sha256
+    assert ours.ledger == theirs.ledger
+    assert {*shard_names()} < {*ours.files}
+    assert assert_chains_hold(state) >= 1
+    for path in all_snapshots(state):
+        snapshot.verify(path)
+    (newest(state) / shard_names()[50]).unlink()
+    done = command("snapshots", "verify", newest(state))
+    assert done.exit_code == 6
+    assert "model.shard-50-of-64.safetensors is missing" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.fault(37, injected="death of a rank that writes its shards of a snapshot")
+def test_a_rank_that_dies_while_it_writes_leaves_the_snapshot_before(
+    log: Path, clean: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    arguments = ["run", "--source", log, "--state", state, *OPTIONS]
+    die = {VARIABLE: "snapshot.file:40", RANK_VARIABLE: "1"}
+    ranks = RankRun(tmp_path / "ranks", 2, *arguments, env=die)
+    assert ranks.wait() == [1, EXIT_CODE]
+    assert len(all_snapshots(state)) == 1
+    # Rank 0 removes what the others wrote. Had it died too, the next run would.
+    unfinished = state / "snapshots" / "tmp-1-model"
+    unfinished.mkdir()
+    (unfinished / shard_names()[0]).write_bytes(b"a part of it")
+    run_on_ranks(tmp_path / "again", 3, *arguments)
+    assert not list((state / "snapshots").glob("tmp-*"))
+    ours, theirs = snapshot.read_manifest(newest(state)), snapshot.read_manifest(newest(clean))
+    assert (ours.ledger, ours.weights_sha256) == (theirs.ledger, theirs.weights_sha256)

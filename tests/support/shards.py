@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ from msgspec import structs
 
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
-from stream_ctr.learn import shard_writer
 from stream_ctr.learn.learner import Learner, make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
@@ -57,7 +54,7 @@ class HeldRows:
         read_rows(Path(folder), stem, files, shape=shape, rows=self.own, out=self.rows)
 
     def spoil(self, *, rank: int, how: str) -> None:
-        """Make files too large, a number not finite, or the next shard deadly; or mend it all."""
+        """Make files too large or a number not finite, or mend both."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         self.rows[:] = np.nan_to_num(self.rows, nan=0.0)
         if rank != self._rank:
@@ -66,13 +63,6 @@ class HeldRows:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         elif how == "nan":
             self.rows[-1, -1] = np.nan
-        elif how == "killed":
-            shard_writer.write_tensors = _die  # type: ignore[attr-defined]
-
-
-def _die(path: Path, named: object) -> None:
-    path.write_bytes(b"a part of it")
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class HeldTable:
