@@ -35,7 +35,7 @@ from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
-from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.learner import MakeLearner, make_learner
 from stream_ctr.learn.pairs import choose_columns, columns_after
 from stream_ctr.learn.runtimes import graph_builder
 from stream_ctr.learn.spec import (
@@ -100,6 +100,7 @@ def build_trainer(
     predictions: Path | None = None,
     schemas: Schemas | None = None,
     delta_outlets: Sequence[Outlet] = (),
+    make: MakeLearner | None = None,
     front: MakeFront | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
@@ -109,14 +110,15 @@ def build_trainer(
     to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
     `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
     weights it began with. `schemas` has those of Avro records. Deltas go to `delta_outlets` too.
-
-    With `front`, all ranks of the run read the source and join, where that returns something.
+    `make` makes the learners, in place of those of one process. With `front`, all ranks of the run
+    read the source and join.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
     set_up_process()
     surroundings = surroundings or Surroundings()
     config = _with_precision(config)
+    make = make or partial(make_learner, device=config.learn.device, threads=config.learn.threads)
     identity = run_identity(config, fields, fitted, earlier=earlier, origin=origin)
     fronted = front(identity, Inputs.of(source)) if front else None
     hasher = _hasher(identity)
@@ -126,9 +128,9 @@ def build_trainer(
         _watermarks(Watermarks, config, identity, source),
     )
     baseline = _baseline(identity) if config.baseline.enabled else None
-    served = _as_served(config, identity, in_event_time=in_event_time)
+    served = _as_served(config, identity, make, in_event_time=in_event_time)
     fields_measured = _field_health(config, hasher) if config.metrics.field_health else None
-    state = _state(config, identity, joiner, watermarks, baseline, served, fields_measured)
+    state = _state(config, identity, joiner, watermarks, baseline, served, fields_measured, make)
     return Trainer(
         ingest=ingest,
         state=state,
@@ -491,6 +493,7 @@ def _state(
     baseline: SampledBaseline | None,
     served: AsServed | None,
     fields: FieldHealth | None,
+    make: MakeLearner,
 ) -> TrainingState:
     specs = identity.specs
     blend = Blend(identity.blend) if identity.blend else None
@@ -499,10 +502,7 @@ def _state(
     return TrainingState(
         joiner=joiner,
         watermarks=watermarks,
-        learners={
-            name: make_learner(spec, device=config.learn.device, threads=config.learn.threads)
-            for name, spec in specs.items()
-        },
+        learners={name: make(spec) for name, spec in specs.items()},
         scoreboard=Scoreboard(
             models,
             windows=MetricWindows(
@@ -560,7 +560,9 @@ def _batch_sizes(config: Config) -> Callable[[int], int]:
     return lambda examples: largest
 
 
-def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) -> AsServed | None:
+def _as_served(
+    config: Config, identity: RunIdentity, make: MakeLearner, *, in_event_time: bool
+) -> AsServed | None:
     """Return what scores impressions as served: the published model, and LR, which is cheap."""
     share = config.metrics.served_share
     if not share:
@@ -579,8 +581,7 @@ def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) ->
         share=share,
         delay_ms=identity.join.label_window_ms + identity.join.allowed_lateness_ms,
         every_ms=in_milliseconds(every) if in_event_time else 0,
-        device=config.learn.device,
-        threads=config.learn.threads,
+        make=make,
     )
 
 

@@ -13,6 +13,7 @@ from stream_ctr.cli.assembly import build_front
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.registry import open_schemas
 from stream_ctr.config import Config
+from stream_ctr.distributed.agreement import together
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
 from stream_ctr.snapshots.manifest import Input, RunIdentity
@@ -69,18 +70,22 @@ class FrontMaker:
         positions: Mapping[str, int],
         until_end: bool,
     ) -> Front:
-        """Make the front of this rank."""
-        with connector_errors():
-            inputs = self._inputs or self._open(ended, positions, until_end=until_end)
-            front = build_front(
-                self._config,
-                msgspec.convert(identity, RunIdentity),
-                inputs,
-                ranks,
-                self._directory,
-                schemas=open_schemas(self._config, self._registry),
-                translated=connector_errors,
-            )
+        """Make the front of this rank.
+
+        Raises the error of the first rank that cannot read the topics, on every rank.
+        """
+        inputs = together(
+            ranks, lambda: self._inputs or self._open(ended, positions, until_end=until_end)
+        )
+        front = build_front(
+            self._config,
+            msgspec.convert(identity, RunIdentity),
+            inputs,
+            ranks,
+            self._directory,
+            schemas=open_schemas(self._config, self._registry),
+            translated=connector_errors,
+        )
         self._stack.callback(front.close)  # before the source
         return front
 
@@ -91,7 +96,8 @@ class FrontMaker:
         *,
         until_end: bool,
     ) -> Inputs:
-        source = self._open_source(until_end)
+        with connector_errors():
+            source = self._open_source(until_end)
         if close := getattr(source, "close", None):
             self._stack.callback(close)
         return Inputs(
