@@ -220,7 +220,7 @@ def _parts(
     """Return the message to each rank; `counts` [kinds, ranks] are its rows."""
     packed: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(counts.shape[1])]
     for block, rows, owner, count in zip(blocks, kinds, owners, counts, strict=True):
-        order = np.argsort(owner, kind="stable")
+        order = np.argsort(owner.astype(np.uint16), kind="stable")  # short ones sort fastest
         by_owner = {column.name: rows[column.name][order] for column in block.columns}
         ends = np.cumsum(count).tolist()
         for to, (n, end) in enumerate(zip(count.tolist(), ends, strict=True)):
