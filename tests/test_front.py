@@ -45,8 +45,10 @@ __all__ = ["stream"]
 
 Values = Sequence[pa.LargeBinaryArray]
 # What a report says of the log and the models, and not of the machine.
-SAME = ("kind", "examples", "events", "event_time", "watermark", "pending", "counters")
-SAME += ("clicks_late", "click_coverage", "ledger", "models", "stalls", "window_curve", "fields")
+SAME = (
+    *("kind", "examples", "events", "event_time", "watermark", "pending", "counters"),
+    *("clicks_late", "click_coverage", "ledger", "models", "stalls", "window_curve", "fields"),
+)
 
 
 def alone(directory: Path, values: Values, **arguments: Any) -> dict[str, Any]:
@@ -77,7 +79,7 @@ def test_any_number_of_ranks_learns_the_model_of_one_process(
     """Six ranks read four partitions, so two of them only join."""
     values = split(stream, 4)
     wanted = alone(tmp_path / "alone", values)
-    sections = {"input": {"read_ahead": read_ahead}}
+    sections: dict[str, Any] = {"input": {"read_ahead": read_ahead}}
     found = run_front(size, tmp_path / "ranks", reading(values), **sections)
     assert_equal_states(tmp_path / "alone", tmp_path / "ranks")
     assert_equal_reports(found, wanted)
@@ -160,7 +162,7 @@ def test_topics_that_follow_a_log_are_read_by_all_ranks(
     assert at
     built.restore(at)
     finish(built)
-    sections = {"input": {"read_ahead": 300}}
+    sections: dict[str, Any] = {"input": {"read_ahead": 300}}
     run_front(3, tmp_path / "ranks", topic, inputs_of=following, **sections)
     assert_equal_states(tmp_path / "alone", tmp_path / "ranks")
     assert newest(tmp_path / "ranks").positions == newest(tmp_path / "alone").positions

@@ -74,14 +74,20 @@ def batch(poll: Poll) -> EventBatch | None:
     )
 
 
-def joiner(size: int = 1, rank: int = 0, directory: Path | None = None) -> LabelJoiner:
+def joiner(
+    size: int = 1,
+    rank: int = 0,
+    directory: Path | None = None,
+    *,
+    duplicate_horizon_ms: int = 10_000,
+) -> LabelJoiner:
     return LabelJoiner(
         fields=FIELDS,
         value_fields=1,
         id_bits=24,
         label_window_ms=WINDOW,
         early_click_wait_ms=EARLY,
-        duplicate_horizon_ms=300,
+        duplicate_horizon_ms=duplicate_horizon_ms,
         spill_directory=directory and directory / f"{rank}",
         segment_numbers=(rank, size),
     )
@@ -125,10 +131,12 @@ def excused(log: Log, polled: Sequence[Poll]) -> np.ndarray:
     return np.array([n == len(events) for n, events in zip(read, log, strict=True)])
 
 
-def alone(log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16) -> Seen:
+def alone(
+    log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16, horizon: int = 10_000
+) -> Seen:
     """Join in one process, in polls whose events come in the order of `size` ranks."""
     seen = Seen()
-    target = joiner()
+    target = joiner(duplicate_horizon_ms=horizon)
     watermarks = marks(len(log))
     for at, poll in enumerate(polls):
         ordered = [each for part in dealt(poll, size) for each in part]
@@ -144,26 +152,19 @@ def alone(log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16)
             return seen
 
 
-def together(
-    log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16, restart: bool = False
-) -> Seen:
-    """Join on ranks; with `restart`, from new joiners after each poll."""
+def together(log: Log, polls: Sequence[Poll], size: int, *, at_most: int, horizon: int) -> Seen:
+    """Join on ranks."""
 
     def work(ranks: Ranks) -> Seen:
         seen = Seen()
-        target = shared(ranks, len(log), joiner(size, ranks.rank))
+        own = joiner(size, ranks.rank, duplicate_horizon_ms=horizon)
+        target = shared(ranks, len(log), own)
         for at, poll in enumerate(polls):
-            present = range(len(log)) if restart or not at else None
+            present = None if at else range(len(log))
             target.push(batch(dealt(poll, size)[ranks.rank]), present=present)
             watermark = target.watermarks.overall(excused=excused(log, polls[: at + 1]))
             seen.parts += _released(target, watermark, at_most)
-            state = target.state_dict()
-            seen.states.append({**state, **target.watermarks.state_dict()})
-            if restart:
-                target = shared(ranks, len(log), joiner(size, ranks.rank))
-                target.load_state_dict(state if ranks.rank == 0 else None)
-                if ranks.rank == 0:
-                    target.watermarks.load_state_dict(seen.states[-1])
+            seen.states.append({**target.state_dict(), **target.watermarks.state_dict()})
         seen.parts += _released(target, None, at_most)
         return seen
 
@@ -193,14 +194,21 @@ def assert_same_state(found: State, wanted: State) -> None:
         assert np.array_equal(found[name], column), name
 
 
-@settings(max_examples=60, deadline=None)
-@given(logs(KINDS), st.integers(0, 1 << 32), st.integers(1, 3), st.sampled_from([3, 7, 1 << 16]))
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    logs(KINDS),
+    st.integers(0, 1 << 32),
+    st.integers(1, 3),
+    st.sampled_from([3, 7, 1 << 16]),
+    st.sampled_from([WINDOW + EARLY, 300, 10_000]),
+)
 def test_ranks_have_the_examples_counters_and_state_of_one_process_after_every_poll(
-    log: Log, seed: int, size: int, at_most: int
+    log: Log, seed: int, size: int, at_most: int, horizon: int
 ) -> None:
     polls = interleaved(log, np.random.default_rng(seed))
-    wanted = alone(log, polls, size, at_most=at_most)
-    found = together(log, polls, size, at_most=at_most)
+    wanted = alone(log, polls, size, at_most=at_most, horizon=horizon)
+    found = together(log, polls, size, at_most=at_most, horizon=horizon)
     assert_same_examples(found.examples, wanted.examples)
     for after, before in zip(found.states, wanted.states, strict=True):
         assert_same_state(after, before)
@@ -221,7 +229,8 @@ def _after_poll(
     return {**target.state_dict(), **target.watermarks.state_dict()}, found
 
 
-@settings(max_examples=40, deadline=None)
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
 @given(logs(KINDS), st.integers(0, 1 << 32), st.lists(st.integers(1, 4), min_size=1, max_size=3))
 def test_a_state_goes_on_with_another_number_of_ranks_after_every_poll(
     log: Log, seed: int, sizes: list[int]

@@ -268,8 +268,7 @@ class SharedJoiner:
         if watermark is not None:
             joiner.forget()
         counts = self._gather_figures(released=n)
-        part = Order(*(column[:n] for column in order))
-        return Release(self._merge(released, part, counts), more)
+        return Release(self._merge(released, order.first(n), counts), more)
 
     def _agree(self, order: Order, share: int) -> tuple[int, bool]:
         """Return how many of its first rows this rank releases, and whether any rank keeps some.

@@ -170,7 +170,7 @@ def exchange(
     blocks: Sequence[Block],
     kinds: Sequence[Mapping[str, Array]],
     owners: Sequence[npt.NDArray[np.int64]],
-) -> list[Mapping[str, Array]]:
+) -> Sequence[Mapping[str, Array]]:
     """Send each row to its owner; return the rows of each kind that came to this rank.
 
     `kinds[i]` has the columns of `blocks[i]`, and `owners[i]` the rank of each row. Rows come in
@@ -183,7 +183,7 @@ def exchange(
     """
     size = ranks.size
     if size == 1:
-        return list(kinds)
+        return kinds
     counts = np.array([np.bincount(owner, minlength=size) for owner in owners])
     came = np.concatenate(ranks.exchange([each[None] for each in counts.T], counts=[1] * size))
     parts = _parts(blocks, kinds, owners, counts)
