@@ -91,7 +91,7 @@ def test_any_number_of_ranks_learns_what_one_process_learns(
     run = run_on_ranks(tmp_path / "ranks", size, *arguments(log, tmp_path / "state"))
     assert_equal_runs(tmp_path / "state", clean)
     assert f"{size} rank{'s' * (size > 1)} on 1 host" in run.said(0)
-    assert "best possible" in run.output[0].read_text()
+    assert "final: 4,000 examples" in run.said(0)
     for rank in range(1, size):
         assert run.output[rank].read_text() == run.said(rank) == ""
 
