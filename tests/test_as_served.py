@@ -43,6 +43,7 @@ def examples(*times: int, seed: int = 0) -> Examples:
         np.empty((n, 0), np.float32),
         rng.integers(0, 2, n).astype(np.uint8),
         np.full(n, np.nan),
+        np.array(times, np.int64),
     )
 
 
