@@ -120,7 +120,7 @@ class Process:
         """Return the last line that begins with "error", else the last line."""
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
-        named = [line for line in lines if line.startswith("error")]
+        named = [line for line in lines if line.lower().startswith("error")]
         return (named or lines or ["no message"])[-1]
 
     def end(self) -> None:
