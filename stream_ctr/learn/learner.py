@@ -16,7 +16,7 @@ False
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from stream_ctr.learn.linear_learner import LinearLearner
-from stream_ctr.learn.network_learner import NetworkLearner, columns_of, module_of
+from stream_ctr.learn.network import columns_of, module_of
+from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.table_kernels import row_floats
@@ -144,6 +145,10 @@ def make_learner(
     if system(spec.model).module is None:
         return LinearLearner(spec)
     return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
+
+
+MakeLearner = Callable[[LearnerSpec], Learner]
+"""Makes a learner on the device, and with the threads or ranks, of a run."""
 
 
 def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:

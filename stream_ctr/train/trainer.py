@@ -47,10 +47,9 @@ from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.delta_cycle import DeltaCycle, TakenDelta
 from stream_ctr.train.guard import Diverged
-from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
+from stream_ctr.train.ingest import Poll, Reading, SourceStatus
 from stream_ctr.train.inputs import input_name
 from stream_ctr.train.predictions import PredictionLog
-from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.report import (
     Kind,
     Report,
@@ -111,7 +110,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        ingest: Ingest | ReadAhead,
+        ingest: Reading,
         state: TrainingState,
         publisher: Publisher,
         identity: RunIdentity,
@@ -315,9 +314,10 @@ class Trainer:
             self.state.counters["fields_unknown"] += events.with_unknown_fields
         self._events_read += events.events
         self._bad_records.keep(events)
-        self._fields.observe(events)
+        if self._fields.watches:
+            self._fields.observe(events.field_sample())
         self.state.joiner.push(events, self.state.watermarks)
-        if self._late_at_seam is not None and (shown := len(events.impressions)):
+        if self._late_at_seam is not None and (shown := events.shown):
             late = self.state.joiner.counts()["impressions_late"] - self._late_at_seam
             warn_of_late_input(self._status.inputs[-1], late, of=shown)
             self._late_at_seam = None
@@ -692,14 +692,12 @@ class Trainer:
             for index, name in enumerate(self.source.names)
             if name in manifest.positions
         }
-        self.source.seek(positions)
-        self.source.expect_epochs(
-            {
-                index: manifest.leader_epochs[name]
-                for index, name in enumerate(self.source.names)
-                if name in manifest.leader_epochs
-            }
-        )
+        leader_epochs = {
+            index: manifest.leader_epochs[name]
+            for index, name in enumerate(self.source.names)
+            if name in manifest.leader_epochs
+        }
+        self.ingest.seek(positions, leader_epochs)
         self._status = self.ingest.status()
         self.freshness.resume(len(self.state.batches))
         if published is None or published.epoch <= manifest.epoch:

@@ -1,0 +1,223 @@
+"""A run whose ranks all read and join, against a run of one process over the same log."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from support.fronts import run_front
+from support.trainers import (
+    SIMULATED_FIELDS,
+    Partitions,
+    assert_equal_states,
+    final_state,
+    finish,
+    split,
+    stream,
+    trainer,
+)
+
+from stream_ctr.connectors import Records
+from stream_ctr.errors import BrokerError, ConfigError, DataError
+from stream_ctr.events.field import Field
+from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.manifest import Input
+from stream_ctr.train.inputs import Inputs
+
+__all__ = ["stream"]
+
+Values = Sequence[pa.LargeBinaryArray]
+COUNTED = ("examples", "events", "records", "clicks", "counters", "join", "rejected", "first_event")
+
+
+def alone(directory: Path, values: Values, **arguments: Any) -> dict[str, Any]:
+    return finish(trainer(directory, Partitions(values), **arguments))
+
+
+def reading(values: Values, *, seed: int = 0, **options: Any) -> Callable[[int], Partitions]:
+    return lambda rank: Partitions(values, seed=seed + rank, **options)
+
+
+def assert_equal_reports(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for name in COUNTED:
+        assert found.get(name) == wanted.get(name), name
+
+
+def newest(directory: Path) -> Any:
+    path = snapshot.newest(directory / "snapshots")
+    assert path
+    return snapshot.read_manifest(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "read_ahead"), [(1, 0), (2, 500), (3, 0), (6, 500)])
+def test_any_number_of_ranks_learns_the_model_of_one_process(
+    tmp_path: Path, stream: pa.LargeBinaryArray, size: int, read_ahead: int
+) -> None:
+    """Six ranks read four partitions, so two of them only join."""
+    values = split(stream, 4)
+    wanted = alone(tmp_path / "alone", values)
+    sections = {"input": {"read_ahead": read_ahead}}
+    found = run_front(size, tmp_path / "ranks", reading(values), **sections)
+    assert_equal_states(tmp_path / "alone", tmp_path / "ranks")
+    assert_equal_reports(found, wanted)
+    before, after = newest(tmp_path / "alone"), newest(tmp_path / "ranks")
+    assert (after.positions, after.ledger) == (before.positions, before.ledger)
+    assert set(found["profile"]["reader"]) >= {"decode", "hash", "poll"}
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_ranks_each_time(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    """One process, then two ranks, four, and one again; each stops within the log."""
+    values = split(stream, 4)
+    alone(tmp_path / "alone", values)
+    directory = tmp_path / "ranks"
+    finish(trainer(directory, Partitions(values, stop_after=1200, largest=150)))
+    for size in (2, 4):
+        at = newest(directory).examples
+        report = run_front(size, directory, reading(values, stop_after=300, largest=150))
+        assert report["kind"] == "stopped"
+        assert newest(directory).examples > at
+    last = trainer(directory, Partitions(values))
+    resumed = snapshot.newest(directory / "snapshots")
+    assert resumed
+    last.restore(resumed)
+    finish(last)
+    assert_equal_states(tmp_path / "alone", directory)
+
+
+@pytest.mark.slow
+def test_ranks_that_spill_learn_the_same_and_resume_with_another_number(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    values = split(stream, 3)
+    join = {"join": {"label_window": "30m", "max_memory": "4MiB"}}
+    alone(tmp_path / "alone", values, join={"label_window": "30m"})
+    directory = tmp_path / "ranks"
+    report = run_front(2, directory, reading(values, stop_after=1700, largest=150), **join)
+    assert report["spilled"] > 0
+    manifest = newest(directory)
+    segments = [name for name in manifest.files if name.startswith("segment-")]
+    numbers = {int(name.removeprefix("segment-").partition(".")[0]) % 2 for name in segments}
+    assert numbers == {0, 1}  # of either rank
+    run_front(3, directory, reading(values, stop_after=100, largest=100), **join)
+    run_front(2, directory, reading(values), **join)
+    one, other = final_state(tmp_path / "alone"), final_state(directory)
+    for name, array in one["model"].items():
+        assert np.array_equal(other["model"][name], array), name
+    assert newest(directory).ledger == newest(tmp_path / "alone").ledger
+
+
+@pytest.mark.slow
+def test_topics_that_follow_a_log_are_read_by_all_ranks(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    """A rank that begins the topics sooner than the others waits for them with its first poll."""
+    day1, rest = stream.slice(0, 2500), stream.slice(2500)
+    ended = [Input(kind="log", partitions=("clicks:0",), ended=True)]
+
+    class Topic(Partitions):
+        def topic_ids(self) -> dict[str, str | None]:
+            return {"topic": None}
+
+    def topic(rank: int = 0) -> Topic:
+        source = Topic(split(rest, 3), seed=rank)
+        source.partitions = tuple(("topic", index) for index in range(3))
+        return source
+
+    def following(source: Topic) -> Inputs:
+        return Inputs([source], ended=ended, positions={"clicks:0": len(day1)})
+
+    for name in ("alone", "ranks"):
+        first = trainer(tmp_path / name, Partitions([day1]), keep_open=True)
+        finish(first)
+    source = topic()
+    built = trainer(tmp_path / "alone", following(source))
+    at = snapshot.newest(tmp_path / "alone" / "snapshots")
+    assert at
+    built.restore(at)
+    finish(built)
+    sections = {"input": {"read_ahead": 300}}
+    run_front(3, tmp_path / "ranks", topic, inputs_of=following, **sections)
+    assert_equal_states(tmp_path / "alone", tmp_path / "ranks")
+    assert newest(tmp_path / "ranks").positions == newest(tmp_path / "alone").positions
+
+
+@pytest.mark.slow
+def test_rejects_of_every_rank_are_counted_and_kept_and_unlikely_fields_named(
+    tmp_path: Path, stream: pa.LargeBinaryArray, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = stream.to_pylist()
+    for at in range(0, len(plain), 40):
+        plain[at] = b"{broken %d" % at
+    plain[41] = None  # a tombstone
+    values = split(pa.array(plain, pa.large_binary()), 4)
+    misspelt = (*SIMULATED_FIELDS, Field(SIMULATED_FIELDS[0].name + "x", "categorical"))
+    letters = []
+    warnings = []
+    reports = []
+    for name in ("alone", "ranks"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "stream_ctr.train"):
+            directory = tmp_path / name
+            if name == "alone":
+                reports.append(alone(directory, values, fields=misspelt))
+            else:
+                reports.append(run_front(3, directory, reading(values), fields=misspelt))
+        lines = (directory / "dead_letters.jsonl").read_text().splitlines()
+        kept = [json.loads(line) for line in lines]
+        letters.append(sorted((each["partition"], each["offset"]) for each in kept))
+        warnings.append({record.getMessage() for record in caplog.records if "field" in record.msg})
+    assert letters[0] == letters[1]
+    assert len(letters[0]) == 150
+    assert reports[0]["counters"] == reports[1]["counters"]
+    assert any("always missing" in warning for warning in warnings[1])
+    assert {warning.partition(":")[2] for warning in warnings[0]} == {
+        warning.partition(":")[2] for warning in warnings[1]
+    }
+    assert_equal_states(tmp_path / "alone", tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_a_run_that_reads_mostly_bad_records_on_another_rank_is_stopped(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    good, bad = split(stream, 2)
+    broken = pa.array([b"{"] * len(bad), pa.large_binary())
+    with pytest.raises(DataError, match=r"records read are bad, more than input.max_bad_share"):
+        run_front(2, tmp_path / "state", reading([good, broken]), input={"max_bad_share": 0.1})
+
+
+class Failing(Partitions):
+    """A log whose second poll fails with an error."""
+
+    error: Exception = BrokerError("the broker is gone")
+
+    def poll(self, timeout_seconds: float) -> Records:
+        if self.positions()[1]:
+            raise self.error
+        return super().poll(timeout_seconds)
+
+
+@pytest.mark.slow
+def test_an_error_of_the_source_of_a_rank_ends_the_run_with_that_error(
+    tmp_path: Path, stream: pa.LargeBinaryArray
+) -> None:
+    values = split(stream, 2)
+    with pytest.raises(BrokerError, match=r"^rank 1: the broker is gone$"):
+        run_front(2, tmp_path / "state", lambda _: Failing(values), input={"read_ahead": 500})
+
+
+def test_a_rank_whose_share_of_the_memory_is_too_small_names_the_key(tmp_path: Path) -> None:
+    values = [pa.array([], pa.large_binary())] * 2
+    with pytest.raises(ConfigError, match=r"join.max_memory = '1MiB' for 2 ranks: at least 1 MiB"):
+        run_front(2, tmp_path / "state", reading(values), join={"max_memory": "1MiB"})
