@@ -61,6 +61,7 @@ FAILPOINTS = {
     "retain.before": "the snapshot is published, no expired snapshot is removed",
     "retain.hidden": "an expired snapshot is hidden, its files are still there",
     "retain.after": "expired snapshots are removed",
+    "ranks.call": "a rank other than 0 has heard of the next call, and has not made it",
 }
 
 _SYNTAX = re.compile(

@@ -36,7 +36,7 @@ from stream_ctr.distributed.team import Make, Team
 from stream_ctr.errors import ConfigError, SnapshotError, StreamCtrError
 from stream_ctr.learn.device import choose_precision
 from stream_ctr.learn.learner import Learner
-from stream_ctr.learn.sharded_learner import NETWORK_MAKER, ShardedLearner, make_sharded_learner
+from stream_ctr.learn.sharded_learner import NETWORK_MAKER, make_sharded_learner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import files, lineage, places, snapshot
 from stream_ctr.snapshots.manifest import RunIdentity
@@ -98,10 +98,7 @@ class _Others:
 
     def make(self, spec: LearnerSpec) -> Learner:
         """Make a learner on all ranks."""
-        learner = make_sharded_learner(self._team, spec, threads=self._threads)
-        if isinstance(learner, ShardedLearner):  # a snapshot holds the whole table
-            learner.weights = lambda *, reuse=False: learner.whole_weights()
-        return learner
+        return make_sharded_learner(self._team, spec, threads=self._threads)
 
     def front(self, identity: RunIdentity, inputs: Inputs) -> Faces | None:
         """Let all ranks read the topics and join, where the configuration does not forbid it."""

@@ -423,6 +423,7 @@ def _train(
         elif newest:
             _resume(trainer, newest, config)
         stop.then(trainer.stop)
+        stack.callback(stop.forget)  # the trainer holds the request: another cycle
         stack.enter_context(schedule)
         report = trainer.run()
     if caller:
@@ -598,6 +599,10 @@ class StopRequest:
         self._stop = stop
         if self.requested:
             stop()
+
+    def forget(self) -> None:
+        """Call nothing any more."""
+        self._stop = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,8 @@ is torch's fused one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -101,14 +102,9 @@ class FlatAdam(FlatParameters):
         self.weight_decay = 0.0
         self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
 
-    def pieces(self, count: int) -> Iterator[slice]:
-        """Yield `count` slices of the vector, of about one size.
-
-        Any split gives the same step, because slices end where vector registers do.
-        """
-        blocks = np.linspace(0, -(-len(self.vector) // _BLOCK), count + 1).astype(int)
-        edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
-        return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
+    def pieces(self, count: int) -> list[slice]:
+        """Return `count` slices of the vector, see `pieces_of`."""
+        return pieces_of(len(self.vector), count)
 
     def step(
         self,
@@ -192,6 +188,19 @@ class FlatAdam(FlatParameters):
                         f"{name}.{key} has shape {found.shape}, "
                         f"its parameter has {tuple(view.shape)}"
                     )
+
+
+def pieces_of(length: int, count: int) -> list[slice]:
+    """Return `count` slices of a vector of parameters, of about one size.
+
+    Any split gives the same step, because slices end where vector registers do.
+
+    >>> pieces_of(150, 2), pieces_of(1, 2)
+    ([slice(0, 64, None), slice(64, 150, None)], [slice(0, 0, None), slice(0, 1, None)])
+    """
+    blocks = np.linspace(0, -(-length // _BLOCK), count + 1).astype(int)
+    edges = np.minimum(blocks * _BLOCK, length).tolist()
+    return [slice(first, last) for first, last in pairwise(edges)]
 
 
 def sum_in_order(parts: Sequence[Tensor]) -> Tensor:

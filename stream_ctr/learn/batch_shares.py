@@ -1,6 +1,6 @@
 """Which examples of a batch belong to which rank.
 
-Of the C parts of a batch, rank r of N runs the network on those in [r C // N, (r + 1) C // N), which
+Of the C parts of a batch, rank r of N runs the network on those in [r C // N, (r + 1) C // N). This
 may be none. The online rule steps sub-batches of 256 examples, of which one may begin on a rank and
 end on the next one. The rank on which it begins steps all of it:
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.network import columns_of, module_of
 from stream_ctr.learn.network_learner import NetworkLearner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.table_kernels import row_floats
@@ -82,7 +83,15 @@ class Learner(Protocol):
         """Return everything that serving needs, copied to the host.
 
         With `reuse` the copies lie in memory that the next call with `reuse` overwrites, which
-        takes a tenth of the time of new memory.
+        takes a tenth of the time of new memory. A table that several ranks hold is not among them,
+        see `shards`.
+        """
+        ...
+
+    def shards(self) -> TableShards | None:
+        """Return the copy of the table that `weights` has made on every rank.
+
+        It is None for a learner that has its table in this process.
         """
         ...
 
@@ -91,7 +100,7 @@ class Learner(Protocol):
         ...
 
     def load_weights(self, weights: Tensors) -> None:
-        """Load `weights`.
+        """Load `weights`. A learner whose table several ranks hold takes a `StoredTable`, too.
 
         Raises `ValueError`, with nothing loaded, unless they are the tensors of this model: names,
         shapes and types, and all values finite.

@@ -146,14 +146,10 @@ class Network:
         constant = {INTERCEPT: self.intercept[:1].astype(np.float32)} if self.online else {}
         return {name: on_host(tensor) for name, tensor in self._dense_tensors().items()} | constant
 
-    def _require_weights(self, weights: Tensors, *, rows: int) -> None:
-        """Raise `ValueError` unless these are the weights of this model, with so many rows."""
-        dense = self._dense_tensors()
-        require_names(weights, [TABLE, *dense, *([INTERCEPT] if self.online else [])])
-        require_tensor(TABLE, weights[TABLE], np.float32, (rows, self.table.rows.shape[1]))
-        self._require_others(weights)
-
     def _require_others(self, weights: Tensors) -> None:
+        """Raise `ValueError` unless these are the weights of this model, apart from the table's."""
+        others = [*self._dense_tensors(), *([INTERCEPT] if self.online else [])]
+        require_names(weights, [TABLE, *others])
         for name, tensor in self._dense_tensors().items():
             require_tensor(name, weights[name], np.float32, tuple(tensor.shape))
         if self.online:

@@ -28,7 +28,7 @@ from stream_ctr.learn.served_weights import ROWS, VALUES
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, StepOptions, Values
 from stream_ctr.learn.table import Table
-from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.learn.tensors import State, Tensors, require_tensor
 from stream_ctr.learn.thread_pool import ThreadPool
 from stream_ctr.learn.touched import Touched, require_touched
 
@@ -152,11 +152,15 @@ class NetworkLearner(Network):
             )
         return self._host_rows.copy_(self.table.rows).numpy()
 
+    def shards(self) -> None:
+        return None
+
     def optimizer_state(self) -> State:
         return {**self._counters(), **self.adam.state_dict()}
 
     def load_weights(self, weights: Tensors) -> None:
-        self._require_weights(weights, rows=len(self.table.rows))
+        self._require_others(weights)
+        require_tensor(TABLE, weights[TABLE], np.float32, tuple(self.table.rows.shape))
         with self._lock:
             self._note_restored()
             self.table.rows.copy_(torch.from_numpy(weights[TABLE]))

@@ -99,6 +99,7 @@ class ShardedBatchStep(ShardedStep, BatchStep):
             self._entries(sorted_ids.keys[first:last], sorted_ids.order[first:last])
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
+        self._sharded.rows_passed += n * self._options.columns - len(sent[me].rows)
         counts = self._ranks.counts([len(each.rows) for each in sent])
         came = _Entries.empty(sum(counts), self._table.width)
         ends = np.cumsum(counts)

@@ -27,6 +27,8 @@ from stream_ctr.learn.bit_kernels import Rows
 from stream_ctr.learn.learner import Learner
 from stream_ctr.learn.linear_learner import LinearLearner
 from stream_ctr.learn.network import TABLE
+from stream_ctr.learn.shard_files import StoredTable
+from stream_ctr.learn.shard_writer import SharedCopy
 from stream_ctr.learn.sharded_network import ShardedNetwork, network_maker
 from stream_ctr.learn.sharded_step import Given
 from stream_ctr.learn.spec import LearnerSpec
@@ -55,6 +57,7 @@ class ShardedLearner:
         )
         self.number: int = number
         self.network: ShardedNetwork = network
+        self._shards = SharedCopy(team, number, network, network.writer, network.shape)
         self.batch_size = spec.batch_size
         self.touched: ShardedTouched | None = None
 
@@ -116,11 +119,21 @@ class ShardedLearner:
             self._announce("optimizer_state")
             return self.network.optimizer_state()
 
+    def shards(self) -> SharedCopy:
+        """Return the copy of the table that `weights` made on every rank last."""
+        return self._shards
+
     def load_weights(self, weights: Tensors) -> None:
         self.network.require_weights(weights)
+        table: Any = weights[TABLE]
         with self._lock:
-            self._announce("load_weights")
-            self.network.load_weights(weights)
+            if isinstance(table, StoredTable):
+                place = {"folder": str(table.folder), "stem": table.stem, "files": {**table.files}}
+                self._announce("load_stored", **place)
+                self.network.load_stored(weights, **place)
+            else:
+                self._announce("load_weights")
+                self.network.load_weights(weights)
 
     def load_optimizer_state(self, state: Tensors) -> None:
         self.network.require_optimizer_state(state)

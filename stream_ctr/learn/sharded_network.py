@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -20,15 +21,18 @@ import torch
 from torch import Tensor
 
 from stream_ctr.distributed.ranks import Ranks
+from stream_ctr.errors import ConfigError, SnapshotError, StreamCtrError
 from stream_ctr.learn.changes import Changes
 from stream_ctr.learn.network import TABLE, Network, copied_values, new_table
 from stream_ctr.learn.served_weights import ROWS, VALUES
+from stream_ctr.learn.shard_files import StoredTable
+from stream_ctr.learn.shard_writer import Rows, ShardWriter
 from stream_ctr.learn.sharded_batch_step import ShardedBatchStep
 from stream_ctr.learn.sharded_online_step import ShardedOnlineStep
 from stream_ctr.learn.sharded_step import Given
 from stream_ctr.learn.sharded_table import Borrowed, ShardedTable
 from stream_ctr.learn.spec import LearnerSpec
-from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.learn.tensors import State, Tensors, require_tensor
 from stream_ctr.learn.thread_pool import ThreadPool
 from stream_ctr.learn.touched import Touched, require_touched
 
@@ -52,6 +56,8 @@ class ShardedNetwork(Network):
         self._threads = threads or _own_processors()
         self._copying = ThreadPool(self._threads)
         self._copy: npt.NDArray[np.float32] | None = None
+        self._copy_is_kept = False
+        self.writer = ShardWriter(ranks)
         self._begin()
 
     @property
@@ -102,15 +108,19 @@ class ShardedNetwork(Network):
     # -- weights -----------------------------------------------------------------------------------
 
     def copy_rows(self, *, reuse: bool = False) -> None:
-        """Copy the rows of this rank, for `rows_copy`."""
-        if self._copy is None or not reuse:
+        """Copy the rows of this rank for `write_shards`, over the last copy with `reuse`."""
+        if self._copy is None or not (reuse and self._copy_is_kept):
             self._copy = np.empty(self.sharded.rows.shape, np.float32)
         self._copy[:] = self.sharded.rows.numpy()
+        self._copy_is_kept = reuse
 
-    def rows_copy(self) -> npt.NDArray[np.float32]:
-        """Return the copy of the rows of this rank that `copy_rows` made last."""
+    def write_shards(self, *, folder: str, stem: str) -> None:
+        """Begin to write the copy of the rows of this rank to the files of its shards."""
         assert self._copy is not None
-        return self._copy
+        rows = Rows(self._copy, self.first_row, self.shape, self.sharded.width + 1)
+        if not self._copy_is_kept:
+            self._copy = None
+        self.writer.begin(rows, Path(folder), stem)
 
     def other_weights(self) -> State:
         """Return the weights besides the table. Every rank has them, and calls this alone."""
@@ -129,14 +139,50 @@ class ShardedNetwork(Network):
         return whole
 
     def require_weights(self, weights: Tensors) -> None:
-        """Raise `ValueError` unless these are the weights of this model. Called alone."""
-        self._require_weights(weights, rows=self.shape[0])
+        """Raise `ValueError` unless these are the weights of this model. Called alone.
 
-    def load_weights(self, weights: Tensors | None = None, *, with_table: bool = True) -> None:
-        """Load the weights, which rank 0 gives: all of them, or all but the table."""
+        Of a table that stays in files, the values are checked where they are read.
+        """
+        self._require_others(weights)
+        table: Any = weights[TABLE]
+        if not isinstance(table, StoredTable):
+            require_tensor(TABLE, table, np.float32, self.shape)
+        elif table.shape != self.shape:
+            raise ValueError(f"tensor {TABLE!r} has shape {table.shape}, expected {self.shape}")
+
+    def load_weights(self, weights: Tensors | None = None) -> None:
+        """Load the weights, which rank 0 gives and has checked."""
+        self._scatter_table(None if weights is None else weights[TABLE])
+        self._load_others(weights)
+
+    def load_stored(
+        self, weights: Tensors | None = None, *, folder: str, stem: str, files: dict[str, Any]
+    ) -> None:
+        """Load the rows of this rank from the `files` of a snapshot, and what rank 0 gives besides.
+
+        Raises `SnapshotError` on rank 0 if a rank cannot read its rows, and `ValueError` if they
+        are not finite. Then nothing is loaded on any rank.
+        """
+        shards = self.sharded.shards.rows_of_rank(self.ranks.rank)
+        stored = StoredTable(Path(folder), stem, files, self.shape)
+        unreadable = not_finite = None
+        rows = np.empty((0, self.shape[1]), np.float32)
+        try:
+            rows = stored.read(shards)
+        except SnapshotError as error:
+            unreadable = str(error)
+        if not np.isfinite(rows).all():
+            not_finite = f"tensor {TABLE!r} holds values that are not finite"
+        problems = self.ranks.agree(unreadable), self.ranks.agree(not_finite)
+        if not any(problems):
+            self.sharded.rows.numpy()[:] = rows
+            self._load_others(weights)
+        elif self.ranks.rank == 0:  # the others go on: rank 0 decides what comes of it
+            raise SnapshotError(problems[0]) if problems[0] else ValueError(problems[1])
+
+    def _load_others(self, weights: Tensors | None) -> None:
+        """Set all weights but the table's rows to those that rank 0 gives."""
         self._note_restored()
-        if with_table:
-            self._scatter_table(None if weights is None else weights[TABLE])
         others: dict[str, Array] = {}
         for name, array in self._other_weights().items():
             given = array if weights is None else np.array(weights[name], array.dtype, order="C")
@@ -242,10 +288,23 @@ class ShardedNetwork(Network):
 def network_maker(
     ranks: Ranks, *, spec: Mapping[str, Any], threads: int, progressive: bool
 ) -> ShardedNetwork:
-    """Make the network that `spec`, of plain types, describes. It is a maker of a `Team`."""
-    return ShardedNetwork(
-        ranks, msgspec.convert(spec, LearnerSpec), threads=threads, progressive=progressive
-    )
+    """Make the network that `spec`, of plain types, describes. It is a maker of a `Team`.
+
+    An error that one rank has, such as a table without memory, is one of all ranks.
+    """
+    problem: StreamCtrError | None = None
+    try:
+        made = ShardedNetwork(
+            ranks, msgspec.convert(spec, LearnerSpec), threads=threads, progressive=progressive
+        )
+    except StreamCtrError as error:
+        problem = error
+    others = ranks.agree(str(problem) if problem else None)
+    if problem:
+        raise problem
+    if others:
+        raise ConfigError(others)
+    return made
 
 
 def _own_processors() -> int:

@@ -122,6 +122,8 @@ class ShardedTable(Table):
         """The number of floats of a row that are in use, and are sent."""
         self.rows_fetched = 0
         """The number of rows that were copied from other ranks."""
+        self.rows_passed = 0
+        """The number of rows, or of entries with gradients, that were sent to other ranks."""
         self._spare = np.empty((4, 0), np.int32)
         self.copy = table_kernels.copy_rows(self.floats)
         self.put = table_kernels.put_rows(self.floats)

@@ -29,7 +29,7 @@ class SlicedAdam:
         self._ranks = ranks
         self._adam = adam
         self._pool = pool
-        self._slices = list(adam.pieces(ranks.size))
+        self._slices = adam.pieces(ranks.size)
         self._received: list[npt.NDArray[np.float32]] = []
 
     def start(self, gradients: Tensor, parts: Sequence[int]) -> Transfers:

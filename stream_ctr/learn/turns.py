@@ -107,6 +107,7 @@ class Turns:
         if rank != self.next:
             tail = tail[:0]
         places = np.concatenate([self._borrowed.to_rank(rank), self._borrowed.back_to(rank)])
+        self._table.rows_passed += len(places)
         head = _INTERCEPT + len(tail)
         message = np.empty(head + len(places) * self._table.floats, np.float32)
         message[:_INTERCEPT].view(np.float64)[:] = intercept

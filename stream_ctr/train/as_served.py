@@ -49,6 +49,7 @@ from stream_ctr.events.features import mix64
 from stream_ctr.join.examples import Examples
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner, MakeLearner, make_learner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.learn.tensors import State, Tensors
 from stream_ctr.snapshots import snapshot
@@ -106,6 +107,10 @@ class _Slot:
         if name == BLEND and self.blend:
             return self.blend.weights()
         return dict(self.learners[name].weights())
+
+    def shards(self, name: str) -> TableShards | None:
+        """Return the copy of a model's table that `weights` made on several ranks, if it did."""
+        return None if name == BLEND and self.blend else self.learners[name].shards()
 
     def load(self, name: str, weights: Tensors) -> None:
         """Load the weights of a model. Raises `ValueError` if they do not fit."""

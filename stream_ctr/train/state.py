@@ -25,6 +25,7 @@ from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner
 from stream_ctr.learn.linear_learner import LinearLearner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import BLEND
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import GuardState, LedgerEntry, Manifest
@@ -245,6 +246,19 @@ class TrainingState:
             tensors[model] = dict(learner.weights(reuse=True))
             tensors[optimizer] = dict(learner.optimizer_state())
         return tensors
+
+    def shards(self) -> dict[str, TableShards]:
+        """Return the copies that `tensors` has just made of tables on several ranks, by stem."""
+        found = {
+            snapshot.stems(self.guards[name].additional)[0]: learner.shards()
+            for name, learner in self.learning().items()
+        }
+        return {stem: shards for stem, shards in found.items() if shards}
+
+    @property
+    def sharded(self) -> bool:
+        """True if the ranks of a run hold the tables of its models together."""
+        return any(learner.shards() is not None for learner in self.learners.values())
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of a manifest that come from here."""

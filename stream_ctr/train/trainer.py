@@ -595,7 +595,7 @@ class Trainer:
         self._examples_at_snapshot = self.state.ledger.count
         self._inputs_at_snapshot = self._status.inputs
         copies = self.served.copies() if self.served else []
-        held, linked = cut.keep_copies(
+        held, held_shards, linked = cut.keep_copies(
             copies,
             self.snapshots.parent_path,
             self.state.published,
@@ -621,6 +621,7 @@ class Trainer:
                 last_step=last_step,
                 segments=segments,
                 copies=held,
+                shards=held_shards,
                 now_ms=self._now_ms(),
             )
         )
@@ -661,6 +662,7 @@ class Trainer:
             stems=begin.stems,
             signature=self.snapshots.policy.signature,
             any_name=True,
+            stored=self.state.sharded,
         )
         return begin.begin_from(manifest, tensors, self.identity, self.state, self.baseline)
 
@@ -669,7 +671,9 @@ class Trainer:
 
         Raises `ConfigError` if it was made with another configuration.
         """
-        manifest, tensors = snapshot.load(path, signature=self.snapshots.policy.signature)
+        manifest, tensors = snapshot.load(
+            path, signature=self.snapshots.policy.signature, stored=self.state.sharded
+        )
         require_learning_state(manifest, path)
         require_run(manifest, self.publisher.run, path)
         require_same_run(manifest, self.identity, self.source, path)

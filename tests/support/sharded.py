@@ -52,8 +52,13 @@ def history_of(
         logits = made.learn(ids, labels, values)
         assert logits is not None
         history.append({"logits": logits.numpy(), "predicted": made.predict(ids, values)})
+    return [*history, whole_state(made)]
+
+
+def whole_state(made: NetworkLearner | ShardedLearner) -> State:
+    """Return all weights and the state of the optimisers."""
     whole = made.whole_weights() if isinstance(made, ShardedLearner) else made.weights()
-    return [*history, whole | made.optimizer_state()]
+    return whole | made.optimizer_state()
 
 
 def plain_history(model: str, sizes: Sequence[int], options: Options) -> list[State]:
