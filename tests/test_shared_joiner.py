@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.joins import (
@@ -14,8 +15,10 @@ from support.joins import (
     FIELDS,
     LATENESS,
     WINDOW,
+    Event,
     Log,
     Poll,
+    capacity,
     features,
     interleaved,
     logs,
@@ -25,6 +28,7 @@ from support.thread_ranks import on_threads
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.events.batch import Arrivals, EventBatch, LabelledArrivals, Rejected
 from stream_ctr.join.examples import Examples
+from stream_ctr.join.join_state import COUNTERS
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.shared_joiner import SharedJoiner
 from stream_ctr.join.watermark import Watermarks
@@ -70,14 +74,20 @@ def batch(poll: Poll) -> EventBatch | None:
     )
 
 
-def joiner(size: int = 1, rank: int = 0, directory: Path | None = None) -> LabelJoiner:
+def joiner(
+    size: int = 1,
+    rank: int = 0,
+    directory: Path | None = None,
+    *,
+    duplicate_horizon_ms: int = 10_000,
+) -> LabelJoiner:
     return LabelJoiner(
         fields=FIELDS,
         value_fields=1,
         id_bits=24,
         label_window_ms=WINDOW,
         early_click_wait_ms=EARLY,
-        duplicate_horizon_ms=300,
+        duplicate_horizon_ms=duplicate_horizon_ms,
         spill_directory=directory and directory / f"{rank}",
         segment_numbers=(rank, size),
     )
@@ -121,10 +131,12 @@ def excused(log: Log, polled: Sequence[Poll]) -> np.ndarray:
     return np.array([n == len(events) for n, events in zip(read, log, strict=True)])
 
 
-def alone(log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16) -> Seen:
+def alone(
+    log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16, horizon: int = 10_000
+) -> Seen:
     """Join in one process, in polls whose events come in the order of `size` ranks."""
     seen = Seen()
-    target = joiner()
+    target = joiner(duplicate_horizon_ms=horizon)
     watermarks = marks(len(log))
     for at, poll in enumerate(polls):
         ordered = [each for part in dealt(poll, size) for each in part]
@@ -140,26 +152,19 @@ def alone(log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16)
             return seen
 
 
-def together(
-    log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16, restart: bool = False
-) -> Seen:
-    """Join on ranks; with `restart`, from new joiners after each poll."""
+def together(log: Log, polls: Sequence[Poll], size: int, *, at_most: int, horizon: int) -> Seen:
+    """Join on ranks."""
 
     def work(ranks: Ranks) -> Seen:
         seen = Seen()
-        target = shared(ranks, len(log), joiner(size, ranks.rank))
+        own = joiner(size, ranks.rank, duplicate_horizon_ms=horizon)
+        target = shared(ranks, len(log), own)
         for at, poll in enumerate(polls):
-            present = range(len(log)) if restart or not at else None
+            present = None if at else range(len(log))
             target.push(batch(dealt(poll, size)[ranks.rank]), present=present)
             watermark = target.watermarks.overall(excused=excused(log, polls[: at + 1]))
             seen.parts += _released(target, watermark, at_most)
-            state = target.state_dict()
-            seen.states.append({**state, **target.watermarks.state_dict()})
-            if restart:
-                target = shared(ranks, len(log), joiner(size, ranks.rank))
-                target.load_state_dict(state if ranks.rank == 0 else None)
-                if ranks.rank == 0:
-                    target.watermarks.load_state_dict(seen.states[-1])
+            seen.states.append({**target.state_dict(), **target.watermarks.state_dict()})
         seen.parts += _released(target, None, at_most)
         return seen
 
@@ -189,14 +194,128 @@ def assert_same_state(found: State, wanted: State) -> None:
         assert np.array_equal(found[name], column), name
 
 
-@settings(max_examples=60, deadline=None)
-@given(logs(KINDS), st.integers(0, 1 << 32), st.integers(1, 3), st.sampled_from([3, 7, 1 << 16]))
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(
+    logs(KINDS),
+    st.integers(0, 1 << 32),
+    st.integers(1, 3),
+    st.sampled_from([3, 7, 1 << 16]),
+    st.sampled_from([WINDOW + EARLY, 300, 10_000]),
+)
 def test_ranks_have_the_examples_counters_and_state_of_one_process_after_every_poll(
-    log: Log, seed: int, size: int, at_most: int
+    log: Log, seed: int, size: int, at_most: int, horizon: int
 ) -> None:
     polls = interleaved(log, np.random.default_rng(seed))
-    wanted = alone(log, polls, size, at_most=at_most)
-    found = together(log, polls, size, at_most=at_most)
+    wanted = alone(log, polls, size, at_most=at_most, horizon=horizon)
+    found = together(log, polls, size, at_most=at_most, horizon=horizon)
     assert_same_examples(found.examples, wanted.examples)
     for after, before in zip(found.states, wanted.states, strict=True):
         assert_same_state(after, before)
+
+
+def _after_poll(
+    ranks: Ranks, log: Log, poll: Poll, state: State, excused: np.ndarray
+) -> tuple[State, list[Examples]]:
+    """Go on from a state, and return the state and the examples after one poll."""
+    target = shared(ranks, len(log), joiner(ranks.size, ranks.rank))
+    if state:
+        target.load_state_dict(state if ranks.rank == 0 else None)
+        if ranks.rank == 0:
+            target.watermarks.load_state_dict(state)
+    target.push(batch(dealt(poll, ranks.size)[ranks.rank]), present=range(len(log)))
+    # All ranks have the watermarks of all partitions.
+    found = _released(target, target.watermarks.overall(excused=excused), 1 << 16)
+    return {**target.state_dict(), **target.watermarks.state_dict()}, found
+
+
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None)
+@given(logs(KINDS), st.integers(0, 1 << 32), st.lists(st.integers(1, 4), min_size=1, max_size=3))
+def test_a_state_goes_on_with_another_number_of_ranks_after_every_poll(
+    log: Log, seed: int, sizes: list[int]
+) -> None:
+    polls = interleaved(log, np.random.default_rng(seed))
+    wanted = alone(log, polls, 1)
+    state: State = {}
+    parts: list[Examples] = []
+    for at, poll in enumerate(polls):
+        size = sizes[at % len(sizes)]
+        read = excused(log, polls[: at + 1])
+        state, found = on_threads(size, _after_poll, log, poll, state, read)[0]
+        parts += found
+    last = joiner()
+    last.load_state_dict(state or last.state_dict())
+    parts.append(last.drain())
+    assert_same_examples(Examples.concat(parts), wanted.examples)
+
+
+def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
+    tmp_path: Path,
+) -> None:
+    """Segments keep their numbers, and the rows of one may then belong to several ranks."""
+    events = [Event("impression", n, 1000 + n) for n in range(1, 61)]
+    log = [events[0::2], events[1::2]]
+    poll = [(p, offset, event) for p, part in enumerate(log) for offset, event in enumerate(part)]
+    wanted = alone(log, [poll], 2).examples
+
+    def run(ranks: Ranks, saved: Path, state: State, files: Any) -> Any:
+        target = shared(ranks, 2, joiner(ranks.size, ranks.rank, saved))
+        if state:
+            target.load_state_dict(*((state, files) if ranks.rank == 0 else ()))
+        else:
+            target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
+        kept = (target.state_dict(), _linked(target, saved / "kept"))
+        return target.figures.pending, kept, target.oldest_pending_ms(), target
+
+    def _linked(target: SharedJoiner, folder: Path) -> dict[str, tuple[Path, str]]:
+        folder.mkdir(parents=True, exist_ok=True)
+        linked = {}
+        for name, (path, sha256, _) in target.segments().items():
+            (folder / name).hardlink_to(path)
+            linked[name] = (folder / name, sha256)
+        return linked
+
+    state: State = {}
+    files: dict[str, tuple[Path, str]] = {}
+    with capacity(segment_rows=4, features=8):
+        for size in (2, 3, 1, 2):
+            folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
+            first = on_threads(size, run, folder, state, files)[0]
+            pending, (state, files), oldest, _ = first
+            assert (pending, oldest) == (60, 1001)
+            assert len(files) == len(state["segments.number"]) > 4
+        last = joiner(directory=tmp_path / "last")
+        last.load_state_dict(state, files)
+        parts = [last.drain()]
+        while len(parts[-1]):
+            parts.append(last.drain())
+    assert_same_examples(Examples.concat(parts), wanted)
+    missing = {name: found for name, found in files.items() if name != min(files)}
+    with pytest.raises(ValueError, match=f"segment {min(files)} is missing"):
+        on_threads(2, run, tmp_path / "missing", state, missing)
+
+
+def test_the_figures_of_rank_0_are_those_of_all_ranks() -> None:
+    events = [Event("impression", n, 1000 + n) for n in range(1, 30)]
+    events += [Event("click", 3, 1004), Event("click", 99, 1010)]
+    log = [events[0::2], events[1::2]]
+    poll = [(p, offset, event) for p, part in enumerate(log) for offset, event in enumerate(part)]
+
+    def work(ranks: Ranks) -> Any:
+        target = shared(ranks, 2, joiner(2, ranks.rank))
+        assert target.oldest_pending_ms() is None
+        target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
+        figures = target.figures
+        oldest = target.oldest_pending_ms()
+        target.release(1000 + WINDOW + 10, 1 << 16)
+        return figures, oldest, target.figures, target.oldest_pending_ms(), target.joiner.nbytes
+
+    (before, oldest, after, oldest_after, own), (*_, other) = on_threads(2, work)
+    assert (before.pending, oldest) == (29, 1001)
+    assert (after.pending, oldest_after) == (20, 1010)
+    counts = dict(zip(COUNTERS, after.counters.tolist(), strict=True))
+    assert (counts["impressions"], counts["clicks"], counts["clicks_joined"]) == (29, 2, 1)
+    assert after.delays.sum() == 1
+    assert after.nbytes == own + other
+    assert 0 < after.filled < 1e-3

@@ -46,6 +46,10 @@ class Order(NamedTuple):
         """Return the places of the rows in order."""
         return np.lexsort((self.place, self.partition, self.time))
 
+    def first(self, n: int) -> Order:
+        """Return the columns of the first n rows."""
+        return Order(self.time[:n], self.partition[:n], self.place[:n])
+
     def count_to(self, last: tuple[int, int, int]) -> int:
         """Return how many rows, which are in order, are not after `last`.
 
@@ -124,7 +128,9 @@ class PendingImpressions:
         true_probability: npt.NDArray[np.float64],
     ) -> join_state.FeatureColumns:
         """Return features as `join_state.push_impressions` takes them; `ids` may be packed."""
-        packed = ids if ids.dtype == np.uint8 else join_state.pack(ids, self._id_bytes)
+        packed: Array = ids
+        if packed.dtype != np.uint8:
+            packed = join_state.pack(packed, self._id_bytes)
         return join_state.FeatureColumns(true_probability, packed, values)
 
     def given(self, slots: Slots) -> npt.NDArray[np.bool_]:

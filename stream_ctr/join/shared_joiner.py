@@ -163,7 +163,8 @@ class SharedJoiner:
         own = np.array(self.partitions_of[self._ranks.rank], np.int64)
         head = [marks.stalls - stalls, int(clicks.max(initial=NOT_YET))]
         mine = [getattr(marks, name)[own].astype(np.int64) for name in _MARKS]
-        news = self._tell_all(np.concatenate([head, *mine, np.isin(own, clicked)]))
+        message = np.concatenate([head, *mine, np.isin(own, clicked)]).astype(np.int64)
+        news = self._tell_all(message)
         self._enter(news)
         shown = came.time[~(came.click | came.labelled)] if came else np.empty(0, np.int64)
         later = marks.later_than_clicks(shown)
@@ -174,8 +175,7 @@ class SharedJoiner:
     def _tell_all(self, message: npt.NDArray[np.int64]) -> list[_News]:
         columns = len(_MARKS) + 1
         counts = [2 + columns * len(own) for own in self.partitions_of]
-        sent = message.astype(np.int64)
-        received = self._ranks.exchange([sent] * self._ranks.size, counts=counts)
+        received = self._ranks.exchange([message] * self._ranks.size, counts=counts)
         news = []
         for own, each in zip(self.partitions_of, received, strict=True):
             *marks, clicked = each[2:].reshape(columns, len(own))
@@ -268,8 +268,7 @@ class SharedJoiner:
         if watermark is not None:
             joiner.forget()
         counts = self._gather_figures(released=n)
-        part = Order(*(column[:n] for column in order))
-        return Release(self._merge(released, part, counts), more)
+        return Release(self._merge(released, order.first(n), counts), more)
 
     def _agree(self, order: Order, share: int) -> tuple[int, bool]:
         """Return how many of its first rows this rank releases, and whether any rank keeps some.

@@ -170,7 +170,7 @@ def exchange(
     blocks: Sequence[Block],
     kinds: Sequence[Mapping[str, Array]],
     owners: Sequence[npt.NDArray[np.int64]],
-) -> list[Mapping[str, Array]]:
+) -> Sequence[Mapping[str, Array]]:
     """Send each row to its owner; return the rows of each kind that came to this rank.
 
     `kinds[i]` has the columns of `blocks[i]`, and `owners[i]` the rank of each row. Rows come in
@@ -183,7 +183,7 @@ def exchange(
     """
     size = ranks.size
     if size == 1:
-        return list(kinds)
+        return kinds
     counts = np.array([np.bincount(owner, minlength=size) for owner in owners])
     came = np.concatenate(ranks.exchange([each[None] for each in counts.T], counts=[1] * size))
     parts = _parts(blocks, kinds, owners, counts)
@@ -220,7 +220,7 @@ def _parts(
     """Return the message to each rank; `counts` [kinds, ranks] are its rows."""
     packed: list[list[npt.NDArray[np.uint8]]] = [[] for _ in range(counts.shape[1])]
     for block, rows, owner, count in zip(blocks, kinds, owners, counts, strict=True):
-        order = np.argsort(owner, kind="stable")
+        order = np.argsort(owner.astype(np.uint16), kind="stable")  # short ones sort fastest
         by_owner = {column.name: rows[column.name][order] for column in block.columns}
         ends = np.cumsum(count).tolist()
         for to, (n, end) in enumerate(zip(count.tolist(), ends, strict=True)):

@@ -52,6 +52,7 @@ _ERRORS = {
     for error in (StreamCtrError, ConfigError, BrokerError, DataError, SnapshotError)
 }
 _NO_EPOCH = -1
+_NO_POSITION = -1
 _MICROSECONDS = 1_000_000
 
 
@@ -328,14 +329,14 @@ class _Message(NamedTuple):
             "silent_us": int(status.silent_seconds * _MICROSECONDS),
             **_counts(events),
         }
-        columns = [
-            [status.positions.get(at, -1) for at in own],
+        columns: list[Any] = [
+            [numbers[name] for name in _NUMBERS],
+            [status.positions.get(at, _NO_POSITION) for at in own],
             [status.leader_epochs.get(at, _NO_EPOCH) for at in own],
-            status.caught_up[list(own)],
-            status.idle[list(own)],
+            status.caught_up[own.start : own.stop : own.step],
+            status.idle[own.start : own.stop : own.step],
         ]
-        head = [numbers[name] for name in _NUMBERS]
-        return np.concatenate([head, *columns]).astype(np.int64)
+        return np.concatenate([np.array(column, np.int64) for column in columns])
 
     @classmethod
     def read(cls, message: npt.NDArray[np.int64], own: range, extra: bytes) -> _Message:
@@ -352,7 +353,7 @@ class _Message(NamedTuple):
     def positions(self) -> dict[int, int]:
         """The positions of partitions that are being read."""
         at = zip(self.partitions, self.columns[0].tolist(), strict=True)
-        return {index: position for index, position in at if position >= 0}
+        return {index: position for index, position in at if position != _NO_POSITION}
 
     @property
     def leader_epochs(self) -> dict[int, int]:
