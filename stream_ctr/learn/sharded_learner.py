@@ -34,7 +34,7 @@ from stream_ctr.learn.sharded_step import Given
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.tensors import State, Tensors
-from stream_ctr.learn.touched import Touched
+from stream_ctr.learn.touched import Touched, require_touched
 from stream_ctr.models.registered import system
 
 NETWORK_MAKER = network_maker
@@ -150,6 +150,7 @@ class ShardedLearner:
         self.touched = ShardedTouched(self)
 
     def take_changes(self) -> State:
+        require_touched(self.touched)
         with self._lock:
             self._announce("take_changes")
             return self.network.take_changes()
