@@ -1,14 +1,17 @@
-"""Training on two ranks beside TorchRec: the same data, model, batch and cores, in one run.
+r"""Training on two ranks beside TorchRec: the same data, model, batch and cores, in one run.
 
 The peer is TorchRec 1.8.0 with fbgemm-gpu-cpu 1.8.0 on torch 2.13.0 for the CPU. It is installed in
 a virtual environment of its own, which TORCHREC_VENV names:
 
     python -m venv DIRECTORY
     DIRECTORY/bin/pip install torch==2.13.0 numpy==2.4.6 fbgemm-gpu-cpu==1.8.0
-    DIRECTORY/bin/pip install --no-deps torchrec==1.8.0 tensordict torchmetrics==1.0.3
+    DIRECTORY/bin/pip install --no-deps torchrec==1.8.0 torchmetrics==1.0.3 tensordict iopath \
+        lightning-utilities pyre-extensions typing-inspect mypy-extensions tqdm packaging orjson \
+        pyvers importlib_metadata cloudpickle portalocker
 
-TorchRec demands the CUDA build of fbgemm-gpu, so it is installed without its dependencies. See
-contenders/torchrec_deepfm.py for the model and its loop. Ids are in memory, nothing is joined or
+TorchRec demands the CUDA build of fbgemm-gpu, so it is installed without its dependencies. It takes
+its usual loop, plain, with exact rowwise Adagrad for the tables and Adam for the dense part; see
+contenders/torchrec_deepfm.py. Ids are in memory, nothing is joined or
 measured, and only the steps are timed. Ratios are taken within a round.
 """
 

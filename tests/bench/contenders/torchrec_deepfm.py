@@ -14,7 +14,6 @@ from typing import Any
 
 import rank_processes
 import torch
-import torch.distributed as dist
 import torchrec
 from answers import Stopwatch, answer
 from examples import field_sizes, full_batches, options
@@ -23,9 +22,8 @@ from network import Head
 from torch import Tensor, nn
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingType
+from torchrec.distributed.sharding_plan import construct_module_sharding_plan, row_wise
+from torchrec.distributed.types import ShardingPlan
 
 _ROW_MULTIPLE = 4  # floats
 _WARM_UP_STEPS = 3
@@ -97,14 +95,20 @@ def sharded(arguments: Any, sizes: list[int]) -> DistributedModelParallel:
         "learning_rate": 0.01,
         "eps": 1e-8,
     }
-    sharders: list[Any] = [EmbeddingBagCollectionSharder(fused_params=optimizer)]
-    by_rows = ParameterConstraints(sharding_types=[ShardingType.ROW_WISE.value])
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(world_size=arguments.ranks, compute_device="cpu"),
-        constraints={config.name: by_rows for config in configs},
+    sharder: Any = EmbeddingBagCollectionSharder(fused_params=optimizer)
+    # The planner offers no sharding by rows on a CPU, so the plan names it.
+    by_rows = construct_module_sharding_plan(
+        tables,
+        {config.name: row_wise(compute_kernel="fused") for config in configs},
+        sharder=sharder,
+        local_size=arguments.ranks,
+        world_size=arguments.ranks,
+        device_type="cpu",
     )
-    plan = planner.collective_plan(model, sharders, dist.group.WORLD)
-    return DistributedModelParallel(model, device=torch.device("cpu"), plan=plan, sharders=sharders)
+    plan = ShardingPlan({"tables": by_rows})
+    return DistributedModelParallel(
+        model, device=torch.device("cpu"), plan=plan, sharders=[sharder]
+    )
 
 
 def own_batches(arguments: Any, rank: int, fields: int) -> list[tuple[Any, Tensor]]:
