@@ -100,6 +100,17 @@ def test_the_other_optimizers_send_gradients_of_entries_and_take_no_turns() -> N
     assert adagrad.sent[1, 0] - online.sent[1, 0] == entries - fewer - given_back
 
 
+@pytest.mark.parametrize("optimizer", ["online", "adagrad"])
+@pytest.mark.parametrize("ranks", [2, 4, 8, 16])
+def test_links_add_up_to_the_formula_of_the_learner(optimizer: str, ranks: int) -> None:
+    law = delta_sizes.Law((40, 1000, 50_000) * 13)
+    model = Model(optimizer=optimizer)
+    found = capacity_model.traffic(model, 4096, ranks, law.expected_values)
+    expected = capacity_model.bytes_of_step(model, 4096, ranks, law.expected_values)
+    assert found.total == pytest.approx(expected, rel=0.005)
+    assert found.total < expected  # which counts what is small, too
+
+
 def test_more_ranks_than_parts_have_none_but_keep_rows_and_slices() -> None:
     found = capacity_model.traffic(Model(), 4096, 8, alike)
     assert capacity_model.examples_by_rank(4096, 8) == [0, 1024] * 4
@@ -129,6 +140,9 @@ def test_sizes_of_a_table_of_2_to_the_26_rows() -> None:
 def test_a_delta_has_the_rows_of_all_tables_and_the_dense_part() -> None:
     found = capacity_model.delta_bytes(Model(), 1 << 26, 1.0, alike)
     assert found == pytest.approx(10 * 48 + 2 * 10 * 8 + 2 * 229 * 8 + 4 * 477_601, abs=1)
+    most = capacity_model.delta_bytes(Model(), 1 << 22, 1e9, lambda examples: 1 << 22)
+    bitmaps = (3 * 2**22 + 2 * 2**24) / 8
+    assert most == pytest.approx(bitmaps + 4 * (13 * 2**22 + 2 * 2**24 + 477_601), rel=1e-6)
 
 
 def test_the_disk_of_rank_0_takes_its_snapshots_all_deltas_and_what_the_joiner_spills() -> None:

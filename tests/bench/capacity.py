@@ -40,6 +40,7 @@ from bench.capacity_model import (  # noqa: E402
     Stream,
     Verdict,
     batch_of,
+    bytes_of_step,
     delta_bytes,
     disk_bytes,
     expert_bytes,
@@ -225,11 +226,13 @@ def network_table(inputs: Inputs, law: delta_sizes.Law) -> str:
         model = Model(optimizer=optimizer)
         for ranks in RANKS[1:]:
             batch = batch_of(ranks, 1)
-            step = traffic(model, batch, ranks, distinct_rows(law, ROWS[0]))
+            distinct = distinct_rows(law, ROWS[0])
+            step = traffic(model, batch, ranks, distinct)
             limits = [network_limit(step, model, batch, link, inputs) for link in LINKS]
             rows.append(
                 [
-                    *(optimizer, ranks, f"{batch:,}", in_bytes(step.total)),
+                    *(optimizer, ranks, f"{batch:,}"),
+                    in_bytes(bytes_of_step(model, batch, ranks, distinct)),
                     in_bytes(step.busiest),
                     in_bytes(float(step.turns.sum())),
                     *map(number, limits),
@@ -272,7 +275,8 @@ def needs_table(inputs: Inputs, machine: Machine, law: delta_sizes.Law) -> str:
         rows.append(
             [
                 *(power(stream.rows), millions(stream.events), number(examples), ranks),
-                *(in_bytes(step.total), in_bytes(a_second)),
+                in_bytes(bytes_of_step(stream.model, batch, ranks, stream.distinct)),
+                in_bytes(a_second),
                 *(f"{8 * a_second / link:.0%}" for link in LINKS),
                 in_bytes(waiting_bytes(inputs, examples)),
                 in_bytes(delta),
@@ -396,7 +400,7 @@ part. The bytes between two ranks stand in `tests/bench/capacity_model.py`.
 | FTRL experts, rate | `ftrl` x F / (2 F + 2 (F + 190)): the columns that four regressions read |
 | decode; join | `ingest-wide` / its cores x the cores of N ranks; `join` x N |
 | waiting | examples/s x 630 s x bytes of an impression; beyond `join.max_memory` on disk |
-| a delta | 48 D + 8 (2 D + 2 pairs) + 4 P, D = D(examples of 5 s), pairs as if none came twice |
+| a delta | 4 P + each table's min(4 D, rows / 8) + 4 D, DeepFM's 44 D; no pair comes twice |
 | disk of rank 0 | (table / N + experts) / 600 s + a delta / 5 s + spilled impressions / 630 s |"""
 
 

@@ -18,11 +18,13 @@ A step sends, in bytes
 Rows that both of two sets of a and b examples have, and m examples between them have not, number
 D(m + a) + D(m + b) - D(m) - D(m + a + b). Before a step come the events of its examples: an
 impression of 4 F + 44 bytes and a click of 36 to the rank that joins them, an example of 4 F + 45
-to rank 0. Nothing here is measured; capacity.py gives the formulas what was.
+to rank 0. `bytes_of_step` adds what is small: commands, numbers of rows, ends of turns. Nothing
+here is measured; capacity.py gives the formulas what was.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +33,12 @@ import numpy as np
 import numpy.typing as npt
 
 from bench import delta_sizes, zipf
+from stream_ctr.learn.batch_shares import shares_of
 from stream_ctr.learn.cpu_step import parts_of
 from stream_ctr.learn.pairs import choose_columns
 from stream_ctr.learn.spec import LARGEST_PAIR_BITS, LearnerSpec
+from stream_ctr.learn.step import SUB_BATCH
+from stream_ctr.learn.step_bytes import StepShape, bytes_a_step
 from stream_ctr.learn.table_kernels import floats_in_use, row_floats
 
 RATED = 6
@@ -52,7 +57,6 @@ IMPRESSION = 44  # beside the ids of its features
 CLICK = 36
 RELEASED = 45  # a joined example, beside the ids of its features
 PAIR = 16  # (z, n) of FTRL, float64
-LINEAR_VALUE = 8  # the number of a row and its weight, in a delta
 EXPERTS_OVER_FIELDS = 2
 EXPERTS_OVER_PAIRS = 2
 
@@ -133,12 +137,13 @@ def delta_bytes(model: Model, rows: int, examples: float, distinct: Distinct) ->
 
     Each example is taken to have pairs that no other one has.
     """
-    touched = distinct(examples)
-    pair_rows = min(4 * rows, 1 << LARGEST_PAIR_BITS)
-    pairs = occupied(pair_rows, len(choose_columns(model.fields)) * examples)
-    network = touched * (ROW_NUMBER + FLOAT * (model.embedding_dim + 1))
-    linear = LINEAR_VALUE * (EXPERTS_OVER_FIELDS * touched + EXPERTS_OVER_PAIRS * pairs)
-    return network + linear + FLOAT * model.parameters
+    size = 4.0 * model.parameters
+    tables = delta_sizes.tables(rows.bit_length() - 1, model.embedding_dim)
+    for table, times in zip(tables, delta_sizes.TIMES, strict=True):
+        columns = len(choose_columns(model.fields))
+        touched = occupied(table.rows, columns * examples) if table.pairs else distinct(examples)
+        size += times * table.bytes(touched, "fp32")
+    return size
 
 
 def occupied(rows: int, values: float) -> float:
@@ -248,16 +253,31 @@ def add_turns(
 ) -> None:
     """Add the rows that ranks pass on and give back at the end of their turns."""
     row = FLOAT * model.floats
+    passed, given_back = passes(examples, distinct)
     active = [rank for rank, n in enumerate(examples) if n]
-    for at, rank in enumerate(active):
+    for rank, following in itertools.pairwise(active):
+        turns[rank, following] = row * passed[rank, following]
+    sent += row * passed - turns
+    sent += row * given_back[:, None] / len(examples)
+
+
+def passes(
+    examples: Sequence[int], distinct: Distinct
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return the rows [N, N] that rank i passes to rank j, and those [N] that rank i has last.
+
+    `examples` are those of the ranks.
+    """
+    passed = np.zeros((len(examples), len(examples)))
+    given_back = np.zeros(len(examples))
+    for rank, before in enumerate(examples):
         between = 0
-        for after in active[at + 1 :]:
-            passed = row * passed_rows(distinct, examples[rank], between, examples[after])
-            message = turns if not between else sent
-            message[rank, after] += passed
-            between += examples[after]
-        given_back = distinct(between + examples[rank]) - distinct(between)
-        sent[rank, :] += row * given_back / len(examples)
+        for following in range(rank + 1, len(examples)):
+            after = examples[following]
+            passed[rank, following] = passed_rows(distinct, before, between, after)
+            between += after
+        given_back[rank] = distinct(between + before) - distinct(between)
+    return passed, given_back
 
 
 def passed_rows(distinct: Distinct, before: float, between: float, after: float) -> float:
@@ -272,6 +292,25 @@ def passed_rows(distinct: Distinct, before: float, between: float, after: float)
         - distinct(between)
         - distinct(between + before + after)
     )
+
+
+def bytes_of_step(model: Model, batch: int, ranks: int, distinct: Distinct) -> float:
+    """Return the bytes that all ranks send in a step, by the formula of the learner itself."""
+    online = model.optimizer == "online"
+    shape = StepShape(
+        columns=model.fields,
+        width=model.embedding_dim,
+        row_floats=model.floats,
+        parameters=model.parameters,
+        online=online,
+    )
+    shares = shares_of(batch, parts_of(batch), ranks=ranks, sub_batch=SUB_BATCH if online else None)
+    elsewhere = (ranks - 1) / ranks
+    fetched = elsewhere * sum(distinct(len(share.examples)) for share in shares)
+    passed, given_back = passes([len(share.examples) for share in shares], distinct)
+    moved = float(passed.sum() + elsewhere * given_back.sum())
+    entries = elsewhere * batch * model.fields
+    return bytes_a_step(shape, shares, fetched=fetched, passed=moved if online else entries)
 
 
 def front_bytes(model: Model, examples: float, clicks: float, ranks: int) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 from support.record import formatted
 
 from bench import delta_sizes, rank_runs, zipf
-from bench.capacity_model import Model, traffic
+from bench.capacity_model import Model, bytes_of_step, traffic
 from bench.contest import Program, Running
 from bench.environments import NotRun
 from bench.hosts import Link, TwoHosts, two_hosts
@@ -104,8 +104,9 @@ def by_formula(data: Path, rows: int, optimizer: str, options: argparse.Namespac
     model = Model(hidden=tuple(options.hidden), optimizer=optimizer)
     # Each value has a row of its own in these data.
     step = traffic(model, options.batch, RANKS, law.expected_values)
+    size = bytes_of_step(model, options.batch, RANKS, law.expected_values)
     limits = {str(link): options.batch / step.seconds(link.rate) for link in LINKS if link.rate}
-    return {"bytes_a_step": step.total, "examples_per_second": limits}
+    return {"bytes_a_step": size, "examples_per_second": limits}
 
 
 # -- runs ------------------------------------------------------------------------------------------
