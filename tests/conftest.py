@@ -109,9 +109,13 @@ def _rows(config: pytest.Config) -> list[int]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure no coverage in slow tests, which tracing makes up to twice as slow."""
+    """Measure no coverage in slow tests, which tracing makes up to twice as slow.
+
+    Nor in those of Hypothesis: its own code is traced too, and other tests run the same lines.
+    """
     measuring: Any = item.config.pluginmanager.get_plugin("_cov")
-    if measuring is None or not item.get_closest_marker("slow"):
+    drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    if measuring is None or not (drawn or item.get_closest_marker("slow")):
         return (yield)
     measuring.cov_controller.pause()
     try:
