@@ -27,7 +27,7 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import snapshot
 from stream_ctr.train.as_served import BEFORE_FIRST, MOST_COPIES, PASSED_OVER, AsServed, Copy
 
-FM = LearnerSpec(model="fm", fields=2, embedding_dim=2, table_bits=8, batch_size=32)
+FM = LearnerSpec(model="fm", fields=2, embedding_dim=4, table_bits=8, batch_size=32)
 LR = LearnerSpec(model="lr", fields=2, table_bits=8, batch_size=32)
 SPECS = {"fm": FM, "lr": LR}
 DELAY = 100
