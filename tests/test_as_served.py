@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,7 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import snapshot
 from stream_ctr.train.as_served import BEFORE_FIRST, MOST_COPIES, PASSED_OVER, AsServed, Copy
 
-FM = LearnerSpec(model="fm", fields=2, embedding_dim=2, table_bits=8, batch_size=32)
+FM = LearnerSpec(model="fm", fields=2, embedding_dim=4, table_bits=8, batch_size=32)
 LR = LearnerSpec(model="lr", fields=2, table_bits=8, batch_size=32)
 SPECS = {"fm": FM, "lr": LR}
 DELAY = 100
@@ -55,7 +56,8 @@ class Run:
         }
         for learner in self.learners.values():
             learner.track_changes()
-        self.served = AsServed(SPECS, share=share, delay_ms=DELAY, device="cpu", threads=1)
+        make = partial(make_learner, device="cpu", threads=1)
+        self.served = AsServed(SPECS, share=share, delay_ms=DELAY, make=make)
         self.counters: Counter[str] = Counter()
         self.learned = 0
 
