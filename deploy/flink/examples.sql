@@ -1,13 +1,14 @@
 -- Label impressions in Flink SQL and write them to a topic that stream-ctr learns from.
 --
--- Both tables have the features of the simulated stream; put those of your own events there.
+-- Both tables have the features of the simulated stream. Put those of your own events there.
 -- The times of events are numbers of milliseconds since 1970. The lengths of time are the defaults
 -- of stream-ctr: a label window of 10 minutes, clicks up to 30 seconds before their impression, and
 -- events up to 30 seconds out of order.
 
-SET 'table.exec.state.ttl' = '1 h';              -- for so long, ids of impressions are known
-SET 'table.exec.source.idle-timeout' = '30 s';   -- a silent partition then delays no other
+SET 'table.exec.state.ttl' = '1 h';  -- for so long, ids of impressions are known
 SET 'execution.checkpointing.interval' = '30 s';
+-- A partition without events holds back all labels. With 'table.exec.source.idle-timeout' it does
+-- so no longer than that, but then the clicks of a partition that is slow to be read are lost.
 
 CREATE TABLE events (
   kind STRING,
