@@ -294,13 +294,12 @@ class SharedJoiner:
             return examples
         rows = {
             **examples.arrays(),
-            "order": order.time,
             "partition": order.partition,
             "place": order.place,
             "ids": pack(examples.ids, self._id_bytes),
         }
         merged = gather_rows(self._ranks, self._blocks.released, rows, counts)
-        key = Order(merged["order"], merged["partition"], merged["place"])
+        key = Order(merged["closed_ms"], merged["partition"], merged["place"])
         by = key.argsort()
         if not self._leads:
             return self.none()
