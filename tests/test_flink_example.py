@@ -61,11 +61,11 @@ def options(table: str) -> dict[str, str]:
 
 def selected(event: Mapping[str, Any], label: int) -> bytes:
     """Return the JSON that the sink writes for an impression: its columns, without nulls."""
-    values = {**event, "kind": "example", "label": label}
+    values: dict[str, Any] = {**event, "kind": "example", "label": label}
     document = {}
     for name, kind in columns("examples").items():
         value = values.get(name)
-        if isinstance(kind, dict):
+        if isinstance(kind, dict) and value is not None:
             value = {member: value[member] for member in kind if value.get(member) is not None}
         if value is not None:
             document[name] = value

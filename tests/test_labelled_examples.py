@@ -357,8 +357,8 @@ def test_a_topic_of_examples_is_read_to_its_end_and_its_bad_ones_are_dead_letter
     good = example_stream(1200).to_pylist()
     bad = [good[0].replace(b'"label":%d' % label, other) for label in (0, 1) for other in WRONG]
     bad = [record for record in bad if record != good[0]]
-    run = ("run", "--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end")
-    run += ("--state", tmp_path / "state", *QUICK, *own_topics(topic))
+    run: tuple[object, ...] = ("run", "--topic", topic, "--bootstrap-servers", embedded_broker)
+    run += ("--until-end", "--state", tmp_path / "state", *QUICK, *own_topics(topic))
     sent(embedded_broker, topic, pa.array([*good[:700], *bad], pa.large_binary()))
     first = succeed(*run)
     sent(embedded_broker, topic, pa.array(good[700:], pa.large_binary()))
