@@ -29,7 +29,7 @@ from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
-from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.learner import MakeLearner, make_learner
 from stream_ctr.learn.pairs import choose_columns, columns_after
 from stream_ctr.learn.runtimes import graph_builder
 from stream_ctr.learn.spec import (
@@ -88,6 +88,7 @@ def build_trainer(
     predictions: Path | None = None,
     schemas: Schemas | None = None,
     delta_outlets: Sequence[Outlet] = (),
+    make: MakeLearner | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
 
@@ -96,12 +97,14 @@ def build_trainer(
     to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
     `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
     weights it began with. `schemas` has those of Avro records. Deltas go to `delta_outlets` too.
+    `make` makes the learners, in place of those of one process.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
     set_up_process()
     surroundings = surroundings or Surroundings()
     config = _with_precision(config)
+    make = make or partial(make_learner, device=config.learn.device, threads=config.learn.threads)
     identity = run_identity(config, fields, fitted, earlier=earlier, origin=origin)
     hasher = Hasher(
         identity.schema.fields,
@@ -132,9 +135,9 @@ def build_trainer(
     read_ahead = config.input.read_ahead
     joiner = _joiner(config, identity, directory)
     baseline = _baseline(identity) if config.baseline.enabled else None
-    served = _as_served(config, identity, in_event_time=in_event_time)
+    served = _as_served(config, identity, make, in_event_time=in_event_time)
     fields_measured = _field_health(config, hasher) if config.metrics.field_health else None
-    state = _state(config, identity, joiner, source, baseline, served, fields_measured)
+    state = _state(config, identity, joiner, source, baseline, served, fields_measured, make)
     return Trainer(
         ingest=ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest,
         state=state,
@@ -405,6 +408,7 @@ def _state(
     baseline: SampledBaseline | None,
     served: AsServed | None,
     fields: FieldHealth | None,
+    make: MakeLearner,
 ) -> TrainingState:
     specs = identity.specs
     blend = Blend(identity.blend) if identity.blend else None
@@ -417,10 +421,7 @@ def _state(
             lateness_ms=identity.join.allowed_lateness_ms,
             stall_clicks=config.join.stall_clicks,
         ),
-        learners={
-            name: make_learner(spec, device=config.learn.device, threads=config.learn.threads)
-            for name, spec in specs.items()
-        },
+        learners={name: make(spec) for name, spec in specs.items()},
         scoreboard=Scoreboard(
             models,
             windows=MetricWindows(
@@ -478,7 +479,9 @@ def _batch_sizes(config: Config) -> Callable[[int], int]:
     return lambda examples: largest
 
 
-def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) -> AsServed | None:
+def _as_served(
+    config: Config, identity: RunIdentity, make: MakeLearner, *, in_event_time: bool
+) -> AsServed | None:
     """Return what scores impressions as served: the published model, and LR, which is cheap."""
     share = config.metrics.served_share
     if not share:
@@ -497,8 +500,7 @@ def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) ->
         share=share,
         delay_ms=identity.join.label_window_ms + identity.join.allowed_lateness_ms,
         every_ms=in_milliseconds(every) if in_event_time else 0,
-        device=config.learn.device,
-        threads=config.learn.threads,
+        make=make,
     )
 
 

@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
@@ -44,6 +44,8 @@ from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
+from stream_ctr.learn.learner import Learner
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import delta_topic, snapshot
 from stream_ctr.snapshots.contract import Verify
@@ -95,6 +97,7 @@ def train_on_logs(
     predictions: Path | None = None,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    others: Others | None = None,
 ) -> Report | None:
     """Learn all of these logs, one after another, into the directory of the lease.
 
@@ -118,6 +121,7 @@ def train_on_logs(
             predictions=predictions,
             caller=caller,
             registry=registry,
+            others=others,
         )
 
 
@@ -197,6 +201,7 @@ def train_on_kafka(
     take_over: bool = False,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    others: Others | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -267,6 +272,7 @@ def train_on_kafka(
             caller=caller,
             registry=registry,
             delta_outlets=outlets,
+            others=others,
         )
 
 
@@ -317,6 +323,7 @@ def _train(
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
     delta_outlets: Sequence[Outlet] = (),
+    others: Others | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
@@ -325,7 +332,7 @@ def _train(
     schedule = Schedule(_intervals(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
-        stack.enter_context(_out_of_memory(state))
+        stack.enter_context(out_of_memory(state))
         stack.enter_context(announcing_compilation())
         copy = stack.enter_context(mirror)
         recent = stack.enter_context(
@@ -340,7 +347,7 @@ def _train(
         def stopped() -> bool:
             publisher.check()
             recent.beat()
-            return stop.requested
+            return stop.requested or bool(others and others.ask_to_stop())
 
         newest, inputs = _inputs(sources, config, state)
         encoding = _encoding(
@@ -362,6 +369,8 @@ def _train(
 
         def beat() -> None:
             recent.beat()
+            if others and others.ask_to_stop():
+                stop()
             if copy:
                 counters.update(copy.take_failures())
 
@@ -387,6 +396,7 @@ def _train(
             predictions=predictions,
             schemas=schemas,
             delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
+            make=others.make if others else None,
         )
         counters = trainer.state.counters  # a cycle would keep the threads of its learners
         if trainer.baseline:
@@ -398,6 +408,7 @@ def _train(
         elif newest:
             _resume(trainer, newest, config)
         stop.then(trainer.stop)
+        stack.callback(stop.forget)  # the trainer holds the request: another cycle
         stack.enter_context(schedule)
         report = trainer.run()
     if caller:
@@ -543,6 +554,16 @@ def _resume(trainer: Trainer, newest: Path, config: Config) -> None:
         say(follows)
 
 
+class Others(Protocol):
+    """The other ranks of a run, which make learners together with this one."""
+
+    def make(self, spec: LearnerSpec) -> Learner: ...
+
+    def ask_to_stop(self) -> bool:
+        """Return whether one of them asks the run to stop."""
+        ...
+
+
 class StopRequest:
     """A request to stop the run; calling it makes the request."""
 
@@ -560,6 +581,10 @@ class StopRequest:
         if self.requested:
             stop()
 
+    def forget(self) -> None:
+        """Call nothing any more."""
+        self._stop = lambda: None
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -574,7 +599,7 @@ class Caller:
 
 
 @contextlib.contextmanager
-def _out_of_memory(state: Path) -> Iterator[None]:
+def out_of_memory(state: Path) -> Iterator[None]:
     """Turn every way in which memory runs out into an error that says what to do."""
     try:
         yield

@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from stream_ctr.distributed.ranks import Ranks
+from stream_ctr.failpoint import failpoint
 
 Make = Callable[..., Any]
 """Makes an object of a kind, from the ranks and arguments of plain types."""
@@ -89,6 +90,7 @@ class Team:
             if kind == "make":
                 self._make(*rest)
             elif kind == "call":
+                failpoint("ranks.call")
                 number, method, others, arguments = rest
                 objects = (self._objects[other] for other in others)
                 getattr(self._objects[number], method)(*objects, **arguments)

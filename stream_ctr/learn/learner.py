@@ -16,7 +16,7 @@ False
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -163,6 +163,10 @@ def make_learner(
     if system(spec.model).module is None:
         return LinearLearner(spec)
     return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
+
+
+MakeLearner = Callable[[LearnerSpec], Learner]
+"""Makes a learner on the device, and with the threads or ranks, of a run."""
 
 
 def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:
