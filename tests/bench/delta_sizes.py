@@ -33,7 +33,7 @@ from stream_ctr.learn.touched import Touched
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
-ROW_BYTES = 4  # the number of a row, uint32
+ROW_BYTES = 4  # the number of a row, uint32, unless a bit of every row takes less
 VALUE_BYTES = {"fp32": 4, "bf16": 2}
 _FIELD_SHIFT = np.uint64(40)
 _CHUNK = 16_384
@@ -95,8 +95,11 @@ class Table:
         48
         >>> Table("DeepFM", 1 << 26, 11).bytes(1, "bf16")
         26
+        >>> Table("LR", 1 << 10, 1).bytes(1000, "fp32")
+        4128.0
         """
-        return touched * (ROW_BYTES + self.values * VALUE_BYTES[precision])
+        numbers = min(touched * ROW_BYTES, self.rows / 8)
+        return numbers + touched * self.values * VALUE_BYTES[precision]
 
 
 def tables(bits: int, width: int) -> tuple[Table, ...]:
