@@ -32,7 +32,7 @@ from stream_ctr.cli.voice import say, say_error
 from stream_ctr.config import Config, known_keys
 from stream_ctr.distributed.agreement import SAME_CODE, code, failure, require_same, together
 from stream_ctr.distributed.ranks import TIMEOUT_SECONDS, RankError, Ranks
-from stream_ctr.distributed.team import Team
+from stream_ctr.distributed.team import Make, Team
 from stream_ctr.errors import ConfigError, SnapshotError, StreamCtrError
 from stream_ctr.learn.device import choose_precision
 from stream_ctr.learn.learner import Learner
@@ -156,7 +156,10 @@ def _opened(ranks: Ranks, start: Start, stack: contextlib.ExitStack) -> Begun | 
 
 
 def _team(ranks: Ranks, stop: runs.StopRequest) -> Team:
-    makers = {"network": NETWORK_MAKER, "ending": lambda ranks: RankEnding(ranks, stop)}
+    makers: dict[str, Make] = {
+        "network": NETWORK_MAKER,
+        "ending": lambda ranks: RankEnding(ranks, stop),
+    }
     return Team(ranks, makers)
 
 
