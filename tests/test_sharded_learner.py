@@ -143,6 +143,24 @@ def refusals(team: Team) -> None:
         assert whole_state(pair.sharded)["table"].tobytes() == spoilt["table"].tobytes()
 
 
+def padding(team: Team) -> None:
+    """Padding reads row 0 of the table, wherever it is: if that explodes, the batch is refused."""
+    for options in ({}, {"table_optimizer": "adagrad"}):
+        pair = Pair(team, model="pnn", **options)
+        pair.learn(300)
+        ids, labels, _ = batch_of(600, 0, pair.options)
+        ids[ids == 0] = 1
+        spoilt = pair.plain.weights()
+        spoilt["table"][0, :4] = 1e18
+        outcomes = []
+        for each in (pair.sharded, pair.plain):
+            each.load_weights(spoilt)
+            outcomes.append(each.learn(ids, labels) is None)
+        assert outcomes[0] == outcomes[1]
+        assert outcomes[0] or options
+        pair.require_equal()
+
+
 def loading(team: Team) -> None:
     """Weights and state of the optimisers go from a plain learner to ranks and back."""
     source, pair = Pair(team), Pair(team, seed=7)
@@ -221,7 +239,7 @@ def shards(team: Team) -> None:
 
 def _protocol(ranks: Ranks) -> None:
     def lead(team: Team) -> None:
-        for check in (predictions, refusals, loading, touched, copies, shards):
+        for check in (predictions, refusals, padding, loading, touched, copies, shards):
             check(team)
 
     led(ranks, lead)
