@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ from stream_ctr.cli.voice import say, say_error
 from stream_ctr.config import Config, known_keys
 from stream_ctr.distributed.agreement import SAME_CODE, code, failure, require_same, together
 from stream_ctr.distributed.ranks import TIMEOUT_SECONDS, RankError, Ranks
-from stream_ctr.distributed.team import Team
+from stream_ctr.distributed.team import Make, Team
 from stream_ctr.errors import ConfigError, SnapshotError, StreamCtrError
 from stream_ctr.learn.device import choose_precision
 from stream_ctr.learn.learner import Learner
@@ -129,6 +130,7 @@ def _run(
 ) -> None:
     with contextlib.ExitStack() as stack:
         try:
+            require_same(ranks, code(), way_out=SAME_CODE)
             begun = together(ranks, lambda: _opened(ranks, start, stack))
             loaded = _agreed(ranks, start, begun, options)
         except RankError as error:
@@ -154,7 +156,10 @@ def _opened(ranks: Ranks, start: Start, stack: contextlib.ExitStack) -> Begun | 
 
 
 def _team(ranks: Ranks, stop: runs.StopRequest) -> Team:
-    makers = {"network": NETWORK_MAKER, "ending": lambda ranks: RankEnding(ranks, stop)}
+    makers: dict[str, Make] = {
+        "network": NETWORK_MAKER,
+        "ending": lambda ranks: RankEnding(ranks, stop),
+    }
     return Team(ranks, makers)
 
 
@@ -173,8 +178,7 @@ def _join(start: Start) -> Ranks:
 
 
 def _agreed(ranks: Ranks, start: Start, begun: Begun | None, options: Mapping[str, str]) -> Loaded:
-    """Return the configuration, once all ranks agree on it, on the code and on the state."""
-    require_same(ranks, code(), way_out=SAME_CODE)
+    """Return the configuration, once all ranks agree on it and on the state."""
     kept = _told(ranks, dict(begun.kept) if begun and begun.kept else None)
 
     def load() -> Loaded:
@@ -350,10 +354,19 @@ def _end(error: StreamCtrError, stop: runs.StopRequest) -> NoReturn:
         say_error(str(error))
         if not _wait_for_signal(stop):  # no rank has ended: one does not answer
             launched.record_error(str(error))
+    elif number := launched.number("RANK"):
+        if _is_of_another(error, number):
+            _end_quietly(error.exit_code, stop)
+        _show(StreamCtrError(f"rank {number}: {error}"))
     else:
-        number = launched.number("RANK")
-        _show(StreamCtrError(f"rank {number}: {error}") if number else error)
+        _show(error)
     sys.exit(error.exit_code)
+
+
+def _is_of_another(error: StreamCtrError, number: int) -> bool:
+    """Return whether an error names another rank, which shows it, as rank 0 does."""
+    named = re.match(r"rank (\d+): ", str(error))
+    return named is not None and named[1] != str(number)
 
 
 def _wait_for_signal(stop: runs.StopRequest) -> bool:
