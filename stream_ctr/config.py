@@ -750,6 +750,12 @@ class Ranks(Section):
     `torchrun --max-restarts` then starts all ranks again. The time must be longer than the largest
     model takes to load. At least 5s.
     """
+    share_input: bool = True
+    """Every rank reads its own partitions of a topic, and joins its share of the impressions.
+
+    `join.max_memory` is for all ranks together. false: rank 0 reads and joins everything, as it
+    does with logs.
+    """
 
     @field_validator("timeout")
     @classmethod

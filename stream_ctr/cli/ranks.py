@@ -26,6 +26,7 @@ import msgspec
 import torch
 
 from stream_ctr.cli import launched, runs
+from stream_ctr.cli.front import KIND, FrontMaker
 from stream_ctr.cli.interrupts import signals
 from stream_ctr.cli.start import Begun, Learn, Loaded, Start
 from stream_ctr.cli.voice import say, say_error
@@ -39,6 +40,10 @@ from stream_ctr.learn.learner import Learner
 from stream_ctr.learn.sharded_learner import NETWORK_MAKER, make_sharded_learner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import files, lineage, places, snapshot
+from stream_ctr.snapshots.manifest import RunIdentity
+from stream_ctr.train.front_lead import Faces
+from stream_ctr.train.inputs import Inputs
+from stream_ctr.train.source import Source
 
 MOST_RANKS = 64
 _ASK_SECONDS = 1.0
@@ -77,10 +82,16 @@ class _LeaderFailed(Exception):
 
 
 class _Others:
-    """The other ranks, as the loop on rank 0 sees them. Each rank has so many `threads`."""
+    """The other ranks, as the loop on rank 0 sees them. Each rank has so many `threads`.
 
-    def __init__(self, team: Team, *, threads: int, stop: runs.StopRequest) -> None:
+    Without `front`, they neither read nor join.
+    """
+
+    def __init__(
+        self, team: Team, *, threads: int, stop: runs.StopRequest, front: FrontMaker | None
+    ) -> None:
         self._team = team
+        self._front = front
         self._threads = threads
         self._stop = stop
         self._number, self._ending = team.make("ending")
@@ -89,6 +100,10 @@ class _Others:
     def make(self, spec: LearnerSpec) -> Learner:
         """Make a learner on all ranks."""
         return make_sharded_learner(self._team, spec, threads=self._threads)
+
+    def front(self, identity: RunIdentity, inputs: Inputs) -> Faces | None:
+        """Let all ranks read the topics and join, where the configuration does not forbid it."""
+        return self._front.lead(self._team, identity, inputs) if self._front else None
 
     def ask_to_stop(self) -> bool:
         """Return whether a rank asks the run to stop; the others answer once a second."""
@@ -137,10 +152,13 @@ def _run(
             _end(error, stop)
         except Exception as error:  # noqa: BLE001 - all ranks have it
             _end_together(error, stop)
-        team = _team(ranks, stop)
+        front = _front(ranks, start, loaded, stack)
+        team = _team(ranks, stop, front)
         try:
             if begun:
-                _lead(team, begun, loaded, learn, stop)
+                threads = _threads(loaded.config)
+                others = _Others(team, threads=threads, stop=stop, front=front)
+                _lead(team, begun, loaded, learn, others)
             else:
                 with runs.out_of_memory(start.state):
                     team.follow()
@@ -155,12 +173,29 @@ def _opened(ranks: Ranks, start: Start, stack: contextlib.ExitStack) -> Begun | 
     return None if ranks.rank else stack.enter_context(start.open())
 
 
-def _team(ranks: Ranks, stop: runs.StopRequest) -> Team:
+def _team(ranks: Ranks, stop: runs.StopRequest, front: FrontMaker | None) -> Team:
     makers: dict[str, Make] = {
         "network": NETWORK_MAKER,
         "ending": lambda ranks: RankEnding(ranks, stop),
     }
+    if front:
+        makers[KIND] = front
     return Team(ranks, makers)
+
+
+def _front(
+    ranks: Ranks, start: Start, loaded: Loaded, stack: contextlib.ExitStack
+) -> FrontMaker | None:
+    """Return what lets this rank read its partitions of topics, None where rank 0 reads all."""
+    if ranks.size == 1 or not loaded.config.ranks.share_input:
+        return None
+
+    def open_source(until_end: bool) -> Source:
+        return runs.open_topics(loaded.client, loaded.config, until_end=until_end)
+
+    return FrontMaker(
+        loaded.config, start.state, open_source, stack=stack, registry=loaded.registry
+    )
 
 
 def _join(start: Start) -> Ranks:
@@ -293,9 +328,8 @@ def _say_who_is_there(ranks: Ranks, threads: int) -> None:
         )
 
 
-def _lead(team: Team, begun: Begun, loaded: Loaded, learn: Learn, stop: runs.StopRequest) -> None:
+def _lead(team: Team, begun: Begun, loaded: Loaded, learn: Learn, others: _Others) -> None:
     """Run the run, and let the others end with it."""
-    others = _Others(team, threads=_threads(loaded.config), stop=stop)
     try:
         learn(begun, loaded, others)
     except RankError:

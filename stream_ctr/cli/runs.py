@@ -19,7 +19,7 @@ import torch
 from msgspec import UNSET
 from rich.console import Console
 
-from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
+from stream_ctr.cli.assembly import MakeFront, build_trainer, rotation, signing_key
 from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.compiling import announcing_compilation
@@ -52,9 +52,11 @@ from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.delta import DeltaHeader
 from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.lease import Lease
+from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.mirror import Mirror
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
+from stream_ctr.train.front_lead import Faces
 from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import Report, to_json_object
 from stream_ctr.train.resume import continued, what_follows
@@ -211,19 +213,9 @@ def train_on_kafka(
 
     Raises `NameHeld` if another run holds the name there.
     """
-    topics = [config.input.topic]
-    if config.input.click_topic:
-        topics.append(config.input.click_topic)
-    open_source = ConfluentSource if config.input.client == "confluent" else kafka.KafkaSource
+    topics = _topics(config)
     with contextlib.ExitStack() as stack:
-        source = open_source(
-            topics,
-            client=client,
-            group=config.input.group,
-            until_end=until_end,
-            max_record_bytes=config.input.max_record_bytes,
-            on_lost=config.input.on_lost,
-        )
+        source = open_topics(client, config, until_end=until_end)
         stack.callback(source.close)
         sink = kafka.KafkaSink(client)
         stack.callback(_close, sink)
@@ -273,7 +265,28 @@ def train_on_kafka(
             registry=registry,
             delta_outlets=outlets,
             others=others,
+            front=others.front if others else None,
         )
+
+
+def open_topics(
+    client: Mapping[str, object], config: Config, *, until_end: bool
+) -> kafka.KafkaSource | ConfluentSource:
+    """Open the topics of the configuration."""
+    open_source = ConfluentSource if config.input.client == "confluent" else kafka.KafkaSource
+    return open_source(
+        _topics(config),
+        client=client,
+        group=config.input.group,
+        until_end=until_end,
+        max_record_bytes=config.input.max_record_bytes,
+        on_lost=config.input.on_lost,
+    )
+
+
+def _topics(config: Config) -> list[str]:
+    topics = (config.input.topic, config.input.click_topic)
+    return [topic for topic in topics if topic]
 
 
 def _ensure_topics(client: dict[str, object], config: Config, topics: Sequence[str]) -> None:
@@ -324,6 +337,7 @@ def _train(
     registry: Mapping[str, str] | None = None,
     delta_outlets: Sequence[Outlet] = (),
     others: Others | None = None,
+    front: MakeFront | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
@@ -397,6 +411,7 @@ def _train(
             schemas=schemas,
             delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
             make=others.make if others else None,
+            front=front,
         )
         counters = trainer.state.counters  # a cycle would keep the threads of its learners
         if trainer.baseline:
@@ -558,6 +573,10 @@ class Others(Protocol):
     """The other ranks of a run, which make learners together with this one."""
 
     def make(self, spec: LearnerSpec) -> Learner: ...
+
+    def front(self, identity: RunIdentity, inputs: Inputs) -> Faces | None:
+        """Let all ranks read the topics and join; None where rank 0 does it alone."""
+        ...
 
     def ask_to_stop(self) -> bool:
         """Return whether one of them asks the run to stop."""

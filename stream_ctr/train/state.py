@@ -20,7 +20,7 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.field_health import FieldHealth
 from stream_ctr.evaluate.scoreboard import Scoreboard, part
 from stream_ctr.join.examples import Examples, Ledger
-from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.joiner import Joiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner
@@ -79,7 +79,7 @@ class TrainingState:
     def __init__(
         self,
         *,
-        joiner: LabelJoiner,
+        joiner: Joiner,
         watermarks: Watermarks,
         learners: Mapping[str, Learner],
         scoreboard: Scoreboard,
