@@ -34,7 +34,7 @@ from stream_ctr.learn.sharded_step import Given
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.tensors import State, Tensors
-from stream_ctr.learn.touched import Touched
+from stream_ctr.learn.touched import Touched, require_touched
 from stream_ctr.models.registered import system
 
 NETWORK_MAKER = network_maker
@@ -73,8 +73,8 @@ class ShardedLearner:
     def pretraining(self) -> bool:
         return self.network.pretraining
 
-    def _announce(self, method: str, **arguments: Any) -> None:
-        self._team.announce(self.number, method, **arguments)
+    def _announce(self, method: str, *others: int, **arguments: Any) -> None:
+        self._team.announce(self.number, method, *others, **arguments)
 
     def learn(
         self,
@@ -128,7 +128,7 @@ class ShardedLearner:
         table: Any = weights[TABLE]
         with self._lock:
             if isinstance(table, StoredTable):
-                place = {"folder": str(table.folder), "stem": table.stem, "files": {**table.files}}
+                place: dict[str, Any] = {"folder": str(table.folder), "stem": table.stem, "files": {**table.files}}
                 self._announce("load_stored", **place)
                 self.network.load_stored(weights, **place)
             else:
@@ -150,6 +150,7 @@ class ShardedLearner:
         self.touched = ShardedTouched(self)
 
     def take_changes(self) -> State:
+        require_touched(self.touched)
         with self._lock:
             self._announce("take_changes")
             return self.network.take_changes()
@@ -161,7 +162,7 @@ class ShardedLearner:
 
     def copy_weights_to(self, other: ShardedLearner) -> None:
         with self._lock, other._lock:
-            self._announce("copy_weights_to", others=[other.number])
+            self._announce("copy_weights_to", other.number)
             self.network.copy_weights_to(other.network)
 
 
