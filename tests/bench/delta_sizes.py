@@ -63,13 +63,17 @@ class Law:
     def _cumulative(self) -> list[Floats]:
         return [np.cumsum(share) for share in self.shares]
 
-    def expected_rows(self, *, rows: int, examples: int) -> float:
+    def expected_rows(self, *, rows: int, examples: float) -> float:
         """Return R, the number of rows that so many examples touch in a table of `rows` rows."""
-        distinct = sum(
+        distinct = self.expected_values(examples)
+        return round(float(-rows * np.expm1(distinct * np.log1p(-1 / rows))), 6)
+
+    def expected_values(self, examples: float) -> float:
+        """Return D, the number of distinct values that so many examples have."""
+        return sum(
             float(-np.expm1(examples * np.log1p(-np.minimum(share, 1 - 1e-12))).sum())
             for share in self.shares
         )
-        return round(float(-rows * np.expm1(distinct * np.log1p(-1 / rows))), 6)
 
 
 def chunks(law: Law, *, rows: int, examples: int, seed: int = 0) -> Iterator[Ids]:
