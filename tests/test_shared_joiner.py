@@ -308,7 +308,7 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
         else:
             target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
         kept = (target.state_dict(), _linked(target, saved / "kept"))
-        return target.figures.pending, kept, target.oldest_pending_ms(), target
+        return target.figures.pending, kept, target.waiting(), target
 
     def _linked(target: SharedJoiner, folder: Path) -> dict[str, tuple[Path, str]]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -325,7 +325,7 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
             folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
             first = on_threads(size, run, folder, state, files)[0]
             pending, (state, files), oldest, _ = first
-            assert (pending, oldest) == (60, 1001)
+            assert (pending, oldest) == (60, (1001, 0))
             assert len(files) == len(state["segments.number"]) > 4
         last = joiner(directory=tmp_path / "last")
         last.load_state_dict(state, files)
@@ -341,21 +341,22 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
 def test_the_figures_of_rank_0_are_those_of_all_ranks() -> None:
     events = [Event("impression", n, 1000 + n) for n in range(1, 30)]
     events += [Event("click", 3, 1004), Event("click", 99, 1010)]
+    events += [Event("example", 5, 1005 + WINDOW, label=1)]
     log = [events[0::2], events[1::2]]
     poll = [(p, offset, event) for p, part in enumerate(log) for offset, event in enumerate(part)]
 
     def work(ranks: Ranks) -> Any:
         target = shared(ranks, 2, joiner(2, ranks.rank))
-        assert target.oldest_pending_ms() is None
+        assert target.waiting() == (None, 0)
         target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
         figures = target.figures
-        oldest = target.oldest_pending_ms()
+        oldest = target.waiting()
         target.release(1000 + WINDOW + 10, 1 << 16)
-        return figures, oldest, target.figures, target.oldest_pending_ms(), target.joiner.nbytes
+        return figures, oldest, target.figures, target.waiting(), target.joiner.nbytes
 
     (before, oldest, after, oldest_after, own), (*_, other) = on_threads(2, work)
-    assert (before.pending, oldest) == (29, 1001)
-    assert (after.pending, oldest_after) == (20, 1010)
+    assert (before.pending, oldest) == (30, (1001, 1))
+    assert (after.pending, oldest_after) == (20, (1010, 0))
     counts = dict(zip(COUNTERS, after.counters.tolist(), strict=True))
     assert (counts["impressions"], counts["clicks"], counts["clicks_joined"]) == (29, 2, 1)
     assert after.delays.sum() == 1
