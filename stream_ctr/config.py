@@ -57,6 +57,7 @@ DEVICES = r"^(auto|cpu|cuda(:\d{1,2})?)$"
 ENVIRONMENT_OTHERS = {
     "STREAM_CTR_DATA",
     "STREAM_CTR_FAILPOINT",
+    "STREAM_CTR_FAILPOINT_RANK",
     "STREAM_CTR_SNAPSHOT",
     "STREAM_CTR_SNAPSHOT_ID",
 }
@@ -65,6 +66,7 @@ ENVIRONMENT_OTHERS = {
 _EXAMPLE_SUFFIX = ".toml"
 _UNIT_SECONDS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SHORTEST_DELTA = timedelta(milliseconds=100)
+_SHORTEST_RANK_TIMEOUT = timedelta(seconds=5)
 # Event times plus a few durations of this length are far below 2^63 milliseconds.
 _LONGEST_SECONDS = 36500 * 86400.0
 _UNIT_BYTES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -739,6 +741,30 @@ class Http(Section):
     """
 
 
+class Ranks(Section):
+    """The processes of a run that torchrun starts."""
+
+    timeout: Period = timedelta(minutes=5)
+    """The time that a rank waits for another one before the run ends.
+
+    `torchrun --max-restarts` then starts all ranks again. The time must be longer than the largest
+    model takes to load. At least 5s.
+    """
+    share_input: bool = True
+    """Every rank reads its own partitions of a topic, and joins its share of the impressions.
+
+    `join.max_memory` is for all ranks together. false: rank 0 reads and joins everything, as it
+    does with logs.
+    """
+
+    @field_validator("timeout")
+    @classmethod
+    def _not_too_short(cls, length: timedelta) -> timedelta:
+        if length < _SHORTEST_RANK_TIMEOUT:
+            raise ValueError(f"must be at least 5s, got {format_duration(length)!r}")
+        return length
+
+
 class Config(Section):
     """Everything that can be configured. `stream-ctr config` prints it with the current values."""
 
@@ -753,6 +779,7 @@ class Config(Section):
     schedule: Schedule = Schedule()
     snapshots: Snapshots = Snapshots()
     http: Http = Http()
+    ranks: Ranks = Ranks()
 
 
 def load(

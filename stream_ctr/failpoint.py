@@ -9,6 +9,10 @@ The environment variable `STREAM_CTR_FAILPOINT` selects one of them:
 
 The process ends as with `kill -9`: at once, without cleaning up, with exit code 137. Without the
 variable, a failpoint costs one comparison.
+
+Where `torchrun` has started several processes, this applies to the one with rank 0, or to the one
+with the rank in `STREAM_CTR_FAILPOINT_RANK`, and with `torchrun --max-restarts` only before the
+first restart.
 """
 
 from __future__ import annotations
@@ -17,12 +21,14 @@ import difflib
 import itertools
 import os
 import re
+from collections.abc import Mapping
 from time import sleep
 from typing import NamedTuple
 
 from stream_ctr.errors import ConfigError
 
 VARIABLE = "STREAM_CTR_FAILPOINT"
+RANK_VARIABLE = "STREAM_CTR_FAILPOINT_RANK"
 EXIT_CODE = 137  # what a shell reports for a process that SIGKILL ended
 
 # The state at each failpoint, in the order of a run. Each name is used at one place in the code.
@@ -55,6 +61,7 @@ FAILPOINTS = {
     "retain.before": "the snapshot is published, no expired snapshot is removed",
     "retain.hidden": "an expired snapshot is hidden, its files are still there",
     "retain.after": "expired snapshots are removed",
+    "ranks.call": "a rank other than 0 has heard of the next call, and has not made it",
 }
 
 _SYNTAX = re.compile(
@@ -98,8 +105,22 @@ def parse(text: str) -> Armed:
     return Armed(name, int(count or 1), action or "kill")
 
 
+def armed(environ: Mapping[str, str]) -> Armed:
+    """Return the failpoint that the environment selects for this process, with no name for none.
+
+    >>> armed({"STREAM_CTR_FAILPOINT": "poll.after"}).name
+    'poll.after'
+    >>> armed({"STREAM_CTR_FAILPOINT": "poll.after", "RANK": "1"}).name
+    ''
+    """
+    found = parse(environ[VARIABLE]) if environ.get(VARIABLE) else Armed("")
+    meant = environ.get("RANK", "0") == environ.get(RANK_VARIABLE, "0")
+    restarted = environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return found if meant and not restarted else Armed("")
+
+
 # Read once, on import: a process that starts without a failpoint never has one.
-_ARMED = parse(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else Armed("")
+_ARMED = armed(os.environ)
 _REACHED = itertools.count(1)
 
 

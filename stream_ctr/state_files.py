@@ -22,6 +22,15 @@ _NOT_FOLLOWED = "it is a symbolic link, which a run does not follow in its state
 _NOT_REGULAR = "it is not a regular file"
 
 
+def _read_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+UMASK = _read_umask()
+
+
 def require_own(directory: Path) -> None:
     """Raise `OSError` if a file or folder that a run changes in place leads out of `directory`."""
     for name in _APPENDED_TO:

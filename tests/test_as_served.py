@@ -6,6 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,6 +43,7 @@ def examples(*times: int, seed: int = 0) -> Examples:
         np.empty((n, 0), np.float32),
         rng.integers(0, 2, n).astype(np.uint8),
         np.full(n, np.nan),
+        np.array(times, np.int64),
     )
 
 
@@ -54,7 +56,8 @@ class Run:
         }
         for learner in self.learners.values():
             learner.track_changes()
-        self.served = AsServed(SPECS, share=share, delay_ms=DELAY, device="cpu", threads=1)
+        make = partial(make_learner, device="cpu", threads=1)
+        self.served = AsServed(SPECS, share=share, delay_ms=DELAY, make=make)
         self.counters: Counter[str] = Counter()
         self.learned = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from bench.kept import Kept
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stream_ctr.learn.learner import make_learner
 from stream_ctr.logs.simulate import START_MS, Drift
 from stream_ctr.train.as_served import AsServed
 
@@ -63,7 +65,14 @@ def test_the_logits_are_those_of_the_metrics_as_served() -> None:
     schedule = Schedule.every(20, examples.time, ends, window_ms=5000, transfer_ms=1000)
     model = Blended(specs)
     blend = tuple(specs)
-    served = AsServed(specs, blend=blend, share=1.0, delay_ms=6000, every_ms=20_000, threads=1)
+    served = AsServed(
+        specs,
+        blend=blend,
+        share=1.0,
+        delay_ms=6000,
+        every_ms=20_000,
+        make=partial(make_learner, threads=1),
+    )
     number = iter(range(len(schedule.at_ms)))
 
     def predict(ids: freshness.Ids) -> dict[str, freshness.Logits]:

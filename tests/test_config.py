@@ -130,6 +130,7 @@ WRONG = {
             "snapshots.delta_every: must be 0s or at least 100ms, got '50ms'",
         ),
         ("[snapshots]\ndelta_precision='fp16'", "snapshots.delta_precision: "),
+        ("[ranks]\ntimeout='4s'", "ranks.timeout: must be at least 5s, got '4s'"),
         (
             "[snapshots]\nurl='bucket/folder'",
             "snapshots.url: must be a URL with a scheme, such as s3://bucket/folder",

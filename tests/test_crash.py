@@ -58,8 +58,9 @@ EVERYWHERE = [
     *(
         once(name)
         for name in FAILPOINTS
-        # See test_history for the seam, and test_delta_store for deltas.
-        if not name.startswith(("announce.", "seam.", "delta.")) and name not in NEAR_ANOTHER
+        # See test_history for the seam, test_delta_store for deltas, test_run_on_ranks for ranks.
+        if not name.startswith(("announce.", "seam.", "delta.", "ranks."))
+        and name not in NEAR_ANOTHER
     ),
     "snapshot.rename:1",
     *only_long(

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from msgspec import structs
-from safetensors.numpy import save
+from safetensors.numpy import load, save
 from support.deltas import HEADER, SMALL_PAYLOAD, header, made
 from support.keys import write_keys
 from support.manifests import MANIFEST, sealed
@@ -270,6 +270,35 @@ def test_bf16_rounds_the_values_of_rows_and_nothing_else(sent: Changes) -> None:
     assert_equal(decode_payload(encode_payload(rounded, "bf16"), "bf16"), rounded)
 
 
+@pytest.mark.parametrize(
+    ("rows", "stored"),
+    [
+        (np.arange(1000), "bits"),
+        (np.arange(1000) * 16, "bits"),
+        (np.arange(1000) * 33, "rows"),
+        (np.array([63]), "rows"),
+        (np.array([0, 1, 64]), "rows"),
+        (np.arange(62, 130), "bits"),
+        (np.empty(0), "rows"),
+    ],
+)
+def test_many_rows_are_sent_as_a_bitmap(rows: npt.NDArray[Any], stored: str) -> None:
+    rows = rows.astype(np.uint32)
+    sent = {"lr.model": {"rows": rows, "values": np.arange(len(rows), dtype=np.float32)}}
+    data = encode_payload(sent, "fp32")
+    assert f"lr.model/{stored}" in load(data)
+    assert_equal(decode_payload(data, "fp32"), sent)
+
+
+@given(ROWS)
+def test_a_bitmap_stands_for_the_rows_whose_bits_are_set(drawn: npt.NDArray[np.uint32]) -> None:
+    rows = np.unique(drawn % 4096).astype(np.uint32)
+    words = [sum(1 << int(row % 64) for row in rows if row // 64 == at) for at in range(64)]
+    values = np.zeros(len(rows), np.float32)
+    data = save({"m/bits": np.array(words, np.uint64), "m/values": values})
+    assert decode_payload(data, "fp32")["m"]["rows"].tolist() == rows.tolist()
+
+
 def test_bf16_takes_two_bytes_of_a_value() -> None:
     sent = {"model": {"values": np.ones((1000, 11), np.float32)}}
     saved = len(encode_payload(sent, "fp32")) - len(encode_payload(sent, "bf16"))
@@ -293,6 +322,28 @@ def test_arrays_of_any_layout_are_encoded_as_what_they_hold() -> None:
         ({"omega": np.zeros(1)}, "fp32", "holds a tensor 'omega' of no model"),
         ({"/omega": np.zeros(1)}, "fp32", "holds a tensor '/omega' of no model"),
         ({"model/": np.zeros(1)}, "fp32", "holds a tensor 'model/' of no model"),
+        *(
+            (
+                {"m/bits": np.full(2, 3, kind), "m/values": values},
+                "fp32",
+                "its bitmap does not have a bit for each of its values",
+            )
+            for kind, values in (
+                (np.uint64, np.zeros(3, np.float32)),
+                (np.uint64, np.zeros((), np.float32)),
+                (np.uint32, np.zeros(4, np.float32)),
+            )
+        ),
+        ({"m/bits": np.zeros(0, np.uint64)}, "fp32", "its bitmap does not have"),
+        (
+            {
+                "m/bits": np.ones(1, np.uint64),
+                "m/rows": np.zeros(1, np.uint32),
+                "m/values": np.zeros(1, np.float32),
+            },
+            "fp32",
+            "names its rows twice",
+        ),
         (
             {"model/values": np.zeros(1, np.float32)},
             "bf16",

@@ -90,7 +90,9 @@ SMALL = {
 NO_BASELINE = {"STREAM_CTR_BASELINE__ENABLED": "false"}  # its process takes a second to start
 LANGUAGES = {"", "sh", "python", "toml", "json", "csv", "avsc", "text"}
 # Names in `section.name` form that are not configuration keys.
-NOT_KEYS = {"features.toml", "learn.spec", "join.after", "learn.before", "learn.after"}
+NOT_KEYS = {
+    *("features.toml", "learn.spec", "join.after", "learn.before", "learn.after", "ranks.call")
+}
 # Words that an output shows only for some results.
 RESULTS = {
     *("beats", "better", "and", "cannot", "told", "apart", "differs"),

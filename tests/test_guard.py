@@ -76,6 +76,9 @@ class ScriptedLearner:
     def weights(self, *, reuse: bool = False) -> dict[str, npt.NDArray[Any]]:
         return {"weight": np.array([self.weight])}
 
+    def shards(self) -> None:
+        return None
+
     def optimizer_state(self) -> dict[str, npt.NDArray[Any]]:
         return {"pretraining": np.array([self.pretraining])}
 
@@ -111,6 +114,7 @@ def batch(*labels: int) -> Examples:
         values=np.zeros((len(label), 0), np.float32),
         label=label,
         true_probability=np.full(len(label), np.nan),
+        closed_ms=number,
     )
 
 

@@ -234,3 +234,19 @@ def test_a_snapshot_without_a_list_of_inputs_knows_one_that_is_not_known_to_have
         inputs=(), positions={"clicks:0": 7, "clicks:1": 2}, topic_ids={"clicks": "x"}
     )
     assert known_inputs(topics) == (CLICKS,)
+
+
+def test_ranks_divide_the_partitions_of_topics_that_follow_a_log() -> None:
+    found = []
+    for rank in range(3):
+        inputs = Inputs([Topic(partitions=(1, 1, 1, 1))], ended=[ENDED], positions={"day1:0": 9})
+        assert inputs.last == range(1, 5)
+        assert inputs.ended_positions == {"day1:0": 9}
+        inputs.divide(rank, 3)
+        found.append([partitions for partitions, _ in drained(inputs) if partitions])
+    assert found == [[[1, 4]], [[2]], [[3]]]
+
+
+def test_a_log_is_not_divided() -> None:
+    with pytest.raises(ConfigError, match=r"day1 cannot be read by several ranks: .*share_input"):
+        Inputs([log("day1", b"a")]).divide(0, 2)

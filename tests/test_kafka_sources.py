@@ -274,6 +274,37 @@ def test_paused_partitions_wait_while_the_others_flow(
         assert list(itertools.chain.from_iterable(read)) == list(range(size))
 
 
+def test_sources_of_several_processes_divide_the_partitions_and_read_each_once(
+    open_source: OpenSource, broker: str, topic: str
+) -> None:
+    sizes = [120, 90, 40]
+    write(broker, topic, numbered(*sizes))
+    start = {0: 20, 1: 30, 2: 40}
+    shares = [{0, 2}, {1}, set()]
+    found: dict[int, list[int]] = {}
+    for own in shares:
+        with open_source(broker, topic, options={"max.poll.records": "50"}) as source:
+            source.divide(own)
+            source.seek(start)
+            source.expect_epochs({0: 0, 1: 0, 2: 0})
+            assert source.caught_up().tolist() == [
+                index not in own or start[index] == size for index, size in enumerate(sizes)
+            ]
+            source.pause({0, 1})
+            assert len(source.poll(0.1)) == 0
+            source.pause(())
+            read = all_rows(source)
+            assert set(source.lost()) == own
+            assert source.lag() == 0
+            found |= {index: offsets(read, index) for index in read}
+            positions = source.positions()
+            assert {index: positions[index] for index in own} == {
+                index: sizes[index] for index in own
+            }
+            source.commit({0: 120, 1: 90, 2: 40})  # one process commits for all
+    assert found == {0: list(range(20, 120)), 1: list(range(30, 90))}
+
+
 def test_a_source_whose_partitions_are_all_paused_reads_nothing(
     open_source: OpenSource, broker: str, topic: str
 ) -> None:

@@ -114,6 +114,39 @@ def test_deleted_records_are_counted_in_total_and_logged(caplog: pytest.LogCaptu
     assert caplog.records[0].levelno == logging.WARNING
 
 
+@given(situations(), st.data())
+def test_what_happens_to_partitions_of_other_processes_is_of_no_concern(
+    situation: Situation, data: st.DataObject
+) -> None:
+    """Their logs may be gone, their positions may be given, and nothing of it is seen."""
+    every = range(len(situation.logs))
+    own = data.draw(st.sets(st.sampled_from(every)))
+    positions = situation.positions
+    positions.divide(own)
+    targets = {
+        index: data.draw(st.integers(*log)) if index in own else data.draw(st.integers(0, 45))
+        for index, log in enumerate(situation.logs)
+    }
+    moved = positions.seek(targets, situation.bounds, skip_deleted=False)
+    positions.report_ends(situation.bounds.end)
+    assert own <= moved
+    assert {index: positions.read()[index] for index in own} == {
+        index: targets[index] for index in own
+    }
+    assert positions.lost() == dict.fromkeys(sorted(own), 0)
+    behind = [situation.logs[index][1] - targets[index] for index in own]
+    assert positions.lag() == sum(behind)
+    wanted, caught_up = positions.wanted(), positions.caught_up()
+    for index in every:
+        assert wanted[index] == (index in own)
+        assert caught_up[index] or index in own
+    gone = bounds_of(*((0, 0) if index in own else (50, 60) for index in every))
+    doubt = Doubt("refused", seconds=2.0)
+    positions.next_offset = np.where(positions.own, 0, positions.next_offset)
+    assert not positions.settle(doubt, gone, now=0.0, skip_deleted=True)
+    assert not any(positions.lost().values())
+
+
 def test_every_partition_that_cannot_be_read_is_named() -> None:
     with pytest.raises(PositionLost) as caught:
         positions_of(3, 99, 4).seek({}, bounds_of((5, 9), (0, 9), (0, 9)), skip_deleted=False)

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from stream_ctr.errors import DataError
-from stream_ctr.join.spill import Spill, segment_of
+from stream_ctr.join.spill import Spill, folder_of_rank, remove_folders, segment_of
 
 
 def columns(n: int, seed: int = 0) -> dict[str, npt.NDArray[Any]]:
@@ -79,6 +79,33 @@ def test_a_spill_that_was_taken_over_cannot_harm_its_successor(tmp_path: Path) -
         old.write(columns(2), last=0)
     old.drop([0])
     assert np.array_equal(successor.read(places)["ids"], columns(2, seed=1)["ids"])
+
+
+def test_spills_of_several_processes_number_their_segments_differently(tmp_path: Path) -> None:
+    spills = [Spill(folder_of_rank(tmp_path, rank), numbers=(rank, 3)) for rank in range(3)]
+    for spill in spills:
+        for last in range(2):
+            spill.write(columns(2), last=last)
+    assert [list(spill.segments) for spill in spills] == [[0, 3], [1, 4], [2, 5]]
+    # Two processes go on with some of the six segments, and none gives a number again.
+    for rank, kept in enumerate(([0, 1], [5])):
+        state = {
+            "number": np.array(kept),
+            "rows": np.full(len(kept), 2),
+            "last": np.zeros(len(kept), np.int64),
+            "before": np.array([5]),
+        }
+        files = {name: found for spill in spills for name, found in digests(spill).items()}
+        resumed = Spill(tmp_path / f"resumed-{rank}", numbers=(rank, 2))
+        resumed.load_state_dict(state, files)
+        resumed.write(columns(1), last=0)
+        assert list(resumed.segments) == [*kept, 6 + rank]
+    fresh = Spill(tmp_path / "fresh", numbers=(1, 2))
+    fresh.load_state_dict({"before": np.array([5])}, {})  # it has none of them
+    fresh.write(columns(1), last=0)
+    assert list(fresh.segments) == [7]
+    remove_folders(tmp_path)
+    assert not list(tmp_path.glob("run-*"))
 
 
 def test_without_a_directory_a_temporary_one_is_used_and_removed_in_the_end() -> None:

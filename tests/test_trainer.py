@@ -1029,7 +1029,7 @@ def test_a_field_that_has_one_value_for_a_week_is_warned_of_while_the_run_goes_o
                 with_fields=frozenset({"hour", "weekday", "version"}),
                 with_unknown_fields=0,
                 bad_shares=None,
-            )
+            ).field_sample()
         )
 
     for first_day in range(0, 9):

@@ -65,6 +65,8 @@ class Positions:
         self.recorded_end = recorded_end
         self._reported_end = np.zeros(len(self.partitions), np.int64)
         self._paused: frozenset[int] = frozenset()
+        self.own = np.ones(len(self.partitions), np.bool_)
+        """The partitions [P] that this process reads; others read the others."""
         self._lost = np.zeros(len(self.partitions), np.int64)
 
     def read(self) -> dict[int, int]:
@@ -75,8 +77,9 @@ class Positions:
         return dict(enumerate(read.tolist()))
 
     def lost(self) -> dict[int, int]:
-        """Return how many offsets of each partition were skipped: deleted or damaged."""
-        return dict(enumerate(self._lost.tolist()))
+        """Return how many offsets of each own partition were skipped: deleted or damaged."""
+        lost = self._lost.tolist()
+        return {index: lost[index] for index in np.flatnonzero(self.own).tolist()}
 
     def advance(self, next_offset: Offsets) -> None:
         """Take over the positions [P] after a read."""
@@ -97,26 +100,40 @@ class Positions:
         """
         return np.maximum(listed, self._reported_end)
 
+    def divide(self, own: Collection[int]) -> None:
+        """Leave all partitions but these to others.
+
+        >>> positions = Positions([("clicks", 0), ("clicks", 1)], np.array([0, 0]))
+        >>> positions.divide({1})
+        >>> positions.wanted().tolist(), positions.lost()
+        ([False, True], {1: 0})
+        """
+        self.own[:] = False
+        self.own[list(own)] = True
+
     def pause(self, partitions: Collection[int]) -> None:
         """Pause exactly these partitions."""
         self._paused = frozenset(partitions)
 
     def wanted(self) -> Mask:
-        """Return which partitions [P] are to be read: neither paused nor at their recorded end."""
-        wanted = np.ones(len(self.partitions), np.bool_)
+        """Return which own partitions [P] are neither paused nor at their recorded end."""
+        wanted = self.own.copy()
         if self.recorded_end is not None:
-            wanted = self.next_offset < self.recorded_end
+            wanted &= self.next_offset < self.recorded_end
         wanted[list(self._paused)] = False
         return wanted
 
     def caught_up(self) -> Mask:
-        """Return which partitions [P] are read up to their recorded end, or else reported end."""
+        """Return which partitions [P] are read up to their recorded end, or else reported end.
+
+        Those of others are.
+        """
         ends = self._reported_end if self.recorded_end is None else self.recorded_end
-        return self.next_offset >= ends
+        return (self.next_offset >= ends) | ~self.own
 
     def lag(self) -> int:
-        """Return how many offsets lie between all positions and the reported ends."""
-        return int(np.maximum(self._reported_end - self.next_offset, 0).sum())
+        """Return how many offsets lie between the own positions and the reported ends."""
+        return int(np.maximum(self._reported_end - self.next_offset, 0)[self.own].sum())
 
     @property
     def finished(self) -> bool:
@@ -127,6 +144,8 @@ class Positions:
         self, positions: Mapping[int, int], bounds: LogBounds, *, skip_deleted: bool
     ) -> frozenset[int]:
         """Move to the given positions and return the partitions that must be fetched anew.
+
+        Positions of partitions of others are passed over.
 
         Where records were deleted, `skip_deleted` moves to the first that is left and counts the
         offsets in between as lost. Raises `PositionLost` otherwise, and always for a position
@@ -141,10 +160,11 @@ class Positions:
         stream_ctr.connectors.errors.PositionLost: partition 0 of \
 topic 'clicks' begins at offset 5, but 3 comes next: 2 were deleted
         """
+        own = {index: at for index, at in positions.items() if self.own[index]}
         wanted = self.next_offset.copy()
-        wanted[list(positions)] = list(positions.values())
+        wanted[list(own)] = list(own.values())
         moved = self._move(wanted, bounds, skip_deleted=skip_deleted)
-        return moved | frozenset(positions)
+        return moved | frozenset(own)
 
     def settle(self, doubt: Doubt, bounds: LogBounds, *, now: float, skip_deleted: bool) -> bool:
         """Move past what retention deleted; return whether the doubt is settled by that.
@@ -153,7 +173,8 @@ topic 'clicks' begins at offset 5, but 3 comes next: 2 were deleted
         `PositionLost` when the records that come next are gone, or when the doubt has lasted
         too long.
         """
-        explained = doubt.explained(self.next_offset, bounds, now=now)
+        position = np.where(self.own, self.next_offset, bounds.end)
+        explained = doubt.explained(position, bounds, now=now)
         if not explained and not doubt.over:
             return False
         moved = self._move(self.next_offset, bounds, skip_deleted=explained and skip_deleted)
@@ -174,6 +195,7 @@ topic 'clicks' begins at offset 5, but 3 comes next: 2 were deleted
 
     def _move(self, wanted: Offsets, bounds: LogBounds, *, skip_deleted: bool) -> frozenset[int]:
         """Move to the wanted positions [P] and return the partitions that moved."""
+        wanted = np.where(self.own, wanted, bounds.end)  # others mind theirs
         deleted = np.maximum(bounds.beginning - wanted, 0) if skip_deleted else 0 * wanted
         wanted = wanted + deleted
         if reasons := self._unreadable(wanted, bounds):

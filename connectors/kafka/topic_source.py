@@ -140,8 +140,9 @@ class TopicSource:
 
         The epochs are those of `leader_epochs` at that position; `seek` forgets them.
         """
-        self._reader.leader_epoch[list(leader_epochs)] = list(leader_epochs.values())
-        self._restart(list(leader_epochs))
+        own = {index: at for index, at in leader_epochs.items() if self._positions.own[index]}
+        self._reader.leader_epoch[list(own)] = list(own.values())
+        self._restart(list(own))
 
     def lost(self) -> dict[int, int]:
         """Return how many offsets of each partition were skipped: deleted or damaged.
@@ -174,6 +175,15 @@ class TopicSource:
         """Return the offset after the last record of each partition's log; asks the brokers."""
         self._report_ends()
         return dict(enumerate(self._positions.ends(self._reader.listed_end()).tolist()))
+
+    def divide(self, own: Collection[int]) -> None:
+        """Read only these partitions; other processes read the others.
+
+        The others count as read to their end, and positions and epochs that are given for them are
+        passed over, except by `commit`.
+        """
+        self._positions.divide(own)
+        self._read_on()
 
     def pause(self, partitions: Collection[int]) -> None:
         """Pause exactly these partitions: they yield nothing from now on, all others flow."""

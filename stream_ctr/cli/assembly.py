@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +15,7 @@ from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from stream_ctr.config import Config, in_milliseconds, size
+from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.errors import ConfigError
 from stream_ctr.evaluate.field_health import Columns, FieldHealth
 from stream_ctr.evaluate.gate import Gate
@@ -24,12 +28,14 @@ from stream_ctr.events.field_changes import compare_fields
 from stream_ctr.events.fit import NOTHING, Fitted
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.extensions import is_import_path
-from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.joiner import Joiner, LabelJoiner
+from stream_ctr.join.shared_joiner import SharedJoiner
+from stream_ctr.join.spill import folder_of_rank, remove_folders
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.baseline import BaselineProcess
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.device import choose_device, choose_precision
-from stream_ctr.learn.learner import make_learner
+from stream_ctr.learn.learner import MakeLearner, make_learner
 from stream_ctr.learn.pairs import choose_columns, columns_after
 from stream_ctr.learn.runtimes import graph_builder
 from stream_ctr.learn.spec import (
@@ -54,7 +60,10 @@ from stream_ctr.snapshots.signing import SigningKey
 from stream_ctr.snapshots.snapshot_writer import Graphs
 from stream_ctr.train.as_served import AsServed
 from stream_ctr.train.delta_cycle import DeltaPolicy
+from stream_ctr.train.front import Front
+from stream_ctr.train.front_lead import Faces, LeadWatermarks
 from stream_ctr.train.ingest import Ingest
+from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.predictions import PredictionLog
 from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.sampled_baseline import SampledBaseline
@@ -68,6 +77,9 @@ SCALED_ALPHA = 3.0
 SLOW_ALPHA = 1.0
 """The rates of logistic regressions, times the number of their columns."""
 SLOW_BETA = 0.1
+Marks = TypeVar("Marks", bound=Watermarks)
+MakeFront = Callable[[RunIdentity, Inputs], Faces | None]
+"""Lets all ranks read these inputs and join; None where rank 0 does it alone."""
 KEPT_SECTIONS = ("features", "join", "model", "learn", "ftrl", "baseline", "metrics")
 """The sections of the configuration that a state directory keeps for later runs."""
 
@@ -88,6 +100,8 @@ def build_trainer(
     predictions: Path | None = None,
     schemas: Schemas | None = None,
     delta_outlets: Sequence[Outlet] = (),
+    make: MakeLearner | None = None,
+    front: MakeFront | None = None,
 ) -> Trainer:
     """Build everything that `run` runs.
 
@@ -96,47 +110,29 @@ def build_trainer(
     to the directory `predictions`. `fitted` is what the numbers of the `fields` were fitted to,
     `earlier` the run that this one goes on from, and `origin` the snapshot of another run whose
     weights it began with. `schemas` has those of Avro records. Deltas go to `delta_outlets` too.
+    `make` makes the learners, in place of those of one process. With `front`, all ranks of the run
+    read the source and join.
 
     Raises `ConfigError` if the machine cannot do what the configuration asks for.
     """
     set_up_process()
     surroundings = surroundings or Surroundings()
     config = _with_precision(config)
+    make = make or partial(make_learner, device=config.learn.device, threads=config.learn.threads)
     identity = run_identity(config, fields, fitted, earlier=earlier, origin=origin)
-    hasher = Hasher(
-        identity.schema.fields,
-        table_bits=identity.schema.table_bits,
-        hash_seed=identity.schema.hash_seed,
-        numeric_encoding=identity.schema.numeric_encoding,
-        buckets_per_octave=identity.schema.buckets_per_octave,
-        crosses=identity.schema.crosses,
-        bucket_edges=identity.schema.bucket_edges,
-        value_scales=identity.schema.value_scales,
+    fronted = front(identity, Inputs.of(source)) if front else None
+    hasher = _hasher(identity)
+    ingest, joiner, watermarks = fronted or (
+        _reader(config, identity, source, schemas, surroundings),
+        _joiner(config, identity, directory / "spill"),
+        _watermarks(Watermarks, config, identity, source),
     )
-    decoder = Decoder(
-        fields,
-        max_record_bytes=config.input.max_record_bytes,
-        max_ahead_ms=in_milliseconds(config.input.max_ahead),
-        time_format=TimeFormat(config.input.time_unit, config.input.time_zone),
-        schemas=schemas,
-        format=config.input.format,
-    )
-    ingest = Ingest(
-        source,
-        decoder,
-        hasher,
-        idle_seconds=config.join.idle_timeout.total_seconds(),
-        clock=surroundings.clock,
-        wall_clock=surroundings.wall_clock,
-    )
-    read_ahead = config.input.read_ahead
-    joiner = _joiner(config, identity, directory)
     baseline = _baseline(identity) if config.baseline.enabled else None
-    served = _as_served(config, identity, in_event_time=in_event_time)
+    served = _as_served(config, identity, make, in_event_time=in_event_time)
     fields_measured = _field_health(config, hasher) if config.metrics.field_health else None
-    state = _state(config, identity, joiner, source, baseline, served, fields_measured)
+    state = _state(config, identity, joiner, watermarks, baseline, served, fields_measured, make)
     return Trainer(
-        ingest=ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest,
+        ingest=ingest,
         state=state,
         publisher=publisher,
         identity=identity,
@@ -154,6 +150,93 @@ def build_trainer(
         max_bad_share=config.input.max_bad_share,
         keep_open=keep_open,
         surroundings=surroundings,
+    )
+
+
+def build_front(
+    config: Config,
+    identity: RunIdentity,
+    inputs: Inputs,
+    ranks: Ranks,
+    directory: Path,
+    *,
+    schemas: Schemas | None = None,
+    translated: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+) -> Front:
+    """Build this rank's part of reading and joining; every rank calls it.
+
+    `inputs` have the source that this rank has opened, and `directory` is the state directory, on a
+    file system that all ranks share. `join.max_memory` is for all ranks together. `translated` is
+    the context in which errors of the source become errors of this package.
+
+    Raises `ConfigError` if the ranks cannot read the source.
+    """
+    inputs.divide(ranks.rank, ranks.size)
+    leads = ranks.rank == 0
+    spill = directory / "spill"
+    if leads:
+        remove_folders(spill)
+    ranks.all_true(True)  # nobody makes a folder before that
+    schema = identity.schema
+    own = folder_of_rank(spill, ranks.rank)
+    joiner = SharedJoiner(
+        ranks,
+        _joiner(config, identity, own, rank=ranks.rank, ranks=ranks.size),
+        _watermarks(LeadWatermarks if leads else Watermarks, config, identity, inputs),
+        partitions=inputs.last,
+        columns=len(schema.fields) + len(schema.crosses),
+        value_fields=len(schema.value_fields),
+        id_bits=schema.table_bits,
+    )
+    reader = _reader(config, identity, inputs, schemas, Surroundings())
+    return Front(ranks, reader, joiner, translated=translated)
+
+
+def _reader(
+    config: Config,
+    identity: RunIdentity,
+    source: Source,
+    schemas: Schemas | None,
+    surroundings: Surroundings,
+) -> Ingest | ReadAhead:
+    ingest = Ingest(
+        source,
+        Decoder(
+            identity.schema.fields,
+            max_record_bytes=config.input.max_record_bytes,
+            max_ahead_ms=in_milliseconds(config.input.max_ahead),
+            time_format=TimeFormat(config.input.time_unit, config.input.time_zone),
+            schemas=schemas,
+            format=config.input.format,
+        ),
+        _hasher(identity),
+        idle_seconds=config.join.idle_timeout.total_seconds(),
+        clock=surroundings.clock,
+        wall_clock=surroundings.wall_clock,
+    )
+    read_ahead = config.input.read_ahead
+    return ReadAhead(ingest, most_records=read_ahead) if read_ahead else ingest
+
+
+def _hasher(identity: RunIdentity) -> Hasher:
+    schema = identity.schema
+    return Hasher(
+        schema.fields,
+        table_bits=schema.table_bits,
+        hash_seed=schema.hash_seed,
+        numeric_encoding=schema.numeric_encoding,
+        buckets_per_octave=schema.buckets_per_octave,
+        crosses=schema.crosses,
+        bucket_edges=schema.bucket_edges,
+        value_scales=schema.value_scales,
+    )
+
+
+def _watermarks(kind: type[Marks], config: Config, identity: RunIdentity, source: Source) -> Marks:
+    return kind(
+        partitions=len(source.partitions),
+        lateness_ms=identity.join.allowed_lateness_ms,
+        stall_clicks=config.join.stall_clicks,
     )
 
 
@@ -365,7 +448,10 @@ def _experts(
     return experts
 
 
-def _joiner(config: Config, identity: RunIdentity, directory: Path) -> LabelJoiner:
+def _joiner(
+    config: Config, identity: RunIdentity, spill: Path, *, rank: int = 0, ranks: int = 1
+) -> LabelJoiner:
+    """Return the joiner of one of so many ranks, which has its share of the memory."""
     schema = identity.schema
     join = identity.join
     try:
@@ -376,12 +462,14 @@ def _joiner(config: Config, identity: RunIdentity, directory: Path) -> LabelJoin
             label_window_ms=join.label_window_ms,
             early_click_wait_ms=join.early_click_wait_ms,
             duplicate_horizon_ms=join.duplicate_horizon_ms,
-            max_bytes=size(config.join.max_memory),
+            max_bytes=size(config.join.max_memory) // ranks,
             over_bound=config.join.over_memory,
-            spill_directory=directory / "spill",
+            spill_directory=spill,
+            segment_numbers=(rank, ranks),
         )
     except ValueError as error:
-        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}: {error}") from None
+        each = f" for {ranks} ranks" if ranks > 1 else ""
+        raise ConfigError(f"join.max_memory = {config.join.max_memory!r}{each}: {error}") from None
 
 
 def _baseline(identity: RunIdentity) -> SampledBaseline:
@@ -400,11 +488,12 @@ def _baseline(identity: RunIdentity) -> SampledBaseline:
 def _state(
     config: Config,
     identity: RunIdentity,
-    joiner: LabelJoiner,
-    source: Source,
+    joiner: Joiner,
+    watermarks: Watermarks,
     baseline: SampledBaseline | None,
     served: AsServed | None,
     fields: FieldHealth | None,
+    make: MakeLearner,
 ) -> TrainingState:
     specs = identity.specs
     blend = Blend(identity.blend) if identity.blend else None
@@ -412,15 +501,8 @@ def _state(
     limits = config.snapshots
     return TrainingState(
         joiner=joiner,
-        watermarks=Watermarks(
-            partitions=len(source.partitions),
-            lateness_ms=identity.join.allowed_lateness_ms,
-            stall_clicks=config.join.stall_clicks,
-        ),
-        learners={
-            name: make_learner(spec, device=config.learn.device, threads=config.learn.threads)
-            for name, spec in specs.items()
-        },
+        watermarks=watermarks,
+        learners={name: make(spec) for name, spec in specs.items()},
         scoreboard=Scoreboard(
             models,
             windows=MetricWindows(
@@ -478,7 +560,9 @@ def _batch_sizes(config: Config) -> Callable[[int], int]:
     return lambda examples: largest
 
 
-def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) -> AsServed | None:
+def _as_served(
+    config: Config, identity: RunIdentity, make: MakeLearner, *, in_event_time: bool
+) -> AsServed | None:
     """Return what scores impressions as served: the published model, and LR, which is cheap."""
     share = config.metrics.served_share
     if not share:
@@ -497,8 +581,7 @@ def _as_served(config: Config, identity: RunIdentity, *, in_event_time: bool) ->
         share=share,
         delay_ms=identity.join.label_window_ms + identity.join.allowed_lateness_ms,
         every_ms=in_milliseconds(every) if in_event_time else 0,
-        device=config.learn.device,
-        threads=config.learn.threads,
+        make=make,
     )
 
 

@@ -24,7 +24,7 @@ import click
 import msgspec
 
 from stream_ctr import __version__
-from stream_ctr.cli import voice
+from stream_ctr.cli import launched, voice
 from stream_ctr.cli.compact import compact
 from stream_ctr.cli.dashboard import HTTP_OPTION, TOKEN_OPTION, dashboard
 from stream_ctr.cli.dlq import dlq
@@ -75,13 +75,14 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except StreamCtrError as error:
-            voice.say_error(str(error))
+            _say_error(str(error))
             ctx.exit(error.exit_code)
         except click.ClickException as error:
             error = _without_extra_arguments(error)
-            if not voice.speaks_json():
+            if not voice.speaks_json() and launched.speaks():
+                launched.record_error(error.format_message())
                 raise error from None
-            voice.say_error(error.format_message())
+            _say_error(error.format_message())
             ctx.exit(error.exit_code)
         except BrokenPipeError:  # `stream-ctr ... | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,8 +92,15 @@ class _Group(click.Group):
             # name, a loop of links, a disk that fails.
             if error.filename is None:
                 raise
-            voice.say_error(f"cannot use {one_line(error.filename)}: {error.strerror}")
+            _say_error(f"cannot use {one_line(error.filename)}: {error.strerror}")
             ctx.exit(DataError.exit_code)
+
+
+def _say_error(message: str) -> None:
+    """Write the message of the error that ends the command, which other processes may have too."""
+    if launched.speaks():
+        voice.say_error(message)
+        launched.record_error(message)
 
 
 def _without_extra_arguments(error: click.ClickException) -> click.ClickException:
@@ -141,6 +149,12 @@ def main(ctx: click.Context, verbose: int, log_format: voice.Format) -> None:
     stopped the run or nothing may be published, 6 no valid snapshot.
     """
     ctx.with_resource(voice.speaking(log_format, verbose=verbose))
+    if launched.number("WORLD_SIZE") > 1 and ctx.invoked_subcommand != "run":
+        raise click.UsageError(
+            f"torchrun has started {launched.number('WORLD_SIZE')} processes of "
+            f"`stream-ctr {ctx.invoked_subcommand}`, and only `run` shares its work among several: "
+            "start it without torchrun"
+        )
     # At exit the interpreter looks for cycles among all objects, which takes half a second after
     # the imports of a run.
     atexit.register(gc.freeze)
@@ -262,75 +276,93 @@ def run(
     stream-ctr run --topic clicks --from state --state larger -X model.table_bits=22
     stream-ctr run --topic clicks --http 127.0.0.1:9100
     """
-    from stream_ctr.cli import assembly, beginning, runs
+    from stream_ctr.cli import runs
     from stream_ctr.cli.client import connector_errors
     from stream_ctr.cli.layout import log_layout
+    from stream_ctr.cli.start import Begun, Loaded, Start
     from stream_ctr.train import stage_timer
 
     if sources and (topic or click_topic):
         raise _logs_and_topic(sources, topic, click_topic, state)
-    extra = []
-    if models:
-        extra += [f"model.name={models[0]}", f"model.beside={','.join(models[1:])}"]
-    if device:
-        extra.append(f"learn.device={device}")
-    if http_address is not None:
-        extra.append(f"http.address={http_address}")
-    if http_token_file:
-        extra.append(f"http.token_file={http_token_file}")
     if replace_run and sources:
         raise click.UsageError("--replace-run is for the snapshot topic, and a --source has none")
-    begin = None
-    if begin_from:
-        key = assembly.signing_key(settings.load(extra=extra)[0])
-        begin = beginning.find_beginning(begin_from, state, key.verify if key else None)
-    with runs.state_directory(state, take_over=take_over) as lease:
-        own = settings.load(extra=extra)[0]
-        # Before the configuration that the state directory keeps, whose names import nothing.
-        assembly.register_named_models(own)
-        key = assembly.signing_key(own)
-        config, properties = settings.load(
-            base=begin.config if begin else runs.kept_config(state, key.verify if key else None),
-            extra=extra,
-            topic=topic,
-            click_topic=click_topic,
-            client=reader,
-        )
-        # A wrong client property is an error with --source too.
-        client = settings.client(config, properties)
-        registry = settings.registry(properties)
+    start = Start(
+        settings,
+        _keys_of_run(models, device, http_address, http_token_file),
+        {"topic": topic, "click_topic": click_topic, "client": reader},
+        state,
+        begin_from,
+        take_over,
+    )
+
+    def learn(begun: Begun, loaded: Loaded, others: runs.Others | None) -> None:
+        common: dict[str, Any] = {
+            "keep_open": keep_open,
+            "beginning": begun.beginning,
+            "predictions": predictions,
+            "registry": loaded.registry,
+            "others": others,
+        }
+        config = loaded.config
         if sources:
             logs = log_format.open_all(sources, span=span, layout=log_layout(config))
             notes = [note for log in logs for note in log.notes]
             print_notes(notes)
-            report = runs.train_on_logs(
-                logs,
-                config,
-                lease,
-                keep_open=keep_open,
-                beginning=begin,
-                predictions=predictions,
-                registry=registry,
-            )
+            report = runs.train_on_logs(logs, config, begun.lease, **common)
             print_notes([note for log in logs for note in log.notes if note not in notes])
         else:
             with connector_errors():
                 report = runs.train_on_kafka(
-                    client,
+                    loaded.client,
                     config,
-                    lease,
+                    begun.lease,
                     until_end=until_end,
-                    keep_open=keep_open,
-                    beginning=begin,
-                    predictions=predictions,
                     replace_run=replace_run,
                     take_over=take_over,
-                    registry=registry,
+                    **common,
                 )
-    if profile and report:
-        click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))
-    if report:
-        runs.require_published(report, kept_open=keep_open)
+        if profile and report:
+            click.echo(stage_timer.table(msgspec.to_builtins(report.profile)))
+        if report:
+            runs.require_published(report, kept_open=keep_open)
+
+    if launched.by_torchrun():
+        from stream_ctr.cli.ranks import run_on_ranks
+
+        run_on_ranks(start, learn, _options_in_common())
+        return
+    with start.open() as begun:
+        learn(begun, start.load(begun.kept), None)
+
+
+def _keys_of_run(
+    models: Sequence[str],
+    device: str | None,
+    http_address: str | None,
+    http_token_file: Path | None,
+) -> tuple[str, ...]:
+    """Return the keys of the configuration that options of `run` set, as pairs of -X."""
+    given: dict[str, object] = {}
+    if models:
+        given |= {"model.name": models[0], "model.beside": ",".join(models[1:])}
+    if device:
+        given["learn.device"] = device
+    if http_address is not None:
+        given["http.address"] = http_address
+    if http_token_file:
+        given["http.token_file"] = http_token_file
+    return tuple(f"{name}={value}" for name, value in given.items())
+
+
+def _options_in_common() -> dict[str, str]:
+    """Return the options of the command that all ranks must share, but for the configuration's."""
+    parameters = click.get_current_context().params
+    apart = {"extra", "config_path", "kafka_config"}
+    return {
+        f"--{name.replace('_', '-')}": str(value)
+        for name, value in parameters.items()
+        if name not in apart
+    }
 
 
 def _logs_and_topic(

@@ -12,14 +12,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import torch
 from msgspec import UNSET
 from rich.console import Console
 
-from stream_ctr.cli.assembly import build_trainer, rotation, signing_key
+from stream_ctr.cli.assembly import MakeFront, build_trainer, rotation, signing_key
 from stream_ctr.cli.beginning import Beginning, kept_manifest
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.compiling import announcing_compilation
@@ -44,15 +44,19 @@ from stream_ctr.events.field import Field
 from stream_ctr.events.fit import NOTHING, Fitted, fit_numbers
 from stream_ctr.events.times import TimeFormat
 from stream_ctr.learn.device import choose_device
+from stream_ctr.learn.learner import Learner
+from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import delta_topic, snapshot
 from stream_ctr.snapshots.contract import Verify
 from stream_ctr.snapshots.delta import DeltaHeader
 from stream_ctr.snapshots.delta_writer import Outlet
 from stream_ctr.snapshots.lease import Lease
+from stream_ctr.snapshots.manifest import RunIdentity
 from stream_ctr.snapshots.mirror import Mirror
 from stream_ctr.snapshots.publisher import Publisher
 from stream_ctr.snapshots.snapshot_topic import Sink, SnapshotTopic
+from stream_ctr.train.front_lead import Faces
 from stream_ctr.train.inputs import Inputs
 from stream_ctr.train.report import Report, to_json_object
 from stream_ctr.train.resume import continued, what_follows
@@ -95,6 +99,7 @@ def train_on_logs(
     predictions: Path | None = None,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    others: Others | None = None,
 ) -> Report | None:
     """Learn all of these logs, one after another, into the directory of the lease.
 
@@ -118,6 +123,7 @@ def train_on_logs(
             predictions=predictions,
             caller=caller,
             registry=registry,
+            others=others,
         )
 
 
@@ -197,6 +203,7 @@ def train_on_kafka(
     take_over: bool = False,
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
+    others: Others | None = None,
 ) -> Report | None:
     """Learn from the topics of the configuration, into the directory of the lease.
 
@@ -206,19 +213,9 @@ def train_on_kafka(
 
     Raises `NameHeld` if another run holds the name there.
     """
-    topics = [config.input.topic]
-    if config.input.click_topic:
-        topics.append(config.input.click_topic)
-    open_source = ConfluentSource if config.input.client == "confluent" else kafka.KafkaSource
+    topics = _topics(config)
     with contextlib.ExitStack() as stack:
-        source = open_source(
-            topics,
-            client=client,
-            group=config.input.group,
-            until_end=until_end,
-            max_record_bytes=config.input.max_record_bytes,
-            on_lost=config.input.on_lost,
-        )
+        source = open_topics(client, config, until_end=until_end)
         stack.callback(source.close)
         sink = kafka.KafkaSink(client)
         stack.callback(_close, sink)
@@ -267,7 +264,29 @@ def train_on_kafka(
             caller=caller,
             registry=registry,
             delta_outlets=outlets,
+            others=others,
+            front=others.front if others else None,
         )
+
+
+def open_topics(
+    client: Mapping[str, object], config: Config, *, until_end: bool
+) -> kafka.KafkaSource | ConfluentSource:
+    """Open the topics of the configuration."""
+    open_source = ConfluentSource if config.input.client == "confluent" else kafka.KafkaSource
+    return open_source(
+        _topics(config),
+        client=client,
+        group=config.input.group,
+        until_end=until_end,
+        max_record_bytes=config.input.max_record_bytes,
+        on_lost=config.input.on_lost,
+    )
+
+
+def _topics(config: Config) -> list[str]:
+    topics = (config.input.topic, config.input.click_topic)
+    return [topic for topic in topics if topic]
 
 
 def _ensure_topics(client: dict[str, object], config: Config, topics: Sequence[str]) -> None:
@@ -317,6 +336,8 @@ def _train(
     caller: Caller | None = None,
     registry: Mapping[str, str] | None = None,
     delta_outlets: Sequence[Outlet] = (),
+    others: Others | None = None,
+    front: MakeFront | None = None,
 ) -> Report | None:
     choose_device(config.learn.device)  # fail on a missing device before waiting for anything
     schemas = open_schemas(config, registry)
@@ -325,7 +346,7 @@ def _train(
     schedule = Schedule(_intervals(config))
     with contextlib.ExitStack() as stack:
         stack.enter_context(signals(stop))
-        stack.enter_context(_out_of_memory(state))
+        stack.enter_context(out_of_memory(state))
         stack.enter_context(announcing_compilation())
         copy = stack.enter_context(mirror)
         recent = stack.enter_context(
@@ -340,7 +361,7 @@ def _train(
         def stopped() -> bool:
             publisher.check()
             recent.beat()
-            return stop.requested
+            return stop.requested or bool(others and others.ask_to_stop())
 
         newest, inputs = _inputs(sources, config, state)
         encoding = _encoding(
@@ -362,6 +383,8 @@ def _train(
 
         def beat() -> None:
             recent.beat()
+            if others and others.ask_to_stop():
+                stop()
             if copy:
                 counters.update(copy.take_failures())
 
@@ -387,6 +410,8 @@ def _train(
             predictions=predictions,
             schemas=schemas,
             delta_outlets=[*delta_outlets, copy.wake] if copy else delta_outlets,
+            make=others.make if others else None,
+            front=front,
         )
         counters = trainer.state.counters  # a cycle would keep the threads of its learners
         if trainer.baseline:
@@ -398,6 +423,7 @@ def _train(
         elif newest:
             _resume(trainer, newest, config)
         stop.then(trainer.stop)
+        stack.callback(stop.forget)  # the trainer holds the request: another cycle
         stack.enter_context(schedule)
         report = trainer.run()
     if caller:
@@ -543,6 +569,20 @@ def _resume(trainer: Trainer, newest: Path, config: Config) -> None:
         say(follows)
 
 
+class Others(Protocol):
+    """The other ranks of a run, which make learners together with this one."""
+
+    def make(self, spec: LearnerSpec) -> Learner: ...
+
+    def front(self, identity: RunIdentity, inputs: Inputs) -> Faces | None:
+        """Let all ranks read the topics and join; None where rank 0 does it alone."""
+        ...
+
+    def ask_to_stop(self) -> bool:
+        """Return whether one of them asks the run to stop."""
+        ...
+
+
 class StopRequest:
     """A request to stop the run; calling it makes the request."""
 
@@ -560,6 +600,10 @@ class StopRequest:
         if self.requested:
             stop()
 
+    def forget(self) -> None:
+        """Call nothing any more."""
+        self._stop = lambda: None
+
 
 @dataclass(frozen=True, slots=True)
 class Caller:
@@ -574,7 +618,7 @@ class Caller:
 
 
 @contextlib.contextmanager
-def _out_of_memory(state: Path) -> Iterator[None]:
+def out_of_memory(state: Path) -> Iterator[None]:
     """Turn every way in which memory runs out into an error that says what to do."""
     try:
         yield

@@ -178,6 +178,7 @@ def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
     \b
     stream-ctr snapshots show state 00000003-20250101T101500Z
     """
+    from stream_ctr.learn.shard_files import shard_of
     from stream_ctr.snapshots import snapshot
 
     path = _find(path, snapshot_id)
@@ -186,8 +187,17 @@ def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
     shown = {name: value for name, value in fields.items() if name not in ("metrics", "files")}
     for line in aligned([[printable(name), printable(text, 2000)] for name, text in _flat(shown)]):
         echo(line)
+    shards = 0
     for name, entry in manifest.files.items():
-        echo(f"\n{name}  {entry.bytes:,} bytes  SHA-256 {entry.sha256}")
+        if shard := shard_of(name):  # one stands for all, which are alike
+            shards += entry.bytes
+            if shard.index < shard.count - 1:
+                continue
+            first = shard._replace(index=0).name
+            echo(f"\n{first} ... {name}  {shards:,} bytes in {shard.count} files")
+            shards = 0
+        else:
+            echo(f"\n{name}  {entry.bytes:,} bytes  SHA-256 {entry.sha256}")
         tensors = _tensors(path / name) if name.endswith(".safetensors") else []
         rows = [
             ["", printable(tensor), dtype, json.dumps(shape)] for tensor, dtype, shape in tensors

@@ -4,6 +4,7 @@
     exchange     rank i -> rank j           rows of any number, also none
     gather       every  -> rank 0
     agree        every  -> every rank       the first problem that a rank has, or None
+    start        rank i -> rank j           arrays whose sizes both know, while this rank works on
 
 `torchrun` starts the processes, and its variables tell each one its rank and where the others are.
 Every rank must make the same calls in the same order. What a call returns depends on the arrays
@@ -16,7 +17,7 @@ Connections are neither encrypted nor authenticated. They belong on a private ne
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -34,6 +35,8 @@ LAUNCHED = "TORCHELASTIC_RUN_ID"
 """The variable that `torchrun` sets in the processes that it starts."""
 _FRAME = 1024  # bytes; most commands and problems fit
 _LENGTH = 8  # bytes of a frame that hold the length of the data
+_COUNT = 8  # bytes
+_FLAG = 4  # bytes
 
 
 class RankError(StreamCtrError):
@@ -63,6 +66,9 @@ class Ranks:
     ) -> None:
         self.rank = rank
         self.size = size
+        self.bytes_sent = 0
+        """Bytes of arrays that were sent to other ranks; a broadcast counts once for each."""
+        self.bytes_received = 0
         self._group = group
         self._timeout_seconds = timeout_seconds
 
@@ -106,6 +112,10 @@ class Ranks:
     def broadcast(self, array: Array, *, root: int = 0) -> Array:
         """Fill `array`, which has the same shape and type on every rank, with that of `root`."""
         if self.size > 1 and array.size:
+            if self.rank == root:
+                self.bytes_sent += array.nbytes * (self.size - 1)
+            else:
+                self.bytes_received += array.nbytes
             self._calling(lambda: dist.broadcast(_bytes_of(array), root, group=self._group))
         return array
 
@@ -150,9 +160,11 @@ class Ranks:
         first = np.asarray(parts[0])
         row_bytes = first.dtype.itemsize * int(np.prod(first.shape[1:], dtype=np.int64))
         sent = [len(part) for part in parts]
-        came = self._counts(sent) if counts is None else list(counts)
+        came = self.counts(sent) if counts is None else list(counts)
         joined = np.concatenate([np.ascontiguousarray(part) for part in parts])
         received = np.empty((sum(came), *first.shape[1:]), first.dtype)
+        self.bytes_sent += (sum(sent) - sent[self.rank]) * row_bytes
+        self.bytes_received += (sum(came) - came[self.rank]) * row_bytes
         self._calling(
             lambda: dist.all_to_all_single(
                 _bytes_of(received),
@@ -174,10 +186,37 @@ class Ranks:
         """Return the arrays [n, ...] of all ranks in their order, on every rank."""
         return self.exchange([array] * self.size)
 
+    def start(
+        self, *, send: Iterable[tuple[int, Array]] = (), receive: Iterable[tuple[int, Array]] = ()
+    ) -> Transfers:
+        """Start to send arrays to other ranks and to receive arrays from them.
+
+        Each item is a rank and a contiguous array, which must not be touched until the transfers
+        are done. Arrays for one rank arrive in the order in which they are sent. Both sides know
+        their sizes, and empty ones are not sent.
+        """
+        works = []
+        for source, array in receive:
+            if array.size:
+                self.bytes_received += array.nbytes
+                works.append(self._posted(dist.irecv, array, source))
+        for target, array in send:
+            if array.size:
+                self.bytes_sent += array.nbytes
+                works.append(self._posted(dist.isend, array, target))
+        return Transfers(self, works)
+
+    def _posted(
+        self, post: Callable[..., Any], array: Array, rank: int
+    ) -> tuple[Any, torch.Tensor]:
+        data = _bytes_of(array)
+        return self._calling(lambda: post(data, rank, group=self._group)), data
+
     def all_true(self, value: bool) -> bool:
         """Return whether `value` is true on every rank."""
         if self.size == 1:
             return value
+        self._count_each(_FLAG)
         flag = torch.tensor([int(value)], dtype=torch.int32)
         self._calling(lambda: dist.all_reduce(flag, dist.ReduceOp.MIN, group=self._group))
         return bool(flag[0])
@@ -192,12 +231,24 @@ class Ranks:
         found = [each.tobytes().decode() for each in self.collect(text)]
         return next((f"rank {rank}: {text}" for rank, text in enumerate(found) if text), None)
 
-    def _counts(self, sent: Sequence[int]) -> list[int]:
+    def counts(self, sent: Sequence[int]) -> list[int]:
+        """Send `sent[i]` to rank i, and return the number that rank i sent to this one.
+
+        >>> Ranks.alone().counts([3])
+        [3]
+        """
+        if self.size == 1:
+            return list(sent)
+        self._count_each(_COUNT)
         given = torch.tensor(sent, dtype=torch.int64)
         came = torch.empty_like(given)
         self._calling(lambda: dist.all_to_all_single(came, given, group=self._group))
         found: list[int] = came.tolist()
         return found
+
+    def _count_each(self, size: int) -> None:
+        self.bytes_sent += size * (self.size - 1)
+        self.bytes_received += size * (self.size - 1)
 
     def _calling(self, call: Callable[[], T]) -> T:
         try:
@@ -207,6 +258,20 @@ class Ranks:
                 f"rank {self.rank} of {self.size}: another rank has ended, or did not answer "
                 f"within {self._timeout_seconds:g} s ({_first_line(error)})"
             ) from error
+
+
+class Transfers:
+    """Arrays on their way between this rank and others."""
+
+    def __init__(self, ranks: Ranks, works: Sequence[tuple[Any, torch.Tensor]]) -> None:
+        self._ranks = ranks
+        self._works = works
+
+    def wait(self) -> None:
+        """Return when all arrays have arrived or been sent. Raises `RankError`."""
+        for work, _ in self._works:
+            self._ranks._calling(work.wait)
+        self._works = ()
 
 
 def _bytes_of(array: Array) -> torch.Tensor:

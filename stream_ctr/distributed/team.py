@@ -22,6 +22,7 @@ from typing import Any
 import msgspec
 
 from stream_ctr.distributed.ranks import Ranks
+from stream_ctr.failpoint import failpoint
 
 Make = Callable[..., Any]
 """Makes an object of a kind, from the ranks and arguments of plain types."""
@@ -58,9 +59,12 @@ class Team:
         self._say(["make", kind, arguments])
         return self._make(kind, arguments)
 
-    def announce(self, number: int, method: str, **arguments: Any) -> None:
-        """Have the others call this method. The arguments are of plain types, and few."""
-        self._say(["call", number, method, arguments])
+    def announce(self, number: int, method: str, *others: int, **arguments: Any) -> None:
+        """Have the others call this method. The arguments are of plain types, and few.
+
+        The objects with the numbers `others` are its first arguments.
+        """
+        self._say(["call", number, method, others, arguments])
 
     def beat(self) -> None:
         """Tell the others, now and then, that rank 0 lives though it has nothing for them to do."""
@@ -86,8 +90,10 @@ class Team:
             if kind == "make":
                 self._make(*rest)
             elif kind == "call":
-                number, method, arguments = rest
-                getattr(self._objects[number], method)(**arguments)
+                failpoint("ranks.call")
+                number, method, others, arguments = rest
+                objects = (self._objects[other] for other in others)
+                getattr(self._objects[number], method)(*objects, **arguments)
 
     def _make(self, kind: str, arguments: Mapping[str, Any]) -> tuple[int, Any]:
         made = self._makers[kind](self.ranks, **arguments)

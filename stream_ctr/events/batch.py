@@ -131,6 +131,24 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
+class FieldSample:
+    """The fields of so many impressions and examples, from `first_ms` to `last_ms` (0 of none).
+
+    `ids` [s, F + C] and `values` [s, V] are rows of them in which each field has as many values,
+    one or several, as in all of them. `with_fields` names the fields that at least one had, and
+    `unknown_features` other features.
+    """
+
+    rows: int
+    first_ms: int
+    last_ms: int
+    ids: npt.NDArray[np.int32]
+    values: npt.NDArray[np.float32]
+    with_fields: frozenset[str]
+    unknown_features: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
 class EventBatch:
     """The contents of the records of one poll: n impressions, m clicks, k examples, and rejects.
 
@@ -164,6 +182,29 @@ class EventBatch:
         return len(self.impressions) + len(self.clicks) + len(self.examples) + len(self.rejected)
 
     @property
+    def shown(self) -> int:
+        """The number of impressions."""
+        return len(self.impressions)
+
+    def field_sample(self) -> FieldSample:
+        """Return the fields of the impressions and the examples, all rows of them."""
+        given = self.examples
+        times = np.concatenate([self.impressions.time, given.arrivals.time])
+        ids, values = self.ids, self.values
+        if len(given):
+            ids = np.concatenate([ids, given.ids]) if len(ids) else given.ids
+            values = np.concatenate([values, given.values]) if len(values) else given.values
+        return FieldSample(
+            len(times),
+            int(times[0]) if len(times) else 0,
+            int(times[-1]) if len(times) else 0,
+            ids,
+            values,
+            self.with_fields,
+            self.unknown_features,
+        )
+
+    @property
     def nbytes(self) -> int:
         arrays = [
             *self.impressions.arrays(),
@@ -178,3 +219,29 @@ class EventBatch:
         ]
         values = sum(len(value) for value in self.rejected.value if value)
         return values + sum(array.nbytes for array in arrays)
+
+
+@dataclass(frozen=True, slots=True)
+class CountedBatch(EventBatch):
+    """The contents of a poll whose events are elsewhere: rejects, counts and a sample of fields.
+
+    There are `counted` events, rejects included, of which `counted_shown` are impressions.
+    """
+
+    counted: int = 0
+    counted_shown: int = 0
+    sample: FieldSample = field(kw_only=True)
+
+    @property
+    def events(self) -> int:
+        """The number of events, rejects included."""
+        return self.counted
+
+    @property
+    def shown(self) -> int:
+        """The number of impressions."""
+        return self.counted_shown
+
+    def field_sample(self) -> FieldSample:
+        """Return the fields of the impressions and the examples."""
+        return self.sample

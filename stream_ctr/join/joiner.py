@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ from stream_ctr.join.join_state import (
     EventColumns,
     Windows,
 )
-from stream_ctr.join.pending import PendingImpressions
+from stream_ctr.join.pending import Order, PendingImpressions, Slots
 from stream_ctr.join.spill import Spill
 from stream_ctr.join.watermark import NOT_YET, Watermarks
 
@@ -68,6 +68,35 @@ Array = npt.NDArray[Any]
 
 # The most examples that are released at once.
 AT_MOST = 1 << 16
+
+
+class Joiner(Protocol):
+    """A joiner as the trainer uses it: `LabelJoiner`, or that of several ranks together."""
+
+    @property
+    def label_window_ms(self) -> int: ...
+    @property
+    def watermark(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    @property
+    def oldest_pending_ms(self) -> int | None: ...
+    @property
+    def filled(self) -> float: ...
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def click_coverage(self) -> float | None: ...
+    def push(self, events: EventBatch, watermarks: Watermarks) -> None: ...
+    def advance(self, watermark: int) -> Examples: ...
+    def drain(self) -> Examples: ...
+    def counts(self) -> dict[str, int]: ...
+    def window_curve(self) -> list[dict[str, float]]: ...
+    def segments(self) -> dict[str, tuple[Path, str, int]]: ...
+    def state_dict(self) -> dict[str, Array]: ...
+    def load_state_dict(
+        self, state: Mapping[str, Array], segments: Mapping[str, tuple[Path, str]] | None = None
+    ) -> None: ...
 
 
 class LabelJoiner:
@@ -78,7 +107,8 @@ class LabelJoiner:
     `nbytes` is at most `max_bytes` after every call. Above it, with `over_bound="spill"`, the
     features of the newest pending impressions go to files in `spill_directory`, which no other
     joiner may use; without it they go to a temporary directory. With `over_bound="evict"`, and
-    when more does not fit, a uniform share of the pending impressions is evicted. Raises
+    when more does not fit, a uniform share of the pending impressions is evicted. Files have every
+    s-th number, from the first on that is f modulo s; `segment_numbers` is (f, s). Raises
     `ValueError` when `max_bytes` are too few to work in.
     """
 
@@ -94,6 +124,7 @@ class LabelJoiner:
         max_bytes: int = 1 << 30,
         over_bound: OverBound = "spill",
         spill_directory: Path | None = None,
+        segment_numbers: tuple[int, int] = (0, 1),
     ) -> None:
         self.label_window_ms = label_window_ms
         self.early_click_wait_ms = early_click_wait_ms
@@ -105,8 +136,8 @@ class LabelJoiner:
         self.counters = np.zeros(len(COUNTERS), np.int64)
         # Clicks by delay: [joined or late, bounded by CURVE_SECONDS].
         self.delays = np.zeros((2, len(CURVE_SECONDS) + 1), np.int64)
-        id_bytes = PACKED_BYTES if id_bits <= PACKED_BITS else 4
-        features = feature_pool(fields, value_fields, id_bytes)
+        self.id_bytes = PACKED_BYTES if id_bits <= PACKED_BITS else 4
+        features = feature_pool(fields, value_fields, self.id_bytes)
         self._capacity = Capacity.of(
             max_bytes,
             columns=fields + value_fields,
@@ -115,8 +146,8 @@ class LabelJoiner:
         )
         self._pending = PendingImpressions(
             features,
-            Spill(spill_directory),
-            id_bytes=id_bytes,
+            Spill(spill_directory, numbers=segment_numbers),
+            id_bytes=self.id_bytes,
             label_window_ms=label_window_ms,
         )
         self._secret = new_secret()
@@ -154,7 +185,7 @@ class LabelJoiner:
         *,
         limit: npt.NDArray[np.int64] | None = None,
     ) -> None:
-        """Add n impressions with their `ids` [n, F + C] and `values` [n, V].
+        """Add n impressions with their `ids` [n, F + C], packed or not, and `values` [n, V].
 
         `limit` [n] is the watermark of each event's own partition when it arrived; without it no
         impression is late.
@@ -226,9 +257,9 @@ class LabelJoiner:
         `at_most` are returned, in the order of the watermarks that release them and after all
         earlier ones. Call again until there are none. The watermark of the joiner never goes back.
         """
-        self.watermark = max(self.watermark, watermark)
-        examples = self._release(self.watermark - self.label_window_ms, at_most)
-        self._forget()
+        self.reach(watermark)
+        examples = self._release(self.closes_before(), at_most)
+        self.forget()
         return examples
 
     def drain(self, at_most: int = AT_MOST) -> Examples:
@@ -237,17 +268,37 @@ class LabelJoiner:
         As with `advance`, call again until there are none. The watermark stays, so that another
         log can follow.
         """
+        self.drop_clicks()
+        return self._release(self.closes_before(drain=True), at_most)
+
+    def reach(self, watermark: int) -> None:
+        """Move the watermark, which never goes back."""
+        self.watermark = max(self.watermark, watermark)
+
+    def drop_clicks(self) -> None:
+        """Drop all waiting clicks: no impression comes any more."""
         self.counters[CLICKS_UNMATCHED] += self._clicks.drop_all()
-        return self._release(NEVER, at_most)
+
+    def closes_before(self, *, drain: bool = False) -> int:
+        """Return the time before which windows are closed; with `drain` all are."""
+        return NEVER if drain else self.watermark - self.label_window_ms
 
     def _release(self, before: int, at_most: int) -> Examples:
         """Return the first impressions with a time before `before` as examples."""
-        slots = self._pending.oldest(before, at_most)
-        examples = self._pending.examples(slots)
+        slots, order = self.first(before, at_most)
         # All impressions that are still pending are at least as new as the last example.
-        last = int(self._pending.rows.arrays.time[slots[-1]]) if len(slots) else before
+        return self.release(slots, rest=int(order.time[-1]) if len(slots) else before)
+
+    def first(self, before: int, at_most: int) -> tuple[Slots, Order]:
+        """Return the first pending rows with a time before `before`, in the order of release."""
+        slots = self._pending.oldest(before, at_most)
+        return slots, self._pending.order(slots)
+
+    def release(self, slots: Slots, *, rest: int) -> Examples:
+        """Remove pending rows, and return them as examples; no other has a time before `rest`."""
+        examples = self._pending.examples(slots)
         self._remove(slots, LEFT)
-        self._pending.drop_segments(last)
+        self._pending.drop_segments(rest)
         return examples
 
     def _remove(self, slots: npt.NDArray[np.int64], state: np.int32) -> None:
@@ -255,7 +306,7 @@ class LabelJoiner:
         join_state.mark_all(self._pending.keys(slots), slots, state, self._index.arrays)
         self._pending.remove(slots)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drop ids beyond the duplicate horizon, and clicks that no impression can want."""
         self._index.expire(self.watermark, self.duplicate_horizon_ms)
         # An impression at t that is not late has t + label_window >= watermark, and wants clicks
@@ -306,6 +357,11 @@ class LabelJoiner:
         return self._pending.count
 
     @property
+    def pending_labelled(self) -> int:
+        """The number of the pending that are examples which came with their label."""
+        return self._pending.labelled
+
+    @property
     def oldest_pending_ms(self) -> int | None:
         """The event time of the oldest pending impression, or None if there is none."""
         return self._pending.oldest_ms
@@ -314,6 +370,11 @@ class LabelJoiner:
     def spilled(self) -> int:
         """The number of pending impressions whose features are on disk now."""
         return self._pending.spilled
+
+    @property
+    def segment_count(self) -> int:
+        """The number of files that belong to the state."""
+        return len(self._pending.spill.segments)
 
     @property
     def filled(self) -> float:
@@ -340,8 +401,7 @@ class LabelJoiner:
 
         It is None before the first such click.
         """
-        joined, known = click_fates(self.counts())
-        return joined / known if known else None
+        return click_coverage(self.counts())
 
     def window_curve(self) -> list[dict[str, float]]:
         """Return the share of the clicks that shorter or longer label windows would lose.
@@ -350,15 +410,7 @@ class LabelJoiner:
         share of these. They are exact up to the present window; beyond it only clicks whose
         impression was still remembered are known. Repeated clicks do not count.
         """
-        measured = self.delays.sum(axis=0)
-        total = int(measured.sum() + self.counters[CLICKS_UNMATCHED])
-        if not total:
-            return []
-        lost = 1.0 - np.cumsum(measured)[:-1] / total
-        return [
-            {"window_seconds": seconds, "lost_share": round(float(share), 6)}
-            for seconds, share in zip(CURVE_SECONDS, lost, strict=True)
-        ]
+        return window_curve(self.delays, int(self.counters[CLICKS_UNMATCHED]))
 
     # -- state ------------------------------------------------------------------------------------
 
@@ -440,6 +492,25 @@ def click_fates(counts: Mapping[str, int]) -> tuple[int, int]:
     """
     joined = counts["clicks_joined"] + counts["clicks_duplicate"]
     return joined, joined + counts["clicks_late"] + counts["clicks_unmatched"]
+
+
+def click_coverage(counts: Mapping[str, int]) -> float | None:
+    """Return `LabelJoiner.click_coverage` for the counters of a joiner by name."""
+    joined, known = click_fates(counts)
+    return joined / known if known else None
+
+
+def window_curve(delays: npt.NDArray[np.int64], unmatched: int) -> list[dict[str, float]]:
+    """Return `LabelJoiner.window_curve` for clicks by delay, and so many unmatched ones."""
+    measured = delays.sum(axis=0)
+    total = int(measured.sum()) + unmatched
+    if not total:
+        return []
+    lost = 1.0 - np.cumsum(measured)[:-1] / total
+    return [
+        {"window_seconds": seconds, "lost_share": round(float(share), 6)}
+        for seconds, share in zip(CURVE_SECONDS, lost, strict=True)
+    ]
 
 
 def _columns(events: Arrivals, limit: npt.NDArray[np.int64] | None, rows: slice) -> EventColumns:

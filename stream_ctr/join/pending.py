@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,41 @@ _IDENTITY = ("id_hash", "time", "partition", "offset", "click", "delay")
 _FEATURES = ("truth", "ids", "values")
 # To find where the oldest end, about this many times are sorted.
 _SAMPLE = 1 << 16
+
+
+class Order(NamedTuple):
+    """The columns by which pending rows leave: (time, partition, place), which are never equal.
+
+    `time` is that of an impression, and of an example that came with its label the time of its
+    release minus the label window.
+    """
+
+    time: npt.NDArray[np.int64]
+    partition: npt.NDArray[np.int32]
+    place: npt.NDArray[np.int64]
+
+    def argsort(self) -> npt.NDArray[np.int64]:
+        """Return the places of the rows in order."""
+        return np.lexsort((self.place, self.partition, self.time))
+
+    def first(self, n: int) -> Order:
+        """Return the columns of the first n rows."""
+        return Order(self.time[:n], self.partition[:n], self.place[:n])
+
+    def count_to(self, last: tuple[int, int, int]) -> int:
+        """Return how many rows, which are in order, are not after `last`.
+
+        >>> order = Order(np.array([5, 7, 7]), np.array([0, 0, 1], np.int32), np.array([9, 3, 1]))
+        >>> order.count_to((7, 0, 3)), order.count_to((7, 1, 0)), order.count_to((4, 9, 9))
+        (2, 2, 0)
+        """
+        time, partition, place = last
+        first = int(np.searchsorted(self.time, time, "left"))
+        end = int(np.searchsorted(self.time, time, "right"))
+        there = (self.partition[first:end], self.place[first:end])
+        return first + int(
+            ((there[0] < partition) | ((there[0] == partition) & (there[1] <= place))).sum()
+        )
 
 
 class PendingImpressions:
@@ -65,6 +100,12 @@ class PendingImpressions:
         return int(self._used_time.min()) if self.count else None
 
     @property
+    def labelled(self) -> int:
+        """The number of examples that came with their label."""
+        used = np.flatnonzero(self._used_time != NEVER)
+        return int(np.count_nonzero(self.given(used)))
+
+    @property
     def in_memory(self) -> int:
         """The number of impressions whose features are in memory."""
         return self.features.count
@@ -88,12 +129,14 @@ class PendingImpressions:
 
     def columns(
         self,
-        ids: npt.NDArray[np.int32],
+        ids: npt.NDArray[np.int32] | npt.NDArray[np.uint8],
         values: npt.NDArray[np.float32],
         true_probability: npt.NDArray[np.float64],
     ) -> join_state.FeatureColumns:
-        """Return features as `join_state.push_impressions` takes them."""
-        packed = join_state.pack(ids, self._id_bytes)
+        """Return features as `join_state.push_impressions` takes them; `ids` may be packed."""
+        packed: Array = ids
+        if packed.dtype != np.uint8:
+            packed = join_state.pack(packed, self._id_bytes)
         return join_state.FeatureColumns(true_probability, packed, values)
 
     def given(self, slots: Slots) -> npt.NDArray[np.bool_]:
@@ -124,11 +167,13 @@ class PendingImpressions:
         id_hash = self.rows.arrays.id_hash
         return join_state.least_lots(id_hash, time, self._used_feature_row, n, in_memory)
 
-    def _in_order(self, slots: Slots) -> Slots:
-        """Sort slots by (time, partition, place)."""
+    def order(self, slots: Slots) -> Order:
+        """Return the columns by which impressions leave."""
         arrays = self.rows.arrays
-        keys = (arrays.place[slots], arrays.partition[slots], arrays.time[slots])
-        return slots[np.lexsort(keys)]
+        return Order(arrays.time[slots], arrays.partition[slots], arrays.place[slots])
+
+    def _in_order(self, slots: Slots) -> Slots:
+        return slots[self.order(slots).argsort()]
 
     # -- rows -------------------------------------------------------------------------------------
 
@@ -141,7 +186,8 @@ class PendingImpressions:
         """Return the impressions as examples, with the labels that they have now."""
         arrays = self.rows.arrays
         features = self._features_of(slots)
-        time = arrays.time[slots]
+        closed_ms = arrays.time[slots]
+        time = closed_ms.copy()
         label = self.clicked(slots).astype(np.uint8)
         if (is_given := self.given(slots)).any():
             lateness, given = join_state.given(arrays.click_end[slots][is_given])
@@ -154,6 +200,7 @@ class PendingImpressions:
             values=features["values"],
             label=label,
             true_probability=features["truth"],
+            closed_ms=closed_ms,
         )
 
     def _features_of(self, slots: Slots) -> dict[str, Array]:

@@ -57,24 +57,39 @@ def segment_of(places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return ~places >> ROW_BITS
 
 
+def remove_folders(directory: Path) -> None:
+    """Remove the folders that earlier objects have left in a directory."""
+    state_files.remove_all(directory, _FOLDER_PREFIX)
+
+
+def folder_of_rank(directory: Path, rank: int) -> Path:
+    """Return the directory of one of several processes that spill below `directory`.
+
+    `remove_folders` removes it as well.
+    """
+    return directory / f"{_FOLDER_PREFIX}rank-{rank}"
+
+
 class Spill:
     """Segments in a folder of its own below `directory`.
 
     One object at a time may use a directory; folders of earlier objects are removed. Each object
     has its own folder, so that a process that was taken over and goes on cannot change the files
     of its successor. Without a directory the folder is a temporary one, and is removed together
-    with this object.
+    with this object. Its segments have the numbers f, f + s, f + 2 s and so on, where `numbers` is
+    (f, s), so that objects of several processes can give their segments different numbers.
     """
 
-    def __init__(self, directory: Path | None = None) -> None:
+    def __init__(self, directory: Path | None = None, *, numbers: tuple[int, int] = (0, 1)) -> None:
         self.segments: dict[int, Segment] = {}
         self._directory = directory
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._folder: Path | None = None
-        self._next_number = 0
+        self._first, self._step = numbers
+        self._next_number = self._first
         self._verified: set[int] = set()
         if directory:
-            state_files.remove_all(directory, _FOLDER_PREFIX)
+            remove_folders(directory)
 
     def write(self, columns: Mapping[str, Array], *, last: int) -> npt.NDArray[np.int64]:
         """Write n rows to a new segment, and return their places.
@@ -84,7 +99,7 @@ class Spill:
         """
         rows = len(next(iter(columns.values())))
         number = self._next_number
-        self._next_number += 1
+        self._next_number += self._step
         path = self._path(number)
         data = _encode(columns)
         try:
@@ -164,11 +179,13 @@ class Spill:
     ) -> None:
         """Take over the segments of `state`, which are linked, or copied from another file system.
 
-        `files` maps file names to (path, SHA-256). Raises `ValueError`, which names the file, when
-        a segment is missing or has changed.
+        `files` maps file names to (path, SHA-256). Segments that are written later have greater
+        numbers than these, and than `state["before"]` [1] if it is there. Raises `ValueError`,
+        which names the file, when a segment is missing or has changed.
         """
         self.drop(list(self.segments))
-        if not state:
+        self._number_after(int(state["before"][0]) if "before" in state else -1)
+        if "number" not in state:
             return
         columns = (state[name].tolist() for name in ("number", "rows", "last"))
         for number, rows, last in zip(*columns, strict=True):
@@ -180,7 +197,12 @@ class Spill:
             _link_or_copy(found, path)
             self.segments[number] = Segment(path, rows, last, sha256)
             self._verified.add(number)
-            self._next_number = max(self._next_number, number + 1)
+            self._number_after(number)
+
+    def _number_after(self, number: int) -> None:
+        """Give the next segment a greater number than this one."""
+        steps = max(0, (number - self._next_number) // self._step + 1)
+        self._next_number += steps * self._step
 
     def _path(self, number: int) -> Path:
         if self._folder is None:

@@ -68,6 +68,42 @@ class _Partitions(NamedTuple):
     stalled: npt.NDArray[np.bool_]
 
 
+class InOrder(NamedTuple):
+    """The events of a poll, all kinds in order of arrival. `arrival` is that of `EventBatch`."""
+
+    arrival: npt.NDArray[np.int64]
+    partition: npt.NDArray[np.int32]
+    time: npt.NDArray[np.int64]
+    click: npt.NDArray[np.bool_]
+    labelled: npt.NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, events: EventBatch) -> InOrder:
+        """Return the events of a poll in order of arrival."""
+        parts = (events.impressions, events.clicks, events.examples.arrivals)
+        arrival = events.arrival
+        n = len(events.impressions)
+        labelled = arrival >= n + len(events.clicks)
+        return cls(
+            arrival,
+            np.concatenate([part.partition for part in parts])[arrival],
+            np.concatenate([part.time for part in parts])[arrival],
+            (arrival >= n) & ~labelled,
+            labelled,
+        )
+
+    def by_kind(
+        self, limit: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return the limits of the impressions [n], the clicks [m] and the examples [k]."""
+        placed = np.empty(len(limit), np.int64)
+        placed[self.arrival] = limit
+        k = int(self.labelled.sum())
+        m = int(self.click.sum())
+        n = len(limit) - m - k
+        return placed[:n], placed[n : n + m], placed[n + m :]
+
+
 class Watermarks:
     """The watermarks of P partitions; all times are epoch milliseconds.
 
@@ -128,6 +164,20 @@ class Watermarks:
         """
         click = np.zeros(len(time), np.bool_) if click is None else click
         labelled = np.zeros(len(time), np.bool_) if labelled is None else labelled
+        limit = self.advance(partition, time, click, labelled)
+        later = self.later_than_clicks(time[~(click | labelled)])
+        self.count_since_clicks(later, np.unique(partition[click]))
+        self.follow(time[click])
+        return limit
+
+    def advance(
+        self,
+        partition: npt.NDArray[np.integer],
+        time: npt.NDArray[np.int64],
+        click: npt.NDArray[np.bool_],
+        labelled: npt.NDArray[np.bool_],
+    ) -> npt.NDArray[np.int64]:
+        """Advance what depends on a partition's own events alone; return what `observe` returns."""
         limit = np.empty(len(time), np.int64)
         state = _Partitions(*(getattr(self, name) for name in _Partitions._fields))
         self.stalls += _observe(
@@ -140,14 +190,25 @@ class Watermarks:
             self.stall_clicks,
             state,
         )
-        present = slice(self.present.start, self.present.stop)
-        since = time[~(click | labelled)] > self.latest_click[present, None]
-        self.all_since_click[present] += since.sum(axis=1)
-        self.all_since_click[np.unique(partition[click])] = 0
-        self._follow(time[click])
         return limit
 
-    def _follow(self, time: npt.NDArray[np.int64]) -> None:
+    def later_than_clicks(self, time: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return how many of these times are after the last click of each present partition."""
+        present = slice(self.present.start, self.present.stop)
+        later: npt.NDArray[np.int64] = (time > self.latest_click[present, None]).sum(axis=1)
+        return later
+
+    def count_since_clicks(
+        self, later: npt.NDArray[np.int64], clicked: npt.NDArray[np.integer]
+    ) -> None:
+        """Count impressions that are `later` than the last click of each present partition.
+
+        The partitions `clicked` had a click now.
+        """
+        self.all_since_click[self.present.start : self.present.stop] += later
+        self.all_since_click[clicked] = 0
+
+    def follow(self, time: npt.NDArray[np.int64]) -> None:
         """Let ended partitions whose clicks are overdue follow the clicks at these times."""
         ended = np.flatnonzero(self.stalled[: self.present.start])
         if not len(ended) or not len(time):
@@ -167,16 +228,8 @@ class Watermarks:
 
         Return what `observe` returns, for the impressions [n], the clicks [m] and the examples [k].
         """
-        parts = (events.impressions, events.clicks, events.examples.arrivals)
-        arrival = events.arrival
-        n = len(events.impressions)
-        m = n + len(events.clicks)
-        partition = np.concatenate([part.partition for part in parts])[arrival]
-        time = np.concatenate([part.time for part in parts])[arrival]
-        labelled = arrival >= m
-        limit = np.empty(len(arrival), np.int64)
-        limit[arrival] = self.observe(partition, time, (arrival >= n) & ~labelled, labelled)
-        return limit[:n], limit[n:m], limit[m:]
+        came = InOrder.of(events)
+        return came.by_kind(self.observe(came.partition, came.time, came.click, came.labelled))
 
     def overall(self, *, excused: npt.NDArray[np.bool_]) -> int:
         """Return the least watermark of the partitions that are not excused.

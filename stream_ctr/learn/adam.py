@@ -6,7 +6,8 @@ is torch's fused one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -101,14 +102,9 @@ class FlatAdam(FlatParameters):
         self.weight_decay = 0.0
         self.moments = [torch.zeros_like(self.vector), torch.zeros_like(self.vector)]
 
-    def pieces(self, count: int) -> Iterator[slice]:
-        """Yield `count` slices of the vector, of about one size.
-
-        Any split gives the same step, because slices end where vector registers do.
-        """
-        blocks = np.linspace(0, -(-len(self.vector) // _BLOCK), count + 1).astype(int)
-        edges = np.minimum(blocks * _BLOCK, len(self.vector)).tolist()
-        return (slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True))
+    def pieces(self, count: int) -> list[slice]:
+        """Return `count` slices of the vector, see `pieces_of`."""
+        return pieces_of(len(self.vector), count)
 
     def step(
         self,
@@ -124,9 +120,22 @@ class FlatAdam(FlatParameters):
         `steps` is the number of steps before this one, and `rate_scale` multiplies the rate. With a
         `skip` of 1.0, which lies on the device like the rest, nothing changes.
         """
-        gradient = gradients[0, piece]
-        for part in gradients[1:]:
-            gradient.add_(part[piece])
+        summed = sum_in_order([part[piece] for part in gradients])
+        self.apply(summed, steps, piece, rate_scale=rate_scale, skip=skip)
+        if self.low is not None:
+            self.low[piece].copy_(self.vector[piece])
+        self._renew_widened()
+
+    def apply(
+        self,
+        gradient: Tensor,
+        steps: Tensor,
+        piece: slice,
+        *,
+        rate_scale: float | Tensor = 1.0,
+        skip: Tensor | None = None,
+    ) -> None:
+        """Update a piece of the float32 parameters with its `gradient`, as `step` does."""
         first, second = self.moments
         adam(
             [self.vector[piece]],
@@ -145,9 +154,6 @@ class FlatAdam(FlatParameters):
             amsgrad=False,
             maximize=False,
         )
-        if self.low is not None:
-            self.low[piece].copy_(self.vector[piece])
-        self._renew_widened()
 
     def reset(self) -> None:
         """Clear the moments and keep the parameters."""
@@ -163,7 +169,14 @@ class FlatAdam(FlatParameters):
         }
 
     def load_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
-        """Load the moments.
+        """Load the moments. Raises errors as `require_state_dict` does."""
+        self.require_state_dict(state)
+        for key, moment in zip(_MOMENTS, self.moments, strict=True):
+            for name, view in self.views(moment).items():
+                view.copy_(torch.from_numpy(state[f"{name}.{key}"]))
+
+    def require_state_dict(self, state: Mapping[str, npt.NDArray[np.generic]]) -> None:
+        """Check the moments.
 
         Raises `KeyError` when a moment is missing and `ValueError` when one has another shape.
         """
@@ -175,4 +188,28 @@ class FlatAdam(FlatParameters):
                         f"{name}.{key} has shape {found.shape}, "
                         f"its parameter has {tuple(view.shape)}"
                     )
-                view.copy_(torch.from_numpy(found))
+
+
+def pieces_of(length: int, count: int) -> list[slice]:
+    """Return `count` slices of a vector of parameters, of about one size.
+
+    Any split gives the same step, because slices end where vector registers do.
+
+    >>> pieces_of(150, 2), pieces_of(1, 2)
+    ([slice(0, 64, None), slice(64, 150, None)], [slice(0, 0, None), slice(0, 1, None)])
+    """
+    blocks = np.linspace(0, -(-length // _BLOCK), count + 1).astype(int)
+    edges = np.minimum(blocks * _BLOCK, length).tolist()
+    return [slice(first, last) for first, last in pairwise(edges)]
+
+
+def sum_in_order(parts: Sequence[Tensor]) -> Tensor:
+    """Add the other `parts` to the first, one after another, and return it.
+
+    >>> sum_in_order([torch.tensor([1.0]), torch.tensor([2.0])])
+    tensor([3.])
+    """
+    total = parts[0]
+    for part in parts[1:]:
+        total.add_(part)
+    return total

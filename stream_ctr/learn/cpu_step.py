@@ -17,7 +17,7 @@ of a batch.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -109,7 +109,7 @@ class CpuStep:
         self._pool = ThreadPool(threads)
         # Parts run at the same time, so each draws from a generator of its own.
         self._generators = [torch.Generator() if options.dropout else None for _ in self._parts]
-        rows = -(-self._parts[-1].stop // PREDICTED_ROWS) * PREDICTED_ROWS
+        rows = -(-self._buffered_rows() // PREDICTED_ROWS) * PREDICTED_ROWS
         columns = options.columns
         width = table.width
         self._value_fields = list(options.value_fields)
@@ -126,6 +126,18 @@ class CpuStep:
         self._order = np.empty(rows * columns, np.int32)
         self._spare = np.empty((2, rows * columns), np.int32)
         self._gather = table_kernels.gather(width)
+
+    def _buffered_rows(self) -> int:
+        """Return the number of rows of the parts of a batch that are here at once."""
+        return self._parts[-1].stop
+
+    def _parts_for(self, n: int) -> list[slice]:
+        """Return the parts that a batch of `n` examples is learned in, some of them maybe empty."""
+        return self._parts
+
+    def _readable_rows(self) -> npt.NDArray[np.float32]:
+        """Return the rows that the ids in the buffer are places in."""
+        return self._table.rows.numpy()
 
     def predict(self, ids: Ids, values: Values | None) -> npt.NDArray[np.float32]:
         """Return the logits [n] without dropout."""
@@ -149,7 +161,11 @@ class CpuStep:
     @cached_property
     def _gradients(self) -> Tensor:
         """Gradients of the parameters [parts, P]; a learner that only predicts never needs them."""
-        return torch.zeros(len(self._parts), len(self._adam.vector))
+        return torch.zeros(self._most_parts(), len(self._adam.vector))
+
+    def _most_parts(self) -> int:
+        """Return the largest number of parts of a batch that are here at once."""
+        return len(self._parts)
 
     # -- tasks ------------------------------------------------------------------------------------
 
@@ -158,7 +174,7 @@ class CpuStep:
         w = self._w[part]
         v = self._v[part]
         self._gather(
-            self._table.rows.numpy(),
+            self._readable_rows(),
             self._ids[part],
             self._scale[part].numpy(),
             w.numpy(),
@@ -186,6 +202,22 @@ class CpuStep:
     def _sorted(self, n: int) -> SortedIds:
         count = n * self._options.columns
         return SortedIds(self._keys[:count], self._order[:count])
+
+
+class PartsOfBatch:
+    """The parts of a batch of `examples` examples that are here, on their way through a step.
+
+    `n` of its examples are in `parts`, of which the first is part `first_part` of the batch.
+    """
+
+    def __init__(
+        self, n: int, parts: Sequence[slice], *, examples: int | None = None, first_part: int = 0
+    ) -> None:
+        self.n = n
+        self.parts = parts
+        self.examples = n if examples is None else examples
+        self.first_part = first_part
+        self.finite = np.ones(len(parts), np.bool_)
 
 
 class BatchStep(CpuStep):
@@ -228,38 +260,29 @@ class BatchStep(CpuStep):
         n = len(ids)
         self._load(ids, values)
         self._labels[:n] = torch.from_numpy(labels)
-        parts = [part for part in self._parts if part.start < n]
-        gradients = self._gradients
-        finite = np.zeros(len(parts), np.bool_)
+        batch = PartsOfBatch(n, [part for part in self._parts_for(n) if part.start < n])
         with one_torch_thread():
             first, *others = (
-                partial(self._learn_part, index, n, steps, gradients[index], finite)
-                for index in range(len(parts))
+                partial(self._learn_part, batch, at, steps) for at in range(len(batch.parts))
             )
             self._pool.run([first, partial(self._sort, n), *others])
-            if not finite.all():
+            if not batch.finite.all():
                 return None
-            dense = self._dense_updates(gradients[: len(parts)], steps)
+            dense = self._dense_updates(self._gradients[: len(batch.parts)], steps)
             self._pool.run([*dense, *self._table_updates(n, steps)])
         return self._logits[:n].clone()
 
-    def _learn_part(
-        self,
-        index: int,
-        n: int,
-        steps: int,
-        gradients: Tensor,
-        finite: npt.NDArray[np.bool_],
-    ) -> None:
-        """Run the forward and backward pass of part `index` of a batch of `n` examples.
+    def _learn_part(self, batch: PartsOfBatch, at: int, steps: int) -> None:
+        """Run the forward and backward pass of part `at`.
 
-        Writes the part's rows of the buffers, its `gradients` [P] and `finite[index]`.
+        Writes the part's rows of the buffers, its gradients [P] and whether it is finite.
         """
-        part = self._parts[index]
+        part = batch.parts[at]
+        gradients = self._gradients[at]
         w, v = self._gathered(part)
-        logits = self._forward(index, w, v, steps)
-        grad_logit = (torch.sigmoid(logits.detach()) - self._labels[part]) / n
-        grad_logit[max(n - part.start, 0) :] = 0.0  # padding
+        logits = self._forward(part, w, v, self._seeded_generator(batch.first_part + at, steps))
+        grad_logit = (torch.sigmoid(logits.detach()) - self._labels[part]) / batch.examples
+        grad_logit[max(batch.n - part.start, 0) :] = 0.0  # padding
         # The gradient is that of a scalar. Torch checks an initial gradient with code whose import,
         # which includes sympy, takes half a second.
         with torch.enable_grad():
@@ -281,13 +304,14 @@ class BatchStep(CpuStep):
             + torch.linalg.vector_norm(grad_w)
             + torch.linalg.vector_norm(grad_v)
         )
-        logits_are_finite = bool(self._logits[part.start : min(part.stop, n)].isfinite().all())
-        finite[index] = logits_are_finite and float(norm) * n <= LARGEST_GRADIENT
+        rows = slice(part.start, min(part.stop, batch.n))
+        logits_are_finite = bool(self._logits[rows].isfinite().all())
+        batch.finite[at] = logits_are_finite and float(norm) * batch.examples <= LARGEST_GRADIENT
 
-    def _forward(self, index: int, w: Tensor, v: Tensor, steps: int) -> Tensor:
+    def _forward(
+        self, part: slice, w: Tensor, v: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
         """Return the logits to learn from, and write the ones to return into the buffer."""
-        part = self._parts[index]
-        generator = self._seeded_generator(index, steps)
         separate = generator is not None and self._options.progressive
         if separate:
             with torch.no_grad():

@@ -16,7 +16,7 @@ False
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from stream_ctr.learn.linear_learner import LinearLearner
-from stream_ctr.learn.network_learner import NetworkLearner, columns_of, module_of
+from stream_ctr.learn.network import columns_of, module_of
+from stream_ctr.learn.network_learner import NetworkLearner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.step import Batch, Ids, Labels, Values
 from stream_ctr.learn.table_kernels import row_floats
@@ -38,12 +40,21 @@ class Learner(Protocol):
     """One of the paper's nine systems, made by `make_learner`. It learns from batches."""
 
     batch_size: int
-    steps: int
-    """The number of batches that were learned."""
-    restored: int
-    """The number of calls of `load_weights`, each of which ends what was learned before."""
-    touched: Touched | None
-    """The rows that were learned since they were last taken, after `track_touched`."""
+
+    @property
+    def steps(self) -> int:
+        """The number of batches that were learned."""
+        ...
+
+    @property
+    def restored(self) -> int:
+        """The number of calls of `load_weights`, each of which ends what was learned before."""
+        ...
+
+    @property
+    def touched(self) -> Touched | None:
+        """The rows that were learned since they were last taken, after `track_touched`."""
+        ...
 
     @property
     def pretraining(self) -> bool:
@@ -81,7 +92,15 @@ class Learner(Protocol):
         """Return everything that serving needs, copied to the host.
 
         With `reuse` the copies lie in memory that the next call with `reuse` overwrites, which
-        takes a tenth of the time of new memory.
+        takes a tenth of the time of new memory. A table that several ranks hold is not among them,
+        see `shards`.
+        """
+        ...
+
+    def shards(self) -> TableShards | None:
+        """Return the copy of the table that `weights` has made on every rank.
+
+        It is None for a learner that has its table in this process.
         """
         ...
 
@@ -90,7 +109,7 @@ class Learner(Protocol):
         ...
 
     def load_weights(self, weights: Tensors) -> None:
-        """Load `weights`.
+        """Load `weights`. A learner whose table several ranks hold takes a `StoredTable`, too.
 
         Raises `ValueError`, with nothing loaded, unless they are the tensors of this model: names,
         shapes and types, and all values finite.
@@ -144,6 +163,10 @@ def make_learner(
     if system(spec.model).module is None:
         return LinearLearner(spec)
     return NetworkLearner(spec, device=device, threads=threads, progressive=progressive)
+
+
+MakeLearner = Callable[[LearnerSpec], Learner]
+"""Makes a learner on the device, and with the threads or ranks, of a run."""
 
 
 def require_shapes(weights: Tensors, spec: LearnerSpec) -> None:

@@ -76,6 +76,9 @@ class LinearLearner:
         with self._lock:
             return self._ftrl.state_dict(reuse=reuse)
 
+    def shards(self) -> None:
+        return None
+
     def optimizer_state(self) -> State:
         return {"steps": np.array([self.steps])}
 

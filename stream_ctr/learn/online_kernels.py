@@ -53,10 +53,21 @@ class Groups(NamedTuple):
     bounds: npt.NDArray[np.int64]
 
 
-def group(sorted_ids: SortedIds, shape: tuple[int, int], size: int, spare: Indices) -> Groups:
+def group(
+    sorted_ids: SortedIds,
+    shape: tuple[int, int],
+    size: int,
+    spare: Indices,
+    *,
+    row_of: Indices | None = None,
+    first: int = 0,
+    row_0: bool = False,
+) -> Groups:
     """Group the entries of a batch of `shape` [n, F] into sub-batches of `size` examples.
 
-    `spare` int32 [3, n F] is memory that the result lies in.
+    `spare` int32 [3, n F] is memory that the result lies in, apart from `row_of` where it is given.
+    The sub-batches begin with example `first`; the entries of those before are in none. With
+    `row_0`, for which `spare` needs one more column, the rows begin with row 0 in any case.
 
     >>> ids = SortedIds(np.array([3, 7, 7, 9], np.int32), np.array([2, 0, 3, 1], np.int32))
     >>> groups = group(ids, (2, 2), 1, np.empty((3, 4), np.int32))
@@ -64,22 +75,35 @@ def group(sorted_ids: SortedIds, shape: tuple[int, int], size: int, spare: Indic
     [[3, 7, 9], [[1, 2], [0, 1]], [0, 1, 2, 3], [0, 2, 4]]
     """
     n, fields = shape
-    bounds = np.minimum(np.arange(-(-n // size) + 1) * size, n) * fields
-    distinct = _group(sorted_ids.keys, sorted_ids.order, fields * size, bounds[:-1].copy(), spare)
-    return Groups(spare[0][:distinct], spare[1].reshape(n, fields), spare[2], bounds)
+    rows, places, entries = spare
+    if row_of is None:
+        row_of = places[: n * fields].reshape(shape)
+    stepped = n - first
+    bounds = np.minimum(np.arange(-(-stepped // size) + 1) * size, stepped) * fields
+    distinct = _group(
+        sorted_ids.keys, sorted_ids.order, fields * size, first * fields, row_0,
+        bounds[:-1].copy(), rows, row_of.reshape(-1), entries,
+    )  # fmt: skip
+    return Groups(rows[:distinct], row_of, entries, bounds)
 
 
 @numba.njit(cache=True, nogil=True)
-def _group(keys, order, entries_per_sub_batch, next_index, spare):  # type: ignore[no-untyped-def]
-    rows, row_of, entries = spare[0], spare[1], spare[2]
+def _group(  # type: ignore[no-untyped-def]
+    keys, order, entries_per_sub_batch, first, row_0, next_index, rows, row_of, entries
+):
     distinct = 0
+    if row_0 and (len(keys) == 0 or keys[0] != 0):
+        rows[0] = 0
+        distinct = 1
     for i in range(len(keys)):
         if i == 0 or keys[i] != keys[i - 1]:
             rows[distinct] = keys[i]
             distinct += 1
         entry = order[i]
         row_of[entry] = distinct - 1
-        sub_batch = entry // entries_per_sub_batch
+        if entry < first:
+            continue
+        sub_batch = (entry - first) // entries_per_sub_batch
         entries[next_index[sub_batch]] = entry
         next_index[sub_batch] += 1
     return distinct

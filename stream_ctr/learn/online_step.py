@@ -52,6 +52,7 @@ from stream_ctr.learn.adam import FlatAdam
 from stream_ctr.learn.cpu_step import (
     ROW_MULTIPLE,
     CpuStep,
+    PartsOfBatch,
     one_torch_thread,
     parts_of,
     predicted_parts,
@@ -109,10 +110,10 @@ class OnlineStep(CpuStep):
         )
 
     @cached_property
-    def _memory(self) -> _Memory:
+    def _memory(self) -> OnlineMemory:
         """Memory of a step; a learner that only predicts never needs it."""
         table = self._table
-        return _Memory(
+        return OnlineMemory(
             len(self._logits), self._options.columns, table.rows.shape[1], table.embedding_dim
         )
 
@@ -134,7 +135,7 @@ class OnlineStep(CpuStep):
         self._load(ids, values)
         self._labels[:n] = torch.from_numpy(labels)
         parts = [part for part in self._parts_for(n) if part.start < n]
-        batch = _OnlineBatch(n, parts, self._intercept.copy())
+        batch = OnlineBatch(n, parts, self._intercept.copy())
         with one_torch_thread():
             network, *others = (
                 partial(self._run_network, batch, at, steps) for at in range(len(parts))
@@ -170,14 +171,14 @@ class OnlineStep(CpuStep):
 
     # -- tasks ------------------------------------------------------------------------------------
 
-    def _run_network(self, batch: _OnlineBatch, at: int, steps: int) -> None:
+    def _run_network(self, batch: OnlineBatch, at: int, steps: int) -> None:
         """Compute the network's logits of part `at` and their slopes, with dL/dlogit = 1."""
         part = batch.parts[at]
         w, v = self._gathered(part)
         if not self._terms.network:
             self._logits[part] = 0.0  # a prediction may have left others
             return
-        generator = self._seeded_generator(at, steps)
+        generator = self._seeded_generator(batch.first_part + at, steps)
         tape = batch.tapes[at]
         if self._plain is not None and self._options.progressive:
             with torch.no_grad():
@@ -199,14 +200,14 @@ class OnlineStep(CpuStep):
             bool(self._logits[rows].isfinite().all()) and float(norm) <= LARGEST_GRADIENT
         )
 
-    def _group(self, batch: _OnlineBatch) -> None:
+    def _group(self, batch: OnlineBatch) -> None:
         self._sort(batch.n)
         shape = batch.n, self._options.columns
         batch.groups = online_kernels.group(
             self._sorted(batch.n), shape, SUB_BATCH, self._memory.groups[:, : shape[0] * shape[1]]
         )
 
-    def _row_tasks(self, batch: _OnlineBatch, copy: Callable[..., None]) -> Sequence[Task]:
+    def _row_tasks(self, batch: OnlineBatch, copy: Callable[..., None]) -> Sequence[Task]:
         rows = batch.groups.rows
         edges = np.linspace(0, len(rows), self._pool.threads + 1).astype(int).tolist()
         arguments = self._table.rows.numpy(), rows, self._memory.rows
@@ -215,7 +216,7 @@ class OnlineStep(CpuStep):
             for first, last in zip(edges[:-1], edges[1:], strict=True)
         ]
 
-    def _step_sub_batches(self, batch: _OnlineBatch) -> None:
+    def _step_sub_batches(self, batch: OnlineBatch) -> None:
         """Step the copied rows, sub-batch by sub-batch."""
         try:
             batch.stepped = self._step_all(batch) and online_kernels.finite(
@@ -225,15 +226,15 @@ class OnlineStep(CpuStep):
             for known in batch.known:
                 known.set()
 
-    def _step_all(self, batch: _OnlineBatch) -> bool:
+    def _step_all(self, batch: OnlineBatch) -> bool:
         memory = self._memory
         groups = batch.groups
         scale = self._scale.numpy()
         slopes = self._grad_v.numpy(), self._grad_w.numpy()
         before = self._v.detach().numpy(), self._w.detach().numpy()
         labels = self._labels.numpy()
-        for number, start in enumerate(range(0, batch.n, SUB_BATCH)):
-            stop = min(start + SUB_BATCH, batch.n)
+        for number, start in enumerate(range(batch.first, batch.last, SUB_BATCH)):
+            stop = min(start + SUB_BATCH, batch.last)
             self._scores(
                 memory.rows, groups.row_of, scale, *before, self._logits.numpy(), *slopes,
                 batch.intercept[0], start, stop, memory.logits, memory.sums,
@@ -257,7 +258,7 @@ class OnlineStep(CpuStep):
                     known.set()
         return True
 
-    def _layer_gradients(self, batch: _OnlineBatch, at: int) -> None:
+    def _layer_gradients(self, batch: OnlineBatch, at: int) -> None:
         """Compute the gradients of the layers on part `at`, once its examples have theirs."""
         if not self._terms.network:
             return
@@ -265,13 +266,13 @@ class OnlineStep(CpuStep):
         part = batch.parts[at]
         batch.known[at].wait()
         rows = slice(0, min(part.stop, batch.n) - part.start)
-        grad_logit = torch.from_numpy(self._memory.gradient[part.start :][rows]) / batch.n
+        grad_logit = torch.from_numpy(self._memory.gradient[part.start :][rows]) / batch.examples
         views = self._layer_views[at]
         with torch.no_grad():
             for layer, weight, bias in batch.tapes[at].gradients(rows, grad_logit):
                 views[layer][0].copy_(weight)
                 views[layer][1].copy_(bias)
-        norm = float(torch.linalg.vector_norm(gradients)) * batch.n
+        norm = float(torch.linalg.vector_norm(gradients)) * batch.examples
         batch.finite[at] = batch.finite[at] and norm <= LARGEST_GRADIENT
 
     @cached_property
@@ -291,7 +292,7 @@ class OnlineStep(CpuStep):
             for views in parts
         ]
 
-    def _dense_updates(self, batch: _OnlineBatch, steps: int) -> Sequence[Task]:
+    def _dense_updates(self, batch: OnlineBatch, steps: int) -> Sequence[Task]:
         if not self._terms.network:
             return []
         return [
@@ -306,23 +307,34 @@ class OnlineStep(CpuStep):
         ]
 
 
-class _OnlineBatch:
-    """A batch of `n` examples on its way through a step."""
+class OnlineBatch(PartsOfBatch):
+    """The parts of a batch that are here, and the examples that are stepped here.
 
-    def __init__(self, n: int, parts: Sequence[slice], intercept: npt.NDArray[np.float64]) -> None:
-        self.n = n
-        self.parts = parts
+    These are all of `n`, or the ones from `first` to before `last` where others step the rest.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        parts: Sequence[slice],
+        intercept: npt.NDArray[np.float64],
+        *,
+        examples: int | None = None,
+        first_part: int = 0,
+        stepped: range | None = None,
+    ) -> None:
+        super().__init__(n, parts, examples=examples, first_part=first_part)
         self.intercept = intercept
         """The (w0, n0) that the step changes, a copy."""
+        self.first, self.last = (stepped.start, stepped.stop) if stepped is not None else (0, n)
         self.tapes = [Tape() for _ in parts]
-        self.finite = np.ones(len(parts), np.bool_)
         self.known = [threading.Event() for _ in parts]
         """Whether dL/dlogit of each part is known."""
         self.stepped = False
         self.groups: Groups
 
 
-class _Memory:
+class OnlineMemory:
     """Memory that every step uses again."""
 
     def __init__(self, examples: int, columns: int, floats: int, embedding_dim: int) -> None:

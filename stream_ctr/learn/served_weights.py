@@ -17,19 +17,19 @@ same arrays, with the rows that changed and all of the rest.
 >>> served["rows"].tolist(), served["values"].round(4).tolist()
 ([7], [0.09679999947547913])
 >>> serving_sha256(served)[:8]
-'0f7f107b'
+'b1e56422'
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+from collections.abc import Mapping
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET
 
+from stream_ctr.learn.array_digests import ArrayDigest, tensors_sha256
 from stream_ctr.learn.bit_kernels import Rows
 from stream_ctr.learn.dense_part import DENSE
 from stream_ctr.learn.ftrl import served_values
@@ -40,7 +40,6 @@ from stream_ctr.learn.tensors import State, Tensors, require_names, require_tens
 ROWS = "rows"
 VALUES = "values"
 INTERCEPT = "intercept"
-_BLOCK_BYTES = 1 << 24  # of an array that must be copied before it is hashed
 
 
 def served_weights(spec: LearnerSpec, weights: Tensors) -> State:
@@ -83,32 +82,12 @@ def served_parameters(weights: Tensors) -> State:
     return cast(State, parameters)
 
 
-def serving_sha256(served: State) -> str:
+def serving_sha256(served: Mapping[str, npt.NDArray[Any] | ArrayDigest]) -> str:
     """Return the SHA-256 over name, type, shape and values of served weights.
 
-    Two digests are equal if every bit that serving reads is.
+    Two digests are equal if every bit that serving reads is. An array may be given by its digest.
     """
-    digest = hashlib.sha256()
-    for name in sorted(served):
-        array = served[name]
-        described = [name, array.dtype.newbyteorder("<").str, array.shape]
-        digest.update(json.dumps(described).encode() + b"\n")
-        for block in _blocks(array):
-            digest.update(_bytes(block))
-    return digest.hexdigest()
-
-
-def _blocks(array: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    """Return the array in parts of some megabytes, so that no large copy of it is made."""
-    if array.ndim == 0 or not array.size:
-        return [array]
-    rows = max(_BLOCK_BYTES * len(array) // array.nbytes, 1)
-    return [array[start : start + rows] for start in range(0, len(array), rows)]
-
-
-def _bytes(array: npt.NDArray[Any]) -> memoryview:
-    stored = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
-    return stored.reshape(-1).view(np.uint8).data
+    return tensors_sha256(served)
 
 
 def require_changes(spec: LearnerSpec, changes: Tensors) -> None:

@@ -26,6 +26,7 @@ from stream_ctr.learn.large_arrays import zeros
 from stream_ctr.learn.table_kernels import BETA1, BETA2, EPSILON, StepRates, row_floats
 
 FLOAT_BYTES = 4
+_DRAWN_AT_ONCE = 1 << 16  # rows
 
 # The optimisers' own rates: of V its rate and beta, of w its rate and beta.
 _OWN_RATES = {
@@ -142,8 +143,12 @@ class Table:
     The coordinates start normally distributed with standard deviation `initial_scale`; everything
     else starts at zero. Raises `ConfigError` when there is no memory for the rows.
 
+    With a `part`, only these rows are here. They start as they do in a whole table.
+
     >>> Table(bits=4, embedding_dim=10).rows.shape
     torch.Size([16, 16])
+    >>> Table(bits=4, embedding_dim=10, part=range(8, 12)).rows.shape
+    torch.Size([4, 16])
     """
 
     def __init__(
@@ -156,17 +161,19 @@ class Table:
         initial_scale: float = 0.01,
         seed: int = 0,
         device: torch.device | str = "cpu",
+        part: range | None = None,
     ) -> None:
         self.bits = bits
+        self.first_row = part.start if part is not None else 0
         self.embedding_dim = embedding_dim
         self.embeddings = embeddings
         self.rates = rates
         floats = row_floats(embedding_dim, embeddings=embeddings, optimizer=rates.optimizer)
         try:
-            rows = torch.from_numpy(zeros(1 << bits, floats))
-            if initial_scale:
+            rows = _zeros(1 << bits if part is None else len(part), floats)
+            if initial_scale and len(rows):
                 generator = torch.Generator().manual_seed(seed)
-                rows[:, : self.width].normal_(0.0, initial_scale, generator=generator)
+                _draw(rows[:, : self.width], self.first_row, initial_scale, generator)
             self.rows = rows.to(device)
         except (MemoryError, RuntimeError):
             raise ConfigError(
@@ -182,3 +189,21 @@ class Table:
     def reset_optimizer(self) -> None:
         """Clear the optimiser's state and keep the weights."""
         self.rows[:, self.width + 1 :] = 0.0
+
+
+def _zeros(rows: int, floats: int) -> torch.Tensor:
+    return torch.from_numpy(zeros(rows, floats)) if rows else torch.zeros(0, floats)
+
+
+def _draw(rows: torch.Tensor, first: int, scale: float, generator: torch.Generator) -> None:
+    """Fill `rows` [n, width] with what a whole table has from row `first` on."""
+    if not first and len(rows) > 1:
+        rows.normal_(0.0, scale, generator=generator)
+        return
+    # Torch draws other numbers where the memory is contiguous, as that of a single row is.
+    spare = torch.empty(min(first + len(rows), _DRAWN_AT_ONCE), rows.shape[1], 2)[..., 0]
+    for start in range(0, first + len(rows), len(spare)):
+        drawn = spare[: first + len(rows) - start].normal_(0.0, scale, generator=generator)
+        wanted = drawn[max(first - start, 0) :]
+        at = max(start - first, 0)
+        rows[at : at + len(wanted)] = wanted

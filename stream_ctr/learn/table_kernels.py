@@ -272,3 +272,23 @@ def copy_rows(floats: int) -> Callable[..., None]:
                 values[i, j] = rows[row, j]
 
     return compiled
+
+
+@cache
+def put_rows(floats: int) -> Callable[..., None]:
+    """Return the compiled opposite of `copy_rows`, which writes `values` [n, floats] to `rows`."""
+    lines = -(-floats // LINE)
+
+    @numba.njit(cache=True, nogil=True)
+    def compiled(rows, places, first, last, values):  # type: ignore[no-untyped-def]
+        all_lines = rows.reshape(-1, LINE)
+        lines_per_row = rows.shape[1] // LINE
+        for i in range(first, last):
+            ahead = np.int64(places[min(i + _AHEAD, last - 1)]) * lines_per_row
+            for line in range(lines):
+                prefetch(all_lines, ahead + line)
+            row = np.int64(places[i])
+            for j in range(floats):
+                rows[row, j] = values[i, j]
+
+    return compiled

@@ -23,7 +23,7 @@ from stream_ctr.learn.cpu_step import one_torch_thread, predicted_parts
 from stream_ctr.learn.dense_part import DENSE
 from stream_ctr.learn.device import choose_device
 from stream_ctr.learn.learner import Learner, make_learner, weight_shapes
-from stream_ctr.learn.network_learner import new_module
+from stream_ctr.learn.network import new_module
 from stream_ctr.learn.predictor import Predictor
 from stream_ctr.learn.served_network import Dense, Part, ServedNetwork, require_network
 from stream_ctr.learn.served_weights import INTERCEPT, served_weights

@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from stream_ctr.errors import ConfigError
 from stream_ctr.events.field_changes import FieldChanges
 from stream_ctr.learn.carried import Carried, ModelState
+from stream_ctr.learn.shard_files import StoredTable
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import State, Tensors
 from stream_ctr.models import MODELS
@@ -73,6 +75,8 @@ def _carry_table(
     old: ModelState, fresh: ModelState, changes: FieldChanges, said: list[str]
 ) -> Array:
     """Return the rows [N, floats] of the table."""
+    if isinstance(old.weights["table"], StoredTable):
+        return _carry_stored(old, fresh, changes, said)
     before, now = _layout(old.spec), _layout(fresh.spec)
     rows, found = _in_table(old, fresh, said)
     if len(changes.rows):
@@ -103,6 +107,26 @@ def _carry_table(
         else:
             table[found, target] = rows[found, source]
     return table
+
+
+def _carry_stored(
+    old: ModelState, fresh: ModelState, changes: FieldChanges, said: list[str]
+) -> Array:
+    """Return a table of which each rank reads its rows. It carries over as it is, or not at all."""
+    bits = old.spec.table_bits
+    optimizers = {old.spec.table_optimizer, fresh.spec.table_optimizer}
+    if (
+        fresh.spec.table_bits != bits
+        or _layout(old.spec) != _layout(fresh.spec)
+        or not (len(optimizers) == 1 or optimizers <= {*_SQUARES})
+        or len(changes.rows)
+    ):
+        raise ConfigError(
+            f"the table of {old.spec.model} does not carry over as it is, and no rank has all of "
+            "it: begin without torchrun, and go on with torchrun from the first snapshot"
+        )
+    said.append(f"the table carries over, 2^{bits} rows")
+    return old.weights["table"]
 
 
 def _in_table(

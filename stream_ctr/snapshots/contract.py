@@ -2,7 +2,7 @@
 
 A document ends with its seal, the SHA-256 of all bytes before it:
 
-    {"format": 5, ..., "files": {}, "sha256": "<64 hexadecimal digits>"}
+    {"format": 6, ..., "files": {}, "sha256": "<64 hexadecimal digits>"}
      `---------- digested ------'
 
     the document                                        is

@@ -15,6 +15,10 @@ named after the file stem of their model and what they are:
     ftrl.model/intercept   float64 [1]: the weight of the intercept
     model/omega, model/u   float64 [M + 1]: the mixture of a blend
 
+Where it takes fewer bytes, `rows` is replaced by a bitmap, whose i-th bit stands for row i:
+
+    ftrl.model/bits        uint64 [row // 64 of the last one + 1], bit i % 64 of word i // 64
+
 With the precision "bf16" the values of rows are the upper halves of float32 numbers, rounded to the
 nearest, as uint16.
 
@@ -51,6 +55,7 @@ from safetensors import SafetensorError
 from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.gate import Verdict
 from stream_ctr.evaluate.summary import Count
+from stream_ctr.learn.bit_kernels import bitmap, count_bits, set_bits, take_bits
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots.contract import Epoch, RunId, Sha256, Sign, Verify, decode, encode
 
@@ -67,10 +72,12 @@ Changes: TypeAlias = Mapping[str, Mapping[str, Array]]
 """File stem of a model -> name -> array, as a payload holds them, values as float32."""
 
 ROWS = "rows"
+BITS = "bits"
 VALUES = "values"
 # No manifest and no pointer begins like this, so no signature of one is that of a delta.
 _SIGNED = b"stream-ctr delta\n"
 _BETWEEN = "/"
+_MOST_WORDS = 1 << 26  # row numbers have 32 bits
 _NAN = 0x7FC0  # the quiet NaN of bfloat16
 
 
@@ -231,15 +238,40 @@ def identity_sha256(identity: Any) -> str:
 
 
 def encode_payload(changes: Changes, precision: Precision) -> bytes:
-    """Return the payload of these changes."""
-    tensors = {
-        f"{stem}{_BETWEEN}{name}": _stored(
-            rounded_bf16(array) if name == VALUES and precision == "bf16" else array
-        )
-        for stem, named in changes.items()
-        for name, array in named.items()
-    }
+    """Return the payload of these changes, whose rows ascend."""
+    tensors = {}
+    for stem, named in changes.items():
+        for name, array in named.items():
+            if name == ROWS and _bits_are_fewer(array):
+                name, array = BITS, _bits_of(array)
+            elif name == VALUES and precision == "bf16":
+                array = rounded_bf16(array)
+            tensors[f"{stem}{_BETWEEN}{name}"] = _stored(array)
     return safetensors.numpy.save(tensors)
+
+
+def _bits_are_fewer(rows: Array) -> bool:
+    return bool(len(rows)) and 8 * (int(rows[-1]) // 64 + 1) < 4 * len(rows)
+
+
+def _bits_of(rows: Array) -> npt.NDArray[np.uint64]:
+    words = bitmap(int(rows[-1]) + 1)
+    set_bits(words, rows)
+    return words
+
+
+def _rows_of(words: Array, values: Array | None, name: str) -> npt.NDArray[np.uint32]:
+    """Return the rows whose bits are set, ascending. There must be as many as values.
+
+    A bitmap of a few megabytes could otherwise stand for gigabytes of row numbers.
+    """
+    fits = words.dtype == np.uint64 and words.ndim == 1 and len(words) <= _MOST_WORDS
+    count = count_bits(words) if fits else -1
+    if values is None or values.shape[:1] != (count,):
+        raise SnapshotError(f"{name}: its bitmap does not have a bit for each of its values")
+    rows = np.empty(count, np.uint32)
+    take_bits(words.copy(), rows)
+    return rows
 
 
 def decode_payload(data: bytes, precision: Precision, name: str = "delta") -> Changes:
@@ -261,6 +293,11 @@ def decode_payload(data: bytes, precision: Precision, name: str = "delta") -> Ch
                 raise SnapshotError(f"{name}: {one_line(full_name, 80)!r} does not hold bfloat16")
             array = widened_bf16(array)
         changes.setdefault(stem, {})[tensor] = array
+    for named in changes.values():
+        if BITS in named:
+            if ROWS in named:
+                raise SnapshotError(f"{name} names its rows twice, as numbers and by a bitmap")
+            named[ROWS] = _rows_of(named.pop(BITS), named.get(VALUES), name)
     return changes
 
 

@@ -24,15 +24,6 @@ LARGEST_MANIFEST_BYTES = 64 << 20
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-def _read_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-UMASK = _read_umask()
-
-
 def plain_name(name: str, kind: str) -> str:
     """Return `name` if it is one that a file may have. Raises `SnapshotError` otherwise.
 
@@ -103,7 +94,7 @@ def read_document(path: Path, largest_bytes: int = LARGEST_DOCUMENT_BYTES) -> by
                 f"{path} has {size:,} bytes, and the largest of its kind has {largest_bytes:,}"
             )
         with os.fdopen(fd, "rb", closefd=False) as file:
-            return file.read(largest_bytes)
+            return file.read(size)
 
 
 def read_manifest(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.snapshots.contract import Epoch, RunId, Sha256
 from stream_ctr.snapshots.delta import DeltaPosition
 
-FORMAT = 5
+FORMAT = 6
 _LARGEST_SUM = (1 << 64) - 1
 
 

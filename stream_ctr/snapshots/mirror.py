@@ -66,7 +66,9 @@ def mirrored_files(manifest: Manifest) -> list[str]:
         [snapshot.stems()[0], *(snapshot.stems(name)[0] for name in manifest.specs)]
     )
     wanted = [
-        name for stem in stems for name in (snapshot.file_name(stem), snapshot.graph_name(stem))
+        name
+        for stem in stems
+        for name in (*snapshot.file_names(manifest, stem), snapshot.graph_name(stem))
     ]
     return [name for name in wanted if name in manifest.files]
 

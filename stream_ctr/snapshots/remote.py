@@ -65,7 +65,7 @@ def served_files(model: str | None, runtime: Runtime) -> Needed:
         stems = served_stems(manifest, model)
         graphs = [snapshot.graph_name(stem) for stem in stems] if runtime == "onnx" else []
         return [
-            *(snapshot.file_name(stem) for stem in stems),
+            *(name for stem in stems for name in snapshot.file_names(manifest, stem)),
             *(name for name in graphs if name in manifest.files),
         ]
 

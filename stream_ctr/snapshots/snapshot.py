@@ -2,19 +2,22 @@
 
     snapshots/00000012-20250101T101500Z/model.safetensors, ..., manifest.json, manifest.sig
                                         model.onnx, ...    graphs, if they are asked for
+                                        model.shard-00-of-64.safetensors, ...
 
 The manifest holds the size and the SHA-256 of every file; `manifest.sig` is there if snapshots are
 signed. A snapshot becomes visible by one rename after everything in it is on disk: a crash leaves
 the earlier snapshots, or those and a complete new one. Names that start with `tmp-` belong to
 unfinished or half-deleted snapshots. Segments are files of impressions that the joiner has moved to
-disk. This module does not interpret the arrays. It never unpickles: a file holds numbers, which are
-read from the same bytes whose SHA-256 was compared.
+disk. A table that the ranks of a run hold together is in shards (see `learn.shard_files`), which
+are read as one array.
+
+This module does not interpret the arrays. It never unpickles: a file holds numbers, which are read
+from the same bytes whose SHA-256 was compared.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -23,7 +26,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -33,6 +36,18 @@ from safetensors import SafetensorError
 from stream_ctr import state_files
 from stream_ctr.errors import SnapshotError
 from stream_ctr.failpoint import failpoint
+from stream_ctr.learn.array_digests import ArrayDigest, tensors_sha256
+from stream_ctr.learn.shard_files import TABLE, StoredTable, held_shards, shard_of
+from stream_ctr.learn.tensor_files import (
+    SUFFIX,
+    FileDigest,
+    Piece,
+    Placed,
+    read_pieces,
+    require_digest,
+    write_tensors,
+)
+from stream_ctr.learn.tensor_files import file_name as file_name
 from stream_ctr.messages import one_line
 from stream_ctr.snapshots import files
 from stream_ctr.snapshots.contract import NewerFormat, Sign, Verify, decode, encode
@@ -50,11 +65,11 @@ DTYPES = frozenset(
 )
 
 Array = np.ndarray[Any, Any]
+Each = TypeVar("Each")
 Tensors = dict[str, dict[str, Array]]
 Segments = Mapping[str, tuple[Path, str, int]]
 """Immutable files that hold no tensors, by name: path, SHA-256, size."""
 
-_SUFFIX = ".safetensors"
 SEGMENT_SUFFIX = ".arrow"
 GRAPH_SUFFIX = ".onnx"
 
@@ -85,15 +100,6 @@ def stems(additional: str | None = None) -> tuple[str, str]:
     """
     prefix = f"{additional.replace(':', '-')}." if additional else ""
     return f"{prefix}model", f"{prefix}optimizer"
-
-
-def file_name(stem: str) -> str:
-    """Return the name of the file that holds the tensors with this stem.
-
-    >>> file_name("fm.model")
-    'fm.model.safetensors'
-    """
-    return f"{stem}{_SUFFIX}"
 
 
 def graph_name(stem: str) -> str:
@@ -210,7 +216,7 @@ def _fill(
 ) -> dict[str, FileEntry]:
     """Write every file of a snapshot but the manifest."""
     entries = {
-        file_name(stem): _write_tensors(folder / file_name(stem), named)
+        file_name(stem): FileEntry(*write_tensors(folder / file_name(stem), named))
         for stem, named in tensors.items()
     }
     for name, (staged, digest, size) in segments.items():
@@ -275,34 +281,12 @@ def _require_space(root: Path, name: str, needed: int) -> None:
         )
 
 
-def _write_tensors(path: Path, named: Mapping[str, Array]) -> FileEntry:
-    safetensors.numpy.save_file({name: _stored(array) for name, array in named.items()}, path)
-    # Hashed as it stands in the page cache: no second copy of a large table in memory.
-    with open(path, "rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        # safetensors makes files that only their owner may read.
-        os.fchmod(file.fileno(), 0o666 & ~files.UMASK)
-        os.fsync(file.fileno())
-        size = os.fstat(file.fileno()).st_size
-    failpoint("snapshot.file")
-    return FileEntry(digest, size)
-
-
-def _stored(array: Array) -> Array:
-    """Return `array` little-endian and in C order.
-
-    safetensors writes the buffer from its first byte on, whatever the strides are: a transposed
-    array would come back wrong.
-    """
-    return np.asarray(array, dtype=array.dtype.newbyteorder("<"), order="C")
-
-
 def published_weights(
-    manifest: RunIdentity, tensors: Mapping[str, Mapping[str, Array]]
-) -> dict[str, Array]:
+    manifest: RunIdentity, tensors: Mapping[str, Mapping[str, Each]]
+) -> dict[str, Each]:
     """Return the weights of the published model; those of a blend include its members'.
 
-    `tensors` maps file stems to arrays.
+    `tensors` maps file stems to arrays, or to their digests.
     """
     members = {
         f"{name}.{tensor}": array
@@ -312,24 +296,12 @@ def published_weights(
     return {**tensors[stems()[0]], **members}
 
 
-def weights_sha256(tensors: Mapping[str, Array]) -> str:
+def weights_sha256(tensors: Mapping[str, Array | ArrayDigest]) -> str:
     """Return the SHA-256 over name, type, shape and values of all arrays, in the order of names.
 
-    Two digests are equal if every bit is.
-
-    >>> weights_sha256({"a": np.zeros(2), "b": np.ones(1)}) == weights_sha256(
-    ...     {"b": np.ones(1), "a": np.zeros(2)}
-    ... )
-    True
-    >>> weights_sha256({"a": np.zeros(2)}) == weights_sha256({"a": np.zeros((2, 1))})
-    False
+    Two digests are equal if every bit is. An array may be given by its digest.
     """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        array = _stored(tensors[name])
-        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode() + b"\n")
-        digest.update(array.reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
+    return tensors_sha256(tensors)
 
 
 # -- reading -------------------------------------------------------------------------------------
@@ -367,6 +339,7 @@ def load(
     signature: Verify | None = None,
     any_name: bool = False,
     partial: bool = False,
+    stored: bool = False,
 ) -> tuple[Manifest, Tensors]:
     """Return the manifest and the arrays (file stem -> name -> array) of the snapshot at `path`.
 
@@ -375,19 +348,55 @@ def load(
     are read. With `partial`, files that are not read may be absent, as on a machine that only
     serves. The arrays may be changed by the caller. `any_name` is that of `verify`, and
     `SnapshotError` is raised as there.
+
+    A table is one array, whether the snapshot has it in shards or not. With `stored`, tables stay
+    in their files: a `StoredTable` stands for each of them, of which every rank reads its rows.
     """
     manifest = _verified_manifest(path, manifest_sha256, signature, any_name, partial)
-    present = [name.removesuffix(_SUFFIX) for name in manifest.files if name.endswith(_SUFFIX)]
+    present = [
+        name.removesuffix(SUFFIX)
+        for name in manifest.files
+        if name.endswith(SUFFIX) and not shard_of(name)
+    ]
     wanted = present if stems is None else list(stems(manifest) if callable(stems) else stems)
     if missing := sorted(set(wanted) - set(present)):
         raise SnapshotError(
             f"snapshot {path} has no file {file_name(missing[0])}; "
             f"it has {', '.join(manifest.files) or 'none'}"
         )
-    return manifest, {
-        stem: _read_tensors(path / file_name(stem), manifest.files[file_name(stem)])
-        for stem in wanted
-    }
+    return manifest, {stem: _load(path, manifest, stem, stored=stored) for stem in wanted}
+
+
+def _load(path: Path, manifest: Manifest, stem: str, *, stored: bool) -> dict[str, Array]:
+    """Return the tensors with this stem, and the table that lies in shards among them."""
+    file, entry = path / file_name(stem), manifest.files[file_name(stem)]
+    if held_shards(stem, manifest.files):
+        tensors = _read_tensors(file, entry)
+        if TABLE in tensors:
+            raise SnapshotError(f"{file} has a table, which is in shards beside it too")
+    elif stored:
+        tensors, has_table = _read_all_but_table(file, entry)
+        if not has_table:
+            return tensors
+    else:
+        return _read_tensors(file, entry)
+    table = StoredTable.found(path, stem, digests(manifest))
+    tensors[TABLE] = cast(Array, table) if stored else table.read()
+    return tensors
+
+
+def digests(manifest: Manifest) -> dict[str, tuple[str, int]]:
+    """Return the SHA-256 and the size of each file of a snapshot, by name."""
+    return {name: (entry.sha256, entry.bytes) for name, entry in manifest.files.items()}
+
+
+def file_names(manifest: Manifest, stem: str) -> list[str]:
+    """Return the names of the files that hold the tensors with this stem.
+
+    There is one, and one for each shard of its table.
+    """
+    shards = held_shards(stem, manifest.files)
+    return [file_name(stem), *(shard.name for shard in shards)]
 
 
 def read_manifest(
@@ -520,12 +529,26 @@ def _require_signature(path: Path, data: bytes, verify_signature: Verify) -> Non
 
 def _require_entries(path: Path, entries: Iterable[str]) -> None:
     for name in entries:
-        if not name.endswith((_SUFFIX, SEGMENT_SUFFIX, GRAPH_SUFFIX)):
+        if not name.endswith((SUFFIX, SEGMENT_SUFFIX, GRAPH_SUFFIX)):
             raise SnapshotError(
-                f"{path / MANIFEST}: file {name!r:.200} is not named *{_SUFFIX}, "
+                f"{path / MANIFEST}: file {name!r:.200} is not named *{SUFFIX}, "
                 f"*{SEGMENT_SUFFIX} or *{GRAPH_SUFFIX}"
             )
         plain_name(name, f"{path / MANIFEST}: file")
+    _require_all_shards(path, set(entries))
+
+
+def _require_all_shards(path: Path, names: Collection[str]) -> None:
+    """Raise `SnapshotError` unless the manifest lists every shard of a table, and what it is of."""
+    for stem in {shard.stem for name in names if (shard := shard_of(name))}:
+        if file_name(stem) not in names:
+            raise SnapshotError(
+                f"{path / MANIFEST} lists shards of {file_name(stem)}, and not that file"
+            )
+        try:
+            held_shards(stem, names)
+        except ValueError as reason:
+            raise SnapshotError(f"{path / MANIFEST}: {reason}") from None
 
 
 def _require_files(path: Path, entries: Mapping[str, FileEntry], *, partial: bool) -> None:
@@ -545,13 +568,7 @@ def _require_files(path: Path, entries: Mapping[str, FileEntry], *, partial: boo
 
 
 def _compare(path: Path, size: int, sha256: str | None, entry: FileEntry) -> None:
-    if size != entry.bytes:
-        raise SnapshotError(f"{path} has {size} bytes, the manifest says {entry.bytes}")
-    if sha256 is not None and sha256 != entry.sha256:
-        raise SnapshotError(
-            f"{path} has SHA-256 {sha256}, the manifest says {entry.sha256}: "
-            "the file was changed after it was written"
-        )
+    require_digest(path, size, sha256, FileDigest(entry.sha256, entry.bytes))
 
 
 def _read_file(path: Path, entry: FileEntry) -> bytes:
@@ -572,6 +589,26 @@ def _read_tensors(path: Path, entry: FileEntry) -> dict[str, Array]:
         raise SnapshotError(f"{path} is not a safetensors file: {reason}") from reason
     except KeyError as unknown:
         raise SnapshotError(f"{path} holds dtype {unknown}, which numpy does not have") from unknown
+
+
+def _read_all_but_table(path: Path, entry: FileEntry) -> tuple[dict[str, Array], bool]:
+    """Return the tensors of a file without its table, and whether it has one.
+
+    The table takes no memory.
+    """
+    tensors: dict[str, Array] = {}
+    has_table = False
+
+    def wanted(placed: Mapping[str, Placed]) -> list[Piece]:
+        nonlocal has_table
+        has_table = TABLE in placed
+        others = [(at, name) for name, at in placed.items() if name != TABLE]
+        others.sort(key=lambda other: other[0].start)
+        tensors.update({name: np.empty(at.shape, at.dtype) for at, name in others})
+        return [Piece(at.start, tensors[name]) for at, name in others]
+
+    read_pieces(path, FileDigest(entry.sha256, entry.bytes), wanted)
+    return tensors, has_table
 
 
 # -- removing ------------------------------------------------------------------------------------

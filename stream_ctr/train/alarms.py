@@ -28,8 +28,8 @@ import numpy as np
 import numpy.typing as npt
 
 from stream_ctr.errors import SnapshotError
-from stream_ctr.events.batch import EventBatch
-from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.events.batch import FieldSample
+from stream_ctr.join.joiner import Joiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.messages import nearest_word, one_line
 from stream_ctr.snapshots.manifest import Input
@@ -117,7 +117,7 @@ class RunAlarms:
         """The alarms that hold, in the order in which they began."""
         return self._alarms.raised
 
-    def check(self, status: SourceStatus, joiner: LabelJoiner, stalled: Sequence[str]) -> None:
+    def check(self, status: SourceStatus, joiner: Joiner, stalled: Sequence[str]) -> None:
         """Look at the status after a poll. `stalled` names partitions whose clicks are overdue."""
         if status.lost > self._lost:
             lost = status.lost - self._lost
@@ -218,21 +218,25 @@ class FieldWatch:
         self._value_column[list(value_fields)] = np.arange(len(value_fields))
         self._value: npt.NDArray[np.float64] | None = None
 
-    def observe(self, events: EventBatch) -> None:
+    @property
+    def watches(self) -> bool:
+        """Whether there is anything left to warn about."""
+        return self._watches_missing or len(self._constant) > 0
+
+    def observe(self, sample: FieldSample) -> None:
         """Look at the fields of a poll's impressions and examples."""
-        n = len(events.impressions) + len(events.examples)
-        if not n or not (self._watches_missing or len(self._constant)):
+        if not sample.rows or not self.watches:
             return
-        self._impressions += n
-        self._seen |= events.with_fields
-        self._unknown |= events.unknown_features
-        self._drop_varying(events)
+        self._impressions += sample.rows
+        self._seen |= sample.with_fields
+        self._unknown |= sample.unknown_features
+        if len(sample.ids):
+            self._drop_varying(sample.ids, sample.values)
         if self._watches_missing and self._impressions >= _FIELDS_EXPECTED_WITHIN:
             self._warn_of_missing()
-        times = np.concatenate([events.impressions.time, events.examples.arrivals.time])
         if self._first_ms is None:
-            self._first_ms = int(times[0])
-        if int(times[-1]) - self._first_ms > _LONG_MS:
+            self._first_ms = sample.first_ms
+        if sample.last_ms - self._first_ms > _LONG_MS:
             self._warn_of_constant()
 
     def finish(self) -> None:
@@ -242,18 +246,8 @@ class FieldWatch:
                 self._warn_of_missing()
             self._warn_of_constant()
 
-    def _drop_varying(self, events: EventBatch) -> None:
+    def _drop_varying(self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]) -> None:
         """Keep the fields whose value is that of all impressions and examples before."""
-        for ids, values in (
-            (events.ids, events.values),
-            (events.examples.ids, events.examples.values),
-        ):
-            if len(ids):
-                self._drop_varying_columns(ids, values)
-
-    def _drop_varying_columns(
-        self, ids: npt.NDArray[np.int32], values: npt.NDArray[np.float32]
-    ) -> None:
         columns = np.zeros((len(ids), 2, len(self._constant)))
         columns[:, 0] = ids[:, self._constant]
         has_values = self._value_column[self._constant] >= 0

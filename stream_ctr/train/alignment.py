@@ -6,10 +6,9 @@ watermark, which the other partitions hold back, has passed.
 
 from __future__ import annotations
 
-from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.joiner import Joiner
 from stream_ctr.join.watermark import Watermarks
-from stream_ctr.train.ingest import Ingest, SourceStatus
-from stream_ctr.train.read_ahead import ReadAhead
+from stream_ctr.train.ingest import Reading, SourceStatus
 
 # Pausing and resuming cost fetches, which is not worth it where one poll is longer than a window.
 # So partitions are paused only once the waiting impressions have filled this share of their room.
@@ -19,11 +18,11 @@ _PAUSE_WHEN_FILLED = 1 / 8
 class Alignment:
     """Pause and resume the partitions of `ingest`."""
 
-    def __init__(self, ingest: Ingest | ReadAhead) -> None:
+    def __init__(self, ingest: Reading) -> None:
         self._ingest = ingest
         self._paused: frozenset[int] = frozenset()
 
-    def update(self, joiner: LabelJoiner, watermarks: Watermarks, status: SourceStatus) -> None:
+    def update(self, joiner: Joiner, watermarks: Watermarks, status: SourceStatus) -> None:
         """Pause exactly the partitions that are too far ahead now."""
         ahead: frozenset[int] = frozenset()
         if joiner.filled >= _PAUSE_WHEN_FILLED:

@@ -48,7 +48,8 @@ from stream_ctr.evaluate.gate import Measured
 from stream_ctr.events.features import mix64
 from stream_ctr.join.examples import Examples
 from stream_ctr.learn.blend import Blend
-from stream_ctr.learn.learner import Learner, make_learner
+from stream_ctr.learn.learner import Learner, MakeLearner, make_learner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import BLEND, LearnerSpec
 from stream_ctr.learn.tensors import State, Tensors
 from stream_ctr.snapshots import snapshot
@@ -72,16 +73,14 @@ class _Slot:
     """Learners for one copy, and the blend of them if that is published."""
 
     def __init__(
-        self, specs: Mapping[str, LearnerSpec], blend: Sequence[str], *, device: str, threads: int
+        self, specs: Mapping[str, LearnerSpec], blend: Sequence[str], make: MakeLearner
     ) -> None:
         self.learners = {
-            name: make_learner(
+            name: make(
                 # Its weights are copied: random ones would take half a second.
                 msgspec.structs.replace(
                     spec, batch_size=min(_BATCH_SIZE, spec.batch_size), initial_scale=0.0
-                ),
-                device=device,
-                threads=threads,
+                )
             )
             for name, spec in specs.items()
         }
@@ -108,6 +107,10 @@ class _Slot:
         if name == BLEND and self.blend:
             return self.blend.weights()
         return dict(self.learners[name].weights())
+
+    def shards(self, name: str) -> TableShards | None:
+        """Return the copy of a model's table that `weights` made on several ranks, if it did."""
+        return None if name == BLEND and self.blend else self.learners[name].shards()
 
     def load(self, name: str, weights: Tensors) -> None:
         """Load the weights of a model. Raises `ValueError` if they do not fit."""
@@ -150,7 +153,7 @@ class AsServed:
     `specs` are those of the models that are scored, the published one first, or of the members of
     the `blend`, which is published then. A snapshot is in force `delay_ms` after its last example.
     With `every_ms` a copy is due each time so much event time has passed; with 0 the copies are
-    those of the snapshots on disk.
+    those of the snapshots on disk. `make` makes the learners that hold the copies.
     """
 
     def __init__(
@@ -161,16 +164,14 @@ class AsServed:
         share: float,
         delay_ms: int,
         every_ms: int = 0,
-        device: str = "auto",
-        threads: int = 0,
+        make: MakeLearner = make_learner,
     ) -> None:
         self.specs = dict(specs)
         self.blend = tuple(blend)
         self.share = share
         self.every_ms = every_ms
         self._delay_ms = delay_ms
-        self._device = device
-        self._threads = threads
+        self._make = make
         self._threshold = None if share >= 1 else np.uint64(int(share * 2.0**64))
         self._slots: list[_Slot] = []
         self._in_force: list[Copy] = []  # the newest last
@@ -261,7 +262,7 @@ class AsServed:
         used = {id(copy.slot) for copy in self.copies()}
         free = [slot for slot in self._slots if id(slot) not in used]
         if not free:
-            free = [_Slot(self.specs, self.blend, device=self._device, threads=self._threads)]
+            free = [_Slot(self.specs, self.blend, self._make)]
             self._slots += free
         return free[0]
 

@@ -7,6 +7,7 @@ the verdict and the baseline's state when every batch before the cut is scored.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,8 @@ from stream_ctr.join.join_state import COUNTERS
 from stream_ctr.join.joiner import click_fates
 from stream_ctr.join.watermark import NOT_YET
 from stream_ctr.learn.baseline import Marker
+from stream_ctr.learn.shard_files import held_shards
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.messages import rfc3339
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import FileEntry, Manifest, RunIdentity
@@ -41,14 +44,16 @@ def take(
     last_step: tuple[str, ...],
     segments: snapshot.Segments,
     copies: snapshot.Tensors,
+    shards: Mapping[str, TableShards],
     now_ms: int,
 ) -> Cut:
     """Copy the state. `status` is that of the source after everything that was learned.
 
     `last_step` is what the published model's last step did wrong. `copies` are the weights that
-    impressions without a label yet were served with. The snapshot is named after the event time of
-    the last example. Before the first one that is the event time that the log has reached, and
-    before the first event the clock's time, `now_ms`.
+    impressions without a label yet were served with, and `shards` those of their tables that ranks
+    hold together. The snapshot is named after the event time of the last example. Before the first
+    one that is the event time that the log has reached, and before the first event the clock's
+    time, `now_ms`.
     """
     manifest = Manifest(
         **msgspec.structs.asdict(identity),
@@ -68,7 +73,9 @@ def take(
         metrics=summary.EMPTY,
         weights_sha256="",
     )
-    return Cut({**state.tensors(), **copies}, manifest, dict(status.positions), segments)
+    tensors = {**state.tensors(), **copies}
+    shards = {**state.shards(), **shards}
+    return Cut(tensors, manifest, dict(status.positions), segments, shards)
 
 
 def _event_time(state: TrainingState, now_ms: int) -> int:
@@ -107,30 +114,45 @@ def complete(
         served=tuple(copy.entry() for copy in copies if not copy.refused),
         served_verdict=served_judge.verdict() if served_judge else Verdict(),
     )
-    return Cut(tensors, manifest, cut.positions, cut.segments)
+    shards = {stem: each for stem, each in cut.shards.items() if stem not in refused}
+    return replace(cut, tensors=tensors, manifest=manifest, shards=shards)
 
 
 def keep_copies(
     copies: Sequence[Copy], parent: Path | None, published: str, *, of_snapshots: bool
-) -> tuple[snapshot.Tensors, snapshot.Segments]:
+) -> tuple[snapshot.Tensors, dict[str, TableShards], snapshot.Segments]:
     """Return the tensors of copies, or their files where the snapshot `parent` holds them.
 
-    With `of_snapshots` a copy is that of the snapshot with as many examples.
+    Tables that ranks hold together come as shards instead of tensors. With `of_snapshots` a copy is
+    that of the snapshot with as many examples.
     """
     examples, files = _files_of(parent) if copies else (0, {})
     tensors: snapshot.Tensors = {}
+    shards: dict[str, TableShards] = {}
     links: dict[str, tuple[Path, str, int]] = {}
     for copy in copies:
         own = of_snapshots and copy.examples == examples
         for name, stem in copy.stems(published).items():
             held_as = snapshot.stems(None if name == published else name)[0] if own else stem
-            entry = files.get(snapshot.file_name(held_as))
-            if entry and parent:
-                found = parent / snapshot.file_name(held_as)
-                links[snapshot.file_name(stem)] = (found, entry.sha256, entry.bytes)
-            else:
-                tensors[stem] = copy.slot.weights(name)
-    return tensors, links
+            if parent and snapshot.file_name(held_as) in files:
+                links |= _linked(parent, files, held_as, stem)
+                continue
+            tensors[stem] = copy.slot.weights(name)
+            if found := copy.slot.shards(name):
+                shards[stem] = found
+    return tensors, shards, links
+
+
+def _linked(
+    parent: Path, files: Mapping[str, FileEntry], held_as: str, stem: str
+) -> dict[str, tuple[Path, str, int]]:
+    """Return the files of a snapshot with the stem `held_as`, by their names with `stem`."""
+    names = {snapshot.file_name(held_as): snapshot.file_name(stem)}
+    for shard in held_shards(held_as, files):
+        names[shard.name] = shard._replace(stem=stem).name
+    return {
+        name: (parent / held, files[held].sha256, files[held].bytes) for held, name in names.items()
+    }
 
 
 def _files_of(path: Path | None) -> tuple[int, Mapping[str, FileEntry]]:

@@ -210,7 +210,10 @@ class Guard:
             )
             raise DataError(f"{self._name} diverged: {reason}, and {tried}. {remedy}")
         manifest, tensors = snapshot.load(
-            path, stems=snapshot.stems(self.additional), signature=signature
+            path,
+            stems=snapshot.stems(self.additional),
+            signature=signature,
+            stored=self.learner.shards() is not None,
         )
         pretraining = self.learner.pretraining
         self._load_model(tensors, path)

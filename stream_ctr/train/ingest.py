@@ -12,8 +12,9 @@ thread of its own.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,26 @@ class Poll:
 
     events: EventBatch | None
     status: SourceStatus
+
+
+class Times(Protocol):
+    """The time that was spent in each stage."""
+
+    def nanoseconds(self) -> dict[str, int]: ...
+
+
+class Reading(Protocol):
+    """Ingest as the trainer uses it: `Ingest`, `ReadAhead`, or that of several ranks together."""
+
+    @property
+    def source(self) -> Inputs: ...
+    @property
+    def timer(self) -> Times: ...
+    def status(self) -> SourceStatus: ...
+    def take(self, timeout_seconds: float) -> Poll: ...
+    def seek(self, positions: Mapping[int, int], leader_epochs: Mapping[int, int]) -> None: ...
+    def pause(self, partitions: frozenset[int]) -> None: ...
+    def close(self) -> None: ...
 
 
 class Silence:
@@ -241,6 +262,11 @@ class Ingest:
         limit = self.decoder.max_record_bytes
         names = feature_names(self.decoder.plain(records.value[:n]), max_record_bytes=limit)
         return names - {field.name for field in self.decoder.fields}
+
+    def seek(self, positions: Mapping[int, int], leader_epochs: Mapping[int, int]) -> None:
+        """Read on at these offsets, after records of these epochs."""
+        self.source.seek(positions)
+        self.source.expect_epochs(leader_epochs)
 
     def pause(self, partitions: frozenset[int]) -> None:
         """Return no events of exactly these partitions from the next poll on."""

@@ -25,9 +25,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from stream_ctr.errors import ConfigError
 from stream_ctr.events.batch import RecordColumns
 from stream_ctr.snapshots.manifest import Input
-from stream_ctr.train.source import Source
+from stream_ctr.train.source import DivisibleSource, Source
 
 
 def partition_names(source: Source) -> tuple[str, ...]:
@@ -174,6 +175,29 @@ class Inputs:
         for partitions, source in self._begun_sources():
             if own := _own(leader_epochs, partitions):
                 source.expect_epochs(own)
+
+    @property
+    def ended_positions(self) -> dict[str, int]:
+        """The last position of each partition of the inputs that had ended before, by name."""
+        return {name: self._last_positions.get(name, 0) for name in self._names_before}
+
+    @property
+    def last(self) -> range:
+        """The partitions of the last source."""
+        return self._ranges[-1]
+
+    def divide(self, rank: int, size: int) -> None:
+        """Read every `size`-th partition of the only source, from number `rank` on.
+
+        Raises `ConfigError` unless it can be read by several processes.
+        """
+        source = self.sources[-1]
+        if len(self.sources) > 1 or not isinstance(source, DivisibleSource):
+            raise ConfigError(
+                f"{input_name(partition_names(source))} cannot be read by several ranks: with "
+                "ranks.share_input = false rank 0 reads it"
+            )
+        source.divide(range(rank, len(source.partitions), size))
 
     def pause(self, partitions: frozenset[int]) -> None:
         """Return no records of exactly these partitions from now on."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from collections.abc import Mapping
 from typing import Self
 
 from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
@@ -60,6 +61,10 @@ class ReadAhead:
             if self._failure:
                 raise self._failure
             return Poll(None, self._last)
+
+    def seek(self, positions: Mapping[int, int], leader_epochs: Mapping[int, int]) -> None:
+        """Read on at these offsets; only before the first `take`."""
+        self._ingest.seek(positions, leader_epochs)
 
     def pause(self, partitions: frozenset[int]) -> None:
         """Read no events of exactly these partitions from the thread's next poll on.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -81,3 +81,16 @@ class Source(Protocol):
 
     def commit(self, positions: Mapping[int, int]) -> None:
         """Commit offsets for tools that show lag. Nothing reads them back."""
+
+
+@runtime_checkable
+class DivisibleSource(Source, Protocol):
+    """A source whose partitions several processes may divide among themselves."""
+
+    def divide(self, own: Collection[int]) -> None:
+        """Read the partitions `own` only; other processes read the others.
+
+        Those count as read to their end, have no lag, and lose nothing here. Positions and epochs
+        that are given for them are passed over, except by `commit`.
+        """
+        ...

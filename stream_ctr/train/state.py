@@ -20,11 +20,12 @@ from stream_ctr.errors import SnapshotError
 from stream_ctr.evaluate.field_health import FieldHealth
 from stream_ctr.evaluate.scoreboard import Scoreboard, part
 from stream_ctr.join.examples import Examples, Ledger
-from stream_ctr.join.joiner import LabelJoiner
+from stream_ctr.join.joiner import Joiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.learn.blend import Blend
 from stream_ctr.learn.learner import Learner
 from stream_ctr.learn.linear_learner import LinearLearner
+from stream_ctr.learn.shard_writer import TableShards
 from stream_ctr.learn.spec import BLEND
 from stream_ctr.snapshots import snapshot
 from stream_ctr.snapshots.manifest import GuardState, LedgerEntry, Manifest
@@ -78,7 +79,7 @@ class TrainingState:
     def __init__(
         self,
         *,
-        joiner: LabelJoiner,
+        joiner: Joiner,
         watermarks: Watermarks,
         learners: Mapping[str, Learner],
         scoreboard: Scoreboard,
@@ -245,6 +246,19 @@ class TrainingState:
             tensors[model] = dict(learner.weights(reuse=True))
             tensors[optimizer] = dict(learner.optimizer_state())
         return tensors
+
+    def shards(self) -> dict[str, TableShards]:
+        """Return the copies that `tensors` has just made of tables on several ranks, by stem."""
+        found = {
+            snapshot.stems(self.guards[name].additional)[0]: learner.shards()
+            for name, learner in self.learning().items()
+        }
+        return {stem: shards for stem, shards in found.items() if shards}
+
+    @property
+    def sharded(self) -> bool:
+        """True if the ranks of a run hold the tables of its models together."""
+        return any(learner.shards() is not None for learner in self.learners.values())
 
     def describe(self) -> dict[str, Any]:
         """Return the fields of a manifest that come from here."""

@@ -47,10 +47,9 @@ from stream_ctr.train.as_served import PASSED_OVER, AsServed, Copy
 from stream_ctr.train.bad_records import BadRecords
 from stream_ctr.train.delta_cycle import DeltaCycle, TakenDelta
 from stream_ctr.train.guard import Diverged
-from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
+from stream_ctr.train.ingest import Poll, Reading, SourceStatus
 from stream_ctr.train.inputs import input_name
 from stream_ctr.train.predictions import PredictionLog
-from stream_ctr.train.read_ahead import ReadAhead
 from stream_ctr.train.report import (
     Kind,
     Report,
@@ -111,7 +110,7 @@ class Trainer:
     def __init__(
         self,
         *,
-        ingest: Ingest | ReadAhead,
+        ingest: Reading,
         state: TrainingState,
         publisher: Publisher,
         identity: RunIdentity,
@@ -231,6 +230,8 @@ class Trainer:
             self._fields.finish()
             self._learn_ready(partial=not self._keep_open)
         self._settle(wait=True)
+        if finished and self._all_learned:
+            self._unscored.close_windows(self.state.last_event_ms or 0)
         if self._has_changed():
             self.cut()
             self._settle(wait=True)
@@ -250,6 +251,10 @@ class Trainer:
                 self._handle(poll)
         finally:
             self.ingest.close()
+
+    @property
+    def _all_learned(self) -> bool:
+        return not self.state.joiner.pending and not len(self.state.batches)
 
     def _has_changed(self) -> bool:
         """Return whether there is anything to write a last snapshot for."""
@@ -315,9 +320,10 @@ class Trainer:
             self.state.counters["fields_unknown"] += events.with_unknown_fields
         self._events_read += events.events
         self._bad_records.keep(events)
-        self._fields.observe(events)
+        if self._fields.watches:
+            self._fields.observe(events.field_sample())
         self.state.joiner.push(events, self.state.watermarks)
-        if self._late_at_seam is not None and (shown := len(events.impressions)):
+        if self._late_at_seam is not None and (shown := events.shown):
             late = self.state.joiner.counts()["impressions_late"] - self._late_at_seam
             warn_of_late_input(self._status.inputs[-1], late, of=shown)
             self._late_at_seam = None
@@ -383,6 +389,7 @@ class Trainer:
                 chosen=step.chosen,
                 served=self._score_as_served(step.batch),
                 ends_pretraining=step.ends_pretraining,
+                closed_ms=int(step.batch.closed_ms[-1]),
             )
         )
         failpoint("learn.after")
@@ -595,7 +602,7 @@ class Trainer:
         self._examples_at_snapshot = self.state.ledger.count
         self._inputs_at_snapshot = self._status.inputs
         copies = self.served.copies() if self.served else []
-        held, linked = cut.keep_copies(
+        held, held_shards, linked = cut.keep_copies(
             copies,
             self.snapshots.parent_path,
             self.state.published,
@@ -621,6 +628,7 @@ class Trainer:
                 last_step=last_step,
                 segments=segments,
                 copies=held,
+                shards=held_shards,
                 now_ms=self._now_ms(),
             )
         )
@@ -661,6 +669,7 @@ class Trainer:
             stems=begin.stems,
             signature=self.snapshots.policy.signature,
             any_name=True,
+            stored=self.state.sharded,
         )
         return begin.begin_from(manifest, tensors, self.identity, self.state, self.baseline)
 
@@ -669,7 +678,9 @@ class Trainer:
 
         Raises `ConfigError` if it was made with another configuration.
         """
-        manifest, tensors = snapshot.load(path, signature=self.snapshots.policy.signature)
+        manifest, tensors = snapshot.load(
+            path, signature=self.snapshots.policy.signature, stored=self.state.sharded
+        )
         require_learning_state(manifest, path)
         require_run(manifest, self.publisher.run, path)
         require_same_run(manifest, self.identity, self.source, path)
@@ -692,14 +703,12 @@ class Trainer:
             for index, name in enumerate(self.source.names)
             if name in manifest.positions
         }
-        self.source.seek(positions)
-        self.source.expect_epochs(
-            {
-                index: manifest.leader_epochs[name]
-                for index, name in enumerate(self.source.names)
-                if name in manifest.leader_epochs
-            }
-        )
+        leader_epochs = {
+            index: manifest.leader_epochs[name]
+            for index, name in enumerate(self.source.names)
+            if name in manifest.leader_epochs
+        }
+        self.ingest.seek(positions, leader_epochs)
         self._status = self.ingest.status()
         self.freshness.resume(len(self.state.batches))
         if published is None or published.epoch <= manifest.epoch:

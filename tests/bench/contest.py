@@ -23,7 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
-from bench.environments import NotRun, Own, Peer
+from bench.environments import Environment, NotRun, Own
 from stream_ctr.connectors.embedded import dies_with_parent
 
 PROGRAMS = Path(__file__).parent / "contenders"
@@ -58,7 +58,7 @@ class Program:
     name: str
     script: str
     arguments: Sequence[object]
-    environment: Own | Peer = Own()
+    environment: Environment = Own()
     note: str = ""
 
     def start(self, stack: ExitStack) -> Running:
@@ -88,7 +88,7 @@ class Absent:
         raise NotRun(self.reason)
 
 
-def _programs(environment: Own | Peer) -> Path:
+def _programs(environment: Environment) -> Path:
     return environment.programs if isinstance(environment, Own) else PROGRAMS
 
 

@@ -33,7 +33,7 @@ from stream_ctr.learn.touched import Touched
 Ids = npt.NDArray[np.int32]
 Floats = npt.NDArray[np.float64]
 
-ROW_BYTES = 4  # the number of a row, uint32
+ROW_BYTES = 4  # the number of a row, uint32, unless a bit of every row takes less
 VALUE_BYTES = {"fp32": 4, "bf16": 2}
 _FIELD_SHIFT = np.uint64(40)
 _CHUNK = 16_384
@@ -63,13 +63,17 @@ class Law:
     def _cumulative(self) -> list[Floats]:
         return [np.cumsum(share) for share in self.shares]
 
-    def expected_rows(self, *, rows: int, examples: int) -> float:
+    def expected_rows(self, *, rows: int, examples: float) -> float:
         """Return R, the number of rows that so many examples touch in a table of `rows` rows."""
-        distinct = sum(
+        distinct = self.expected_values(examples)
+        return round(float(-rows * np.expm1(distinct * np.log1p(-1 / rows))), 6)
+
+    def expected_values(self, examples: float) -> float:
+        """Return D, the number of distinct values that so many examples have."""
+        return sum(
             float(-np.expm1(examples * np.log1p(-np.minimum(share, 1 - 1e-12))).sum())
             for share in self.shares
         )
-        return round(float(-rows * np.expm1(distinct * np.log1p(-1 / rows))), 6)
 
 
 def chunks(law: Law, *, rows: int, examples: int, seed: int = 0) -> Iterator[Ids]:
@@ -95,8 +99,11 @@ class Table:
         48
         >>> Table("DeepFM", 1 << 26, 11).bytes(1, "bf16")
         26
+        >>> Table("LR", 1 << 10, 1).bytes(1000, "fp32")
+        4128.0
         """
-        return touched * (ROW_BYTES + self.values * VALUE_BYTES[precision])
+        numbers = min(touched * ROW_BYTES, self.rows / 8)
+        return numbers + touched * self.values * VALUE_BYTES[precision]
 
 
 def tables(bits: int, width: int) -> tuple[Table, ...]:

@@ -44,6 +44,32 @@ class Own:
 
 
 @dataclass(frozen=True, slots=True)
+class Installed:
+    """The virtual environment in the directory that `variable` names."""
+
+    variable: str
+
+    @property
+    def directory(self) -> None:
+        """Its programs run in the working directory of this process."""
+        return None
+
+    def python(self) -> Path:
+        """Return its interpreter. Raises `NotRun` if there is none."""
+        home = os.environ.get(self.variable)
+        if not home:
+            raise NotRun(f"{self.variable} names no virtual environment")
+        python = Path(home) / "bin" / "python"
+        if not python.exists():
+            raise NotRun(f"{self.variable}: there is no {python}")
+        return python
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        return {"PYTHONPATH": ""}
+
+
+@dataclass(frozen=True, slots=True)
 class Peer:
     """A virtual environment in `cache` with these requirements.
 
@@ -84,6 +110,9 @@ class Peer:
     @property
     def variables(self) -> Mapping[str, str]:
         return {"PYTHONPATH": ""}
+
+
+Environment = Own | Installed | Peer
 
 
 def _run(command: list[str]) -> None:

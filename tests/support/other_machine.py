@@ -41,21 +41,23 @@ class OtherMachine:
         third = secrets.randbelow(250)
         self.near = f"10.213.{third}.1"
         self.far = f"10.213.{third}.2"
+        self.near_device = self._name
+        self.far_device = f"{self._name}f"
 
     def __enter__(self) -> OtherMachine:
         if sys.platform != "linux" or os.geteuid() != 0:
             raise NoOtherMachine("only root on Linux makes network namespaces")
         if missing := [each for each in ("ip", "unshare", "mount") if not shutil.which(each)]:
             raise NoOtherMachine(f"there is no command {missing[0]}")
-        far_end = f"{self._name}f"
+        near, far = self.near_device, self.far_device
         try:
             _ip("netns", "add", self._name)
-            _ip("link", "add", self._name, "type", "veth", "peer", "name", far_end)
-            _ip("link", "set", far_end, "netns", self._name)
-            _ip("addr", "add", f"{self.near}/30", "dev", self._name)
-            _ip("link", "set", self._name, "up")
-            _ip("-n", self._name, "addr", "add", f"{self.far}/30", "dev", far_end)
-            _ip("-n", self._name, "link", "set", far_end, "up")
+            _ip("link", "add", near, "type", "veth", "peer", "name", far)
+            _ip("link", "set", far, "netns", self._name)
+            _ip("addr", "add", f"{self.near}/30", "dev", near)
+            _ip("link", "set", near, "up")
+            _ip("-n", self._name, "addr", "add", f"{self.far}/30", "dev", far)
+            _ip("-n", self._name, "link", "set", far, "up")
             _ip("-n", self._name, "link", "set", "lo", "up")
             self.run("true")
         except subprocess.CalledProcessError as error:
@@ -64,7 +66,7 @@ class OtherMachine:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for arguments in (("netns", "del", self._name), ("link", "del", self._name)):
+        for arguments in (("netns", "del", self._name), ("link", "del", self.near_device)):
             subprocess.run(["ip", *arguments], capture_output=True, check=False)
 
     def command(self, *arguments: object) -> list[str]:

@@ -61,6 +61,8 @@ MATRIX = {
     34: "the baseline's process is frozen",
     35: "power loss",
     36: "a partition far behind the others",
+    37: "a rank of several killed",
+    38: "a rank of several hangs",
 }
 
 

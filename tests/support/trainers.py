@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from stream_ctr.cli.assembly import build_trainer
+from stream_ctr.cli.assembly import MakeFront, build_trainer
 from stream_ctr.config import load
 from stream_ctr.connectors import Records
 from stream_ctr.events.field import Field
@@ -60,6 +60,7 @@ class Partitions:
         self._paused: frozenset[int] = frozenset()
         self._left = stop_after
         self._largest = largest
+        self._own = np.ones(len(values), np.bool_)
         self.committed: dict[int, int] = {}
         self.trainer: Trainer | None = None
 
@@ -68,14 +69,13 @@ class Partitions:
         return bool(self.caught_up().all())
 
     def caught_up(self) -> np.ndarray:
-        return np.array(
-            [at >= len(values) for at, values in zip(self._at, self._values, strict=True)]
-        )
+        read = [at >= len(values) for at, values in zip(self._at, self._values, strict=True)]
+        return np.array(read) | ~self._own
 
     def poll(self, timeout_seconds: float) -> Records:
         parts = []
         for p in self._rng.permutation(len(self._values)).tolist():
-            if p in self._paused:
+            if p in self._paused or not self._own[p]:
                 continue
             n = int(min(self._rng.integers(1, self._largest), len(self._values[p]) - self._at[p]))
             offset = np.arange(self._at[p], self._at[p] + n)
@@ -102,6 +102,10 @@ class Partitions:
     def seek(self, positions: Mapping[int, int]) -> None:
         for p, at in positions.items():
             self._at[p] = at
+
+    def divide(self, own: Collection[int]) -> None:
+        self._own[:] = False
+        self._own[list(own)] = True
 
     def pause(self, partitions: frozenset[int]) -> None:
         self._paused = partitions
@@ -151,6 +155,7 @@ def trainer(
     sink: Any = None,
     fitted: Fitted = NOTHING,
     delta_outlets: Sequence[Outlet] = (),
+    front: MakeFront | None = None,
     **sections: Any,
 ) -> Trainer:
     """Build a small trainer; `sections` are those of the configuration."""
@@ -168,6 +173,7 @@ def trainer(
         predictions=predictions,
         fitted=fitted,
         delta_outlets=delta_outlets,
+        front=front,
     )
     source.trainer = built
     return built

@@ -13,7 +13,7 @@ import { join } from "node:path";
 import { ensure, parseSafetensors } from "./safetensors.mjs";
 
 const POINTER_FORMAT = 4;
-const MANIFEST_FORMAT = 5;
+const MANIFEST_FORMAT = 6;
 const LARGEST_POINTER_BYTES = 1 << 20;
 const LARGEST_MANIFEST_BYTES = 64 << 20;
 const SIGNED = "stream-ctr pointer\n";
@@ -130,7 +130,7 @@ export async function openSnapshot(state, pointer, key = null) {
   }
   ensure(pointer.epoch >= manifest.epoch, `${path} is of a later epoch than its pointer`);
   await requireFiles(folder, manifest);
-  return { manifest, tensors: (stem) => readTensors(folder, `${stem}.safetensors`, manifest) };
+  return { manifest, tensors: (stem) => readTensors(folder, stem, manifest) };
 }
 
 /**
@@ -153,8 +153,35 @@ async function requireFiles(folder, manifest) {
   ensure(expected.size === 0, `${folder} lacks ${[...expected.keys()].join(", ")}`);
 }
 
-/** @param {string} folder @param {string} name @param {Manifest} manifest */
-async function readTensors(folder, name, manifest) {
+/**
+ * Return the tensors with a stem. A table that a run on several ranks wrote is in shards beside them.
+ * @param {string} folder @param {string} stem @param {Manifest} manifest @returns {Promise<Tensors>}
+ */
+async function readTensors(folder, stem, manifest) {
+  const tensors = await readFile(folder, `${stem}.safetensors`, manifest);
+  const names = Object.keys(manifest.files).filter((name) => name.startsWith(`${stem}.shard-`));
+  if (names.length === 0) return tensors;
+  ensure(!tensors.table, `${join(folder, stem)} has a table in shards and another one`);
+  const shards = [];
+  for (let index = 0; index < names.length; index++) {
+    const [number, count] = [index, names.length].map((each) => String(each).padStart(2, "0"));
+    const name = `${stem}.shard-${number}-of-${count}.safetensors`;
+    shards.push((await readFile(folder, name, manifest)).table);
+  }
+  const [rows, floats] = shards[0].shape;
+  const data = new Float32Array(shards.length * rows * floats);
+  shards.forEach((shard, index) => {
+    ensure(shard.shape.join() === shards[0].shape.join(), `${folder} has shards of other shapes`);
+    data.set(shard.data, index * rows * floats);
+  });
+  return { ...tensors, table: { shape: [shards.length * rows, floats], data } };
+}
+
+/**
+ * Return the tensors of a file.
+ * @param {string} folder @param {string} name @param {Manifest} manifest @returns {Promise<Tensors>}
+ */
+async function readFile(folder, name, manifest) {
   const entry = manifest.files[name];
   ensure(entry && PLAIN_NAME.test(name), `${folder} has no file ${name}`);
   const bytes = await read(join(folder, name), { size: entry.bytes });
