@@ -382,4 +382,3 @@ def test_torchrun_shows_the_error_and_its_exit_code_last(log: Path, tmp_path: Pa
     end = said[said.index("Root Cause") :]
     assert "exitcode  : 3 " in end
     assert "traceback : learn.device = 'cuda': ranks learn on the CPU" in end
-    assert "<NO_OTHER_FAILURES>" in said

@@ -50,7 +50,7 @@ _ASK_SECONDS = 1.0
 # A network file system may show an older state for as long.
 _STATE_SECONDS = 10.0
 # torchrun looks at its processes ten times a second, and shows the first that it finds ended.
-_NOTICE_SECONDS = 2.0
+_NOTICE_SECONDS = 5.0
 _NONE = "none"
 
 
