@@ -236,7 +236,11 @@ def learned(servers: str, topic: str, state: Path) -> tuple[Manifest, Any]:
     kinds = {kind: ",".join(field.name for field in FIELDS if field.kind == kind) for kind in TYPES}
     chosen = [part for kind, names in kinds.items() for part in ("-X", f"features.{kind}={names}")]
     # Numbers are fitted to the first records of a topic, which are others where these are late.
-    others = ("features.fit_numbers=false", "baseline.enabled=false")
+    others = (
+        "features.fit_numbers=false",
+        "baseline.enabled=false",
+        "snapshots.gate_clicks=0",  # clicks are drawn at random
+    )
     small = (option for option in SMALL if option.startswith(("model.", "learn.")))
     chosen += [part for option in (*others, *small) for part in ("-X", option)]
     succeed(

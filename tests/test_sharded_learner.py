@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.learners import learner_spec
+from support.long import only_long
 from support.ranks import on_ranks
 from support.sharded import (
     SIZES,
@@ -87,7 +88,7 @@ def test_one_rank_learns_the_same_bits_as_a_plain_learner() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "threads"), [(2, 1), (3, 2)])
+@pytest.mark.parametrize(("size", "threads"), [(3, 2), *only_long([(2, 1), (4, 1)])])
 def test_several_ranks_learn_the_same_bits_as_a_plain_learner(size: int, threads: int) -> None:
     require_equal(on_ranks(size, _histories, threads)[0])
 
@@ -185,7 +186,7 @@ def loading(team: Team) -> None:
 def touched(team: Team) -> None:
     """What changed comes from all ranks, in ascending order."""
     for options in ({}, {"table_optimizer": "adam"}):
-        pair = Pair(team, value_fields=[2], **options)
+        pair = Pair(team, value_fields=[2], table_bits=16, **options)
         with pytest.raises(ValueError, match="track_touched"):
             pair.sharded.take_changes()
         pair.sharded.track_touched()
@@ -250,7 +251,7 @@ def test_one_rank_does_what_a_plain_learner_does() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, *only_long([4])])
 def test_several_ranks_do_what_a_plain_learner_does(size: int) -> None:
     on_ranks(size, _protocol)
 

@@ -1,13 +1,14 @@
 -- Label impressions in Flink SQL and write them to a topic that stream-ctr learns from.
 --
--- Both tables have the features of the simulated stream; put those of your own events there.
+-- Both tables have the features of the simulated stream. Put those of your own events there.
 -- The times of events are numbers of milliseconds since 1970. The lengths of time are the defaults
 -- of stream-ctr: a label window of 10 minutes, clicks up to 30 seconds before their impression, and
 -- events up to 30 seconds out of order.
 
-SET 'table.exec.state.ttl' = '1 h';              -- for so long, ids of impressions are known
-SET 'table.exec.source.idle-timeout' = '30 s';   -- a silent partition then delays no other
+SET 'table.exec.state.ttl' = '1 h';  -- for so long, ids of impressions are known
 SET 'execution.checkpointing.interval' = '30 s';
+-- A partition without events holds back all labels. With 'table.exec.source.idle-timeout' it does
+-- so no longer than that, but then the clicks of a partition that is slow to be read are lost.
 
 CREATE TABLE events (
   kind STRING,
@@ -79,14 +80,17 @@ CREATE TABLE examples (
   'value.json.encode.ignore-null-fields' = 'true'
 );
 
--- The first of the impressions with an id. One that comes after the end of its label window is left
+-- The first of the impressions with an id: a count and not ROW_NUMBER, which Flink 2.0 takes for a
+-- table that changes, and joins no interval with. One that comes after the end of its label window is left
 -- out: its clicks may have come and gone.
 CREATE TEMPORARY VIEW impressions AS
 SELECT
   impression_id, `time`, features, true_probability, event_time,
   `partition` AS log_partition, `offset` AS log_offset
 FROM (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY impression_id ORDER BY arrival) AS copy_number
+  SELECT *, COUNT(*) OVER (
+    PARTITION BY impression_id ORDER BY arrival ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
+  ) AS so_far
   FROM events
   WHERE kind = 'impression'
     AND impression_id <> ''
@@ -97,7 +101,7 @@ FROM (
       OR CURRENT_WATERMARK(event_time) <= TO_TIMESTAMP_LTZ(`time` + 600000, 3)
     )
 )
-WHERE copy_number = 1;
+WHERE so_far = 1;
 
 -- The clicks, each with the watermark at which it came.
 CREATE TEMPORARY VIEW clicks AS
@@ -115,7 +119,9 @@ WHERE kind = 'click' AND impression_id <> '' AND `time` IS NOT NULL;
 INSERT INTO examples
 SELECT 'example', impression_id, `time`, label, features, true_probability
 FROM (
-  SELECT *, ROW_NUMBER() OVER (PARTITION BY impression_id ORDER BY arrival) AS copy_number
+  SELECT *, COUNT(*) OVER (
+    PARTITION BY impression_id ORDER BY arrival ROWS BETWEEN UNBOUNDED PRECEDING AND CURRENT ROW
+  ) AS so_far
   FROM (
     SELECT
       shown.impression_id,
@@ -131,8 +137,8 @@ FROM (
     LEFT JOIN clicks AS clicked
       ON clicked.impression_id = shown.impression_id
       AND clicked.event_time
-        BETWEEN shown.event_time - INTERVAL '630' SECOND
-        AND shown.event_time + INTERVAL '600' SECOND
+        BETWEEN shown.event_time - INTERVAL '630' SECOND(3)
+        AND shown.event_time + INTERVAL '600' SECOND(3)
       AND clicked.`time` >= shown.`time` - 30000
       AND (
         clicked.came_at IS NULL
@@ -140,5 +146,5 @@ FROM (
       )
   )
 )
-WHERE copy_number = 1
+WHERE so_far = 1
 ORDER BY event_time, log_partition, log_offset;

@@ -100,12 +100,6 @@ class PendingImpressions:
         return int(self._used_time.min()) if self.count else None
 
     @property
-    def labelled(self) -> int:
-        """The number of examples that came with their label."""
-        used = np.flatnonzero(self._used_time != NEVER)
-        return int(np.count_nonzero(self.given(used)))
-
-    @property
     def in_memory(self) -> int:
         """The number of impressions whose features are in memory."""
         return self.features.count

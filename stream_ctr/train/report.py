@@ -368,13 +368,18 @@ def _waiting(
     lateness_ms = state.watermarks.lateness_ms
     closes_ms = joiner.label_window_ms + lateness_ms  # after the oldest impression
     oldest_ms = joiner.oldest_pending_ms
+    ready = len(state.batches)
+    counts = joiner.counts()
+    # Until an example is released, all that came and were not dropped are pending.
+    dropped = counts["labelled_duplicate"] + counts["labelled_evicted"]
+    labelled = min(counts["labelled"] - dropped, joiner.pending)
     without_event = (state.watermarks.mark == NOT_YET) & ~status.idle
     return Waiting(
         until=rfc3339(None if oldest_ms is None else oldest_ms + closes_ms),
         reached=rfc3339(joiner.watermark + lateness_ms if joiner.watermark > NOT_YET else None),
         held_by=partition_words(np.flatnonzero(without_event).tolist(), partitions),
-        ready=len(state.batches),
-        labelled=joiner.pending_labelled,
+        ready=ready,
+        labelled=0 if ready else labelled,
     )
 
 
