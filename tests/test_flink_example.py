@@ -254,6 +254,7 @@ def learned(servers: str, topic: str, state: Path) -> tuple[Manifest, Any]:
 
 
 @pytest.mark.long
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("partitions", "late"), [(1, True), (4, False)])
 def test_the_job_labels_as_our_own_join_and_teaches_the_same_model(
     kafka_broker: str, topic: str, tmp_path: Path, partitions: int, late: bool
