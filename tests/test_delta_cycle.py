@@ -121,6 +121,7 @@ def blended(tmp_path_factory: pytest.TempPathFactory, stream: pa.LargeBinaryArra
     return directory, finish(with_deltas(directory, Partitions([stream]), **BLEND))
 
 
+@pytest.mark.slow
 def test_base_and_deltas_of_a_blend_give_each_next_snapshot_bit_for_bit(blended: Any) -> None:
     directory, report = blended
     assert assert_chains_hold(directory) >= 4
@@ -178,6 +179,7 @@ def test_the_ages_of_all_examples_are_in_the_last_report(blended: Any) -> None:
         assert 0 <= stage["p50"] <= stage["p90"] <= stage["p99"]
 
 
+@pytest.mark.slow
 def test_deltas_change_nothing_that_is_learned(
     blended: Any, tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:
@@ -237,6 +239,7 @@ def test_additional_models_are_in_deltas_too(tmp_path: Path, stream: pa.LargeBin
     assert report["deltas"]["failed"] == 0
 
 
+@pytest.mark.slow
 def test_bfloat16_is_within_its_rounding_and_takes_half_of_the_bytes(
     tmp_path: Path, stream: pa.LargeBinaryArray
 ) -> None:

@@ -106,6 +106,7 @@ def test_a_program_computes_what_the_model_does_for_any_number_of_rows(
         assert logits.detach().numpy() == pytest.approx(learner.predict(ids), abs=bound)
 
 
+@pytest.mark.slow
 def test_a_file_of_torch_export_is_written_for_each_network(tmp_path: Path) -> None:
     path = write_blend(tmp_path / "snapshots")
     written = export_programs(path, tmp_path / "programs", build_program)

@@ -5,15 +5,20 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from support.commands import own_topics, succeed
 from support.fronts import run_front
 from support.joins import capacity
+from support.lineage import QUICK
+from support.rank_runs import RankRun, run_on_ranks
 from support.thread_ranks import on_threads
 from support.trainers import (
     SIMULATED_FIELDS,
@@ -26,11 +31,13 @@ from support.trainers import (
 )
 
 from stream_ctr.connectors import Records
+from stream_ctr.connectors.kafka import KafkaSink, client_options, ensure_topic
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
 from stream_ctr.errors import BrokerError, ConfigError, DataError
 from stream_ctr.events.batch import Arrivals, EventBatch, Rejected
 from stream_ctr.events.field import Field
+from stream_ctr.failpoint import EXIT_CODE, RANK_VARIABLE, VARIABLE
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.shared_joiner import SharedJoiner
 from stream_ctr.logs.simulate import Simulation
@@ -355,3 +362,39 @@ def test_nothing_is_asked_of_the_ranks_while_the_watermark_stays() -> None:
         assert len(joiner.advance(watermark)) == 0
     assert asked == ["release", "release"]
     assert joiner.watermark == 6
+
+
+# -- processes -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ranks_that_read_a_topic_go_on_with_another_number_after_one_has_died(
+    embedded_broker: str, topic: str, tmp_path: Path
+) -> None:
+    """A click is seldom in the partition of its impression."""
+    client = client_options(embedded_broker, {})
+    ensure_topic(client, topic, partitions=5)
+    now = int(time.time() * 1000)
+    log = pa.concat_arrays([batch.value for batch in Simulation(3000, seed=5).batches()])
+    with closing(KafkaSink(client)) as sink:
+        for at, value in enumerate(log.to_pylist()):
+            sink.send(topic, value, partition=at % 5, time=now)
+
+    def options(name: str) -> list[object]:
+        return [
+            *("run", "--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end"),
+            *("--state", tmp_path / name, *QUICK, "-X", "schedule.snapshot_examples=512"),
+            *("-X", "metrics.served_share=0", "-X", "ranks.timeout=60s"),
+            *own_topics(f"{topic}.{name}"),
+        ]
+
+    succeed(*options("one"))
+    die = {VARIABLE: "ranks.call:100", RANK_VARIABLE: "1"}
+    died = RankRun(tmp_path / "two", 2, *options("ranks"), env=die)
+    assert EXIT_CODE in died.wait()
+    assert f"{topic}: 5 partitions, read by all ranks" in died.said(0)
+    run_on_ranks(tmp_path / "three", 3, *options("ranks"))
+    ours, theirs = newest(tmp_path / "ranks"), newest(tmp_path / "one")
+    assert ours.ledger == theirs.ledger
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.positions == theirs.positions

@@ -168,6 +168,7 @@ def test_learn_returns_the_prediction_from_before_the_update(dropout: float) -> 
         assert not np.array_equal(made.predict(examples[0]), before)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter computes with NumPy
 @pytest.mark.parametrize("optimizer", ["online", "adagrad"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e17])  # the last explodes in the gradient alone
@@ -210,6 +211,7 @@ def test_a_model_that_is_not_finite_is_not_made_worse(spoiled: str) -> None:
     assert_equal_states(before, state_of(made))
 
 
+@pytest.mark.slow
 def test_each_shape_of_a_batch_has_a_step_of_its_own() -> None:
     made, other = (with_gpu_step(batch_size=20) for _ in range(2))
     assert isinstance(made._step, GpuStep)
@@ -220,6 +222,7 @@ def test_each_shape_of_a_batch_has_a_step_of_its_own() -> None:
     assert_equal_states(state_of(made), state_of(other))
 
 
+@pytest.mark.slow
 def test_a_batch_that_was_loaded_ahead_is_the_batch_that_is_learned() -> None:
     ahead, plain = (with_gpu_step(value_fields=[2], batch_size=4) for _ in range(2))
     batches = [batch(4 - step % 2, seed=step, values=1) for step in range(6)]
@@ -265,6 +268,7 @@ def test_the_host_waits_for_the_verdict_when_the_next_batch_and_the_change_are_o
     assert told == ["load", "judge", "record", "change", "load ahead", "wait"]
 
 
+@pytest.mark.slow
 def test_a_prediction_between_two_steps_does_not_take_the_place_of_the_next_batch() -> None:
     made, other = with_gpu_step(), with_gpu_step()
     first, second = batch(seed=1), batch(seed=2)
@@ -274,6 +278,7 @@ def test_a_prediction_between_two_steps_does_not_take_the_place_of_the_next_batc
     assert torch.equal(learn(made, second), learn(other, second))
 
 
+@pytest.mark.slow
 def test_a_batch_loaded_ahead_that_changes_and_comes_later_is_learned_as_it_is_then() -> None:
     made, other = with_gpu_step(), with_gpu_step()
     first, second = batch(seed=1), batch(seed=2)
@@ -285,6 +290,7 @@ def test_a_batch_loaded_ahead_that_changes_and_comes_later_is_learned_as_it_is_t
     assert torch.equal(learn(made, second), learn(other, second))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_learner_restored_from_its_state_continues_bit_for_bit(dropout: float) -> None:
     straight, before, after = (with_gpu_step(dropout=dropout, batch_size=4) for _ in range(3))

@@ -37,9 +37,9 @@ SAME = ("kind", "examples", "ledger", "models", "as_served", "counters", "window
 DEATHS = [
     ("learn.after:20", 0),
     ("ranks.call:60", 1),
-    ("snapshot.rename:2", 0),
     *only_long(
         [
+            ("snapshot.rename:2", 0),
             *((f"ranks.call:{time}", 1) for time in (1, 2, 3, 10, 20, 40, 80, 120)),
             *((name, 0) for name in ("poll.after", "cut.after:2", "snapshot.manifest:2")),
             *((name, 0) for name in ("snapshot.file:5", "pointer.before:2", "retain.after")),
@@ -187,16 +187,17 @@ def test_ranks_of_which_one_died_go_on_as_if_nothing_had_happened(
 
 @pytest.mark.fault(37, injected="kill -9 of a random rank at a random moment, torchrun restarts")
 @pytest.mark.slow
-@pytest.mark.parametrize("rounds", [2, *only_long([50])])
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("rounds", [1, *only_long([50])])
 def test_torchrun_starts_killed_ranks_again(
     log: Path, clean: Path, tmp_path: Path, rounds: int, outcome: Outcome
 ) -> None:
-    """In half of the rounds torchrun starts as many ranks again, else another number goes on."""
+    """In every second round torchrun restarts nothing, and another number of ranks goes on."""
     rng = random.Random(0)
     killed = 0
     for number in range(rounds):
         state = tmp_path / f"state-{number}"
-        restarts = number % 2
+        restarts = 1 - number % 2
         process = torchrun(2, *arguments(log, state), options=(f"--max-restarts={restarts}",))
         was_running, said = _kill_one(process, state, rng)
         killed += was_running
@@ -282,7 +283,7 @@ def test_a_signal_to_any_rank_stops_the_run_with_a_last_snapshot(
     outcome("the run stops with a snapshot of all that it learned, all ranks exit with 0")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_torchrun_passes_a_signal_on_and_the_ranks_end_in_good_order(
     log: Path, clean: Path, tmp_path: Path
 ) -> None:
@@ -322,16 +323,17 @@ def test_ranks_that_differ_are_refused_before_the_first_step(log: Path, tmp_path
     assert not state.exists()
 
 
-def _state_on_a_rank(ranks: Ranks, folders: Sequence[str]) -> list[str]:
-    """Return the errors of a shared directory and of two directories, with stale views of both."""
-    shared, *own = map(Path, folders)
+def _states_on_a_rank(ranks: Ranks, states: Sequence[Sequence[str]]) -> list[str]:
+    """Return the errors of directories, of which each rank sees its own."""
     cli_ranks._STATE_SECONDS = 0.5
     found = []
-    for state in (shared, own[ranks.rank]):
+    for state in states:
         try:
-            cli_ranks._require_same_state(ranks, state)
+            cli_ranks._require_same_state(ranks, Path(state[ranks.rank]))
         except ConfigError as error:
             found.append(str(error))
+        else:
+            found.append("")
     return found
 
 
@@ -340,15 +342,14 @@ def test_a_state_directory_that_is_not_shared_is_refused(clean: Path, tmp_path: 
     copy, empty = tmp_path / "copy", tmp_path / "empty"
     shutil.copytree(clean, copy)
     shutil.rmtree(sorted((copy / "snapshots").iterdir())[-1])
-    for other, differs in (
-        (empty, r"the run of the state directory is \w+ on rank 0, none on rank 1"),
-        (copy, r"its newest snapshot is 0000000\d-\w+ on rank 0, 0000000\d-\w+ on rank 1"),
-    ):
-        found = on_ranks(2, _state_on_a_rank, [str(clean), str(clean), str(other)])
-        assert found[0] == found[1]
-        [error] = found[0]
-        assert re.search(differs, error)
-        assert "on a file system that all ranks share" in error
+    states = [[str(clean), str(other)] for other in (clean, empty, copy)]
+    found, on_rank_1 = on_ranks(2, _states_on_a_rank, states)
+    shared, other, older = found
+    assert shared == on_rank_1[0] == ""
+    assert re.search(r"the run of the state directory is \w+ on rank 0, none on rank 1", other)
+    assert re.search(r"newest snapshot is 0+4-\w+ on rank 0, 0+3-\w+ on rank 1", older)
+    assert f"{clean} must be one directory, on a file system that all ranks share" in older
+    assert all("must be one directory" in error for error in on_rank_1[1:])
 
 
 def test_no_secret_is_among_what_ranks_compare() -> None:
@@ -381,4 +382,3 @@ def test_torchrun_shows_the_error_and_its_exit_code_last(log: Path, tmp_path: Pa
     end = said[said.index("Root Cause") :]
     assert "exitcode  : 3 " in end
     assert "traceback : learn.device = 'cuda': ranks learn on the CPU" in end
-    assert "<NO_OTHER_FAILURES>" in said

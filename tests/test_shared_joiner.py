@@ -126,13 +126,24 @@ class Seen:
         return Examples.concat(self.parts)
 
 
-def excused(log: Log, polled: Sequence[Poll]) -> np.ndarray:
+def excused(log: Log, polled: Sequence[Poll], *, seed: int | None = None) -> np.ndarray:
+    """Return which partitions are read to their end; with a seed, some others are idle too."""
     read = [sum(p == each[0] for poll in polled for each in poll) for p in range(len(log))]
-    return np.array([n == len(events) for n, events in zip(read, log, strict=True)])
+    ended = np.array([n == len(events) for n, events in zip(read, log, strict=True)])
+    if seed is None:
+        return ended
+    idle: np.ndarray = np.random.default_rng([seed, len(polled)]).random(len(log)) < 1 / 3
+    return ended | idle
 
 
 def alone(
-    log: Log, polls: Sequence[Poll], size: int, *, at_most: int = 1 << 16, horizon: int = 10_000
+    log: Log,
+    polls: Sequence[Poll],
+    size: int,
+    *,
+    at_most: int = 1 << 16,
+    horizon: int = 10_000,
+    idle: int | None = None,
 ) -> Seen:
     """Join in one process, in polls whose events come in the order of `size` ranks."""
     seen = Seen()
@@ -142,7 +153,7 @@ def alone(
         ordered = [each for part in dealt(poll, size) for each in part]
         if events := batch(ordered):
             target.push(events, watermarks)
-        watermark = watermarks.overall(excused=excused(log, polls[: at + 1]))
+        watermark = watermarks.overall(excused=excused(log, polls[: at + 1], seed=idle))
         while len(part := target.advance(watermark, at_most=at_most)):
             seen.parts.append(part)
         seen.states.append({**target.state_dict(), **watermarks.state_dict()})
@@ -152,7 +163,15 @@ def alone(
             return seen
 
 
-def together(log: Log, polls: Sequence[Poll], size: int, *, at_most: int, horizon: int) -> Seen:
+def together(
+    log: Log,
+    polls: Sequence[Poll],
+    size: int,
+    *,
+    at_most: int = 1 << 16,
+    horizon: int = 10_000,
+    idle: int | None = None,
+) -> Seen:
     """Join on ranks."""
 
     def work(ranks: Ranks) -> Seen:
@@ -162,7 +181,8 @@ def together(log: Log, polls: Sequence[Poll], size: int, *, at_most: int, horizo
         for at, poll in enumerate(polls):
             present = None if at else range(len(log))
             target.push(batch(dealt(poll, size)[ranks.rank]), present=present)
-            watermark = target.watermarks.overall(excused=excused(log, polls[: at + 1]))
+            read = excused(log, polls[: at + 1], seed=idle)
+            watermark = target.watermarks.overall(excused=read)
             seen.parts += _released(target, watermark, at_most)
             seen.states.append({**target.state_dict(), **target.watermarks.state_dict()})
         seen.parts += _released(target, None, at_most)
@@ -206,12 +226,34 @@ def assert_same_state(found: State, wanted: State) -> None:
 def test_ranks_have_the_examples_counters_and_state_of_one_process_after_every_poll(
     log: Log, seed: int, size: int, at_most: int, horizon: int
 ) -> None:
+    """Some partitions are excused as idle for a while, and come back behind the watermark."""
     polls = interleaved(log, np.random.default_rng(seed))
-    wanted = alone(log, polls, size, at_most=at_most, horizon=horizon)
-    found = together(log, polls, size, at_most=at_most, horizon=horizon)
+    assert_same_runs(log, polls, size, at_most=at_most, horizon=horizon, idle=seed)
+
+
+def assert_same_runs(log: Log, polls: Sequence[Poll], size: int, **options: Any) -> Seen:
+    wanted = alone(log, polls, size, **options)
+    found = together(log, polls, size, **options)
     assert_same_examples(found.examples, wanted.examples)
     for after, before in zip(found.states, wanted.states, strict=True):
         assert_same_state(after, before)
+    return found
+
+
+def test_a_partition_of_another_rank_whose_clicks_are_overdue_stalls_all() -> None:
+    """Its clicks stop for a while, and so do those of a partition that has nothing else."""
+    shown = [Event("impression", n, 10 * n) for n in range(1, 400)]
+    clicks = [Event("click", n, 10 * n + 5) for n in range(1, 400) if not 200 < n < 300]
+    mixed = sorted([*shown[1::2], *clicks[1::2]], key=lambda event: event.time)
+    log = [shown[0::2], mixed, clicks[0::2]]
+    merged = sorted(
+        ((p, at, event) for p, part in enumerate(log) for at, event in enumerate(part)),
+        key=lambda each: each[2].time,
+    )
+    polls = [merged[start : start + 50] for start in range(0, len(merged), 50)]
+    seen = assert_same_runs(log, polls, 2)
+    assert seen.states[-1]["stalls"].tolist() == [1]
+    assert max(state["all_since_click"][2] for state in seen.states) > 90
 
 
 def _after_poll(
@@ -266,7 +308,7 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
         else:
             target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
         kept = (target.state_dict(), _linked(target, saved / "kept"))
-        return target.figures.pending, kept, target.oldest_pending_ms(), target
+        return target.figures.pending, kept, target.waiting(), target
 
     def _linked(target: SharedJoiner, folder: Path) -> dict[str, tuple[Path, str]]:
         folder.mkdir(parents=True, exist_ok=True)
@@ -283,7 +325,7 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
             folder = tmp_path / f"{size}-{len(list(tmp_path.iterdir()))}"
             first = on_threads(size, run, folder, state, files)[0]
             pending, (state, files), oldest, _ = first
-            assert (pending, oldest) == (60, 1001)
+            assert (pending, oldest) == (60, (1001, 0))
             assert len(files) == len(state["segments.number"]) > 4
         last = joiner(directory=tmp_path / "last")
         last.load_state_dict(state, files)
@@ -299,21 +341,22 @@ def test_what_is_spilled_is_shared_out_and_read_back_on_any_number_of_ranks(
 def test_the_figures_of_rank_0_are_those_of_all_ranks() -> None:
     events = [Event("impression", n, 1000 + n) for n in range(1, 30)]
     events += [Event("click", 3, 1004), Event("click", 99, 1010)]
+    events += [Event("example", 5, 1005 + WINDOW, label=1)]
     log = [events[0::2], events[1::2]]
     poll = [(p, offset, event) for p, part in enumerate(log) for offset, event in enumerate(part)]
 
     def work(ranks: Ranks) -> Any:
         target = shared(ranks, 2, joiner(2, ranks.rank))
-        assert target.oldest_pending_ms() is None
+        assert target.waiting() == (None, 0)
         target.push(batch(dealt(poll, 2)[ranks.rank]), present=range(2))
         figures = target.figures
-        oldest = target.oldest_pending_ms()
+        oldest = target.waiting()
         target.release(1000 + WINDOW + 10, 1 << 16)
-        return figures, oldest, target.figures, target.oldest_pending_ms(), target.joiner.nbytes
+        return figures, oldest, target.figures, target.waiting(), target.joiner.nbytes
 
     (before, oldest, after, oldest_after, own), (*_, other) = on_threads(2, work)
-    assert (before.pending, oldest) == (29, 1001)
-    assert (after.pending, oldest_after) == (20, 1010)
+    assert (before.pending, oldest) == (30, (1001, 1))
+    assert (after.pending, oldest_after) == (20, (1010, 0))
     counts = dict(zip(COUNTERS, after.counters.tolist(), strict=True))
     assert (counts["impressions"], counts["clicks"], counts["clicks_joined"]) == (29, 2, 1)
     assert after.delays.sum() == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from support.thread_ranks import on_threads
 
 from stream_ctr.distributed.ranks import Ranks
+from stream_ctr.join.examples import Examples
 from stream_ctr.join.shuffle import Block, Blocks, Column, exchange, gather_rows, network_bytes
 
 ODD = Block(
@@ -74,6 +76,13 @@ def test_rows_of_all_ranks_come_to_rank_0() -> None:
         parts = [rows_of(ODD, n, rank)[column.name] for rank, n in enumerate(counts)]
         assert np.array_equal(first[column.name], np.concatenate(parts))
         assert all(not len(each[column.name]) for each in others)
+
+
+def test_a_released_example_travels_with_every_column_that_examples_have() -> None:
+    released = Blocks.of(columns=2, value_fields=1, id_bits=24).released
+    names = [column.name for column in released.columns]
+    assert {field.name for field in fields(Examples)} <= set(names)
+    assert set(names) - {field.name for field in fields(Examples)} == {"place", "partition"}
 
 
 def test_the_bytes_of_a_row_are_those_of_the_formula() -> None:

@@ -134,6 +134,7 @@ def updated(
     return Updated(before, table.rows.cpu(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adagrad", "adam"])
 @pytest.mark.parametrize(("k", "embeddings"), [(4, 1), (20, 1), (5, 3)])
 @given(data=st.data())

@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -49,7 +50,7 @@ _ASK_SECONDS = 1.0
 # A network file system may show an older state for as long.
 _STATE_SECONDS = 10.0
 # torchrun looks at its processes ten times a second, and shows the first that it finds ended.
-_NOTICE_SECONDS = 2.0
+_NOTICE_SECONDS = 5.0
 _NONE = "none"
 
 
@@ -144,6 +145,7 @@ def _run(
 ) -> None:
     with contextlib.ExitStack() as stack:
         try:
+            require_same(ranks, code(), way_out=SAME_CODE)
             begun = together(ranks, lambda: _opened(ranks, start, stack))
             loaded = _agreed(ranks, start, begun, options)
         except RankError as error:
@@ -211,8 +213,7 @@ def _join(start: Start) -> Ranks:
 
 
 def _agreed(ranks: Ranks, start: Start, begun: Begun | None, options: Mapping[str, str]) -> Loaded:
-    """Return the configuration, once all ranks agree on it, on the code and on the state."""
-    require_same(ranks, code(), way_out=SAME_CODE)
+    """Return the configuration, once all ranks agree on it and on the state."""
     kept = _told(ranks, dict(begun.kept) if begun and begun.kept else None)
 
     def load() -> Loaded:
@@ -387,10 +388,19 @@ def _end(error: StreamCtrError, stop: runs.StopRequest) -> NoReturn:
         say_error(str(error))
         if not _wait_for_signal(stop):  # no rank has ended: one does not answer
             launched.record_error(str(error))
+    elif number := launched.number("RANK"):
+        if _is_of_another(error, number):
+            _end_quietly(error.exit_code, stop)
+        _show(StreamCtrError(f"rank {number}: {error}"))
     else:
-        number = launched.number("RANK")
-        _show(StreamCtrError(f"rank {number}: {error}") if number else error)
+        _show(error)
     sys.exit(error.exit_code)
+
+
+def _is_of_another(error: StreamCtrError, number: int) -> bool:
+    """Return whether an error names another rank, which shows it, as rank 0 does."""
+    named = re.match(r"rank (\d+): ", str(error))
+    return named is not None and named[1] != str(number)
 
 
 def _wait_for_signal(stop: runs.StopRequest) -> bool:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def show_snapshot(*, path: Path, snapshot_id: str | None) -> None:
             shards += entry.bytes
             if shard.index < shard.count - 1:
                 continue
-            first = shard._replace(index=0).name
+            first = replace(shard, index=0).name
             echo(f"\n{first} ... {name}  {shards:,} bytes in {shard.count} files")
             shards = 0
         else:

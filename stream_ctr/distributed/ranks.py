@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from stream_ctr.distributed.meeting import torchrun_store
 from stream_ctr.errors import ConfigError, StreamCtrError
 
 Array = npt.NDArray[Any]
@@ -86,9 +87,13 @@ class Ranks:
         """
         if LAUNCHED not in os.environ:
             raise ConfigError("this process was not started by torchrun")
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         waiting = timedelta(seconds=timeout_seconds)
         try:
-            dist.init_process_group("gloo", timeout=waiting)
+            store = torchrun_store(rank, size, timeout_seconds=timeout_seconds)
+            dist.init_process_group(
+                "gloo", timeout=waiting, store=store, rank=rank, world_size=size
+            )
         except (RuntimeError, ValueError) as error:
             raise RankError(f"the ranks of the run did not meet: {_first_line(error)}") from error
         return cls(dist.get_rank(), dist.get_world_size(), timeout_seconds=timeout_seconds)

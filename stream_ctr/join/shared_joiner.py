@@ -78,6 +78,13 @@ class Release(NamedTuple):
     more: bool
 
 
+class Waiting(NamedTuple):
+    """The oldest pending impression, and how many pending ones came with their label."""
+
+    oldest_ms: int | None
+    labelled: int
+
+
 class _News(NamedTuple):
     """What a rank's events have changed: its stalls, its latest click, the marks of its partitions.
 
@@ -319,12 +326,14 @@ class SharedJoiner:
 
     # -- figures ----------------------------------------------------------------------------------
 
-    def oldest_pending_ms(self) -> int | None:
-        """Return the event time of the oldest pending impression of all ranks, on rank 0."""
-        own = self.joiner.oldest_pending_ms
-        times = self._ranks.gather(np.array([] if own is None else [own], np.int64))
-        found = [int(each[0]) for each in times if len(each)]
-        return min(found) if found else None
+    def waiting(self) -> Waiting:
+        """Return what waits on all ranks, on rank 0; every rank looks at all that it has."""
+        oldest_ms = self.joiner.oldest_pending_ms
+        own = [] if oldest_ms is None else [oldest_ms, self.joiner.pending_labelled]
+        told = [each.tolist() for each in self._ranks.gather(np.array(own, np.int64)) if len(each)]
+        if not told:
+            return Waiting(None, 0)
+        return Waiting(min(oldest for oldest, _ in told), sum(labelled for _, labelled in told))
 
     def _gather_figures(
         self,

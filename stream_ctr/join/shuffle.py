@@ -9,7 +9,7 @@ receiver reads columns where they lie.
 | impression | id, time, place, limit, true probability, partition, values, ids | f + 44 |
 | click | id, time, place, limit, partition | 36 |
 | example | those of an impression, and the label | f + 45 |
-| released | id, time, place, closing, true probability, partition, values, label, ids | f + 45 |
+| released | id, time, place, closed, true probability, partition, values, label, ids | f + 45 |
 
 Here f = 4 V + b (F + C) are the bytes of the features: V values of four bytes, and F + C ids of b
 bytes, which is three while the table has at most 2^24 rows, else four. An event goes to the rank

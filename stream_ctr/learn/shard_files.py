@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,8 @@ Floats = npt.NDArray[np.float32]
 _SHARD = re.compile(rf"(.+)\.shard-(\d\d)-of-(\d\d){re.escape(SUFFIX)}")
 
 
-class Shard(NamedTuple):
+@dataclass(frozen=True, order=True, slots=True)
+class Shard:
     """The shard `index` of the `count` of the table with this stem."""
 
     stem: str
@@ -219,6 +220,8 @@ class StoredTable:
         rows = range(self.shape[0]) if rows is None else rows
         return read_rows(self.folder, self.stem, self.files, shape=self.shape, rows=rows, out=out)
 
-    def __array__(self, dtype: npt.DTypeLike = None, copy: bool | None = None) -> npt.NDArray[Any]:
+    def __array__(
+        self, dtype: npt.DTypeLike | None = None, copy: bool | None = None
+    ) -> npt.NDArray[Any]:
         """Return the whole table, for numpy."""
         return np.asarray(self.read(), dtype)

@@ -128,7 +128,11 @@ class ShardedLearner:
         table: Any = weights[TABLE]
         with self._lock:
             if isinstance(table, StoredTable):
-                place: dict[str, Any] = {"folder": str(table.folder), "stem": table.stem, "files": {**table.files}}
+                place: dict[str, Any] = {
+                    "folder": str(table.folder),
+                    "stem": table.stem,
+                    "files": {**table.files},
+                }
                 self._announce("load_stored", **place)
                 self.network.load_stored(weights, **place)
             else:

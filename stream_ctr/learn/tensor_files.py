@@ -160,7 +160,7 @@ def _skipped(count: int) -> Iterator[memoryview]:
 
 def _blocks(array: Array) -> Iterator[memoryview]:
     """Yield the bytes of an array in blocks, each of which is in the cache when it is hashed."""
-    view = memoryview(array.reshape(-1).view(np.uint8))
+    view = array.reshape(-1).view(np.uint8).data
     for start in range(0, len(view), _BLOCK_BYTES):
         yield view[start : start + _BLOCK_BYTES]
 

@@ -149,7 +149,7 @@ def _linked(
     """Return the files of a snapshot with the stem `held_as`, by their names with `stem`."""
     names = {snapshot.file_name(held_as): snapshot.file_name(stem)}
     for shard in held_shards(held_as, files):
-        names[shard.name] = shard._replace(stem=stem).name
+        names[shard.name] = replace(shard, stem=stem).name
     return {
         name: (parent / held, files[held].sha256, files[held].bytes) for held, name in names.items()
     }

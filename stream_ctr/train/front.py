@@ -41,7 +41,7 @@ from stream_ctr.events.batch import (
     FieldSample,
     Rejected,
 )
-from stream_ctr.join.shared_joiner import Release, SharedJoiner
+from stream_ctr.join.shared_joiner import Release, SharedJoiner, Waiting
 from stream_ctr.train.ingest import Ingest, Poll, SourceStatus
 from stream_ctr.train.read_ahead import ReadAhead
 
@@ -233,9 +233,9 @@ class Front:
         """Release examples; see `SharedJoiner.release`."""
         return self.joiner.release(watermark, at_most)
 
-    def oldest_pending_ms(self) -> int | None:
-        """Return the time of the oldest pending impression on rank 0."""
-        return self.joiner.oldest_pending_ms()
+    def waiting(self) -> Waiting:
+        """Return what waits on all ranks, on rank 0."""
+        return self.joiner.waiting()
 
     def segments(self) -> dict[str, tuple[Path, str, int]]:
         """Return the files of the join state of all ranks on rank 0."""

@@ -18,7 +18,7 @@ from stream_ctr.events.batch import EventBatch
 from stream_ctr.join.examples import Examples
 from stream_ctr.join.join_state import CLICKS_UNMATCHED, COUNTERS
 from stream_ctr.join.joiner import AT_MOST, Joiner, click_coverage, window_curve
-from stream_ctr.join.shared_joiner import Release
+from stream_ctr.join.shared_joiner import Release, Waiting
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.train.front import Front
 from stream_ctr.train.ingest import Poll, Reading, SourceStatus, Times
@@ -154,8 +154,7 @@ class FrontJoiner:
         self._shared = lead.front.joiner
         self._none = lead.front.joiner.none()
         self._exhausted = False  # nothing is released at this watermark any more
-        self._oldest_ms: int | None = None
-        self._oldest_known = False
+        self._waiting: Waiting | None = None  # asked for when it is needed
 
     # -- events and examples ----------------------------------------------------------------------
 
@@ -165,7 +164,7 @@ class FrontJoiner:
         present = self._watermarks.present
         copies = [present.start, present.stop] if self._watermarks.changed else None
         self._watermarks.changed = False
-        self._oldest_known = False
+        self._waiting = None
         self._lead.call("push", present=copies)
 
     def advance(self, watermark: int, at_most: int = AT_MOST) -> Examples:
@@ -182,7 +181,7 @@ class FrontJoiner:
         return self._release(None, at_most)
 
     def _release(self, watermark: int | None, at_most: int) -> Examples:
-        self._oldest_known = False
+        self._waiting = None
         released: Release = self._lead.call("release", watermark=watermark, at_most=at_most)
         self._exhausted = not released.more
         return released.examples
@@ -214,12 +213,19 @@ class FrontJoiner:
         return self._shared.figures.filled
 
     @property
+    def pending_labelled(self) -> int:
+        """The number of the pending that are examples which came with their label."""
+        return self._look().labelled
+
+    @property
     def oldest_pending_ms(self) -> int | None:
         """The event time of the oldest pending impression, or None if there is none."""
-        if not self._oldest_known:
-            self._oldest_ms = self._lead.call("oldest_pending_ms")
-            self._oldest_known = True
-        return self._oldest_ms
+        return self._look().oldest_ms
+
+    def _look(self) -> Waiting:
+        if self._waiting is None:
+            self._waiting = self._lead.call("waiting")
+        return self._waiting
 
     def counts(self) -> dict[str, int]:
         """Return the counters by name."""
@@ -256,5 +262,6 @@ class FrontJoiner:
 
         Raises `ValueError` as `LabelJoiner.load_state_dict` does.
         """
-        self._exhausted = self._oldest_known = False
+        self._exhausted = False
+        self._waiting = None
         self._lead.call("load_state_dict", local={"state": state, "segments": segments})

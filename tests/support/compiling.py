@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ _held: set[int] = set()
 _locks: list[int] = []  # the file whose bytes are the locks of functions
 
 
+@functools.cache
 def share_compiling() -> None:
     """Let a function be compiled by one process at a time; the next one finds it in the cache.
 

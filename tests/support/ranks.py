@@ -5,12 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import sys
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from stream_ctr.distributed.ranks import LAUNCHED, Ranks
+from support.compiling import share_compiling
+
+# On Linux ranks are forked from a process that has imported what they need, which takes seconds.
+_CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+_CONTEXT.set_forkserver_preload(["stream_ctr.cli.assembly", "stream_ctr.learn.sharded_learner"])
 
 
 def on_ranks(
@@ -22,7 +28,7 @@ def on_ranks(
     exception of a rank is raised, with the traceback there as a note.
     """
     port = _free_port()
-    with ProcessPoolExecutor(size, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(size, mp_context=_CONTEXT) as pool:
         tasks = [
             pool.submit(_run, rank, size, port, timeout, work, arguments) for rank in range(size)
         ]
@@ -43,6 +49,7 @@ def _run(
             "MASTER_PORT": str(port),
         }
     )
+    share_compiling()
     ranks = Ranks.launched(timeout_seconds=timeout)
     try:
         return work(ranks, *arguments)
