@@ -112,8 +112,8 @@ def median(speed: Cases, case: str, name: str, unit: str) -> Input:
 
 def difference(speed: Cases, case: str, name: str, without: str) -> Input:
     """Return the bytes of one of a million waiting impressions."""
-    values = [contender(speed, case, each).get("median") for each in (name, without)]
-    value = None if None in values else values[0] - values[1]  # MB for a million
+    whole, rest = (contender(speed, case, each).get("median") for each in (name, without))
+    value = None if whole is None or rest is None else whole - rest  # MB for a million
     return Input("a waiting impression", value, "bytes", source_of(speed, case))
 
 
