@@ -222,7 +222,10 @@ def test_the_inputs_are_those_of_the_kept_benchmarks_with_machine_and_commit() -
     assert (found.dense.value, found.cores) == (train, 2)
     assert speed["train"]["commit"] in found.dense.source
     assert found.waiting.value == pytest.approx(229, abs=1)
-    assert (found.turns.value, found.turns.source) == (500_000, "`ranks.py stages`; 2 x this")
+    assert (found.turns.value, found.turns.source) == (
+        500_000,
+        "`tests/bench/ranks.py stages`; 2 x this",
+    )
     assert found.besides.value is None
     bound = {"memory": {"results": {"bound": [3.0, 1.0, 2.0]}, "machine": "2 x this"}}
     found = capacity.read_inputs(speed, bound)

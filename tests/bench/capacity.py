@@ -132,9 +132,11 @@ def turns_input(ranks: Cases) -> Input:
     name = "sub-batches alone"
     case = ranks.get("stages")
     if case is None:
-        return Input(name, None, "examples/s", "`ranks.py stages`: not measured")
+        return Input(name, None, "examples/s", "`tests/bench/ranks.py stages`: not measured")
     seconds = case["results"]["seconds"]["sub-batches"]
-    return Input(name, 1.0 / seconds, "examples/s", f"`ranks.py stages`; {case['machine']}")
+    return Input(
+        name, 1.0 / seconds, "examples/s", f"`tests/bench/ranks.py stages`; {case['machine']}"
+    )
 
 
 def besides_input(ranks: Cases) -> Input:
@@ -142,9 +144,9 @@ def besides_input(ranks: Cases) -> Input:
     name = "everything but the network, one process"
     case = ranks.get("memory")
     if case is None:
-        return Input(name, None, "examples/s", "`ranks.py memory`: not measured")
+        return Input(name, None, "examples/s", "`tests/bench/ranks.py memory`: not measured")
     value = statistics.median(case["results"]["bound"])
-    return Input(name, value, "examples/s", f"`ranks.py memory`; {case['machine']}")
+    return Input(name, value, "examples/s", f"`tests/bench/ranks.py memory`; {case['machine']}")
 
 
 def cores_of(machine: str) -> int:
