@@ -14,11 +14,11 @@ import numpy as np
 import rank_processes
 from answers import Stopwatch, answer
 from examples import field_sizes, full_batches, options
-from stream_ctr.learn.sharded_learner import NETWORK_MAKER, make_sharded_learner
 
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
 from stream_ctr.learn.device import choose_device, choose_precision
+from stream_ctr.learn.sharded_learner import NETWORK_MAKER, make_sharded_learner
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.thread_pool import set_up_process
 
@@ -48,7 +48,7 @@ def main() -> None:
     )
     for _ in range(_WARM_UP_STEPS):
         learner.learn(*next(batches))
-    note = f"{spec.precision}, 2^{spec.table_bits} rows, {arguments.ranks} ranks"
+    note = f"{spec.precision}, 2^{spec.table_bits} rows"
     answer(lambda: measured(lambda: learner.learn(*next(batches)), arguments), note=note)
     team.close()
 
