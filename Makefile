@@ -3,6 +3,8 @@ VENV ?= $(or $(VIRTUAL_ENV),.venv)
 PYTHON ?= python3
 BIN = $(VENV)/bin
 COVERAGE = --cov --cov-report=term:skip-covered
+# Tests start many processes, which would compile every module again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL = help
 .PHONY: help install test quick long coverage docs schemas vectors lineage transcripts screenshots faults fuzz bench card systems quality lint fmt demo

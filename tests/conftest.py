@@ -7,17 +7,20 @@ which brokers were used.
 from __future__ import annotations
 
 import signal
-import sys
 import uuid
-from collections.abc import Generator, Iterator
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from numba.core.dispatcher import Dispatcher
-from support import interpreter  # noqa: F401 - before Triton is imported
+from support import (
+    forks,
+    interpreter,  # noqa: F401 - before Triton is imported
+)
 from support.brokers import ApacheBroker, KafkaMissing, find_kafka
+from support.compiling import share_compiling
 from support.patience import end_of, kill_started
 from support.reliability import MATRIX, Outcome, Report
 from support.served import served  # noqa: F401 - a fixture
@@ -27,6 +30,7 @@ from stream_ctr.connectors import embedded
 from stream_ctr.connectors.embedded import EmbeddedBroker, embedded_version
 from stream_ctr.connectors.errors import EmbeddedUnavailable
 from stream_ctr.connectors.kafka import timeouts
+from stream_ctr.learn import baseline
 
 # These are separate programs. Some need packages that only a peer's environment has.
 collect_ignore_glob = ["bench/contenders/*"]
@@ -57,8 +61,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # A shell starts what runs in the background with this signal ignored, and so would what the
     # tests start. Once it is caught here, it is not ignored there.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if config.pluginmanager.has_plugin("_cov"):
-        _compile_untraced()
+    share_compiling()
+    if config.pluginmanager.has_plugin("xdist"):
+        config.option.loadscopereorder = False  # it would put those with the most tests first
     # Hypothesis draws the same examples in every run, and without deadlines; with --faults it draws
     # more and different ones.
     anew = bool(config.getoption("--faults"))
@@ -81,6 +86,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         ]
         config.hook.pytest_deselected(items=[item for item in items if item not in selected])
         items[:] = selected
+    items.sort(key=_order_of_files(items))
+
+
+def _order_of_files(items: Sequence[pytest.Item]) -> Callable[[pytest.Item], float]:
+    """Return a key that sorts files by how long they take, the longest first.
+
+    Processes that take a file each then end at about the same time.
+    """
+    seconds: Counter[Path] = Counter()
+    for item in items:
+        if not item.get_closest_marker("skip"):
+            seconds[item.path] += 50 if item.get_closest_marker("slow") else 1  # tenths
+    return lambda item: -seconds[item.path]
 
 
 def _rows(config: pytest.Config) -> list[int]:
@@ -91,30 +109,19 @@ def _rows(config: pytest.Config) -> list[int]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure no coverage in slow tests, which tracing makes up to twice as slow."""
+    """Measure no coverage in slow tests, which tracing makes up to twice as slow.
+
+    Nor in those of Hypothesis: its own code is traced too, and other tests run the same lines.
+    """
     measuring: Any = item.config.pluginmanager.get_plugin("_cov")
-    if measuring is None or not item.get_closest_marker("slow"):
+    drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+    if measuring is None or not (drawn or item.get_closest_marker("slow")):
         return (yield)
     measuring.cov_controller.pause()
     try:
         return (yield)
     finally:
         measuring.cov_controller.resume()
-
-
-def _compile_untraced() -> None:
-    """Take the tracing of coverage away from numba's compiler, which it makes twice as slow."""
-    compile_function = Dispatcher.compile
-
-    def untraced(dispatcher: Any, signature: Any) -> Any:
-        trace = sys.gettrace()
-        sys.settrace(None)
-        try:
-            return compile_function(dispatcher, signature)
-        finally:
-            sys.settrace(trace)
-
-    setattr(Dispatcher, "compile", untraced)  # noqa: B010 - mypy refuses an assignment
 
 
 @pytest.hookimpl(wrapper=True)
@@ -212,6 +219,14 @@ def _long_timeouts() -> Iterator[None]:
         for limit in ("BOOTSTRAP_SECONDS", "ANSWER_SECONDS", "TOPIC_MISSING_SECONDS"):
             patch.setattr(timeouts, limit, 30.0)
         patch.setattr(embedded, "START_SECONDS", 60.0)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_baselines() -> Iterator[None]:
+    """Fork the processes of baselines, which take two seconds to start by themselves."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baseline, "Popen", forks.Process)
         yield
 
 

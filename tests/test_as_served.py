@@ -27,7 +27,7 @@ from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.snapshots import snapshot
 from stream_ctr.train.as_served import BEFORE_FIRST, MOST_COPIES, PASSED_OVER, AsServed, Copy
 
-FM = LearnerSpec(model="fm", fields=2, embedding_dim=2, table_bits=8, batch_size=32)
+FM = LearnerSpec(model="fm", fields=2, embedding_dim=4, table_bits=8, batch_size=32)
 LR = LearnerSpec(model="lr", fields=2, table_bits=8, batch_size=32)
 SPECS = {"fm": FM, "lr": LR}
 DELAY = 100
@@ -43,6 +43,7 @@ def examples(*times: int, seed: int = 0) -> Examples:
         np.empty((n, 0), np.float32),
         rng.integers(0, 2, n).astype(np.uint8),
         np.full(n, np.nan),
+        np.array(times, np.int64),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,14 @@ def collect(process: BaselineProcess) -> Array:
         assert isinstance(answer, np.ndarray)
         parts.append(answer)
     return np.concatenate(parts)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _started_by_itself() -> Iterator[None]:
+    """Start the program as a run does; other tests fork it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(baseline, "Popen", subprocess.Popen)
+        yield
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ def test_an_interrupted_reading_leaves_no_dataset(tmp_path: Path) -> None:
             np.zeros((n, 0), np.float32),
             np.zeros(n, np.uint8),
             np.ones(n),
+            zeros,
         )
         raise KeyboardInterrupt
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -160,6 +161,25 @@ def test_clicks_with_other_ids_than_impressions_are_found(
     found = doctor("--topic", topic, "--bootstrap-servers", embedded_broker, *at)
     assert faulty(found) == {"coverage": "warning"}
     assert found["coverage"]["text"].startswith("0 % of 50 clicks")
+
+
+@pytest.mark.parametrize(("behind", "level"), [(30, "ok"), (90, "warning")])
+def test_labelled_examples_that_come_far_behind_are_found(
+    embedded_broker: str, topic: str, at: list[object], behind: int, level: str
+) -> None:
+    def example(number: int, label: int) -> tuple[str, Event]:
+        event = {"kind": "example", "impression_id": f"{number}.{label}", "label": label}
+        times = {"time": now_ms() + 1000 * (number - 300), "features": {"app": f"a{number % 7}"}}
+        return f"i{number}", {**event, **times}
+
+    came = [
+        (number + behind * (1 - label), number, label) for number in range(300) for label in (0, 1)
+    ]
+    produce(embedded_broker, topic, [example(number, label) for _, number, label in sorted(came)])
+    found = doctor("--topic", topic, "--bootstrap-servers", embedded_broker, *at)["delays"]
+    assert found["level"] == level
+    assert re.match(rf"labelled examples come up to ({behind - 1}|{behind})s behind", found["text"])
+    assert ("join.allowed_lateness = " in found["fix"]) == (level == "warning")
 
 
 @pytest.mark.parametrize(("bad", "level", "code"), [(20, "warning", 0), (900, "error", 5)])

@@ -16,6 +16,7 @@ def examples(n: int, seed: int = 0) -> Examples:
         values=rng.random((n, 2)).astype(np.float32),
         label=(rng.random(n) < 0.5).astype(np.uint8),
         true_probability=rng.random(n),
+        closed_ms=np.arange(n),
     )
 
 

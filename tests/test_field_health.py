@@ -37,7 +37,7 @@ def examples(
     time = from_ms + np.sort(rng.integers(0, to_ms - from_ms, n))
     values = rng.normal(0, 1, (n, 1)).astype(np.float32)
     id_hash = rng.integers(0, 1 << 63, n).astype(np.uint64)
-    return Examples(id_hash, time, ids, values, np.zeros(n, np.uint8), np.full(n, np.nan))
+    return Examples(id_hash, time, ids, values, np.zeros(n, np.uint8), np.full(n, np.nan), time)
 
 
 def summary(measured: FieldHealth) -> FieldSummary:

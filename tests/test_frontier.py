@@ -147,7 +147,8 @@ def reference(labels: npt.NDArray[np.uint8], logits: Floats) -> Reference:
     ids = np.arange(2 * n, dtype=np.int32).reshape(n, 2)
     none = np.zeros((n, 0), np.float32)
     unknown = np.full(n, np.nan)
-    examples = Examples(np.arange(n).astype(np.uint64), np.arange(n), ids, none, labels, unknown)
+    number = np.arange(n)
+    examples = Examples(number.astype(np.uint64), number, ids, none, labels, unknown, number)
     learned: Any = Fake(logits, labels)
     return Reference(learned, examples, change=None)
 

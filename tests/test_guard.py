@@ -114,6 +114,7 @@ def batch(*labels: int) -> Examples:
         values=np.zeros((len(label), 0), np.float32),
         label=label,
         true_probability=np.full(len(label), np.nan),
+        closed_ms=number,
     )
 
 

@@ -290,8 +290,8 @@ def test_sources_of_several_processes_divide_the_partitions_and_read_each_once(
             assert source.caught_up().tolist() == [
                 index not in own or start[index] == size for index, size in enumerate(sizes)
             ]
-            source.pause({0})
-            source.poll(0.1)
+            source.pause({0, 1})
+            assert len(source.poll(0.1)) == 0
             source.pause(())
             read = all_rows(source)
             assert set(source.lost()) == own

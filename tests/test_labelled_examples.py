@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.avro import EVENT, KnownSchemas, body, confluent
+from support.commands import own_topics, read_headers, succeed
+from support.delta_chains import assert_chains_hold
 from support.event_records import as_values
 from support.joins import (
     WINDOW,
@@ -27,6 +31,8 @@ from support.joins import (
     rows_of,
     run,
 )
+from support.lineage import QUICK
+from support.topics import sent
 from support.trainers import Partitions, assert_equal_states, final_state, finish, trainer
 
 from stream_ctr.evaluate.metrics import Scored, Windows
@@ -40,10 +46,24 @@ from stream_ctr.events.json_events import encode_clicks, encode_examples, encode
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.watermark import Watermarks
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.report_log import read_reports
+from stream_ctr.train.report import Report, Waiting
+from stream_ctr.train.trainer import Surroundings
 
 MIXED = ("impression", "click", "example", "example")
 T = 1_735_689_600_000
 FIELDS = [Field("app", "categorical"), Field("age", "numeric")]
+WRONG = (b'"label":null', b'"label":2', b'"label":0.5', b'"label":"1"')
+
+
+class Flags:
+    """Flags of which these are raised whenever they are asked for."""
+
+    def __init__(self, raised: set[str]) -> None:
+        self.raised = raised
+
+    def due(self, name: str) -> bool:
+        return name in self.raised
 
 
 def labelled(ids: Sequence[int], time: Sequence[int], label: Sequence[int]) -> LabelledArrivals:
@@ -254,6 +274,110 @@ def test_partitions_polled_in_any_order_give_the_same_model(tmp_path: Path) -> N
         assert np.array_equal(tensor, states[1][name]), name
 
 
+def windows_of(directory: Path) -> dict[int, int]:
+    """Return how many examples each window had when it was reported as final, by its start."""
+    lines = map(json.loads, (directory / "reports.jsonl").read_text().splitlines())
+    windows = [line for line in lines if line["kind"] == "window"]
+    assert len({line["start_ms"] for line in windows}) == len(windows)
+    return {line["start_ms"]: line["models"]["deepfm"]["count"] for line in windows}
+
+
+@pytest.mark.parametrize("window", ["30s", "60s"])
+def test_a_window_is_final_when_the_impressions_beside_its_examples_are_learned(
+    window: str, tmp_path: Path
+) -> None:
+    n = 1500
+    source = Partitions([mixed_stream(n)], largest=60)
+    finish(trainer(tmp_path, source, fields=FIELDS, metrics={"window": window}))
+    found = windows_of(tmp_path)
+    window_ms = 1000 * int(window[:-1])
+    times = T + np.arange(n) * 300
+    starts = times // window_ms * window_ms
+    # An impression and an example at each of these times; the last window is still open.
+    assert found == {
+        int(start): 2 * int((starts == start).sum()) for start in np.unique(starts)[:-1]
+    }
+
+
+def test_windows_of_examples_alone_are_final_up_to_the_end_of_their_log(tmp_path: Path) -> None:
+    finish(trainer(tmp_path, Partitions([example_stream(1500)]), fields=FIELDS))
+    first = T // 60_000 * 60_000
+    assert windows_of(tmp_path) == {first: 600, first + 60_000: 600}
+
+
+def test_examples_that_come_out_of_order_are_in_the_window_of_their_time(tmp_path: Path) -> None:
+    values = example_stream(1500)
+    behind = np.arange(1500) + np.where(np.arange(1500) % 4 == 0, 550, 0)  # by 55 s
+    late = values.take(pa.array(np.argsort(behind, kind="stable")))
+    report = finish(trainer(tmp_path, Partitions([late], largest=60), fields=FIELDS))
+    assert report["counters"]["labelled_late"] > 200  # join.allowed_lateness is 30 s
+    first = T // 60_000 * 60_000
+    assert windows_of(tmp_path) == {first: 600, first + 60_000: 600}
+
+
+def test_examples_alone_raise_no_alarm_and_count_no_click(tmp_path: Path) -> None:
+    report = finish(trainer(tmp_path, Partitions([example_stream(1000)]), fields=FIELDS))
+    assert report["alarms"] == report["stalled"] == report["refused"] == []
+    assert report["stalls"] == report["pending"] == 0
+    assert report["click_coverage"] is None
+    assert not [name for name in report["counters"] if "click" in name and report["counters"][name]]
+
+
+def test_a_run_that_waits_names_the_examples_among_what_is_pending(tmp_path: Path) -> None:
+    seen: list[Report] = []
+    around = Surroundings(show=seen.append, flags=Flags({"report"}))
+    source = Partitions([mixed_stream(40)], largest=10, stop_after=40)
+    finish(trainer(tmp_path, source, fields=FIELDS, surroundings=around))
+    waiting = [report for report in seen if report.pending]
+    assert waiting
+    assert isinstance(waiting[-1].waiting, Waiting)
+    assert waiting[-1].waiting.labelled == waiting[-1].pending // 2
+
+
+def test_base_and_deltas_of_examples_give_the_next_snapshot(tmp_path: Path) -> None:
+    flags = Flags({"delta"})
+    built = trainer(
+        tmp_path,
+        Partitions([example_stream(4000)], largest=200),
+        fields=FIELDS,
+        surroundings=Surroundings(flags=flags),
+        schedule={"snapshot_examples": 1500},
+        snapshots={"keep": 50, "delta_every": "1s", "gate_clicks": 0},
+    )
+    report = finish(built)
+    assert report["deltas"]["written"] > 2
+    assert report["deltas"]["failed"] == report["deltas"]["refused"] == 0
+    assert assert_chains_hold(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_topic_of_examples_is_read_to_its_end_and_its_bad_ones_are_dead_letters(
+    embedded_broker: str, topic: str, tmp_path: Path
+) -> None:
+    good = example_stream(1200).to_pylist()
+    bad = [good[0].replace(b'"label":%d' % label, other) for label in (0, 1) for other in WRONG]
+    bad = [record for record in bad if record != good[0]]
+    run = ("run", "--topic", topic, "--bootstrap-servers", embedded_broker, "--until-end")
+    run += ("--state", tmp_path / "state", *QUICK, *own_topics(topic))
+    sent(embedded_broker, topic, pa.array([*good[:700], *bad], pa.large_binary()))
+    first = succeed(*run)
+    sent(embedded_broker, topic, pa.array(good[700:], pa.large_binary()))
+    second = succeed(*run)
+    assert "click" not in first.output + second.output
+    *_, report = read_reports(tmp_path / "state")
+    assert report["examples"] == report["counters"]["labelled"] == 1200
+    assert report["lag"] == report["pending"] == 0
+    reasons = ["missing_label", "wrong_label", "wrong_type"]
+    assert [report["counters"][f"rejected.{reason}"] for reason in reasons] == [1, 2, 1]
+    letters = read_headers(embedded_broker, f"{topic}.dlq")
+    assert sorted(headers["__stream_ctr.errors.reason"].decode() for _, headers in letters) == [
+        "missing_label",
+        *["wrong_label"] * 2,
+        "wrong_type",
+    ]
+    assert {value for value, _ in letters} == set(bad)
+
+
 # -- the rooms between ---------------------------------------------------------------------------
 
 
@@ -296,6 +420,52 @@ def test_labels_of_an_arrow_record(label: pa.Array, kept: int, reason: str | Non
     events, rejections = Decoder(FIELDS).decode(record)
     assert len(events.examples) == kept
     assert set(rejections.reason) == ({reason} if reason else set())
+
+
+@pytest.mark.parametrize(
+    ("kind", "label", "reason"),
+    [
+        ("int", 1, None),
+        ("boolean", True, None),
+        ("double", 1.0, None),
+        (["null", "int"], 0, None),
+        (["null", "int"], None, "missing_label"),
+        ("long", 2, "wrong_label"),
+        ("double", 0.5, "wrong_label"),
+        ("string", "1", "wrong_type"),
+    ],
+)
+def test_labels_of_an_avro_record(kind: object, label: object, reason: str | None) -> None:
+    schema = {**EVENT, "fields": [*EVENT["fields"]]}
+    (at,) = (i for i, field in enumerate(schema["fields"]) if field["name"] == "label")
+    schema["fields"][at] = {"name": "label", "type": kind}
+    event = {"kind": "example", "impression_id": 7, "time": T, "features": {"app": "a", "age": 1.0}}
+    records = [confluent(0, body(schema, {**event, "label": label}))]
+    decoder = Decoder(FIELDS, schemas=KnownSchemas(schema))
+    read = as_values(decoder.decode(pa.array(records, pa.large_binary())))
+    assert [row[1:] for row in read["examples"]] == ([] if reason else [("7", T, label)])
+    assert [row[1] for row in read["rejects"]] == ([reason] if reason else [])
+
+
+def test_an_avro_schema_without_a_label_has_no_examples() -> None:
+    schema = {**EVENT, "fields": [f for f in EVENT["fields"] if f["name"] != "label"]}
+    event = {"kind": "example", "impression_id": 7, "time": T, "features": {"app": "a", "age": 1.0}}
+    decoder = Decoder(FIELDS, schemas=KnownSchemas(schema))
+    record = confluent(0, body(schema, event))
+    _, rejections = decoder.decode(pa.array([record], pa.large_binary()))
+    assert rejections.reason == ["missing_label"]
+
+
+@pytest.mark.parametrize(
+    ("label", "reason"), [(1, None), (True, None), (None, "missing_label"), (3, "wrong_label")]
+)
+def test_labels_of_a_cloud_event(label: object, reason: str | None) -> None:
+    event = {"kind": "example", "impression_id": "a", "time": T, "label": label, "features": {}}
+    envelope = {"specversion": "1.0", "id": "e", "source": "/ads", "type": "shown", "data": event}
+    record = json.dumps(envelope).encode()
+    events, rejections = Decoder(FIELDS).decode(pa.array([record], pa.large_binary()))
+    assert list(rejections.reason) == ([reason] if reason else [])
+    assert events.label.tolist() == ([] if reason else [1])
 
 
 def test_a_label_of_another_event_is_not_read_and_counts_as_an_unknown_member() -> None:

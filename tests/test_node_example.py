@@ -22,6 +22,7 @@ from support.keys import write_keys
 from support.manifests import RUN
 from support.patience import PATIENCE_SECONDS
 from support.served import publish, write_served
+from support.shards import in_shards
 
 from stream_ctr.connectors.embedded import dies_with_parent
 from stream_ctr.logs.simulate import Simulation
@@ -195,7 +196,7 @@ def test_a_newer_snapshot_is_served_and_a_damaged_one_is_not(tmp_path: Path) -> 
         assert server.ask("/healthz") == (200, {"ok": True})
         publish(first)
         wait_for(lambda: server.snapshot() == first.name)
-        for path in (first, write(tmp_path, 2)):
+        for path in (first, write(tmp_path, 2), in_shards(first, 3)):
             publish(path)
             wait_for(partial(serves, server, path))
             status, answer = server.ask("/predict", ROWS)
@@ -204,10 +205,10 @@ def test_a_newer_snapshot_is_served_and_a_damaged_one_is_not(tmp_path: Path) -> 
             assert answer["model"] == "deepfm"
             expected = Scorer(path).predict(ROWS)
             assert np.abs(np.array(answer["probabilities"]) - expected).max() <= BOUND
-        newer = write(tmp_path, 3)
+        newer = write(tmp_path, 4)
         publish(newer)
         wait_for(partial(serves, server, newer))
-        damaged = write(tmp_path, 4)
+        damaged = write(tmp_path, 5)
         pointer = pointer_for(damaged, snapshot.verify(damaged))
         weights = damaged / "model.safetensors"
         data = bytearray(weights.read_bytes())

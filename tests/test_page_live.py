@@ -531,6 +531,22 @@ def test_a_run_that_waits_says_for_what(tab: Tab, port: Port, truth: dict[str, A
     )
 
 
+def test_a_run_that_waits_counts_labelled_examples_apart(
+    tab: Tab, port: Port, truth: dict[str, Any]
+) -> None:
+    waiting = {"until": "2025-01-01T00:10:30.000Z", "reached": None, "held_by": [], "ready": 0}
+    for labelled, words in (
+        (1234, "1,234 labelled examples wait for those before them"),
+        (
+            34,
+            "1,200 impressions wait for their clicks, 34 labelled examples for those before them",
+        ),
+    ):
+        live_waiting = {**waiting, "labelled": labelled}
+        show(tab, port, live(truth, waiting=live_waiting, pending=1234, examples=0))
+        assert tab.text("#state-words").startswith(f"No example yet: {words}. The first")
+
+
 def test_a_provisional_window_is_hollow_and_dotted(
     tab: Tab, port: Port, truth: dict[str, Any]
 ) -> None:

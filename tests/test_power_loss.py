@@ -54,7 +54,7 @@ def run(state: Path, source: Promises) -> Trainer:
     """Run to the end of the log, from the newest snapshot if there is one."""
     sections = {
         **SMALL,
-        "model": {"name": "fm", "embedding_dim": 2, "table_bits": 8},
+        "model": {"name": "fm", "embedding_dim": 4, "table_bits": 8},
         "schedule": {"snapshot_examples": 256},
         "snapshots": {"keep": 1},
         "metrics": {"window": "10s"},

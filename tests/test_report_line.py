@@ -96,6 +96,11 @@ def test_the_speed_of_event_time_is_that_between_two_lines(waiting: Report) -> N
     ("changes", "expected"),
     [
         ({"until": None}, "no example yet: waiting for the first impression"),
+        (
+            {"labelled": 7},
+            "no example yet: 7 labelled examples wait for those before them; the first are learned "
+            "when event time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:00:30Z, 10m to go",
+        ),
         ({"ready": 12}, "no example yet: 12 wait for a full batch (learn.batch_size)"),
         (
             {"held_by": [f"clicks:{n}" for n in range(5)]},

@@ -22,6 +22,8 @@ from support.ranks import on_ranks
 from support.reliability import Outcome
 
 from stream_ctr.cli import ranks as cli_ranks
+from stream_ctr.cli.start import Loaded
+from stream_ctr.config import known_keys, load
 from stream_ctr.connectors import kafka
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.errors import ConfigError
@@ -347,6 +349,26 @@ def test_a_state_directory_that_is_not_shared_is_refused(clean: Path, tmp_path: 
         [error] = found[0]
         assert re.search(differs, error)
         assert "on a file system that all ranks share" in error
+
+
+def test_no_secret_is_among_what_ranks_compare() -> None:
+    url = "https://models.example/run?token=hunter2"
+    config = load(environ={}, overrides={"snapshots": {"url": url}})
+    loaded = Loaded(config, {"sasl_plain_password": "hunter2"}, {"bearer.auth.token": "hunter2"})
+    facts = {**cli_ranks._config_facts(config), **cli_ranks._client_facts(loaded)}
+    assert "hunter2" not in repr(facts)
+    assert "sasl_plain_password" in facts["the names of the Kafka client properties"]
+    assert facts["snapshots.url"] == "https://models.example/run?..."
+    assert facts["learn.seed"] == "0"
+    assert set(known_keys()) <= set(facts)
+
+
+def test_what_ranks_cannot_do_is_refused_with_the_way_out() -> None:
+    on_a_gpu = load(environ={}, overrides={"learn": {"device": "cuda:1"}})
+    with pytest.raises(ConfigError, match=r"'cuda:1': ranks learn on the CPU; use --device cpu"):
+        cli_ranks._require_possible(1, on_a_gpu)
+    with pytest.raises(ConfigError, match="there are 65 ranks, and a run has 64 at most"):
+        cli_ranks._require_possible(65, load(environ={}))
 
 
 @pytest.mark.slow

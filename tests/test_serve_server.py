@@ -6,7 +6,6 @@ import contextlib
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support import forks
 from support.commands import command
 from support.finished_runs import TINY
 from support.patience import PATIENCE_SECONDS, started, wait_until
@@ -29,7 +29,6 @@ from stream_ctr.snapshots.subscriber import Subscriber
 
 ROW = {"app": "maps"}
 SECRET = "a token of many letters"
-COMMAND = [sys.executable, "-m", "stream_ctr"]
 
 
 @pytest.fixture
@@ -126,11 +125,7 @@ def test_wrong_options_end_with_a_message(
 
 def run_command(directory: Path, *arguments: object) -> subprocess.Popen[str]:
     log = (directory / f"{arguments[0]}.log").open("a")
-    return started(
-        subprocess.Popen(
-            [*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, stderr=log, text=True
-        )
-    )
+    return started(forks.start(*arguments, stdout=subprocess.PIPE, stderr=log, text=True))
 
 
 def address_of(server: subprocess.Popen[str]) -> str:

@@ -120,7 +120,7 @@ def _exchanges(ranks: Ranks) -> None:
     rows = st.lists(st.integers(0, (1 << BITS) - 1), unique=True, max_size=30).map(sorted)
     asked_by = st.tuples(rows, st.booleans())
 
-    @settings(max_examples=150, deadline=None, database=None)
+    @settings(max_examples=60, deadline=None, database=None)
     @given(
         asked=st.lists(asked_by, min_size=ranks.size, max_size=ranks.size), stepped=st.booleans()
     )

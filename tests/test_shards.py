@@ -14,31 +14,47 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.commands import command, succeed
 from support.delta_chains import assert_chains_hold
+from support.lineage import QUICK, last_report
 from support.manifests import LEARNER, edit_manifest, manifest, write_snapshot
+from support.rank_runs import RankRun, run_on_ranks
 from support.ranks import on_ranks
-from support.shards import HeldRows, HeldTable, make_one_rank, table
+from support.served import ROWS as IMPRESSIONS
+from support.served import publish, write_served
+from support.shards import HeldRows, HeldTable, in_shards, make_one_rank, table
 from support.snapshots import TENSORS, crash_at_each_step, equal_tensors, flip_bit
-from support.trainers import SMALL, Partitions, assert_equal_states, finish, trainer
+from support.trainers import (
+    SMALL,
+    Partitions,
+    Sections,
+    assert_equal_states,
+    finish,
+    trainer,
+)
 
 from stream_ctr.cli import assembly
 from stream_ctr.cli.main import main
-from stream_ctr.distributed.ranks import RankError, Ranks
+from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
 from stream_ctr.errors import SnapshotError
+from stream_ctr.failpoint import EXIT_CODE, RANK_VARIABLE, VARIABLE
 from stream_ctr.learn.onnx_graph import build_graph
 from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
+from stream_ctr.logs.simulate import Simulation
 from stream_ctr.snapshots import snapshot
+from stream_ctr.snapshots.cache import SnapshotCache
 from stream_ctr.snapshots.compaction import compact
 from stream_ctr.snapshots.export import export_snapshot
-from stream_ctr.snapshots.mirror import mirrored_files
+from stream_ctr.snapshots.mirror import mirror_once
+from stream_ctr.snapshots.places import LocalPlace
 from stream_ctr.snapshots.remote import served_files
 from stream_ctr.snapshots.scorer import Scorer
 from stream_ctr.snapshots.snapshot_writer import Cut, NotFinite, SnapshotWriter, Written
-from stream_ctr.train import as_served
 from stream_ctr.train.trainer import Surroundings, Trainer
 
 ROWS = 128
@@ -162,24 +178,11 @@ def _lead(team: Team, root: Path, plain: Path) -> dict[str, Any]:
     return found
 
 
-def _resumed(team: Team, root: Path, path: Path) -> Path:
-    held = HeldTable(team, rows=ROWS, seed=9)
-    table = snapshot.load(path, stems=["model"], stored=True)[1]["model"]["table"]
-    assert isinstance(table, StoredTable)
-    held.load(table)
-    writer = SnapshotWriter(root)
-    writer.begin(cut(6, held={"model": held}))
-    written = take(writer).path
-    writer.close()
-    return written
-
-
 @pytest.mark.slow
 @pytest.mark.fault(19, injected="a file size limit on one rank while all write a snapshot")
-def test_ranks_write_together_what_one_process_writes_and_go_on_with_any_number(
+def test_ranks_write_together_what_one_process_writes(
     tmp_path: Path,
 ) -> None:
-    """Plain, then 3 ranks, then 2, then plain: the same bits."""
     plain = written_by_one(tmp_path / "plain")
     root = tmp_path / "snapshots"
     root.mkdir()
@@ -202,28 +205,6 @@ def test_ranks_write_together_what_one_process_writes_and_go_on_with_any_number(
     mended[16 // 3 - 1, -1] = 0.0  # the last value of rank 0
     assert np.array_equal(snapshot.load(found["both"])[1]["fm.model"]["table"], mended)
     assert not [path for path in root.iterdir() if path.name.startswith("tmp-")]
-    again = on_ranks(2, _led, _resumed, root, found["written"])[0]
-    assert equal_tensors(snapshot.load(again)[1], snapshot.load(plain.path)[1])
-    assert snapshot.verify(again).weights_sha256 == plain.manifest.weights_sha256
-
-
-def _killed(team: Team, root: Path) -> None:
-    held = HeldTable(team, rows=ROWS)
-    held.spoil(1, "killed")
-    writer = SnapshotWriter(root)
-    (root / "error").write_text(_failure(writer, cut(2, held={"model": held}), RankError))
-
-
-@pytest.mark.slow
-@pytest.mark.fault(2, injected="death of a rank that writes its shards of a snapshot")
-def test_a_rank_that_is_killed_while_it_writes_leaves_the_snapshot_before(tmp_path: Path) -> None:
-    before = written_by_one(tmp_path)
-    with pytest.raises(Exception, match="terminated abruptly"):
-        on_ranks(2, _led, _killed, tmp_path)
-    assert snapshot.newest(tmp_path) == before.path
-    assert snapshot.snapshot_ids(tmp_path) == [before.path.name]
-    assert [name.split("-", 3)[-1] for name in snapshot.clean(tmp_path)] == ["model"]
-    assert not list(tmp_path.glob("tmp-*"))
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -390,10 +371,21 @@ def test_small_tables_have_a_shard_for_each_row(tmp_path: Path) -> None:
     assert np.array_equal(snapshot.load(path)[1]["model"]["table"], table(16))
 
 
-def test_servers_get_the_shards_too(tmp_path: Path) -> None:
-    found = snapshot.verify(Alone().write(tmp_path))
-    assert mirrored_files(found) == ["model.safetensors", *shard_names()]
-    assert served_files(None, "onnx")(found) == ["model.safetensors", *shard_names()]
+def test_servers_get_the_shards_from_a_mirror(tmp_path: Path) -> None:
+    root = tmp_path / "state" / "snapshots"
+    whole = write_served(root)
+    path = in_shards(whole, 2)
+    pointer = publish(path)
+    mirror_once(f"file://{tmp_path / 'mirror'}", tmp_path / "state", pointer)
+    cache = SnapshotCache(tmp_path / "cache", served_files(None, "torch"))
+    fetched = cache.fetch(LocalPlace(tmp_path / "mirror"), pointer)
+    names = {"manifest.json", "model.safetensors", *shard_names()}
+    assert {file.name for file in fetched.iterdir()} == names
+    expected = Scorer(whole)
+    scorer = Scorer(fetched)
+    assert scorer.predict(IMPRESSIONS).tolist() == expected.predict(IMPRESSIONS).tolist()
+    assert scorer.serving_sha256() == expected.serving_sha256()
+    cache.close()
 
 
 @pytest.mark.slow
@@ -456,7 +448,7 @@ def test_shards_are_on_disk_before_the_manifest_and_it_before_the_rename(
 
 # -- runs ------------------------------------------------------------------------------------------
 
-RUN = {
+RUN: Sections = {
     "schedule": {"snapshot_examples": 1000},
     "snapshots": {"keep": 50, "delta_every": "1s", "onnx": True},
     "model": {**SMALL["model"], "beside": ("fm", "lr")},
@@ -467,39 +459,56 @@ def run(directory: Path, records: Any, *, sharded: bool, stop_after: int | None 
     """Go on with a run, in one process or with tables that are held in shards."""
     with pytest.MonkeyPatch.context() as patch:
         if sharded:
-            for module in (assembly, as_served):
-                patch.setattr(module, "make_learner", make_one_rank)
+            patch.setattr(assembly, "make_learner", make_one_rank)
         source = Partitions([records], stop_after=stop_after)
         built = trainer(directory, source, surroundings=Surroundings(flags=EveryThird()), **RUN)
-        if newest := snapshot.newest(directory / "snapshots"):
-            built.restore(newest)
+        if before := snapshot.newest(directory / "snapshots"):
+            built.restore(before)
         finish(built)
     return built
 
 
-def names_of(path: Path) -> list[str]:
-    return [*snapshot.read_manifest(path).files]
-
-
 @pytest.mark.slow
-def test_a_run_with_shards_equals_one_without_and_goes_on_from_it_and_back(
+def test_a_run_with_shards_equals_one_without_and_all_who_read_snapshots_read_its(
     tmp_path: Path, stream: Any
 ) -> None:
     """With deltas, an additional model, a logistic regression, and copies that were served."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     run(whole, stream, sharded=False)
-    for sharded, stop_after in ((False, 1500), (True, 2000), (True, 2000), (False, None)):
-        built = run(parts, stream, sharded=sharded, stop_after=stop_after)
+    run(parts, stream, sharded=False, stop_after=2000)
+    built = run(parts, stream, sharded=True)
     assert_equal_states(whole, parts)
     last, expected = (snapshot.read_manifest(newest(each)) for each in (parts, whole))
     assert last.ledger == expected.ledger
     assert last.weights_sha256 == expected.weights_sha256
     assert last.serving_sha256 == expected.serving_sha256
-    assert assert_chains_hold(parts) >= 3
+    assert assert_chains_hold(parts) >= 2
     held = [name for path in all_snapshots(parts) for name in names_of(path)]
     assert {"model.shard-00-of-64.safetensors", "fm.model.shard-63-of-64.safetensors"} < {*held}
     assert any(re.fullmatch(r"served\.\d+\.model\.shard-63-of-64\.safetensors", n) for n in held)
-    built.state.learners.clear()
+    # Serving, exports and compactions.
+    assert "model.onnx" in held
+    exported = export_snapshot(newest(parts), tmp_path / "exported", build_graph)
+    compacted = compact(parts, tmp_path / "compacted", build_graph).path
+    found = [predicted(path) for path in (newest(whole), newest(parts), exported, compacted)]
+    assert found == [found[0]] * 4
+    assert not any("shard" in name for name in (*names_of(exported), *names_of(compacted)))
+    assert Scorer(newest(parts)).serving_sha256() == {"model": last.serving_sha256["model"]}
+    # A model that goes back, and a run in one process that goes on.
+    learner: Any = built.state.learners["deepfm"]
+    rows = learner.table.rows.clone()
+    learner.table.rows.zero_()
+    built.state.guards["deepfm"].restore(newest(parts), "it was spoilt", trained=6000)
+    assert torch.equal(learner.table.rows, rows)
+    resumed = trainer(parts, Partitions([stream]), **RUN)
+    resumed.restore(newest(parts))
+    assert torch.equal(learner.table.rows, resumed.state.learners["deepfm"].table.rows)  # type: ignore[attr-defined]
+    shown = CliRunner().invoke(main, ["snapshots", "show", str(newest(parts))]).output
+    assert re.search(
+        r"\nmodel\.shard-00-of-64\.safetensors \.\.\. model\.shard-63-of-64\.safetensors  "
+        r"[\d,]+ bytes in 64 files\n +table +F32 +\[64, 16\]",
+        shown,
+    )
 
 
 def all_snapshots(directory: Path) -> list[Path]:
@@ -511,37 +520,84 @@ def newest(directory: Path) -> Path:
     return all_snapshots(directory)[-1]
 
 
+def names_of(path: Path) -> list[str]:
+    return [*snapshot.read_manifest(path, any_name=True).files]
+
+
+def predicted(path: Path) -> list[float]:
+    rows = [{"rating": float(n % 5), "hour": str(n)} for n in range(50)]
+    found: list[float] = Scorer(path, on_invalid="score").predict(rows).tolist()
+    return found
+
+
+# -- runs on several ranks -------------------------------------------------------------------------
+
+OPTIONS = [
+    *(*QUICK, "-X", "model.name=fm"),
+    *("-X", "schedule.snapshot_examples=1024", "-X", "snapshots.delta_every=0.2s"),
+]
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("log") / "sim.jsonl"
+    Simulation(4000, seed=5).write_jsonl(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def clean(log: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The state of a run in one process."""
+    state = tmp_path_factory.mktemp("clean") / "state"
+    succeed("run", "--source", log, "--state", state, *OPTIONS)
+    return state
+
+
 @pytest.mark.slow
-def test_a_run_with_shards_is_served_exported_compacted_and_goes_back(
-    tmp_path: Path, stream: Any
+@pytest.mark.fault(19, injected="a rank that cannot write a shard, once in a run")
+def test_a_run_on_ranks_goes_on_when_one_cannot_write_and_its_deltas_lead_to_its_snapshots(
+    log: Path, clean: Path, tmp_path: Path
 ) -> None:
-    sharded, plain = tmp_path / "sharded", tmp_path / "plain"
-    built = run(sharded, stream, sharded=True)
-    run(plain, stream, sharded=False)
-    rows = [{"rating": 3.0}, {}]
-    scorers = [Scorer(newest(each), on_invalid="score") for each in (sharded, plain)]
-    assert scorers[0].predict(rows).tolist() == scorers[1].predict(rows).tolist()
-    assert scorers[0].serving_sha256()["model"] == scorers[0].manifest.serving_sha256["model"]
-    assert "model.onnx" in names_of(newest(sharded))
-    exported = export_snapshot(newest(sharded), tmp_path / "exported", build_graph)
-    assert (
-        Scorer(exported, on_invalid="score").predict(rows).tolist()
-        == scorers[1].predict(rows).tolist()
-    )
-    done = compact(sharded, tmp_path / "compacted", build_graph)
-    assert "model.shard-00-of-64.safetensors" not in names_of(done.path)
-    assert Scorer(done.path, on_invalid="score").predict(rows).tolist() == (
-        scorers[1].predict(rows).tolist()
-    )
-    before = built.state.learners["deepfm"].predict(np.zeros((3, 5), np.int32))
-    built.state.learners["deepfm"].table.rows.zero_()  # type: ignore[attr-defined]
-    built.state.guards["deepfm"].restore(newest(sharded), "it was spoilt", trained=6000)
-    assert np.array_equal(
-        built.state.learners["deepfm"].predict(np.zeros((3, 5), np.int32)), before
-    )
-    shown = CliRunner().invoke(main, ["snapshots", "show", str(newest(sharded))]).output
+    state = tmp_path / "state"
+    cannot = {VARIABLE: "snapshot.file:40=out-of-memory", RANK_VARIABLE: "1"}
+    arguments = ["run", "--source", log, "--state", state, *OPTIONS]
+    ranks = run_on_ranks(tmp_path / "ranks", 2, *arguments, env=cannot)
     assert re.search(
-        r"\nmodel\.shard-00-of-64\.safetensors \.\.\. model\.shard-63-of-64\.safetensors  "
-        r"[\d,]+ bytes in 64 files\n +table +F32 +\[64, 16\]",
-        shown,
+        r"cannot write snapshot 00000002-\S+: rank 1: cannot write model\.shard-39-of-64\.safeten",
+        ranks.said(0),
     )
+    assert not list((state / "snapshots").glob("tmp-*"))
+    ours, theirs = snapshot.read_manifest(newest(state)), snapshot.read_manifest(newest(clean))
+    assert last_report(state)["counters"]["snapshots_failed"] == 1
+    assert ours.weights_sha256 == theirs.weights_sha256
+    assert ours.serving_sha256 == theirs.serving_sha256
+    assert ours.ledger == theirs.ledger
+    assert {*shard_names()} < {*ours.files}
+    assert assert_chains_hold(state) >= 1
+    for path in all_snapshots(state):
+        snapshot.verify(path)
+    (newest(state) / shard_names()[50]).unlink()
+    done = command("snapshots", "verify", newest(state))
+    assert done.exit_code == 6
+    assert "model.shard-50-of-64.safetensors is missing" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.fault(37, injected="death of a rank that writes its shards of a snapshot")
+def test_a_rank_that_dies_while_it_writes_leaves_the_snapshot_before(
+    log: Path, clean: Path, tmp_path: Path
+) -> None:
+    state = tmp_path / "state"
+    arguments = ["run", "--source", log, "--state", state, *OPTIONS]
+    die = {VARIABLE: "snapshot.file:40", RANK_VARIABLE: "1"}
+    ranks = RankRun(tmp_path / "ranks", 2, *arguments, env=die)
+    assert ranks.wait() == [1, EXIT_CODE]
+    assert len(all_snapshots(state)) == 1
+    # Rank 0 removes what the others wrote. Had it died too, the next run would.
+    unfinished = state / "snapshots" / "tmp-1-model"
+    unfinished.mkdir()
+    (unfinished / shard_names()[0]).write_bytes(b"a part of it")
+    run_on_ranks(tmp_path / "again", 3, *arguments)
+    assert not list((state / "snapshots").glob("tmp-*"))
+    ours, theirs = snapshot.read_manifest(newest(state)), snapshot.read_manifest(newest(clean))
+    assert (ours.ledger, ours.weights_sha256) == (theirs.ledger, theirs.weights_sha256)

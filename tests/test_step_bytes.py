@@ -21,6 +21,7 @@ SMALL = {"fields": 5, "embedding_dim": 4, "hidden": [8, 8], "table_bits": 10, "b
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("deepfm", {"value_fields": [1]}),
     ("fm", {}),
+    ("deepfm", {"dropout": 0.3}),
     ("fnn", {}),
     ("pnn", {"table_optimizer": "adagrad"}),
 ]
@@ -96,6 +97,7 @@ def shape_of(learner: ShardedLearner, options: dict[str, Any]) -> StepShape:
         online=network.online,
         network=terms.network,
         slopes_w=terms.network_w,
+        undropped=network.online and options.get("dropout", 0.0) > 0,
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from msgspec import structs
+from support import forks
 from support.commands import command
 from support.delta_runs import (
     DeltaRun,
@@ -726,8 +727,8 @@ def test_health_tells_of_deltas(run: DeltaRun) -> None:
 @pytest.mark.slow
 def test_subscribe_prints_a_line_for_each_snapshot_and_delta(run: DeltaRun) -> None:
     learn_deltas(run, 2)
-    arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--state", str(run.state)]
-    process = started(subprocess.Popen([*arguments, "--json"], stdout=subprocess.PIPE, text=True))
+    arguments = ["subscribe", "--state", run.state, "--json"]
+    process = started(forks.start(*arguments, stdout=subprocess.PIPE, text=True))
     assert process.stdout
     lines = [process.stdout.readline() for _ in range(1 + len(run.deltas))]
     process.terminate()
@@ -775,14 +776,14 @@ def test_subscribe_follows_the_topics_of_snapshots_and_of_deltas(
     client = kafka.client_options(embedded_broker, {})
     names = {name: f"{topic}.{name}" for name in ("snapshots", "deltas")}
     kafka.ensure_topic(client, names["snapshots"], compacted=True)
-    arguments = [sys.executable, "-m", "stream_ctr", "subscribe", "--topic", names["snapshots"]]
+    arguments = ["subscribe", "--topic", names["snapshots"]]
     arguments += ["--bootstrap-servers", embedded_broker]
     arguments += ["--json", "-X", f"snapshots.delta_topic={names['deltas']}"]
     with contextlib.closing(kafka.KafkaSink(client)) as sink:
         sink.send(names["snapshots"], encode_pointer(published(run)), key=b"default")
         sink.flush(PATIENCE_SECONDS)
         kafka.ensure_topic(client, names["deltas"])
-        process = started(subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True))
+        process = started(forks.start(*arguments, stdout=subprocess.PIPE, text=True))
         assert process.stdout
         assert json.loads(process.stdout.readline())["kind"] == "snapshot"
         for delta in learn_deltas(run, 3):

@@ -601,9 +601,8 @@ def test_a_run_without_an_example_publishes_nothing_and_says_so(tmp_path, stream
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_system_is_served_with_the_default_network(tmp_path, stream, name):
-    built = trainer(
-        tmp_path, Partitions([stream.slice(0, 300)]), **ALONE, model={"name": name, "table_bits": 4}
-    )
+    own = {"name": name, "table_bits": 4, "embedding_dim": 4}
+    built = trainer(tmp_path, Partitions([stream.slice(0, 300)]), **ALONE, model=own)
     finish(built)
     scorer = Scorer(snapshot.newest(tmp_path / "snapshots"))
     rows = [{"app_id": "a1"}, {"app_id": "a2", "hour": "20"}]

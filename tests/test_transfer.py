@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -15,6 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.learners import assert_equal_states, learner_spec, state_of
 
+from stream_ctr.errors import ConfigError
 from stream_ctr.events.features import Hasher
 from stream_ctr.events.field import Field, Schema
 from stream_ctr.events.field_changes import compare_fields
@@ -23,6 +25,7 @@ from stream_ctr.learn.carried import Carried, ModelState
 from stream_ctr.learn.learner import Learner, make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.pairs import PairHasher, choose_columns, columns_after
+from stream_ctr.learn.shard_files import StoredTable
 from stream_ctr.learn.spec import FtrlRates, Pairs
 from stream_ctr.learn.transfer import carry_over
 from stream_ctr.learn.transfer_blend import BlendState, carry_blend
@@ -137,6 +140,36 @@ def test_with_the_same_configuration_a_model_goes_on_as_if_nothing_had_happened(
     for each in (old, new):
         learn(each, schema, seed=2)
     assert_equal_states(state_of(old), state_of(new))
+
+
+@pytest.mark.parametrize(
+    ("options", "schema"),
+    [
+        ({"embedding_dim": 5}, schema_of(POOL)),
+        ({"table_optimizer": "adam"}, schema_of(POOL)),
+        ({}, schema_of(POOL, bits=9)),
+        (
+            {},
+            msgspec.structs.replace(
+                schema_of(POOL), fields=(Field("app", "numeric"), *schema_of(POOL).fields[1:])
+            ),
+        ),
+    ],
+)
+def test_a_table_in_the_files_of_several_ranks_carries_over_as_it_is_or_not_at_all(
+    options: dict[str, Any], schema: Schema
+) -> None:
+    before, layer = schema_of(POOL), "dense.deep.layers.0.weight"
+    old = model_state(made("deepfm", before), before)
+    stored: Any = StoredTable(Path("snapshot"), "model", {}, old.weights["table"].shape)
+    old.weights["table"] = stored
+    fresh = model_state(made("deepfm", before, seed=1), before)
+    del fresh.weights["table"]
+    carried = carry_over(old, fresh)
+    assert carried.weights["table"] is stored
+    assert np.array_equal(carried.weights[layer], old.weights[layer])
+    with pytest.raises(ConfigError, match="begin without torchrun, and go on with torchrun"):
+        carry_over(old, model_state(made("deepfm", schema, **options), schema))
 
 
 @pytest.mark.parametrize(("model", "optimizer"), CASES)

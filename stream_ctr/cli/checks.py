@@ -24,11 +24,11 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stream_ctr.cli.assembly import run_identity
-from stream_ctr.config import Config, in_milliseconds, size
+from stream_ctr.config import Config, format_duration, in_milliseconds, size
 from stream_ctr.connectors import kafka
 from stream_ctr.errors import BrokerError, ConfigError, DataError, StreamCtrError
 from stream_ctr.evaluate import sketch
-from stream_ctr.events.decoder import Decoder
+from stream_ctr.events.decoder import Decoder, Events
 from stream_ctr.events.features import hash_ids
 from stream_ctr.events.field import Field
 from stream_ctr.events.infer import feature_names, infer_fields
@@ -48,6 +48,7 @@ Array = npt.NDArray[np.int64]
 _SLOW_SECONDS = 0.5
 _MALFORMED_WARNING = 0.01
 _LEAST_COVERAGE = 0.5
+_LATE_WARNING = 0.01
 _LEAST_CLICKS = 20  # that tell something about keys and coverage
 _CLOCK_WARNING_MS = 5_000
 _PROCESS_BYTES = 1 << 30  # of the libraries and all that does not grow with a table
@@ -265,6 +266,7 @@ def check_records(
     )
     yield from _check_fields(records.values, fields, found, config)
     yield from _check_kinds(*counted)
+    yield from _check_delays(events, records.place, config)
     shown = events.impressions
     clicks = events.clicks
     joined = _joined(hash_ids(shown.impression_id), hash_ids(clicks.impression_id))
@@ -343,6 +345,43 @@ def _check_kinds(impressions: int, clicks: int, examples: int) -> Iterator[Findi
         yield warning("events", text, "is this the topic of clicks alone? --topic is that of both")
     else:
         yield ok("events", text)
+
+
+def _check_delays(
+    events: Events, place: Sequence[tuple[str, int]] | None, config: Config
+) -> Iterator[Finding]:
+    """Look at how far labelled examples come behind the latest event of their partition."""
+    if not len(events.examples):
+        return
+    behind = _behind_ms(events, place)
+    late = float((behind > in_milliseconds(config.join.allowed_lateness)).mean())
+    longest = format_duration(timedelta(seconds=-(-int(behind.max()) // 1000)))
+    text = f"labelled examples come up to {longest} behind the latest event of their partition"
+    if late <= _LATE_WARNING:
+        yield ok("delays", text)
+        return
+    share = f"{late:.0%}".replace("%", " %")
+    fix = (
+        "clicked ones may be learned long before the others of their time: "
+        f"join.allowed_lateness = {longest}, or a little more"
+    )
+    yield warning("delays", f"{text}, {share} of them more than join.allowed_lateness", fix)
+
+
+def _behind_ms(events: Events, place: Sequence[tuple[str, int]] | None) -> Array:
+    """Return by how much each labelled example is older than an event before it [k]."""
+    row, within, time = (
+        np.concatenate([getattr(part, name) for part in events.kinds])
+        for name in ("row", "within", "time")
+    )
+    numbers = {each: number for number, each in enumerate(dict.fromkeys(place or ()))}
+    partition = np.array([numbers[place[each]] for each in row.tolist()]) if place else 0 * row
+    behind = np.empty(len(time), np.int64)
+    for number in np.unique(partition):
+        own = np.flatnonzero(partition == number)
+        own = own[np.lexsort((within[own], row[own]))]
+        behind[own] = np.maximum.accumulate(time[own]) - time[own]
+    return behind[len(time) - len(events.examples) :]
 
 
 def _joined(shown: npt.NDArray[np.uint64], clicked: npt.NDArray[np.uint64]) -> Array:

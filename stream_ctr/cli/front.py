@@ -12,6 +12,7 @@ import msgspec
 from stream_ctr.cli.assembly import build_front
 from stream_ctr.cli.client import connector_errors
 from stream_ctr.cli.registry import open_schemas
+from stream_ctr.cli.voice import say
 from stream_ctr.config import Config
 from stream_ctr.distributed.agreement import together
 from stream_ctr.distributed.ranks import Ranks
@@ -19,7 +20,7 @@ from stream_ctr.distributed.team import Team
 from stream_ctr.snapshots.manifest import Input, RunIdentity
 from stream_ctr.train.front import Front
 from stream_ctr.train.front_lead import Faces, faces
-from stream_ctr.train.inputs import Inputs
+from stream_ctr.train.inputs import Inputs, input_name
 from stream_ctr.train.source import Source
 
 KIND = "front"
@@ -52,6 +53,11 @@ class FrontMaker:
     def lead(self, team: Team, identity: RunIdentity, inputs: Inputs) -> Faces:
         """Make the front on all ranks, and return rank 0's faces of it."""
         self._inputs = inputs
+        partitions = len(inputs.last)
+        say(
+            f"{input_name(inputs.names[inputs.last.start :])}: {partitions} "
+            f"partition{'s' * (partitions > 1)}, read by all ranks"
+        )
         number, made = team.make(
             KIND,
             identity=msgspec.to_builtins(identity),

@@ -55,6 +55,7 @@ class Waiting(msgspec.Struct, frozen=True):
     reached: str | None
     held_by: list[str]
     ready: int
+    labelled: int = 0  # an older report lacks it
 
 
 class State(NamedTuple):

@@ -31,6 +31,10 @@ class WaitsFor(Protocol):
     def ready(self) -> int:
         """The number of examples that wait for a full batch."""
 
+    @property
+    def labelled(self) -> int:
+        """The number of the pending that came with their label."""
+
 
 def waiting_words(waiting: WaitsFor, pending: int, speed: float | None = None) -> str:
     """Return what a run without an example waits for; `speed` is in seconds of event time a second.
@@ -47,7 +51,7 @@ time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:08:30Z, 2m to go, at 2.0 s a s
     if waiting.until is None:
         return "no example yet: waiting for the first impression"
     words = (
-        f"no example yet: {pending:,} impressions wait for their clicks; "
+        f"no example yet: {_pending_words(pending - waiting.labelled, waiting.labelled)}; "
         f"the first are learned when event time is {without_milliseconds(waiting.until)}"
     )
     if waiting.held_by:
@@ -67,6 +71,21 @@ time is 2025-01-01T10:10:30Z; it is 2025-01-01T10:08:30Z, 2m to go, at 2.0 s a s
     if speed <= 0:
         return f"{words}, and it stands still"
     return f"{words}, at {speed:,.1f} s a second in about {_length(remaining / speed)}"
+
+
+def _pending_words(impressions: int, labelled: int) -> str:
+    """Return what is pending in words.
+
+    >>> print(_pending_words(1200, 0), _pending_words(2, 30), _pending_words(0, 30), sep="\\n")
+    1,200 impressions wait for their clicks
+    2 impressions wait for their clicks, 30 labelled examples for those before them
+    30 labelled examples wait for those before them
+    """
+    examples = f"{labelled:,} labelled examples"
+    if not impressions and labelled:
+        return f"{examples} wait for those before them"
+    words = f"{impressions:,} impressions wait for their clicks"
+    return f"{words}, {examples} for those before them" if labelled else words
 
 
 def moment(text: str) -> datetime:

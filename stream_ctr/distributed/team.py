@@ -16,7 +16,7 @@ So the trainer's loop, which runs on rank 0 only, does not know of the others.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -59,9 +59,7 @@ class Team:
         self._say(["make", kind, arguments])
         return self._make(kind, arguments)
 
-    def announce(
-        self, number: int, method: str, *, others: Sequence[int] = (), **arguments: Any
-    ) -> None:
+    def announce(self, number: int, method: str, *others: int, **arguments: Any) -> None:
         """Have the others call this method. The arguments are of plain types, and few.
 
         The objects with the numbers `others` are its first arguments.

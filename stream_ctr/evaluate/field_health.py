@@ -91,7 +91,8 @@ class FieldHealth:
     >>> ids = np.array([[1], [7], [1], [3]], np.int32)
     >>> none = np.zeros((4, 0), np.float32)
     >>> label = np.zeros(4, np.uint8)
-    >>> batch = Examples(np.arange(4, dtype=np.uint64), np.arange(4), ids, none, label, label)
+    >>> number = np.arange(4)
+    >>> batch = Examples(number.astype(np.uint64), number, ids, none, label, label, number)
     >>> health.add(batch)
     >>> health.add(batch)
     >>> app = health.summary().fields["app"]

@@ -21,8 +21,10 @@ class Examples:
     That is event-time order, save for examples that came with their label: they do not wait for a
     click, so they are ahead of the impressions beside them. `time` [n] is the event time in epoch
     milliseconds. `ids` is [n, F + C] and `values` [n, V]. `label` [n] is 1 for a clicked
-    impression, else 0. `true_probability` [n] is NaN where it is unknown. Indexing with a slice or
-    a mask selects examples.
+    impression, else 0. `true_probability` [n] is NaN where it is unknown. Impressions before
+    `closed_ms` [n] were learned before this example: that is its own time, and of an example that
+    came with its label a label window less than the time at which it was released. It never falls
+    from one example to the next. Indexing with a slice or a mask selects examples.
     """
 
     id_hash: npt.NDArray[np.uint64]
@@ -31,6 +33,7 @@ class Examples:
     values: npt.NDArray[np.float32]
     label: npt.NDArray[np.uint8]
     true_probability: npt.NDArray[np.float64]
+    closed_ms: npt.NDArray[np.int64]
 
     def __len__(self) -> int:
         return len(self.time)

@@ -357,6 +357,11 @@ class LabelJoiner:
         return self._pending.count
 
     @property
+    def pending_labelled(self) -> int:
+        """The number of the pending that are examples which came with their label."""
+        return self._pending.labelled
+
+    @property
     def oldest_pending_ms(self) -> int | None:
         """The event time of the oldest pending impression, or None if there is none."""
         return self._pending.oldest_ms

@@ -100,6 +100,12 @@ class PendingImpressions:
         return int(self._used_time.min()) if self.count else None
 
     @property
+    def labelled(self) -> int:
+        """The number of examples that came with their label."""
+        used = np.flatnonzero(self._used_time != NEVER)
+        return int(np.count_nonzero(self.given(used)))
+
+    @property
     def in_memory(self) -> int:
         """The number of impressions whose features are in memory."""
         return self.features.count
@@ -180,7 +186,8 @@ class PendingImpressions:
         """Return the impressions as examples, with the labels that they have now."""
         arrays = self.rows.arrays
         features = self._features_of(slots)
-        time = arrays.time[slots]
+        closed_ms = arrays.time[slots]
+        time = closed_ms.copy()
         label = self.clicked(slots).astype(np.uint8)
         if (is_given := self.given(slots)).any():
             lateness, given = join_state.given(arrays.click_end[slots][is_given])
@@ -193,6 +200,7 @@ class PendingImpressions:
             values=features["values"],
             label=label,
             true_probability=features["truth"],
+            closed_ms=closed_ms,
         )
 
     def _features_of(self, slots: Slots) -> dict[str, Array]:

@@ -17,9 +17,9 @@ import logging
 import queue
 import signal
 import struct
-import subprocess
 import sys
 import threading
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import BinaryIO, NamedTuple, cast
 
 import numpy as np
@@ -73,10 +73,10 @@ class BaselineProcess:
     name = "river_ftrl"
 
     def __init__(self, **options: object) -> None:
-        self._process = subprocess.Popen(
+        self._process = Popen(
             [sys.executable, "-m", "stream_ctr.learn.river_ftrl", json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            stdin=PIPE,
+            stdout=PIPE,
             start_new_session=True,  # Ctrl-C reaches the trainer only, which closes the process
         )
         self._to_send: queue.SimpleQueue[tuple[bytes, ...] | None] = queue.SimpleQueue()
@@ -146,7 +146,7 @@ class BaselineProcess:
         self._process.send_signal(signal.SIGCONT)
         try:
             self._process.wait(timeout=_EXIT_SECONDS)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self._process.kill()
             self._process.wait()
 

@@ -40,12 +40,21 @@ class Learner(Protocol):
     """One of the paper's nine systems, made by `make_learner`. It learns from batches."""
 
     batch_size: int
-    steps: int
-    """The number of batches that were learned."""
-    restored: int
-    """The number of calls of `load_weights`, each of which ends what was learned before."""
-    touched: Touched | None
-    """The rows that were learned since they were last taken, after `track_touched`."""
+
+    @property
+    def steps(self) -> int:
+        """The number of batches that were learned."""
+        ...
+
+    @property
+    def restored(self) -> int:
+        """The number of calls of `load_weights`, each of which ends what was learned before."""
+        ...
+
+    @property
+    def touched(self) -> Touched | None:
+        """The rows that were learned since they were last taken, after `track_touched`."""
+        ...
 
     @property
     def pretraining(self) -> bool:

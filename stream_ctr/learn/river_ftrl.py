@@ -14,6 +14,7 @@ seen once still has weight zero. A weight is not zeroed when |z| <= l1. The inte
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -137,6 +138,8 @@ def main() -> None:
     os.dup2(2, 1)  # a library that prints must not write between two frames
     with contextlib.suppress(BrokenPipeError):  # the trainer has ended
         _serve(RiverFTRL(**json.loads(sys.argv[1])), sys.stdin.buffer, sink)
+    # At exit the interpreter looks for cycles among all objects, while the trainer waits.
+    gc.freeze()
 
 
 if __name__ == "__main__":

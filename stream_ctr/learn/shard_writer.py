@@ -12,6 +12,7 @@ shard: nothing of the table is kept, and the run goes on. Rank 0 never holds a r
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -130,9 +131,8 @@ class SharedCopy:
 
 
 class _Written(msgspec.Struct, array_like=True):
-    """A shard on disk, as its rank tells it to the others."""
+    """A shard on disk: its file, the digests of its rows, and whether they are finite."""
 
-    index: int
     sha256: str
     size: int
     table: bytes
@@ -143,58 +143,54 @@ class _Written(msgspec.Struct, array_like=True):
 class _Round(msgspec.Struct, array_like=True):
     """What a rank did in one round: it wrote a shard, had none to write, or has a problem."""
 
-    shard: _Written | None = None
+    written: _Written | None = None
     problem: str = ""
+    number: int = -1
+    """That of the shard."""
 
 
 def _write(ranks: Ranks, rows: Rows, folder: Path, stem: str) -> ShardsWritten:
     """Write the shards of this rank, in rounds that all ranks take together."""
     shards = shards_of(stem, rows.shape[0])
-    each = rows.shape[0] // len(shards)
-    own = shards[rows.first // each : (rows.first + len(rows.copy)) // each]
-    problem = _no_room(folder, rows.copy.nbytes)
+    size = rows.shape[0] // len(shards)
+    own = shards[rows.first // size : (rows.first + len(rows.copy)) // size]
+    problem = _no_room(folder, rows.copy.itemsize * math.prod(rows.shape))
     found: dict[int, tuple[int, _Written]] = {}
     for number in range(-(-len(shards) // ranks.size)):
         mine = _Round(problem=problem)
         if not problem and number < len(own):
-            mine = _written(folder, own[number], rows, each)
-        told = _told(ranks, mine)
-        if why := [f"rank {rank}: {each.problem}" for rank, each in told if each.problem]:
-            raise SnapshotError(why[0])
-        found |= {each.shard.index: (rank, each.shard) for rank, each in told if each.shard}
+            start = own[number].index * size - rows.first
+            mine = _write_shard(folder / own[number].name, rows.copy[start : start + size], rows)
+            mine.number = own[number].index
+        for rank, done in enumerate(_exchange(ranks, mine)):
+            if done.problem:
+                raise SnapshotError(f"rank {rank}: {done.problem}")
+            if done.written:
+                found[done.number] = rank, done.written
     if ranks.rank == 0:
         _require_here(folder, shards, found)
     return _together(folder, shards, [found[shard.index][1] for shard in shards], rows)
 
 
-def _told(ranks: Ranks, mine: _Round) -> Iterable[tuple[int, _Round]]:
-    """Return what each rank did in a round, by rank."""
-    data = np.frombuffer(msgspec.msgpack.encode(mine), np.uint8)
-    came = ranks.collect(data)
-    return list(enumerate(msgspec.msgpack.decode(each.tobytes(), type=_Round) for each in came))
+def _exchange(ranks: Ranks, mine: _Round) -> list[_Round]:
+    """Return what each rank did in a round."""
+    came = ranks.collect(np.frombuffer(msgspec.msgpack.encode(mine), np.uint8))
+    return [msgspec.msgpack.decode(each.tobytes(), type=_Round) for each in came]
 
 
-def _written(folder: Path, shard: Shard, rows: Rows, each: int) -> _Round:
+def _write_shard(path: Path, part: Floats, rows: Rows) -> _Round:
     """Write a shard. An error becomes a problem that all ranks hear of."""
-    start = shard.index * each - rows.first
-    part = rows.copy[start : start + each]
     try:
-        file = write_tensors(folder / shard.name, {TABLE: part})
+        file = write_tensors(path, {TABLE: part})
     except (OSError, SafetensorError, MemoryError) as error:
-        return _Round(problem=f"cannot write {shard.name}: {error or type(error).__name__}")
-    return _Round(
-        _Written(
-            shard.index,
-            *file,
-            slice_sha256(part),
-            slice_sha256(part[:, : rows.served]),
-            bool(np.isfinite(part).all()),
-        )
-    )
+        return _Round(problem=f"cannot write {path.name}: {error or type(error).__name__}")
+    served = slice_sha256(part[:, : rows.served])
+    finite = bool(np.isfinite(part).all())
+    return _Round(_Written(*file, slice_sha256(part), served, finite))
 
 
 def _no_room(folder: Path, needed: int) -> str:
-    """Return why so many bytes cannot be written, or "" if they can."""
+    """Return why a table of so many bytes cannot be written, or "" if it can."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError as error:
@@ -202,7 +198,7 @@ def _no_room(folder: Path, needed: int) -> str:
     if free >= needed:
         return ""
     return (
-        f"its rows need {needed / 2**20:,.1f} MiB, {folder} has {free / 2**20:,.1f} MiB free: "
+        f"the table needs {needed / 2**20:,.1f} MiB, {folder} has {free / 2**20:,.1f} MiB free: "
         "make room"
     )
 

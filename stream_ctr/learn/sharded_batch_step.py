@@ -134,7 +134,7 @@ class _Entries(NamedTuple):
         )
 
     def part(self, first: int, last: int) -> _Entries:
-        return _Entries(*(array[first:last] for array in self))
+        return _Entries(self.rows[first:last], self.grad_w[first:last], self.grad_v[first:last])
 
 
 def _arrays(entries: Sequence[_Entries], *, but: int) -> list[tuple[int, npt.NDArray[np.generic]]]:

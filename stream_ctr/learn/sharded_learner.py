@@ -73,8 +73,8 @@ class ShardedLearner:
     def pretraining(self) -> bool:
         return self.network.pretraining
 
-    def _announce(self, method: str, **arguments: Any) -> None:
-        self._team.announce(self.number, method, **arguments)
+    def _announce(self, method: str, *others: int, **arguments: Any) -> None:
+        self._team.announce(self.number, method, *others, **arguments)
 
     def learn(
         self,
@@ -128,7 +128,11 @@ class ShardedLearner:
         table: Any = weights[TABLE]
         with self._lock:
             if isinstance(table, StoredTable):
-                place = {"folder": str(table.folder), "stem": table.stem, "files": {**table.files}}
+                place: dict[str, Any] = {
+                    "folder": str(table.folder),
+                    "stem": table.stem,
+                    "files": {**table.files},
+                }
                 self._announce("load_stored", **place)
                 self.network.load_stored(weights, **place)
             else:
@@ -162,7 +166,7 @@ class ShardedLearner:
 
     def copy_weights_to(self, other: ShardedLearner) -> None:
         with self._lock, other._lock:
-            self._announce("copy_weights_to", others=[other.number])
+            self._announce("copy_weights_to", other.number)
             self.network.copy_weights_to(other.network)
 
 

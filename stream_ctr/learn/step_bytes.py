@@ -19,6 +19,7 @@
                        the one before -> rank     4 for each example of its head
                        rank with parts -> each    16, and 4 R for each row that it passes on or
                                                   gives back to another rank
+                       rank -> rank 0             4 n where the logits are those without dropout
     adagrad, adam      each -> each               8
                        rank -> owner              4 (2 + K) for each entry (example, column) whose
                                                   row another rank has
@@ -48,7 +49,8 @@ class StepShape:
     """The sizes of a network, as far as the bytes of a step depend on them.
 
     `row_floats` are those of a row that are in use. `parameters` is 0 for a model without dense
-    gradients, and with `slopes_w` the network reads the first-order weights.
+    gradients, and with `slopes_w` the network reads the first-order weights. With
+    `undropped`, the online rule drops units and returns the logits without dropout as well.
     """
 
     columns: int
@@ -59,6 +61,7 @@ class StepShape:
     online: bool = True
     network: bool = True
     slopes_w: bool = False
+    undropped: bool = False
 
 
 def bytes_a_step(
@@ -112,6 +115,7 @@ def _online(shape: StepShape, shares: Sequence[Share], passed: float) -> float:
         + _INTERCEPT * messages
         + _FLOAT * shape.row_floats * passed
         + _LOGIT * sum(len(share.steps) for share in shares[1:])
+        + _FLOAT * shape.undropped * sum(len(share.examples) for share in shares[1:])
     )
 
 

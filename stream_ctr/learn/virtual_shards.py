@@ -49,7 +49,7 @@ class VirtualShards:
         shards = self.of_rank(rank)
         return range(shards.start * self.rows_each, shards.stop * self.rows_each)
 
-    def edges(self, rows: npt.NDArray[np.int32]) -> list[int]:
+    def edges(self, rows: npt.NDArray[np.integer]) -> list[int]:
         """Return where the rows of each rank begin in ascending `rows`, and where the last end."""
         found: list[int] = np.searchsorted(rows, self._inner_bounds).tolist()
         return [0, *found, len(rows)]

@@ -349,8 +349,8 @@ def load(
     serves. The arrays may be changed by the caller. `any_name` is that of `verify`, and
     `SnapshotError` is raised as there.
 
-    A table is one array, whether the snapshot has it in shards or not. With `stored`, tables stay in
-    their files: a `StoredTable` stands for each of them, of which every rank reads its rows.
+    A table is one array, whether the snapshot has it in shards or not. With `stored`, tables stay
+    in their files: a `StoredTable` stands for each of them, of which every rank reads its rows.
     """
     manifest = _verified_manifest(path, manifest_sha256, signature, any_name, partial)
     present = [

@@ -20,7 +20,7 @@ class BatchCutter:
     ...     none = np.zeros((n, 0), np.float32)
     ...     label = np.zeros(n, np.uint8)
     ...     ids = none.astype(np.int32)
-    ...     return Examples(number.astype(np.uint64), number, ids, none, label, label)
+    ...     return Examples(number.astype(np.uint64), number, ids, none, label, label, number)
     >>> batches = BatchCutter(lambda seen: 3)
     >>> batches.add(examples(0, 2))
     >>> batches.next() is None
@@ -77,5 +77,7 @@ class BatchCutter:
     def load_state_dict(self, state: dict[str, Array]) -> None:
         """Restore what `state_dict` returned."""
         waiting = {name: array for name, array in state.items() if name != "cut"}
+        if waiting:
+            waiting.setdefault("closed_ms", waiting["time"])  # an older state lacks it
         self._parts = [Examples(**waiting)] if waiting else []
         self._cut = int(state["cut"][0])

@@ -151,13 +151,15 @@ class Waiting(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     The first examples are learned when the events of all partitions have reached the event time
     `until`, where the first label window closes; they have reached `reached`. `held_by` names the
-    partitions without an event yet, and `ready` examples wait for a full batch.
+    partitions without an event yet, and `ready` examples wait for a full batch. Of the pending
+    impressions, `labelled` are examples that came with their label, which wait for no click.
     """
 
     until: Moment | None
     reached: Moment | None
     held_by: list[str]
     ready: Count
+    labelled: Count = 0
 
 
 class Published(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -372,6 +374,7 @@ def _waiting(
         reached=rfc3339(joiner.watermark + lateness_ms if joiner.watermark > NOT_YET else None),
         held_by=partition_words(np.flatnonzero(without_event).tolist(), partitions),
         ready=len(state.batches),
+        labelled=joiner.pending_labelled,
     )
 
 

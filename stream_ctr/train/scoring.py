@@ -35,7 +35,8 @@ class LearnedBatch:
 
     `logits` maps each model to its logits from before the update, of the examples that
     `chosen[model]` (bool [n]) marks, or of all n. `served` maps each model that is scored as
-    served to logits [n], NaN where an example is not.
+    served to logits [n], NaN where an example is not. Impressions before `closed_ms` were learned
+    in this batch or before it.
     """
 
     id_hash: npt.NDArray[np.uint64]
@@ -46,6 +47,7 @@ class LearnedBatch:
     chosen: dict[str, npt.NDArray[np.bool_]]
     served: dict[str, npt.NDArray[np.float32]]
     ends_pretraining: bool
+    closed_ms: int
 
 
 class ScoringQueue:
@@ -143,10 +145,7 @@ class ScoringQueue:
         self._keep(learned)
         if learned.ends_pretraining:
             self._scoreboard.begin_anew(_PRETRAINING_ENDED)
-        # Joined examples come in event-time order. Beside them, those that came with their label
-        # are ahead: then the windows of the earliest stay open.
-        in_order = (np.diff(learned.time) >= 0).all()
-        self.close_windows(int(learned.time[-1] if in_order else learned.time.min()))
+        self.close_windows(learned.closed_ms)
 
     def _score_served(self, learned: LearnedBatch) -> None:
         """Measure the served predictions beside the progressive ones of the same examples."""

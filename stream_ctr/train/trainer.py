@@ -230,6 +230,8 @@ class Trainer:
             self._fields.finish()
             self._learn_ready(partial=not self._keep_open)
         self._settle(wait=True)
+        if finished and self._all_learned:
+            self._unscored.close_windows(self.state.last_event_ms or 0)
         if self._has_changed():
             self.cut()
             self._settle(wait=True)
@@ -249,6 +251,10 @@ class Trainer:
                 self._handle(poll)
         finally:
             self.ingest.close()
+
+    @property
+    def _all_learned(self) -> bool:
+        return not self.state.joiner.pending and not len(self.state.batches)
 
     def _has_changed(self) -> bool:
         """Return whether there is anything to write a last snapshot for."""
@@ -383,6 +389,7 @@ class Trainer:
                 chosen=step.chosen,
                 served=self._score_as_served(step.batch),
                 ends_pretraining=step.ends_pretraining,
+                closed_ms=int(step.batch.closed_ms[-1]),
             )
         )
         failpoint("learn.after")

@@ -16,7 +16,7 @@ TINY = [
     part
     for pair in (
         "model.hidden=8",
-        "model.embedding_dim=2",
+        "model.embedding_dim=4",
         "model.table_bits=10",
         "learn.batch_size=64",
         "learn.threads=1",

@@ -4,6 +4,8 @@ A process that starts by itself spends seconds of processor time before it reads
 imports modules and loads compiled code. `start` forks one from a server that has all of that. It is
 a process like any other: it can be killed, stopped and waited for, and has a failpoint of its own.
 Elsewhere than on Linux a command starts by itself.
+
+`Process` is `subprocess.Popen` for `python -m stream_ctr` and for the program of the baseline.
 """
 
 from __future__ import annotations
@@ -15,11 +17,13 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _SET_CHILD_SUBREAPER = 36  # prctl(2): orphans among the descendants become children
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def start(
@@ -27,8 +31,7 @@ def start(
 ) -> subprocess.Popen[Any]:
     """Start `stream-ctr` with these arguments; `options` are those of `subprocess.Popen`."""
     command = [sys.executable, "-m", "stream_ctr", *map(str, arguments)]
-    make = _Forked if sys.platform == "linux" else subprocess.Popen
-    return make(command, env=env, **options)
+    return Process(command, env=env, **options)
 
 
 def run(
@@ -52,16 +55,24 @@ class _Forked(subprocess.Popen[Any]):
             number if pipe == -1 else pipe
             for number, pipe in enumerate((read, write, write_errors))
         ]
-        request = {"arguments": args[3:], "environment": dict(environment or os.environ)}
-        connection = _server()
-        take_orphans_in(True)
-        try:
-            socket.send_fds(connection, [json.dumps(request).encode()], standard)
-            self.pid = int(connection.recv(100))
-        finally:
-            take_orphans_in(False)
+        request = {
+            "module": args[2],
+            "arguments": args[3:],
+            "environment": dict(environment or os.environ),
+        }
+        with _ONE_AT_A_TIME:
+            connection = _server()
+            take_orphans_in(True)
+            try:
+                socket.send_fds(connection, [json.dumps(request).encode()], standard)
+                self.pid = int(connection.recv(100))
+            finally:
+                take_orphans_in(False)
         self._child_created = True
         self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
+
+
+Process = _Forked if sys.platform == "linux" else subprocess.Popen
 
 
 def take_orphans_in(yes: bool) -> None:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import resource
-import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import structs
 
 from stream_ctr.distributed.ranks import Ranks
 from stream_ctr.distributed.team import Team
-from stream_ctr.learn import shard_writer
 from stream_ctr.learn.learner import Learner, make_learner
 from stream_ctr.learn.network_learner import NetworkLearner
 from stream_ctr.learn.shard_files import StoredTable, read_rows, shards_of
 from stream_ctr.learn.shard_writer import Rows, ShardsWritten, ShardWriter, SharedCopy
 from stream_ctr.learn.spec import LearnerSpec
 from stream_ctr.learn.tensors import State, Tensors
+from stream_ctr.snapshots import snapshot
 
 SERVED = 5  # floats of a row
 
@@ -55,7 +54,7 @@ class HeldRows:
         read_rows(Path(folder), stem, files, shape=shape, rows=self.own, out=self.rows)
 
     def spoil(self, *, rank: int, how: str) -> None:
-        """Make files too large, a number not finite, or the next shard deadly; or mend it all."""
+        """Make files too large or a number not finite, or mend both."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         self.rows[:] = np.nan_to_num(self.rows, nan=0.0)
         if rank != self._rank:
@@ -64,13 +63,6 @@ class HeldRows:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))
         elif how == "nan":
             self.rows[-1, -1] = np.nan
-        elif how == "killed":
-            shard_writer.write_tensors = _die  # type: ignore[assignment]
-
-
-def _die(path: Path, named: object) -> None:
-    path.write_bytes(b"a part of it")
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class HeldTable:
@@ -83,7 +75,7 @@ class HeldTable:
 
     def load(self, stored: StoredTable) -> None:
         assert stored.shape == self.own.shape
-        arguments = {
+        arguments: dict[str, Any] = {
             "folder": str(stored.folder),
             "stem": stored.stem,
             "files": dict(stored.files),
@@ -95,6 +87,23 @@ class HeldTable:
         """Let something go wrong on a rank from now on, or right again everywhere."""
         self._team.announce(self._number, "spoil", rank=rank, how=how)
         self.own.spoil(rank=rank, how=how)
+
+
+def in_shards(path: Path, sequence: int) -> Path:
+    """Write the state of a snapshot once more, with its tables in shards."""
+    found, tensors = snapshot.load(path)
+    segments: dict[str, tuple[Path, str, int]] = {}
+    for stem, named in tensors.items():
+        if "table" in named:
+            folder = path.parent / f"tmp-{stem}"
+            folder.mkdir()
+            rows = named.pop("table")
+            writer = ShardWriter(Ranks.alone())
+            writer.begin(Rows(rows, 0, rows.shape, SERVED), folder, stem)
+            segments |= writer.written().files
+    name = snapshot.new_id(sequence, found.event_time_ms)
+    described = structs.replace(found, snapshot=name, sequence=sequence, files={})
+    return snapshot.write(path.parent, tensors=tensors, manifest=described, segments=segments)
 
 
 class OneRankLearner(NetworkLearner):

@@ -153,8 +153,8 @@ function waitingWords(now) {
   }
   if (moment(waiting.until) === null) return "No example yet: waiting for the first impression.";
   const words =
-    `No example yet: ${count(now.pending)} impressions wait for their clicks. The first are ` +
-    `learned when event time is ${clock(waiting.until)}`;
+    `No example yet: ${pendingWords(now)}. The first are learned when event time is ` +
+    clock(waiting.until);
   const held = list(waiting.held_by).map(String);
   if (held.length) {
     const more = held.length > 3 ? ` and ${held.length - 3} others` : "";
@@ -163,6 +163,15 @@ function waitingWords(now) {
   if (moment(waiting.reached) === null) return `${words}.`;
   const left = (moment(waiting.until) - moment(waiting.reached)) / 1000;
   return `${words}; it is ${clock(waiting.reached, waiting.until)}, ${duration(left)} to go.`;
+}
+
+function pendingWords(now) {
+  const labelled = number(object(now.waiting).labelled) || 0;
+  const impressions = number(now.pending) - labelled;
+  const examples = `${count(labelled)} labelled examples`;
+  if (labelled && !impressions) return `${examples} wait for those before them`;
+  const words = `${count(impressions)} impressions wait for their clicks`;
+  return labelled ? `${words}, ${examples} for those before them` : words;
 }
 
 // -- alarms --------------------------------------------------------------------------------------
