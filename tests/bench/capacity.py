@@ -114,8 +114,8 @@ def median(speed: Cases, case: str, name: str, unit: str) -> Input:
 
 def difference(speed: Cases, case: str, name: str, without: str) -> Input:
     """Return the bytes of one of a million waiting impressions."""
-    values = [contender(speed, case, each).get("median") for each in (name, without)]
-    value = None if None in values else values[0] - values[1]  # MB for a million
+    waiting, none = (contender(speed, case, each).get("median") for each in (name, without))
+    value = None if waiting is None or none is None else waiting - none  # MB for a million
     return Input("a waiting impression", value, "bytes", source_of(speed, case))
 
 

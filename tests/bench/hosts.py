@@ -93,8 +93,8 @@ class TwoHosts:
             yield
         finally:
             for device, before in ends:
-                command = [*before, "tc", "qdisc", "del", "dev", device, "root"]
-                subprocess.run(command, capture_output=True, check=False)
+                remove = [*before, "tc", "qdisc", "del", "dev", device, "root"]
+                subprocess.run(remove, capture_output=True, check=False)
 
     def bytes_carried(self) -> int:
         """Return the bytes that the link has carried in both directions."""
