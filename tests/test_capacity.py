@@ -34,6 +34,7 @@ def inputs(**given: float | None) -> Inputs:
         "decode": 300_000,
         "join": 1_000_000,
         "ftrl": 5_360_000,
+        "besides": 500_000,
         "waiting": 200,
         "events": 1.0,
     }
@@ -221,8 +222,14 @@ def test_the_inputs_are_those_of_the_kept_benchmarks_with_machine_and_commit() -
     assert (found.dense.value, found.cores) == (train, 2)
     assert speed["train"]["commit"] in found.dense.source
     assert found.waiting.value == pytest.approx(229, abs=1)
-    assert (found.turns.value, found.turns.source) == (500_000, "`ranks.py stages`; 2 x this")
-    assert capacity.read_inputs(speed, {}).turns.value is None
+    assert (found.turns.value, found.turns.source) == (
+        500_000,
+        "`tests/bench/ranks.py stages`; 2 x this",
+    )
+    assert found.besides.value is None
+    bound = {"memory": {"results": {"bound": [3.0, 1.0, 2.0]}, "machine": "2 x this"}}
+    found = capacity.read_inputs(speed, bound)
+    assert (found.turns.value, found.besides.value) == (None, 2.0)
 
 
 def test_a_page_has_a_row_for_each_stream_and_its_formulas(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ NOT_RUN = {
     " --page docs/serving-performance.md": "a benchmark",
     "python tests/bench/freshness.py --json docs/deltas.json --page docs/deltas.md": "a benchmark",
     "python tests/bench/deltas.py --json docs/deltas.json --page docs/deltas.md": "a benchmark",
+    "python tests/bench/ranks.py --json docs/scaling.json --page docs/scaling.md": "a benchmark",
+    "python tests/bench/capacity.py --page docs/scaling.md": "writes the page",
     "stream-ctr paper --data train.txt --format criteo --out report --quick": "needs a Criteo log",
     "stream-ctr paper --data train.txt --format criteo --out report": "needs a Criteo log",
     "stream-ctr paper --simulate 1000000 --out report": "takes an hour",

@@ -534,7 +534,12 @@ def test_a_run_that_waits_says_for_what(tab: Tab, port: Port, truth: dict[str, A
 def test_a_run_that_waits_counts_labelled_examples_apart(
     tab: Tab, port: Port, truth: dict[str, Any]
 ) -> None:
-    waiting = {"until": "2025-01-01T00:10:30.000Z", "reached": None, "held_by": [], "ready": 0}
+    waiting: dict[str, Any] = {
+        "until": "2025-01-01T00:10:30.000Z",
+        "reached": None,
+        "held_by": [],
+        "ready": 0,
+    }
     for labelled, words in (
         (1234, "1,234 labelled examples wait for those before them"),
         (

@@ -18,20 +18,20 @@ import time
 from datetime import timedelta
 
 import msgspec
-import torch.distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 _NAME = "stream_ctr/start"
 _LOOK_SECONDS = 0.05
 
 
-def torchrun_store(rank: int, size: int, *, timeout_seconds: float) -> dist.Store | None:
+def torchrun_store(rank: int, size: int, *, timeout_seconds: float) -> Store | None:
     """Return the meeting place in the store that torchrun keeps.
 
     Returns None where rank 0 keeps the store, which is new at each start.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -40,12 +40,13 @@ def torchrun_store(rank: int, size: int, *, timeout_seconds: float) -> dist.Stor
     return meeting_place(store, rank, size, timeout_seconds=timeout_seconds)
 
 
-def meeting_place(store: dist.Store, rank: int, size: int, *, timeout_seconds: float) -> dist.Store:
+def meeting_place(store: Store, rank: int, size: int, *, timeout_seconds: float) -> Store:
     """Return a part of the `store` that only the ranks of this start know.
 
     Every rank calls it. Raises `RuntimeError` if a rank does not come in time.
 
-    >>> place = meeting_place(dist.HashStore(), 0, 1, timeout_seconds=1.0)
+    >>> from torch.distributed import HashStore
+    >>> place = meeting_place(HashStore(), 0, 1, timeout_seconds=1.0)
     >>> place.set("address", "localhost")
     """
     if rank == 0:
@@ -53,10 +54,10 @@ def meeting_place(store: dist.Store, rank: int, size: int, *, timeout_seconds: f
         _lead(store, name, size, timeout_seconds)
     else:
         name = _follow(store, rank, time.monotonic() + timeout_seconds)
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
-def _lead(store: dist.Store, name: str, size: int, timeout_seconds: float) -> None:
+def _lead(store: Store, name: str, size: int, timeout_seconds: float) -> None:
     store.set(_NAME, name)
     answers = [_answer(name, rank) for rank in range(1, size)]
     if answers:
@@ -64,7 +65,7 @@ def _lead(store: dist.Store, name: str, size: int, timeout_seconds: float) -> No
     store.set(_go(name), msgspec.json.encode([store.get(key).decode() for key in answers]).decode())
 
 
-def _follow(store: dist.Store, rank: int, deadline: float) -> str:
+def _follow(store: Store, rank: int, deadline: float) -> str:
     own = secrets.token_hex(8)
     answered: str | None = None
     while time.monotonic() < deadline:
@@ -80,7 +81,7 @@ def _follow(store: dist.Store, rank: int, deadline: float) -> str:
     raise RuntimeError("rank 0 did not come")
 
 
-def _value(store: dist.Store, key: str) -> str | None:
+def _value(store: Store, key: str) -> str | None:
     return store.get(key).decode() if store.check([key]) else None
 
 

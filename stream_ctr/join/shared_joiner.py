@@ -79,10 +79,9 @@ class Release(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """The oldest pending impression, and how many pending ones came with their label."""
+    """The event time of the oldest pending impression, None if there is none."""
 
     oldest_ms: int | None
-    labelled: int
 
 
 class _News(NamedTuple):
@@ -329,11 +328,9 @@ class SharedJoiner:
     def waiting(self) -> Waiting:
         """Return what waits on all ranks, on rank 0; every rank looks at all that it has."""
         oldest_ms = self.joiner.oldest_pending_ms
-        own = [] if oldest_ms is None else [oldest_ms, self.joiner.pending_labelled]
-        told = [each.tolist() for each in self._ranks.gather(np.array(own, np.int64)) if len(each)]
-        if not told:
-            return Waiting(None, 0)
-        return Waiting(min(oldest for oldest, _ in told), sum(labelled for _, labelled in told))
+        own = [] if oldest_ms is None else [oldest_ms]
+        told = self._ranks.gather(np.array(own, np.int64))
+        return Waiting(min((int(each[0]) for each in told if len(each)), default=None))
 
     def _gather_figures(
         self,

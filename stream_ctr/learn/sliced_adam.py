@@ -60,17 +60,24 @@ class SlicedAdam:
         self, gradients: Tensor, parts: Sequence[int], steps: int, *, rate_scale: float = 1.0
     ) -> None:
         """Step this rank's slice, after the transfers of `start`, and fetch those of the others."""
-        number = torch.tensor(float(steps))
         if self._ranks.size == 1:
+            # Adam counts a step in the tensor that it is given, so each piece has its own.
             self._pool.run(
                 [
-                    partial(self._adam.step, gradients, number, piece, rate_scale=rate_scale)
+                    partial(
+                        self._adam.step,
+                        gradients,
+                        torch.tensor(float(steps)),
+                        piece,
+                        rate_scale=rate_scale,
+                    )
                     for piece in self._adam.pieces(self._pool.threads)
                 ]
             )
             return
         summed = sum_in_order(self._in_order(gradients, parts))
-        self._adam.apply(summed, number, self._slices[self._ranks.rank], rate_scale=rate_scale)
+        own = self._slices[self._ranks.rank]
+        self._adam.apply(summed, torch.tensor(float(steps)), own, rate_scale=rate_scale)
         self._fetch(self._adam.vector)
         self._adam.refresh()
 

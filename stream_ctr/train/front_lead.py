@@ -213,11 +213,6 @@ class FrontJoiner:
         return self._shared.figures.filled
 
     @property
-    def pending_labelled(self) -> int:
-        """The number of the pending that are examples which came with their label."""
-        return self._look().labelled
-
-    @property
     def oldest_pending_ms(self) -> int | None:
         """The event time of the oldest pending impression, or None if there is none."""
         return self._look().oldest_ms

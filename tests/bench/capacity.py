@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import shlex
+import statistics
 import sys
 from collections.abc import Mapping
 from functools import cache
@@ -83,6 +84,7 @@ def read_inputs(speed: Cases, ranks: Cases) -> Inputs:
     return Inputs(
         dense=median(speed, "train", "ours, bf16", "examples/s"),
         turns=turns_input(ranks),
+        besides=besides_input(ranks),
         decode=median(speed, "ingest-wide", "ours, kafka-python", "events/s"),
         join=median(speed, "join", "ours", "events/s"),
         ftrl=median(speed, "ftrl", "ours", "examples/s"),
@@ -112,8 +114,8 @@ def median(speed: Cases, case: str, name: str, unit: str) -> Input:
 
 def difference(speed: Cases, case: str, name: str, without: str) -> Input:
     """Return the bytes of one of a million waiting impressions."""
-    values = [contender(speed, case, each).get("median") for each in (name, without)]
-    value = None if None in values else values[0] - values[1]  # MB for a million
+    waiting, none = (contender(speed, case, each).get("median") for each in (name, without))
+    value = None if waiting is None or none is None else waiting - none  # MB for a million
     return Input("a waiting impression", value, "bytes", source_of(speed, case))
 
 
@@ -130,9 +132,21 @@ def turns_input(ranks: Cases) -> Input:
     name = "sub-batches alone"
     case = ranks.get("stages")
     if case is None:
-        return Input(name, None, "examples/s", "`ranks.py stages`: not measured")
+        return Input(name, None, "examples/s", "`tests/bench/ranks.py stages`: not measured")
     seconds = case["results"]["seconds"]["sub-batches"]
-    return Input(name, 1.0 / seconds, "examples/s", f"`ranks.py stages`; {case['machine']}")
+    return Input(
+        name, 1.0 / seconds, "examples/s", f"`tests/bench/ranks.py stages`; {case['machine']}"
+    )
+
+
+def besides_input(ranks: Cases) -> Input:
+    """Return the examples a second of a run without a network: what rank 0 does besides."""
+    name = "everything but the network, one process"
+    case = ranks.get("memory")
+    if case is None:
+        return Input(name, None, "examples/s", "`tests/bench/ranks.py memory`: not measured")
+    value = statistics.median(case["results"]["bound"])
+    return Input(name, value, "examples/s", f"`tests/bench/ranks.py memory`; {case['machine']}")
 
 
 def cores_of(machine: str) -> int:
@@ -172,7 +186,7 @@ def page(inputs: Inputs, machine: Machine, law: delta_sizes.Law, command: str) -
 
 
 def inputs_table(inputs: Inputs) -> str:
-    measured = (inputs.dense, inputs.turns, inputs.decode, inputs.join, inputs.ftrl)
+    measured = (inputs.dense, inputs.turns, inputs.ftrl, inputs.besides, inputs.decode, inputs.join)
     rows: list[list[object]] = [
         [each.name, with_unit(each), each.source]
         for each in (*measured, inputs.waiting, inputs.events)
@@ -398,6 +412,7 @@ part. The bytes between two ranks stand in `tests/bench/capacity_model.py`.
 | dense compute | `train` / its cores x the cores that have a part of the batch |
 | sub-batch turns | `stages`: one core steps the sub-batches of all ranks, one after another |
 | FTRL experts, rate | `ftrl` x F / (2 F + 2 (F + 190)): the columns that four regressions read |
+| rank 0 besides | `memory`: a run without a network; ranks take its decoding and joining over |
 | decode; join | `ingest-wide` / its cores x the cores of N ranks; `join` x N |
 | waiting | examples/s x 630 s x bytes of an impression; beyond `join.max_memory` on disk |
 | a delta | 4 P + each table's min(4 D, rows / 8) + 4 D, DeepFM's 44 D; no pair comes twice |

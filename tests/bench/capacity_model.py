@@ -41,7 +41,7 @@ from stream_ctr.learn.step import SUB_BATCH
 from stream_ctr.learn.step_bytes import StepShape, bytes_a_step
 from stream_ctr.learn.table_kernels import floats_in_use, row_floats
 
-RATED = 6
+RATED = 7
 """The first so many `resources` are examples or events a second; the others are bytes."""
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 USUAL_BATCH = 4096
@@ -350,6 +350,8 @@ class Inputs:
     decode: Input
     join: Input
     ftrl: Input
+    besides: Input
+    """Examples a second of everything but the network, in one process."""
     waiting: Input
     events: Input
     """Events an example: clicks come to impressions."""
@@ -430,6 +432,7 @@ def resources(inputs: Inputs, machine: Machine, stream: Stream, ranks: int) -> l
         Resource("sub-batch turns", examples, inputs.turns.value),
         Resource("network", examples, network_limit(step, model, batch, machine.link, inputs)),
         Resource("FTRL experts", examples, experts),
+        Resource("rank 0 besides", examples, inputs.besides.value),
         Resource("decode", stream.events, per_core(inputs.decode, inputs.cores, cores)),
         Resource("join", stream.events, times(inputs.join.value, ranks)),
         Resource("disk", written, machine.disk),

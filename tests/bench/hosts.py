@@ -89,12 +89,12 @@ class TwoHosts:
         try:
             for device, before in ends:
                 for command in link.commands():
-                    _run([*before, "tc", "qdisc", "add", "dev", device, *command.split()])
+                    _add([*before, "tc", "qdisc", "add", "dev", device], command)
             yield
         finally:
             for device, before in ends:
-                command = [*before, "tc", "qdisc", "del", "dev", device, "root"]
-                subprocess.run(command, capture_output=True, check=False)
+                remove = [*before, "tc", "qdisc", "del", "dev", device, "root"]
+                subprocess.run(remove, capture_output=True, check=False)
 
     def bytes_carried(self) -> int:
         """Return the bytes that the link has carried in both directions."""
@@ -118,6 +118,15 @@ def two_hosts() -> Iterator[TwoHosts]:
         except (NoOtherMachine, FileNotFoundError) as error:
             raise NotRun(str(error)) from None
         yield TwoHosts(machine)
+
+
+def _add(before: list[str], command: str) -> None:
+    """Give an end of a link a limit. Raises `NotRun` with the kind of the limit if it cannot."""
+    try:
+        _run([*before, *command.split()])
+    except NotRun as error:
+        kind = "netem" if "netem" in command else "tbf"
+        raise NotRun(f"{kind} is not in this kernel: {str(error).rpartition(': ')[2]}") from None
 
 
 def _run(command: list[str]) -> str:

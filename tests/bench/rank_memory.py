@@ -34,6 +34,7 @@ from bench.streams import STREAMS
 
 RANKS = (1, 2, 4)
 SMALL_BITS = 12
+LEAST_IMPRESSIONS = 60_000  # a run must go on while it is sampled
 TOLERANCE = 0.10
 WITHOUT_NETWORK = (
     "--model",
@@ -55,7 +56,8 @@ def measure(options: argparse.Namespace) -> Result:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         log = directory / "log.jsonl"
-        STREAMS[options.stream](options.impressions).write_jsonl(log)
+        impressions = max(options.impressions, LEAST_IMPRESSIONS)
+        STREAMS[options.stream](impressions).write_jsonl(log)
         common = ["--source", log, *extra(options), "-X", "learn.threads=1"]
         common += ["-X", "schedule.report_every=200ms", "-X", "schedule.snapshot_every=1d"]
         sizes = {"large": bits, "small": SMALL_BITS}
@@ -63,11 +65,11 @@ def measure(options: argparse.Namespace) -> Result:
         def held(ranks: int, model: str, size: str) -> Result:
             arguments = [*common, *MODELS[model], "-X", "metrics.served_share=0"]
             arguments += ["-X", f"model.table_bits={sizes[size]}"]
-            return memory(directory, ranks, arguments, options.impressions // 4)
+            return memory(directory, ranks, arguments, impressions // 20)
 
         return {
             "bits": bits,
-            "impressions": options.impressions,
+            "impressions": impressions,
             "table": {
                 str(ranks): {size: held(ranks, ALONE, size) for size in sizes} for ranks in RANKS
             },
@@ -93,7 +95,8 @@ def bound(directory: Path, log: Path, options: argparse.Namespace) -> list[float
 def memory(directory: Path, ranks: int, arguments: Sequence[object], examples: int) -> Result:
     """Return the resident bytes of each rank once a run has learned so many examples.
 
-    The run is then stopped. Raises `NotRun` if it ends before.
+    The run is then stopped. Raises `NotRun` if it ends or writes a snapshot before, which takes
+    copies of the rows.
     """
     with (
         rank_runs.new_state(directory) as state,
@@ -102,6 +105,8 @@ def memory(directory: Path, ranks: int, arguments: Sequence[object], examples: i
         report = reached(state, process, examples)
         pids = rank_pids(process.popen.pid)
         sampled = [samples(pids, "VmRSS") for _ in range(_SAMPLES)]
+        if list((state / "snapshots").glob("*")):
+            raise NotRun("the run wrote a snapshot while it was sampled: give it more impressions")
         river = sum(map(status_bytes, children(pids[0])))
         process.popen.terminate()
         peak = peaks(pids, lambda: process.popen.poll() is None)

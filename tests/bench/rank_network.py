@@ -155,7 +155,7 @@ def table(results: Result) -> str:
     whole = formatted(
         ["link", "examples/s of a whole run, DeepFM alone"],
         [
-            [link, found if isinstance(found, str) else f"{found:,.0f}"]
+            [link, f"not measured: {found}" if isinstance(found, str) else f"{found:,.0f}"]
             for link, found in results["runs"].items()
         ],
     )

@@ -21,7 +21,7 @@ from bench.environments import NotRun
 from bench.rank_runs import Result, Run
 from bench.rank_throughput import SHARE_OF_RIVER, extra
 from bench.streams import STREAMS, replay
-from stream_ctr.failpoint import EXIT_CODE, VARIABLE
+from stream_ctr.failpoint import VARIABLE
 
 PARTITIONS = 8
 TOPIC = "events"
@@ -95,14 +95,12 @@ def with_kill(ranks: int, state: Path, arguments: Sequence[object]) -> None:
     with rank_runs.started(
         ranks, ["run", "--state", state, *arguments], environment={VARIABLE: KILLED_AT}
     ) as (process,):
-        status = process.wait()
-        if status == 0:
+        if process.wait() == 0:
             raise RuntimeError(f"{ranks} ranks: the run ended before it was killed")
+        message = process.message()
     after = newest(state)
     if after is None or (before is not None and after.examples <= before.examples):
-        raise NotRun(
-            f"{ranks} ranks left no newer snapshot (status {status}): {EXIT_CODE} expected"
-        )
+        raise NotRun(f"{ranks} ranks left no newer snapshot: {message}")
 
 
 def words(ranks: Sequence[int]) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +23,7 @@ from stream_ctr.connectors.embedded import dies_with_parent, free_port
 Result = dict[str, Any]
 WAIT_SECONDS = 7200.0
 STOP_SECONDS = 30.0
+POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +102,20 @@ def run(
     """Run to the end. Raises `NotRun` with the last message unless it ends with `status`."""
     options = ["run", "--state", state, *arguments]
     with started(ranks, options, hosts=hosts, environment=environment) as processes:
-        for process in processes:
-            if process.wait() != status:
+        for process in in_order_of_their_ends(processes):
+            if process.popen.returncode != status:
                 ended = f"{described(ranks)} ended with status {process.popen.returncode}"
                 raise NotRun(f"{ended}: {process.message()}")
+
+
+def in_order_of_their_ends(processes: Sequence[Process]) -> Iterator[Process]:
+    """Yield each process once it has ended; one that fails would leave the others waiting."""
+    running = list(processes)
+    while running:
+        for process in [each for each in running if each.popen.poll() is not None]:
+            running.remove(process)
+            yield process
+        time.sleep(POLL_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +162,9 @@ def started(
                 variables["GLOO_SOCKET_IFNAME"] = hosts.devices[host]
             errors = stack.enter_context(tempfile.TemporaryFile("w+"))
             popen = subprocess.Popen(
-                dies_with_parent(command_of(ranks, arguments, host=host, hosts=hosts, port=port)),
+                dies_with_parent(
+                    absolute(command_of(ranks, arguments, host=host, hosts=hosts, port=port))
+                ),
                 cwd=ROOT,
                 env=variables,
                 stdin=subprocess.DEVNULL,
@@ -159,6 +174,15 @@ def started(
             processes.append(Process(popen, errors))
             stack.callback(processes[-1].end)
         yield processes
+
+
+def absolute(command: Sequence[str]) -> list[str]:
+    """Return the command line with the path of its program.
+
+    >>> absolute(["sh", "-c", "true"])[0].endswith("/sh")
+    True
+    """
+    return [shutil.which(command[0]) or command[0], *command[1:]]
 
 
 @contextlib.contextmanager

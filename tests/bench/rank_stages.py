@@ -11,6 +11,7 @@ import itertools
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from support.record import formatted
@@ -37,7 +38,7 @@ def measure(options: argparse.Namespace) -> Result:
     """Return the median seconds an example of each stage over the rounds."""
     set_up_process()
     rows = 1 << options.train_bits
-    precision = choose_precision("auto", choose_device("cpu"))
+    precision: Any = choose_precision("auto", choose_device("cpu"))
     spec = LearnerSpec(
         fields=zipf.FIELDS,
         hidden=tuple(options.hidden),

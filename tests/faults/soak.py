@@ -174,7 +174,9 @@ class TrainerSoak:
             directory=directory,
             surroundings=Surroundings(flags=schedule),
         )
-        self.joiner = self._trainer.state.joiner
+        joiner = self._trainer.state.joiner
+        assert isinstance(joiner, LabelJoiner)  # a run in one process
+        self.joiner = joiner
         self.within = True
         values = pa.array([f"value-{number}" for number in range(FEATURE_VALUES)])
         draws = np.random.default_rng(0).integers(0, len(values), (FIELDS, 1 << 14))

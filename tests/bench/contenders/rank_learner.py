@@ -48,7 +48,7 @@ def main() -> None:
     )
     for _ in range(_WARM_UP_STEPS):
         learner.learn(*next(batches))
-    note = f"{spec.precision}, 2^{spec.table_bits} rows, {arguments.ranks} ranks"
+    note = f"{spec.precision}, 2^{spec.table_bits} rows"
     answer(lambda: measured(lambda: learner.learn(*next(batches)), arguments), note=note)
     team.close()
 

@@ -70,7 +70,7 @@ def main() -> None:
     if rank:
         follow(step)
         return
-    note = f"torchrec {torchrec.__version__}, {sum(sizes):,} rows, {arguments.ranks} ranks, fp32"
+    note = f"torchrec {torchrec.__version__}, {sum(sizes):,} rows, fp32"
     answer(lambda: measured(step, arguments), note=note)
     rank_processes.told(0)
 
