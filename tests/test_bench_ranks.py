@@ -72,7 +72,7 @@ def test_memory_of_a_rank_is_compared_with_its_share_of_the_table() -> None:
 
     def sizes(*extra: float) -> dict[str, Any]:
         n = len(extra)
-        large = [1e8 + whole / n * (1 + each) for each in extra]
+        large = [1e8 + 2 * whole / n * (1 + each) for each in extra]
         return {
             "large": {"resident": large, "peak": [2 * size for size in large]},
             "small": {"resident": [1e8] * n, "peak": [1e8] * n},

@@ -130,10 +130,10 @@ class Process:
         return self.popen.wait(WAIT_SECONDS)
 
     def message(self) -> str:
-        """Return the last line that begins with "error", else the last line."""
+        """Return the last line that begins with "error:", else the last line."""
         self.errors.seek(0)
         lines = [line.strip() for line in self.errors if line.strip()]
-        named = [line for line in lines if line.lower().startswith("error")]
+        named = [line for line in lines if line.lower().startswith("error:")]
         return (named or lines or ["no message"])[-1]
 
     def end(self) -> None:
