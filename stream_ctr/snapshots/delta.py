@@ -238,7 +238,7 @@ def identity_sha256(identity: Any) -> str:
 
 
 def encode_payload(changes: Changes, precision: Precision) -> bytes:
-    """Return the payload of these changes, whose rows ascend."""
+    """Return the payload of these changes, whose rows should ascend."""
     tensors = {}
     for stem, named in changes.items():
         for name, array in named.items():
@@ -251,7 +251,10 @@ def encode_payload(changes: Changes, precision: Precision) -> bytes:
 
 
 def _bits_are_fewer(rows: Array) -> bool:
-    return bool(len(rows)) and 8 * (int(rows[-1]) // 64 + 1) < 4 * len(rows)
+    """Return whether a bitmap of the rows is shorter; it can name ascending ones only."""
+    if not len(rows) or 8 * (int(rows[-1]) // 64 + 1) >= 4 * len(rows):
+        return False
+    return bool((rows[1:] > rows[:-1]).all())
 
 
 def _bits_of(rows: Array) -> npt.NDArray[np.uint64]:
