@@ -163,6 +163,8 @@ def test_every_query_of_the_dashboard_is_valid_and_most_have_an_answer(
     prometheus: Prometheus,
 ) -> None:
     wait_until(lambda: (prometheus.value("stream_ctr_examples_total") or 0) > 1000)
+    # A rate has an answer after two scrapes.
+    wait_until(lambda: prometheus.value("rate(stream_ctr_events_total[5m])") is not None)
     panels = json.loads(DASHBOARD.read_text())["panels"]
     unanswered = set()
     for query in expressions_of(panels):
