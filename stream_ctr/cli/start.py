@@ -44,7 +44,7 @@ Learn = Callable[[Begun, Loaded, runs.Others | None], None]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What the options of a run say about its start.
+    """The start of a run, as its options say.
 
     `extra` are pairs as of -X, and `inputs` keys of the section `input`.
     """

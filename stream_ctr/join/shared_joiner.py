@@ -37,26 +37,16 @@ from stream_ctr.join.join_state import COUNTERS, CURVE_SECONDS, given_key, pack,
 from stream_ctr.join.joiner import LabelJoiner
 from stream_ctr.join.pending import Order
 from stream_ctr.join.shuffle import Blocks, exchange, gather_rows, owner_of
-from stream_ctr.join.watermark import NOT_YET, InOrder, Watermarks
+from stream_ctr.join.watermark import MARKS, NOT_YET, InOrder, Watermarks
 
 Array = npt.NDArray[Any]
 
-_MARKS = (
-    "latest",
-    "mark",
-    "latest_click",
-    "impressions",
-    "clicks",
-    "since_click",
-    "stalled",
-)
-"""The arrays of `Watermarks` that depend on a partition's own events."""
 _DELAYS = (2, len(CURVE_SECONDS) + 1)
 _PARTS = 1 << 20  # of the share of a joiner's room that is taken
 
 
 class Figures(NamedTuple):
-    """What the joiners of all ranks hold together."""
+    """The sum of the joiners of all ranks."""
 
     counters: npt.NDArray[np.int64]
     delays: npt.NDArray[np.int64]
@@ -85,9 +75,9 @@ class Waiting(NamedTuple):
 
 
 class _News(NamedTuple):
-    """What a rank's events have changed: its stalls, its latest click, the marks of its partitions.
+    """The changes by a rank's events: its stalls, its latest click, the marks of its partitions.
 
-    `marks` has an array for each of `_MARKS`, and `clicked` the partitions that had a click.
+    `marks` has an array for each of `MARKS`, and `clicked` the partitions that had a click.
     """
 
     stalls: int
@@ -144,7 +134,7 @@ class SharedJoiner:
 
     def _take_over(self, present: range) -> None:
         marks = self.watermarks
-        for name in (*_MARKS, "all_since_click"):
+        for name in (*MARKS, "all_since_click"):
             self._ranks.broadcast(getattr(marks, name))
         marks.present = present
 
@@ -168,7 +158,7 @@ class SharedJoiner:
         clicked = came.partition[came.click] if came else np.empty(0, np.int32)
         own = np.array(self.partitions_of[self._ranks.rank], np.int64)
         head = [marks.stalls - stalls, int(clicks.max(initial=NOT_YET))]
-        mine = [getattr(marks, name)[own].astype(np.int64) for name in _MARKS]
+        mine = [getattr(marks, name)[own].astype(np.int64) for name in MARKS]
         message = np.concatenate([head, *mine, np.isin(own, clicked)]).astype(np.int64)
         news = self._tell_all(message)
         self._enter(news)
@@ -179,7 +169,7 @@ class SharedJoiner:
         return np.concatenate([each.clicked for each in news]), later, limits
 
     def _tell_all(self, message: npt.NDArray[np.int64]) -> list[_News]:
-        columns = len(_MARKS) + 1
+        columns = len(MARKS) + 1
         counts = [2 + columns * len(own) for own in self.partitions_of]
         received = self._ranks.exchange([message] * self._ranks.size, counts=counts)
         news = []
@@ -195,7 +185,7 @@ class SharedJoiner:
             if rank == self._ranks.rank:
                 continue
             own = np.array(self.partitions_of[rank], np.int64)
-            for name, column in zip(_MARKS, each.marks, strict=True):
+            for name, column in zip(MARKS, each.marks, strict=True):
                 getattr(self.watermarks, name)[own] = column
             self.watermarks.stalls += each.stalls
 

@@ -44,7 +44,7 @@ from stream_ctr.events.batch import EventBatch
 NOT_YET = -(1 << 62)
 # A partition needs this many clicks before their rate is used.
 _MIN_CLICKS = 100
-_STATE = (
+MARKS = (
     "latest",
     "mark",
     "latest_click",
@@ -52,8 +52,9 @@ _STATE = (
     "clicks",
     "since_click",
     "stalled",
-    "all_since_click",
 )
+"""The arrays of `Watermarks` that depend on a partition's own events."""
+_STATE = (*MARKS, "all_since_click")
 
 
 class _Partitions(NamedTuple):

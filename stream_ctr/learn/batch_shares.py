@@ -26,7 +26,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank does of a batch.
+    """The share of one rank in a batch.
 
     `parts` are the numbers of its parts, and `examples` those in them, without padding. `steps` are
     the examples that it steps.

@@ -141,12 +141,12 @@ class _Written(msgspec.Struct, array_like=True):
 
 
 class _Round(msgspec.Struct, array_like=True):
-    """What a rank did in one round: it wrote a shard, had none to write, or has a problem."""
+    """The outcome of one round of a rank: it wrote a shard, had none to write, or has a problem."""
 
     written: _Written | None = None
     problem: str = ""
     number: int = -1
-    """That of the shard."""
+    """The number of the shard, -1 if none was written."""
 
 
 def _write(ranks: Ranks, rows: Rows, folder: Path, stem: str) -> ShardsWritten:

@@ -1,4 +1,4 @@
-"""What the steps of a sharded network have in common: the examples and the rows of each rank.
+"""The common part of the steps of a sharded network: the examples and the rows of each rank.
 
     rank 0        sends every rank the examples of its parts
     every rank    sorts their ids; borrows their distinct rows, to a local table; ids become places
@@ -46,7 +46,7 @@ class Given(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """Whether a batch was accepted, what was lent for it, and on rank 0 the logits [n]."""
+    """The verdict on a batch, the rows lent for it, and on rank 0 the logits [n]."""
 
     accepted: bool
     borrowed: Borrowed

@@ -255,7 +255,7 @@ class Front:
 
 
 class _Summary:
-    """What rank 0 learns of the polls of a rank beside numbers, each thing once.
+    """The news of the polls of a rank beside numbers, each thing once.
 
     The rows of a field that varies are of no more interest than the two that differ first.
     """
@@ -306,7 +306,7 @@ class _Summary:
 
 
 class _Message(NamedTuple):
-    """What a rank says in a `take`: numbers, the state of its partitions, and what is new."""
+    """The answer of a rank to a `take`: numbers, the state of its partitions, and what is new."""
 
     partitions: list[int]
     columns: npt.NDArray[np.int64]  # [4, own]: position, epoch, caught up, idle

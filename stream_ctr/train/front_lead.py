@@ -31,7 +31,7 @@ _LONGEST_WAIT_SECONDS = 0.05
 
 
 class Faces(NamedTuple):
-    """What the trainer has in place of its own ingest, joiner and watermarks."""
+    """The parts that the trainer has in place of its own ingest, joiner and watermarks."""
 
     ingest: Reading
     joiner: Joiner
