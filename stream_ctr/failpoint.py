@@ -61,6 +61,7 @@ FAILPOINTS = {
     "retain.before": "the snapshot is published, no expired snapshot is removed",
     "retain.hidden": "an expired snapshot is hidden, its files are still there",
     "retain.after": "expired snapshots are removed",
+    "ranks.announced": "the other ranks have heard of the next call, rank 0 has not made it",
     "ranks.call": "a rank other than 0 has heard of the next call, and has not made it",
 }
 

@@ -93,7 +93,15 @@ NO_BASELINE = {"STREAM_CTR_BASELINE__ENABLED": "false"}  # its process takes a s
 LANGUAGES = {"", "sh", "python", "toml", "json", "csv", "avsc", "text"}
 # Names in `section.name` form that are not configuration keys.
 NOT_KEYS = {
-    *("features.toml", "learn.spec", "join.after", "learn.before", "learn.after", "ranks.call")
+    *(
+        "features.toml",
+        "learn.spec",
+        "join.after",
+        "learn.before",
+        "learn.after",
+        "ranks.call",
+        "ranks.announced",
+    )
 }
 # Words that an output shows only for some results.
 RESULTS = {

@@ -39,7 +39,7 @@ DEATHS = [
     ("ranks.call:60", 1),
     *only_long(
         [
-            ("snapshot.rename:2", 0),
+            *((name, 0) for name in ("snapshot.rename:2", "ranks.announced:60")),
             *((f"ranks.call:{time}", 1) for time in (1, 2, 3, 10, 20, 40, 80, 120)),
             *((name, 0) for name in ("poll.after", "cut.after:2", "snapshot.manifest:2")),
             *((name, 0) for name in ("snapshot.file:5", "pointer.before:2", "retain.after")),
@@ -258,6 +258,24 @@ def test_a_rank_that_hangs_ends_the_run_with_one_error(
     run_on_ranks(tmp_path / "again", 2, *arguments(log, state))
     assert_equal_runs(state, clean)
     outcome("rank 0 ends after ranks.timeout with one line; restarted, ledger and state equal")
+
+
+@pytest.mark.fault(38, injected="an error of rank 0 while the others wait for it in a call")
+@pytest.mark.slow
+def test_an_error_of_rank_0_in_the_middle_of_a_call_ends_all_ranks_at_once(
+    log: Path, clean: Path, tmp_path: Path, outcome: Outcome
+) -> None:
+    state = tmp_path / "state"
+    fail = {VARIABLE: "ranks.announced:60=out-of-memory"}
+    # The limit of the others is longer than the patience of this test.
+    run = RankRun(tmp_path / "ranks", 2, *arguments(log, state, "-X", "ranks.timeout=1h"), env=fail)
+    assert run.wait() == [1, 1]
+    [line] = [line for line in run.said(0).splitlines() if line.startswith("error:")]
+    assert "out of memory" in line
+    assert "another rank has ended" in run.said(1)
+    run_on_ranks(tmp_path / "again", 2, *arguments(log, state))
+    assert_equal_runs(state, clean)
+    outcome("all end within seconds, the error is shown; restarted, ledger and state equal")
 
 
 # -- signals -------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import json
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,6 +52,8 @@ _ASK_SECONDS = 1.0
 _STATE_SECONDS = 10.0
 # torchrun looks at its processes ten times a second, and shows the first that it finds ended.
 _NOTICE_SECONDS = 5.0
+# The others hear of an error between two calls, which take no longer.
+_LISTEN_SECONDS = 10.0
 _NONE = "none"
 
 
@@ -116,10 +119,21 @@ class _Others:
         self._asked = time.monotonic()
         return asked
 
-    def end(self, exit_code: int, message: str) -> None:
-        """End the others with this error. They may have ended already."""
-        with contextlib.suppress(RankError):
-            self._team.announce(self._number, "fail", exit_code=exit_code, message=message)
+    def end(self, exit_code: int, message: str) -> bool:
+        """End the others with this error; return false if they do not listen within seconds.
+
+        They may have ended already. An error in the middle of a call leaves them in that call:
+        they wait for this rank, and it for them.
+        """
+
+        def announce() -> None:
+            with contextlib.suppress(RankError):
+                self._team.announce(self._number, "fail", exit_code=exit_code, message=message)
+
+        announcing = threading.Thread(target=announce, daemon=True, name="end of the ranks")
+        announcing.start()
+        announcing.join(_LISTEN_SECONDS)
+        return not announcing.is_alive()
 
 
 def run_on_ranks(start: Start, learn: Learn, options: Mapping[str, str]) -> None:
@@ -337,13 +351,21 @@ def _lead(team: Team, begun: Begun, loaded: Loaded, learn: Learn, others: _Other
     except Exception as error:
         if exit_code := _exit_code(error):
             _show(error)  # first, because the others may not listen any more
-            others.end(exit_code, str(error))
+            if not others.end(exit_code, str(error)):
+                _end_at_once(exit_code)
             sys.exit(exit_code)
         raise
     team.close()
 
 
 # -- the end -------------------------------------------------------------------------------------
+
+
+def _end_at_once(exit_code: int) -> NoReturn:
+    """End while a thread still speaks to the others, whose connections end with this process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def _exit_code(error: Exception) -> int:

@@ -65,6 +65,7 @@ class Team:
         The objects with the numbers `others` are its first arguments.
         """
         self._say(["call", number, method, others, arguments])
+        failpoint("ranks.announced")
 
     def beat(self) -> None:
         """Tell the others, now and then, that rank 0 lives though it has nothing for them to do."""
