@@ -12,7 +12,8 @@ a virtual environment of its own, which TORCHREC_VENV names:
 TorchRec demands the CUDA build of fbgemm-gpu, so it is installed without its dependencies. It takes
 its usual loop, plain, with exact rowwise Adagrad for the tables and Adam for the dense part; see
 contenders/torchrec_deepfm.py. Ids are in memory, nothing is joined or
-measured, and only the steps are timed. Ratios are taken within a round.
+measured, and only the steps are timed. Ratios are taken within a round. The layers alone, without a
+table, bound what any of them can do in fp32.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from bench.rank_runs import Result
 VARIABLE = "TORCHREC_VENV"
 LEAST = 2.0
 PEER = "TorchRec, 2 ranks"
-
+LAYERS = "the layers alone in torch, fp32"
 
 LEARNERS = (
     ("ours, 2 ranks, bf16", ["--ranks", 2, "--precision", "bf16"]),
@@ -57,6 +58,7 @@ def measure(options: argparse.Namespace) -> Result:
         contenders += [
             Program(PEER, "torchrec_deepfm", [*common, "--ranks", 2], peer),
             Program("TorchRec, 1 rank", "torchrec_deepfm", [*common, "--threads", 2], peer),
+            Program(LAYERS, "mlp", [*common, "--threads", 2, "--precision", "fp32"]),
         ]
         results = compare(contenders, rounds=options.rounds, say=print)
     title = f"Training only: DeepFM, batch {batch:,}, {rows:,} rows, two cores"
