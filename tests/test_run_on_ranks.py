@@ -119,6 +119,23 @@ def test_a_run_goes_on_with_another_number_of_ranks_and_with_one_process(
 
 
 @pytest.mark.slow
+def test_ranks_begin_with_the_weights_of_another_state_as_one_process_does(
+    log: Path, clean: Path, tmp_path: Path
+) -> None:
+    """The other state is one of ranks or of one process, and a model is learned beside."""
+    options = ["--from", str(clean), "--model", "blend", "--model", "fm"]
+    succeed(*arguments(log, tmp_path / "one", *options))
+    run_on_ranks(tmp_path / "ranks", 2, *arguments(log, tmp_path / "two", *options))
+    assert_equal_runs(tmp_path / "two", tmp_path / "one")
+    assert taken(tmp_path / "two").weights_sha256 != taken(clean).weights_sha256
+    options[1] = str(tmp_path / "two")
+    succeed(*arguments(log, tmp_path / "from-ranks", *options))
+    options[1] = str(tmp_path / "one")
+    succeed(*arguments(log, tmp_path / "from-one", *options))
+    assert_equal_runs(tmp_path / "from-ranks", tmp_path / "from-one")
+
+
+@pytest.mark.slow
 def test_ranks_learn_from_a_topic_what_one_process_learns(
     embedded_broker: str, log: Path, topic: str, tmp_path: Path
 ) -> None:

@@ -58,7 +58,7 @@ def measure(options: argparse.Namespace) -> Result:
         contenders += [
             Program(PEER, "torchrec_deepfm", [*common, "--ranks", 2], peer),
             Program("TorchRec, 1 rank", "torchrec_deepfm", [*common, "--threads", 2], peer),
-            Program(LAYERS, "mlp", [*common, "--threads", 2, "--precision", "fp32"]),
+            Program(LAYERS, "mlp", [*common, "--precision", "fp32"]),
         ]
         results = compare(contenders, rounds=options.rounds, say=print)
     title = f"Training only: DeepFM, batch {batch:,}, {rows:,} rows, two cores"
