@@ -55,7 +55,7 @@ def test_a_run_that_fails_is_not_run_with_its_error(tmp_path: Path) -> None:
 # -- tables --------------------------------------------------------------------------------------
 
 
-def test_throughput_is_a_ratio_within_each_round_to_one_process_with_both_cores() -> None:
+def test_throughput_is_a_ratio_within_each_round_to_one_process() -> None:
     names = list(map(str, rank_throughput.CONTENDERS))
     assert names == ["one process, 1 thread", "one process, 2 threads", "1 rank, 2 threads",
                      "2 ranks, 1 thread each"]  # fmt: skip
@@ -63,7 +63,7 @@ def test_throughput_is_a_ratio_within_each_round_to_one_process_with_both_cores(
     slower = {name: each | {"examples_per_second": 10.0} for name, each in twice.items()}
     results = {"stream": "simulated", "impressions": 100, "models": {"DeepFM": [twice, slower]}}
     found = rank_throughput.table(results)
-    assert "| DeepFM | 2 ranks, 1 thread each | 55 | 10..100 | 1.50 |" in found
+    assert "| DeepFM | 2 ranks, 1 thread each | 55 | 10..100 | 1.50 | 1.50 |" in found
     assert "`weights_sha256` abababababababab..., in 2 rounds" in found
 
 

@@ -48,7 +48,7 @@ class Contender:
 
 
 CONTENDERS = (Contender(0, 1), Contender(0, 2), Contender(1, 2), Contender(2, 1))
-PLAIN = CONTENDERS[1]
+ONE_THREAD, PLAIN = CONTENDERS[:2]
 
 
 def measure(options: argparse.Namespace) -> Result:
@@ -110,19 +110,30 @@ def table(results: Result) -> str:
     for model, measured in results["models"].items():
         for contender in map(str, CONTENDERS):
             speeds = [runs[contender]["examples_per_second"] for runs in measured]
-            ratios = [
-                runs[contender]["examples_per_second"] / runs[str(PLAIN)]["examples_per_second"]
-                for runs in measured
-            ]
             rows.append(
                 [
                     *(model, contender, f"{statistics.median(speeds):,.0f}"),
                     f"{min(speeds):,.0f}..{max(speeds):,.0f}",
-                    f"{statistics.median(ratios):.2f}",
+                    *(ratio(measured, contender, str(base)) for base in (ONE_THREAD, PLAIN)),
                 ]
             )
-    header = ["model", "run", "examples/s, median", "least..most", f"x {PLAIN}"]
+    header = ["model", "run", "examples/s, median", "least..most"]
+    header += [f"x {base}" for base in (ONE_THREAD, PLAIN)]
     return f"{formatted(header, rows)}\n\n{note(results)}"
+
+
+def ratio(measured: Sequence[Mapping[str, Result]], contender: str, base: str) -> str:
+    """Return the median over the rounds of the ratio to another contender.
+
+    >>> rounds = [{"a": {"examples_per_second": 3.0}, "b": {"examples_per_second": 2.0}}]
+    >>> ratio(rounds, "a", "b")
+    '1.50'
+    """
+    ratios = [
+        runs[contender]["examples_per_second"] / runs[base]["examples_per_second"]
+        for runs in measured
+    ]
+    return f"{statistics.median(ratios):.2f}"
 
 
 def note(results: Mapping[str, Any]) -> str:
