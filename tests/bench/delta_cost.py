@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from support.lineage import last_report, newest
-from support.record import formatted
+from support.record import commit, formatted
 
 from bench.environments import ROOT
 from bench.streams import STREAMS
@@ -135,7 +135,12 @@ def rounds(directory: Path, bits: int, options: argparse.Namespace) -> Result:
         if not runs[WITH].deltas:
             raise RuntimeError(f"2^{bits} rows, round {number + 1}: no delta was written")
         measured.append({name: asdict(run) for name, run in runs.items()})
-    return {"stream": options.stream, "options": common, "rounds": measured}
+    return {
+        "stream": options.stream,
+        "options": common,
+        "commit": commit(),
+        "rounds": measured,
+    }
 
 
 def split(log: Log, paths: Sequence[Path]) -> None:
@@ -167,7 +172,7 @@ def table(results: Result) -> str:
     rows: list[list[object]] = []
     for bits, found in results.items():
         if "not_measured" in found:
-            rows.append([f"2^{bits}", found["not_measured"], *[""] * 7])
+            rows.append([f"2^{bits}", found["not_measured"], *[""] * 9])
             continue
         measured = found["rounds"]
         cost, noise = (statistics.median(each) for each in zip(*map(costs, measured), strict=True))
@@ -181,7 +186,9 @@ def table(results: Result) -> str:
             [
                 *(f"2^{bits}", *speeds, f"{cost:+.1%} ({goal})", f"{noise:+.1%}"),
                 *(last["deltas"], f"{last['rows']:,}", f"{last['bytes'] / 1e6:.1f}"),
+                *(len(measured), found["commit"]),
             ]
         )
     header = ["rows of the table", "events/s without", "again", "with", "cost", "noise"]
-    return formatted([*header, "deltas", "rows of the last", "its MB"], rows)
+    header += ["deltas", "rows of the last", "its MB", "rounds", "commit"]
+    return formatted(header, rows)
