@@ -20,7 +20,7 @@ install: ## install the package, editable, with all development tools in the tes
 test: ## run the tests and docstring examples but the long ones, in three processes because many tests wait for a broker
 	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
 
-quick: ## run the tests that are not slow, in two processes, under two minutes
+quick: ## run the tests that are not slow, in two processes, six to ten minutes on two cores
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 long: ## run the tests that `test` leaves out, because they take minutes or are much like others
