@@ -207,8 +207,8 @@ def test_two_hosts_run_the_commands_of_the_stack(tmp_path: Path) -> None:
         }
         processes = [_start(name, here, small, tmp_path) for name in TRAINERS]
         wait_until(lambda: (state / "latest.json").exists(), explain=lambda: _logs(tmp_path))
-        # Both hosts are stopped, as Compose and Kubernetes do: the agent of a host that is not
-        # waits 5 minutes for an agent that has gone (torchrun's exit barrier).
+        # Compose and Kubernetes stop all hosts. If only one is stopped, torchrun on the other waits
+        # 5 minutes for it, in its exit barrier.
         for process in processes:
             process.send_signal(signal.SIGTERM)
         for process in processes:

@@ -52,7 +52,7 @@ _ASK_SECONDS = 1.0
 _STATE_SECONDS = 10.0
 # torchrun looks at its processes ten times a second, and shows the first that it finds ended.
 _NOTICE_SECONDS = 5.0
-# Ranks that are in a call for longer than this hear of an error by the end of their connections.
+# Rank 0 waits so long for the others to take its error. Later its end closes their connections.
 _LISTEN_SECONDS = 10.0
 _NONE = "none"
 

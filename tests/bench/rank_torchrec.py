@@ -11,9 +11,9 @@ a virtual environment of its own, which TORCHREC_VENV names:
 
 TorchRec demands the CUDA build of fbgemm-gpu, so it is installed without its dependencies. It takes
 its usual loop, plain, with exact rowwise Adagrad for the tables and Adam for the dense part; see
-contenders/torchrec_deepfm.py. Ids are in memory, nothing is joined or
-measured, and only the steps are timed. Ratios are taken within a round. The layers alone, without a
-table, bound what any of them can do in fp32.
+contenders/torchrec_deepfm.py. Ids are in memory, nothing is joined or measured, and only the steps
+are timed. Ratios are taken within a round. The layers alone, which have no table, show how fast any
+contender can be in fp32.
 """
 
 from __future__ import annotations
